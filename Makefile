@@ -1,0 +1,30 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Needs Python 3.9 or newer and nothing else; everything it makes is below .venv and .cache.
+
+.PHONY: help setup demo lint sanity unit molecule integration test clean
+
+help:  ## show these commands
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1;\2/p' Makefile | column -t -s ';'
+
+setup:  ## install what development needs (PYTHON=/usr/bin/python3 picks another base Python)
+	@tools/setup test
+
+demo:  ## a database server, a study and its workers on this machine
+	@tools/setup controller
+	@.venv/bin/python examples/demo.py
+
+lint sanity unit molecule integration: setup
+	@tools/test $@
+
+lint:  ## style, types and documentation
+sanity:  ## ansible-test sanity, on the working tree
+unit:  ## unit tests
+molecule:  ## the playbooks, on this machine and on the mini Slurm cluster
+integration:  ## the mini Slurm cluster, the conda channel and the hosting program under faults
+
+test: setup  ## all of the above
+	@tools/test lint sanity unit molecule integration
+
+clean:  ## remove what the commands above made
+	rm -rf .venv .cache

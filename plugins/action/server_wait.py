@@ -1,0 +1,142 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any, Callable
+
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import ARGUMENT_SPEC
+
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 10.0
+SILENCE = 30.0
+# Slurm's controller may be too busy to answer once or twice.
+MISSES = 3
+
+# Slurm's reasons that no waiting resolves: the job itself has to change, or somebody has to release it.
+# A limit per job or node is one; a limit on all jobs of a user, group or account is not.
+# Nor is PartitionNodeLimit, which Slurm also reports while nodes are down.
+HOPELESS = re.compile(
+    r"AccountNotAllowed|BadConstraints|DeadLine|DependencyNeverSatisfied|InvalidAccount|InvalidQOS"
+    r"|JobHeld(Admin|User)|JobHoldMaxRequeue|MaxMemPerLimit|PartitionConfig|PartitionTimeLimit"
+    r"|QOSMin\w+|QOSNotAllowed|Reservation(Deleted|Invalid)|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?"
+)
+
+
+class WaitFailed(Exception):
+    """The server will not answer, or not in time."""
+
+    def __init__(self, message: str, log_tail: list[str] | None = None) -> None:
+        super().__init__(message)
+        self.log_tail = log_tail
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]
+    """Wait until the hosting job's server answers, and show the progress."""
+
+    TRANSFERS_FILES = False
+
+    def run(self, tmp: str | None = None, task_vars: dict | None = None) -> dict[str, Any]:
+        result = dict(super().run(tmp, task_vars), changed=False, endpoint=None)
+        params = self.validate_argument_spec(dict(ARGUMENT_SPEC, timeout={"type": "int", "default": 600}))[1]
+        if self._task.check_mode:
+            return result
+        timeout = params.pop("timeout")
+        host = (task_vars or {}).get("inventory_hostname", "")
+
+        def look() -> dict:
+            return self._execute_module(
+                module_name="mala.hpc_db.hosting_job_info", module_args=params, task_vars=task_vars
+            )
+
+        def say(line: str) -> None:
+            Display().display(f"[{host}] {params['name']}: {line}")
+
+        try:
+            result["endpoint"] = wait_for_server(look, say, timeout)
+        except WaitFailed as failed:
+            result.update(failed=True, msg=f"{params['name']}: {failed}", log_tail=failed.log_tail)
+        return result
+
+
+def wait_for_server(
+    look: Callable[[], dict], say: Callable[[str], None], timeout: float, clock: Any = time
+) -> dict:
+    """Return the endpoint as soon as the running job serves, or raise WaitFailed."""
+    start = clock.monotonic()
+    pause, misses, said, said_at = FIRST_PAUSE, 0, "", start
+    seen: set[str] = set()
+    while True:
+        found = look()
+        waited = clock.monotonic() - start
+        if found.get("failed"):
+            misses += 1
+            status = found.get("msg", "no answer")
+            if misses == MISSES:
+                raise WaitFailed(status)
+        else:
+            misses = 0
+            if serves(found):
+                endpoint = found["endpoint"]
+                say(f"serving on {endpoint['host']}:{endpoint['port']} after {waited:.0f} s")
+                return endpoint
+            if found["job"]:
+                seen.add(found["job"]["id"])
+            trouble = why_hopeless(found, seen)
+            if trouble:
+                raise WaitFailed(trouble, found["log_tail"])
+            status = describe(found)
+        if waited >= timeout:
+            raise WaitFailed(f"{status}, no server after {timeout} s; it stays queued: playbooks/status.yml")
+        if status != said or clock.monotonic() - said_at >= SILENCE:
+            say(f"{status}, {waited:.0f} s of at most {timeout} s")
+            said, said_at = status, clock.monotonic()
+        clock.sleep(min(pause, max(timeout - waited, 0)))
+        pause = min(1.5 * pause, LONGEST_PAUSE)
+
+
+def serves(found: dict) -> bool:
+    """Tell whether the endpoint is the running job's, and not left behind by one that was killed."""
+    job, endpoint = found["job"], found["endpoint"]
+    return bool(job and endpoint and job["state"] == "RUNNING" and endpoint.get("job") == job["id"])
+
+
+def why_hopeless(found: dict, seen: set) -> str | None:
+    """Return why waiting is of no use. ``seen`` are the ids of the jobs that were there while waiting."""
+    job, state = found["job"], found["state"] or {}
+    # What an earlier job wrote says nothing, nor what this one wrote before it was queued again.
+    own = state.get("job") in seen and not (job and job["state"] == "PENDING")
+    if own and state.get("state") == "failed":
+        return f"failed: {state.get('reason')}"
+    if not job:
+        last_words = f" ({state.get('reason')})" if own else ""
+        return f"no such job is in the queue{last_words}; its log may tell why"
+    if job["state"] == "PENDING" and HOPELESS.fullmatch(_code(job["reason"])):
+        return (
+            f"job {job['id']} can never start as it is ({_code(job['reason'])}); "
+            "stop it with playbooks/stop.yml, change server_job_options and start again"
+        )
+    return None
+
+
+def describe(found: dict) -> str:
+    """Return the job's state in a few words."""
+    job, state = found["job"], found["state"] or {}
+    words = job["state"]
+    if job["reason"]:
+        words += f" ({job['reason']})"
+    if job["node"]:
+        words += f" on {job['node']}"
+    if state.get("job") == job["id"] and job["state"] == "RUNNING":
+        words += f", {state.get('state')}: {state.get('reason')}"
+    return words
+
+
+def _code(reason: str) -> str:
+    """Return Slurm's code out of a reason, which may have details after it."""
+    return reason.partition(",")[0].strip()

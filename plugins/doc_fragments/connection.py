@@ -1,0 +1,32 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+
+class ModuleDocFragment:
+    """The options with which a module reaches the instance's PostgreSQL."""
+
+    DOCUMENTATION = r"""
+options:
+  host:
+    description: The server's host name, or the folder of its unix socket.
+    type: str
+    required: true
+  port:
+    description: The server's port.
+    type: int
+    required: true
+  user:
+    description: The role to connect as.
+    type: str
+    required: true
+  passfile:
+    description: The libpq password file on the target, mode 0600. Its content never leaves the target.
+    type: path
+    required: true
+requirements:
+  - psycopg2
+"""

@@ -1,0 +1,36 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+
+class ModuleDocFragment:
+    """The options that say which hosting job is meant."""
+
+    DOCUMENTATION = r"""
+options:
+  name:
+    description:
+      - The job's name.
+      - The job is found by it, among this user's jobs only, so two instances need two names.
+      - Letters, digits, C(.), C(_) and C(-); it begins with a letter or a digit.
+    type: str
+    required: true
+  root:
+    description: The instance directory, an absolute path on the cluster.
+    type: path
+    required: true
+  scheduler:
+    description:
+      - Who runs the job.
+      - V(local) is one machine without a scheduler, where the job is a background process of this user.
+    type: str
+    choices: [slurm, local]
+    default: slurm
+  bin_dir:
+    description:
+      - The folder of C(sbatch) and its like, where the PATH of a non-interactive shell lacks it.
+      - Not used by O(scheduler=local).
+    type: path
+"""

@@ -1,0 +1,280 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What an environment holds, what is wanted of it, and how clients are told and answer.
+
+A client is conda, mamba, micromamba or the rattler helper. Each is an argument list that answers in JSON.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import textwrap
+from itertools import zip_longest
+from typing import NamedTuple
+
+SPEC_FORMS = "name, name=17, name=17.*, name==17.2, name>=17,<18, name=17.2=build"
+
+_VERSION = r"\w[\w.!+]*?"
+_NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]*")
+_EQUAL = re.compile(rf"(?P<sign>==?)(?P<version>{_VERSION})?(?P<star>\.?\*)?(?:=(?P<build>[\w.*]+))?")
+_BOUND = re.compile(rf"(?P<sign>[<>]=?|!=)(?P<version>{_VERSION})")
+
+# The setting to blame, by the name of a client's error. Errors not listed are the client's own trouble.
+_BLAME = {
+    **dict.fromkeys(("GatewayError", "InvalidChannelError"), "channels"),
+    **dict.fromkeys(("CondaHTTPError", "CondaSSLError", "ProxyError", "UnavailableInvalidChannel"), "channels"),
+    **dict.fromkeys(("InvalidMatchSpec", "InvalidMatchSpecError", "SolverError"), "specs"),
+    **dict.fromkeys(("PackagesNotFoundError", "ResolvePackageNotFound", "UnsatisfiableError"), "specs"),
+    **dict.fromkeys(("LibMambaUnsatisfiableError", "RattlerUnsatisfiableError"), "specs"),
+    **dict.fromkeys(("ImportError", "ModuleNotFoundError"), "rattler_python"),
+}
+_FETCHING = re.compile(r"failed to fetch|failed to download|download error|https?://", re.IGNORECASE)
+
+
+class CondaError(Exception):
+    """One line for the user: the setting, what it was, what is allowed."""
+
+
+class Package(NamedTuple):
+    name: str
+    version: str
+    build: str
+
+
+class Spec(NamedTuple):
+    """What is wanted of one package. ``bounds`` pair a sign with a version; ``=`` means it or any below it."""
+
+    text: str
+    name: str
+    bounds: tuple[tuple[str, str], ...]
+    build: str
+
+    @property
+    def canonical(self) -> str:
+        """Return the form that the strictest parser takes, rattler's."""
+        bounds = ",".join(f"{version}.*" if sign == "=" else sign + version for sign, version in self.bounds)
+        return f"{self.name} {bounds or '*'} {self.build or '*'}"
+
+
+class Answer(NamedTuple):
+    """What a client said: all packages it will leave there, or the problem and the setting to blame for it."""
+
+    packages: dict[str, Package]
+    setting: str = ""
+    problem: str = ""
+
+
+def parse_spec(text: str) -> Spec:
+    squeezed = "".join(text.split()).lower()
+    name = _NAME.match(squeezed)
+    rest = squeezed[name.end() :] if name else "?"
+    if not name or not rest:
+        equal, bounds = None, []
+    else:
+        equal = _EQUAL.fullmatch(rest)
+        bounds = [_BOUND.fullmatch(bound) for bound in rest.split(",")]
+    if name and equal and (equal["version"] or equal["star"]):
+        # as in conda, a build makes the version an exact one
+        sign = "==" if equal["sign"] == "==" or (equal["build"] and not equal["star"]) else "="
+        versions = ((sign, equal["version"]),) if equal["version"] else ()
+        return Spec(squeezed, name[0], versions, equal["build"] or "")
+    if not name or not all(bounds):
+        raise CondaError(f"specs: {text!r} is not understood; write it as one of {SPEC_FORMS}")
+    return Spec(squeezed, name[0], tuple((bound["sign"], bound["version"]) for bound in bounds if bound), "")
+
+
+def _segments(version: str) -> list[list[tuple[int, int, str]]]:
+    """Split a version into what conda compares: dev, words, numbers and post, in this order."""
+    epoch, _mark, rest = version.lower().rpartition("!")
+    result = []
+    for segment in re.split(r"[._+-]", f"{epoch or 0}.{rest}"):
+        parts = re.findall(r"\d+|[a-z]+", segment)
+        padded = parts if parts and parts[0].isdigit() else ["0", *parts]
+        result.append([_rank(part) for part in padded])
+    return result
+
+
+def _rank(part: str) -> tuple[int, int, str]:
+    if part.isdigit():
+        return (2, int(part), "")
+    return ({"dev": 0, "post": 3}.get(part, 1), 0, part)
+
+
+def compare_versions(left: str, right: str) -> int:
+    """Return a number below, at or above 0, in conda's order of versions: 1.0dev < 1.0a < 1.0 == 1 < 1.1."""
+    zero = (2, 0, "")
+    for mine, theirs in zip_longest(_segments(left), _segments(right), fillvalue=[zero]):
+        for one, other in zip_longest(mine, theirs, fillvalue=zero):
+            if one != other:
+                return -1 if one < other else 1
+    return 0
+
+
+def _is_within(version: str, bound: tuple[str, str]) -> bool:
+    sign, limit = bound
+    if sign == "=":
+        *begin, end = _segments(limit)
+        given = _segments(version)[: len(begin) + 1]
+        return given[:-1] == begin and given[-1][: len(end)] == end
+    order = compare_versions(version, limit)
+    return {"==": order == 0, "!=": order != 0, ">=": order >= 0, "<=": order <= 0, ">": order > 0, "<": order < 0}[
+        sign
+    ]
+
+
+def satisfies(package: Package, spec: Spec) -> bool:
+    return (
+        package.name == spec.name
+        and all(_is_within(package.version, bound) for bound in spec.bounds)
+        and fnmatch.fnmatchcase(package.build, spec.build or "*")
+    )
+
+
+def all_satisfied(packages: dict[str, Package], specs: list[Spec]) -> bool:
+    return all(spec.name in packages and satisfies(packages[spec.name], spec) for spec in specs)
+
+
+def major_of(version: str) -> str:
+    return re.split(r"\D", version, maxsplit=1)[0]
+
+
+def allows_major(spec: Spec, major: str) -> bool:
+    """Tell whether some version of this major would do."""
+    named = [version for _sign, version in spec.bounds if major_of(version) == major]
+    tried = [f"{major}.0", f"{major}.999999", *named, *(f"{version}.1" for version in named)]
+    return any(all(_is_within(version, bound) for bound in spec.bounds) for version in tried)
+
+
+def parse_record(text: str) -> Package:
+    """Read one file of ``conda-meta``; raise ValueError or KeyError for a damaged one."""
+    record = json.loads(text)
+    return Package(record["name"], record["version"], record["build"])
+
+
+def difference(before: dict[str, Package], after: dict[str, Package]) -> dict[str, dict[str, str]]:
+    """Return what an Ansible diff shows: the packages that come, go or change."""
+
+    def changed(those: dict[str, Package], others: dict[str, Package]) -> dict[str, str]:
+        return {
+            name: f"{package.version} {package.build}".rstrip()
+            for name, package in sorted(those.items())
+            if others.get(name) != package
+        }
+
+    return {"before": changed(before, after), "after": changed(after, before)}
+
+
+def conda_command(
+    client: str, create: bool, prefix: str, channels: list[str], specs: list[Spec], dry_run: bool
+) -> list[str]:
+    """Return the call of conda, mamba or micromamba. ``create`` destroys what is at ``prefix``."""
+    return [
+        client,
+        "create" if create else "install",
+        *("-y", "-q", "--json"),
+        *(["--dry-run"] if dry_run else []),
+        "--override-channels",
+        *(argument for channel in channels for argument in ("-c", channel)),
+        *("-p", prefix),
+        *(spec.text for spec in specs),
+    ]
+
+
+def rattler_command(
+    python: str,
+    source: str,
+    prefix: str,
+    channels: list[str],
+    specs: list[Spec],
+    installed: dict[str, Package],
+    dry_run: bool,
+    cache: str | None,
+) -> list[str]:
+    """Return the call of the rattler helper, whose ``source`` goes to the interpreter as an argument."""
+    others = sorted(set(installed) - {spec.name for spec in specs})  # what is not asked for would be removed
+    request = {
+        "prefix": prefix,
+        "channels": channels,
+        "specs": [*(spec.canonical for spec in specs), *others],
+        "dry_run": dry_run,
+        "cache": cache,
+    }
+    return [python, "-I", "-c", source, json.dumps(request)]
+
+
+def clean_command(command: list[str], timeout: int, cache: str | None) -> list[str]:
+    """Return the command with an end in time and an environment that leads no client astray."""
+    unset = [argument for name in ("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME") for argument in ("-u", name)]
+    # the cache is laid out as mamba's root, so that mamba takes it for one
+    caches = [f"CONDA_PKGS_DIRS={cache}/pkgs", f"MAMBA_ROOT_PREFIX={cache}"] if cache else []
+    return ["timeout", "--kill-after=10", str(timeout), "env", *unset, *caches, *command]
+
+
+def search_command(module_load: str, names: list[str]) -> list[str]:
+    """Return the call of a login shell that prints the paths of clients; 97 means that ``module_load`` failed."""
+    load = f"{{ {module_load}\n}} >&2 || exit 97\n" if module_load else ""
+    # type -P, since "conda init" makes conda a shell function
+    return ["bash", "-lc", f'{load}printf "%s\\n" "$MAMBA_EXE" "$CONDA_EXE"; type -P "$@"', "bash", *names]
+
+
+def parse_search(stdout: str, names: list[str]) -> list[str]:
+    """Return the clients' paths among whatever else a login shell prints."""
+    return [line for line in stdout.splitlines() if line.startswith("/") and line.rsplit("/", 1)[1] in names]
+
+
+def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Package]) -> Answer:
+    """Read any client's answer. A return code says little: clients have crashed after all work was done."""
+    try:
+        content, _end = json.JSONDecoder().raw_decode(stdout[max(0, stdout.find("{")) :])
+    except ValueError:
+        content = {}
+    if content.get("success") and not content.get("exception_name"):
+        return Answer(_after(content.get("actions") or {}, installed))
+    if content.get("solver_problems"):
+        return Answer({}, "specs", _one_line("; ".join(content["solver_problems"])))
+    problem = content.get("message") or content.get("error") or stderr or stdout or f"it ended with {code}, silently"
+    setting = _BLAME.get(content.get("exception_name", ""), "")
+    if not content and code in (124, 137):
+        setting = "timeout"
+    elif not content and code in (126, 127):
+        setting = "program"
+    elif not setting and _FETCHING.search(problem):
+        setting = "channels"
+    return Answer({}, setting, _one_line(problem))
+
+
+def _after(actions: dict | list, installed: dict[str, Package]) -> dict[str, Package]:
+    """Return the packages once the actions are done; an old conda has a list of groups of actions."""
+    result = dict(installed)
+    for group in actions if isinstance(actions, list) else [actions]:
+        for item in group.get("UNLINK") or []:
+            result.pop(_package_of(item).name, None)
+        for item in group.get("LINK") or []:
+            package = _package_of(item)
+            result[package.name] = package
+    return result
+
+
+def _package_of(item: dict) -> Package:
+    """Read ``name-version-build``, which conda calls ``dist_name`` and mamba ``fn``, with a suffix."""
+    dist = item.get("dist_name") or re.sub(r"\.conda$|\.tar\.bz2$", "", item["fn"])
+    name, version, build = dist.rsplit("-", 2)
+    return Package(name, version, build)
+
+
+def _one_line(text: str) -> str:
+    return textwrap.shorten(text, 600, placeholder=" …")
+
+
+def explain(answer: Answer, channels: list[str], specs: list[Spec]) -> str:
+    """Return the sentence for the user, with the setting, its value and what would be allowed."""
+    if answer.setting == "channels":
+        named = [channel for channel in channels if channel.rstrip("/") in answer.problem] or channels
+        return f"channels: cannot read {', '.join(named)}: {answer.problem}"
+    if answer.setting == "specs":
+        wanted = " ".join(spec.text for spec in specs)
+        return f"specs: nothing in {', '.join(channels)} satisfies {wanted}: {answer.problem}"
+    return answer.problem

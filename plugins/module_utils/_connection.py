@@ -1,0 +1,57 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How modules reach the instance's PostgreSQL. Passwords come from the password file on the cluster alone."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Iterator
+
+CONNECTION_OPTIONS: dict[str, Any] = {
+    "host": {"type": "str", "required": True},
+    "port": {"type": "int", "required": True},
+    "user": {"type": "str", "required": True},
+    "passfile": {"type": "path", "required": True},
+}
+
+
+class Unreachable(Exception):
+    """The server does not let us in; the message is libpq's own."""
+
+
+def parameters(params: dict, database: str) -> dict[str, Any]:
+    """Return libpq's parameters for a connection to ``database``."""
+    return {
+        "host": params["host"],
+        "port": params["port"],
+        "user": params["user"],
+        "passfile": params["passfile"],
+        "dbname": database,
+        "connect_timeout": 10,
+        "application_name": "mala.hpc_db",
+    }
+
+
+@contextlib.contextmanager
+def connect(params: dict, database: str) -> Iterator[Any]:
+    """Open a connection that commits each statement; raise Unreachable with libpq's words."""
+    import psycopg2
+
+    try:
+        connection = psycopg2.connect(**parameters(params, database))
+    except psycopg2.OperationalError as error:
+        raise Unreachable(f"database {database}: {' '.join(str(error).split())}") from None
+    connection.autocommit = True
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def rows(connection: Any, query: Any, values: tuple = ()) -> list[tuple]:
+    """Return what ``query`` finds."""
+    with connection.cursor() as cursor:
+        cursor.execute(query, values)
+        return cursor.fetchall()

@@ -1,0 +1,80 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the modules about the hosting job share: which scheduler, how to call it, which job is meant."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Callable
+
+from ansible_collections.mala.hpc_db.plugins.module_utils import _local, _slurm
+
+if TYPE_CHECKING:
+    from ansible.module_utils.basic import AnsibleModule
+
+Run = Callable[[list], str]
+
+SCHEDULERS = {"slurm": _slurm, "local": _local}
+ARGUMENT_SPEC = {
+    "name": {"type": "str", "required": True},
+    "root": {"type": "path", "required": True},
+    "scheduler": {"type": "str", "choices": ["slurm", "local"], "default": "slurm"},
+    "bin_dir": {"type": "path"},
+}
+
+# Its end has begun and nothing brings it back.
+LEAVING = "COMPLETING"
+
+
+class SchedulerError(Exception):
+    """A command of the scheduler failed; the text is its own words."""
+
+
+def make_run(module: AnsibleModule) -> Run:
+    """Return the callable that takes an argument list and returns its stdout."""
+    local = module.params["scheduler"] == "local"
+    bin_dir = None if local else module.params["bin_dir"]
+    cwd = os.path.join(module.params["root"], "host") if local else None
+
+    def run(command: list) -> str:
+        program = os.path.join(bin_dir, command[0]) if bin_dir else command[0]
+        try:
+            rc, stdout, stderr = module.run_command(
+                [program, *command[1:]],
+                cwd=cwd,
+                ignore_invalid_cwd=False,
+                expand_user_and_vars=False,  # a $ in a name or an option is a $
+                handle_exceptions=False,
+            )
+        except OSError as error:
+            hint = "" if local else "; set server_bin_dir to the folder that holds Slurm's commands"
+            raise SchedulerError(f"{program}: {error.strerror}{hint}") from error
+        if rc:
+            words = [line.strip() for line in (stderr.strip() or stdout.strip()).splitlines()]
+            raise SchedulerError("; ".join(words) or f"{program} ended with {rc}")
+        return stdout
+
+    return run
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a name that squeue, a file name or a shell could read as something else."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"name: {name!r} is not a letter or digit, then letters, digits, '.', '_' and '-'")
+
+
+def find_jobs(params: dict, run: Run) -> list[dict]:
+    """Return this user's jobs of exactly this name, the one that matters most first."""
+    scheduler = SCHEDULERS[params["scheduler"]]
+    program = os.path.join(params["root"], "host", "hpc_db_host")
+    if params["scheduler"] == "local" and not os.path.isdir(program):
+        return []  # nothing is installed, so nothing was ever started
+    jobs = scheduler.parse_queue(run(scheduler.queue_command(params["name"])))
+    return sorted((job for job in jobs if job["name"] == params["name"]), key=_weight)
+
+
+def _weight(job: dict) -> tuple:
+    """A running job may have a successor queued behind it, and a predecessor that is not quite gone."""
+    return {"RUNNING": 0, "CONFIGURING": 1, LEAVING: 3}.get(job["state"], 2), len(job["id"]), job["id"]

@@ -1,0 +1,132 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Slurm: the commands that keep one job in its queue, each with a parser for what it prints."""
+
+from __future__ import annotations
+
+import math
+import re
+
+# What the module sets itself, and what would make sbatch wait, print, or submit where squeue does not look.
+OWNED = (
+    "array", "clusters", "error", "help", "input", "job-name", "open-mode", "output", "parsable", "quiet",
+    "test-only", "usage", "verbose", "version", "wait", "wrap",
+)
+MEMORY = re.compile(r"\d+([KMGT]B?)?", re.ASCII | re.IGNORECASE)
+TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
+
+
+def submit_command(name: str, script: str, options: dict, output: str) -> list[str]:
+    """Return the sbatch call. ``options`` are long flags without their dashes, ``output`` is literal."""
+    log = [f"--output={output.replace('%', '%%')}", "--open-mode=append"]
+    return ["sbatch", "--parsable", f"--job-name={name}", *log, *_flags(options), script]
+
+
+def parse_submit(text: str) -> str:
+    """Return the id of the new job; sites may print lines of their own before it."""
+    last = text.strip().rpartition("\n")[2]
+    found = re.fullmatch(r"(\d+)(;.*)?", last)
+    if not found:
+        raise ValueError(f"no job id in what was printed: {text.strip()!r}")
+    return found[1]
+
+
+def check_command(name: str, options: dict) -> list[str] | None:
+    """Return a call that fails where a submission would, without submitting."""
+    return ["sbatch", "--test-only", f"--job-name={name}", *_flags(options), "--wrap=:"]
+
+
+def limit_command(options: dict) -> list[str] | None:
+    """Return a call that prints the time limits of the partitions that were asked for.
+
+    Slurm takes a job above its partition's limit and leaves it pending for ever. A QOS may lift the limit,
+    and without a partition the site decides where the job goes, so neither is judged.
+    """
+    if options.get("qos") or not (options.get("partition") and options.get("time")):
+        return None
+    return ["sinfo", "--noheader", "--format=%R|%l", f"--partition={options['partition']}"]
+
+
+def check_limit(text: str, options: dict) -> None:
+    """Raise ValueError if the time that was asked for is above the limit of every partition."""
+    limits = dict(line.strip().rsplit("|", 1) for line in text.splitlines() if "|" in line)
+    longest = max((parse_time(limit) or math.inf for limit in limits.values()), default=math.inf)
+    if (parse_time(str(options["time"])) or 0) > longest:
+        known = ", ".join(f"{partition} {limit}" for partition, limit in sorted(limits.items()))
+        raise ValueError(f"time: {options['time']} is above the limit ({known}), the job would never start")
+
+
+def queue_command(name: str) -> list[str]:
+    """Return the squeue call. It compares names without regard to case, so compare them again."""
+    return ["squeue", "--noheader", "--me", f"--name={name}", "--format=%i|%T|%N|%L|%j|%r"]
+
+
+def parse_queue(text: str) -> list[dict]:
+    """Return the jobs. The state is the scheduler's own word; one that nobody knows here is data too."""
+    jobs = []
+    for line in text.splitlines():
+        if line.count("|") < 5:  # a site's own message
+            continue
+        job_id, state, node, left, name, reason = line.strip().split("|", 5)
+        seconds = parse_time(left)
+        jobs.append({
+            "id": job_id,
+            "name": name,
+            "state": state.upper(),
+            "node": node,
+            "reason": "" if reason == "None" else reason,
+            "time_left": None if seconds is None or math.isinf(seconds) else int(seconds),
+        })
+    return jobs
+
+
+def cancel_command(job_id: str) -> list[str]:
+    """Return the scancel call. Slurm answers 0 for a job that has gone already."""
+    return ["scancel", job_id]
+
+
+def check_options(options: dict) -> None:
+    """Raise ValueError for what sbatch would misread, or what is not the caller's to set."""
+    for flag, value in ((str(key), value) for key, value in options.items()):
+        if not re.fullmatch(r"[a-z][a-z0-9-]+", flag, re.ASCII):
+            raise ValueError(f"{flag!r} is no long option of sbatch; write for example mem, not --mem or m")
+        # sbatch takes any beginning of a flag for the flag.
+        if any(owned.startswith(flag) for owned in OWNED):
+            raise ValueError(f"{flag}: hosting_job sets this itself, or cannot work with it")
+        if isinstance(value, (dict, list)):
+            raise ValueError(f"{flag}: {value!r} is no single value")
+        if re.search(r"[\0\r\n]", str(value)):
+            raise ValueError(f"{flag}: {value!r} is more than one line")
+        if value is None or value is False:
+            continue
+        if flag in ("mem", "mem-per-cpu", "mem-per-gpu") and not MEMORY.fullmatch(str(value)):
+            raise ValueError(f"{flag}: {value!r} is no memory; write for example 16G")
+        if flag in ("time", "time-min"):
+            if isinstance(value, int):
+                raise ValueError(f'{flag}: {value} is what YAML makes of a bare time; quote it: "72:00:00"')
+            if parse_time(str(value)) is None:
+                raise ValueError(f"{flag}: {value!r} is no time; write for example 72:00:00 or 3-00:00:00")
+
+
+def parse_time(text: str) -> float | None:
+    """Return the seconds of a time as Slurm writes it, inf for no limit, None for anything else."""
+    if text.lower() in ("infinite", "unlimited"):
+        return math.inf
+    if not TIME.fullmatch(text):
+        return None
+    days, dash, clock = text.rpartition("-")
+    fields = [int(field) for field in clock.split(":")]
+    if not dash and len(fields) < 3:  # minutes come first; after days, and in three fields, hours do
+        fields.insert(0, 0)
+    hours, minutes, seconds = (fields + [0, 0])[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _flags(options: dict) -> list[str]:
+    """Return the options as flags: true stands alone, false and null are left out."""
+    return [
+        f"--{flag}" if value is True else f"--{flag}={value}"
+        for flag, value in sorted(options.items())
+        if value is not False and value is not None
+    ]

@@ -1,0 +1,209 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: bootstrap_server
+short_description: Keep a PostgreSQL server that answers, with or without a hosting job
+description:
+  - Gives the endpoint of the hosting job if one serves. Else it starts a short-lived server on the login node,
+    which listens on a unix socket in a private folder only and holds the instance's lease meanwhile.
+  - So databases can be made before the job is submitted, or while it waits in the queue.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  root:
+    description: The instance directory.
+    type: path
+    required: true
+  state:
+    description:
+      - V(started) waits until a server answers.
+      - V(stopped) stops the short-lived server, and leaves a hosting job alone.
+    type: str
+    choices: [started, stopped]
+    default: started
+  lifetime:
+    description: After this many seconds the short-lived server stops by itself, for a play that was interrupted.
+    type: int
+    default: 900
+  timeout:
+    description: The longest time in seconds to wait for a server to answer, or to stop.
+    type: int
+    default: 180
+attributes:
+  check_mode:
+    support: partial
+    description: Can run in check_mode and return changed status prediction without modifying target.
+    details: Starts and stops nothing in check mode; finds only a server that answers already.
+  diff_mode:
+    support: none
+    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
+"""
+
+EXAMPLES = r"""
+- name: Have a server that answers
+  mala.hpc_db.bootstrap_server:
+    root: ~/hpc_db/hpc_db
+  register: server
+"""
+
+RETURN = r"""
+server:
+  description: Where the server answers; null if none does, in check mode or after stopping.
+  returned: success
+  type: dict
+  contains:
+    host:
+      description: A host name, or the folder of a unix socket.
+      type: str
+    port:
+      description: The port.
+      type: int
+    job:
+      description: The hosting job's id; empty for a short-lived server.
+      type: str
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from ansible.module_utils.basic import AnsibleModule
+
+POLL_SECONDS = 0.1
+
+
+class Failed(Exception):
+    """No server could be had; the message is for the user."""
+
+
+def read_json(path: str) -> dict | None:
+    """Return what a file says; None if there is no such file."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return json.load(stream)
+    except (OSError, ValueError):
+        return None
+
+
+def answers(server: dict) -> bool:
+    """Tell whether somebody listens there: the file of a node that died stays behind."""
+    try:
+        if server["host"].startswith("/"):
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(f"{server['host']}/.s.PGSQL.{server['port']}")
+        else:
+            socket.create_connection((server["host"], server["port"]), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def find_server(root: str) -> dict | None:
+    """Return the server that answers now; None if there is none."""
+    endpoint = read_json(os.path.join(root, "run", "endpoint.json"))
+    bootstrap = read_json(os.path.join(root, "run", "bootstrap.json"))
+    candidates = [
+        {"host": said[key], "port": said["port"], "job": said["job"]}
+        for said, key in ((endpoint, "host"), (bootstrap, "socket"))
+        if said
+    ]
+    return next((server for server in candidates if answers(server)), None)
+
+
+def start(root: str, lifetime: int, timeout: int, log: str) -> subprocess.Popen:
+    """Start the hosting program for a short-lived server, in a session of its own."""
+    command = [sys.executable, "-m", "hpc_db_host", "bootstrap", f"--root={root}"]
+    command += [f"--lifetime={lifetime}", f"--lease-patience={timeout}"]
+    with open(log, "w", encoding="utf-8") as output:
+        return subprocess.Popen(
+            command,
+            cwd=os.path.join(root, "host"),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+def ensure_started(params: dict) -> dict:
+    """Return a server that answers, starting one if need be."""
+    root = params["root"]
+    log = os.path.join(root, "log", "bootstrap.log")
+    limit = time.monotonic() + params["timeout"]
+    child = None
+    while time.monotonic() < limit:
+        server = find_server(root)
+        if server:
+            if child and server["job"]:
+                child.terminate()  # the hosting job was only slow to answer: ours must not wait for its lease
+            return server
+        if child is None:
+            child = start(root, params["lifetime"], params["timeout"], log)
+        elif child.poll() is not None:
+            raise Failed(f"the short-lived server did not start: {last_words(log)}")
+        time.sleep(POLL_SECONDS)
+    if child:
+        child.terminate()
+    raise Failed(f"no server answered within {params['timeout']} s: {last_words(log)}")
+
+
+def last_words(log: str) -> str:
+    """Return why the program ended, and what PostgreSQL said, in one line."""
+    with open(log, encoding="utf-8", errors="replace") as stream:
+        lines = [line.strip() for line in stream]
+    told = [line for line in lines if "FATAL" in line or "LOG:  could not" in line or "hba" in line] + lines[-1:]
+    return "; ".join(dict.fromkeys(told)) or f"see {log}"
+
+
+def ensure_stopped(params: dict) -> bool:
+    """Stop the short-lived server; return whether there was one."""
+    path = os.path.join(params["root"], "run", "bootstrap.json")
+    said = read_json(path)
+    if not said or said["host"] != socket.gethostname() or not answers({"host": said["socket"], "port": said["port"]}):
+        return False
+    os.kill(said["pid"], signal.SIGTERM)
+    limit = time.monotonic() + params["timeout"]
+    while os.path.exists(path) or answers({"host": said["socket"], "port": said["port"]}):
+        if time.monotonic() > limit:
+            raise Failed(f"the short-lived server (PID {said['pid']}) has not stopped within {params['timeout']} s")
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "root": {"type": "path", "required": True},
+            "state": {"type": "str", "choices": ["started", "stopped"], "default": "started"},
+            "lifetime": {"type": "int", "default": 900},
+            "timeout": {"type": "int", "default": 180},
+        },
+        supports_check_mode=True,
+    )
+    os.umask(0o077)
+    server = None
+    try:
+        if module.check_mode:
+            server = find_server(module.params["root"])
+        elif module.params["state"] == "started":
+            server = ensure_started(module.params)
+        else:
+            ensure_stopped(module.params)
+    except (Failed, OSError) as error:
+        module.fail_json(msg=str(error))
+    # A server that comes and goes within the play is no change.
+    module.exit_json(changed=False, server=server)
+
+
+if __name__ == "__main__":
+    main()

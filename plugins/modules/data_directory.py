@@ -1,0 +1,156 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: data_directory
+short_description: Keep an initialised PostgreSQL data directory
+description:
+  - Runs C(initdb) once, with UTF-8, locale C and data checksums whatever the shell's locale is.
+  - Connections over a socket are bound to the system user (V(peer)), all others to SCRAM passwords.
+  - The directory is made aside and renamed, so that an interrupted run leaves none that is half made.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  path:
+    description: The data directory. One of another major version is refused.
+    type: path
+    required: true
+  bindir:
+    description: The folder of PostgreSQL's programs.
+    type: path
+    required: true
+attributes:
+  check_mode:
+    support: full
+    description: Can run in check_mode and return changed status prediction without modifying target.
+  diff_mode:
+    support: full
+    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
+"""
+
+EXAMPLES = r"""
+- name: Initialise the data directory
+  mala.hpc_db.data_directory:
+    path: ~/hpc_db/hpc_db/data/17
+    bindir: ~/hpc_db/hpc_db/postgresql-17/bin
+"""
+
+RETURN = r"""
+version:
+  description: PostgreSQL's version; null in check mode while it is not installed.
+  returned: success
+  type: str
+major:
+  description: Its major version; null in check mode while it is not installed.
+  returned: success
+  type: int
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from typing import Callable
+
+from ansible.module_utils.basic import AnsibleModule
+
+Run = Callable[[list[str]], str]
+
+
+class Failed(Exception):
+    """The data directory cannot be kept; the message is for the user."""
+
+
+def parse_version(text: str) -> tuple[str, int]:
+    """Return version and major version from what ``postgres --version`` prints."""
+    found = re.search(r"\(PostgreSQL\) ((\d+)\S*)", text)
+    if not found:
+        raise Failed(f"postgres --version printed {text.strip()!r}, which names no version")
+    return found.group(1), int(found.group(2))
+
+
+def existing_major(path: str) -> str | None:
+    """Return the major version of a data directory; None if ``path`` is free."""
+    try:
+        with open(os.path.join(path, "PG_VERSION"), encoding="ascii") as stream:
+            return stream.read().strip()
+    except FileNotFoundError:
+        if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
+            raise Failed(f"{path} exists and is no PostgreSQL data directory") from None
+        return None
+
+
+def initdb_command(bindir: str, path: str, major: int) -> list[str]:
+    """Return the call that makes a data directory."""
+    # From 17 on C.UTF-8 is built in: C's order and speed, with upper and lower case beyond ASCII.
+    locale = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"] if major >= 17 else []
+    return [
+        os.path.join(bindir, "initdb"),
+        f"--pgdata={path}",
+        "--encoding=UTF8",
+        "--locale=C",
+        *locale,
+        "--auth-local=peer",
+        "--auth-host=scram-sha-256",
+        "--data-checksums",
+        "--no-instructions",
+    ]
+
+
+def ensure_data_directory(params: dict, run: Run, check_mode: bool) -> dict:
+    """Bring the data directory to the wanted state. ``run`` takes an argument list and returns its stdout."""
+    path, bindir = params["path"], params["bindir"]
+    found = existing_major(path)
+    installed = os.path.exists(os.path.join(bindir, "postgres"))
+    if check_mode and not installed:
+        return result(found is None, path, None, None)
+    version, major = parse_version(run([os.path.join(bindir, "postgres"), "--version"]))
+    if found not in (None, str(major)):
+        raise Failed(f"{path} was made by PostgreSQL {found}, but {bindir} holds {version}; nothing was changed")
+    if found is None and not check_mode:
+        aside = path + ".unfinished"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        run(initdb_command(bindir, aside, major))
+        os.rename(aside, path)
+    return result(found is None, path, version, major)
+
+
+def result(changed: bool, path: str, version: str | None, major: int | None) -> dict:
+    """Return what the module reports."""
+    diff = {"before": "" if changed else f"{path}\n", "after": f"{path}\n"}
+    return {"changed": changed, "version": version, "major": major, "diff": diff}
+
+
+def run_command(command: list[str]) -> str:
+    """Run one of PostgreSQL's programs; raise Failed with its own words."""
+    environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", "HOME": os.path.expanduser("~")}
+    try:
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    except OSError as error:
+        raise Failed(f"{command[0]}: {error.strerror}") from None
+    if done.returncode:
+        raise Failed(f"{command[0]} failed: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={"path": {"type": "path", "required": True}, "bindir": {"type": "path", "required": True}},
+        supports_check_mode=True,
+    )
+    os.umask(0o077)
+    try:
+        outcome = ensure_data_directory(module.params, run_command, module.check_mode)
+    except (Failed, OSError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**outcome)
+
+
+if __name__ == "__main__":
+    main()

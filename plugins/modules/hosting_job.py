@@ -1,0 +1,227 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: hosting_job
+short_description: Keep one hosting job in the queue, or none
+author: mala.hpc_db contributors (@mala-project)
+description:
+  - Submits the batch job that hosts the server, unless a job of this name is queued or running already.
+  - A job that is there is left as it is, also when O(options) or O(script) have changed since it was
+    submitted; new options count from the next job on.
+  - A job that is on its way out (Slurm's state C(COMPLETING)) does not count as there, so O(state=present)
+    submits the next one. Give O(options) C(dependency=singleton), and that one starts only after the old one
+    has ended.
+  - What the scheduler would refuse is refused before anything is changed, in its own words.
+extends_documentation_fragment:
+  - mala.hpc_db.scheduler
+attributes:
+  check_mode:
+    support: full
+    description: In check mode C(sbatch --test-only) says whether Slurm would accept the job.
+  diff_mode:
+    support: full
+    description: Shows what is submitted or cancelled.
+options:
+  state:
+    description:
+      - V(present) means that one job is queued or runs.
+      - V(absent) cancels all jobs of this name, a successor that waits in the queue included, and waits until
+        they have ended.
+    type: str
+    choices: [present, absent]
+    default: present
+  script:
+    description:
+      - The job script, an absolute path.
+      - Needed for O(state=present).
+    type: path
+  output:
+    description:
+      - The file that the job's output is appended to, an absolute path, taken literally (C(%j) is no job id
+        here). Its folder has to exist.
+      - Needed for O(state=present).
+    type: path
+  options:
+    description:
+      - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time).
+      - V(true) gives the bare flag, V(false) and V(null) leave it out.
+      - Quote times. YAML takes a bare C(72:00:00) for the number 259200, which is refused.
+      - C(mem) and its like are in MB, or with a suffix C(K), C(M), C(G) or C(T).
+      - A C(time) above the limit of the C(partition) is refused, since Slurm would accept it and never start
+        the job; with a C(qos), which may lift the limit, it is not.
+      - Names, output, arrays and what makes C(sbatch) wait cannot be set.
+      - Not used by O(scheduler=local).
+    type: dict
+    default: {}
+  timeout:
+    description: How many seconds O(state=absent) waits for the real end of the job before it fails.
+    type: int
+    default: 60
+seealso:
+  - module: mala.hpc_db.hosting_job_info
+  - module: mala.hpc_db.server_wait
+"""
+
+EXAMPLES = r"""
+- name: Keep one hosting job in the queue
+  mala.hpc_db.hosting_job:
+    name: hpc-db
+    root: /home/alice/hpc_db/hpc_db
+    script: /home/alice/hpc_db/hpc_db/host/job.sh
+    output: /home/alice/hpc_db/hpc_db/log/job.log
+    options:
+      partition: defq
+      mem: 16G
+      time: "72:00:00"
+      dependency: singleton
+
+- name: Stop it, and wait until it has ended
+  mala.hpc_db.hosting_job:
+    name: hpc-db
+    root: /home/alice/hpc_db/hpc_db
+    state: absent
+    timeout: 120
+
+- name: Host on this machine, without a scheduler
+  mala.hpc_db.hosting_job:
+    name: hpc-db
+    scheduler: local
+    root: /home/alice/hpc_db/hpc_db
+    script: /home/alice/hpc_db/hpc_db/host/job.sh
+    output: /home/alice/hpc_db/hpc_db/log/job.log
+"""
+
+RETURN = r"""
+job:
+  description:
+    - The job after the module has done its work; V(null) if there is none, as after O(state=absent).
+    - In check mode the job that is there now.
+  returned: success
+  type: dict
+  contains:
+    id:
+      description: The scheduler's id; of O(scheduler=local) the PID.
+      type: str
+    name:
+      description: The job's name.
+      type: str
+    state:
+      description: The scheduler's own word in upper case, such as V(PENDING), V(RUNNING) or V(COMPLETING).
+      type: str
+    node:
+      description: Where it runs; empty if it does not.
+      type: str
+    reason:
+      description: Why it is not running, in the scheduler's own word; empty if there is no reason.
+      type: str
+    time_left:
+      description: The seconds left of its walltime, all of it before the start; V(null) without a limit.
+      type: int
+  sample:
+    id: "4711"
+    name: hpc-db
+    state: PENDING
+    node: ""
+    reason: Resources
+    time_left: 259200
+"""
+
+import time
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
+    ARGUMENT_SPEC,
+    LEAVING,
+    SCHEDULERS,
+    Run,
+    SchedulerError,
+    check_name,
+    find_jobs,
+    make_run,
+)
+
+
+def ensure_job(params: dict, run: Run, check_mode: bool) -> dict:
+    """Bring the job to the wanted state. ``run`` takes an argument list and returns its stdout."""
+    scheduler = SCHEDULERS[params["scheduler"]]
+    check_name(params["name"])
+    scheduler.check_options(params["options"])
+    jobs = find_jobs(params, run)
+    wanted = params["state"] == "present"
+    changed = wanted != any(job["state"] != LEAVING for job in jobs)
+    diff = {"before": {"jobs": _shown(jobs)}, "after": {"jobs": _shown(jobs) if wanted else []}}
+    if changed and wanted:
+        _check_submission(params, run, check_mode)
+        diff["after"]["jobs"].append({"script": params["script"], "options": params["options"]})
+    if not check_mode:
+        if changed and wanted:
+            wishes = params["script"], params["options"], params["output"]
+            scheduler.parse_submit(run(scheduler.submit_command(params["name"], *wishes)))
+            jobs = find_jobs(params, run)
+        elif not wanted:
+            jobs = _clear_queue(params, run, jobs)
+    return {"changed": changed, "job": next(iter(jobs), None), "diff": diff}
+
+
+def _check_submission(params: dict, run: Run, check_mode: bool) -> None:
+    """Raise what a submission would; a real one hears from sbatch itself."""
+    scheduler = SCHEDULERS[params["scheduler"]]
+    limit = scheduler.limit_command(params["options"])
+    if limit:
+        scheduler.check_limit(run(limit), params["options"])
+    check = scheduler.check_command(params["name"], params["options"])
+    if check and check_mode:
+        run(check)
+
+
+def _clear_queue(params: dict, run: Run, jobs: list[dict]) -> list[dict]:
+    """Cancel every job of the name, also one that a running job submits meanwhile, and wait for their end."""
+    deadline = time.monotonic() + params["timeout"]
+    pause = 0.1
+    while jobs:
+        # The last in the line first, or a successor starts when its predecessor goes.
+        for job in reversed(jobs):
+            if job["state"] != LEAVING:
+                run(SCHEDULERS[params["scheduler"]].cancel_command(job["id"]))
+        if time.monotonic() >= deadline:
+            rest = ", ".join(f"{job['id']} {job['state']}" for job in jobs)
+            raise SchedulerError(f"{params['name']} has not ended after {params['timeout']} s: {rest}")
+        time.sleep(pause)
+        pause = min(2 * pause, 2.0)
+        jobs = find_jobs(params, run)
+    return jobs
+
+
+def _shown(jobs: list[dict]) -> list[dict]:
+    """Return what a diff shows of the jobs: what does not change by itself from one look to the next."""
+    return [{"id": job["id"], "state": job["state"]} for job in jobs]
+
+
+def main() -> None:
+    """Wire the module."""
+    module = AnsibleModule(
+        argument_spec=dict(
+            ARGUMENT_SPEC,
+            state={"type": "str", "choices": ["present", "absent"], "default": "present"},
+            script={"type": "path"},
+            output={"type": "path"},
+            options={"type": "dict", "default": {}},
+            timeout={"type": "int", "default": 60},
+        ),
+        required_if=[("state", "present", ("script", "output"))],
+        supports_check_mode=True,
+    )
+    try:
+        result = ensure_job(module.params, make_run(module), module.check_mode)
+    except (SchedulerError, ValueError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

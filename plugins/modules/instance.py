@@ -1,0 +1,256 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: instance
+short_description: Keep an instance directory, its folders and its text files
+description:
+  - Keeps the directory in which one PostgreSQL server of one user lives, with its folders (mode 0700) and text files.
+  - All files are written in one call, since over ssh every further task costs a round trip.
+  - A file with O(files[].validate) is checked aside first; nothing is replaced if any file is refused.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  root:
+    description:
+      - The instance directory, on a file system that login and compute nodes share. A leading C(~) is the user's home.
+      - Refused if it lies inside a conda environment, belongs to another user, or holds something else.
+    type: path
+    required: true
+  directories:
+    description: Folders to keep, relative to O(root).
+    type: list
+    elements: str
+    default: []
+  files:
+    description: Text files to keep.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      path:
+        description: The file, relative to O(root).
+        type: str
+        required: true
+      content:
+        description: Its text.
+        type: str
+        required: true
+      mode:
+        description: Its permissions, in octal.
+        type: str
+        default: "0600"
+      validate:
+        description:
+          - A command that must succeed before the file is replaced, as a list of arguments.
+          - C({file}) stands for the new text's file, C({scratch}) for an empty directory (mode 0700).
+          - It is left out while its program is not there, as in check mode before the first run.
+        type: list
+        elements: str
+        default: []
+attributes:
+  check_mode:
+    support: full
+    description: Can run in check_mode and return changed status prediction without modifying target.
+  diff_mode:
+    support: full
+    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
+"""
+
+EXAMPLES = r"""
+- name: Keep the instance directory
+  mala.hpc_db.instance:
+    root: ~/hpc_db/hpc_db
+    directories: [run, log]
+    files:
+      - path: conf/postgresql.conf
+        content: "{{ lookup('ansible.builtin.template', 'postgresql.conf.j2') }}"
+        validate: [/opt/pg/bin/postgres, -C, shared_buffers, -D, "{scratch}", -c, "config_file={file}"]
+"""
+
+RETURN = r"""
+root:
+  description: The absolute path of the instance directory.
+  returned: success
+  type: str
+owner:
+  description: The user who owns the instance.
+  returned: success
+  type: str
+home:
+  description: That user's home directory.
+  returned: success
+  type: str
+changed_files:
+  description: The files that were, or would be, written, relative to the instance directory.
+  returned: success
+  type: list
+  elements: str
+"""
+
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import tempfile
+
+from ansible.module_utils.basic import AnsibleModule
+
+# Paths go into service files, job scripts and postgresql.conf: whatever one of them could misread is refused.
+UNSAFE = re.compile(r"[^\w./+@=, -]")
+
+
+class Refused(Exception):
+    """The settings cannot be carried out; nothing was changed."""
+
+
+def check_root(root: str, uid: int) -> None:
+    """Refuse a directory that is not, and must not become, an instance directory."""
+    if uid == 0:
+        raise Refused(
+            "instance: the owner is root, but PostgreSQL does not run as root: "
+            "set ansible_user (on this machine: ansible_become_user) to the user who owns the studies"
+        )
+    unsafe = UNSAFE.search(root)
+    if unsafe:
+        raise Refused(
+            f"instance_root: {root!r} contains {unsafe.group()!r}; allowed are letters, digits, space and ./+@=,_-"
+        )
+    folder = root
+    while folder != os.path.dirname(folder):
+        if os.path.isdir(os.path.join(folder, "conda-meta")):
+            raise Refused(
+                f"instance_root: {root} lies inside the conda environment {folder}, which an update may replace; "
+                "choose a folder outside of it"
+            )
+        folder = os.path.dirname(folder)
+    if not os.path.lexists(root):
+        return
+    if not os.path.isdir(root):
+        raise Refused(f"instance_root: {root} exists and is no directory")
+    if os.stat(root).st_uid != uid:
+        raise Refused(f"instance_root: {root} belongs to another user")
+    if os.listdir(root) and not os.path.isdir(os.path.join(root, "run")):
+        raise Refused(f"instance_root: {root} holds other things and is no instance directory; choose a new folder")
+
+
+def ensure_directory(path: str, check_mode: bool) -> bool:
+    """Keep a folder with mode 0700; return whether that is a change."""
+    if os.path.isdir(path) and os.stat(path).st_mode & 0o777 == 0o700:
+        return False
+    if not check_mode:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        os.chmod(path, 0o700)
+    return True
+
+
+def current_text(path: str) -> str | None:
+    """Return the text of ``path``; None if there is none."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return stream.read()
+    except FileNotFoundError:
+        return None
+
+
+def validate(wanted: dict, run=subprocess.run) -> None:
+    """Let the program that will read the file judge it; raise Refused with its own words."""
+    command = wanted["validate"]
+    if not command or not os.path.exists(command[0]):
+        return
+    scratch = tempfile.mkdtemp(prefix="hpc_db-")
+    try:
+        candidate = os.path.join(scratch, os.path.basename(wanted["path"]))
+        empty = os.path.join(scratch, "empty")
+        os.mkdir(empty, 0o700)
+        with open(candidate, "w", encoding="utf-8") as stream:
+            stream.write(wanted["content"])
+        arguments = [word.replace("{file}", candidate).replace("{scratch}", empty) for word in command]
+        judged = run(arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd="/")
+        if judged.returncode:
+            words = judged.stderr.replace(candidate, wanted["path"]).strip().splitlines()
+            # PostgreSQL names the parameter first and says last that the file has errors.
+            named = [line.split("  ", 1)[-1] for line in words if "LOG:" in line and "skipping missing" not in line]
+            raise Refused(f"{wanted['path']}: {'; '.join(named or words)}")
+    finally:
+        shutil.rmtree(scratch)
+
+
+def write(path: str, text: str, mode: int) -> None:
+    """Replace ``path`` by rename, so that no reader ever sees half of it."""
+    descriptor, aside = tempfile.mkstemp(prefix=".new-", dir=os.path.dirname(path))
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        stream.write(text)
+    os.chmod(aside, mode)
+    os.rename(aside, path)
+
+
+def ensure_files(root: str, files: list[dict], check_mode: bool) -> list[dict]:
+    """Keep the files; return a diff for each that changed."""
+    changes = []
+    for wanted in files:
+        path = os.path.join(root, wanted["path"])
+        mode = int(wanted["mode"], 8)
+        before = current_text(path)
+        if before != wanted["content"]:
+            validate(wanted)
+            changes.append((path, wanted, before or ""))
+        elif os.stat(path).st_mode & 0o777 != mode:
+            changes.append((path, wanted, before))
+    if not check_mode:
+        for path, wanted, _before in changes:
+            write(path, wanted["content"], int(wanted["mode"], 8))
+    return [
+        {"before": before, "after": wanted["content"], "before_header": wanted["path"], "after_header": wanted["path"]}
+        for _path, wanted, before in changes
+    ]
+
+
+def ensure_instance(params: dict, check_mode: bool, uid: int) -> dict:
+    """Bring the instance directory to the wanted state."""
+    root = os.path.abspath(params["root"])
+    check_root(root, uid)
+    # "run" comes first: it tells an instance directory from any other folder.
+    folders = [root] + [os.path.join(root, name) for name in ["run", *params["directories"]]]
+    made = [path for path in folders if ensure_directory(path, check_mode)]
+    diffs = [{"before": "", "after": "", "before_header": path, "after_header": f"{path} (0700)"} for path in made]
+    diffs += ensure_files(root, params["files"], check_mode)
+    return {
+        "changed": bool(diffs),
+        "root": root,
+        "changed_files": [diff["before_header"] for diff in diffs[len(made):]],
+        "diff": diffs,
+    }
+
+
+def main() -> None:
+    """Run the module."""
+    file_options = {
+        "path": {"type": "str", "required": True},
+        "content": {"type": "str", "required": True},
+        "mode": {"type": "str", "default": "0600"},
+        "validate": {"type": "list", "elements": "str", "default": []},
+    }
+    module = AnsibleModule(
+        argument_spec={
+            "root": {"type": "path", "required": True},
+            "directories": {"type": "list", "elements": "str", "default": []},
+            "files": {"type": "list", "elements": "dict", "default": [], "options": file_options},
+        },
+        supports_check_mode=True,
+    )
+    user = pwd.getpwuid(os.geteuid())
+    try:
+        result = ensure_instance(module.params, module.check_mode, user.pw_uid)
+    except (Refused, OSError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(owner=user.pw_name, home=os.path.expanduser("~"), **result)
+
+
+if __name__ == "__main__":
+    main()

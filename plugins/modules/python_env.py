@@ -1,0 +1,275 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: python_env
+short_description: Keep Python packages in a folder of their own
+description:
+  - Keeps a virtual environment, or a flat folder of packages, that holds the given requirements.
+  - What is installed is read from the folder itself, in milliseconds; pip runs only when something is missing.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  path:
+    description: The folder. One that exists and was not made by this module is refused.
+    type: path
+    required: true
+  requirements:
+    description:
+      - Lines of a pip requirements file, each with the project's name first, and hashes where wanted.
+      - With a hash on one line, every line needs one, as pip has it.
+    type: list
+    elements: str
+    required: true
+  python:
+    description: The interpreter to make the environment from, or whose pip fills a flat folder; Python 3.9 or newer.
+    type: path
+    required: true
+  layout:
+    description:
+      - V(venv) for a virtual environment with a C(bin/python) of its own.
+      - V(flat) for a folder of unpacked packages, which needs a O(python) that has pip.
+    type: str
+    choices: [venv, flat]
+    default: venv
+  index_url:
+    description: The package index to ask instead of pip's own default. Credentials belong into the user's pip configuration.
+    type: str
+  wheelhouse:
+    description: A folder with all packages needed, for hosts without internet. No index is asked then.
+    type: path
+  timeout:
+    description: The longest time in seconds that pip may take.
+    type: int
+    default: 900
+attributes:
+  check_mode:
+    support: full
+    description: Can run in check_mode and return changed status prediction without modifying target.
+  diff_mode:
+    support: full
+    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
+"""
+
+EXAMPLES = r"""
+- name: Keep the Python side
+  mala.hpc_db.python_env:
+    path: ~/hpc_db/hpc_db/python
+    python: /usr/bin/python3
+    requirements:
+      - psycopg2-binary>=2.9
+      - optuna>=3.2
+"""
+
+RETURN = r"""
+python:
+  description: The interpreter that sees the packages.
+  returned: success
+  type: str
+packages:
+  description: The version of each package that is installed, by its normalised name.
+  returned: success
+  type: dict
+site_packages:
+  description: The folder that holds the packages.
+  returned: success
+  type: str
+"""
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+from typing import Callable
+
+from ansible.module_utils.basic import AnsibleModule
+
+# The first pip that installs manylinux_2_x wheels.
+OLDEST_PIP = (20, 3)
+# What this module leaves in a folder it has filled: the requirements as they were given.
+STAMP = "hpc_db-requirements.txt"
+# Beside a folder while it is being filled: found there, an earlier run was interrupted.
+UNFINISHED = ".unfinished"
+
+Run = Callable[[list[str]], str]
+
+
+class Failed(Exception):
+    """The environment cannot be made; the message is for the user."""
+
+
+def normalise(name: str) -> str:
+    """Return a project's name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def required_names(requirements: list[str]) -> list[str]:
+    """Return the names of the projects that the requirement lines begin with."""
+    names = []
+    for line in requirements:
+        name = re.match(r"[A-Za-z0-9][\w.-]*", line.strip())
+        if not name or "\n" in line:
+            raise Failed(f"requirements: {line!r} does not begin with a project's name")
+        names.append(normalise(name.group().rstrip(".-_")))
+    return names
+
+
+def site_packages(path: str, layout: str) -> str:
+    """Return the folder below ``path`` that holds packages."""
+    if layout == "flat":
+        return path
+    found = sorted(glob.glob(os.path.join(glob.escape(path), "lib", "python3*", "site-packages")))
+    return found[-1] if found else os.path.join(path, "lib")
+
+
+def installed(folder: str) -> dict[str, str]:
+    """Return name and version of each package that has its metadata in ``folder``."""
+    names = (os.path.basename(each) for each in glob.glob(os.path.join(glob.escape(folder), "*.dist-info")))
+    pairs = (name[: -len(".dist-info")].rpartition("-") for name in names)
+    return {normalise(name): version for name, _dash, version in sorted(pairs)}
+
+
+def is_satisfied(path: str, layout: str, requirements: list[str]) -> bool:
+    """Tell whether the folder was filled from just these requirements and still has each of them."""
+    try:
+        with open(os.path.join(path, STAMP), encoding="utf-8") as stream:
+            given = stream.read().splitlines()
+    except OSError:
+        return False
+    # A venv made from an interpreter that has been removed since cannot serve.
+    usable = layout == "flat" or os.access(os.path.join(path, "bin", "python"), os.X_OK)
+    present = installed(site_packages(path, layout))
+    return usable and given == requirements and all(name in present for name in required_names(requirements))
+
+
+def pip_arguments(params: dict, requirements_file: str) -> list[str]:
+    """Return pip's arguments that install the requirements."""
+    arguments = ["--disable-pip-version-check", "--no-input", "install", "--quiet", "--only-binary=:all:"]
+    if params["wheelhouse"]:
+        arguments += ["--no-index", f"--find-links={params['wheelhouse']}"]
+    elif params["index_url"]:
+        arguments.append(f"--index-url={params['index_url']}")
+    if params["layout"] == "flat":
+        arguments += ["--no-deps", "--upgrade", f"--target={params['path']}"]
+    return [*arguments, f"--requirement={requirements_file}"]
+
+
+def pip_is_old(text: str) -> bool:
+    """Tell from ``pip --version`` whether pip cannot see today's wheels."""
+    found = re.search(r"pip (\d+)\.(\d+)", text)
+    return bool(found) and (int(found.group(1)), int(found.group(2))) < OLDEST_PIP
+
+
+def fill(params: dict, run: Run) -> None:
+    """Make the environment and install into it. Interrupted at any point, the next run finishes it."""
+    path, unfinished = params["path"], params["path"] + UNFINISHED
+    if os.path.exists(unfinished):
+        shutil.rmtree(path, ignore_errors=True)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(unfinished, "w", encoding="utf-8") as stream:
+        stream.write("".join(f"{line}\n" for line in params["requirements"]))
+    python = params["python"]
+    if params["layout"] == "venv":
+        if not os.path.exists(os.path.join(path, "bin", "python")):
+            run([params["python"], "-m", "venv", path])
+        python = os.path.join(path, "bin", "python")
+        if pip_is_old(run([python, "-m", "pip", "--version"])):
+            run([python, "-m", "pip", *pip_arguments(dict(params, layout="venv"), os.devnull)[:-1], "--upgrade", "pip"])
+    run([python, "-m", "pip", *pip_arguments(params, unfinished)])
+    # The stamp comes last, by rename: it is there only when everything else is.
+    os.rename(unfinished, os.path.join(path, STAMP))
+
+
+def check_path(path: str) -> None:
+    """Refuse a folder that somebody else made."""
+    ours = os.path.exists(os.path.join(path, STAMP)) or os.path.exists(path + UNFINISHED)
+    if os.path.lexists(path) and not ours and not (os.path.isdir(path) and not os.listdir(path)):
+        raise Failed(f"{path} exists and was not made by this collection; move it away or choose another instance_root")
+
+
+def ensure_packages(params: dict, run: Run, check_mode: bool) -> dict:
+    """Bring the folder to the wanted state. ``run`` takes an argument list and returns its stdout."""
+    required_names(params["requirements"])
+    path, layout = params["path"], params["layout"]
+    check_path(path)
+    before = installed(site_packages(path, layout))
+    changed = not is_satisfied(path, layout, params["requirements"])
+    if changed and not check_mode:
+        fill(params, run)
+    folder = site_packages(path, layout)
+    after = installed(folder)
+    missing = [name for name in required_names(params["requirements"]) if name not in after]
+    if missing and not check_mode:
+        raise Failed(f"{path}: pip ended well but did not install {', '.join(missing)}")
+    planned = {name: "to be installed" for name in missing}
+    return {
+        "changed": changed,
+        "python": os.path.join(path, "bin", "python") if layout == "venv" else params["python"],
+        "packages": after,
+        "site_packages": folder,
+        "diff": {"before": as_lines(before), "after": as_lines({**after, **planned})},
+    }
+
+
+def as_lines(packages: dict[str, str]) -> str:
+    """Return packages as text for a diff."""
+    return "".join(f"{name} {version}\n" for name, version in sorted(packages.items()))
+
+
+def run_command(command: list[str], timeout: int) -> str:
+    """Run pip or venv; raise Failed with its own last words."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "PIP_TARGET", "PIP_USER", "PIP_REQUIRE_VIRTUALENV")
+    }
+    try:
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{' '.join(command[:4])} … took longer than {timeout} s") from None
+    except OSError as error:
+        raise Failed(f"{command[0]}: {error.strerror}") from None
+    if done.returncode:
+        words = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no output"]
+        errors = [line for line in words if line.startswith("ERROR")] or words[-3:]
+        hint = ""
+        if "ensurepip" in done.stdout + done.stderr:
+            hint = f" ({command[0]} cannot make environments with pip: set postgres_python to one that can)"
+        elif "pip" in command[:4]:
+            hint = " (without internet there: set postgres_python_wheelhouse or postgres_python_index_url)"
+        raise Failed(f"{' '.join(command[:4])} … failed: {' '.join(errors)}{hint}")
+    return done.stdout
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "path": {"type": "path", "required": True},
+            "requirements": {"type": "list", "elements": "str", "required": True},
+            "python": {"type": "path", "required": True},
+            "layout": {"type": "str", "choices": ["venv", "flat"], "default": "venv"},
+            "index_url": {"type": "str"},
+            "wheelhouse": {"type": "path"},
+            "timeout": {"type": "int", "default": 900},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        result = ensure_packages(
+            module.params, lambda command: run_command(command, module.params["timeout"]), module.check_mode
+        )
+    except (Failed, OSError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

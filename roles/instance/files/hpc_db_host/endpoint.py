@@ -1,0 +1,111 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The endpoint: where the server is now, for people and programs.
+
+``run/endpoint.json`` is for this collection; the instance's section in ``~/.pg_service.conf`` is for
+libpq, which reads it at every connect: so a URL that names the service follows the server.
+"""
+
+import os
+import re
+import time
+from typing import List
+
+from . import files
+
+LOCK_STALE_SECONDS = 30.0
+
+
+def publish(run: str, service_file: str, endpoint: dict, service: dict) -> None:
+    """Tell everybody where the server is. ``service`` holds the libpq parameters beside host and port."""
+    parameters = dict(service, host=endpoint["host"], port=endpoint["port"])
+    edit_service(service_file, endpoint["instance"], parameters)
+    files.write_json(os.path.join(run, "endpoint.json"), endpoint)
+
+
+def withdraw(run: str, service_file: str, instance: str) -> None:
+    """Take back what ``publish`` said."""
+    files.remove(os.path.join(run, "endpoint.json"))
+    edit_service(service_file, instance, {})
+
+
+def edit_service(path: str, name: str, parameters: dict) -> None:
+    """Set the section ``name`` of a libpq service file, or remove it; everything else stays as it is."""
+    path = os.path.realpath(path)
+    with FileLock(path + ".lock"):
+        try:
+            with open(path) as stream:
+                text = stream.read()
+            mode = os.stat(path).st_mode & 0o777
+        except FileNotFoundError:
+            text, mode = "", 0o600
+        edited = replace_section(text, name, parameters)
+        if edited != text:
+            files.write_atomically(path, edited, mode)
+
+
+def replace_section(text: str, name: str, parameters: dict) -> str:
+    """Return ``text`` with the section ``name`` holding just ``parameters``; without it if there are none."""
+    kept = []  # type: List[str]
+    inside = False
+    for line in text.splitlines(True):
+        heading = re.match(r"\s*\[(.*)\]\s*$", line)
+        if heading:
+            inside = heading.group(1) == name
+        if not inside:
+            kept.append(line)
+    while parameters and kept and not kept[-1].endswith("\n"):
+        kept[-1] += "\n"
+    if parameters:
+        kept.append("[%s]\n" % name)
+        kept.extend("%s=%s\n" % item for item in sorted(parameters.items()))
+    return "".join(kept)
+
+
+class FileLock:
+    """A lock that needs no flock: who creates the directory has it. A lock that stood still is broken."""
+
+    def __init__(self, path: str, patience: float = 2 * LOCK_STALE_SECONDS) -> None:
+        self.path = path
+        self.patience = patience
+
+    def __enter__(self) -> None:
+        limit = time.monotonic() + self.patience
+        seen = (0.0, time.monotonic())
+        while True:
+            try:
+                os.mkdir(self.path, 0o700)
+                return
+            except FileExistsError:
+                now = time.monotonic()
+                made = _made(self.path)
+                if made != seen[0]:
+                    seen = (made, now)
+                elif now - seen[1] > LOCK_STALE_SECONDS:
+                    self._break(made)
+                if now > limit:
+                    raise TimeoutError("%s is locked by another process" % self.path)
+                time.sleep(0.05)
+
+    def _break(self, made: float) -> None:
+        """Move the stale lock aside; only one contender's rename finds it."""
+        aside = "%s.%d" % (self.path, os.getpid())
+        try:
+            if _made(self.path) == made:
+                os.rename(self.path, aside)
+                os.rmdir(aside)
+        except OSError:
+            pass
+
+    def __exit__(self, *_unused: object) -> None:
+        try:
+            os.rmdir(self.path)
+        except FileNotFoundError:
+            pass
+
+
+def _made(path: str) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0

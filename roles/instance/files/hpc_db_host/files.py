@@ -1,0 +1,47 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Small files that other hosts read while this one writes them."""
+
+import json
+import os
+import tempfile
+from typing import Optional
+
+
+def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
+    """Replace ``path`` by rename, so that a reader sees the old text or the new one, never a part."""
+    folder = os.path.dirname(path)
+    descriptor, aside = tempfile.mkstemp(prefix=".%s." % os.path.basename(path), dir=folder)
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(aside, mode)
+        os.rename(aside, path)
+    except BaseException:
+        os.unlink(aside)
+        raise
+
+
+def write_json(path: str, content: dict) -> None:
+    """Write ``content`` as JSON, atomically."""
+    write_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: str) -> Optional[dict]:
+    """Return the JSON object in ``path``; None if there is none, or none that can be read."""
+    try:
+        with open(path) as stream:
+            content = json.load(stream)
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def remove(path: str) -> None:
+    """Remove ``path`` if it is there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass

@@ -1,0 +1,165 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The lease: who may run postgres on the data directory.
+
+``run/lease.N`` names the holder of epoch N; the highest N is the owner. ``hb.N`` is its heartbeat,
+``released.N`` says that it stopped cleanly. Built on link(2) and rename(2), which every cluster file
+system keeps atomic; flock is per client, or off, on several of them.
+"""
+
+import json
+import os
+import re
+import time
+from typing import Callable, Optional
+
+from . import files, processes
+
+# NFS clients may show a file up to 60 s late (acregmax); a heartbeat must be missed for longer.
+DEFAULT_TTL = 90.0
+
+
+class Held(Exception):
+    """Somebody else has the lease, and nothing says that they are gone."""
+
+    def __init__(self, holder: dict) -> None:
+        self.holder = holder
+        Exception.__init__(self, "the data directory is held by %s" % describe(holder))
+
+
+class Lost(Exception):
+    """The lease was taken over by another holder: stop at once."""
+
+
+def describe(holder: dict) -> str:
+    """Name a holder in one line: what it is, where, and since when."""
+    what = "job %s" % holder["job"] if holder.get("job") else "a short-lived server"
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder.get("since", 0)))
+    return "%s on %s (PID %s) since %s" % (what, holder.get("host", "?"), holder.get("pid", "?"), since)
+
+
+class Lease:
+    """One contender's view of the lease in ``folder``.
+
+    ``holder`` says who we are (host, pid, job, kind). ``ended`` is asked about the present holder when
+    it is on another host: True if the scheduler says that its job has ended, False if not or unknown.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        holder: dict,
+        ended: Callable[[dict], bool],
+        ttl: float = DEFAULT_TTL,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder = folder
+        self.ttl = ttl
+        self.epoch = 0
+        self._clock = clock
+        self._ended = ended
+        self._holder = dict(
+            holder, place=processes.this_host(), start=processes.start_time(holder["pid"]), since=time.time()
+        )
+        self._beats = 0
+        self._renewed = clock()
+        self._seen = (0, "", clock())
+
+    def try_acquire(self) -> bool:
+        """Take the lease if it is free; raise Held if it is not. False: another contender was faster."""
+        newest = self._newest()
+        if newest and not self._is_free(newest):
+            raise Held(self._read(newest) or {})
+        aside = self._path("contender.%d.%d" % (os.getpid(), newest + 1))
+        files.write_json(aside, self._holder)
+        try:
+            os.link(aside, self._path("lease.%d" % (newest + 1)))
+        except OSError:
+            pass  # over NFS a link may be made and reported as failed: the link count tells
+        won = os.stat(aside).st_nlink == 2
+        files.remove(aside)
+        if won and self._newest() == newest + 1:  # not so if we slept while others came and went
+            self.epoch = newest + 1
+            self.renew()
+            self._forget_older()
+        return self.epoch > 0
+
+    def acquire(self, patience: float, waiting: Callable[[Held], None], pause: float = 1.0) -> None:
+        """Take the lease, waiting up to ``patience`` seconds for its holder; raise Held after that."""
+        limit = self._clock() + patience
+        while True:
+            try:
+                if self.try_acquire():
+                    return
+            except Held as held:
+                if self._clock() >= limit:
+                    raise
+                waiting(held)
+            time.sleep(pause)
+
+    def renew(self) -> None:
+        """Show that we live; raise Lost if somebody has taken over."""
+        self._beats += 1
+        files.write_atomically(self._path("hb.%d" % self.epoch), "%d\n" % self._beats)
+        if self._newest() != self.epoch:
+            raise Lost("the lease was taken by %s" % describe(self._read(self._newest()) or {}))
+        self._renewed = self._clock()
+
+    def renew_if_due(self) -> None:
+        """Renew six times within the TTL."""
+        if self._clock() - self._renewed >= self.ttl / 6:
+            self.renew()
+
+    def release(self) -> None:
+        """Say that the data directory was left cleanly."""
+        files.write_atomically(self._path("released.%d" % self.epoch), "")
+
+    def holder(self) -> Optional[dict]:
+        """Return who holds the lease now; None if it is free to take."""
+        newest = self._newest()
+        return None if not newest or self._is_released(newest) else self._read(newest)
+
+    def _is_free(self, epoch: int) -> bool:
+        holder = self._read(epoch)
+        if self._is_released(epoch):
+            return True
+        if holder is None:
+            return False
+        if holder.get("place") == self._holder["place"]:
+            return processes.start_time(holder["pid"]) != holder["start"]
+        return self._ended(holder) and self._stands_still(epoch)
+
+    def _stands_still(self, epoch: int) -> bool:
+        """Tell whether the heartbeat has not moved for the TTL, on our own clock: clocks differ."""
+        try:
+            with open(self._path("hb.%d" % epoch)) as stream:
+                beat = stream.read()
+        except OSError:
+            beat = ""
+        if (epoch, beat) != self._seen[:2]:
+            self._seen = (epoch, beat, self._clock())
+        return self._clock() - self._seen[2] > self.ttl
+
+    def _is_released(self, epoch: int) -> bool:
+        return os.path.exists(self._path("released.%d" % epoch))
+
+    def _newest(self) -> int:
+        epochs = [re.match(r"lease\.(\d+)$", name) for name in os.listdir(self.folder)]
+        return max([int(match.group(1)) for match in epochs if match] or [0])
+
+    def _read(self, epoch: int) -> Optional[dict]:
+        try:
+            with open(self._path("lease.%d" % epoch)) as stream:
+                return json.load(stream)
+        except (OSError, ValueError):
+            return None
+
+    def _forget_older(self) -> None:
+        """Remove the files of epochs before the last one: nobody reads them any more."""
+        for name in os.listdir(self.folder):
+            match = re.match(r"(?:lease|hb|released)\.(\d+)$", name)
+            if match and int(match.group(1)) < self.epoch - 1:
+                files.remove(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, name)

@@ -1,0 +1,86 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A scheduler for one machine, with one job an instance. Call it in <root>/host.
+
+    python3 -m hpc_db_host.local_job submit --name NAME --script SCRIPT --output LOG    print the id
+    python3 -m hpc_db_host.local_job queue                                              print the job
+    python3 -m hpc_db_host.local_job cancel ID                                          send SIGTERM
+
+The queue has the form of `squeue --format=%i|%T|%N|%L|%j|%r`, and the id is the PID.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Optional
+
+from . import files, processes
+
+RECORD = os.path.join("..", "run", "local_job.json")
+
+
+def live_job() -> Optional[dict]:
+    """Return the recorded job if its process is still the one that was started."""
+    job = files.read_json(RECORD)
+    if not job or job["host"] != processes.this_host():
+        return None
+    started = processes.start_time(int(job["id"]))
+    return job if started and started == job["started"] else None
+
+
+def submit(name: str, script: str, output: str) -> str:
+    """Start the script so that it outlives the caller and its connection; return its id."""
+    job = live_job()
+    if job:
+        raise SystemExit("job %(id)s (%(name)s) of this instance runs already" % job)
+    os.umask(0o077)
+    # A job that was started from inside an allocation is no part of it.
+    environment = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
+    with open(output, "ab") as log:
+        process = subprocess.Popen(
+            ["bash", script], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True, env=environment,
+        )
+    started = processes.start_time(process.pid)
+    record = {"id": str(process.pid), "name": name, "started": started, "host": processes.this_host()}
+    files.write_json(RECORD, dict(record, since=time.time()))
+    return record["id"]
+
+
+def queue() -> Optional[str]:
+    """Return the live job's line."""
+    job = live_job()
+    return job and "|".join([job["id"], "RUNNING", socket.gethostname(), "UNLIMITED", job["name"], "None"])
+
+
+def cancel(job_id: str) -> None:
+    """Ask the job to stop. Like scancel, an id that is not in the queue is no error."""
+    job = live_job()
+    if job and job["id"] == job_id:
+        os.kill(int(job_id), signal.SIGTERM)
+
+
+def main() -> int:
+    """Do what the command line says."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="hpc_db_host.local_job", description=__doc__, formatter_class=raw)
+    verbs = parser.add_subparsers(dest="verb")
+    verbs.required = True  # no argument of add_subparsers before Python 3.7
+    submitting = verbs.add_parser("submit")
+    for option in ("--name", "--script", "--output"):
+        submitting.add_argument(option, required=True)
+    verbs.add_parser("queue")
+    verbs.add_parser("cancel").add_argument("job_id", metavar="ID")
+    arguments = vars(parser.parse_args())
+    printed = {"submit": submit, "queue": queue, "cancel": cancel}[arguments.pop("verb")](**arguments)
+    if printed:
+        print(printed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

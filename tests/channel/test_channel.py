@@ -1,0 +1,79 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The channel is the same every time, and what comes out of it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+rattler = pytest.importorskip("rattler")
+
+BUILD = Path(__file__).with_name("build.py")
+
+
+def build(out: Path, wheels: Path) -> Path:
+    subprocess.run([sys.executable, str(BUILD), str(out), "--wheels", str(wheels)], check=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wheels")
+
+
+@pytest.fixture(scope="module")
+def channel(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("channel"), wheels)
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that other users can enter, unlike ``tmp_path``."""
+    folder = Path(tempfile.mkdtemp(prefix="channel-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_same_bytes_every_time(channel: Path, wheels: Path, tmp_path: Path) -> None:
+    assert content(channel) == content(build(tmp_path / "again", wheels))
+
+
+async def install(channel: Path, spec: str, prefix: Path, cache: Path) -> dict[str, str]:
+    records = await rattler.solve(
+        sources=[rattler.Channel(channel.as_uri())],
+        specs=[spec],
+        gateway=rattler.Gateway(cache_dir=cache),
+        virtual_packages=rattler.VirtualPackage.detect(),
+    )
+    await rattler.install(records, target_prefix=prefix, cache_dir=cache, show_progress=False)
+    return {record.name.normalized: str(record.version) for record in records}
+
+
+@pytest.mark.parametrize(("major", "version"), [("17", "17.10"), ("18", "18.6")])
+def test_installs_and_runs_anywhere(
+    channel: Path, public_folder: Path, tmp_path: Path, major: str, version: str
+) -> None:
+    prefix = public_folder / "with a space"
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+
+    installed = asyncio.run(install(channel, f"postgresql={major}", prefix, tmp_path))
+
+    assert installed == {"postgresql": version, "libpq": version}
+    for program in ("postgres", "initdb", "pg_ctl", "psql", "pg_dump", "pgbench"):
+        command = [*as_nobody, str(prefix / "bin" / program), "--version"]
+        said = subprocess.run(command, env={}, check=True, capture_output=True, text=True)
+        assert said.stdout.split()[-1] == version

@@ -1,0 +1,137 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The first processes (PID 1) of the workstation and of each host, in namespaces of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import network
+import slurm
+from state import ENVIRONMENT, ClusterError, State, wait_until, write_pid_file
+
+DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0),
+           "fuse": (10, 229)}
+LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2", "ptmx": "pts/ptmx"}
+
+
+def be_workstation(state: State) -> NoReturn:
+    """Own the switches, and hold every host: when this process ends, the kernel ends the whole cluster."""
+    os.umask(0o022)
+    write_pid_file(state.pid_file)
+    socket.sethostname(network.WORKSTATION)
+    mount("proc", Path("/proc"))
+    mount_devices(Path("/dev"))
+    mount("overlay", Path("/etc"), f"lowerdir={state.workstation}/etc:/etc")
+    network.set_up_switches()
+    reap_for_ever()
+
+
+def be_host(state: State, name: str) -> NoReturn:
+    os.umask(0o022)
+    # /proc is still the workstation's, and so are the pid written here and the process 1 whose network this joins.
+    write_pid_file(state.host_pid_file(name))
+    socket.sethostname(name)
+    network.plug_in(name, Path("/proc/1/ns/net"))
+    logs = [(state.log / f"{name}-{daemon.name}.log").open("ab") for daemon in slurm.daemons(name)]
+    share = (state.hosts.index(name) + 1) / (len(state.hosts) + 1)
+
+    enter_root(mount_root(state, name))
+    spread_pids(share)
+    for daemon, log in zip(slurm.daemons(name), logs):
+        process = subprocess.Popen(
+            daemon.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            env=ENVIRONMENT, cwd="/", user=daemon.user, group=daemon.user, extra_groups=[],
+        )
+        wait_until(lambda: daemon.ready() or process.poll() is not None, 20, f"{daemon.name} does not answer")
+        if process.returncode is not None:
+            raise ClusterError(f"{daemon.name} ended with exit code {process.returncode}")
+    reap_for_ever()
+
+
+def mount(kind: str, target: Path, options: str = "") -> None:
+    command = ["mount", "-t", kind, *(["-o", options] if options else []), kind, str(target)]
+    subprocess.run(command, check=True)
+
+
+def bind(source: Path, target: Path, options: str = "bind") -> None:
+    subprocess.run(["mount", "-o", options, str(source), str(target)], check=True)
+
+
+def mount_devices(dev: Path) -> None:
+    mount("tmpfs", dev, "mode=755")
+    for name, number in DEVICES.items():
+        os.mknod(dev / name, stat.S_IFCHR, os.makedev(*number))
+        (dev / name).chmod(0o666)
+    for name, target in LINKS.items():
+        (dev / name).symlink_to(target)
+    (dev / "pts").mkdir()
+    mount("devpts", dev / "pts", "newinstance,ptmxmode=0666,mode=0620,gid=5")
+    (dev / "shm").mkdir()
+    mount("tmpfs", dev / "shm", "mode=1777")
+
+
+def mount_root(state: State, name: str) -> Path:
+    """This machine's files under those of the cluster's layer; what the host writes is gone when it dies."""
+    base = state.root / "hosts" / name
+    base.mkdir(exist_ok=True)
+    mount("tmpfs", base, "mode=755")
+    subprocess.run(["cp", "-a", state.layer, base / "upper"], check=True)
+    (base / "upper/etc/hostname").write_text(f"{name}\n")
+    (base / "work").mkdir()
+    root = base / "root"
+    root.mkdir()
+    mount("overlay", root, f"lowerdir=/,upperdir={base}/upper,workdir={base}/work")
+
+    mount("proc", root / "proc")
+    mount("sysfs", root / "sys", "ro")
+    mount_devices(root / "dev")
+    for directory, mode in {"run": "755", "tmp": "1777", "root": "700"}.items():
+        mount("tmpfs", root / directory, f"mode={mode}")
+    (root / "run/sshd").mkdir()
+    (root / "run/munge").mkdir()
+    shutil.chown(root / "run/munge", "munge", "munge")
+    bind(state.home, root / "home")
+    if name == "ctl":
+        bind(state.spool, root / "var/spool/slurmctld")
+    for source, target in state.settings["mounts"]:
+        mountpoint = root / target.lstrip("/")
+        mountpoint.mkdir(parents=True, exist_ok=True)
+        bind(Path(source), mountpoint, "bind,ro")
+    return root
+
+
+def enter_root(root: Path) -> None:
+    old = root / "run/old"
+    old.mkdir()
+    os.chdir(root)
+    subprocess.run(["pivot_root", ".", "run/old"], check=True)
+    subprocess.run(["umount", "--lazy", "/run/old"], check=True)
+    Path("/run/old").rmdir()
+
+
+def spread_pids(share: float) -> None:
+    """Begin to count elsewhere in each host: on real machines, too, the same pid is rarely alive on two."""
+    last = int(Path("/proc/sys/kernel/pid_max").read_text()) * share
+    Path("/proc/sys/kernel/ns_last_pid").write_text(str(int(last)))
+
+
+def reap_for_ever() -> NoReturn:
+    """Tell the caller that this host is up, then bury the dead, as a first process must."""
+    print("ready", flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    while True:
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        signal.sigwait({signal.SIGCHLD})

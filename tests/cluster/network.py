@@ -1,0 +1,104 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Two switches: the compute nodes' and the campus one. Only the login node is plugged into both."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+WORKSTATION = "workstation"
+WORKSTATION_ADDRESS = "198.51.100.129"
+
+
+class Cable(NamedTuple):
+    plug: str  # its end at the switch, an interface of the workstation's namespace
+    switch: str
+    address: str
+
+    @property
+    def mac(self) -> str:
+        """Always the same, or a rebooted host is out of reach until its neighbours forget the old one."""
+        return f"02:00:c6:33:64:{int(self.address.rpartition('.')[2]):02x}"
+
+
+def host_names(nodes: int) -> list[str]:
+    return ["ctl", "login", *node_names(nodes)]
+
+
+def node_names(nodes: int) -> list[str]:
+    return [f"c{number}" for number in range(1, nodes + 1)]
+
+
+def cables(host: str) -> list[Cable]:
+    number = {"ctl": 1, "login": 2}.get(host) or 10 + int(host[1:])
+    found = [Cable(host, "cluster", f"198.51.100.{number}")]
+    if host == "login":
+        found.append(Cable("login-campus", "campus", "198.51.100.130"))
+    return found
+
+
+def hosts_file(hosts: list[str], *, campus: bool) -> str:
+    """The text of /etc/hosts, as seen from the campus or from the cluster."""
+    addresses = {host: cables(host)[-1 if campus else 0].address for host in hosts}
+    lines = {"localhost": "127.0.0.1", WORKSTATION: WORKSTATION_ADDRESS, **addresses}
+    return "".join(f"{address}\t{name}\n" for name, address in lines.items())
+
+
+def ip(*arguments: str, netns: Path | None = None) -> str:
+    enter = ["nsenter", f"--net={netns}"] if netns else []
+    return subprocess.run([*enter, "ip", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def isolate() -> None:
+    """Prepare the namespace this process is in: loopback, no IPv6 behind the addresses above, no routing."""
+    ip("link", "set", "lo", "up")
+    for sysctl, value in {"ipv6/conf/all/disable_ipv6": "1", "ipv6/conf/default/disable_ipv6": "1",
+                          "ipv4/ip_forward": "0"}.items():
+        path = Path("/proc/sys/net", sysctl)
+        if path.exists():
+            path.write_text(value)
+
+
+def set_up_switches() -> None:
+    isolate()
+    for switch in ("cluster", "campus"):
+        ip("link", "add", switch, "type", "bridge")
+        ip("link", "set", switch, "up")
+    ip("address", "add", f"{WORKSTATION_ADDRESS}/25", "dev", "campus")
+
+
+def plug_in(host: str, switches: Path) -> None:
+    """Wire the namespace this process is in to the ``switches``, which are in another one."""
+    isolate()
+    for number, cable in enumerate(cables(host)):
+        port = f"eth{number}"
+        ip("link", "add", port, "address", cable.mac, "type", "veth",
+           "peer", "name", cable.plug, "netns", str(switches))
+        ip("link", "set", cable.plug, "master", cable.switch, "up", netns=switches)
+        ip("address", "add", f"{cable.address}/25", "dev", port)
+        ip("link", "set", port, "up")
+
+
+def plugged(switches: Path) -> dict[str, bool]:
+    """Which plugs there are, and whether they are up."""
+    links = json.loads(ip("-json", "link", "show", "type", "veth", netns=switches))
+    return {link["ifname"]: "UP" in link["flags"] for link in links}
+
+
+def set_cables(host: str, state: str, switches: Path) -> None:
+    """``state`` is up or down."""
+    present = plugged(switches)
+    for cable in cables(host):
+        if cable.plug in present:  # a dead host has none
+            ip("link", "set", cable.plug, state, netns=switches)
+
+
+def unplug(host: str, switches: Path) -> None:
+    """Take the cables away, so that not even a farewell gets out."""
+    present = plugged(switches)
+    for cable in cables(host):
+        if cable.plug in present:
+            ip("link", "delete", cable.plug, netns=switches)

@@ -1,0 +1,189 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The mini cluster behaves like one, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Callable, Iterator
+
+import pytest
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the cluster needs root")
+
+PROGRAM = Path(__file__).with_name("cluster")
+HOSTS = ["ctl", "login", "c1", "c2"]
+NAMESPACES = [f"/proc/self/ns/{name}" for name in ("ipc", "mnt", "net", "pid", "uts")]
+
+
+class Cluster:
+    def __init__(self, name: str) -> None:
+        self.state = Path(f"/tmp/hpc-db-{name}-{os.getpid()}")
+
+    def try_(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [PROGRAM, verb, "--state", self.state, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+
+    def __call__(self, verb: str, *arguments: str) -> str:
+        done = self.try_(verb, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def ssh(self, command: str, program: str = "ssh", stdin: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run([program, "-F", self.state / "ssh_config", "login", *([command] if command else [])],
+                              input=stdin, capture_output=True, text=True, timeout=60)
+
+    def reaches(self, source: str, target: str, port: int) -> bool:
+        look = f"import socket; socket.create_connection(('{target}', {port}), timeout=2)"
+        return self.try_("exec", source, "--", "/usr/bin/python3", "-c", look).returncode == 0
+
+    def node(self, name: str) -> str:
+        return self("exec", "ctl", "--", "sinfo", "-h", "-n", name, "-p", "work", "-o", "%T")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster("test")
+    cluster("up", "--nodes", "2")
+    yield cluster
+    cluster("down")
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
+
+
+def test_runs_a_job_that_writes_to_the_shared_home(cluster):
+    submitted = cluster.ssh("sbatch --parsable --output=job.out --wrap 'echo $USER on $(hostname)'")
+
+    assert submitted.returncode == 0, submitted.stderr
+    output = cluster.state / "home/alice/job.out"
+    assert eventually(lambda: output.exists() and output.read_text() in ("alice on c1\n", "alice on c2\n"))
+    assert cluster("exec", "c2", "--user", "alice", "--", "cat", "job.out") == output.read_text().strip()
+
+
+def test_nodes_are_machines_of_their_own(cluster):
+    found = cluster.ssh(f"srun --nodes=2 sh -c 'echo $(hostname) $(readlink {' '.join(NAMESPACES)}) $$'").stdout
+
+    first, second = (line.split() for line in sorted(found.splitlines()))
+    assert (first[0], second[0]) == ("c1", "c2")
+    assert len({*first, *second}) == 2 * 7
+
+
+@pytest.mark.parametrize("host", [*HOSTS, "workstation"])
+def test_users_are_the_same_everywhere(cluster, host):
+    assert cluster("exec", host, "--user", "alice", "--", "id", "-un", "20001") == "alice"
+    assert cluster.try_("exec", host, "--user", "mallory", "--", "ls", "/home/alice").returncode != 0
+
+
+def test_workstation_reaches_only_the_login_node(cluster):
+    assert cluster.reaches("workstation", "login", 22)
+    assert cluster.reaches("login", "c1", 6818)
+    assert cluster.reaches("c1", "login", 22)
+    assert not cluster.reaches("workstation", "c1", 6818)
+    assert "unreachable" in cluster.try_("connect", "c1", "6818").stderr
+
+
+def test_transfers_files(cluster):
+    assert cluster.ssh("", program="sftp", stdin=f"put {PROGRAM} copy\n").returncode == 0
+    assert (cluster.state / "home/alice/copy").read_bytes() == PROGRAM.read_bytes()
+
+
+def test_refuses_a_bad_partition(cluster):
+    refused = cluster.ssh("sbatch --partition=nonsense --wrap true")
+
+    assert refused.returncode == 1
+    assert "invalid partition" in refused.stderr
+
+
+def test_a_killed_node_comes_back(cluster):
+    cluster("kill", "c1")
+    assert "c1 is not up" in cluster.try_("exec", "c1", "--", "true").stderr
+    assert not cluster.reaches("login", "c1", 6818)
+
+    cluster("boot", "c1")
+    assert cluster.reaches("login", "c1", 6818)
+    assert eventually(lambda: cluster.node("c1") == "idle")
+
+
+def test_a_cut_node_lives_on(cluster):
+    cluster("cut", "c2")
+    assert not cluster.reaches("login", "c2", 6818)
+    assert cluster("exec", "c2", "--", "hostname") == "c2"
+
+    cluster("heal", "c2")
+    assert cluster.reaches("login", "c2", 6818)
+    assert eventually(lambda: cluster.node("c2") == "idle")
+
+
+def test_the_controller_remembers_jobs(cluster):
+    submitted = time.time()
+    job = cluster.ssh("sbatch --parsable --hold --wrap true").stdout.strip()
+    saved = cluster.state / "slurmctld/job_state"
+    assert eventually(lambda: saved.exists() and saved.stat().st_mtime > submitted)
+    cluster("kill", "ctl")
+    cluster("boot", "ctl")
+
+    assert eventually(lambda: cluster.ssh(f"squeue -h -j {job} -o %T").stdout.strip() == "PENDING")
+    cluster.ssh(f"scancel {job}")
+
+
+def test_starts_only_once(cluster):
+    again = cluster.try_("up")
+
+    assert (again.returncode, len(again.stderr.splitlines())) == (1, 1)
+    assert "already up" in again.stderr
+
+
+def test_says_why_it_cannot_start():
+    cluster = Cluster("broken")
+    failed = cluster.try_("up", "--slurm", "Nonsense=1")
+
+    assert failed.returncode == 1
+    assert "unrecognized key: Nonsense" in failed.stderr
+    assert not cluster.state.exists()
+    assert not [process for process in Path("/proc").glob("[0-9]*") if str(cluster.state) in command_line(process)]
+
+
+def test_down_leaves_nothing():
+    cluster = Cluster("gone")
+    before = machine()
+    cluster("up", "--nodes", "1", "--mount", "/usr/share:/srv/share")
+    used = {namespace for host in ("ctl", "login", "c1", "workstation") for namespace in
+            cluster("exec", host, "--", "readlink", *NAMESPACES).splitlines()}
+    assert len(used - namespaces(Path("/proc/self"))) == 4 * len(NAMESPACES)
+    assert machine() == before
+
+    cluster("down")
+    cluster("down")
+
+    assert machine() == before
+    assert not cluster.state.exists()
+    left = [process for process in Path("/proc").glob("[0-9]*")
+            if namespaces(process) & used or str(cluster.state) in command_line(process)]
+    assert not left
+
+
+def machine() -> tuple[str, list[str]]:
+    """The mounts and the network interfaces that this machine's own namespaces show."""
+    return Path("/proc/mounts").read_text(), sorted(os.listdir("/sys/class/net"))
+
+
+def namespaces(process: Path) -> set[str]:
+    try:
+        return {os.readlink(path) for path in (process / "ns").iterdir()}
+    except OSError:  # it has ended
+        return set()
+
+
+def command_line(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,163 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the Slurm adapter says to Slurm, and how it reads the answers."""
+
+import math
+
+import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils import _local, _slurm
+
+
+def test_submission_passes_every_option_as_one_argument():
+    options = {
+        "partition": "defq", "time": "72:00:00", "nodes": 1, "exclusive": True, "requeue": False, "account": None,
+        "comment": "it's $(date); {x} --wrap=:",
+    }
+
+    assert _slurm.submit_command("hpc-db", "/a b/job.sh", options, "/a b/100%j.log") == [
+        "sbatch", "--parsable", "--job-name=hpc-db", "--output=/a b/100%%j.log", "--open-mode=append",
+        "--comment=it's $(date); {x} --wrap=:", "--exclusive", "--nodes=1", "--partition=defq", "--time=72:00:00",
+        "/a b/job.sh",
+    ]
+
+
+def test_check_neither_needs_a_script_nor_submits():
+    command = _slurm.check_command("hpc-db", {"partition": "defq"})
+
+    assert command == ["sbatch", "--test-only", "--job-name=hpc-db", "--partition=defq", "--wrap=:"]
+
+
+@pytest.mark.parametrize("text, job_id", [
+    ("12\n", "12"),
+    ("12;hemera\n", "12"),
+    ("Welcome!\nYou have 3 hours left.\n12\n", "12"),
+])
+def test_id_of_a_submission(text, job_id):
+    assert _slurm.parse_submit(text) == job_id
+
+
+@pytest.mark.parametrize("text", ["", "Submitted batch job 12\n", "12 13"])
+def test_submission_without_an_id_is_an_error(text):
+    with pytest.raises(ValueError, match="no job id"):
+        _slurm.parse_submit(text)
+
+
+def job(job_id, state, node="", time_left=None, name="hpc-db", reason=""):
+    return {"id": job_id, "name": name, "state": state, "node": node, "reason": reason, "time_left": time_left}
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("3|RUNNING|c1|59:58|hpc-db|None", job("3", "RUNNING", "c1", 3598)),
+    ("4|PENDING||3-00:00:00|hpc-db|Resources", job("4", "PENDING", "", 259200, reason="Resources")),
+    ("5|COMPLETING|c1|UNLIMITED|hpc-db|None", job("5", "COMPLETING", "c1")),
+    ("6|CONFIGURING|c2|INVALID|hpc-db|None", job("6", "CONFIGURING", "c2")),
+    ("7|Teleporting|c2|NOT_SET|hpc-db|None", job("7", "TELEPORTING", "c2")),
+    ("8|PENDING||1:00|hpc-db|ReqNodeNotAvail, UnavailableNodes:c[1|2]",
+     job("8", "PENDING", "", 60, reason="ReqNodeNotAvail, UnavailableNodes:c[1|2]")),
+])
+def test_queue_line(line, expected):
+    assert _slurm.parse_queue(line + "\n") == [expected]
+
+
+@pytest.mark.parametrize("text", ["", "\n", "Maintenance on Monday | be prepared\n"])
+def test_queue_without_jobs(text):
+    assert _slurm.parse_queue(text) == []
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("90", 5400), ("1:30", 90), ("72:00:00", 259200), ("3-0", 259200), ("1-2:30", 95400), ("1-02:03:04", 93784),
+    ("UNLIMITED", math.inf), ("infinite", math.inf),
+    ("", None), ("1h", None), ("-5", None), ("1:2:3:4", None), ("3-", None), ("²", None), ("n/a", None),
+])
+def test_times_as_slurm_writes_them(text, seconds):
+    assert _slurm.parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"mem": "16G"}, {"mem": 16000}, {"mem": "0"}, {"mem": "16gb"}, {"mem-per-cpu": "512M"}, {"time": "72:00:00"},
+    {"time": "90"}, {"time": "UNLIMITED"}, {"time": None}, {"gres": "gpu:a100:1"}, {"wait-all-nodes": 1},
+    {"open-mode-not": "x"}, {"mail-user": "alice@example.org"}, {"exclusive": True},
+])
+def test_options_that_sbatch_understands(options):
+    _slurm.check_options(options)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"mem": "16 G"}, "mem: '16 G' is no memory"),
+    ({"mem": "1.5G"}, "is no memory"),
+    ({"mem-per-cpu": "lots"}, "mem-per-cpu: 'lots' is no memory"),
+    ({"mem": True}, "is no memory"),
+    ({"time": 259200}, 'time: 259200 is what YAML makes of a bare time; quote it: "72:00:00"'),
+    ({"time": "three days"}, "time: 'three days' is no time"),
+    ({"time": 1.5}, "is no time"),
+    ({"--mem": "1G"}, "'--mem' is no long option"),
+    ({"p": "defq"}, "'p' is no long option"),
+    ({"mem_per_cpu": "1G"}, "is no long option"),
+    ({"partition=defq --wrap": "x"}, "is no long option"),
+    ({1: "x"}, "is no long option"),
+    ({"job-name": "x"}, "job-name: hosting_job sets this itself"),
+    ({"job-na": "x"}, "job-na: hosting_job sets this itself"),
+    ({"wra": "x"}, "wra: hosting_job"),
+    ({"test-only": True}, "hosting_job"),
+    ({"parsable": True}, "hosting_job"),
+    ({"array": "1-2"}, "hosting_job"),
+    ({"wait": True}, "hosting_job"),
+    ({"output": "x"}, "hosting_job"),
+    ({"clusters": "other"}, "hosting_job"),
+    ({"comment": "a\nb"}, "more than one line"),
+    ({"comment": "a\0b"}, "more than one line"),
+    ({"constraint": ["a", "b"]}, "no single value"),
+])
+def test_options_that_are_refused_in_one_line(options, words):
+    with pytest.raises(ValueError) as refused:
+        _slurm.check_options(options)
+
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("options, asked", [
+    ({"partition": "defq", "time": "72:00:00"}, True),
+    ({"partition": "defq"}, False),
+    ({"time": "72:00:00"}, False),
+    ({"partition": "defq", "time": "72:00:00", "qos": "long"}, False),
+])
+def test_limit_is_asked_for_only_where_it_decides(options, asked):
+    assert bool(_slurm.limit_command(options)) is asked
+
+
+@pytest.mark.parametrize("limits, time, refused", [
+    ("defq|1-00:00:00\n", "24:00:00", False),
+    ("defq|1-00:00:00\n", "24:00:01", True),
+    ("defq|infinite\n", "30-0", False),
+    ("defq|infinite\n", "UNLIMITED", False),
+    ("defq|n/a\n", "30-0", False),
+    ("defq|1-00:00:00\n", "UNLIMITED", True),
+    ("short|30:00\nlong|7-00:00:00\n", "72:00:00", False),
+    ("short|30:00\nlong|2-00:00:00\n", "72:00:00", True),
+    ("", "72:00:00", False),
+])
+def test_time_above_the_limit_of_every_partition(limits, time, refused):
+    options = {"partition": "defq", "time": time}
+    if not refused:
+        return _slurm.check_limit(limits, options)
+    with pytest.raises(ValueError, match="above the limit .*long 2-00:00:00|above the limit .*defq 1-00:00:00"):
+        _slurm.check_limit(limits, options)
+
+
+def test_both_schedulers_have_the_same_names():
+    names = {name for name in vars(_slurm) if name.endswith("_command") or name.startswith(("parse_", "check_"))}
+
+    assert names - {"parse_time"} == set(_local.__all__)
+    assert all(callable(getattr(_local, name)) for name in _local.__all__)
+
+
+def test_local_commands():
+    call = ["python3", "-m", "hpc_db_host.local_job"]
+
+    assert _local.queue_command("hpc-db") == [*call, "queue"]
+    assert _local.cancel_command("12") == [*call, "cancel", "12"]
+    assert _local.submit_command("hpc-db", "/a b/job.sh", {"mem": "1G"}, "/a b/job.log") == [
+        *call, "submit", "--name=hpc-db", "--script=/a b/job.sh", "--output=/a b/job.log",
+    ]
+    assert _local.check_command("hpc-db", {}) is None

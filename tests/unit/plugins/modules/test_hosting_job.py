@@ -1,0 +1,210 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""hosting_job and hosting_job_info against a Slurm that remembers what it was told."""
+
+import json
+import os
+
+import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError
+from ansible_collections.mala.hpc_db.plugins.modules.hosting_job import ensure_job
+from ansible_collections.mala.hpc_db.plugins.modules.hosting_job_info import look
+
+
+class FakeSlurm:
+    """Answers as sbatch, squeue, sinfo and scancel do. A cancelled job takes ``lingers`` looks to go."""
+
+    def __init__(self, *jobs, lingers=1):
+        self.jobs = [{"id": str(number), "name": name, "state": state} for number, (name, state) in enumerate(jobs, 1)]
+        self.lingers = lingers
+        self.calls = []
+        self.next_id = len(jobs) + 1
+
+    def __call__(self, command):
+        self.calls.append(command)
+        return getattr(self, command[0])([argument.lstrip("-") for argument in command[1:]])
+
+    def sbatch(self, arguments):
+        flags = dict(argument.partition("=")[::2] for argument in arguments)
+        if flags.get("partition", "defq") != "defq":
+            raise SchedulerError("sbatch: error: Batch job submission failed: Invalid partition name specified")
+        if "test-only" in flags:
+            return ""
+        self.jobs.append({"id": str(self.next_id), "name": flags["job-name"], "state": "PENDING"})
+        self.next_id += 1
+        return f"{self.jobs[-1]['id']}\n"
+
+    def squeue(self, arguments):
+        flags = dict(argument.partition("=")[::2] for argument in arguments)
+        self.lingers -= any(job["state"] == "COMPLETING" for job in self.jobs)
+        if self.lingers < 0:
+            self.jobs = [job for job in self.jobs if job["state"] != "COMPLETING"]
+        return "".join(
+            f"{job['id']}|{job['state']}|c1|1:00|{job['name']}|None\n"
+            for job in self.jobs
+            if job["name"].lower() == flags["name"].lower()  # so does the real one
+        )
+
+    def sinfo(self, arguments):
+        return "defq|1-00:00:00\n"
+
+    def scancel(self, arguments):
+        for job in [job for job in self.jobs if job["id"] == arguments[0]]:
+            if job["state"] == "PENDING":
+                self.jobs.remove(job)
+            job["state"] = "COMPLETING"
+        return ""
+
+    @property
+    def queue(self):
+        return [(job["name"], job["state"]) for job in self.jobs]
+
+    def called(self, program):
+        return [call for call in self.calls if call[0] == program]
+
+
+RUNNING, PENDING, COMPLETING = (("hpc-db", state) for state in ("RUNNING", "PENDING", "COMPLETING"))
+OTHER = ("HPC-DB", "RUNNING")
+
+
+def params(state="present", root="/nowhere", **changes):
+    return {
+        "name": "hpc-db", "state": state, "root": str(root), "scheduler": "slurm", "script": "/x/job.sh",
+        "output": "/x/job.log", "options": {"dependency": "singleton"}, "timeout": 5, **changes,
+    }
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize("state, queue, changed, after", [
+    ("present", [], True, [PENDING]),
+    ("present", [RUNNING], False, [RUNNING]),
+    ("present", [PENDING], False, [PENDING]),
+    ("present", [RUNNING, PENDING], False, [RUNNING, PENDING]),
+    ("present", [("hpc-db", "TELEPORTING")], False, [("hpc-db", "TELEPORTING")]),
+    ("present", [OTHER], True, [OTHER, PENDING]),
+    ("absent", [RUNNING], True, []),
+    ("absent", [PENDING], True, []),
+    ("absent", [RUNNING, PENDING], True, []),
+    ("absent", [COMPLETING], False, []),
+    ("absent", [], False, []),
+    ("absent", [OTHER], False, [OTHER]),
+])
+def test_changes_only_what_differs(state, queue, changed, after, check_mode):
+    slurm = FakeSlurm(*queue)
+
+    result = ensure_job(params(state), slurm, check_mode)
+
+    assert result["changed"] is changed
+    assert (result["diff"]["before"] != result["diff"]["after"]) is (changed or queue == [COMPLETING] != after)
+    assert slurm.queue == (queue if check_mode else after)
+    if not check_mode:
+        assert (result["job"] or {}).get("name") == ("hpc-db" if state == "present" else None)
+
+
+def test_submits_behind_a_job_on_its_way_out():
+    slurm = FakeSlurm(COMPLETING, lingers=5)
+
+    result = ensure_job(params(), slurm, check_mode=False)
+
+    assert result["changed"] is True
+    assert result["job"]["id"] == "2"
+    assert slurm.queue == [COMPLETING, PENDING]
+    assert "--dependency=singleton" in slurm.called("sbatch")[0]
+
+
+def test_running_job_is_the_one_returned_not_its_successor():
+    assert ensure_job(params(), FakeSlurm(PENDING, RUNNING), check_mode=False)["job"]["id"] == "2"
+
+
+def test_successor_is_cancelled_before_it_could_start():
+    slurm = FakeSlurm(RUNNING, PENDING)
+
+    ensure_job(params("absent"), slurm, check_mode=False)
+
+    assert [call[1] for call in slurm.called("scancel")] == ["2", "1"]
+
+
+def test_absent_waits_for_the_real_end():
+    slurm = FakeSlurm(RUNNING, lingers=3)
+
+    assert ensure_job(params("absent"), slurm, check_mode=False)["job"] is None
+    assert len(slurm.called("squeue")) == 5
+    assert len(slurm.called("scancel")) == 1
+
+
+def test_absent_does_not_wait_for_ever():
+    with pytest.raises(SchedulerError, match="hpc-db has not ended after 0 s: 1 RUNNING"):
+        ensure_job(params("absent", timeout=0), FakeSlurm(RUNNING, lingers=99), check_mode=False)
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize("changes, words", [
+    ({"options": {"partition": "gone"}}, "Invalid partition name"),
+    ({"options": {"partition": "defq", "time": "24:00:01"}}, r"above the limit \(defq 1-00:00:00\)"),
+    ({"options": {"time": 259200}}, "quote it"),
+    ({"options": {"wrap": "rm"}}, "hosting_job"),
+    ({"name": "a b"}, "name: 'a b'"),
+    ({"name": "-x"}, "name: '-x'"),
+    ({"name": "a,b"}, "name: 'a,b'"),
+])
+def test_refusals_leave_nothing_behind(changes, words, check_mode):
+    slurm = FakeSlurm()
+
+    with pytest.raises((SchedulerError, ValueError), match=words):
+        ensure_job(params(**changes), slurm, check_mode)
+
+    assert slurm.queue == []
+
+
+def test_check_mode_asks_sbatch_only_if_there_is_something_to_submit():
+    slurm = FakeSlurm(RUNNING)
+
+    ensure_job(params(options={"partition": "gone"}), slurm, check_mode=True)
+
+    assert slurm.called("sbatch") == []
+
+
+@pytest.mark.parametrize("state, changed", [("present", True), ("absent", False)])
+def test_local_scheduler_that_is_not_installed_yet_has_no_job(state, changed, tmp_path):
+    def no_call(command):
+        raise AssertionError(command)
+
+    result = ensure_job(params(state, tmp_path, scheduler="local"), no_call, check_mode=True)
+
+    assert (result["changed"], result["job"]) == (changed, None)
+
+
+def test_info_of_nothing(tmp_path):
+    found = look(params(root=tmp_path), FakeSlurm())
+
+    assert found == {"changed": False, "job": None, "endpoint": None, "state": None, "log_tail": None}
+
+
+@pytest.mark.parametrize("text, expected", [
+    ('{"host": "c1"}', {"host": "c1"}), ('{"host": "c', None), ("", None), ("[1]", None), (b"\xff\xfe", None),
+])
+def test_info_takes_half_a_file_for_none(text, expected, tmp_path):
+    (tmp_path / "run").mkdir()
+    for file in ("endpoint", "state"):
+        (tmp_path / "run" / f"{file}.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    found = look(params(root=tmp_path), FakeSlurm(RUNNING))
+
+    assert (found["endpoint"], found["state"]) == (expected, expected)
+    assert found["job"]["state"] == "RUNNING"
+
+
+@pytest.mark.parametrize("queue, state, shown", [
+    ([RUNNING], "serving", False), ([RUNNING], "failed", True), ([], "serving", True),
+])
+def test_info_shows_the_newest_log_in_trouble(queue, state, shown, tmp_path):
+    for folder in ("run", "log"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "run" / "state.json").write_text(json.dumps({"state": state}))
+    (tmp_path / "log" / "job.log").write_bytes(b"x" * 20000 + b"\xff\n" + b"".join(b"%d\n" % n for n in range(30)))
+    (tmp_path / "log" / "old.log").write_text("old\n")
+    os.utime(tmp_path / "log" / "old.log", (1, 1))
+
+    log_tail = look(params(root=tmp_path), FakeSlurm(*queue))["log_tail"]
+
+    assert log_tail == ([str(number) for number in range(10, 30)] if shown else None)
