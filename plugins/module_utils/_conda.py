@@ -10,28 +10,43 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import operator
 import re
 import textwrap
 from itertools import zip_longest
 from typing import NamedTuple
 
 SPEC_FORMS = "name, name=17, name=17.*, name==17.2, name>=17,<18, name=17.2=build"
+# The return code of a search whose "module load" failed.
+LOAD_FAILED = 97
 
 _VERSION = r"\w[\w.!+]*?"
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]*")
-_EQUAL = re.compile(rf"(?P<sign>==?)(?P<version>{_VERSION})?(?P<star>\.?\*)?(?:=(?P<build>[\w.*]+))?")
+_EQUAL = re.compile(
+    rf"=(?:=(?P<exact>{_VERSION})|(?P<begin>{_VERSION})(?P<star>\.\*)?|\*)(?:=(?P<build>[\w.*]+))?"
+)
 _BOUND = re.compile(rf"(?P<sign>[<>]=?|!=)(?P<version>{_VERSION})")
 
 # The setting to blame, by the name of a client's error. Errors not listed are the client's own trouble.
 _BLAME = {
-    **dict.fromkeys(("GatewayError", "InvalidChannelError"), "channels"),
-    **dict.fromkeys(("CondaHTTPError", "CondaSSLError", "ProxyError", "UnavailableInvalidChannel"), "channels"),
+    **dict.fromkeys(("GatewayError", "InvalidChannelError", "UnavailableInvalidChannel"), "channels"),
+    **dict.fromkeys(("CondaHTTPError", "CondaSSLError", "ProxyError"), "channels"),
     **dict.fromkeys(("InvalidMatchSpec", "InvalidMatchSpecError", "SolverError"), "specs"),
     **dict.fromkeys(("PackagesNotFoundError", "ResolvePackageNotFound", "UnsatisfiableError"), "specs"),
     **dict.fromkeys(("LibMambaUnsatisfiableError", "RattlerUnsatisfiableError"), "specs"),
     **dict.fromkeys(("ImportError", "ModuleNotFoundError"), "rattler_python"),
 }
 _FETCHING = re.compile(r"failed to fetch|failed to download|download error|https?://", re.IGNORECASE)
+
+
+_COMPARE = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
 
 
 class CondaError(Exception):
@@ -45,7 +60,7 @@ class Package(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What is wanted of one package. ``bounds`` pair a sign with a version; ``=`` means it or any below it."""
+    """What is wanted of one package. ``bounds`` pair a sign with a version; ``=`` is any that begins so."""
 
     text: str
     name: str
@@ -60,7 +75,7 @@ class Spec(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a client said: all packages it will leave there, or the problem and the setting to blame for it."""
+    """What a client said: all packages that it leaves there, or the problem and the setting to blame."""
 
     packages: dict[str, Package]
     setting: str = ""
@@ -68,22 +83,20 @@ class Answer(NamedTuple):
 
 
 def parse_spec(text: str) -> Spec:
-    squeezed = "".join(text.split()).lower()
-    name = _NAME.match(squeezed)
-    rest = squeezed[name.end() :] if name else "?"
-    if not name or not rest:
-        equal, bounds = None, []
-    else:
-        equal = _EQUAL.fullmatch(rest)
-        bounds = [_BOUND.fullmatch(bound) for bound in rest.split(",")]
-    if name and equal and (equal["version"] or equal["star"]):
-        # as in conda, a build makes the version an exact one
-        sign = "==" if equal["sign"] == "==" or (equal["build"] and not equal["star"]) else "="
-        versions = ((sign, equal["version"]),) if equal["version"] else ()
-        return Spec(squeezed, name[0], versions, equal["build"] or "")
-    if not name or not all(bounds):
+    squeezed = "".join(text.split())
+    name = _NAME.match(squeezed.lower())
+    rest = squeezed[name.end() :] if name else ""
+    bounds = [_BOUND.fullmatch(bound) for bound in rest.split(",")] if rest else []
+    equal = _EQUAL.fullmatch(rest)
+    if not name or not (equal or all(bounds)):
         raise CondaError(f"specs: {text!r} is not understood; write it as one of {SPEC_FORMS}")
-    return Spec(squeezed, name[0], tuple((bound["sign"], bound["version"]) for bound in bounds if bound), "")
+    if equal:
+        version, build = equal["exact"] or equal["begin"], equal["build"] or ""
+        is_exact = equal["exact"] or (build and not equal["star"])  # a build makes it exact, as in conda
+        pairs = [("==" if is_exact else "=", version)] if version else []
+    else:
+        pairs, build = [(bound["sign"], bound["version"]) for bound in bounds if bound], ""
+    return Spec(name[0] + rest, name[0], tuple(pairs), build)
 
 
 def _segments(version: str) -> list[list[tuple[int, int, str]]]:
@@ -119,10 +132,7 @@ def _is_within(version: str, bound: tuple[str, str]) -> bool:
         *begin, end = _segments(limit)
         given = _segments(version)[: len(begin) + 1]
         return given[:-1] == begin and given[-1][: len(end)] == end
-    order = compare_versions(version, limit)
-    return {"==": order == 0, "!=": order != 0, ">=": order >= 0, "<=": order <= 0, ">": order > 0, "<": order < 0}[
-        sign
-    ]
+    return _COMPARE[sign](compare_versions(version, limit), 0)
 
 
 def satisfies(package: Package, spec: Spec) -> bool:
@@ -207,15 +217,15 @@ def rattler_command(
 
 def clean_command(command: list[str], timeout: int, cache: str | None) -> list[str]:
     """Return the command with an end in time and an environment that leads no client astray."""
-    unset = [argument for name in ("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME") for argument in ("-u", name)]
+    unset = [word for name in ("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME") for word in ("-u", name)]
     # the cache is laid out as mamba's root, so that mamba takes it for one
     caches = [f"CONDA_PKGS_DIRS={cache}/pkgs", f"MAMBA_ROOT_PREFIX={cache}"] if cache else []
     return ["timeout", "--kill-after=10", str(timeout), "env", *unset, *caches, *command]
 
 
-def search_command(module_load: str, names: list[str]) -> list[str]:
-    """Return the call of a login shell that prints the paths of clients; 97 means that ``module_load`` failed."""
-    load = f"{{ {module_load}\n}} >&2 || exit 97\n" if module_load else ""
+def search_command(module_load: str | None, names: list[str]) -> list[str]:
+    """Return the call of a login shell that prints the paths of clients."""
+    load = f"{{ {module_load}\n}} >&2 || exit {LOAD_FAILED}\n" if module_load else ""
     # type -P, since "conda init" makes conda a shell function
     return ["bash", "-lc", f'{load}printf "%s\\n" "$MAMBA_EXE" "$CONDA_EXE"; type -P "$@"', "bash", *names]
 
@@ -225,25 +235,23 @@ def parse_search(stdout: str, names: list[str]) -> list[str]:
     return [line for line in stdout.splitlines() if line.startswith("/") and line.rsplit("/", 1)[1] in names]
 
 
-def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Package]) -> Answer:
+def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Package], provider: str) -> Answer:
     """Read any client's answer. A return code says little: clients have crashed after all work was done."""
     try:
         content, _end = json.JSONDecoder().raw_decode(stdout[max(0, stdout.find("{")) :])
     except ValueError:
         content = {}
-    if content.get("success") and not content.get("exception_name"):
+    if content.get("success"):
         return Answer(_after(content.get("actions") or {}, installed))
     if content.get("solver_problems"):
         return Answer({}, "specs", _one_line("; ".join(content["solver_problems"])))
-    problem = content.get("message") or content.get("error") or stderr or stdout or f"it ended with {code}, silently"
-    setting = _BLAME.get(content.get("exception_name", ""), "")
     if not content and code in (124, 137):
-        setting = "timeout"
-    elif not content and code in (126, 127):
-        setting = "program"
-    elif not setting and _FETCHING.search(problem):
-        setting = "channels"
-    return Answer({}, setting, _one_line(problem))
+        return Answer({}, "timeout", "the client was stopped")
+    if not content and code in (126, 127):
+        return Answer({}, "rattler_python" if provider == "rattler" else "client", _one_line(stderr))
+    problem = content.get("message") or content.get("error") or stderr or stdout or "it said nothing"
+    guess = "channels" if _FETCHING.search(problem) else "provider"
+    return Answer({}, _BLAME.get(content.get("exception_name", ""), guess), _one_line(problem))
 
 
 def _after(actions: dict | list, installed: dict[str, Package]) -> dict[str, Package]:
@@ -269,12 +277,15 @@ def _one_line(text: str) -> str:
     return textwrap.shorten(text, 600, placeholder=" …")
 
 
-def explain(answer: Answer, channels: list[str], specs: list[Spec]) -> str:
-    """Return the sentence for the user, with the setting, its value and what would be allowed."""
+def explain(answer: Answer, params: dict, specs: list[Spec]) -> str:
+    """Return the sentence for the user: the setting, its value and what would be allowed."""
+    channels, problem = params["channels"], answer.problem
     if answer.setting == "channels":
-        named = [channel for channel in channels if channel.rstrip("/") in answer.problem] or channels
-        return f"channels: cannot read {', '.join(named)}: {answer.problem}"
+        named = [channel for channel in channels if channel.rstrip("/") in problem] or channels
+        return f"channels: cannot read {', '.join(named)}: {problem}"
     if answer.setting == "specs":
         wanted = " ".join(spec.text for spec in specs)
-        return f"specs: nothing in {', '.join(channels)} satisfies {wanted}: {answer.problem}"
-    return answer.problem
+        return f"specs: nothing in {', '.join(channels)} satisfies {wanted}: {problem}"
+    if answer.setting == "rattler_python":
+        return f"rattler_python: {params['rattler_python']} cannot use py-rattler: {problem}"
+    return f"{answer.setting}: {params[answer.setting]}: {problem}"

@@ -11,8 +11,8 @@ short_description: Keep packages in a conda environment, with or without conda
 author: mala.hpc_db contributors (@mala-project)
 description:
   - Creates a conda environment at a path, or brings an existing one to the wanted packages.
-  - What is installed is read from the environment itself, in milliseconds. A client runs only when that does not
-    satisfy O(specs), and has succeeded only when it does afterwards.
+  - What is installed is read from the environment itself, in milliseconds. A client runs only when that does
+    not satisfy O(specs), and has succeeded only when it does afterwards.
   - Other packages in the environment stay. Its major version of PostgreSQL is never changed, since the data
     directory could not be opened any more; make another environment for another major.
   - An installation that was interrupted is repeated from the start by the next run. The file O(prefix) with
@@ -30,8 +30,8 @@ options:
   prefix:
     description:
       - The environment's absolute path, which is compiled into its packages, so it must not be moved.
-      - It may be absent, an empty directory or a conda environment. Anything else is refused, as is a path inside
-        another environment unless that is the folder C(envs) of a conda installation.
+      - It may be absent, an empty directory or a conda environment. Anything else is refused, and so is a path
+        inside another environment, except in the folder C(envs) of a conda installation.
     type: path
     required: true
   specs:
@@ -51,8 +51,8 @@ options:
   state:
     description:
       - V(present) means that the packages are there.
-      - V(absent) removes the environment with everything in it. Only an environment is removed, and not one that
-        is a conda installation itself.
+      - V(absent) removes the environment with everything in it. Nothing but an environment is removed, and no
+        conda installation.
     type: str
     choices: [present, absent]
     default: present
@@ -72,9 +72,10 @@ options:
   client:
     description:
       - Path or name of conda, mamba or micromamba, for O(provider=conda).
-      - If it is no path, the first of these that has one is used, C(micromamba) before C(mamba) before C(conda) -
-        E(MAMBA_EXE) and E(CONDA_EXE), E(PATH), a login shell after O(module_load), the usual folders in the home
-        directory such as C(~/miniforge3), and C(/opt/*).
+      - Unless it is a path, these are searched, the first that has it wins - E(MAMBA_EXE) and E(CONDA_EXE),
+        E(PATH), a login shell after O(module_load), the usual folders in the home directory such as
+        C(~/miniforge3), and C(/opt/*).
+      - Any of the three if not set, C(micromamba) before C(mamba) before C(conda).
     type: str
   module_load:
     description:
@@ -83,8 +84,8 @@ options:
     type: str
   package_cache:
     description:
-      - The folder for downloaded packages, which the environment shares its files with by hard links where both
-        are on one file system.
+      - The folder for downloaded packages. The environment shares its files by hard links where both are on one
+        file system.
       - The client's own if not set, mostly in the home directory.
     type: path
   timeout:
@@ -131,10 +132,10 @@ packages:
   sample: {libpq: "17.10", postgresql: "17.10"}
 """
 
-import errno
 import fcntl
 import functools
 import glob
+import inspect
 import itertools
 import os
 import shutil
@@ -142,13 +143,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable, TextIO
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _rattler_helper
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
+    LOAD_FAILED,
     Answer,
     CondaError,
     Package,
@@ -169,38 +171,32 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
 )
 
 CLIENTS = ["micromamba", "mamba", "conda"]
-PLACES = ["~/miniforge3", "~/mambaforge", "~/micromamba", "~/miniconda3", "~/anaconda3", "~/.local", "/opt/*"]
+HOMES = ["~/miniforge3", "~/mambaforge", "~/micromamba", "~/miniconda3", "~/anaconda3", "~/.local", "/opt/*"]
 
-# What an interrupted run leaves in the file beside the prefix.
-MAKING = "this run's own, to be thrown away"
-CHANGING = "a change of packages"
+# What the file beside the prefix says from before a client starts until all is done.
+MAKING = "making"  # whatever is at the prefix may be thrown away
+CHANGING = "changing"
 
 Packages = dict[str, Package]
 Run = Callable[..., tuple[int, str, str]]
 
 
 def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
-    """Bring the environment to the wanted state. ``run`` takes an argument list and returns code, stdout, stderr."""
-    prefix, specs = Path(params["prefix"]), wanted_specs(params)
+    """Bring the environment to the wanted state. ``run`` takes a command and returns its code and output."""
+    specs = wanted_specs(params)
+    prefix = Path(params["prefix"])
     marker = prefix.with_name(prefix.name + ".unfinished")
-    if not prefix.is_absolute():
-        raise CondaError(f"prefix: {str(prefix)!r} is not absolute; give a path that begins with / or ~")
-    unfinished = marker.read_text() if marker.exists() else ""
     if params["state"] == "absent":
-        return ensure_absent(prefix, marker, unfinished, params["timeout"], check_mode)
-    before = installed(prefix, unfinished)
-    after = before
-    if unfinished or before is None or not all_satisfied(before, specs):
-        specs = keep_major(specs, before or {})
-        if check_mode:
-            after = plan(params, run, specs, before)
-        else:
-            before, after = fulfil(params, run, specs, marker)
-    return report(prefix, before, after)
-
-
-def report(prefix: Path, before: Packages | None, after: Packages | None) -> dict:
-    """Return the module's result; None stands for no environment."""
+        before, after = remove(prefix, marker, params["timeout"], check_mode), None
+    else:
+        before = after = look(prefix, note_of(marker))
+        if before is None or marker.exists() or not all_satisfied(before, specs):
+            specs = keep_major(specs, before)
+            params = {**params, **find_program(params, run)}
+            if check_mode:
+                after = plan(params, run, specs, before)
+            else:
+                before, after = bring(params, run, specs, marker)
     return {
         "changed": before != after,
         "prefix": str(prefix),
@@ -212,108 +208,263 @@ def report(prefix: Path, before: Packages | None, after: Packages | None) -> dic
 
 def wanted_specs(params: dict) -> list[Spec]:
     """Return the specs; raise for values that no client should see."""
-    specs = [parse_spec(text) for text in params["specs"] or []]
-    if params["state"] == "present" and not specs:
-        raise CondaError("specs: none are given; name at least one package")
+    if not os.path.isabs(params["prefix"]):
+        raise CondaError(f"prefix: {params['prefix']!r} is not absolute; give a path that begins with / or ~")
     for channel in params["channels"]:
         if channel.startswith("-") or not channel.isprintable() or not channel.strip():
             raise CondaError(f"channels: {channel!r} is no channel; give a name, a URL or a file:// folder")
+    specs = [parse_spec(text) for text in params["specs"] or []]
+    if params["state"] == "present" and not specs:
+        raise CondaError("specs: none are given; name at least one package")
     return specs
 
 
-def installed(prefix: Path, unfinished: str) -> Packages | None:
+def note_of(marker: Path) -> str:
+    return marker.read_text(encoding="utf-8") if marker.exists() else ""
+
+
+def look(prefix: Path, note: str, strict: bool = True) -> Packages | None:
     """Return the environment's packages, or None where one may be made; raise where neither is so."""
-    if not is_env(prefix, unfinished):
-        return None
-    packages = []
-    for path in sorted((prefix / "conda-meta").glob("*.json")):
-        try:
-            packages.append(parse_record(path.read_text(encoding="utf-8")))
-        except (ValueError, KeyError):
-            raise CondaError(
-                f"prefix: {prefix} is a damaged environment: {path.name} cannot be read; remove it with state: absent"
-            ) from None
-    return {package.name: package for package in packages}
-
-
-def is_env(prefix: Path, unfinished: str) -> bool:
-    """Tell whether the prefix is an environment (or may become one); raise if it is something else."""
     outer = next((parent for parent in prefix.parents if (parent / "conda-meta").is_dir()), None)
     if outer and prefix.parent != outer / "envs":
-        raise CondaError(f"prefix: {prefix} lies inside the conda environment {outer}; choose a path outside of it")
-    if not os.path.lexists(prefix) or unfinished == MAKING:
-        return False
+        raise CondaError(f"prefix: {prefix} lies inside the conda environment {outer}; choose a path outside")
+    if not os.path.lexists(prefix) or note == MAKING:
+        return None
     if (prefix / "conda-meta").is_dir():
-        return True
+        return read_packages(prefix / "conda-meta", strict)
     if prefix.is_dir() and not prefix.is_symlink() and not any(prefix.iterdir()):
-        return False
-    what = "it has no folder conda-meta" if prefix.is_dir() else "it is no directory"
+        return None
+    reason = "it has no folder conda-meta" if prefix.is_dir() else "it is no directory"
     raise CondaError(
-        f"prefix: {prefix} exists and is no conda environment: {what}; choose a path that does not exist, an empty "
-        "directory or an environment"
+        f"prefix: {prefix} exists and is no conda environment: {reason}; choose a path that does not exist, "
+        "an empty directory or an environment"
     )
 
 
-def keep_major(specs: list[Spec], before: Packages) -> list[Spec]:
+def read_packages(metadata: Path, strict: bool) -> Packages:
+    packages: Packages = {}
+    for path in sorted(metadata.glob("*.json")):
+        try:
+            package = parse_record(path.read_text(encoding="utf-8"))
+        except (ValueError, KeyError):
+            if strict:
+                raise CondaError(
+                    f"prefix: {path.parents[1]} is damaged: {path.name} cannot be read; set state to absent first"
+                ) from None
+            continue
+        packages[package.name] = package
+    return packages
+
+
+def keep_major(specs: list[Spec], before: Packages | None) -> list[Spec]:
     """Return the specs with PostgreSQL's installed major among them; raise if they exclude it."""
-    if "postgresql" not in before:
+    if not before or "postgresql" not in before:
         return specs
     version = before["postgresql"].version
-    major = major_of(version)
+    kept = parse_spec(f"postgresql={major_of(version)}")
     for spec in specs:
-        if spec.name == "postgresql" and not allows_major(spec, major):
+        if spec.name == "postgresql" and not allows_major(spec, major_of(version)):
             raise CondaError(
-                f"specs: {spec.text} would replace the PostgreSQL {version} that is installed by another major; "
-                f"stay with postgresql={major} or choose another prefix"
+                f"specs: {spec.text} would replace the installed PostgreSQL {version} by another major; "
+                f"stay with {kept.text} or choose another prefix"
             )
-    return [*specs, parse_spec(f"postgresql={major}")]
+    return specs if kept in specs else [*specs, kept]
 
 
 def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> Packages:
     """Return what would be installed, and leave nothing behind."""
     with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
-        cache = params["package_cache"]
-        if cache and not os.path.isdir(cache):
-            cache = os.path.join(scratch, "cache")
-        # not even a dry "create" gets to see the true prefix
-        prefix = os.path.join(scratch, "prefix") if before is None else params["prefix"]
-        answer = ask(params, run, specs, before, prefix, cache, dry_run=True)
-    if answer.setting == "rattler_python":  # in check mode nobody has installed it yet
-        missing = [spec for spec in specs if not all_satisfied(before or {}, [spec])]
-        unsolved = {spec.name: Package(spec.name, spec.text[len(spec.name) :] or "any", "") for spec in missing}
-        return {**(before or {}), **unsolved}
+        harmless = dict(params)
+        if before is None:  # not even a dry "create" gets to see the true prefix
+            harmless["prefix"] = os.path.join(scratch, "prefix")
+        if params["package_cache"] and not os.path.isdir(params["package_cache"]):
+            harmless["package_cache"] = os.path.join(scratch, "cache")
+        answer = ask(harmless, run, specs, before, dry_run=True)
+    if answer.setting == "rattler_python":  # an earlier task installs it, unless that is in check mode too
+        here = before or {}
+        missing = {spec.name: spec.text[len(spec.name) :] for spec in specs if not all_satisfied(here, [spec])}
+        return {**here, **{name: Package(name, wanted or "any", "") for name, wanted in missing.items()}}
     if answer.problem:
-        raise CondaError(explain(answer, params["channels"], specs))
+        raise CondaError(explain(answer, params, specs))
     return answer.packages
 
 
-def fulfil(
+def bring(
     params: dict, run: Run, specs: list[Spec], marker: Path
 ) -> tuple[Packages | None, Packages | None]:
     """Create or change the environment; return its packages before and after."""
     prefix = Path(params["prefix"])
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished_work(marker, params["timeout"]) as note:
-        unfinished = note.read()
-        before = installed(prefix, unfinished)  # again, since another run may just have ended
-        if before is not None and not unfinished and all_satisfied(before, specs):
+    with alone_at(marker, params["timeout"]) as note:
+        left = note.read()
+        before = look(prefix, left)  # again, since another run may have ended just now
+        if before is not None and not left and all_satisfied(before, specs):
             return before, before
-        specs = keep_major(specs, before or {})
-        rewrite(note, MAKING if before is None else CHANGING)
+        specs = keep_major(specs, before)
+        rewrite(note, CHANGING if before is not None else MAKING)
         if before is None:
-            clear(prefix, unfinished)
+            clear(prefix, left)
+        answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),))
+        after = look(prefix, "")
+        if not answer.problem and after is not None and all_satisfied(after, specs):
+            rewrite(note, "")
+            return before, after
+        if before is None:
+            clear(prefix, MAKING)
+        if before is None or answer.setting == "specs":
+            rewrite(note, "")  # nothing half-done is left
+        lacking = Answer({}, "provider", f"it ended well, but {prefix} lacks what it should have")
+        raise CondaError(explain(answer if answer.problem else lacking, params, specs))
+
+
+def remove(prefix: Path, marker: Path, timeout: int, check_mode: bool) -> Packages | None:
+    """Remove the environment, or the rest of one; return its packages, or None if there was nothing."""
+
+    def look_for_rest(note: str) -> Packages | None:
+        found = look(prefix, note, strict=False)
+        return {} if found is None and note == MAKING and prefix.exists() else found
+
+    before = look_for_rest(note_of(marker))
+    if (prefix / "condabin").is_dir():
+        raise CondaError(f"prefix: {prefix} is a conda installation; only an environment is removed")
+    if check_mode or (before is None and not marker.exists()):
+        return before
+    with alone_at(marker, timeout) as note:
+        before = look_for_rest(note.read())
+        if before is not None:
+            rewrite(note, MAKING)
+            clear(prefix, MAKING)
+        rewrite(note, "")
+    return before
+
+
+def clear(prefix: Path, note: str) -> None:
+    """Make way for a new environment: remove an empty directory, and with this note anything."""
+    if note == MAKING and os.path.lexists(prefix):
+        shutil.rmtree(prefix)
+    elif os.path.lexists(prefix):
+        prefix.rmdir()
+
+
+@contextmanager
+def alone_at(marker: Path, patience: int) -> Iterator[TextIO]:
+    """Hold the file beside the prefix, after any other run that does; remove it in the end if it is empty.
+
+    The lock ends with its last holder, the client included, whichever way that ends; the note stays then.
+    """
+    latest = time.monotonic() + patience
+    note = lock(marker)
+    while note is None:
+        if time.monotonic() > latest:
+            raise CondaError(f"timeout: after {patience} s another run still holds {marker}")
+        time.sleep(0.2)
+        note = lock(marker)
+    with note:
         try:
-            answer = ask(
-                params, run, specs, before, params["prefix"], params["package_cache"], False, (note.fileno(),)
-            )
-            if answer.problem:
-                raise CondaError(explain(answer, params["channels"], specs))
-            after = installed(prefix, "")
-            if after is None or not all_satisfied(after, specs):
-                raise CondaError(f"prefix: {prefix} does not have {' '.join(spec.text for spec in specs)} afterwards")
-        except CondaError:
-            if before is None:
-                shutil.rmtree(prefix, ignore_errors=True)
+            yield note
+        finally:
+            note.seek(0)
+            if not note.read():
                 marker.unlink()
-            raise
-    return before, after
+
+
+def lock(marker: Path) -> TextIO | None:
+    """Return the open file, or None while another run holds it."""
+    note = marker.open("a+", encoding="utf-8")
+    with suppress(OSError):  # a file system may have no locks
+        try:
+            fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            note.close()
+            return None
+    if not os.fstat(note.fileno()).st_nlink:  # the other run has ended, and removed it
+        note.close()
+        return None
+    note.seek(0)
+    return note
+
+
+def rewrite(note: TextIO, text: str) -> None:
+    note.seek(0)
+    note.truncate()
+    note.write(text)
+    note.flush()
+
+
+def ask(
+    params: dict,
+    run: Run,
+    specs: list[Spec],
+    before: Packages | None,
+    dry_run: bool,
+    keep_open: tuple[int, ...] = (),
+) -> Answer:
+    """Have a client install the packages, or say what it would; it alone needs internet and time."""
+    prefix, channels, cache = params["prefix"], params["channels"], params["package_cache"]
+    if params["provider"] == "rattler":
+        source, python = inspect.getsource(_rattler_helper), params["rattler_python"]
+        command = rattler_command(python, source, prefix, channels, specs, before or {}, dry_run, cache)
+    else:
+        command = conda_command(params["client"], before is None, prefix, channels, specs, dry_run)
+    code, stdout, stderr = run(clean_command(command, params["timeout"], cache), pass_fds=keep_open)
+    return parse_answer(code, stdout, stderr, before or {}, params["provider"])
+
+
+def find_program(params: dict, run: Run) -> dict[str, str]:
+    """Return the setting that names the program to run, filled in."""
+    if params["provider"] == "rattler":
+        return {"rattler_python": params["rattler_python"] or sys.executable}
+    wanted = params["client"] or ""
+    names = [wanted] if wanted else CLIENTS
+    for path in [os.path.expanduser(wanted)] if "/" in wanted else client_paths(names, params, run):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return {"client": path}
+    searched = "" if "/" in wanted else f" in $MAMBA_EXE, $CONDA_EXE, PATH, a login shell, {', '.join(HOMES)}"
+    raise CondaError(
+        f"client: no program {' or '.join(names)}{searched}; set client to the path of conda, mamba or micromamba, "
+        "module_load to the site's line that brings one, or provider to rattler, which needs none"
+    )
+
+
+def client_paths(names: list[str], params: dict, run: Run) -> Iterator[str]:
+    """Yield where a client may be, the cheap places first."""
+    for path in (os.environ.get("MAMBA_EXE", ""), os.environ.get("CONDA_EXE", "")):
+        if os.path.basename(path) in names:
+            yield path
+    yield from filter(None, map(shutil.which, names))
+    load = params["module_load"]
+    code, stdout, stderr = run(clean_command(search_command(load, names), params["timeout"], None))
+    if code == LOAD_FAILED:
+        raise CondaError(f"module_load: {load!r} failed in a login shell: {' '.join(stderr.split())}")
+    yield from parse_search(stdout, names)
+    for folder, name in itertools.product(HOMES, names):
+        yield from sorted(glob.glob(os.path.join(os.path.expanduser(folder), "bin", name)))
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "prefix": {"type": "path", "required": True},
+            "specs": {"type": "list", "elements": "str"},
+            "channels": {"type": "list", "elements": "str", "default": ["conda-forge"]},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "provider": {"type": "str", "choices": ["rattler", "conda"], "default": "rattler"},
+            "rattler_python": {"type": "path"},
+            "client": {"type": "str"},
+            "module_load": {"type": "str"},
+            "package_cache": {"type": "path"},
+            "timeout": {"type": "int", "default": 1800},
+        },
+        required_if=[("state", "present", ["specs"])],
+        supports_check_mode=True,
+    )
+    run = functools.partial(module.run_command, expand_user_and_vars=False)
+    try:
+        result = ensure_env(module.params, run, module.check_mode)
+    except (CondaError, OSError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

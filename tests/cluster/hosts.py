@@ -38,7 +38,7 @@ def be_workstation(state: State) -> NoReturn:
 
 def be_host(state: State, name: str) -> NoReturn:
     os.umask(0o022)
-    # /proc is still the workstation's, and so are the pid written here and the process 1 whose network this joins.
+    # /proc is still the workstation's: so are the pid written here, and the process 1 with the switches.
     write_pid_file(state.host_pid_file(name))
     socket.sethostname(name)
     network.plug_in(name, Path("/proc/1/ns/net"))
@@ -52,10 +52,14 @@ def be_host(state: State, name: str) -> NoReturn:
             daemon.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             env=ENVIRONMENT, cwd="/", user=daemon.user, group=daemon.user, extra_groups=[],
         )
-        wait_until(lambda: daemon.ready() or process.poll() is not None, 20, f"{daemon.name} does not answer")
-        if process.returncode is not None:
-            raise ClusterError(f"{daemon.name} ended with exit code {process.returncode}")
+        wait_for(daemon, process)
     reap_for_ever()
+
+
+def wait_for(daemon: slurm.Daemon, process: subprocess.Popen[bytes]) -> None:
+    wait_until(lambda: daemon.ready() or process.poll() is not None, 20, f"{daemon.name} does not answer")
+    if process.returncode is not None:
+        raise ClusterError(f"{daemon.name} ended with exit code {process.returncode}")
 
 
 def mount(kind: str, target: Path, options: str = "") -> None:

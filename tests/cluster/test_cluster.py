@@ -7,8 +7,9 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 
 import pytest
 
@@ -24,7 +25,7 @@ class Cluster:
         self.state = Path(f"/tmp/hpc-db-{name}-{os.getpid()}")
 
     def try_(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [PROGRAM, verb, "--state", self.state, *arguments]
+        command = [str(PROGRAM), verb, "--state", str(self.state), *arguments]
         return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
 
     def __call__(self, verb: str, *arguments: str) -> str:
@@ -32,8 +33,8 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def ssh(self, command: str, program: str = "ssh", stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run([program, "-F", self.state / "ssh_config", "login", *([command] if command else [])],
+    def ssh(self, *command: str, program: str = "ssh", stdin: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run([program, "-F", str(self.state / "ssh_config"), "login", *command],
                               input=stdin, capture_output=True, text=True, timeout=60)
 
     def reaches(self, source: str, target: str, port: int) -> bool:
@@ -52,6 +53,14 @@ def cluster() -> Iterator[Cluster]:
     cluster("down")
 
 
+@pytest.fixture
+def another() -> Iterator[Cluster]:
+    """One that is not up yet."""
+    cluster = Cluster("another")
+    yield cluster
+    cluster("down")
+
+
 def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
@@ -59,7 +68,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
     return condition()
 
 
-def test_runs_a_job_that_writes_to_the_shared_home(cluster):
+def test_runs_a_job_that_writes_to_the_shared_home(cluster: Cluster) -> None:
     submitted = cluster.ssh("sbatch --parsable --output=job.out --wrap 'echo $USER on $(hostname)'")
 
     assert submitted.returncode == 0, submitted.stderr
@@ -68,21 +77,21 @@ def test_runs_a_job_that_writes_to_the_shared_home(cluster):
     assert cluster("exec", "c2", "--user", "alice", "--", "cat", "job.out") == output.read_text().strip()
 
 
-def test_nodes_are_machines_of_their_own(cluster):
-    found = cluster.ssh(f"srun --nodes=2 sh -c 'echo $(hostname) $(readlink {' '.join(NAMESPACES)}) $$'").stdout
+def test_nodes_are_machines_of_their_own(cluster: Cluster) -> None:
+    found = cluster.ssh(f"srun --nodes=2 sh -c 'echo $(hostname) $(readlink {' '.join(NAMESPACES)}) $$'")
 
-    first, second = (line.split() for line in sorted(found.splitlines()))
+    first, second = (line.split() for line in sorted(found.stdout.splitlines()))
     assert (first[0], second[0]) == ("c1", "c2")
     assert len({*first, *second}) == 2 * 7
 
 
 @pytest.mark.parametrize("host", [*HOSTS, "workstation"])
-def test_users_are_the_same_everywhere(cluster, host):
+def test_users_are_the_same_everywhere(cluster: Cluster, host: str) -> None:
     assert cluster("exec", host, "--user", "alice", "--", "id", "-un", "20001") == "alice"
     assert cluster.try_("exec", host, "--user", "mallory", "--", "ls", "/home/alice").returncode != 0
 
 
-def test_workstation_reaches_only_the_login_node(cluster):
+def test_workstation_reaches_only_the_login_node(cluster: Cluster) -> None:
     assert cluster.reaches("workstation", "login", 22)
     assert cluster.reaches("login", "c1", 6818)
     assert cluster.reaches("c1", "login", 22)
@@ -90,19 +99,19 @@ def test_workstation_reaches_only_the_login_node(cluster):
     assert "unreachable" in cluster.try_("connect", "c1", "6818").stderr
 
 
-def test_transfers_files(cluster):
-    assert cluster.ssh("", program="sftp", stdin=f"put {PROGRAM} copy\n").returncode == 0
+def test_transfers_files(cluster: Cluster) -> None:
+    assert cluster.ssh(program="sftp", stdin=f"put {PROGRAM} copy\n").returncode == 0
     assert (cluster.state / "home/alice/copy").read_bytes() == PROGRAM.read_bytes()
 
 
-def test_refuses_a_bad_partition(cluster):
+def test_refuses_a_bad_partition(cluster: Cluster) -> None:
     refused = cluster.ssh("sbatch --partition=nonsense --wrap true")
 
     assert refused.returncode == 1
     assert "invalid partition" in refused.stderr
 
 
-def test_a_killed_node_comes_back(cluster):
+def test_a_killed_node_comes_back(cluster: Cluster) -> None:
     cluster("kill", "c1")
     assert "c1 is not up" in cluster.try_("exec", "c1", "--", "true").stderr
     assert not cluster.reaches("login", "c1", 6818)
@@ -112,7 +121,7 @@ def test_a_killed_node_comes_back(cluster):
     assert eventually(lambda: cluster.node("c1") == "idle")
 
 
-def test_a_cut_node_lives_on(cluster):
+def test_a_cut_node_lives_on(cluster: Cluster) -> None:
     cluster("cut", "c2")
     assert not cluster.reaches("login", "c2", 6818)
     assert cluster("exec", "c2", "--", "hostname") == "c2"
@@ -122,7 +131,7 @@ def test_a_cut_node_lives_on(cluster):
     assert eventually(lambda: cluster.node("c2") == "idle")
 
 
-def test_the_controller_remembers_jobs(cluster):
+def test_the_controller_remembers_jobs(cluster: Cluster) -> None:
     submitted = time.time()
     job = cluster.ssh("sbatch --parsable --hold --wrap true").stdout.strip()
     saved = cluster.state / "slurmctld/job_state"
@@ -134,45 +143,51 @@ def test_the_controller_remembers_jobs(cluster):
     cluster.ssh(f"scancel {job}")
 
 
-def test_starts_only_once(cluster):
+def test_starts_only_once(cluster: Cluster) -> None:
     again = cluster.try_("up")
 
     assert (again.returncode, len(again.stderr.splitlines())) == (1, 1)
     assert "already up" in again.stderr
 
 
-def test_says_why_it_cannot_start():
-    cluster = Cluster("broken")
-    failed = cluster.try_("up", "--slurm", "Nonsense=1")
+def test_says_why_it_cannot_start(another: Cluster) -> None:
+    failed = another.try_("up", "--slurm", "Nonsense=1")
 
     assert failed.returncode == 1
     assert "unrecognized key: Nonsense" in failed.stderr
-    assert not cluster.state.exists()
-    assert not [process for process in Path("/proc").glob("[0-9]*") if str(cluster.state) in command_line(process)]
+    assert not another.state.exists()
+    assert not processes(another.state, set())
 
 
-def test_down_leaves_nothing():
-    cluster = Cluster("gone")
+def test_down_leaves_nothing(another: Cluster) -> None:
     before = machine()
-    cluster("up", "--nodes", "1", "--mount", "/usr/share:/srv/share")
+    another("up", "--nodes", "1", "--mount", "/usr/share:/srv/share")
     used = {namespace for host in ("ctl", "login", "c1", "workstation") for namespace in
-            cluster("exec", host, "--", "readlink", *NAMESPACES).splitlines()}
+            another("exec", host, "--", "readlink", *NAMESPACES).splitlines()}
     assert len(used - namespaces(Path("/proc/self"))) == 4 * len(NAMESPACES)
     assert machine() == before
+    session = subprocess.Popen(["ssh", "-F", another.state / "ssh_config", "login", "echo in; sleep 60"],
+                               stdout=subprocess.PIPE)
+    assert session.stdout and session.stdout.readline() == b"in\n"
 
-    cluster("down")
-    cluster("down")
+    another("down")
+    another("down")
 
+    session.communicate(timeout=10)
     assert machine() == before
-    assert not cluster.state.exists()
-    left = [process for process in Path("/proc").glob("[0-9]*")
-            if namespaces(process) & used or str(cluster.state) in command_line(process)]
-    assert not left
+    assert not another.state.exists()
+    assert not processes(another.state, used)
 
 
 def machine() -> tuple[str, list[str]]:
     """The mounts and the network interfaces that this machine's own namespaces show."""
     return Path("/proc/mounts").read_text(), sorted(os.listdir("/sys/class/net"))
+
+
+def processes(state: Path, used: set[str]) -> list[Path]:
+    """Those that are in one of the ``used`` namespaces, or name the ``state`` directory."""
+    return [process for process in Path("/proc").glob("[0-9]*")
+            if namespaces(process) & used or str(state) in command_line(process)]
 
 
 def namespaces(process: Path) -> set[str]:

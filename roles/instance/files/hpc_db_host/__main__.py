@@ -93,7 +93,7 @@ class Host:
             "port": postgres.port, "socket": postgres.socket, "job": self.job, "since": time.time(),
         }
         if self.bootstrap:
-            where["pid"] = os.getpid()
+            where.update(host=socket.gethostname(), pid=os.getpid())
             files.write_json(os.path.join(self.run, "bootstrap.json"), where)
         else:
             endpoint.publish(self.run, self._service_file(), where, self.settings["service"])

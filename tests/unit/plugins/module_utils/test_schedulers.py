@@ -10,14 +10,15 @@ from ansible_collections.mala.hpc_db.plugins.module_utils import _local, _slurm
 
 def test_submission_passes_every_option_as_one_argument():
     options = {
-        "partition": "defq", "time": "72:00:00", "nodes": 1, "exclusive": True, "requeue": False, "account": None,
+        "partition": "defq", "time": "72:00:00", "nodes": 1,
+        "exclusive": True, "requeue": False, "account": None,
         "comment": "it's $(date); {x} --wrap=:",
     }
 
     assert _slurm.submit_command("hpc-db", "/a b/job.sh", options, "/a b/100%j.log") == [
         "sbatch", "--parsable", "--job-name=hpc-db", "--output=/a b/100%%j.log", "--open-mode=append",
-        "--comment=it's $(date); {x} --wrap=:", "--exclusive", "--nodes=1", "--partition=defq", "--time=72:00:00",
-        "/a b/job.sh",
+        "--comment=it's $(date); {x} --wrap=:", "--exclusive", "--nodes=1", "--partition=defq",
+        "--time=72:00:00", "/a b/job.sh",
     ]
 
 
@@ -42,8 +43,8 @@ def test_submission_without_an_id_is_an_error(text):
         _slurm.parse_submit(text)
 
 
-def job(job_id, state, node="", time_left=None, name="hpc-db", reason=""):
-    return {"id": job_id, "name": name, "state": state, "node": node, "reason": reason, "time_left": time_left}
+def job(job_id, state, node="", left=None, reason=""):
+    return {"id": job_id, "name": "hpc-db", "state": state, "node": node, "reason": reason, "time_left": left}
 
 
 @pytest.mark.parametrize("line, expected", [
@@ -65,7 +66,8 @@ def test_queue_without_jobs(text):
 
 
 @pytest.mark.parametrize("text, seconds", [
-    ("90", 5400), ("1:30", 90), ("72:00:00", 259200), ("3-0", 259200), ("1-2:30", 95400), ("1-02:03:04", 93784),
+    ("90", 5400), ("1:30", 90), ("72:00:00", 259200),
+    ("3-0", 259200), ("1-2:30", 95400), ("1-02:03:04", 93784),
     ("UNLIMITED", math.inf), ("infinite", math.inf),
     ("", None), ("1h", None), ("-5", None), ("1:2:3:4", None), ("3-", None), ("²", None), ("n/a", None),
 ])
@@ -74,9 +76,9 @@ def test_times_as_slurm_writes_them(text, seconds):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"mem": "16G"}, {"mem": 16000}, {"mem": "0"}, {"mem": "16gb"}, {"mem-per-cpu": "512M"}, {"time": "72:00:00"},
-    {"time": "90"}, {"time": "UNLIMITED"}, {"time": None}, {"gres": "gpu:a100:1"}, {"wait-all-nodes": 1},
-    {"open-mode-not": "x"}, {"mail-user": "alice@example.org"}, {"exclusive": True},
+    {}, {"mem": "16G"}, {"mem": 16000}, {"mem": "0"}, {"mem": "16gb"}, {"mem-per-cpu": "512M"},
+    {"time": "72:00:00"}, {"time": "90"}, {"time": "UNLIMITED"}, {"time": None},
+    {"gres": "gpu:a100:1"}, {"wait-all-nodes": 1}, {"mail-user": "alice@example.org"}, {"exclusive": True},
 ])
 def test_options_that_sbatch_understands(options):
     _slurm.check_options(options)
@@ -141,12 +143,12 @@ def test_time_above_the_limit_of_every_partition(limits, time, refused):
     options = {"partition": "defq", "time": time}
     if not refused:
         return _slurm.check_limit(limits, options)
-    with pytest.raises(ValueError, match="above the limit .*long 2-00:00:00|above the limit .*defq 1-00:00:00"):
+    with pytest.raises(ValueError, match=r"above the limit .(defq 1-|long 2-)"):
         _slurm.check_limit(limits, options)
 
 
 def test_both_schedulers_have_the_same_names():
-    names = {name for name in vars(_slurm) if name.endswith("_command") or name.startswith(("parse_", "check_"))}
+    names = {name for name in vars(_slurm) if name.startswith(("parse_", "check_")) or "_command" in name}
 
     assert names - {"parse_time"} == set(_local.__all__)
     assert all(callable(getattr(_local, name)) for name in _local.__all__)

@@ -14,11 +14,14 @@ from ansible_collections.mala.hpc_db.plugins.modules.hosting_job_info import loo
 class FakeSlurm:
     """Answers as sbatch, squeue, sinfo and scancel do. A cancelled job takes ``lingers`` looks to go."""
 
+    last_id = 0
+
     def __init__(self, *jobs, lingers=1):
-        self.jobs = [{"id": str(number), "name": name, "state": state} for number, (name, state) in enumerate(jobs, 1)]
+        self.jobs = []
         self.lingers = lingers
         self.calls = []
-        self.next_id = len(jobs) + 1
+        for name, state in jobs:
+            self.add(name, state)
 
     def __call__(self, command):
         self.calls.append(command)
@@ -27,12 +30,15 @@ class FakeSlurm:
     def sbatch(self, arguments):
         flags = dict(argument.partition("=")[::2] for argument in arguments)
         if flags.get("partition", "defq") != "defq":
-            raise SchedulerError("sbatch: error: Batch job submission failed: Invalid partition name specified")
+            raise SchedulerError("sbatch: error: Invalid partition name specified")
         if "test-only" in flags:
             return ""
-        self.jobs.append({"id": str(self.next_id), "name": flags["job-name"], "state": "PENDING"})
-        self.next_id += 1
-        return f"{self.jobs[-1]['id']}\n"
+        return self.add(flags["job-name"], "PENDING") + "\n"
+
+    def add(self, name, state):
+        self.last_id += 1
+        self.jobs.append({"id": str(self.last_id), "name": name, "state": state})
+        return str(self.last_id)
 
     def squeue(self, arguments):
         flags = dict(argument.partition("=")[::2] for argument in arguments)
@@ -95,7 +101,7 @@ def test_changes_only_what_differs(state, queue, changed, after, check_mode):
     result = ensure_job(params(state), slurm, check_mode)
 
     assert result["changed"] is changed
-    assert (result["diff"]["before"] != result["diff"]["after"]) is (changed or queue == [COMPLETING] != after)
+    assert (result["diff"]["before"] != result["diff"]["after"]) is (changed or COMPLETING in queue)
     assert slurm.queue == (queue if check_mode else after)
     if not check_mode:
         assert (result["job"] or {}).get("name") == ("hpc-db" if state == "present" else None)
@@ -201,7 +207,8 @@ def test_info_shows_the_newest_log_in_trouble(queue, state, shown, tmp_path):
     for folder in ("run", "log"):
         (tmp_path / folder).mkdir()
     (tmp_path / "run" / "state.json").write_text(json.dumps({"state": state}))
-    (tmp_path / "log" / "job.log").write_bytes(b"x" * 20000 + b"\xff\n" + b"".join(b"%d\n" % n for n in range(30)))
+    lines = b"".join(b"%d\n" % number for number in range(30))
+    (tmp_path / "log" / "job.log").write_bytes(b"x" * 20000 + b"\xff\n" + lines)
     (tmp_path / "log" / "old.log").write_text("old\n")
     os.utime(tmp_path / "log" / "old.log", (1, 1))
 
