@@ -5,7 +5,7 @@
 .PHONY: help setup demo lint sanity unit molecule integration test clean
 
 help:  ## show these commands
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1;\2/p' Makefile | column -t -s ';'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup:  ## install what development needs (PYTHON=/usr/bin/python3 picks another base Python)
 	@tools/setup test

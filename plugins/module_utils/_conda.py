@@ -83,7 +83,7 @@ class Answer(NamedTuple):
 
 
 def parse_spec(text: str) -> Spec:
-    squeezed = "".join(text.split())
+    squeezed = re.sub(r"\s*([=<>!,])\s*", r"\1", text.strip())
     name = _NAME.match(squeezed.lower())
     rest = squeezed[name.end() :] if name else ""
     bounds = [_BOUND.fullmatch(bound) for bound in rest.split(",")] if rest else []
@@ -117,7 +117,7 @@ def _rank(part: str) -> tuple[int, int, str]:
 
 
 def compare_versions(left: str, right: str) -> int:
-    """Return a number below, at or above 0, in conda's order of versions: 1.0dev < 1.0a < 1.0 == 1 < 1.1."""
+    """Return a number below, at or above 0, in conda's order: 1.0dev < 1.0a < 1.0 == 1 < 1.1."""
     zero = (2, 0, "")
     for mine, theirs in zip_longest(_segments(left), _segments(right), fillvalue=[zero]):
         for one, other in zip_longest(mine, theirs, fillvalue=zero):

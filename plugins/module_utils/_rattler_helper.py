@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 
 async def fulfil(request: dict) -> dict:
@@ -43,7 +44,7 @@ async def fulfil(request: dict) -> dict:
     return {"success": True, "actions": actions}
 
 
-def describe(record) -> dict:
+def describe(record: Any) -> dict:
     return {"dist_name": f"{record.name.normalized}-{record.version}-{record.build}"}
 
 

@@ -30,8 +30,8 @@ options:
   prefix:
     description:
       - The environment's absolute path, which is compiled into its packages, so it must not be moved.
-      - It may be absent, an empty directory or a conda environment. Anything else is refused, and so is a path
-        inside another environment, except in the folder C(envs) of a conda installation.
+      - It may be absent, an empty directory or a conda environment. Anything else is refused, and so is a
+        path inside another environment, except in the folder C(envs) of a conda installation.
     type: path
     required: true
   specs:
@@ -84,8 +84,8 @@ options:
     type: str
   package_cache:
     description:
-      - The folder for downloaded packages. The environment shares its files by hard links where both are on one
-        file system.
+      - The folder for downloaded packages. The environment shares its files by hard links where both are on
+        one file system.
       - The client's own if not set, mostly in the home directory.
     type: path
   timeout:
@@ -249,7 +249,7 @@ def read_packages(metadata: Path, strict: bool) -> Packages:
         except (ValueError, KeyError):
             if strict:
                 raise CondaError(
-                    f"prefix: {path.parents[1]} is damaged: {path.name} cannot be read; set state to absent first"
+                    f"prefix: {path} is damaged; remove the environment by state: absent, then install it again"
                 ) from None
             continue
         packages[package.name] = package
@@ -281,9 +281,10 @@ def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> 
             harmless["package_cache"] = os.path.join(scratch, "cache")
         answer = ask(harmless, run, specs, before, dry_run=True)
     if answer.setting == "rattler_python":  # an earlier task installs it, unless that is in check mode too
-        here = before or {}
-        missing = {spec.name: spec.text[len(spec.name) :] for spec in specs if not all_satisfied(here, [spec])}
-        return {**here, **{name: Package(name, wanted or "any", "") for name, wanted in missing.items()}}
+        present = before or {}
+        missing = [spec for spec in specs if not all_satisfied(present, [spec])]
+        wanted = [Package(spec.name, spec.text[len(spec.name) :] or "any", "") for spec in missing]
+        return {**present, **{package.name: package for package in wanted}}
     if answer.problem:
         raise CondaError(explain(answer, params, specs))
     return answer.packages
@@ -421,8 +422,8 @@ def find_program(params: dict, run: Run) -> dict[str, str]:
             return {"client": path}
     searched = "" if "/" in wanted else f" in $MAMBA_EXE, $CONDA_EXE, PATH, a login shell, {', '.join(HOMES)}"
     raise CondaError(
-        f"client: no program {' or '.join(names)}{searched}; set client to the path of conda, mamba or micromamba, "
-        "module_load to the site's line that brings one, or provider to rattler, which needs none"
+        f"client: no program {' or '.join(names)}{searched}; set client to the path of conda, mamba or "
+        "micromamba, module_load to the site's line that brings one, or provider to rattler, which needs none"
     )
 
 

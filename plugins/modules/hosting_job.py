@@ -23,8 +23,8 @@ attributes:
   check_mode:
     support: full
     description:
-      - In check mode C(sbatch --test-only) says whether Slurm would accept the job. It also refuses while all nodes
-        are down or drained, when a real submission would be queued.
+      - In check mode C(sbatch --test-only) says whether Slurm would accept the job. It also refuses while all
+        nodes are down or drained, when a real submission would be queued.
   diff_mode:
     support: full
     description: Shows what is submitted or cancelled.

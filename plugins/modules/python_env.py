@@ -109,13 +109,14 @@ def normalise(name: str) -> str:
 
 
 def required_names(requirements: list[str]) -> list[str]:
-    """Return the names of the projects that the requirement lines begin with."""
+    """Return the names of the projects that have to be there; with a marker on the line, pip decides."""
     names = []
     for line in requirements:
         name = re.match(r"[A-Za-z0-9][\w.-]*", line.strip())
         if not name or "\n" in line:
             raise Failed(f"requirements: {line!r} does not begin with a project's name")
-        names.append(normalise(name.group().rstrip(".-_")))
+        if ";" not in line:
+            names.append(normalise(name.group().rstrip(".-_")))
     return names
 
 

@@ -134,12 +134,10 @@ def write_repodata(folder: Path, packages: dict[str, dict]) -> None:
     (folder / "repodata.json").write_bytes(to_json(content))
 
 
-def build(out: Path, wheels: Path) -> None:
+def publish(out: Path, packages: dict[str, tuple[dict, dict[str, bytes]]]) -> None:
+    """Write a channel of these packages: file name to index and files."""
     for subdir in (SUBDIR, "noarch"):
         (out / subdir).mkdir(parents=True, exist_ok=True)
-    packages = {
-        name: package for wheel in pinned_wheels(wheels) for name, package in packages_of(wheel).items()
-    }
     with ThreadPoolExecutor() as pool:  # bz2 takes nearly all of the time, and lets go of the interpreter
         archives = pool.map(lambda package: archive_of(*package), packages.values())
     records = {}
@@ -156,4 +154,5 @@ if __name__ == "__main__":
     parser.add_argument("out", metavar="OUT_DIR", type=Path, help="the channel's folder")
     parser.add_argument("--wheels", type=Path, help="where wheels lie or go (default: OUT_DIR/wheels)")
     arguments = parser.parse_args()
-    build(arguments.out, arguments.wheels or arguments.out / "wheels")
+    wheels = pinned_wheels(arguments.wheels or arguments.out / "wheels")
+    publish(arguments.out, {name: package for wheel in wheels for name, package in packages_of(wheel).items()})

@@ -61,7 +61,7 @@ def test_returns_at_once_if_it_serves():
 def test_tells_what_changes():
     starting = {"state": "starting", "reason": "the lease", "job": "7"}
 
-    endpoint, lines, _ = wait(PENDING, PENDING, RUNNING, {**RUNNING, "state": starting}, SERVING)
+    endpoint, lines = wait(PENDING, PENDING, RUNNING, {**RUNNING, "state": starting}, SERVING)[:2]
 
     assert endpoint == ENDPOINT
     assert lines == [
@@ -90,7 +90,7 @@ def test_is_never_silent_for_long_and_looks_less_and_less_often():
     found(job("PENDING"), state={"state": "failed", "reason": "before the requeue", "job": "7"}),
 ])
 def test_what_another_job_left_behind_counts_for_nothing(left_behind):
-    endpoint, lines, _ = wait(left_behind, SERVING)
+    endpoint, lines = wait(left_behind, SERVING)[:2]
 
     assert endpoint == ENDPOINT
     assert len(lines) == 2
@@ -112,7 +112,7 @@ FAILED = {"state": "failed", "reason": "disk full", "job": "7"}
 ])
 def test_gives_up_at_once(looks, words):
     looks[-1]["log_tail"] = ["the end"]
-    failed, _, clock = wait(*looks)
+    failed, _lines, clock = wait(*looks)
 
     assert words in str(failed)
     assert "\n" not in str(failed)

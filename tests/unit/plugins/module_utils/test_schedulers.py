@@ -3,9 +3,11 @@
 """What the Slurm adapter says to Slurm, and how it reads the answers."""
 
 import math
+import subprocess
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _local, _slurm
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError, make_run
 
 
 def test_submission_passes_every_option_as_one_argument():
@@ -163,3 +165,33 @@ def test_local_commands():
         *call, "submit", "--name=hpc-db", "--script=/a b/job.sh", "--output=/a b/job.log",
     ]
     assert _local.check_command("hpc-db", {}) is None
+
+
+class Module:
+    """As much of AnsibleModule as running a command takes."""
+
+    def __init__(self, bin_dir=None):
+        self.params = {"scheduler": "slurm", "root": "/nowhere", "bin_dir": bin_dir}
+
+    def run_command(self, arguments, cwd=None, **_others):
+        done = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+
+def test_run_returns_what_was_printed():
+    assert make_run(Module("/bin"))(["echo", "$HOME"]) == "$HOME\n"
+
+
+@pytest.mark.parametrize("bin_dir, command, words", [
+    ("/nowhere", ["sbatch"], "/nowhere/sbatch: No such file or directory; set server_bin_dir to the folder"),
+    (None, ["sbatch-is-not-here"], "sbatch-is-not-here: No such file or directory; set server_bin_dir"),
+    (None, ["sh", "-c", "echo one >&2; echo two >&2; exit 1"], "one; two"),
+    (None, ["sh", "-c", "echo out; exit 1"], "out"),
+    (None, ["false"], "false ended with 1"),
+])
+def test_run_fails_in_one_line(bin_dir, command, words):
+    with pytest.raises(SchedulerError) as failed:
+        make_run(Module(bin_dir))(command)
+
+    assert str(failed.value).startswith(words)
+    assert "\n" not in str(failed.value)

@@ -1,0 +1,250 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Specs, versions, commands, and what clients answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
+    LOAD_FAILED,
+    Answer,
+    CondaError,
+    Package,
+    all_satisfied,
+    allows_major,
+    clean_command,
+    compare_versions,
+    conda_command,
+    difference,
+    explain,
+    parse_answer,
+    parse_record,
+    parse_search,
+    parse_spec,
+    rattler_command,
+    satisfies,
+    search_command,
+)
+
+POSTGRESQL = Package("postgresql", "17.2", "h1_0")
+LIBPQ = Package("libpq", "17.2", "h1_0")
+BOTH = {"postgresql": POSTGRESQL, "libpq": LIBPQ}
+
+
+@pytest.mark.parametrize(
+    ("text", "version", "build", "expected"),
+    [
+        ("postgresql", "17.2", "h1_0", True),
+        ("PostgreSQL", "17.2", "h1_0", True),
+        ("libpq", "17.2", "h1_0", False),
+        ("postgresql=17", "17.2", "h1_0", True),
+        ("postgresql=17", "17", "h1_0", True),
+        ("postgresql=17", "170.1", "h1_0", False),
+        ("postgresql=17.2", "17.2", "h1_0", True),
+        ("postgresql=17.2", "17.2.1", "h1_0", True),
+        ("postgresql=17.2", "17.20", "h1_0", False),
+        ("postgresql=17.*", "17.10", "h1_0", True),
+        ("postgresql=17.*", "18.0", "h1_0", False),
+        ("postgresql==17.2", "17.2.0", "h1_0", True),
+        ("postgresql==17.2", "17.2.1", "h1_0", False),
+        ("postgresql>=17,<18", "17.10", "h1_0", True),
+        ("postgresql >= 17, < 18", "18.0", "h1_0", False),
+        ("postgresql>17.9", "17.10", "h1_0", True),
+        ("postgresql<=17.9", "17.10", "h1_0", False),
+        ("postgresql!=17.2", "17.2", "h1_0", False),
+        ("postgresql=17.2=h1_0", "17.2", "h1_0", True),
+        ("postgresql=17.2=h1_0", "17.2.1", "h1_0", False),
+        ("postgresql=17.*=h*_0", "17.2", "h1_0", True),
+        ("postgresql=*=h2_*", "17.2", "h1_0", False),
+    ],
+)
+def test_spec_and_package(text: str, version: str, build: str, expected: bool) -> None:
+    assert satisfies(Package("postgresql", version, build), parse_spec(text)) is expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "-p", "--file=x", "postgresql 17", "postgresql = 17 18", "postgresql=", "postgresql=>17", "postgresql>=17,", "postgresql==17.*",
+     "postgresql;id", "postgresql=$(id)", "conda-forge::postgresql", "postgresql[build=x]", "postgresql=17.2=h1=x"],
+)  # fmt: skip
+def test_what_is_no_spec(text: str) -> None:
+    with pytest.raises(CondaError, match=r"^specs: .* is not understood; write it as one of name, "):
+        parse_spec(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("postgresql", "postgresql * *"),
+        ("postgresql=17", "postgresql 17.* *"),
+        ("postgresql=17.*=h*", "postgresql 17.* h*"),
+        ("postgresql>=17,<18", "postgresql >=17,<18 *"),
+        ("PostgreSQL=17.2=h1_0", "postgresql ==17.2 h1_0"),
+    ],
+)
+def test_canonical_spec(text: str, canonical: str) -> None:
+    assert parse_spec(text).canonical == canonical
+
+
+def test_order_of_versions() -> None:
+    rising = ["0.4", "0.4.1.rc", "0.4.1", "0.5a1", "0.5b3", "0.5", "0.9.6", "0.10", "1.1dev1", "1.1a1", "1.1.0dev1",
+              "1.1.a1", "1.1.0rc1", "1.1", "1.1.0post1", "1.1post1", "17beta1", "17rc1", "17.0", "17.1", "1!0.4"]  # fmt: skip
+
+    for number, version in enumerate(rising):
+        for other in rising[number + 1 :]:
+            assert compare_versions(version, other) < 0 < compare_versions(other, version)
+    for same in ({"17", "17.0.0"}, {"1.1.0dev1", "1.1.dev1"}, {"0.9RC1", "0.9rc1"}):
+        assert compare_versions(*same) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("postgresql", True), ("postgresql=17", True), ("postgresql==17.10", True), ("postgresql>=17", True),
+        ("postgresql>17.2", True), ("postgresql<18", True), ("postgresql<17.1", True), ("postgresql!=17.2", True),
+        ("postgresql=18", False), ("postgresql==16.4", False), ("postgresql>=18", False), ("postgresql<17", False),
+        ("postgresql>=18,<19", False),
+    ],
+)  # fmt: skip
+def test_major_that_a_spec_allows(text: str, allowed: bool) -> None:
+    assert allows_major(parse_spec(text), "17") is allowed
+
+
+def test_every_spec_counts() -> None:
+    assert all_satisfied(BOTH, [parse_spec("postgresql=17"), parse_spec("libpq")])
+    assert not all_satisfied(BOTH, [parse_spec("postgresql=17"), parse_spec("openssl")])
+
+
+def test_record_of_conda_meta() -> None:
+    record = {"name": "libpq", "version": "17.2", "build": "h1_0", "depends": [], "files": ["lib/libpq.so"]}
+
+    assert parse_record(json.dumps(record)) == LIBPQ
+
+
+def test_difference_names_only_what_differs() -> None:
+    newer = POSTGRESQL._replace(version="17.10")
+    openssl = Package("openssl", "3.5", "h0")
+
+    assert difference({"libpq": LIBPQ, "postgresql": POSTGRESQL, "openssl": openssl}, {**BOTH, "postgresql": newer}) == {
+        "before": {"openssl": "3.5 h0", "postgresql": "17.2 h1_0"},
+        "after": {"postgresql": "17.10 h1_0"},
+    }
+
+
+@pytest.mark.parametrize(("create", "verb"), [(True, "create"), (False, "install")])
+@pytest.mark.parametrize(("dry_run", "dry"), [(True, ["--dry-run"]), (False, [])])
+def test_command_that_all_clients_take(create: bool, verb: str, dry_run: bool, dry: list[str]) -> None:
+    specs = [parse_spec("postgresql>=17,<18"), parse_spec("libpq")]
+
+    assert conda_command("/opt/conda", create, "/a b", ["conda-forge", "file:///c"], specs, dry_run) == [
+        "/opt/conda", verb, "-y", "-q", "--json", *dry, "--override-channels", "-c", "conda-forge", "-c", "file:///c",
+        "-p", "/a b", "postgresql>=17,<18", "libpq",
+    ]  # fmt: skip
+
+
+def test_rattler_is_told_to_keep_what_is_there() -> None:
+    command = rattler_command("/py", "import this", "/a b", ["c"], [parse_spec("postgresql=17")], BOTH, True, None)
+
+    assert command[:4] == ["/py", "-I", "-c", "import this"]
+    assert json.loads(command[4])["specs"] == ["postgresql 17.* *", "libpq"]
+
+
+def test_environment_of_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "/site")
+
+    said = subprocess.run(clean_command(["env"], 9, "/a b"), capture_output=True, text=True, check=True).stdout
+
+    assert {"HTTPS_PROXY=/site", "CONDA_PKGS_DIRS=/a b/pkgs", "MAMBA_ROOT_PREFIX=/a b"} <= set(said.splitlines())
+    assert not {"LD_LIBRARY_PATH=/site", "PYTHONPATH=/site", "PYTHONHOME=/site"} & set(said.splitlines())
+
+
+def test_search_in_a_login_shell(tmp_path: Path) -> None:
+    (tmp_path / "mamba").write_text("#!/bin/sh\n")
+    (tmp_path / "mamba").chmod(0o755)
+    names = ["mamba", "conda"]
+    profile = f"conda() {{ :; }}\necho welcome\nload() {{ echo loaded $1; PATH=$PATH:'{tmp_path}'; }}\n"
+    (tmp_path / ".bash_profile").write_text(profile)
+    environment = {"HOME": str(tmp_path), "PATH": os.defpath, "CONDA_EXE": "/x/bin/conda"}
+
+    def search(load: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(search_command(load, names), capture_output=True, text=True, env=environment)
+
+    assert parse_search(search("load anaconda").stdout, names) == ["/x/bin/conda", f"{tmp_path}/mamba"]
+    assert search("false").returncode == LOAD_FAILED
+
+
+LINKS = [{"dist_name": "postgresql-17.10-h2_0"}]
+CONDA_LINKS = {"LINK": LINKS, "UNLINK": [{"dist_name": "postgresql-17.2-h1_0"}], "PREFIX": "/p"}
+MAMBA_LINKS = {
+    "LINK": [{"fn": "postgresql-17.10-h2_0.conda", "name": "postgresql"}],
+    "UNLINK": [{"fn": "postgresql-17.2-h1_0.tar.bz2", "name": "postgresql"}],
+}
+NEWER = {"libpq": LIBPQ, "postgresql": Package("postgresql", "17.10", "h2_0")}
+
+
+@pytest.mark.parametrize(
+    ("code", "content", "packages"),
+    [
+        (0, {"success": True, "message": "All requested packages already installed."}, BOTH),
+        (0, {"success": True, "message": "All requested packages already installed"}, BOTH),
+        (0, {"success": True, "actions": CONDA_LINKS, "dry_run": True}, NEWER),
+        (0, {"success": True, "actions": [CONDA_LINKS]}, NEWER),
+        (0, {"success": True, "actions": MAMBA_LINKS}, NEWER),
+        (-11, {"success": True, "actions": CONDA_LINKS}, NEWER),  # crashed after it was done
+    ],
+)
+def test_success(code: int, content: dict, packages: dict[str, Package]) -> None:
+    noise = "warning  libmamba The cache is empty\n"
+
+    assert parse_answer(code, noise + json.dumps(content) + "\n", "", BOTH, "conda") == Answer(packages)
+
+
+@pytest.mark.parametrize(
+    ("code", "stdout", "stderr", "provider", "setting", "problem"),
+    [
+        (1, {"exception_name": "PackagesNotFoundError", "message": "not\n  available"}, "", "conda",
+         "specs", "not available"),
+        (1, {"exception_name": "UnavailableInvalidChannel", "error": "HTTP 404"}, "", "conda", "channels", "HTTP 404"),
+        (1, {"exception_name": "CondaVerificationError", "message": "corrupt"}, "", "conda", "provider", "corrupt"),
+        (1, {"success": False, "solver_problems": ["nothing provides a", "b conflicts"]}, "", "conda",
+         "specs", "nothing provides a; b conflicts"),
+        (1, "", "critical libmamba Download error (6) [https://x/repodata.json]", "conda",
+         "channels", "critical libmamba Download error (6) [https://x/repodata.json]"),
+        (1, {"exception_name": "SolverError", "message": "no candidates"}, "", "rattler", "specs", "no candidates"),
+        (1, {"exception_name": "InstallerError", "message": "failed to fetch libpq"}, "", "rattler",
+         "channels", "failed to fetch libpq"),
+        (0, {"exception_name": "ModuleNotFoundError", "message": "No module"}, "", "rattler",
+         "rattler_python", "No module"),
+        (127, "", "env: '/x/python': No such file", "rattler", "rattler_python", "env: '/x/python': No such file"),
+        (126, "", "env: '/x/conda': Permission denied", "conda", "client", "env: '/x/conda': Permission denied"),
+        (124, "", "", "conda", "timeout", "the client was stopped"),
+        (-11, "", "", "conda", "provider", "it said nothing"),
+        (1, "{half", "", "conda", "provider", "{half"),
+    ],
+)  # fmt: skip
+def test_failure(code: int, stdout: str | dict, stderr: str, provider: str, setting: str, problem: str) -> None:
+    said = json.dumps(stdout) if isinstance(stdout, dict) else stdout
+
+    assert parse_answer(code, said, stderr, BOTH, provider) == Answer({}, setting, problem)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("channels", "channels: cannot read conda-forge: https://host/conda-forge/noarch"),
+        ("specs", "specs: nothing in file:///c, conda-forge satisfies postgresql=17: https://host/conda-forge/noarch"),
+        ("rattler_python", "rattler_python: /py cannot use py-rattler: https://host/conda-forge/noarch"),
+        ("timeout", "timeout: 60: https://host/conda-forge/noarch"),
+    ],
+)
+def test_sentence_names_the_setting_and_its_value(setting: str, sentence: str) -> None:
+    params = {"channels": ["file:///c", "conda-forge"], "rattler_python": "/py", "timeout": 60}
+    answer = Answer({}, setting, "https://host/conda-forge/noarch")
+
+    assert explain(answer, params, [parse_spec("postgresql=17")]) == sentence
