@@ -46,19 +46,20 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         params = self.validate_argument_spec(dict(ARGUMENT_SPEC, timeout={"type": "int", "default": 600}))[1]
         if self._task.check_mode:
             return result
-        timeout = params.pop("timeout")
+        # Not ``params``, in which a ~ is a home on the controller already.
+        module_args = {key: value for key, value in self._task.args.items() if key != "timeout"}
         host = (task_vars or {}).get("inventory_hostname", "")
 
         def look() -> dict:
             return self._execute_module(
-                module_name="mala.hpc_db.hosting_job_info", module_args=params, task_vars=task_vars
+                module_name="mala.hpc_db.hosting_job_info", module_args=module_args, task_vars=task_vars
             )
 
         def say(line: str) -> None:
             Display().display(f"[{host}] {params['name']}: {line}")
 
         try:
-            result["endpoint"] = wait_for_server(look, say, timeout)
+            result["endpoint"] = wait_for_server(look, say, params["timeout"])
         except WaitFailed as failed:
             result.update(failed=True, msg=f"{params['name']}: {failed}", log_tail=failed.log_tail)
         return result

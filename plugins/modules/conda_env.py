@@ -249,7 +249,7 @@ def read_packages(metadata: Path, strict: bool) -> Packages:
         except (ValueError, KeyError):
             if strict:
                 raise CondaError(
-                    f"prefix: {path} is damaged; remove the environment by state: absent, then install it again"
+                    f"prefix: {path} is damaged; remove the environment by state=absent and install it again"
                 ) from None
             continue
         packages[package.name] = package
@@ -290,9 +290,7 @@ def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> 
     return answer.packages
 
 
-def bring(
-    params: dict, run: Run, specs: list[Spec], marker: Path
-) -> tuple[Packages | None, Packages | None]:
+def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Packages | None, Packages | None]:
     """Create or change the environment; return its packages before and after."""
     prefix = Path(params["prefix"])
     prefix.parent.mkdir(parents=True, exist_ok=True)

@@ -155,4 +155,6 @@ if __name__ == "__main__":
     parser.add_argument("--wheels", type=Path, help="where wheels lie or go (default: OUT_DIR/wheels)")
     arguments = parser.parse_args()
     wheels = pinned_wheels(arguments.wheels or arguments.out / "wheels")
-    publish(arguments.out, {name: package for wheel in wheels for name, package in packages_of(wheel).items()})
+    publish(
+        arguments.out, {name: package for wheel in wheels for name, package in packages_of(wheel).items()}
+    )

@@ -180,3 +180,13 @@ def test_half_a_record_is_none(content, instance):
     instance.record.write_text(content)
 
     assert instance.queue() == ""
+
+
+def test_folder_that_is_missing_is_told_in_one_line(instance):
+    instance.log.parent.rmdir()
+
+    refused = instance.submit(check=False)
+
+    assert refused.returncode == 1
+    assert refused.stderr == f"[Errno 2] No such file or directory: '{instance.log}'\n"
+    assert instance.queue() == ""

@@ -45,16 +45,19 @@ def submit(name: str, script: str, output: str) -> str:
             ["bash", script], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True, env=environment,
         )
+    job_id = str(process.pid)
     started = processes.start_time(process.pid)
-    record = {"id": str(process.pid), "name": name, "started": started, "host": processes.this_host()}
+    record = {"id": job_id, "name": name, "started": started, "host": processes.this_host()}
     files.write_json(RECORD, dict(record, since=time.time()))
-    return record["id"]
+    return job_id
 
 
-def queue() -> Optional[str]:
-    """Return the live job's line."""
+def queue() -> str:
+    """Return the live job's line, or nothing."""
     job = live_job()
-    return job and "|".join([job["id"], "RUNNING", socket.gethostname(), "UNLIMITED", job["name"], "None"])
+    if not job:
+        return ""
+    return "|".join([job["id"], "RUNNING", socket.gethostname(), "UNLIMITED", job["name"], "None"]) + "\n"
 
 
 def cancel(job_id: str) -> None:
@@ -75,10 +78,16 @@ def main() -> int:
         submitting.add_argument(option, required=True)
     verbs.add_parser("queue")
     verbs.add_parser("cancel").add_argument("job_id", metavar="ID")
-    arguments = vars(parser.parse_args())
-    printed = {"submit": submit, "queue": queue, "cancel": cancel}[arguments.pop("verb")](**arguments)
-    if printed:
-        print(printed)
+    arguments = parser.parse_args()
+    try:
+        if arguments.verb == "submit":
+            print(submit(arguments.name, arguments.script, arguments.output))
+        elif arguments.verb == "cancel":
+            cancel(arguments.job_id)
+        else:
+            print(queue(), end="")
+    except OSError as error:
+        raise SystemExit(str(error)) from None
     return 0
 
 

@@ -161,8 +161,8 @@ def test_in_a_playbook(arguments, lines, skipped, tmp_path):
     (tmp_path / "play.yml").write_text(json.dumps([{
         "hosts": "c", "gather_facts": False, "tasks": [
             {"mala.hpc_db.server_wait": {
-                "name": "hpc-db", "root": str(tmp_path), "bin_dir": str(tmp_path), "timeout": 60,
-            }},
+                "name": "hpc-db", "root": "$ROOT", "bin_dir": "$ROOT", "timeout": 60,
+            }, "environment": {"ROOT": str(tmp_path)}},  # paths are the target's
             {"mala.hpc_db.show": {"text": "postgresql+psycopg2:///?service='x'\nsecond line"}},
         ],
     }]))
