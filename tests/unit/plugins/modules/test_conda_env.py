@@ -1,0 +1,489 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""conda_env against a client that installs, destroys and dies as real ones do."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
+    LOAD_FAILED,
+    CondaError,
+    Package,
+    compare_versions,
+    parse_spec,
+    satisfies,
+)
+from ansible_collections.mala.hpc_db.plugins.modules.conda_env import ensure_env, find_program
+
+OLD = {"postgresql": "17.2", "libpq": "17.2"}
+NEW = {"postgresql": "17.10", "libpq": "17.10"}
+DIED = "died"
+
+
+class Killed(BaseException):
+    """The module's own end while the client runs."""
+
+
+class FakeClient:
+    """Installs postgresql and the libpq of its version, by the commands for rattler and for conda alike."""
+
+    available = ("17.2", "17.10", "18.6")
+    login_shell = (0, "", "")
+    fate = (
+        ""  # of the next installation: a package to be killed after, or DIED to end without a word when done
+    )
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __call__(self, command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        words = command[command.index("env") + 1 :]
+        while words[0] == "-u" or "=" in words[0]:
+            words = words[2:] if words[0] == "-u" else words[1:]
+        if words[0] == "bash":
+            self.calls.append("login")
+            return self.login_shell
+        if words[1] == "-I":
+            request = json.loads(words[-1])
+            parts = (spec.replace(" *", "").partition(" ") for spec in request["specs"])
+            specs = [name + ("=" * version[:1].isdigit()) + version for name, _space, version in parts]
+            verb, prefix, dry_run = "fulfil", Path(request["prefix"]), request["dry_run"]
+        else:
+            at = words.index("-p") + 1
+            verb, prefix, specs, dry_run = words[1], Path(words[at]), words[at + 1 :], "--dry-run" in words
+        self.calls.append(f"{verb} --dry-run" if dry_run else verb)
+        return self.install(verb, prefix, specs, dry_run)
+
+    def install(self, verb: str, prefix: Path, specs: list[str], dry_run: bool) -> tuple[int, str, str]:
+        if verb == "create" and prefix.exists() and not dry_run:
+            shutil.rmtree(prefix)
+        wanted = [parse_spec(spec) for spec in specs]
+        versions = [
+            version
+            for version in sorted(self.available, key=functools.cmp_to_key(compare_versions))
+            if all(satisfies(Package(spec.name, version, "h_0"), spec) for spec in wanted)
+        ]
+        if not versions:
+            return 1, json.dumps({"exception_name": "SolverError", "message": "no candidates"}), ""
+        names = ["postgresql", "libpq"]
+        links = [{"dist_name": f"{name}-{versions[-1]}-h_0"} for name in names]
+        if not dry_run:
+            for name in names:
+                write_record(prefix, name, versions[-1])
+                if self.fate == name:
+                    self.fate = ""
+                    raise Killed
+        if self.fate == DIED:
+            return -11, json.dumps({"success": True}), "Segmentation fault"
+        return 0, json.dumps({"success": True, "actions": {"LINK": links}}), ""
+
+
+def write_record(prefix: Path, name: str, version: str) -> None:
+    metadata = prefix / "conda-meta"
+    metadata.mkdir(parents=True, exist_ok=True)
+    for older in metadata.glob(f"{name}-*.json"):
+        older.unlink()
+    record = {"name": name, "version": version, "build": "h_0"}
+    (metadata / f"{name}-{version}-h_0.json").write_text(json.dumps(record))
+
+
+def make_env(prefix: Path, packages: dict[str, str]) -> None:
+    for name, version in packages.items():
+        write_record(prefix, name, version)
+    (prefix / "keep").write_text("precious")
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): path.read_text() if path.is_file() else ""
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    return tmp_path / "a b" / "postgresql-17"
+
+
+@pytest.fixture
+def client() -> FakeClient:
+    return FakeClient()
+
+
+@pytest.fixture(params=["rattler", "conda"])
+def provider(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def params_for(prefix: Path, **others: object) -> dict:
+    return {
+        "prefix": str(prefix),
+        "specs": ["postgresql=17"],
+        "channels": ["conda-forge"],
+        "state": "present",
+        "provider": "rattler",
+        "rattler_python": "/env/bin/python",
+        "client": sys.executable,
+        "module_load": None,
+        "package_cache": None,
+        "timeout": 60,
+        **others,
+    }
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize(
+    ("before", "specs", "changed", "after"),
+    [
+        (None, ["postgresql=17"], True, NEW),
+        ({}, ["postgresql=17"], True, NEW),
+        (OLD, ["postgresql=17"], False, OLD),
+        (OLD, ["postgresql>=17,<18", "libpq"], False, OLD),
+        (OLD, ["postgresql>17.2"], True, NEW),  # and not 18.6
+        (OLD, ["libpq==17.10"], True, NEW),
+        (NEW, ["postgresql==17.2"], True, OLD),
+    ],
+)
+def test_changes_only_what_differs(
+    prefix: Path,
+    client: FakeClient,
+    provider: str,
+    before: dict[str, str] | None,
+    specs: list[str],
+    changed: bool,
+    after: dict[str, str],
+    check_mode: bool,
+) -> None:
+    if before:
+        make_env(prefix, before)
+    elif before is not None:
+        prefix.mkdir(parents=True)
+    params = params_for(prefix, specs=specs, provider=provider)
+    found = content(prefix)
+
+    result = ensure_env(params, client, check_mode)
+
+    assert (result["changed"], result["packages"]) == (changed, after)
+    assert len(client.calls) == changed
+    assert not prefix.with_name("postgresql-17.unfinished").exists()
+    if check_mode:
+        assert content(prefix) == found
+    else:
+        assert ensure_env(params, client, check_mode)["changed"] is False
+        assert ("keep" in content(prefix)) is bool(before)
+
+
+@pytest.mark.parametrize(("before", "verb"), [({}, "create"), (OLD, "install")])
+def test_create_never_meets_an_environment(
+    prefix: Path, client: FakeClient, before: dict[str, str], verb: str
+) -> None:
+    if before:
+        make_env(prefix, before)
+
+    ensure_env(params_for(prefix, specs=["postgresql==17.10"], provider="conda"), client, False)
+
+    assert client.calls == [verb]
+
+
+def test_diff_names_what_changes(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, {"postgresql": "17.2", "libpq": "17.10"})
+
+    diff = ensure_env(params_for(prefix, specs=["postgresql==17.10"]), client, True)["diff"]
+
+    assert diff == {"before": {"postgresql": "17.2 h_0"}, "after": {"postgresql": "17.10 h_0"}}
+
+
+@pytest.mark.parametrize("state", ["present", "absent"])
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.write_text("mine"), "it is no directory"),
+        (lambda path: (path / "mine").mkdir(parents=True), "it has no folder conda-meta"),
+        (lambda path: path.symlink_to("nowhere"), "it is no directory"),
+        (lambda path: path.symlink_to(path.parent), "it has no folder conda-meta"),
+    ],
+    ids=["file", "folder", "dangling link", "link"],
+)
+def test_refuses_what_is_no_environment(
+    prefix: Path, client: FakeClient, make: object, reason: str, state: str
+) -> None:
+    prefix.parent.mkdir()
+    make(prefix)  # type: ignore[operator]
+    found = os.lstat(prefix)
+
+    with pytest.raises(CondaError, match=f"prefix: {prefix} exists and is no conda environment: {reason}; "):
+        ensure_env(params_for(prefix, state=state), client, False)
+
+    assert os.lstat(prefix) == found and client.calls == [] and os.listdir(prefix.parent) == [prefix.name]
+
+
+@pytest.mark.parametrize(
+    ("inside", "allowed"), [("lib/x", False), ("x", False), ("envs/x", True), ("envs/x/y", True)]
+)
+def test_environment_in_an_environment(
+    tmp_path: Path, client: FakeClient, inside: str, allowed: bool
+) -> None:
+    make_env(tmp_path / "outer", OLD)
+    params = params_for(tmp_path / "outer" / inside)
+
+    if inside == "envs/x/y":
+        make_env(tmp_path / "outer/envs/x", OLD)
+    if allowed and inside == "envs/x":
+        assert ensure_env(params, client, False)["changed"]
+    else:
+        with pytest.raises(CondaError, match="lies inside the conda environment"):
+            ensure_env(params, client, False)
+
+
+@pytest.mark.parametrize("spec", ["postgresql=18", "postgresql>=18", "postgresql==16.4"])
+def test_never_another_major(prefix: Path, client: FakeClient, spec: str) -> None:
+    make_env(prefix, OLD)
+    found = content(prefix)
+
+    with pytest.raises(
+        CondaError, match=r"would replace the installed PostgreSQL 17.2 by another major; stay with"
+    ):
+        ensure_env(params_for(prefix, specs=[spec]), client, False)
+
+    assert content(prefix) == found and client.calls == []
+
+
+def test_another_package_cannot_bring_another_major(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, OLD)
+    found = content(prefix.parent)
+
+    with pytest.raises(
+        CondaError, match="specs: nothing in conda-forge satisfies libpq=18 postgresql=17: no cand"
+    ):
+        ensure_env(params_for(prefix, specs=["libpq=18"]), client, False)
+
+    assert content(prefix.parent) == found
+
+
+@pytest.mark.parametrize("killed_after", ["postgresql", "libpq"])
+@pytest.mark.parametrize("before", [{}, OLD])
+def test_run_again_after_a_kill(
+    prefix: Path, client: FakeClient, provider: str, before: dict[str, str], killed_after: str
+) -> None:
+    if before:
+        make_env(prefix, before)
+    params = params_for(prefix, specs=["postgresql==17.10"], provider=provider)
+    client.fate = killed_after
+    with pytest.raises(Killed):
+        ensure_env(params, client, False)
+    # the rest looks complete, and is not to be trusted
+    (prefix / "rest").write_text("half")
+    assert ensure_env(params, client, True)["packages"] == NEW
+
+    result = ensure_env(params, client, False)
+
+    assert result["packages"] == NEW
+    assert ("rest" in content(prefix)) is bool(before)
+    assert not prefix.with_name("postgresql-17.unfinished").exists()
+    client.calls.clear()
+    assert ensure_env(params, client, False)["changed"] is False and client.calls == []
+
+
+def test_what_could_not_be_made_leaves_nothing(prefix: Path, client: FakeClient, provider: str) -> None:
+    with pytest.raises(
+        CondaError, match="specs: nothing in conda-forge satisfies postgresql=99: no candidates"
+    ):
+        ensure_env(params_for(prefix, specs=["postgresql=99"], provider=provider), client, False)
+
+    assert os.listdir(prefix.parent) == []
+
+
+def test_crash_after_the_work_is_success(prefix: Path, client: FakeClient) -> None:
+    client.fate = DIED
+
+    assert ensure_env(params_for(prefix), client, False)["packages"] == NEW
+
+
+def test_success_without_packages_is_none(prefix: Path) -> None:
+    with pytest.raises(
+        CondaError, match="provider: rattler: it ended well, but .* lacks what it should have"
+    ):
+        ensure_env(params_for(prefix), lambda command, pass_fds: (0, '{"success": true}', ""), False)
+
+    assert os.listdir(prefix.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "stdout"),
+    [(127, ""), (0, '{"exception_name": "ModuleNotFoundError", "message": "No module named rattler"}')],
+)
+def test_check_before_rattler_is_there(prefix: Path, code: int, stdout: str) -> None:
+    def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        return code, stdout, "env: '/env/bin/python': No such file or directory"
+
+    result = ensure_env(params_for(prefix, specs=["postgresql=17", "libpq"]), run, True)
+
+    assert result["changed"]
+    assert result["diff"] == {"before": {}, "after": {"postgresql": "=17", "libpq": "any"}}
+    with pytest.raises(CondaError, match="rattler_python: /env/bin/python cannot use py-rattler: "):
+        ensure_env(params_for(prefix), run, False)
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize(
+    ("there", "changed"), [(None, False), ("empty", False), ("env", True), ("damaged", True)]
+)
+def test_absent(prefix: Path, client: FakeClient, there: str | None, changed: bool, check_mode: bool) -> None:
+    prefix.parent.mkdir()
+    if there == "empty":
+        prefix.mkdir()
+    elif there:
+        make_env(prefix, OLD)
+    if there == "damaged":
+        (prefix / "conda-meta/libpq-17.2-h_0.json").write_text("")
+    found = content(prefix.parent)
+
+    result = ensure_env(params_for(prefix, state="absent", specs=None), client, check_mode)
+
+    assert result["changed"] is changed and client.calls == []
+    assert content(prefix.parent) == ({} if changed and not check_mode else found)
+
+
+def test_absent_finishes_a_removal_that_was_killed(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, OLD)
+    shutil.rmtree(prefix / "conda-meta")
+    prefix.with_name("postgresql-17.unfinished").write_text("making")
+
+    assert ensure_env(params_for(prefix, state="absent"), client, False)["changed"]
+    assert os.listdir(prefix.parent) == []
+
+
+def test_absent_spares_an_installation_of_conda(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, OLD)
+    (prefix / "condabin").mkdir()
+
+    with pytest.raises(CondaError, match="is a conda installation; only an environment is removed"):
+        ensure_env(params_for(prefix, state="absent"), client, False)
+
+
+def test_damaged_environment(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, OLD)
+    (prefix / "conda-meta/libpq-17.2-h_0.json").write_text('{"name"')
+
+    with pytest.raises(
+        CondaError, match=r"libpq-17.2-h_0.json is damaged; remove the environment by state=absent"
+    ):
+        ensure_env(params_for(prefix), client, False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        (
+            "prefix",
+            "postgresql-17",
+            "prefix: 'postgresql-17' is not absolute; give a path that begins with / or ~",
+        ),
+        ("channels", ["-c"], "channels: '-c' is no channel; give a name, a URL or a file:// folder"),
+        ("channels", ["a\nb"], r"channels: 'a\\nb' is no channel"),
+        ("specs", [], "specs: none are given; name at least one package"),
+        ("specs", ["-p /"], "specs: '-p /' is not understood; write it as one of name, name=17"),
+    ],
+)
+def test_refuses_before_anything_runs(
+    prefix: Path, client: FakeClient, setting: str, value: object, message: str
+) -> None:
+    with pytest.raises(CondaError, match=message):
+        ensure_env({**params_for(prefix), setting: value}, client, False)
+
+    assert client.calls == [] and not prefix.parent.exists()
+
+
+def test_waits_for_another_run(prefix: Path, client: FakeClient) -> None:
+    prefix.parent.mkdir()
+    marker = prefix.with_name("postgresql-17.unfinished")
+    with marker.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(CondaError, match=f"timeout: after 0 s another run still holds {marker}"):
+            ensure_env(params_for(prefix, timeout=0), client, False)
+
+        def finish() -> None:
+            make_env(prefix, NEW)
+            marker.unlink()
+            other.close()
+
+        threading.Timer(0.3, finish).start()
+        result = ensure_env(params_for(prefix), client, False)
+
+    assert (result["changed"], client.calls) == (False, [])
+    assert not marker.exists()
+
+
+PLACES = {
+    "variable": ("x/bin/mamba", "MAMBA_EXE"),
+    "PATH": ("path/conda", ""),
+    "login shell": ("site/bin/conda", ""),
+    "home": ("miniforge3/bin/mamba", ""),
+}
+
+
+@pytest.mark.parametrize("first", range(len(PLACES)))
+def test_order_of_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: FakeClient, first: int
+) -> None:
+    for path, variable in list(PLACES.values())[first:]:
+        (tmp_path / path).parent.mkdir(parents=True)
+        shutil.copy("/bin/true", tmp_path / path)
+        if variable:
+            monkeypatch.setenv(variable, str(tmp_path / path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    client.login_shell = (0, f"welcome\n\n{tmp_path}/site/bin/conda\n", "")
+
+    found = find_program(params_for(tmp_path, provider="conda", client=None), client)
+
+    assert found == {"client": str(tmp_path / list(PLACES.values())[first][0])}
+    assert client.calls == (["login"] if first > 1 else [])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "load", "login_shell", "message"),
+    [
+        (
+            "/no/conda",
+            None,
+            (0, "", ""),
+            "client: no program /no/conda; set client to the path of conda, mamba or",
+        ),
+        ("mamba", None, (0, "", ""), "client: no program mamba in .*a login shell, ~/miniforge3, "),
+        (None, None, (0, "", ""), "client: no program micromamba or mamba or conda in "),
+        (
+            None,
+            "ml x",
+            (LOAD_FAILED, "", "ml: no\n x"),
+            "module_load: 'ml x' failed in a login shell: ml: no x",
+        ),
+    ],
+)
+def test_no_client(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    client: FakeClient,
+    wanted: str | None,
+    load: str | None,
+    login_shell: tuple[int, str, str],
+    message: str,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    client.login_shell = login_shell
+    params = params_for(tmp_path / "env", provider="conda", client=wanted, module_load=load)
+
+    with pytest.raises(CondaError, match=message):
+        ensure_env(params, client, False)
+
+    assert os.listdir(tmp_path) == []
