@@ -249,7 +249,8 @@ def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Packa
         return Answer({}, "timeout", "the client was stopped")
     if not content and code in (126, 127):
         return Answer({}, "rattler_python" if provider == "rattler" else "client", _one_line(stderr))
-    problem = content.get("message") or content.get("error") or stderr or stdout or "it said nothing"
+    last_words = "\n".join((stderr or stdout).strip().splitlines()[-3:])
+    problem = content.get("message") or content.get("error") or last_words or "it said nothing"
     guess = "channels" if _FETCHING.search(problem) else "provider"
     return Answer({}, _BLAME.get(content.get("exception_name", ""), guess), _one_line(problem))
 

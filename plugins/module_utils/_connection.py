@@ -18,7 +18,7 @@ CONNECTION_OPTIONS: dict[str, Any] = {
 
 
 class Unreachable(Exception):
-    """The server does not let us in; the message is libpq's own."""
+    """The server does not let us in, or refuses what we ask; the message is its own."""
 
 
 def parameters(params: dict, database: str) -> dict[str, Any]:
@@ -36,18 +36,15 @@ def parameters(params: dict, database: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def connect(params: dict, database: str) -> Iterator[Any]:
-    """Open a connection that commits each statement; raise Unreachable with libpq's words."""
+    """Open a connection that commits each statement; raise Unreachable with the server's words."""
     import psycopg2
 
     try:
-        connection = psycopg2.connect(**parameters(params, database))
-    except psycopg2.OperationalError as error:
+        with contextlib.closing(psycopg2.connect(**parameters(params, database))) as connection:
+            connection.autocommit = True
+            yield connection
+    except psycopg2.Error as error:
         raise Unreachable(f"database {database}: {' '.join(str(error).split())}") from None
-    connection.autocommit = True
-    try:
-        yield connection
-    finally:
-        connection.close()
 
 
 def rows(connection: Any, query: Any, values: tuple = ()) -> list[tuple]:

@@ -152,13 +152,13 @@ def ensure_directory(path: str, check_mode: bool) -> bool:
 def current_text(path: str) -> str | None:
     """Return the text of ``path``; None if there is none."""
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8", errors="replace", newline="") as stream:
             return stream.read()
     except FileNotFoundError:
         return None
 
 
-def validate(wanted: dict, run=subprocess.run) -> None:
+def validate(wanted: dict) -> None:
     """Let the program that will read the file judge it; raise Refused with its own words."""
     command = wanted["validate"]
     if not command or not os.path.exists(command[0]):
@@ -171,7 +171,7 @@ def validate(wanted: dict, run=subprocess.run) -> None:
         with open(candidate, "w", encoding="utf-8") as stream:
             stream.write(wanted["content"])
         arguments = [word.replace("{file}", candidate).replace("{scratch}", empty) for word in command]
-        judged = run(arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd="/")
+        judged = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd="/")
         if judged.returncode:
             words = judged.stderr.replace(candidate, wanted["path"]).strip().splitlines()
             # PostgreSQL names the parameter first and says last that the file has errors.
@@ -184,7 +184,7 @@ def validate(wanted: dict, run=subprocess.run) -> None:
 def write(path: str, text: str, mode: int) -> None:
     """Replace ``path`` by rename, so that no reader ever sees half of it."""
     descriptor, aside = tempfile.mkstemp(prefix=".new-", dir=os.path.dirname(path))
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+    with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as stream:
         stream.write(text)
     os.chmod(aside, mode)
     os.rename(aside, path)

@@ -163,13 +163,15 @@ def pip_arguments(params: dict, requirements_file: str) -> list[str]:
 def pip_is_old(text: str) -> bool:
     """Tell from ``pip --version`` whether pip cannot see today's wheels."""
     found = re.search(r"pip (\d+)\.(\d+)", text)
-    return bool(found) and (int(found.group(1)), int(found.group(2))) < OLDEST_PIP
+    return found is not None and (int(found.group(1)), int(found.group(2))) < OLDEST_PIP
 
 
 def fill(params: dict, run: Run) -> None:
     """Make the environment and install into it. Interrupted at any point, the next run finishes it."""
     path, unfinished = params["path"], params["path"] + UNFINISHED
-    if os.path.exists(unfinished):
+    # A venv whose interpreter has gone is made anew: its packages lie below that interpreter's version.
+    unusable = params["layout"] == "venv" and not os.path.exists(os.path.join(path, "bin", "python"))
+    if os.path.exists(unfinished) or unusable:
         shutil.rmtree(path, ignore_errors=True)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(unfinished, "w", encoding="utf-8") as stream:

@@ -26,8 +26,8 @@ def build(out: Path, wheels: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("wheels")
+def wheels() -> Path:
+    return Path(__file__).parents[2] / ".cache/wheels"
 
 
 @pytest.fixture(scope="module")

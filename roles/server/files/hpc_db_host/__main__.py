@@ -16,7 +16,7 @@ from typing import Optional
 
 from . import endpoint, files, scheduler
 from .lease import DEFAULT_TTL, Held, Lease, Lost
-from .postgres import Failed, Postgres
+from .postgres import STOP_SIGNALS, Failed, Postgres
 
 # A short-lived server runs on a login node: it must not take a compute node's memory there.
 BOOTSTRAP_PARAMETERS = {"shared_buffers": "32MB", "max_connections": "20", "max_wal_size": "256MB"}
@@ -38,33 +38,46 @@ class Host:
         self.job = "" if bootstrap else job_id()
         self.hostname = self.settings.get("advertise") or socket.gethostname()
         self._told = ""
-        self._owner = False
+        self._lease = None  # type: Optional[Lease]
 
     def serve(self, patience: float, lifetime: Optional[float]) -> None:
         """Serve until told to stop, or for ``lifetime`` seconds; raise what ended it."""
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": self.job, "kind": self._kind()}
+        holder = {
+            "host": socket.gethostname(), "pid": os.getpid(), "job": self.job, "kind": self._kind(),
+            "cluster": self.settings["cluster"],
+        }
         ttl = float(self.settings.get("lease_ttl", DEFAULT_TTL))
         lease = Lease(self.run, holder, self._has_ended, ttl)
         self.tell("starting", "asking for the lease")
         lease.acquire(patience, lambda held: self.tell("starting", "waiting: %s" % held))
-        self._owner = True
-        self.tell("starting", "postgres is starting")
-        clean = False
+        self._lease = lease
         postgres = None
         try:
-            postgres = Postgres(
-                self.settings, listen=not self.bootstrap, parameters=BOOTSTRAP_PARAMETERS if self.bootstrap else {}
-            )
+            self.tell("starting", "postgres is starting")
+            parameters = BOOTSTRAP_PARAMETERS if self.bootstrap else {}
+            postgres = Postgres(self.settings, not self.bootstrap, lease.renew_if_due, parameters)
             postgres.start()
             self._withdraw()  # whatever a holder that died left behind
             postgres.wait_for_write(self.settings.get("start_patience", 300))
             self._publish(postgres)
             self.tell("serving", "since the first accepted write")
             self._watch(postgres, lease, lifetime)
+        except Lost:
+            if postgres:
+                postgres.abort()
+            raise
         finally:
-            self._withdraw()
-            clean = postgres is None or postgres.stop(self.settings.get("stop_patience", 60))
-            if clean:
+            ignore_signals()
+            self._leave(postgres, lease)
+
+    def _leave(self, postgres: Optional[Postgres], lease: Lease) -> None:
+        """Send the clients away, then stop, even if the endpoint cannot be taken back."""
+        try:
+            self.tell("stopping", "postgres is stopping")
+            if lease.is_ours():  # else the endpoint is the next holder's
+                self._withdraw()
+        finally:
+            if postgres is None or postgres.stop(self.settings.get("stop_patience", 60)):
                 lease.release()
 
     def tell(self, state: str, reason: str) -> None:
@@ -72,17 +85,19 @@ class Host:
         if (state + reason) == self._told:
             return
         self._told = state + reason
-        print("%s %s: %s" % (time.strftime("%Y-%m-%dT%H:%M:%S%z"), state, reason), file=sys.stderr, flush=True)
-        if self._owner and not self.bootstrap:
-            content = {"state": state, "reason": reason, "job": self.job, "host": self.hostname, "since": time.time()}
-            files.write_json(os.path.join(self.run, "state.json"), content)
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        print("%s %s: %s" % (now, state, reason), file=sys.stderr, flush=True)
+        if self._lease and self._lease.is_ours() and not self.bootstrap:
+            content = {"state": state, "reason": reason, "job": self.job, "host": self.hostname}
+            files.write_json(os.path.join(self.run, "state.json"), dict(content, since=time.time()))
 
     def _watch(self, postgres: Postgres, lease: Lease, lifetime: Optional[float]) -> None:
         ends = None if lifetime is None else time.monotonic() + lifetime
         while True:
             time.sleep(0.5)  # ended early by a signal, which raises Stop
-            if postgres.returncode() is not None:
-                raise Failed("postgres ended by itself with exit code %d" % postgres.returncode())
+            returncode = postgres.returncode()
+            if returncode is not None:
+                raise Failed("postgres ended by itself with exit code %d" % returncode)
             if ends is not None and time.monotonic() > ends:
                 raise Stop("its lifetime is over")
             lease.renew_if_due()
@@ -110,10 +125,16 @@ class Host:
         return "bootstrap" if self.bootstrap else self.settings["scheduler"]
 
     def _has_ended(self, holder: dict) -> bool:
-        """Ask the scheduler about a holder on another host. A short-lived server has no job to ask about."""
-        if holder.get("kind") == "bootstrap":
-            return True
-        return scheduler.job_has_ended(holder.get("kind", ""), self.settings.get("bin_dir", ""), holder.get("job", ""))
+        """Tell whether the scheduler says that a holder in another place, or before a reboot, has ended."""
+        kind, job = holder.get("kind", ""), holder.get("job", "")
+        if kind == "bootstrap":
+            return True  # it had no job to ask about
+        if holder.get("cluster") != self.settings["cluster"]:
+            return False  # another scheduler's
+        if kind == "local":
+            return holder.get("host") == socket.gethostname()
+        # Our own job, which was queued again: then its first run has ended.
+        return job == self.job or scheduler.job_has_ended(kind, self.settings.get("bin_dir", ""), job)
 
 
 def job_id() -> str:
@@ -123,9 +144,14 @@ def job_id() -> str:
 
 def on_signal(number: int, _frame: object) -> None:
     """Turn a signal into the way out; a second one changes nothing."""
-    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
+    ignore_signals()
     raise Stop("told to by %s" % signal.Signals(number).name)
+
+
+def ignore_signals() -> None:
+    """On the way out already."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
 
 
 def main() -> int:
@@ -133,13 +159,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="hpc_db_host", description=__doc__)
     parser.add_argument("what", choices=("serve", "bootstrap"))
     parser.add_argument("--root", required=True, help="the instance directory")
-    parser.add_argument("--lifetime", type=float, help="seconds after which a bootstrap server ends by itself")
+    parser.add_argument("--lifetime", type=float, help="seconds after which it ends by itself")
     parser.add_argument("--lease-patience", type=float, default=0.0, help="seconds to wait for the lease")
     arguments = parser.parse_args()
     os.umask(0o077)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, on_signal)
-    host = Host(arguments.root, arguments.what == "bootstrap")
+    try:
+        host = Host(arguments.root, arguments.what == "bootstrap")
+    except Failed as failed:
+        parser.exit(1, "%s\n" % failed)
     try:
         host.serve(arguments.lease_patience, arguments.lifetime)
     except Stop as stop:
@@ -148,7 +177,7 @@ def main() -> int:
     except Held as held:
         host.tell("failed", str(held))
         return 3
-    except (Failed, Lost) as failed:
+    except (Failed, Lost, OSError) as failed:
         host.tell("failed", str(failed))
         return 1
     return 0

@@ -9,7 +9,7 @@ libpq, which reads it at every connect: so a URL that names the service follows 
 import os
 import re
 import time
-from typing import List
+from typing import List  # noqa: F401 - in a type comment
 
 from . import files
 
@@ -34,7 +34,8 @@ def edit_service(path: str, name: str, parameters: dict) -> None:
     path = os.path.realpath(path)
     with FileLock(path + ".lock"):
         try:
-            with open(path) as stream:
+            # Other people's lines may be of any encoding and any system: they are kept byte by byte.
+            with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
                 text = stream.read()
             mode = os.stat(path).st_mode & 0o777
         except FileNotFoundError:
@@ -49,10 +50,12 @@ def replace_section(text: str, name: str, parameters: dict) -> str:
     kept = []  # type: List[str]
     inside = False
     for line in text.splitlines(True):
-        heading = re.match(r"\s*\[(.*)\]\s*$", line)
+        # As libpq has it: a line that begins with a bracket is a heading, whatever comes after.
+        heading = re.match(r"\s*\[([^\]]*)", line)
         if heading:
             inside = heading.group(1) == name
-        if not inside:
+        # A comment may be about the next section, and is nobody's parameter.
+        if not inside or re.match(r"\s*(#|$)", line):
             kept.append(line)
     while parameters and kept and not kept[-1].endswith("\n"):
         kept[-1] += "\n"
@@ -84,7 +87,7 @@ class FileLock:
                 elif now - seen[1] > LOCK_STALE_SECONDS:
                     self._break(made)
                 if now > limit:
-                    raise TimeoutError("%s is locked by another process" % self.path)
+                    raise TimeoutError("%s is locked by another process" % self.path) from None
                 time.sleep(0.05)
 
     def _break(self, made: float) -> None:

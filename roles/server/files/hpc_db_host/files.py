@@ -13,14 +13,15 @@ def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
     folder = os.path.dirname(path)
     descriptor, aside = tempfile.mkstemp(prefix=".%s." % os.path.basename(path), dir=folder)
     try:
-        with os.fdopen(descriptor, "w") as stream:
+        # As it is: no line ends of another system changed, no byte refused for the shell's locale.
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(aside, mode)
         os.rename(aside, path)
     except BaseException:
-        os.unlink(aside)
+        remove(aside)
         raise
 
 

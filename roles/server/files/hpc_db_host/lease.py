@@ -7,7 +7,6 @@
 system keeps atomic; flock is per client, or off, on several of them.
 """
 
-import json
 import os
 import re
 import time
@@ -33,6 +32,8 @@ class Lost(Exception):
 
 def describe(holder: dict) -> str:
     """Name a holder in one line: what it is, where, and since when."""
+    if not holder:
+        return "somebody whose lease file cannot be read"
     what = "job %s" % holder["job"] if holder.get("job") else "a short-lived server"
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder.get("since", 0)))
     return "%s on %s (PID %s) since %s" % (what, holder.get("host", "?"), holder.get("pid", "?"), since)
@@ -99,16 +100,27 @@ class Lease:
 
     def renew(self) -> None:
         """Show that we live; raise Lost if somebody has taken over."""
+        begun = self._clock()
         self._beats += 1
         files.write_atomically(self._path("hb.%d" % self.epoch), "%d\n" % self._beats)
-        if self._newest() != self.epoch:
+        if not self.is_ours():
             raise Lost("the lease was taken by %s" % describe(self._read(self._newest()) or {}))
-        self._renewed = self._clock()
+        self._renewed = begun
 
     def renew_if_due(self) -> None:
-        """Renew six times within the TTL."""
-        if self._clock() - self._renewed >= self.ttl / 6:
+        """Renew six times within the TTL. Raise Lost, too, when that fails until others may take over."""
+        still = self._clock() - self._renewed
+        if still < self.ttl / 6:
+            return
+        try:
             self.renew()
+        except OSError as error:
+            if still >= self.ttl / 2:
+                raise Lost("the lease was not renewed for %d s: %s" % (still, error)) from None
+
+    def is_ours(self) -> bool:
+        """Tell whether nobody has taken over since we acquired the lease."""
+        return 0 < self.epoch == self._newest()
 
     def release(self) -> None:
         """Say that the data directory was left cleanly."""
@@ -127,7 +139,8 @@ class Lease:
             return False
         if holder.get("place") == self._holder["place"]:
             return processes.start_time(holder["pid"]) != holder["start"]
-        return self._ended(holder) and self._stands_still(epoch)
+        # Still before and after the question, which takes a while and is not asked every second.
+        return self._stands_still(epoch) and self._ended(holder) and self._stands_still(epoch)
 
     def _stands_still(self, epoch: int) -> bool:
         """Tell whether the heartbeat has not moved for the TTL, on our own clock: clocks differ."""
@@ -148,11 +161,7 @@ class Lease:
         return max([int(match.group(1)) for match in epochs if match] or [0])
 
     def _read(self, epoch: int) -> Optional[dict]:
-        try:
-            with open(self._path("lease.%d" % epoch)) as stream:
-                return json.load(stream)
-        except (OSError, ValueError):
-            return None
+        return files.read_json(self._path("lease.%d" % epoch))
 
     def _forget_older(self) -> None:
         """Remove the files of epochs before the last one: nobody reads them any more."""

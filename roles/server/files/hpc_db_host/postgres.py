@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """postgres as a child in the foreground: start, probe, stop."""
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -11,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Dict, Optional
+from typing import Callable, Dict, Optional
 
 from . import files, processes
 
 PR_SET_PDEATHSIG = 1
+# What asks the hosting program to stop.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # sockaddr_un holds 108 bytes with the final NUL; PostgreSQL adds "/.s.PGSQL.65535".
 LONGEST_SOCKET_FOLDER = 107 - len("/.s.PGSQL.65535")
 
@@ -25,11 +28,17 @@ class Failed(Exception):
 
 
 class Postgres:
-    """One postgres process on the data directory ``data``. Socket and child live as long as this object."""
+    """One postgres process on the data directory ``data``. Socket and child live as long as this object.
 
-    def __init__(self, settings: dict, listen: bool, parameters: Optional[Dict[str, str]] = None) -> None:
+    ``alive`` is called while it starts, which takes as long as crash recovery does.
+    """
+
+    def __init__(
+        self, settings: dict, listen: bool, alive: Callable[[], None], parameters: Dict[str, str]
+    ) -> None:
         self._settings = settings
-        self._parameters = dict(parameters or {})
+        self._alive = alive
+        self._parameters = dict(parameters)
         self._child = None  # type: Optional[subprocess.Popen[bytes]]
         self.socket = tempfile.mkdtemp(prefix="hpc_db-", dir=settings["socket_parent"])
         if len(os.fsencode(self.socket)) > LONGEST_SOCKET_FOLDER:
@@ -45,14 +54,20 @@ class Postgres:
 
     def start(self) -> None:
         """Start postgres; ``wait_for_write`` tells whether it came up."""
-        self._clear_pid_file()
+        self._disarm_pid_file()
         parameters = dict(self._parameters, port=str(self.port), unix_socket_directories=self.socket)
         command = [self._program("postgres"), "-c", "config_file=%s" % self._settings["config"]]
         for name, value in sorted(parameters.items()):
             command += ["-c", "%s=%s" % (name, value)]
-        self._child = subprocess.Popen(
-            command, cwd="/", stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=_die_with_parent
-        )
+        # A signal that ended us between fork and assignment would leave a postgres that nobody knows of.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self._child = subprocess.Popen(
+                command, cwd="/", env=_environment(), stdin=subprocess.DEVNULL, stdout=sys.stderr,
+                preexec_fn=_die_with_parent,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def wait_for_write(self, patience: float) -> None:
         """Wait until a write succeeds: crash recovery may take a while; raise Failed if postgres ends."""
@@ -66,16 +81,15 @@ class Postgres:
                 return
             if time.monotonic() > limit:
                 raise Failed("postgres accepts no write after %d s: %s" % (patience, refused))
+            self._alive()
             time.sleep(0.1)
 
     def probe(self) -> str:
         """Make one durable write; return "" if it was acknowledged, else the reason in one line."""
         # Written to the WAL and flushed like any commit, and needs no table of ours.
         write = "SELECT pg_logical_emit_message(true, 'hpc_db', 'probe')"
-        options = ["-X", "-q", "-A", "-t", "-h", self.socket, "-p", str(self.port), "-d", "postgres", "-c", write]
-        environment = dict(os.environ, PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db probe")
-        for name in ("PGSERVICE", "PGOPTIONS", "PGUSER", "LD_LIBRARY_PATH"):
-            environment.pop(name, None)
+        options = ["-XqAt", "-h", self.socket, "-p", str(self.port), "-d", "postgres", "-c", write]
+        environment = dict(_environment(), PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db probe")
         try:
             psql = subprocess.run(
                 [self._program("psql")] + options, env=environment, stdin=subprocess.DEVNULL,
@@ -90,48 +104,60 @@ class Postgres:
         """Return the exit code of postgres; None while it runs."""
         return self._child.poll() if self._child else None
 
+    def abort(self) -> None:
+        """End without a checkpoint: the data directory is another's now, and every write would harm it."""
+        if self._child and self._child.poll() is None:
+            self._child.send_signal(signal.SIGQUIT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(10)
+
     def stop(self, patience: float) -> bool:
         """Stop fast (SIGINT): clients are disconnected, everything acknowledged is on disk. True if clean."""
-        clean = self._child is None or self._end_child(patience)
+        clean = self._child is None or _end(self._child, patience)
         shutil.rmtree(self.socket, ignore_errors=True)
         return clean
 
-    def _end_child(self, patience: float) -> bool:
-        for end_with, wait in ((signal.SIGINT, patience), (signal.SIGQUIT, 5.0)):
-            if self._child.poll() is None:
-                self._child.send_signal(end_with)
-            try:
-                self._child.wait(wait)
-                # Two postmasters that met end with 0 too: the control file says how it really was.
-                return self._child.returncode == 0 and end_with == signal.SIGINT
-            except subprocess.TimeoutExpired:
-                continue
-        self._child.kill()
-        self._child.wait()
-        return False
+    def _disarm_pid_file(self) -> None:
+        """Let a stale postmaster.pid name us: the lease is ours, so no other host runs postgres here.
 
-    def _clear_pid_file(self) -> None:
-        """Remove a stale postmaster.pid: the lease is ours, so no other host runs postgres here.
-
-        PostgreSQL believes the PID alone, which may be an innocent process of today.
+        PostgreSQL believes the PID alone, which may be an innocent process of today, but never takes its own
+        parent for another server. The rest stays: it leads to the shared memory of backends that live on.
         """
         data = self._settings["data"]
         path = os.path.join(data, "postmaster.pid")
         try:
             with open(path) as stream:
-                pid = int(stream.readline())
-        except (OSError, ValueError):
+                pid, rest = int(stream.readline()), stream.read()
+        except FileNotFoundError:
+            return
+        except ValueError:  # cut short by a crash; PostgreSQL would refuse it for ever
+            files.remove(path)
             return
         limit = time.monotonic() + 60
         while processes.runs_in(pid, "postgres", data):  # an orphan on its way out
             if time.monotonic() > limit:
                 raise Failed("postgres (PID %d) already runs on %s on this host" % (pid, data))
-            os.kill(pid, signal.SIGINT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT)
+            self._alive()
             time.sleep(0.5)
-        files.remove(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # else the orphan has removed it
+            files.write_atomically(path, "%d\n%s" % (os.getpid(), rest))
 
     def _program(self, name: str) -> str:
         return os.path.join(self._settings["bindir"], name)
+
+
+def _end(child: "subprocess.Popen[bytes]", patience: float) -> bool:
+    for end_with, wait in ((signal.SIGINT, patience), (signal.SIGQUIT, 5.0)):
+        if child.poll() is None:
+            child.send_signal(end_with)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(wait) == 0 and end_with == signal.SIGINT
+    child.kill()
+    child.wait()
+    return False
 
 
 def free_port(wanted: int) -> int:
@@ -145,6 +171,12 @@ def free_port(wanted: int) -> int:
             except OSError:
                 continue
     raise Failed("no free TCP port on %s" % socket.gethostname())
+
+
+def _environment() -> Dict[str, str]:
+    """Return our environment without what is meant for workers, or for programs of another installation."""
+    foreign = [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]
+    return {name: value for name, value in os.environ.items() if name not in foreign}
 
 
 def _die_with_parent() -> None:

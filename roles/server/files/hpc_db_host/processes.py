@@ -14,8 +14,8 @@ def start_time(pid: int) -> Optional[str]:
         found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], stdout=subprocess.PIPE)
         return found.stdout.decode().strip() or None
     try:
-        with open("/proc/%d/stat" % pid) as stream:
-            fields = stream.read().rpartition(")")[2].split()
+        with open("/proc/%d/stat" % pid, "rb") as stream:  # a process may call itself anything
+            fields = stream.read().rpartition(b")")[2].decode().split()
     except OSError:
         return None
     # A zombie has ended: it only waits for its parent to look.

@@ -5,10 +5,9 @@
 import subprocess
 from typing import List
 
-# Slurm's states of a job that still has, or may still get, its node. Anything else has ended.
-SLURM_ALIVE = (
-    "PENDING RUNNING SUSPENDED COMPLETING CONFIGURING RESIZING REQUEUED REQUEUE_HOLD "
-    "REQUEUE_FED RESV_DEL_HOLD SIGNALING SPECIAL_EXIT STAGE_OUT STOPPED"
+# Slurm's states of a job that has left its node for good. A state that nobody knows here is none of them.
+SLURM_ENDED = (
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED LAUNCH_FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT"
 ).split()
 
 
@@ -18,10 +17,10 @@ def slurm_queue_command(job: str) -> List[str]:
 
 
 def slurm_has_ended(returncode: int, stdout: str, stderr: str) -> bool:
-    """Read the answer: a job that Slurm has forgotten has ended, a Slurm that does not answer says nothing."""
+    """Read the answer: a job that Slurm has forgotten has ended, a Slurm that does not answer says no."""
     if returncode:
         return "Invalid job id" in stderr
-    return not any(word in SLURM_ALIVE for word in stdout.split())
+    return all(word in SLURM_ENDED for word in stdout.split())
 
 
 def job_has_ended(scheduler: str, bin_dir: str, job: str) -> bool:

