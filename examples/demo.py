@@ -106,7 +106,8 @@ def optimise(user: str, url: str) -> None:
         command = as_user(user, [python, script, url, "demo", str(TRIALS // WORKERS)])
         environment = {**os.environ, "HOME": pwd.getpwnam(user).pw_dir}
         workers = [subprocess.Popen(command, cwd="/", env=environment) for _each in range(WORKERS)]
-        if any([worker.wait() for worker in workers]):
+        ends = [worker.wait() for worker in workers]
+        if any(ends):
             sys.exit("a worker failed; see above")
     subprocess.run(as_user(user, [python, "-c", RESULT, url, "demo"]), cwd="/", env=environment, check=True)
 

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 CONNECTION_OPTIONS: dict[str, Any] = {
     "host": {"type": "str", "required": True},

@@ -71,7 +71,6 @@ created:
 from urllib.parse import quote, urlencode
 
 from ansible.module_utils.basic import AnsibleModule
-
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 
 STUDIES = """
@@ -120,17 +119,18 @@ def ensure_studies(params: dict, check_mode: bool) -> dict:
         directions = known.get(study["name"], study["directions"])
         if directions != study["directions"]:
             raise Refused(
-                f"databases_studies: the study {study['name']} in {params['database']} has the directions {directions}, "
-                f"not {study['directions']}; directions cannot be changed, choose another name"
+                f"databases_studies: the study {study['name']} in {params['database']} has the directions "
+                f"{directions}, not {study['directions']}; directions cannot be changed, choose another name"
             )
     missing = [study for study in params["studies"] if study["name"] not in known]
+    wanted = {**known, **{study["name"]: study["directions"] for study in missing}}
     changed = found is None or bool(missing)
     if changed and not check_mode:
         create(params, missing)
     return {
         "changed": changed,
         "created": [study["name"] for study in missing],
-        "diff": {"before": as_lines(found), "after": as_lines({**known, **{s["name"]: s["directions"] for s in missing}})},
+        "diff": {"before": as_lines(found), "after": as_lines(wanted)},
     }
 
 

@@ -37,7 +37,9 @@ options:
     choices: [venv, flat]
     default: venv
   index_url:
-    description: The package index to ask instead of pip's own default. Credentials belong into the user's pip configuration.
+    description:
+      - The package index to ask instead of pip's own default.
+      - Credentials belong into the user's pip configuration.
     type: str
   wheelhouse:
     description: A folder with all packages needed, for hosts without internet. No index is asked then.
@@ -95,6 +97,9 @@ OLDEST_PIP = (20, 3)
 STAMP = "hpc_db-requirements.txt"
 # Beside a folder while it is being filled: found there, an earlier run was interrupted.
 UNFINISHED = ".unfinished"
+
+# Variables of the user's shell that would make pip install elsewhere, or load other libraries.
+MISLEADING = "PYTHONPATH PYTHONHOME LD_LIBRARY_PATH PIP_TARGET PIP_PREFIX PIP_USER PIP_REQUIRE_VIRTUALENV".split()
 
 Run = Callable[[list[str]], str]
 
@@ -209,7 +214,7 @@ def ensure_packages(params: dict, run: Run, check_mode: bool) -> dict:
     missing = [name for name in required_names(params["requirements"]) if name not in after]
     if missing and not check_mode:
         raise Failed(f"{path}: pip ended well but did not install {', '.join(missing)}")
-    planned = {name: "to be installed" for name in missing}
+    planned = dict.fromkeys(missing, "to be installed")
     return {
         "changed": changed,
         "python": os.path.join(path, "bin", "python") if layout == "venv" else params["python"],
@@ -226,11 +231,7 @@ def as_lines(packages: dict[str, str]) -> str:
 
 def run_command(command: list[str], timeout: int) -> str:
     """Run pip or venv; raise Failed with its own last words."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "PIP_TARGET", "PIP_USER", "PIP_REQUIRE_VIRTUALENV")
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in MISLEADING}
     try:
         done = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout

@@ -61,7 +61,6 @@ import re
 import secrets
 
 from ansible.module_utils.basic import AnsibleModule
-
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 
 # Bytes of randomness in a password: 256 bits cannot be guessed, whoever has the verifier.

@@ -62,7 +62,6 @@ studies:
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 
 CONNECTIONS = """

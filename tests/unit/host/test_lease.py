@@ -32,7 +32,7 @@ def contend(release):
     os.read(go_on, 1)
     os.kill(os.getpid(), signal.SIGKILL)
 
-for turn in range(200):
+for turn in range(int(sys.argv[2])):
     (reports, report), (go_on, go) = os.pipe(), os.pipe()
     children = []
     for _ in range(2):
@@ -84,7 +84,7 @@ def may_take(lease):
 
 
 def test_two_contenders_never_both_win(start, tmp_path):
-    said = start(CONTEST, tmp_path).communicate(timeout=60)[0].split()
+    said = start(CONTEST, tmp_path, 200).communicate(timeout=60)[0].split()
 
     assert len(said) == 200
     assert {"".join(sorted(turn)) for turn in said} == {"+-"}
@@ -240,6 +240,21 @@ def test_contender_that_slept_for_epochs_wins_none(contender, monkeypatch, tmp_p
     assert (tmp_path / "lease.2").exists()  # the old epoch was there to win
     assert not sleeper.is_ours()
     winner[0].renew()
+
+
+def test_contenders_with_equal_pids_on_two_hosts_do_not_both_win(contender, monkeypatch):
+    real_link = os.link
+    won = []
+
+    def link_second(*names):
+        monkeypatch.setattr(os, "link", real_link)
+        won.append(may_take(contender("c2")))
+        real_link(*names)
+
+    monkeypatch.setattr(os, "link", link_second)
+    won.append(may_take(contender("c1")))
+
+    assert won == [True, False]
 
 
 def test_link_that_was_made_but_reported_as_failed_counts(contender, monkeypatch):

@@ -10,6 +10,7 @@ system keeps atomic; flock is per client, or off, on several of them.
 import os
 import re
 import time
+import uuid
 from typing import Callable, Optional
 
 from . import files, processes
@@ -71,7 +72,7 @@ class Lease:
         newest = self._newest()
         if newest and not self._is_free(newest):
             raise Held(self._read(newest) or {})
-        aside = self._path("contender.%d.%d" % (os.getpid(), newest + 1))
+        aside = self._path("contender.%s" % uuid.uuid4().hex)  # other hosts have our PID, too
         files.write_json(aside, self._holder)
         try:
             os.link(aside, self._path("lease.%d" % (newest + 1)))

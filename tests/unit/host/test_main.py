@@ -1,0 +1,263 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The hosting program with a postgres that only remembers; tests/integration has the real one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from hpc_db_host import __main__ as program
+from hpc_db_host import endpoint, processes
+from hpc_db_host.lease import Lease
+from hpc_db_host.postgres import STOP_SIGNALS, Failed
+
+SECTION = "[hpc_db]\ndbname=mala\nhost=c1\nport=5433\n"
+
+
+class FakePostgres:
+    """Notes what it is told, and what others see at that moment. ``during`` acts while it serves."""
+
+    port, socket = 5433, "/tmp/hpc_db-x"
+    during = clean = None
+
+    def __init__(self, settings, listen, alive, parameters):
+        self.events, self.root, self.alive = settings["events"], settings["root"], alive
+        FakePostgres.last = self
+        self.note(f"made listen={listen} {sorted(parameters)}")
+
+    def note(self, what):
+        published = os.path.exists(os.path.join(self.root, "run", "endpoint.json"))
+        self.events.append(f"{what}{' published' if published else ''}")
+
+    def start(self):
+        self.note("start")
+
+    def wait_for_write(self, patience):
+        self.note("write")
+
+    def returncode(self):
+        self.note("serving")
+        return type(self).during()
+
+    def abort(self):
+        self.note("abort")
+
+    def stop(self, patience):
+        self.note("stop")
+        return type(self).clean
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    for folder in ("run", "host"):
+        (tmp_path / folder).mkdir()
+    settings = {
+        "instance": "hpc_db", "cluster": "hemera5", "scheduler": "slurm", "bindir": "/bin", "advertise": "c1",
+        "service": {"dbname": "mala"}, "service_file": str(tmp_path / "service"),
+    }
+    (tmp_path / "host" / "settings.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(program, "Postgres", FakePostgres)
+    monkeypatch.setattr(program.time, "sleep", lambda _seconds: None)
+    monkeypatch.setattr(FakePostgres, "during", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(FakePostgres, "clean", True)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    umask = os.umask(0o077)
+    made = Instance(tmp_path, monkeypatch)
+    yield made
+    os.umask(umask)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Instance:
+    """An instance directory, and the program called on it."""
+
+    def __init__(self, root, monkeypatch):
+        self.root, self.service, self._monkeypatch = root, root / "service", monkeypatch
+        self.events = []
+        real = program.files.read_json
+        monkeypatch.setattr(
+            program.files, "read_json",
+            lambda path: dict(real(path), events=self.events) if path.endswith("settings.json") else real(path),
+        )
+
+    def run(self, *arguments):
+        self._monkeypatch.setattr(sys, "argv", ["hpc_db_host", *arguments, "--root", str(self.root)])
+        return program.main()
+
+    def state(self):
+        state = json.loads((self.root / "run" / "state.json").read_text())
+        return state["state"], state["reason"]
+
+    def lease(self, ended=True, host="c2", **changes):
+        """Hold the lease as somebody else."""
+        holder = {"host": host, "pid": os.getpid(), "job": "8", "kind": "slurm", "cluster": "hemera5", **changes}
+        return Lease(str(self.root / "run"), holder, lambda _holder: ended)
+
+
+def test_endpoint_is_there_only_between_the_first_write_and_the_stop(host):
+    assert host.run("serve") == 0
+
+    assert host.events == [
+        "made listen=True []", "start", "write", "serving published", "stop",
+    ]
+    assert host.state() == ("ended", "told to by SIGTERM")
+    assert host.service.read_text() == ""
+    assert host.lease().holder() is None
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_each_signal_is_a_clean_end(number, host, monkeypatch):
+    monkeypatch.setattr(FakePostgres, "during", lambda: os.kill(os.getpid(), number))
+
+    assert host.run("serve") == 0
+    assert host.state() == ("ended", f"told to by {signal.Signals(number).name}")
+
+
+def test_second_signal_changes_nothing(host, monkeypatch):
+    def stop_slowly(self, patience):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    monkeypatch.setattr(FakePostgres, "stop", stop_slowly)
+    for end in (lambda: 1, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        monkeypatch.setattr(FakePostgres, "during", end)
+        host.run("serve")
+
+        assert host.lease().holder() is None
+
+
+@pytest.mark.parametrize("clean, after", [(True, None), (False, "c1")])
+def test_lease_is_given_back_only_after_a_clean_stop(clean, after, host, monkeypatch):
+    monkeypatch.setattr(program.socket, "gethostname", lambda: "c1")
+    monkeypatch.setattr(FakePostgres, "clean", clean)
+
+    host.run("serve")
+
+    assert (host.lease().holder() or {}).get("host") == after
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.parametrize("during, reason", [
+    (lambda: 1, "postgres ended by itself with exit code 1"),
+    (lambda: raise_(Failed("no")), "no"),
+    (lambda: raise_(OSError("the file system went away")), "the file system went away"),
+])
+def test_failure_is_told_and_the_server_withdrawn(during, reason, host, monkeypatch):
+    monkeypatch.setattr(FakePostgres, "during", during)
+
+    assert host.run("serve") == 1
+    assert host.state() == ("failed", reason)
+    assert host.service.read_text() == ""
+    assert host.events[-1] == "stop"
+
+
+def test_service_file_that_cannot_be_edited_keeps_postgres_from_nothing(host, monkeypatch):
+    def refuse(*_arguments):
+        raise OSError("quota exceeded")
+
+    real = program.endpoint.edit_service
+    monkeypatch.setattr(FakePostgres, "during", lambda: monkeypatch.setattr(endpoint, "edit_service", refuse) or 1)
+
+    assert host.run("serve") == 1
+    assert host.events[-1] == "stop"
+    assert host.lease().holder() is None
+    monkeypatch.setattr(endpoint, "edit_service", real)
+
+
+def test_takeover_leaves_everything_to_the_next_holder(host, monkeypatch):
+    def overtake():
+        other = json.dumps({"host": "c2", "state": "serving"})
+        for name in ("endpoint.json", "state.json", "lease.2"):
+            (host.root / "run" / name).write_text(other)
+        FakePostgres.last.alive()
+
+    monkeypatch.setattr(FakePostgres, "during", overtake)
+    monkeypatch.setattr(Lease, "renew_if_due", Lease.renew)
+
+    assert host.run("serve") == 1
+
+    # No fast stop, which would write a checkpoint into what is another's now.
+    assert host.events[-2:] == ["abort published", "stop published"]
+    assert host.service.read_text() == SECTION
+    assert json.loads((host.root / "run" / "state.json").read_text())["host"] == "c2"
+    assert not (host.root / "run" / "released.2").exists()
+
+
+def test_refusal_names_the_holder_and_touches_nothing(host, capsys):
+    host.lease().try_acquire()
+    files = sorted(os.listdir(host.root / "run"))
+
+    assert host.run("serve") == 3
+
+    assert "failed: the data directory is held by job 8 on c2" in capsys.readouterr().err
+    assert sorted(os.listdir(host.root / "run")) == files
+    assert host.events == []
+
+
+def test_what_a_dead_holder_left_behind_is_withdrawn_before_anything_serves(host, monkeypatch):
+    host.service.write_text(SECTION)
+    (host.root / "run" / "endpoint.json").write_text("{}")
+    monkeypatch.setattr(FakePostgres, "wait_for_write", lambda self, patience: raise_(Failed(host.service.read_text())))
+
+    host.run("serve")
+
+    assert host.state() == ("failed", "")
+
+
+def test_bootstrap_tells_only_who_knows_its_socket(host, monkeypatch):
+    monkeypatch.setattr(FakePostgres, "during", lambda: said.append((host.root / "run" / "bootstrap.json").read_text()))
+    said = []
+
+    assert host.run("bootstrap", "--lifetime", "0") == 0
+
+    where = json.loads(said[0])
+    assert (where["socket"], where["pid"], where["job"]) == (FakePostgres.socket, os.getpid(), "")
+    assert host.events[0] == f"made listen=False {sorted(program.BOOTSTRAP_PARAMETERS)}"
+    assert not any("published" in event for event in host.events)
+    assert sorted(os.listdir(host.root / "run")) == ["hb.1", "lease.1", "released.1"]
+
+
+def test_without_settings_one_line_says_what_to_do(tmp_path):
+    called = subprocess.run(
+        [sys.executable, "-m", "hpc_db_host", "serve", "--root", tmp_path], capture_output=True, text=True,
+        cwd=os.path.dirname(os.path.dirname(program.__file__)),
+    )
+
+    assert called.returncode == 1
+    assert called.stderr == f"{tmp_path}/host/settings.json is missing; run the playbook hpc_db.yml first\n"
+
+
+@pytest.mark.parametrize("holder, ended", [
+    ({"kind": "bootstrap", "job": ""}, True),
+    ({"kind": "slurm", "job": "7"}, True),  # our own job, which was queued again
+    ({"kind": "slurm", "job": "8"}, True),
+    ({"kind": "slurm", "job": "9"}, False),
+    ({"kind": "slurm", "job": "8", "cluster": "another"}, False),
+    ({"kind": "local", "job": "8", "host": socket.gethostname()}, True),  # before a reboot
+    ({"kind": "local", "job": "8", "host": "another"}, False),
+    ({}, False),
+])
+def test_which_holders_have_ended(holder, ended, host, monkeypatch):
+    monkeypatch.setattr(program.scheduler, "job_has_ended", lambda kind, bin_dir, job: (kind, job) == ("slurm", "8"))
+
+    assert program.Host(str(host.root), bootstrap=False)._has_ended({"cluster": "hemera5", **holder}) is ended
+
+
+def test_instance_serves_again_after_a_reboot(host, monkeypatch):
+    settings = json.loads((host.root / "host" / "settings.json").read_text())
+    (host.root / "host" / "settings.json").write_text(json.dumps({**settings, "scheduler": "local", "lease_ttl": "0"}))
+    monkeypatch.setattr(processes, "this_host", lambda: "boot 1")
+    host.lease(host=socket.gethostname(), kind="local").try_acquire()
+    monkeypatch.setattr(processes, "this_host", lambda: "boot 2")
+
+    assert host.run("serve", "--lease-patience", "5") == 0
+    assert host.state()[0] == "ended"

@@ -1,0 +1,218 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""postgres as a child: real processes that behave as it does, where tests/integration has the real one."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from hpc_db_host import postgres as module
+from hpc_db_host.postgres import Failed, Postgres, free_port
+
+# Shows how it was called, then runs until told to stop; "deaf" is what it does not hear.
+PROGRAM = f"""#!{sys.executable}
+import json, os, signal, sys, time
+deaf = {{deaf!r}}
+if deaf == "dead":
+    sys.exit(1)
+signal.signal(signal.SIGINT, signal.SIG_IGN if deaf == "SIGINT" else lambda *_: os._exit(0))
+signal.signal(signal.SIGQUIT, lambda *_: os._exit(2))
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
+seen = {{{{"argv": sys.argv[1:], "environment": dict(os.environ), "parent": os.getppid()}}}}
+with open({{aside!r}} + ".new", "w") as stream:
+    json.dump(seen, stream)
+os.rename({{aside!r}} + ".new", {{aside!r}})
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "data").mkdir()
+    made = []
+
+    def make(deaf="", psql="exit 0", listen=True, alive=lambda: None, **settings):
+        programs = {
+            "postgres": PROGRAM.format(deaf=deaf, aside=str(tmp_path / "called.json")),
+            "psql": f"#!/bin/sh\n{psql}\n",
+        }
+        for name, text in programs.items():
+            (tmp_path / "bin" / name).write_text(text)
+            (tmp_path / "bin" / name).chmod(0o755)
+        given = {
+            "root": str(tmp_path), "bindir": str(tmp_path / "bin"), "data": str(tmp_path / "data"), "port": "5432",
+            "config": str(tmp_path / "postgresql.conf"), "socket_parent": str(tmp_path), **settings,
+        }
+        made.append(Postgres(given, listen, alive, {"shared_buffers": "32MB"}))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.abort()
+        shutil.rmtree(each.socket, ignore_errors=True)
+
+
+def called(tmp_path):
+    limit = time.monotonic() + 10
+    while not (tmp_path / "called.json").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    return module.files.read_json(str(tmp_path / "called.json"))
+
+
+@pytest.mark.parametrize("listen, addresses", [(True, []), (False, ["listen_addresses="])])
+def test_parameters_reach_postgres(listen, addresses, make, tmp_path):
+    postgres = make(listen=listen)
+    postgres.start()
+
+    argv = called(tmp_path)["argv"]
+
+    assert argv[::2] == ["-c"] * (len(argv) // 2)
+    assert argv[1::2] == [
+        f"config_file={tmp_path}/postgresql.conf", *addresses, f"port={postgres.port}", "shared_buffers=32MB",
+        f"unix_socket_directories={postgres.socket}",
+    ]
+    assert os.stat(postgres.socket).st_mode & 0o777 == 0o700
+
+
+def test_settings_of_workers_do_not_reach_postgres_or_psql(make, tmp_path, monkeypatch):
+    for name in ("PGHOSTADDR", "PGREQUIREAUTH", "PGSERVICE", "PGTZ", "LD_LIBRARY_PATH"):
+        monkeypatch.setenv(name, "192.0.2.1")
+    postgres = make(psql="env | grep -E '192.0.2.1' >&2 && exit 1; exit 0")
+    postgres.start()
+
+    assert "192.0.2.1" not in called(tmp_path)["environment"].values()
+    assert postgres.probe() == ""
+
+
+@pytest.mark.parametrize("psql, reason", [
+    ("exit 0", ""),
+    ("echo no; echo 'FATAL:  disk full' >&2; exit 2", "FATAL:  disk full"),
+    ("exit 3", "psql ended with 3"),
+])
+def test_probe_says_why(psql, reason, make):
+    assert make(psql=psql).probe() == reason
+
+
+@pytest.mark.parametrize("deaf, psql, message", [
+    ("dead", "exit 1", "ended with exit code 1 while starting; see .*/log"),
+    ("", "echo refused >&2; exit 1", "accepts no write after 0 s: refused"),
+])
+def test_start_that_fails_says_why(deaf, psql, message, make, tmp_path):
+    beats = []
+    postgres = make(deaf, psql, alive=lambda: beats.append(1))
+    postgres.start()
+
+    with pytest.raises(Failed, match=message):
+        postgres.wait_for_write(0.5)
+    assert beats or deaf  # the lease is renewed meanwhile
+
+
+@pytest.mark.parametrize("deaf, clean", [("", True), ("SIGINT", False)])
+def test_stop_is_clean_only_if_fast(deaf, clean, make, tmp_path):
+    postgres = make(deaf)
+    postgres.start()
+    called(tmp_path)
+
+    assert postgres.stop(0.3) is clean
+    assert postgres.returncode() == (0 if clean else 2)
+    assert not os.path.exists(postgres.socket)
+
+
+def test_postgres_that_was_killed_did_not_stop_cleanly(make, tmp_path):
+    postgres = make()
+    postgres.start()
+    postgres._child.kill()
+
+    assert postgres.stop(5) is False
+
+
+def test_abort_asks_for_no_checkpoint(make, tmp_path):
+    postgres = make()
+    postgres.start()
+    called(tmp_path)
+
+    postgres.abort()
+
+    assert postgres.returncode() == 2
+
+
+def test_signal_while_it_starts_finds_the_child(make, monkeypatch):
+    class Told(Exception):
+        pass
+
+    def tell(_number, _frame):
+        raise Told
+
+    before = signal.signal(signal.SIGTERM, tell)
+    monkeypatch.setattr(module, "_die_with_parent", lambda: os.kill(os.getppid(), signal.SIGTERM))
+    postgres = make()
+    try:
+        with pytest.raises(Told):
+            postgres.start()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert postgres._child is not None
+    postgres._child.kill()
+
+
+@pytest.mark.parametrize("content, expected", [
+    (None, None),
+    ("", None),
+    ("12", "{own}\n"),
+    ("garbage\n", None),
+    ("{innocent}\n/data\n1\n5432\n", "{own}\n/data\n1\n5432\n"),
+    ("-{innocent}\n/data\n", "{own}\n/data\n"),
+])
+def test_stale_pid_file_blocks_nothing_and_the_innocent_lives(content, expected, make, tmp_path):
+    pid_file = tmp_path / "data" / "postmaster.pid"
+    with subprocess.Popen(["sleep", "60"]) as innocent:
+        pids = {"own": os.getpid(), "innocent": innocent.pid}
+        if content is not None:
+            pid_file.write_text(content.format(**pids))
+
+        make().start()
+
+        assert (pid_file.read_text() if pid_file.exists() else None) == (expected and expected.format(**pids))
+        assert innocent.poll() is None
+        innocent.kill()
+
+
+def test_orphan_on_the_data_directory_is_stopped_first(make, tmp_path):
+    shutil.copy(shutil.which("sleep"), tmp_path / "postgres")
+    beats = []
+    with subprocess.Popen([tmp_path / "postgres", "60"], cwd=tmp_path / "data") as orphan:
+        (tmp_path / "data" / "postmaster.pid").write_text(f"{orphan.pid}\n/data\n")
+        make(alive=lambda: (beats.append(1), orphan.poll())).start()
+
+        assert orphan.wait(5) == -signal.SIGINT
+        assert beats
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_port_that_is_taken_is_replaced(taken):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        wanted = other.getsockname()[1]
+        if taken:
+            other.listen()
+        else:
+            other.close()
+
+        assert (free_port(wanted) != wanted) is taken
+
+
+def test_socket_folder_that_is_too_long_is_refused_and_left_empty(make, tmp_path):
+    folder = tmp_path / ("x" * 60)
+    folder.mkdir()
+
+    with pytest.raises(Failed, match="server_socket_parent: .* is too long for a socket's path; at most 76 bytes"):
+        make(socket_parent=str(folder))
+    assert list(folder.iterdir()) == []
