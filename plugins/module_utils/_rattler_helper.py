@@ -53,7 +53,8 @@ def main() -> None:
         answer = asyncio.run(fulfil(json.loads(sys.argv[1])))
     except BaseException as error:  # a panic of rattler's is no Exception
         answer = {"success": False, "exception_name": type(error).__name__, "message": str(error)}
-    print(json.dumps(answer), flush=True)
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
     os._exit(0)  # the interpreter may crash while it ends, after all work is done
 
 

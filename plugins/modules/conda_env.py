@@ -76,7 +76,7 @@ options:
         E(PATH), a login shell after O(module_load), the usual folders in the home directory such as
         C(~/miniforge3), and C(/opt/*).
       - Any of the three if not set, C(micromamba) before C(mamba) before C(conda).
-    type: str
+    type: path
   module_load:
     description:
       - The site's line that makes a client available, such as C(module load anaconda).
@@ -415,7 +415,7 @@ def find_program(params: dict, run: Run) -> dict[str, str]:
         return {"rattler_python": params["rattler_python"] or sys.executable}
     wanted = params["client"] or ""
     names = [wanted] if wanted else CLIENTS
-    for path in [os.path.expanduser(wanted)] if "/" in wanted else client_paths(names, params, run):
+    for path in [wanted] if "/" in wanted else client_paths(names, params, run):
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return {"client": path}
     searched = "" if "/" in wanted else f" in $MAMBA_EXE, $CONDA_EXE, PATH, a login shell, {', '.join(HOMES)}"
@@ -437,7 +437,7 @@ def client_paths(names: list[str], params: dict, run: Run) -> Iterator[str]:
         raise CondaError(f"module_load: {load!r} failed in a login shell: {' '.join(stderr.split())}")
     yield from parse_search(stdout, names)
     for folder, name in itertools.product(HOMES, names):
-        yield from sorted(glob.glob(os.path.join(os.path.expanduser(folder), "bin", name)))
+        yield from sorted(glob.glob(os.path.join(folder.replace("~", str(Path.home())), "bin", name)))
 
 
 def main() -> None:
@@ -449,7 +449,7 @@ def main() -> None:
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "provider": {"type": "str", "choices": ["rattler", "conda"], "default": "rattler"},
             "rattler_python": {"type": "path"},
-            "client": {"type": "str"},
+            "client": {"type": "path"},
             "module_load": {"type": "str"},
             "package_cache": {"type": "path"},
             "timeout": {"type": "int", "default": 1800},

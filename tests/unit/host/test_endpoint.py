@@ -99,7 +99,8 @@ def test_sixteen_at_once_lose_nothing(start, tmp_path):
 
     text = path.read_text()
     assert text.startswith("[mine]\nhost=x\n")
-    assert sorted(line for line in text.splitlines() if line[0] == "[") == sorted(f"[{name}]" for name in ["mine", *names])
+    headings = [line for line in text.splitlines() if line[0] == "["]
+    assert sorted(headings) == sorted(f"[{name}]" for name in ["mine", *names])
     assert all(f"[{name}]\nhost={name}\nport=4\n" in text for name in names)
     assert os.listdir(tmp_path) == ["service"]
 

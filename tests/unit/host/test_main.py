@@ -164,13 +164,11 @@ def test_service_file_that_cannot_be_edited_keeps_postgres_from_nothing(host, mo
     def refuse(*_arguments):
         raise OSError("quota exceeded")
 
-    real = program.endpoint.edit_service
     monkeypatch.setattr(FakePostgres, "during", lambda: monkeypatch.setattr(endpoint, "edit_service", refuse) or 1)
 
     assert host.run("serve") == 1
     assert host.events[-1] == "stop"
     assert host.lease().holder() is None
-    monkeypatch.setattr(endpoint, "edit_service", real)
 
 
 def test_takeover_leaves_everything_to_the_next_holder(host, monkeypatch):

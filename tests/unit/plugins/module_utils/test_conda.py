@@ -203,7 +203,8 @@ def test_search_in_a_login_shell(tmp_path: Path) -> None:
     environment = {"HOME": str(tmp_path), "PATH": os.defpath, "CONDA_EXE": "/x/bin/conda"}
 
     def search(load: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(search_command(load, names), capture_output=True, text=True, env=environment)
+        command = search_command(load, names)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
     assert parse_search(search("load anaconda").stdout, names) == ["/x/bin/conda", f"{tmp_path}/mamba"]
     assert search("false").returncode == LOAD_FAILED

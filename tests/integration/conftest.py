@@ -1,0 +1,60 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The playbooks as a user runs them: on this machine as another user, and on the mini cluster over ssh."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from target import ROOT, Target
+
+CLUSTER = ROOT / "tests" / "cluster" / "cluster"
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    """The mini cluster, with alice's empty home."""
+    if os.geteuid() != 0:
+        pytest.skip("the mini Slurm cluster needs root")
+    state = f"/tmp/hpc-db-it-{os.getpid()}"
+    cache = ROOT / ".cache"
+    if not (cache / "channel" / "linux-64" / "repodata.json").exists():
+        subprocess.run([str(ROOT / ".venv/bin/python"), "tests/channel/build.py", str(cache / "channel")],
+                       cwd=ROOT, check=True)
+    mounts = [f"--mount={cache / 'wheels'}:/srv/wheels", f"--mount={cache / 'channel'}:/srv/channel"]
+    subprocess.run([str(CLUSTER), "up", "--state", state, "--nodes", "2", *mounts], check=True)
+    yield Target(
+        [ROOT / "molecule" / "default" / "inventory"],
+        ["ssh", "-F", f"{state}/ssh_config", "login"],
+        {"HPC_DB_CLUSTER": state},
+    )
+    subprocess.run([str(CLUSTER), "down", "--state", state], check=True)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    """This machine, as an ordinary user: as root, one that is made for the tests."""
+    settings: dict[str, object] = {"instance_name": f"it{os.getpid()}"}
+    shell = ["sh", "-c"]
+    user = ""
+    if os.geteuid() == 0:
+        user = f"hpc-db-it-{os.getpid()}"
+        subprocess.run(["useradd", "--create-home", "--shell", "/bin/sh", user], check=True)
+        settings.update(ansible_become=True, ansible_become_user=user, ansible_become_method="su")
+        settings.update(ansible_python_interpreter="/usr/bin/python3")
+        shell = ["su", "-", user, "-c"]
+    folder = tmp_path_factory.mktemp("inventory")
+    (folder / "hosts.yml").write_text(json.dumps({"hpc_db": {"hosts": {"localhost": settings}}}))
+    target = Target([ROOT / "inventories" / "local", folder], shell, {})
+    yield target
+    target.play("stop")
+    target.run(f"rm -rf ~/hpc_db/{settings['instance_name']}")
+    if user:
+        subprocess.run(["userdel", "--remove", user], check=True, capture_output=True)
+        with pytest.raises(KeyError):
+            pwd.getpwnam(user)

@@ -1,0 +1,44 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A place where tests run the playbooks as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Target:
+    """A place to run playbooks on: inventories, and a way to run a command there as the owner."""
+
+    def __init__(self, inventories: list[Path], shell: list[str], environment: dict[str, str]) -> None:
+        self._inventories = inventories
+        self._shell = shell
+        self.environment = {**os.environ, **environment, "ANSIBLE_FORCE_COLOR": "0", "COLUMNS": "4000"}
+
+    def command(self, name: str, settings: dict | None = None, *options: str) -> list[str]:
+        """Return the ansible-playbook call."""
+        inventories = [f"--inventory={inventory}" for inventory in self._inventories]
+        extra = ["--extra-vars", json.dumps(settings)] if settings else []
+        return ["ansible-playbook", *inventories, *extra, *options, f"playbooks/{name}.yml"]
+
+    def play(self, name: str, settings: dict | None = None, *options: str) -> subprocess.CompletedProcess[str]:
+        """Run a playbook to its end."""
+        return subprocess.run(
+            self.command(name, settings, *options), cwd=ROOT, env=self.environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+        )
+
+    def run(self, script: str) -> str:
+        """Run a shell script as the owner, in their home; return its output."""
+        done = subprocess.run([*self._shell, script], capture_output=True, text=True, timeout=120, env=self.environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def files(self) -> str:
+        """List the owner's files, apart from what Ansible keeps for itself."""
+        return self.run("cd; find . -path ./.ansible -prune -o -printf '%p %m %s %T@\\n' | sort")

@@ -1,0 +1,70 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A run that is interrupted at any task, and run again, ends where an undisturbed run ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+from target import ROOT, Target
+
+WORK = """
+import optuna
+study = optuna.create_study(storage="postgresql+psycopg2:///?service=INSTANCE", study_name="s", load_if_exists=True)
+study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+print(len(study.trials))
+"""
+TASK = re.compile(r"TASK \[(.*)\] \*")
+
+
+def tasks_of(output: str) -> list[str]:
+    return TASK.findall(output)
+
+
+def play_until(target: Target, task: int, end_with: signal.Signals) -> bool:
+    """Run the playbook, and end it within its task of that number. False: it ended by itself."""
+    with subprocess.Popen(
+        target.command("hpc_db"), cwd=ROOT, env={**target.environment, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as running:
+        seen = 0
+        for line in running.stdout or ():
+            if TASK.search(line):
+                seen += 1
+            if seen == task:
+                # A task takes 0.3 s and more: now it is on its way, at a different point each time.
+                time.sleep(0.05 * (task % 7))
+                os.killpg(running.pid, end_with)
+                break
+        (running.stdout or open(os.devnull)).close()
+        running.wait(30)
+    return seen == task
+
+
+def test_interrupted_at_each_task_and_run_again(here: Target) -> None:
+    before = here.files()
+    checked = here.play("hpc_db", None, "--check")
+    assert checked.returncode == 0, checked.stdout
+    assert here.files() == before
+
+    names = tasks_of(checked.stdout)
+    first = next(number for number, name in enumerate(names, 1) if name.endswith(": Keep the instance directory"))
+    for task in range(first, len(names) + 1):
+        play_until(here, task, signal.SIGKILL if task % 2 else signal.SIGINT)
+
+    played = here.play("hpc_db")
+    assert played.returncode == 0, played.stdout
+    again = here.play("hpc_db")
+    assert re.search(r"localhost .* changed=0 .* failed=0", again.stdout), again.stdout
+
+    url = re.search(r"^postgresql\S+service=(\w+)$", again.stdout, re.MULTILINE)
+    assert url
+    instance = url.group(1)
+    script = WORK.replace("INSTANCE", instance)
+    assert here.run(f"~/hpc_db/{instance}/python/bin/python - 2>/dev/null <<'EOF'\n{script}\nEOF") == "3"
+    # one server, that of the job: no short-lived one was forgotten
+    assert here.run("pgrep -u $(id -u) -fc 'postgres -c config_file'") == "1"

