@@ -78,7 +78,7 @@ def existing_major(path: str) -> str | None:
     try:
         with open(os.path.join(path, "PG_VERSION"), encoding="ascii") as stream:
             return stream.read().strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
             raise Failed(f"{path} exists and is no PostgreSQL data directory") from None
         return None

@@ -163,7 +163,7 @@ def ensure_job(params: dict, run: Run, check_mode: bool) -> dict:
     if not check_mode:
         if changed and wanted:
             wishes = params["script"], params["options"], params["output"]
-            scheduler.parse_submit(run(scheduler.submit_command(params["name"], *wishes)))
+            scheduler.parse_submit(_ask(run, scheduler.submit_command(params["name"], *wishes)))
             jobs = find_jobs(params, run)
         elif not wanted:
             jobs = _clear_queue(params, run, jobs)
@@ -178,7 +178,15 @@ def _check_submission(params: dict, run: Run, check_mode: bool) -> None:
         scheduler.check_limit(run(limit), params["options"])
     check = scheduler.check_command(params["name"], params["options"])
     if check and check_mode:
-        run(check)
+        _ask(run, check)
+
+
+def _ask(run: Run, command: list) -> str:
+    """Run a submission; raise what the scheduler has against it, with the setting that it is about."""
+    try:
+        return run(command)
+    except SchedulerError as error:
+        raise SchedulerError(f"server_job_options: {command[0]} says: {error}") from None
 
 
 def _clear_queue(params: dict, run: Run, jobs: list[dict]) -> list[dict]:

@@ -145,8 +145,8 @@ def publish(out: Path, packages: dict[str, tuple[dict, dict[str, bytes]]]) -> No
         (out / SUBDIR / name).write_bytes(archive)
         sums = {"md5": hashlib.md5(archive).hexdigest(), "sha256": hashlib.sha256(archive).hexdigest()}
         records[name] = {**index, **sums, "size": len(archive)}
-    write_repodata(out / SUBDIR, records)
     write_repodata(out / "noarch", {})
+    write_repodata(out / SUBDIR, records)  # last, since it says that the channel is complete
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def build(out: Path, wheels: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wheels() -> Path:
-    return Path(__file__).parents[2] / ".cache/wheels"
+    return Path(__file__).parents[2] / ".cache/channel/wheels"
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,10 @@ PACKAGES = {"postgresql": "17.10", "libpq": "17.10"}
 
 
 @pytest.fixture(scope="module")
-def channel(tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = tmp_path_factory.mktemp("channel")
-    build = ROOT / "tests/channel/build.py"
-    subprocess.run([sys.executable, build, out, "--wheels", ROOT / ".cache/wheels"], check=True)
+def channel() -> str:
+    out = ROOT / ".cache/channel"
+    if not (out / "linux-64/repodata.json").exists():
+        subprocess.run([sys.executable, ROOT / "tests/channel/build.py", out], check=True)
     return out.as_uri()
 
 
@@ -76,6 +76,8 @@ class Site(NamedTuple):
             "ANSIBLE_LOCALHOST_WARNING": "false",
             "ANSIBLE_INVENTORY_UNPARSED_WARNING": "false",
             "ANSIBLE_PYTHON_INTERPRETER": sys.executable,
+            "ANSIBLE_CALLBACK_RESULT_FORMAT": "json",
+            "ANSIBLE_PIPELINING": "true",
             "ANSIBLE_STDOUT_CALLBACK": "minimal",
         }
 
@@ -98,7 +100,7 @@ class Site(NamedTuple):
         return len(log.read_text().splitlines()) if log.exists() else 0
 
     def psql_version(self) -> str:
-        command = [self.prefix / "bin/psql", "--version"]
+        command = [str(self.prefix / "bin/psql"), "--version"]
         return subprocess.run(command, env={}, capture_output=True, text=True, check=True).stdout.strip()
 
     def neighbours(self) -> list[str]:

