@@ -175,7 +175,7 @@ HOMES = ["~/miniforge3", "~/mambaforge", "~/micromamba", "~/miniconda3", "~/anac
 
 # What the file beside the prefix says from before a client starts until all is done.
 MAKING = "making"  # whatever is at the prefix may be thrown away
-CHANGING = "changing"
+CHANGING = "changing"  # with the version of PostgreSQL there was, whose record a kill may have lost
 
 Packages = dict[str, Package]
 Run = Callable[..., tuple[int, str, str]]
@@ -189,9 +189,10 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
     if params["state"] == "absent":
         before, after = remove(prefix, marker, params["timeout"], check_mode), None
     else:
-        before = after = look(prefix, note_of(marker))
+        note = note_of(marker)
+        before = after = look(prefix, note)
         if before is None or marker.exists() or not all_satisfied(before, specs):
-            specs = keep_major(specs, before)
+            specs = keep_major(specs, postgresql_of(before, note))
             params = {**params, **find_program(params, run)}
             if check_mode:
                 after = plan(params, run, specs, before)
@@ -256,11 +257,17 @@ def read_packages(metadata: Path, strict: bool) -> Packages:
     return packages
 
 
-def keep_major(specs: list[Spec], before: Packages | None) -> list[Spec]:
+def postgresql_of(before: Packages | None, note: str) -> str:
+    """Return the version of PostgreSQL whose major has to stay, or nothing."""
+    if before and "postgresql" in before:
+        return before["postgresql"].version
+    return note.partition(" ")[2]
+
+
+def keep_major(specs: list[Spec], version: str) -> list[Spec]:
     """Return the specs with PostgreSQL's installed major among them; raise if they exclude it."""
-    if not before or "postgresql" not in before:
+    if not version:
         return specs
-    version = before["postgresql"].version
     kept = parse_spec(f"postgresql={major_of(version)}")
     for spec in specs:
         if spec.name == "postgresql" and not allows_major(spec, major_of(version)):
@@ -299,8 +306,9 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
         before = look(prefix, left)  # again, since another run may have ended just now
         if before is not None and not left and all_satisfied(before, specs):
             return before, before
-        specs = keep_major(specs, before)
-        rewrite(note, CHANGING if before is not None else MAKING)
+        version = postgresql_of(before, left)
+        specs = keep_major(specs, version)
+        rewrite(note, MAKING if before is None else f"{CHANGING} {version}")
         if before is None:
             clear(prefix, left)
         answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),))

@@ -139,7 +139,7 @@ class Lease:
         if holder is None:
             return False
         if holder.get("place") == self._holder["place"]:
-            return processes.start_time(holder["pid"]) is None
+            return processes.start_time(holder["pid"]) != holder["start"]
         # Still before and after the question, which takes a while and is not asked every second.
         return self._stands_still(epoch) and self._ended(holder) and self._stands_still(epoch)
 

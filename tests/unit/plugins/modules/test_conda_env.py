@@ -38,9 +38,7 @@ class FakeClient:
 
     available = ("17.2", "17.10", "18.6")
     login_shell = (0, "", "")
-    fate = (
-        ""  # of the next installation: a package to be killed after, or DIED to end without a word when done
-    )
+    fate = ""  # of the next installation: a package to be killed after, or DIED to end without a word when done
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -103,10 +101,7 @@ def make_env(prefix: Path, packages: dict[str, str]) -> None:
 
 
 def content(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): path.read_text() if path.is_file() else ""
-        for path in folder.rglob("*")
-    }
+    return {str(path.relative_to(folder)): path.read_text() if path.is_file() else "" for path in folder.rglob("*")}
 
 
 @pytest.fixture
@@ -183,9 +178,7 @@ def test_changes_only_what_differs(
 
 
 @pytest.mark.parametrize(("before", "verb"), [({}, "create"), (OLD, "install")])
-def test_create_never_meets_an_environment(
-    prefix: Path, client: FakeClient, before: dict[str, str], verb: str
-) -> None:
+def test_create_never_meets_an_environment(prefix: Path, client: FakeClient, before: dict[str, str], verb: str) -> None:
     if before:
         make_env(prefix, before)
 
@@ -226,12 +219,8 @@ def test_refuses_what_is_no_environment(
     assert os.lstat(prefix) == found and client.calls == [] and os.listdir(prefix.parent) == [prefix.name]
 
 
-@pytest.mark.parametrize(
-    ("inside", "allowed"), [("lib/x", False), ("x", False), ("envs/x", True), ("envs/x/y", True)]
-)
-def test_environment_in_an_environment(
-    tmp_path: Path, client: FakeClient, inside: str, allowed: bool
-) -> None:
+@pytest.mark.parametrize(("inside", "allowed"), [("lib/x", False), ("x", False), ("envs/x", True), ("envs/x/y", True)])
+def test_environment_in_an_environment(tmp_path: Path, client: FakeClient, inside: str, allowed: bool) -> None:
     make_env(tmp_path / "outer", OLD)
     params = params_for(tmp_path / "outer" / inside)
 
@@ -249,9 +238,7 @@ def test_never_another_major(prefix: Path, client: FakeClient, spec: str) -> Non
     make_env(prefix, OLD)
     found = content(prefix)
 
-    with pytest.raises(
-        CondaError, match=r"would replace the installed PostgreSQL 17.2 by another major; stay with"
-    ):
+    with pytest.raises(CondaError, match=r"would replace the installed PostgreSQL 17.2 by another major; stay with"):
         ensure_env(params_for(prefix, specs=[spec]), client, False)
 
     assert content(prefix) == found and client.calls == []
@@ -261,9 +248,7 @@ def test_another_package_cannot_bring_another_major(prefix: Path, client: FakeCl
     make_env(prefix, OLD)
     found = content(prefix.parent)
 
-    with pytest.raises(
-        CondaError, match="specs: nothing in conda-forge satisfies libpq=18 postgresql=17: no cand"
-    ):
+    with pytest.raises(CondaError, match="specs: nothing in conda-forge satisfies libpq=18 postgresql=17: no cand"):
         ensure_env(params_for(prefix, specs=["libpq=18"]), client, False)
 
     assert content(prefix.parent) == found
@@ -293,10 +278,20 @@ def test_run_again_after_a_kill(
     assert ensure_env(params, client, False)["changed"] is False and client.calls == []
 
 
+def test_major_stays_even_if_a_kill_has_lost_it(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, OLD)
+    params = params_for(prefix, specs=["postgresql>17.2"])
+    client.fate = "postgresql"
+    with pytest.raises(Killed):
+        ensure_env(params, client, False)
+    (prefix / "conda-meta/postgresql-17.10-h_0.json").unlink()
+
+    assert ensure_env(params, client, True)["packages"] == NEW
+    assert ensure_env(params, client, False)["packages"] == NEW
+
+
 def test_what_could_not_be_made_leaves_nothing(prefix: Path, client: FakeClient, provider: str) -> None:
-    with pytest.raises(
-        CondaError, match="specs: nothing in conda-forge satisfies postgresql=99: no candidates"
-    ):
+    with pytest.raises(CondaError, match="specs: nothing in conda-forge satisfies postgresql=99: no candidates"):
         ensure_env(params_for(prefix, specs=["postgresql=99"], provider=provider), client, False)
 
     assert os.listdir(prefix.parent) == []
@@ -309,9 +304,7 @@ def test_crash_after_the_work_is_success(prefix: Path, client: FakeClient) -> No
 
 
 def test_success_without_packages_is_none(prefix: Path) -> None:
-    with pytest.raises(
-        CondaError, match="provider: rattler: it ended well, but .* lacks what it should have"
-    ):
+    with pytest.raises(CondaError, match="provider: rattler: it ended well, but .* lacks what it should have"):
         ensure_env(params_for(prefix), lambda command, pass_fds: (0, '{"success": true}', ""), False)
 
     assert os.listdir(prefix.parent) == []
@@ -334,9 +327,7 @@ def test_check_before_rattler_is_there(prefix: Path, code: int, stdout: str) -> 
 
 
 @pytest.mark.parametrize("check_mode", [False, True])
-@pytest.mark.parametrize(
-    ("there", "changed"), [(None, False), ("empty", False), ("env", True), ("damaged", True)]
-)
+@pytest.mark.parametrize(("there", "changed"), [(None, False), ("empty", False), ("env", True), ("damaged", True)])
 def test_absent(prefix: Path, client: FakeClient, there: str | None, changed: bool, check_mode: bool) -> None:
     prefix.parent.mkdir()
     if there == "empty":
@@ -374,9 +365,7 @@ def test_damaged_environment(prefix: Path, client: FakeClient) -> None:
     make_env(prefix, OLD)
     (prefix / "conda-meta/libpq-17.2-h_0.json").write_text('{"name"')
 
-    with pytest.raises(
-        CondaError, match=r"libpq-17.2-h_0.json is damaged; remove the environment by state=absent"
-    ):
+    with pytest.raises(CondaError, match=r"libpq-17.2-h_0.json is damaged; remove the environment by state=absent"):
         ensure_env(params_for(prefix), client, False)
 
 
@@ -432,9 +421,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("first", range(len(PLACES)))
-def test_order_of_the_search(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: FakeClient, first: int
-) -> None:
+def test_order_of_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: FakeClient, first: int) -> None:
     for path, variable in list(PLACES.values())[first:]:
         (tmp_path / path).parent.mkdir(parents=True)
         shutil.copy("/bin/true", tmp_path / path)

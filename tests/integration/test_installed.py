@@ -1,0 +1,38 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Built and installed, the collection works without its checkout."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from target import ROOT, Target
+
+
+def test_built_and_installed(here: Target, tmp_path: Path) -> None:
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, check=False, text=True, timeout=300,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    environment = {**here.environment, "ANSIBLE_COLLECTIONS_PATH": str(tmp_path), "ANSIBLE_CONFIG": str(tmp_path / "none.cfg")}
+    (tmp_path / "none.cfg").touch()
+    run("ansible-galaxy", "collection", "build", str(ROOT))
+    (archive,) = tmp_path.glob("mala-hpc_db-*.tar.gz")
+    run("ansible-galaxy", "collection", "install", "--offline", "--no-deps", "-p", str(tmp_path), str(archive))
+    community = ROOT / ".cache/collections/ansible_collections/community"
+    (tmp_path / "ansible_collections/community").symlink_to(community)
+    inventories = [option for option in here.command("hpc_db") if option.startswith("--inventory=")]
+
+    played = run("ansible-playbook", *inventories, "mala.hpc_db.hpc_db")
+    status = run("ansible-playbook", *inventories, "mala.hpc_db.status")
+    stopped = run("ansible-playbook", *inventories, "mala.hpc_db.stop")
+
+    assert re.search(r"^postgresql\+psycopg2:///\?service=\w+$", played, re.MULTILINE)
+    assert re.search(r"^  connections  0 of 80$", status, re.MULTILINE)
+    assert "changed=1" in stopped
