@@ -53,7 +53,6 @@ major:
 import os
 import re
 import shutil
-import subprocess
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
@@ -126,16 +125,15 @@ def result(changed: bool, path: str, version: str | None, major: int | None) -> 
     return {"changed": changed, "version": version, "major": major, "diff": diff}
 
 
-def run_command(command: list[str]) -> str:
+def run_command(module: AnsibleModule, command: list[str]) -> str:
     """Run one of PostgreSQL's programs; raise Failed with its own words."""
-    environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", "HOME": os.path.expanduser("~")}
     try:
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        returncode, stdout, stderr = module.run_command(command, handle_exceptions=False)
     except OSError as error:
         raise Failed(f"{command[0]}: {error.strerror}") from None
-    if done.returncode:
-        raise Failed(f"{command[0]} failed: {' '.join(done.stderr.split())}")
-    return done.stdout
+    if returncode:
+        raise Failed(f"{command[0]} failed: {' '.join(stderr.split())}")
+    return stdout
 
 
 def main() -> None:
@@ -145,8 +143,11 @@ def main() -> None:
         supports_check_mode=True,
     )
     os.umask(0o077)
+    # initdb reads PGDATA and its like; postgres --version loads libraries
+    for name in [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]:
+        del os.environ[name]
     try:
-        outcome = ensure_data_directory(module.params, run_command, module.check_mode)
+        outcome = ensure_data_directory(module.params, lambda command: run_command(module, command), module.check_mode)
     except (Failed, OSError) as error:
         module.fail_json(msg=str(error))
     module.exit_json(**outcome)

