@@ -68,17 +68,20 @@ server:
       type: str
 """
 
+import contextlib
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
+from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 
 POLL_SECONDS = 0.1
+
+Run = Callable[[list[str]], str]
 
 
 class Failed(Exception):
@@ -119,40 +122,52 @@ def find_server(root: str) -> dict | None:
     return next((server for server in candidates if answers(server)), None)
 
 
-def start(root: str, lifetime: int, timeout: int, log: str) -> subprocess.Popen:
-    """Start the hosting program for a short-lived server, in a session of its own."""
+def start_command(root: str, lifetime: int, patience: int, log: str) -> list[str]:
+    """Return the call that starts a short-lived server in the background; it prints its PID."""
     command = [sys.executable, "-m", "hpc_db_host", "bootstrap", f"--root={root}"]
-    command += [f"--lifetime={lifetime}", f"--lease-patience={timeout}"]
-    with open(log, "w", encoding="utf-8") as output:
-        return subprocess.Popen(
-            command,
-            cwd=os.path.join(root, "host"),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+    return [*command, f"--lifetime={lifetime}", f"--lease-patience={patience}", f"--detach={log}"]
 
 
-def ensure_started(params: dict) -> dict:
-    """Return a server that answers, starting one if need be."""
+def runs(pid: int) -> bool:
+    """Tell whether a process runs. One that has ended may wait for ever where nothing collects it."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stream:
+            return stream.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return not os.path.exists("/proc/self/stat") and _answers_signal(pid)
+
+
+def _answers_signal(pid: int) -> bool:
+    """Tell the same on macOS."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def ensure_started(params: dict, run: Run) -> dict:
+    """Return a server that answers, starting one if need be. ``run`` takes an argument list, returns its stdout."""
     root = params["root"]
     log = os.path.join(root, "log", "bootstrap.log")
     limit = time.monotonic() + params["timeout"]
-    child = None
+    pid = 0
     while time.monotonic() < limit:
         server = find_server(root)
         if server:
-            if child and server["job"]:
-                child.terminate()  # the hosting job was only slow to answer: ours must not wait for its lease
+            if pid and server["job"] and runs(pid):
+                # The hosting job was only slow to answer: ours must not wait for its lease.
+                os.kill(pid, signal.SIGTERM)
             return server
-        if child is None:
-            child = start(root, params["lifetime"], params["timeout"], log)
-        elif child.poll() is not None:
+        if not pid:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(log)
+            pid = int(run(start_command(root, params["lifetime"], params["timeout"], log)))
+        elif not runs(pid):
             raise Failed(f"the short-lived server did not start: {last_words(log)}")
         time.sleep(POLL_SECONDS)
-    if child:
-        child.terminate()
+    if pid and runs(pid):
+        os.kill(pid, signal.SIGTERM)
     raise Failed(f"no server answered within {params['timeout']} s: {last_words(log)}")
 
 
@@ -192,11 +207,18 @@ def main() -> None:
     )
     os.umask(0o077)
     server = None
+
+    def run(command: list[str]) -> str:
+        returncode, stdout, stderr = module.run_command(command, cwd=os.path.join(module.params["root"], "host"))
+        if returncode:
+            raise Failed(f"the short-lived server did not start: {' '.join(stderr.split())}")
+        return stdout
+
     try:
         if module.check_mode:
             server = find_server(module.params["root"])
         elif module.params["state"] == "started":
-            server = ensure_started(module.params)
+            server = ensure_started(module.params, run)
         else:
             ensure_stopped(module.params)
     except (Failed, OSError) as error:

@@ -81,10 +81,6 @@ owner:
   description: The user who owns the instance.
   returned: success
   type: str
-home:
-  description: That user's home directory.
-  returned: success
-  type: str
 changed_files:
   description: The files that were, or would be, written, relative to the instance directory.
   returned: success
@@ -96,13 +92,16 @@ import os
 import pwd
 import re
 import shutil
-import subprocess
 import tempfile
+from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 
 # Paths go into service files, job scripts and postgresql.conf: whatever one of them could misread is refused.
 UNSAFE = re.compile(r"[^\w./+@=, -]")
+
+
+Run = Callable[[list[str]], tuple[int, str]]
 
 
 class Refused(Exception):
@@ -158,7 +157,7 @@ def current_text(path: str) -> str | None:
         return None
 
 
-def validate(wanted: dict) -> None:
+def validate(wanted: dict, run: Run) -> None:
     """Let the program that will read the file judge it; raise Refused with its own words."""
     command = wanted["validate"]
     if not command or not os.path.exists(command[0]):
@@ -171,9 +170,9 @@ def validate(wanted: dict) -> None:
         with open(candidate, "w", encoding="utf-8") as stream:
             stream.write(wanted["content"])
         arguments = [word.replace("{file}", candidate).replace("{scratch}", empty) for word in command]
-        judged = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd="/")
-        if judged.returncode:
-            words = judged.stderr.replace(candidate, wanted["path"]).strip().splitlines()
+        returncode, stderr = run(arguments)
+        if returncode:
+            words = stderr.replace(candidate, wanted["path"]).strip().splitlines()
             # PostgreSQL names the parameter first and says last that the file has errors.
             named = [line.split("  ", 1)[-1] for line in words if "LOG:" in line and "skipping missing" not in line]
             raise Refused(f"{wanted['path']}: {'; '.join(named or words)}")
@@ -190,7 +189,7 @@ def write(path: str, text: str, mode: int) -> None:
     os.rename(aside, path)
 
 
-def ensure_files(root: str, files: list[dict], check_mode: bool) -> list[dict]:
+def ensure_files(root: str, files: list[dict], run: Run, check_mode: bool) -> list[dict]:
     """Keep the files; return a diff for each that changed."""
     changes = []
     for wanted in files:
@@ -198,7 +197,7 @@ def ensure_files(root: str, files: list[dict], check_mode: bool) -> list[dict]:
         mode = int(wanted["mode"], 8)
         before = current_text(path)
         if before != wanted["content"]:
-            validate(wanted)
+            validate(wanted, run)
             changes.append((path, wanted, before or ""))
         elif os.stat(path).st_mode & 0o777 != mode:
             changes.append((path, wanted, before))
@@ -211,15 +210,15 @@ def ensure_files(root: str, files: list[dict], check_mode: bool) -> list[dict]:
     ]
 
 
-def ensure_instance(params: dict, check_mode: bool, uid: int) -> dict:
-    """Bring the instance directory to the wanted state."""
+def ensure_instance(params: dict, run: Run, check_mode: bool, uid: int) -> dict:
+    """Bring the instance directory to the wanted state. ``run`` takes an argument list; returns code and stderr."""
     root = os.path.abspath(params["root"])
     check_root(root, uid)
     # "run" comes first: it tells an instance directory from any other folder.
     folders = [root] + [os.path.join(root, name) for name in ["run", *params["directories"]]]
     made = [path for path in folders if ensure_directory(path, check_mode)]
     diffs = [{"before": "", "after": "", "before_header": path, "after_header": f"{path} (0700)"} for path in made]
-    diffs += ensure_files(root, params["files"], check_mode)
+    diffs += ensure_files(root, params["files"], run, check_mode)
     return {
         "changed": bool(diffs),
         "root": root,
@@ -245,11 +244,16 @@ def main() -> None:
         supports_check_mode=True,
     )
     user = pwd.getpwuid(os.geteuid())
+
+    def run(command: list[str]) -> tuple[int, str]:
+        returncode, _stdout, stderr = module.run_command(command, cwd="/")
+        return returncode, stderr
+
     try:
-        result = ensure_instance(module.params, module.check_mode, user.pw_uid)
+        result = ensure_instance(module.params, run, module.check_mode, user.pw_uid)
     except (Refused, OSError) as error:
         module.fail_json(msg=str(error))
-    module.exit_json(owner=user.pw_name, home=os.path.expanduser("~"), **result)
+    module.exit_json(owner=user.pw_name, **result)
 
 
 if __name__ == "__main__":

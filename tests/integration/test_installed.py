@@ -20,8 +20,9 @@ def test_built_and_installed(here: Target, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
         return done.stdout
 
-    environment = {**here.environment, "ANSIBLE_COLLECTIONS_PATH": str(tmp_path), "ANSIBLE_CONFIG": str(tmp_path / "none.cfg")}
-    (tmp_path / "none.cfg").touch()
+    (tmp_path / "empty.cfg").touch()
+    environment = {**here.environment, "ANSIBLE_COLLECTIONS_PATH": str(tmp_path),
+                   "ANSIBLE_CONFIG": str(tmp_path / "empty.cfg")}
     run("ansible-galaxy", "collection", "build", str(ROOT))
     (archive,) = tmp_path.glob("mala-hpc_db-*.tar.gz")
     run("ansible-galaxy", "collection", "install", "--offline", "--no-deps", "-p", str(tmp_path), str(archive))

@@ -35,7 +35,7 @@ def contend(release):
 for turn in range(int(sys.argv[2])):
     (reports, report), (go_on, go) = os.pipe(), os.pipe()
     children = []
-    for _ in range(2):
+    for _turn in range(2):
         child = os.fork()
         if not child:
             contend(release=turn % 2)
@@ -156,7 +156,7 @@ def test_scheduler_is_not_asked_while_the_heart_beats(contender, clock):
     waiting = contender("c2")
     waiting._ended = ask
 
-    for _ in range(20):
+    for _turn in range(20):
         clock.now += TTL / 6
         holder.renew_if_due()
         assert not may_take(waiting)
@@ -210,7 +210,7 @@ def test_lease_that_cannot_be_read_is_nobody_s_to_take(content, contender, clock
     (tmp_path / "lease.3").write_text(content)
     waiting = contender(ended=False)
 
-    for _ in range(3):
+    for _turn in range(3):
         clock.now += TTL
         with pytest.raises(Held, match="somebody whose lease file cannot be read"):
             waiting.try_acquire()
@@ -225,7 +225,7 @@ def test_contender_that_slept_for_epochs_wins_none(contender, monkeypatch, tmp_p
 
     def sleep_then_link(*names):
         monkeypatch.setattr(os, "link", real_link)
-        for _ in range(4):
+        for _turn in range(4):
             last = contender()
             assert last.try_acquire()
             last.release()
@@ -270,7 +270,7 @@ def test_link_that_was_made_but_reported_as_failed_counts(contender, monkeypatch
 
 
 def test_only_the_last_epochs_leave_files(contender, tmp_path):
-    for _ in range(5):
+    for _turn in range(5):
         lease = contender()
         lease.try_acquire()
         lease.release()

@@ -154,6 +154,19 @@ def ignore_signals() -> None:
         signal.signal(each, signal.SIG_IGN)
 
 
+def detach(log: str) -> None:
+    """Go on in a session of our own, which outlives the connection that started us; the parent prints our PID."""
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        os._exit(0)
+    os.setsid()
+    for stream, path, mode in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY), (2, log, os.O_WRONLY)):
+        opened = os.open(path, mode | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(opened, stream)
+        os.close(opened)
+
+
 def main() -> int:
     """Run the program; the exit code is 0 after a clean stop that somebody asked for."""
     parser = argparse.ArgumentParser(prog="hpc_db_host", description=__doc__)
@@ -161,6 +174,7 @@ def main() -> int:
     parser.add_argument("--root", required=True, help="the instance directory")
     parser.add_argument("--lifetime", type=float, help="seconds after which it ends by itself")
     parser.add_argument("--lease-patience", type=float, default=0.0, help="seconds to wait for the lease")
+    parser.add_argument("--detach", metavar="LOG", help="go on in the background, print the PID, and write to LOG")
     arguments = parser.parse_args()
     os.umask(0o077)
     for number in STOP_SIGNALS:
@@ -169,6 +183,8 @@ def main() -> int:
         host = Host(arguments.root, arguments.what == "bootstrap")
     except Failed as failed:
         parser.exit(1, "%s\n" % failed)
+    if arguments.detach:
+        detach(arguments.detach)
     try:
         host.serve(arguments.lease_patience, arguments.lifetime)
     except Stop as stop:

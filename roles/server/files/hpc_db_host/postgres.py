@@ -93,7 +93,7 @@ class Postgres:
         try:
             psql = subprocess.run(
                 [self._program("psql")] + options, env=environment, stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=20,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=20, check=False,
             )
         except subprocess.TimeoutExpired:
             return "no answer within 20 s"

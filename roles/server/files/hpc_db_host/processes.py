@@ -11,7 +11,7 @@ from typing import Optional
 def start_time(pid: int) -> Optional[str]:
     """Return when ``pid`` started, as a word to compare; None if it does not run."""
     if not os.path.exists("/proc/self/stat"):  # macOS
-        found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], stdout=subprocess.PIPE)
+        found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], stdout=subprocess.PIPE, check=False)
         return found.stdout.decode().strip() or None
     try:
         with open("/proc/%d/stat" % pid, "rb") as stream:  # a process may call itself anything

@@ -31,7 +31,7 @@ def job_has_ended(scheduler: str, bin_dir: str, job: str) -> bool:
     command[0] = "%s/%s" % (bin_dir, command[0]) if bin_dir else command[0]
     try:
         asked = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return False

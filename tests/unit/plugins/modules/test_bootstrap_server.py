@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +21,17 @@ from ansible_collections.mala.hpc_db.plugins.modules.bootstrap_server import (
     find_server,
 )
 
+# What the hosting program does when it is told to --detach.
+DETACH = """
+import os, sys
+child = os.fork()
+if child:
+    print(child, flush=True)
+    os._exit(0)
+os.setsid()
+log = os.open(sys.argv[-1].partition("--detach=")[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
+"""
 PROGRAM = """
 import json, os, signal, socket, sys
 assert sys.argv[1] == "bootstrap" and sys.argv[3] == "--lifetime=60", sys.argv
@@ -45,7 +57,7 @@ def root():
     root = Path(tempfile.mkdtemp(prefix="hpc_db-"))  # a short path, for the socket
     for folder in ("run", "log", "host/hpc_db_host"):
         (root / folder).mkdir(parents=True)
-    (root / "host" / "hpc_db_host" / "__main__.py").write_text(PROGRAM)
+    (root / "host" / "hpc_db_host" / "__main__.py").write_text(DETACH + PROGRAM)
     yield root
     if (root / "pid").exists():
         with contextlib.suppress(ProcessLookupError):
@@ -66,6 +78,15 @@ def params(root, **changes):
     return {"root": str(root), "lifetime": 60, "timeout": 10, **changes}
 
 
+def run_in(root):
+    def run(command):
+        done = subprocess.run(command, cwd=root / "host", capture_output=True, text=True, timeout=10, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
 def say(root, name, content):
     (root / "run" / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
 
@@ -73,16 +94,16 @@ def say(root, name, content):
 def test_server_of_the_job_is_preferred_and_nothing_started(root, job):
     say(root, "endpoint", job)
 
-    assert ensure_started(params(root)) == {"host": "127.0.0.1", "port": job["port"], "job": "4711"}
+    assert ensure_started(params(root), run_in(root)) == {"host": "127.0.0.1", "port": job["port"], "job": "4711"}
     assert not (root / "pid").exists()
 
 
 def test_short_lived_server_is_started_once_and_stopped(root):
-    server = ensure_started(params(root))
+    server = ensure_started(params(root), run_in(root))
 
     assert server == {"host": str(root), "port": 5432, "job": ""}
     first = (root / "pid").read_text()
-    assert ensure_started(params(root)) == server
+    assert ensure_started(params(root), run_in(root)) == server
     assert (root / "pid").read_text() == first
     assert os.getsid(int(first)) == int(first)  # it outlives the connection
 
@@ -96,11 +117,11 @@ def test_endpoint_of_a_node_that_died_is_not_believed(content, root):
     say(root, "endpoint", content)
 
     assert find_server(str(root)) is None
-    assert ensure_started(params(root))["job"] == ""
+    assert ensure_started(params(root), run_in(root))["job"] == ""
 
 
 def test_stop_leaves_another_host_s_server_alone(root):
-    ensure_started(params(root))
+    ensure_started(params(root), run_in(root))
     said = json.loads((root / "run" / "bootstrap.json").read_text())
     say(root, "bootstrap", {**said, "host": "another"})
 
@@ -119,7 +140,7 @@ def test_stop_does_not_kill_whoever_has_the_pid_now(root):
 
 def test_job_that_was_slow_to_answer_makes_the_short_lived_server_leave(root, job):
     (root / "host" / "hpc_db_host" / "__main__.py").write_text(
-        "import json, os, sys, time\n"
+        DETACH + "import json, os, sys, time\n"
         "root = sys.argv[2].partition('=')[2]\n"
         "open(root + '/pid', 'w').write(str(os.getpid()))\n"
         "os.rename(root + '/run/slow.json', root + '/run/endpoint.json')\n"
@@ -127,7 +148,7 @@ def test_job_that_was_slow_to_answer_makes_the_short_lived_server_leave(root, jo
     )
     say(root, "slow", job)
 
-    assert ensure_started(params(root))["job"] == "4711"
+    assert ensure_started(params(root), run_in(root))["job"] == "4711"
 
     limit = time.monotonic() + 5
     while os.path.exists(f"/proc/{(root / 'pid').read_text()}/exe"):
@@ -142,8 +163,8 @@ def test_job_that_was_slow_to_answer_makes_the_short_lived_server_leave(root, jo
     ("import time; print('waiting', flush=True); time.sleep(60)", 1, "no server answered within 1 s: waiting"),
 ])
 def test_failure_says_why_in_one_line(program, timeout, message, root):
-    (root / "host" / "hpc_db_host" / "__main__.py").write_text(program)
+    (root / "host" / "hpc_db_host" / "__main__.py").write_text(DETACH + program)
 
     with pytest.raises(Failed, match=message) as failed:
-        ensure_started(params(root, timeout=timeout))
+        ensure_started(params(root, timeout=timeout), run_in(root))
     assert "\n" not in str(failed.value)

@@ -3,6 +3,7 @@
 """data_directory against an initdb that can be killed; tests/integration has the real one."""
 
 import os
+import subprocess
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.modules.data_directory import (
@@ -129,10 +130,18 @@ def test_locale_never_depends_on_the_shell(major, builtin):
     assert ("--locale-provider=builtin" in command) is builtin
 
 
+class FakeModule:
+    """AnsibleModule's run_command, as far as it is used."""
+
+    def run_command(self, command, **_options):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        return done.returncode, done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("command, message", [
     (["/nowhere/initdb"], "^/nowhere/initdb: No such file or directory$"),
     (["sh", "-c", "echo a >&2; echo b >&2; exit 1"], "^sh failed: a b$"),
 ])
 def test_failure_is_one_line(command, message):
     with pytest.raises(Failed, match=message):
-        run_command(command)
+        run_command(FakeModule(), command)

@@ -4,6 +4,7 @@
 
 import os
 import re
+import subprocess
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.modules.python_env import (
@@ -231,6 +232,14 @@ def test_pip_is_old(text, old):
     assert pip_is_old(text) is old
 
 
+class FakeModule:
+    """AnsibleModule's run_command, as far as it is used."""
+
+    def run_command(self, command, **_options):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        return done.returncode, done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("command, message", [
     (["/nowhere/python", "-m", "venv", "x"], "/nowhere/python: No such file or directory"),
     (["sh", "-c", "echo 'ERROR: no wheel'; exit 1"], "failed: ERROR: no wheel$"),
@@ -238,11 +247,10 @@ def test_pip_is_old(text, old):
     (["sh", "-c", "exit 1"], "failed: no output$"),
     (["sh", "-c", "echo ensurepip is not available; exit 1"], "set postgres_python to one that can"),
     (["sh", "-c", "echo ERROR: x; exit 1", "pip"], "postgres_python_wheelhouse or postgres_python_index_url"),
-    (["sleep", "60"], "took longer than 1 s"),
 ])
 def test_failure_is_one_line_with_what_to_do(command, message):
     with pytest.raises(Failed, match=message) as failed:
-        run_command(command, timeout=1 if command[0] == "sleep" else 10)
+        run_command(FakeModule(), command)
     assert "\n" not in str(failed.value)
 
 
@@ -251,7 +259,7 @@ def test_settings_that_would_lead_pip_astray_are_left_out(monkeypatch):
         monkeypatch.setenv(name, "/astray")
     monkeypatch.setenv("PIP_INDEX_URL", "kept")
 
-    environment = run_command(["env"], timeout=10)
+    environment = run_command(FakeModule(), ["env"])
 
     assert "/astray" not in environment
     assert "PIP_INDEX_URL=kept" in environment

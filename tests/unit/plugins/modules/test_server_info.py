@@ -12,7 +12,7 @@ from ansible_collections.mala.hpc_db.plugins.modules import server_info
 @pytest.fixture
 def server(monkeypatch):
     """Answers for each database: its trials, or None without Optuna's schema."""
-    server: dict[str, list | None] = {}
+    server: dict[str, object] = {}
 
     def rows(database, query):
         if query == server_info.CONNECTIONS:
