@@ -24,7 +24,10 @@ class Unreachable(Exception):
 
 def parameters(params: dict, database: str) -> dict[str, Any]:
     """Return libpq's parameters for a connection to ``database``."""
+    # A server that is not ours, on the port that was, must not be told the password.
+    remote = {} if params["host"].startswith("/") else {"require_auth": "scram-sha-256"}
     return {
+        **remote,
         "host": params["host"],
         "port": params["port"],
         "user": params["user"],

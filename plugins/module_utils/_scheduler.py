@@ -67,6 +67,9 @@ def check_name(name: str) -> None:
 
 def find_jobs(params: dict, run: Run) -> list[dict]:
     """Return this user's jobs of exactly this name, the one that matters most first."""
+    for option in ("root", "bin_dir", "script", "output"):
+        if params.get(option) is not None and not os.path.isabs(params[option]):
+            raise ValueError(f"{option}: {params[option]!r} is not absolute; give a path that begins with / or ~")
     scheduler = SCHEDULERS[params["scheduler"]]
     program = os.path.join(params["root"], "host", "hpc_db_host")
     if params["scheduler"] == "local" and not os.path.isdir(program):

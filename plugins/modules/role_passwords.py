@@ -23,6 +23,10 @@ options:
     type: list
     elements: str
     required: true
+  rotate:
+    description: Whether to generate new passwords for all O(roles), though they have some. Always a change.
+    type: bool
+    default: false
 extends_documentation_fragment:
   - mala.hpc_db.connection
 attributes:
@@ -118,21 +122,29 @@ def ensure_passwords(params: dict, check_mode: bool) -> dict:
     """Bring file and server to the same passwords."""
     from psycopg2 import sql
 
-    passwords = read_passwords(params["passfile"])
+    for role in params["roles"]:
+        if len(role.splitlines()) != 1:  # the password file has one line a role
+            raise ValueError(f"roles: {role!r} is no role's name")
+    before = read_passwords(params["passfile"])
     missing = {escape(role): secrets.token_urlsafe(PASSWORD_BYTES) for role in params["roles"]}
-    missing = {role: password for role, password in missing.items() if role not in passwords}
-    passwords.update(missing)
-    if missing and not check_mode:
-        write_passwords(params["passfile"], passwords)
+    missing = {role: password for role, password in missing.items() if params["rotate"] or role not in before}
+    passwords = {**before, **missing}
+    # The connection comes first: over the network it needs the password that is about to change.
     with _connection.connect(params, params["database"]) as connection:
         stored = dict(_connection.rows(connection, "SELECT rolname, rolpassword FROM pg_authid"))
         stale = [role for role in params["roles"] if not matches(passwords[escape(role)], stored.get(role))]
-        if not check_mode:
-            for role in stale:
+        if missing and not check_mode:
+            write_passwords(params["passfile"], passwords)
+        try:
+            for role in [] if check_mode else stale:
                 verifier = scram_verifier(passwords[escape(role)], os.urandom(16), ITERATIONS)
                 statement = sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(role), sql.Literal(verifier))
                 with connection.cursor() as cursor:
                     cursor.execute(statement)
+                before[escape(role)] = passwords[escape(role)]
+        except Exception:
+            write_passwords(params["passfile"], before)  # what the server has
+            raise
     return {"changed": bool(stale or missing), "changed_roles": stale}
 
 
@@ -142,14 +154,15 @@ def main() -> None:
         argument_spec={
             "database": {"type": "str", "required": True},
             "roles": {"type": "list", "elements": "str", "required": True},
+            "rotate": {"type": "bool", "default": False},
             **_connection.CONNECTION_OPTIONS,
         },
         supports_check_mode=True,
     )
     try:
         result = ensure_passwords(module.params, module.check_mode)
-    except (_connection.Unreachable, OSError) as error:
-        module.fail_json(msg=str(error))
+    except (_connection.Unreachable, OSError, ValueError) as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
     module.exit_json(**result)
 
 

@@ -49,10 +49,12 @@ def owner() -> Iterator[None]:
     if IS_ROOT:
         os.setegid(OWNER.pw_gid)
         os.seteuid(OWNER.pw_uid)
-    yield
-    if IS_ROOT:
-        os.seteuid(0)
-        os.setegid(0)
+    try:
+        yield
+    finally:
+        if IS_ROOT:
+            os.seteuid(0)
+            os.setegid(0)
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -152,7 +154,8 @@ class Instance:
             "instance": "hpc_db", "cluster": "here", "scheduler": "slurm", "bindir": str(self.bindir),
             "data": str(self.root / "data"), "config": str(self.root / "conf" / "postgresql.conf"),
             "port": str(port), "advertise": "127.0.0.1", "socket_parent": str(self.root / "sockets"),
-            "service_file": str(self.service), "lease_ttl": "3",
+            "service_file": str(self.service), "lease_ttl": "3", "restarts": 0,
+            "databases": [], "dump_minutes": 0, "dump_keep": 5,
             "service": {"dbname": "postgres", "user": OWNER.pw_name, "passfile": str(self.root / "pgpass")},
         }
         (self.root / "host" / "settings.json").write_text(json.dumps({**settings, **changes}))
@@ -256,7 +259,7 @@ def test_study_role_logs_in_by_service_name_with_its_generated_password(instance
     said = instance.said("endpoint")
     params = {
         "host": said["socket"], "port": said["port"], "user": OWNER.pw_name, "passfile": str(passfile),
-        "database": "postgres", "roles": ["study"],
+        "database": "postgres", "roles": ["study"], "rotate": False,
     }
 
     with owner():
@@ -440,3 +443,101 @@ def test_programs_that_have_gone_are_named(instance: Instance) -> None:
 
     assert instance.state() == "failed"
     assert f"{instance.root}/gone/postgres" in instance.said("state")["reason"]
+
+
+def test_killed_postgres_serves_again_by_itself(instance: Instance) -> None:
+    instance.configure(restarts=5)
+    process = instance.serve()
+    instance.psql("CREATE TABLE t AS SELECT 1 AS n")
+    since = instance.said("endpoint")["since"]
+
+    os.kill(instance.postmaster(), signal.SIGKILL)
+
+    eventually(lambda: not (instance.root / "run" / "endpoint.json").exists(), seconds=2)
+    eventually((instance.root / "run" / "endpoint.json").exists, seconds=10)
+    assert instance.said("endpoint")["since"] > since
+    assert instance.psql("SELECT n FROM t") == "1"
+    assert process.poll() is None
+
+
+def test_crash_loop_ends_with_its_reason(instance: Instance) -> None:
+    instance.configure(restarts=2)
+    with open(instance.root / "conf" / "postgresql.conf", "a") as stream:
+        stream.write("no_such_parameter = 1\n")
+
+    assert instance.start().wait(30) == 1
+
+    assert instance.state() == "failed"
+    assert "while starting: FATAL:  configuration file" in instance.said("state")["reason"]
+    assert instance.log().count("starting: postgres starts again") == 2
+
+
+def test_name_that_nobody_can_resolve_is_told_before_anything_starts(instance: Instance) -> None:
+    instance.configure(advertise="no-such-host.invalid")
+
+    assert instance.start().wait(20) == 1
+
+    assert "the host name no-such-host.invalid cannot be resolved: set server_address" in instance.log()
+    assert list((instance.root / "run").iterdir()) == []
+
+
+def test_connections_exhausted_are_told_and_the_owner_still_connects(instance: Instance) -> None:
+    with open(instance.root / "conf" / "postgresql.conf", "a") as stream:
+        stream.write("max_connections = 8\nsuperuser_reserved_connections = 3\n")
+    instance.configure(probe_seconds=1)
+    instance.serve()
+
+    clients = [instance.idle_client() for _each in range(5)]
+    eventually(lambda: instance.state() == "unhealthy", seconds=20)
+
+    assert instance.said("state")["reason"] == "connections exhausted: 5 of 5 are used"
+    assert instance.psql("SELECT 1") == "1"
+    for client in clients:
+        client.communicate(timeout=10)
+    eventually(lambda: instance.state() == "serving", seconds=30)
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="needs root, to make a small file system")
+def test_full_disk_is_told_and_passes_by_itself(instance: Instance) -> None:
+    moved = instance.root / "moved"
+    instance.root.joinpath("data").rename(moved)
+    instance.root.joinpath("data").mkdir()
+    size = f"size=160m,mode=0700,uid={OWNER.pw_uid},gid={OWNER.pw_gid}"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(instance.root / "data")], check=True)
+    try:
+        data = instance.root / "data" / "17"
+        subprocess.run(["cp", "-a", str(moved), str(data)], check=True)
+        configuration = (instance.root / "conf" / "postgresql.conf").read_text()
+        (instance.root / "conf" / "postgresql.conf").write_text(configuration.replace("/data'", "/data/17'"))
+        instance.configure(data=str(data), probe_seconds=1, restarts=5)
+        process = instance.serve()
+        instance.psql("CREATE TABLE t (n int PRIMARY KEY, padding text)")
+
+        acknowledged = []
+        with contextlib.suppress(OSError), open(instance.root / "data" / "film", "wb") as film:
+            while True:
+                film.write(bytes(1 << 20))
+                film.flush()
+        for n in range(2000):
+            if instance.psql(f"INSERT INTO t SELECT {n}, repeat('x', 1000) RETURNING n") != str(n):
+                break
+            acknowledged.append(n)
+            if instance.state() == "unhealthy":
+                break
+        eventually(lambda: instance.state() == "unhealthy", seconds=20)
+        assert instance.said("state")["reason"].startswith("disk full: ")
+        assert process.poll() is None
+
+        (instance.root / "data" / "film").unlink()
+        eventually(lambda: instance.state() == "serving", seconds=30)
+        assert instance.psql("INSERT INTO t VALUES (-1, '') RETURNING n") == "-1"
+        kept = {int(n) for n in instance.psql("SELECT n FROM t").split()}
+        assert set(acknowledged) <= kept
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        for each in instance.processes:
+            each.kill()
+            each.wait()
+        eventually(lambda: not with_cwd(instance.root / "data" / "17"))
+        subprocess.run(["umount", str(instance.root / "data")], check=True)

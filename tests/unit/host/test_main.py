@@ -46,6 +46,10 @@ class FakePostgres:
     def during(self):
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def query(self, statement, patience):
+        self.note(statement)
+        return ""
+
     def abort(self):
         self.note("abort")
 
@@ -60,11 +64,13 @@ def host(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
     settings = {
         "instance": "hpc_db", "cluster": "hemera5", "scheduler": "slurm", "bindir": "/bin", "advertise": "c1",
-        "service": {"dbname": "mala"}, "service_file": str(tmp_path / "service"),
+        "service": {"dbname": "mala"}, "service_file": str(tmp_path / "service"), "data": str(tmp_path / "data"),
+        "restarts": 0, "probe_seconds": 60, "databases": [], "dump_minutes": 0, "dump_keep": 5, "root": str(tmp_path),
     }
     (tmp_path / "host" / "settings.json").write_text(json.dumps(settings))
     monkeypatch.setattr(program, "Postgres", FakePostgres)
     monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda _name, _port: [])
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     umask = os.umask(0o077)

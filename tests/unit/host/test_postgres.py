@@ -52,6 +52,7 @@ def make(tmp_path):
             (tmp_path / "bin" / name).chmod(0o755)
         given = {
             "root": str(tmp_path), "bindir": str(tmp_path / "bin"), "data": str(tmp_path / "data"), "port": "5432",
+            "instance": "hpc_db",
             "config": str(tmp_path / "postgresql.conf"), "socket_parent": str(tmp_path), **settings,
         }
         made.append(Postgres(given, listen, alive, {"shared_buffers": "32MB"}))
@@ -93,7 +94,7 @@ def test_parameters_reach_postgres(listen, addresses, make, tmp_path):
 def test_settings_of_workers_do_not_reach_postgres_or_psql(make, tmp_path, monkeypatch):
     for name in ("PGHOSTADDR", "PGREQUIREAUTH", "PGSERVICE", "PGTZ", "LD_LIBRARY_PATH"):
         monkeypatch.setenv(name, "192.0.2.1")
-    postgres = make(psql="env | grep -E '192.0.2.1' >&2 && exit 1; exit 0")
+    postgres = make(psql="env | grep -E '192.0.2.1' >&2 && exit 1; echo '1|77'")
     postgres.start()
 
     assert "192.0.2.1" not in called(tmp_path)["environment"].values()
@@ -101,7 +102,9 @@ def test_settings_of_workers_do_not_reach_postgres_or_psql(make, tmp_path, monke
 
 
 @pytest.mark.parametrize("psql, reason", [
-    ("exit 0", ""),
+    ("echo; echo '77|77'", ""),
+    ("echo; echo '78|77'", "connections exhausted: 77 of 77 are used"),
+    ("echo nonsense", "psql printed 'nonsense'"),
     ("echo no; echo 'FATAL:  disk full' >&2; exit 2", "FATAL:  disk full"),
     ("exit 3", "psql ended with 3"),
 ])
@@ -110,7 +113,7 @@ def test_probe_says_why(psql, reason, make):
 
 
 @pytest.mark.parametrize("deaf, psql, message", [
-    ("dead", "exit 1", "ended with exit code 1 while starting; see .*/log"),
+    ("dead", "exit 1", "ended with exit code 1 while starting: see .*/log"),
     ("", "echo refused >&2; exit 1", "accepts no write after 0 s: refused"),
 ])
 def test_start_that_fails_says_why(deaf, psql, message, make, tmp_path):
@@ -222,6 +225,6 @@ def test_socket_folder_that_is_too_long_is_refused_and_left_empty(make, tmp_path
     folder = tmp_path / ("x" * 60)
     folder.mkdir()
 
-    with pytest.raises(Failed, match="server_socket_parent: .* is too long for a socket's path; at most 76 bytes"):
+    with pytest.raises(Failed, match="server_socket_parent: .* is too long; a socket's path leaves 69 bytes for it"):
         make(socket_parent=str(folder))
     assert list(folder.iterdir()) == []

@@ -7,16 +7,27 @@
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
-from typing import Optional
+from typing import Iterator, List, Optional  # noqa: F401 - List in a type comment
 
 from . import endpoint, files, scheduler
+from .dumps import Dumps
+from .health import Health, Repeat, space
 from .lease import DEFAULT_TTL, Held, Lease, Lost
 from .postgres import STOP_SIGNALS, Failed, Postgres
+from .scheduler import Queue
+
+SERVING = "it accepts writes"
+# Deaths of postgres that are further apart than this are not one trouble.
+DEATHS_COUNT_SECONDS = 600.0
+# How often to look whether the successor is still in the queue.
+FOLLOW_SECONDS = 900.0
 
 # A short-lived server runs on a login node: it must not take a compute node's memory there.
 BOOTSTRAP_PARAMETERS = {"shared_buffers": "32MB", "max_connections": "20", "max_wal_size": "256MB"}
@@ -24,6 +35,10 @@ BOOTSTRAP_PARAMETERS = {"shared_buffers": "32MB", "max_connections": "20", "max_
 
 class Stop(Exception):
     """The program was told to stop; the message says by what."""
+
+    def __init__(self, why: str, planned: bool = False) -> None:
+        Exception.__init__(self, why)
+        self.planned = planned
 
 
 class Host:
@@ -36,9 +51,14 @@ class Host:
         self.run = os.path.join(root, "run")
         self.bootstrap = bootstrap
         self.job = "" if bootstrap else job_id()
-        self.hostname = self.settings.get("advertise") or socket.gethostname()
         self._told = ""
+        self._followed = ""
+        self._clean = True
+        self._dumps = None  # type: Optional[Dumps]
         self._lease = None  # type: Optional[Lease]
+        self._queue = None  # type: Optional[Queue]
+        if self.settings.get("chain") and not bootstrap:
+            self._queue = Queue(self.settings, self.job)
 
     def serve(self, patience: float, lifetime: Optional[float]) -> None:
         """Serve until told to stop, or for ``lifetime`` seconds; raise what ended it."""
@@ -48,9 +68,50 @@ class Host:
         }
         ttl = float(self.settings.get("lease_ttl", DEFAULT_TTL))
         lease = Lease(self.run, holder, self._has_ended, ttl)
+        self._address()  # a name that nobody can resolve is told before anything starts
         self.tell("starting", "asking for the lease")
         lease.acquire(patience, lambda held: self.tell("starting", "waiting: %s" % held))
         self._lease = lease
+        try:
+            self._keep_serving(lease, lifetime)
+        except Lost:
+            raise  # the lease is not ours to release, nor the queue ours to change
+        except BaseException as ended:
+            ignore_signals()
+            if self._clean:  # else the next one waits until the scheduler, too, says that we have ended
+                lease.release()
+            if isinstance(ended, Failed):
+                self._end_chain()
+            raise
+
+    def _keep_serving(self, lease: Lease, lifetime: Optional[float]) -> None:
+        """Start postgres again when it has died, but not for ever: what kills it may do so each time."""
+        limit = 0 if self.bootstrap else int(self.settings.get("restarts", 5))
+        deaths = []  # type: List[float]
+        while True:
+            try:
+                self._serve_once(lease, lifetime)
+            except (Failed, OSError) as died:
+                now = time.monotonic()
+                deaths = [death for death in deaths if now - death < DEATHS_COUNT_SECONDS] + [now]
+                if len(deaths) > limit:
+                    raise Failed(str(died)) from None
+                why = str(died)
+            self._sleep(lease, 2.0 ** (len(deaths) - 1), "starting", "postgres starts again, as " + why)
+            while space(self.settings["data"]):
+                # Recovery writes, too: without space it would only die again.
+                self._sleep(lease, 2.0, "unhealthy", space(self.settings["data"]))
+
+    def _sleep(self, lease: Lease, seconds: float, state: str, reason: str) -> None:
+        """Wait, as the owner of the lease."""
+        self.tell(state, reason)
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            lease.renew_if_due()
+            time.sleep(0.5)
+
+    def _serve_once(self, lease: Lease, lifetime: Optional[float]) -> None:
+        """Run postgres until something ends it, raise that, and leave no postgres behind."""
         postgres = None
         try:
             self.tell("starting", "postgres is starting")
@@ -60,15 +121,27 @@ class Host:
             self._withdraw()  # whatever a holder that died left behind
             postgres.wait_for_write(self.settings.get("start_patience", 300))
             self._publish(postgres)
-            self.tell("serving", "since the first accepted write")
+            self.tell("serving", SERVING)
             self._watch(postgres, lease, lifetime)
         except Lost:
             if postgres:
                 postgres.abort()
             raise
+        except Stop as stop:
+            if stop.planned and postgres:
+                self._prepare_to_move(postgres, lease)
+            raise
         finally:
-            ignore_signals()
-            self._leave(postgres, lease)
+            with signals_waiting():
+                self._leave(postgres, lease)
+
+    def _prepare_to_move(self, postgres: Postgres, lease: Lease) -> None:
+        """Before the walltime: make a dump, and have little left to write, while the workers still go on."""
+        self.tell("stopping", "the walltime is near")
+        if self._dumps:
+            self._dumps.now(float(self.settings.get("stop_notice", 120)) / 4, lease.renew_if_due)
+        with contextlib.suppress(Failed):
+            postgres.query("CHECKPOINT", 15)
 
     def _leave(self, postgres: Optional[Postgres], lease: Lease) -> None:
         """Send the clients away, then stop, even if the endpoint cannot be taken back."""
@@ -77,8 +150,13 @@ class Host:
             if lease.is_ours():  # else the endpoint is the next holder's
                 self._withdraw()
         finally:
-            if postgres is None or postgres.stop(self.settings.get("stop_patience", 60)):
-                lease.release()
+            self._clean = postgres is None or postgres.stop(self.settings.get("stop_patience", 60))
+
+    def _end_chain(self) -> None:
+        """Cancel the successors: they would fail like us, one after the other, for ever."""
+        if self._queue:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self._queue.cancel_successors()
 
     def tell(self, state: str, reason: str) -> None:
         """Log the state and, if the lease is ours, leave it for others. A short-lived server leaves none."""
@@ -88,23 +166,47 @@ class Host:
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         print("%s %s: %s" % (now, state, reason), file=sys.stderr, flush=True)
         if self._lease and self._lease.is_ours() and not self.bootstrap:
-            content = {"state": state, "reason": reason, "job": self.job, "host": self.hostname}
-            files.write_json(os.path.join(self.run, "state.json"), dict(content, since=time.time()))
+            content = {"state": state, "reason": reason, "job": self.job, "host": socket.gethostname()}
+            files.write_state(os.path.join(self.run, "state.json"), dict(content, since=time.time()))
 
     def _watch(self, postgres: Postgres, lease: Lease, lifetime: Optional[float]) -> None:
-        ends = None if lifetime is None else time.monotonic() + lifetime
-        while True:
-            time.sleep(0.5)  # ended early by a signal, which raises Stop
-            returncode = postgres.returncode()
-            if returncode is not None:
-                raise Failed("postgres ended by itself with exit code %d" % returncode)
-            if ends is not None and time.monotonic() > ends:
-                raise Stop("its lifetime is over")
-            lease.renew_if_due()
+        ends = float("inf") if lifetime is None else time.monotonic() + lifetime
+        with contextlib.ExitStack() as beside:
+            health = Health(self.settings, postgres)
+            if not self.bootstrap:
+                beside.enter_context(health)
+                self._dumps = Dumps(self.settings, postgres)
+                beside.callback(self._dumps.cancel)
+            if self._queue:
+                beside.enter_context(Repeat(0.0, self._follow))
+            while True:
+                time.sleep(0.5)  # ended early by a signal, which raises Stop
+                returncode = postgres.returncode()
+                if returncode is not None:
+                    raise Failed("postgres ended by itself with exit code %d" % returncode)
+                if time.monotonic() > ends:
+                    raise Stop("its lifetime is over")
+                lease.renew_if_due()
+                if self._dumps:
+                    self._dumps.poll()
+                    wrong = health.reason or self._dumps.told
+                    self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING))
+
+    def _follow(self) -> float:
+        """Have a successor queued; return after how many seconds to look again."""
+        try:
+            followed, pause = self._queue.ensure_successor() if self._queue else "", FOLLOW_SECONDS
+        except (OSError, subprocess.TimeoutExpired) as error:
+            followed, pause = "no successor: %s" % error, 60.0
+        if followed != self._followed:
+            self._followed = followed
+            print(followed, file=sys.stderr, flush=True)
+        return pause
 
     def _publish(self, postgres: Postgres) -> None:
         where = {
-            "instance": self.settings["instance"], "cluster": self.settings["cluster"], "host": self.hostname,
+            "instance": self.settings["instance"], "cluster": self.settings["cluster"],
+            "host": self._address(postgres),
             "port": postgres.port, "socket": postgres.socket, "job": self.job, "since": time.time(),
         }
         if self.bootstrap:
@@ -117,6 +219,18 @@ class Host:
         if self.bootstrap:
             files.remove(os.path.join(self.run, "bootstrap.json"))
         endpoint.withdraw(self.run, self._service_file(), self.settings["instance"])
+
+    def _address(self, postgres: Optional[Postgres] = None) -> str:
+        """Return what clients connect to: this host's name, unless settings say something else."""
+        wanted = self.settings.get("advertise")
+        if wanted == "socket":
+            return postgres.socket if postgres else socket.gethostname()
+        name = wanted or socket.gethostname()
+        try:
+            socket.getaddrinfo(name, None)
+        except OSError:
+            raise Failed("the host name %s cannot be resolved: set server_address to one that can" % name) from None
+        return name
 
     def _service_file(self) -> str:
         return os.path.expanduser(self.settings.get("service_file") or "~/.pg_service.conf")
@@ -143,15 +257,29 @@ def job_id() -> str:
 
 
 def on_signal(number: int, _frame: object) -> None:
-    """Turn a signal into the way out; a second one changes nothing."""
-    ignore_signals()
-    raise Stop("told to by %s" % signal.Signals(number).name)
+    """Turn a signal into the way out: USR1, which comes before the walltime, into an unhurried one."""
+    planned = number == signal.SIGUSR1
+    if planned:
+        signal.signal(number, signal.SIG_IGN)  # what comes after it is more urgent
+    else:
+        ignore_signals()
+    raise Stop("told to by %s" % signal.Signals(number).name, planned)
 
 
 def ignore_signals() -> None:
     """On the way out already."""
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def signals_waiting() -> Iterator[None]:
+    """Let signals wait until the block is done: what stops us must not keep us from stopping postgres."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def detach(log: str) -> None:

@@ -9,7 +9,7 @@ libpq, which reads it at every connect: so a URL that names the service follows 
 import os
 import re
 import time
-from typing import List  # noqa: F401 - in a type comment
+from typing import List, Optional, Tuple  # noqa: F401 - in type comments
 
 from . import files
 
@@ -71,44 +71,44 @@ class FileLock:
     def __init__(self, path: str, patience: float = 2 * LOCK_STALE_SECONDS) -> None:
         self.path = path
         self.patience = patience
+        self._made = None  # type: Optional[Tuple[int, int]]
 
     def __enter__(self) -> None:
         limit = time.monotonic() + self.patience
-        seen = (0.0, time.monotonic())
+        seen, since = None, time.monotonic()
         while True:
             try:
                 os.mkdir(self.path, 0o700)
+                self._made = _made(self.path)
                 return
             except FileExistsError:
                 now = time.monotonic()
                 made = _made(self.path)
-                if made != seen[0]:
-                    seen = (made, now)
-                elif now - seen[1] > LOCK_STALE_SECONDS:
-                    self._break(made)
+                if made != seen:
+                    seen, since = made, now
+                elif now - since > LOCK_STALE_SECONDS:
+                    # One at a time, so that nobody removes the lock that a faster one has taken meanwhile.
+                    with FileLock(self.path + ".breaking", self.patience):
+                        self._remove(made)
                 if now > limit:
                     raise TimeoutError("%s is locked by another process" % self.path) from None
                 time.sleep(0.05)
 
-    def _break(self, made: float) -> None:
-        """Move the stale lock aside; only one contender's rename finds it."""
-        aside = "%s.%d" % (self.path, os.getpid())
-        try:
-            if _made(self.path) == made:
-                os.rename(self.path, aside)
-                os.rmdir(aside)
-        except OSError:
-            pass
-
     def __exit__(self, *_unused: object) -> None:
-        try:
-            os.rmdir(self.path)
-        except FileNotFoundError:
-            pass
+        self._remove(self._made)
+
+    def _remove(self, made: "Optional[Tuple[int, int]]") -> None:
+        """Remove the lock if it is still the one that was made then, and not somebody else's."""
+        if made and _made(self.path) == made:
+            try:
+                os.rmdir(self.path)
+            except FileNotFoundError:
+                pass
 
 
-def _made(path: str) -> float:
+def _made(path: str) -> "Optional[Tuple[int, int]]":
     try:
-        return os.stat(path).st_mtime
+        found = os.stat(path)
     except OSError:
-        return 0.0
+        return None
+    return found.st_ino, found.st_mtime_ns

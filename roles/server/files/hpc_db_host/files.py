@@ -7,6 +7,9 @@ import os
 import tempfile
 from typing import Optional
 
+# A state takes this much at least, so that a longer one can replace it without more space.
+STATE_BYTES = 2048
+
 
 def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
     """Replace ``path`` by rename, so that a reader sees the old text or the new one, never a part."""
@@ -28,6 +31,16 @@ def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
 def write_json(path: str, content: dict) -> None:
     """Write ``content`` as JSON, atomically."""
     write_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_state(path: str, content: dict) -> None:
+    """Write ``content`` as JSON; on a full disk into the space that the file has already, so that it can be told."""
+    text = json.dumps(content, indent=2, sort_keys=True).ljust(STATE_BYTES) + "\n"
+    try:
+        write_atomically(path, text)
+    except OSError:
+        with open(path, "r+") as stream:
+            stream.write(text)
 
 
 def read_json(path: str) -> Optional[dict]:

@@ -17,6 +17,8 @@ from . import files, processes
 
 # NFS clients may show a file up to 60 s late (acregmax); a heartbeat must be missed for longer.
 DEFAULT_TTL = 90.0
+# What a contender needs for a moment only was left by one that was killed, if it is as old as this.
+LEFTOVER_SECONDS = 3600.0
 
 
 class Held(Exception):
@@ -70,21 +72,34 @@ class Lease:
     def try_acquire(self) -> bool:
         """Take the lease if it is free; raise Held if it is not. False: another contender was faster."""
         newest = self._newest()
+        beat = self._beat(newest)
         if newest and not self._is_free(newest):
-            raise Held(self._read(newest) or {})
+            raise Held(self._read(self._newest()) or {})
+        if not self._link(newest + 1):
+            return False
+        # A holder that slept may have renewed before it could see our link: then it goes on, and we do not.
+        if self._beat(newest) != beat:
+            files.remove(self._path("lease.%d" % (newest + 1)))
+            return False
+        self.epoch = newest + 1
+        self.renew()
+        self._clean_up()
+        return True
+
+    def _link(self, epoch: int) -> bool:
+        """Enter ourselves as the holder of a new epoch; False if another contender has, or had."""
         aside = self._path("contender.%s" % uuid.uuid4().hex)  # other hosts have our PID, too
         files.write_json(aside, self._holder)
         try:
-            os.link(aside, self._path("lease.%d" % (newest + 1)))
+            os.link(aside, self._path("lease.%d" % epoch))
         except OSError:
             pass  # over NFS a link may be made and reported as failed: the link count tells
-        won = os.stat(aside).st_nlink == 2
+        try:
+            won = os.stat(aside).st_nlink == 2
+        except FileNotFoundError:
+            return False  # we slept so long that it was cleaned up
         files.remove(aside)
-        if won and self._newest() == newest + 1:  # not so if we slept while others came and went
-            self.epoch = newest + 1
-            self.renew()
-            self._forget_older()
-        return self.epoch > 0
+        return won and self._newest() == epoch  # not so if we slept while others came and went
 
     def acquire(self, patience: float, waiting: Callable[[Held], None], pause: float = 1.0) -> None:
         """Take the lease, waiting up to ``patience`` seconds for its holder; raise Held after that."""
@@ -145,14 +160,17 @@ class Lease:
 
     def _stands_still(self, epoch: int) -> bool:
         """Tell whether the heartbeat has not moved for the TTL, on our own clock: clocks differ."""
-        try:
-            with open(self._path("hb.%d" % epoch)) as stream:
-                beat = stream.read()
-        except OSError:
-            beat = ""
+        beat = self._beat(epoch)
         if (epoch, beat) != self._seen[:2]:
             self._seen = (epoch, beat, self._clock())
         return self._clock() - self._seen[2] > self.ttl
+
+    def _beat(self, epoch: int) -> str:
+        try:
+            with open(self._path("hb.%d" % epoch)) as stream:
+                return stream.read()
+        except OSError:
+            return ""
 
     def _is_released(self, epoch: int) -> bool:
         return os.path.exists(self._path("released.%d" % epoch))
@@ -164,12 +182,22 @@ class Lease:
     def _read(self, epoch: int) -> Optional[dict]:
         return files.read_json(self._path("lease.%d" % epoch))
 
-    def _forget_older(self) -> None:
-        """Remove the files of epochs before the last one: nobody reads them any more."""
+    def _clean_up(self) -> None:
+        """Remove the files of epochs before the last one, and what contenders that were killed left behind."""
         for name in os.listdir(self.folder):
             match = re.match(r"(?:lease|hb|released)\.(\d+)$", name)
-            if match and int(match.group(1)) < self.epoch - 1:
+            if match and int(match.group(1)) < self.epoch - 1 or self._is_leftover(name):
                 files.remove(self._path(name))
+
+    def _is_leftover(self, name: str) -> bool:
+        if not re.match(r"contender\.|\.(?:contender|hb|released)\.", name):
+            return False
+        try:
+            # By the file system's clock, not ours. One with a second link is a lease.
+            found, beat = os.stat(self._path(name)), os.stat(self._path("hb.%d" % self.epoch))
+        except FileNotFoundError:
+            return False
+        return found.st_nlink == 1 and beat.st_mtime - found.st_mtime > LEFTOVER_SECONDS
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)

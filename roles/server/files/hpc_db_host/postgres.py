@@ -4,7 +4,9 @@
 
 import contextlib
 import ctypes
+import glob
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,6 +23,14 @@ PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # sockaddr_un holds 108 bytes with the final NUL; PostgreSQL adds "/.s.PGSQL.65535".
 LONGEST_SOCKET_FOLDER = 107 - len("/.s.PGSQL.65535")
+
+
+# A write that goes to the WAL and is flushed like any commit, and needs no table of ours.
+PROBE = """
+SELECT pg_logical_emit_message(true, 'hpc_db', 'probe');
+SELECT count(*), current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+FROM pg_stat_activity WHERE backend_type = 'client backend';
+"""
 
 
 class Failed(Exception):
@@ -40,13 +50,7 @@ class Postgres:
         self._alive = alive
         self._parameters = dict(parameters)
         self._child = None  # type: Optional[subprocess.Popen[bytes]]
-        self.socket = tempfile.mkdtemp(prefix="hpc_db-", dir=settings["socket_parent"])
-        if len(os.fsencode(self.socket)) > LONGEST_SOCKET_FOLDER:
-            os.rmdir(self.socket)
-            raise Failed(
-                "server_socket_parent: %s is too long for a socket's path; at most %d bytes are left for it"
-                % (settings["socket_parent"], LONGEST_SOCKET_FOLDER - len("/hpc_db-12345678"))
-            )
+        self.socket = socket_folder(settings["socket_parent"], settings["instance"])
         wanted = int(settings["port"])
         self.port = free_port(wanted) if listen else wanted
         if not listen:
@@ -74,8 +78,8 @@ class Postgres:
         limit = time.monotonic() + patience
         while True:
             if self.returncode() is not None:
-                raise Failed("postgres ended with exit code %s while starting; see %s" % (
-                    self.returncode(), os.path.join(self._settings["root"], "log")))
+                raise Failed("postgres ended with exit code %s while starting: %s" % (
+                    self.returncode(), self.last_words()))
             refused = self.probe()
             if not refused:
                 return
@@ -84,21 +88,45 @@ class Postgres:
             self._alive()
             time.sleep(0.1)
 
+    def last_words(self) -> str:
+        """Return the last line in which PostgreSQL's log says what is fatal."""
+        logs = glob.glob(os.path.join(glob.escape(self._settings["root"]), "log", "*.log"))
+        for path in sorted(logs, key=os.path.getmtime, reverse=True):
+            with open(path, "rb") as stream:
+                stream.seek(max(0, os.path.getsize(path) - 65536))
+                lines = stream.read().decode("utf-8", "replace").splitlines()
+            fatal = [line for line in lines if re.search("(FATAL|PANIC): +(?!the database system is)", line)]
+            if fatal:
+                return re.split("(?=FATAL:|PANIC:)", fatal[-1], maxsplit=1)[-1].strip()
+        return "see %s" % os.path.join(self._settings["root"], "log")
+
     def probe(self) -> str:
-        """Make one durable write; return "" if it was acknowledged, else the reason in one line."""
-        # Written to the WAL and flushed like any commit, and needs no table of ours.
-        write = "SELECT pg_logical_emit_message(true, 'hpc_db', 'probe')"
-        options = ["-XqAt", "-h", self.socket, "-p", str(self.port), "-d", "postgres", "-c", write]
-        environment = dict(_environment(), PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db probe")
+        """Make one durable write and count the connections; return "" if all is well, else why not, in one line."""
+        try:
+            printed = self.query(PROBE, 15)
+        except Failed as failed:
+            return str(failed)
+        counted = re.search(r"(\d+)\|(\d+)\s*$", printed)
+        if not counted:
+            return "psql printed %r" % printed.strip()
+        # The connection that asks is a superuser's, for whom some are reserved.
+        used, allowed = int(counted.group(1)) - 1, int(counted.group(2))
+        return "connections exhausted: %d of %d are used" % (used, allowed) if used >= allowed else ""
+
+    def query(self, statement: str, patience: float) -> str:
+        """Run SQL as the owner, over the socket; return what it prints, raise Failed with psql's last line."""
+        options = ["-XqAt", "-v", "ON_ERROR_STOP=1", "-h", self.socket, "-p", str(self.port), "-d", "postgres"]
+        environment = dict(_environment(), PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db")
         try:
             psql = subprocess.run(
-                [self._program("psql")] + options, env=environment, stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=20, check=False,
+                [self._program("psql")] + options, env=environment, input=statement, universal_newlines=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=patience, check=False,
             )
         except subprocess.TimeoutExpired:
-            return "no answer within 20 s"
-        lines = psql.stderr.decode("utf-8", "replace").strip().splitlines()
-        return "" if psql.returncode == 0 else (lines or ["psql ended with %d" % psql.returncode])[-1].strip()
+            raise Failed("no answer within %d s" % patience) from None
+        if psql.returncode:
+            raise Failed((psql.stderr.strip().splitlines() or ["psql ended with %d" % psql.returncode])[-1].strip())
+        return psql.stdout
 
     def returncode(self) -> Optional[int]:
         """Return the exit code of postgres; None while it runs."""
@@ -158,6 +186,30 @@ def _end(child: "subprocess.Popen[bytes]", patience: float) -> bool:
     child.kill()
     child.wait()
     return False
+
+
+def socket_folder(parent: str, instance: str) -> str:
+    """Return a new private folder for the socket; those of servers of ours that were killed are removed."""
+    prefix = "hpc_db-%s-" % instance
+    longest = LONGEST_SOCKET_FOLDER - len("/%s12345678" % prefix)
+    if len(os.fsencode(parent)) > longest:
+        raise Failed("server_socket_parent: %s is too long; a socket's path leaves %d bytes for it" % (parent, longest))
+    for name in os.listdir(parent):
+        folder = os.path.join(parent, name)
+        with contextlib.suppress(OSError):
+            if name.startswith(prefix) and os.lstat(folder).st_uid == os.geteuid() and not _is_listening(folder):
+                shutil.rmtree(folder)
+    return tempfile.mkdtemp(prefix=prefix, dir=parent)
+
+
+def _is_listening(folder: str) -> bool:
+    """Tell whether a server still listens in ``folder``, or may be about to."""
+    names = [name for name in os.listdir(folder) if not name.endswith(".lock")]
+    for name in names:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(ConnectionRefusedError):
+            probe.connect(os.path.join(folder, name))
+            return True
+    return not names and time.time() - os.stat(folder).st_mtime < 60
 
 
 def free_port(wanted: int) -> int:

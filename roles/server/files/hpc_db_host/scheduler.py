@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Asking the scheduler, from inside the job, whether another job has ended."""
 
+import os
 import subprocess
 from typing import List
 
@@ -36,3 +37,45 @@ def job_has_ended(scheduler: str, bin_dir: str, job: str) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return slurm_has_ended(asked.returncode, asked.stdout, asked.stderr)
+
+
+class Queue:
+    """What the hosting job itself asks of the scheduler: its successor, so that a walltime is not the end."""
+
+    def __init__(self, settings: dict, job: str) -> None:
+        self._settings = settings
+        self._job = job
+
+    def ensure_successor(self) -> str:
+        """Have one job of our name queued behind us; return what was done, in one line."""
+        others = self._others()
+        if others:
+            return "job %s follows" % others[0]
+        return "job %s follows" % self._run(self._settings["successor"]).strip()
+
+    def cancel_successors(self) -> None:
+        """Cancel the jobs of our name that wait: what stops us would stop them, too."""
+        for job in self._others():
+            self._run(["scancel", "--state=PENDING", job])
+
+    def _others(self) -> List[str]:
+        listed = self._run(["squeue", "--noheader", "--format=%i|%j|%T", "--user=%d" % os.getuid()])
+        jobs = [line.split("|") for line in listed.splitlines() if line.count("|") == 2]
+        return [
+            job for job, name, state in jobs
+            if name == self._settings["job_name"] and job != self._job and state not in ["COMPLETING"] + SLURM_ENDED
+        ]
+
+    def _run(self, command: List[str]) -> str:
+        """Run one of the scheduler's commands; raise OSError with its own words."""
+        folder = self._settings.get("bin_dir", "")
+        # sbatch takes options from its environment, too; this job's are not the successor's.
+        ours = [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]
+        environment = {name: value for name, value in os.environ.items() if name not in ours}
+        done = subprocess.run(
+            [os.path.join(folder, command[0])] + command[1:], env=environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120, check=False,
+        )
+        if done.returncode:
+            raise OSError("%s: %s" % (command[0], " ".join(done.stderr.split())))
+        return done.stdout

@@ -1,0 +1,70 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Health: whether workers can write now. Watched beside the main loop, so that a probe that hangs delays nothing."""
+
+import errno
+import os
+import threading
+from typing import Callable
+
+from .postgres import Postgres
+
+# What the file system must have left: less than one WAL segment (16 MiB), so it is seen before PostgreSQL stops.
+SPARE_BYTES = 1024 * 1024
+
+HEALTHY = ""
+
+
+class Repeat:
+    """Does ``work`` in a thread, again after as many seconds as it returns, until the ``with`` block ends."""
+
+    def __init__(self, first: float, work: Callable[[], float]) -> None:
+        self._first = first
+        self._work = work
+        self._over = threading.Event()
+
+    def __enter__(self) -> "Repeat":
+        threading.Thread(target=self._run, daemon=True).start()
+        return self
+
+    def __exit__(self, *_unused: object) -> None:
+        self._over.set()
+
+    def _run(self) -> None:
+        pause = self._first
+        while not self._over.wait(pause):
+            pause = self._work()
+
+
+class Health(Repeat):
+    """Probes the server every ``probe_seconds``; ``reason`` says in one line what is wrong, "" if nothing is."""
+
+    def __init__(self, settings: dict, postgres: Postgres) -> None:
+        self.reason = HEALTHY
+        self._data = settings["data"]
+        self._postgres = postgres
+        self._seconds = float(settings.get("probe_seconds", 10))
+        Repeat.__init__(self, self._seconds, self._probe)
+
+    def _probe(self) -> float:
+        self.reason = space(self._data) or self._postgres.probe()
+        return self._seconds
+
+
+def space(data: str) -> str:
+    """Take a little space beside the data directory and give it back; say why if that fails."""
+    path = os.path.join(os.path.dirname(data), ".space.%d" % os.getpid())
+    try:
+        with open(path, "wb") as spare:
+            spare.write(os.urandom(SPARE_BYTES))  # not zeros, which some file systems do not store
+            spare.flush()
+            os.fsync(spare.fileno())
+    except OSError as error:
+        reasons = {errno.ENOSPC: "disk full", errno.EDQUOT: "quota exceeded"}
+        return "%s: %s" % (reasons.get(error.errno or 0, error.strerror), os.path.dirname(data))
+    finally:
+        try:
+            os.unlink(path)
+        except OSError:
+            pass  # it was not made
+    return HEALTHY
