@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The lease: never two owners, and none for ever."""
 
+import errno
 import json
 import os
 import subprocess
@@ -189,17 +190,18 @@ def test_renewal_after_a_takeover_is_refused(contender, clock):
 
 
 @pytest.mark.parametrize("seconds, lost", [(TTL / 6 + 1, False), (TTL / 2 - 1, False), (TTL / 2 + 1, True)])
-def test_full_disk_is_borne_as_long_as_nobody_may_take_over(seconds, lost, contender, clock, monkeypatch):
-    def full(*_arguments):
-        raise OSError(28, "No space left on device")
+def test_silent_file_system_is_borne_as_long_as_nobody_may_take_over(seconds, lost, contender, clock, monkeypatch):
+    def refuse(*_arguments):
+        raise OSError(errno.EROFS, "Read-only file system")
 
     holder = contender()
     holder.try_acquire()
-    monkeypatch.setattr(files, "write_atomically", full)
+    monkeypatch.setattr(files, "write_atomically", refuse)
+    monkeypatch.setattr(os, "symlink", refuse)
     clock.now += seconds
 
     if lost:
-        with pytest.raises(Lost, match="not renewed for 46 s: .*No space left"):
+        with pytest.raises(Lost, match="not renewed for 46 s: .*Read-only"):
             holder.renew_if_due()
     else:
         holder.renew_if_due()
@@ -276,3 +278,47 @@ def test_only_the_last_epochs_leave_files(contender, tmp_path):
         lease.release()
 
     assert sorted(os.listdir(tmp_path)) == ["hb.4", "hb.5", "lease.4", "lease.5", "released.4", "released.5"]
+
+
+def test_holder_that_wakes_up_while_it_is_replaced_keeps_the_lease(contender, clock, monkeypatch, tmp_path):
+    holder, waiting = contender("c1"), contender("c2")
+    holder.try_acquire()
+    may_take(waiting)
+    clock.now += TTL + 1
+    real_link = os.link
+
+    def wake_then_link(*names):
+        holder.renew()
+        real_link(*names)
+
+    monkeypatch.setattr(os, "link", wake_then_link)
+
+    assert waiting.try_acquire() is False
+    holder.renew()
+    assert sorted(os.listdir(tmp_path)) == ["hb.1", "lease.1"]
+
+
+def test_leftovers_of_killed_contenders_go(contender, tmp_path):
+    for name, age in (("contender.old", 7200), (".contender.old.x", 7200), (".hb.1.x", 7200), ("contender.new", 0)):
+        (tmp_path / name).write_text("{}")
+        os.utime(tmp_path / name, (time.time() - age, os.stat(tmp_path / name).st_mtime - age))
+
+    assert contender().try_acquire()
+
+    assert sorted(os.listdir(tmp_path)) == ["contender.new", "hb.1", "lease.1"]
+
+
+def test_heartbeat_needs_no_space(tmp_path, monkeypatch):
+    def full(*_unused):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    now = [0.0]
+    lease = Lease(str(tmp_path), {"pid": os.getpid()}, lambda _holder: True, ttl=60, clock=lambda: now[0])
+    assert lease.try_acquire()
+    monkeypatch.setattr(files, "write_atomically", full)
+
+    for now[0] in range(0, 600, 5):
+        lease.renew_if_due()  # Lost would be raised after half of the TTL
+
+    assert (tmp_path / "hb.1").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["hb.1", "lease.1"]

@@ -118,10 +118,19 @@ class Lease:
         """Show that we live; raise Lost if somebody has taken over."""
         begun = self._clock()
         self._beats += 1
-        files.write_atomically(self._path("hb.%d" % self.epoch), "%d\n" % self._beats)
+        self._write_beat()
         if not self.is_ours():
             raise Lost("the lease was taken by %s" % describe(self._read(self._newest()) or {}))
         self._renewed = begun
+
+    def _write_beat(self) -> None:
+        path = self._path("hb.%d" % self.epoch)
+        try:
+            files.write_atomically(path, "%d\n" % self._beats)
+        except OSError:
+            aside = self._path("contender.%s" % uuid.uuid4().hex)
+            os.symlink(str(self._beats), aside)  # takes no space, which a full disk has not
+            os.rename(aside, path)
 
     def renew_if_due(self) -> None:
         """Renew six times within the TTL. Raise Lost, too, when that fails until others may take over."""
@@ -166,8 +175,11 @@ class Lease:
         return self._clock() - self._seen[2] > self.ttl
 
     def _beat(self, epoch: int) -> str:
+        path = self._path("hb.%d" % epoch)
         try:
-            with open(self._path("hb.%d" % epoch)) as stream:
+            if os.path.islink(path):
+                return os.readlink(path)
+            with open(path) as stream:
                 return stream.read()
         except OSError:
             return ""
@@ -194,7 +206,7 @@ class Lease:
             return False
         try:
             # By the file system's clock, not ours. One with a second link is a lease.
-            found, beat = os.stat(self._path(name)), os.stat(self._path("hb.%d" % self.epoch))
+            found, beat = os.lstat(self._path(name)), os.lstat(self._path("hb.%d" % self.epoch))
         except FileNotFoundError:
             return False
         return found.st_nlink == 1 and beat.st_mtime - found.st_mtime > LEFTOVER_SECONDS
