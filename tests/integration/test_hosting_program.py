@@ -460,6 +460,20 @@ def test_killed_postgres_serves_again_by_itself(instance: Instance) -> None:
     assert process.poll() is None
 
 
+def test_killed_backend_costs_its_neighbours_a_moment(instance: Instance) -> None:
+    instance.configure(restarts=0)
+    process = instance.serve()
+    instance.psql("CREATE TABLE t AS SELECT 1 AS n")
+    client = instance.idle_client()
+    backend = instance.psql("SELECT pid FROM pg_stat_activity WHERE query = 'SELECT ''here'';'")
+
+    os.kill(int(backend), signal.SIGKILL)
+
+    client.communicate(timeout=10)
+    eventually(lambda: instance.psql("SELECT n FROM t") == "1", seconds=10)
+    assert process.poll() is None and instance.state() == "serving"
+
+
 def test_crash_loop_ends_with_its_reason(instance: Instance) -> None:
     instance.configure(restarts=2)
     with open(instance.root / "conf" / "postgresql.conf", "a") as stream:

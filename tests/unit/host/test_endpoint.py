@@ -115,6 +115,39 @@ def test_lock_of_a_process_that_was_killed_is_broken(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["service"]
 
 
+def test_stale_lock_is_broken_once_by_all_who_wait(start, tmp_path):
+    (tmp_path / "service.lock").mkdir()
+    code = EDIT.replace("path, name", "endpoint.LOCK_STALE_SECONDS = 0.5\npath, name", 1)
+    names = [f"instance{number}" for number in range(8)]
+
+    assert [process.wait(30) for process in [start(code, tmp_path / "service", name) for name in names]] == [0] * 8
+
+    text = (tmp_path / "service").read_text()
+    assert all(f"[{name}]\nhost={name}\nport=2\n" in text for name in names)
+    assert os.listdir(tmp_path) == ["service"]
+
+
+def test_lock_that_a_faster_one_took_is_not_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "LOCK_STALE_SECONDS", 0.1)
+    path = tmp_path / "lock"
+    path.mkdir()
+    real_mkdir = os.mkdir
+
+    def be_slower_than_others(name, *arguments):
+        real_mkdir(name, *arguments)
+        if name.endswith(".breaking"):
+            path.rmdir()
+            real_mkdir(path)
+            os.utime(path, (0, 0))
+
+    monkeypatch.setattr(os, "mkdir", be_slower_than_others)
+
+    with pytest.raises(TimeoutError):
+        with endpoint.FileLock(str(path), patience=0.15):
+            raise AssertionError("two have it")
+    assert path.stat().st_mtime == 0
+
+
 def test_lock_that_is_held_is_waited_for_but_not_for_ever(tmp_path):
     with endpoint.FileLock(str(tmp_path / "lock")):
         with pytest.raises(TimeoutError, match="lock is locked by another process"):

@@ -3,7 +3,7 @@
 """Whether Slurm says that a job has ended. A doubt means no."""
 
 import pytest
-from hpc_db_host.scheduler import job_has_ended, slurm_has_ended
+from hpc_db_host.scheduler import Queue, job_has_ended, slurm_has_ended
 
 GONE = "slurm_load_jobs error: Invalid job id specified\n"
 BUSY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n"
@@ -55,3 +55,57 @@ def test_only_slurm_is_asked(scheduler, job, ended, bin_dir):
 
 def test_slurm_that_is_not_there_says_nothing(tmp_path):
     assert job_has_ended("slurm", str(tmp_path / "missing"), "7") is False
+
+
+class FakeQueue(Queue):
+    """Answers like Slurm: squeue lists all of the user's jobs, sbatch --parsable prints an id."""
+
+    def __init__(self, *jobs):
+        settings = {"job_name": "hpc_db", "successor": ["sbatch", "--parsable", "--job-name=hpc_db", "/r/host/job.sh"]}
+        Queue.__init__(self, settings, "7")
+        self.jobs = list(jobs)
+
+    def _run(self, command):
+        if command[0] == "squeue":
+            return "".join(f"{job}|{name}|{state}\n" for job, name, state in self.jobs)
+        if command[0] == "sbatch":
+            self.jobs.append(("8", "hpc_db", "PENDING"))
+            return "8\n"
+        assert command[:2] == ["scancel", "--state=PENDING"]
+        self.jobs = [job for job in self.jobs if job[0] != command[2]]
+        return ""
+
+
+OURS = ("7", "hpc_db", "RUNNING")
+
+
+@pytest.mark.parametrize("others, follower, queued", [
+    ([], "job 8 follows", 2),
+    ([("9", "hpc_db", "PENDING")], "job 9 follows", 2),
+    ([("9", "hpc_db", "COMPLETING")], "job 8 follows", 3),
+    ([("9", "HPC_DB", "PENDING"), ("10", "worker", "PENDING")], "job 8 follows", 4),
+])
+def test_one_successor_is_kept(others, follower, queued):
+    queue = FakeQueue(OURS, *others)
+
+    assert queue.ensure_successor() == follower
+    assert queue.ensure_successor() == follower
+    assert len(queue.jobs) == queued
+
+
+def test_successors_are_cancelled_and_nobody_else():
+    queue = FakeQueue(OURS, ("8", "hpc_db", "PENDING"), ("9", "worker", "PENDING"))
+
+    queue.cancel_successors()
+
+    assert queue.jobs == [OURS, ("9", "worker", "PENDING")]
+
+
+def test_successor_gets_no_option_of_ours_from_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text("#!/bin/sh\nenv | grep -E '^(SLURM|SBATCH)_' | sort | tr '\\n' ' ' >&2; exit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_NODE", "SBATCH_PARTITION", "SLURM_CONF"):
+        monkeypatch.setenv(name, "x")
+
+    with pytest.raises(OSError, match="^squeue: SLURM_CONF=x$"):
+        Queue({"job_name": "hpc_db", "bin_dir": str(tmp_path)}, "7").ensure_successor()

@@ -1,0 +1,397 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: study_dump
+short_description: Dump a study database, or restore one from a dump
+description:
+  - A dump is made by C(pg_dump) beside running workers, read back to its end, and only then given its name.
+  - A dump is restored into a new database, and takes the place of the old one once it holds every trial of the dump.
+    So a restore that fails or is interrupted changes nothing that workers see.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  root:
+    description: The instance directory. Dumps are made in its folder C(dumps).
+    type: path
+    required: true
+  database:
+    description: The study database.
+    type: str
+    required: true
+  state:
+    description: Whether to make a dump, or to restore one.
+    type: str
+    choices: [dumped, restored]
+    default: dumped
+  file:
+    description:
+      - The dump to restore, or V(newest) for the newest one of O(database) in the instance directory.
+      - A file of the same name with C(.sha256) after it, as it is made with each dump, must fit it.
+    type: path
+  owner:
+    description: The role that owns whatever is restored.
+    type: str
+  replace:
+    description:
+      - Whether to restore even if O(database) holds studies. It is kept then, with the time after its name.
+      - Connections to it are ended.
+    type: bool
+    default: false
+extends_documentation_fragment:
+  - mala.hpc_db.connection
+attributes:
+  check_mode:
+    support: full
+    description: Can run in check_mode and return changed status prediction without modifying target.
+  diff_mode:
+    support: full
+    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
+"""
+
+EXAMPLES = r"""
+- name: Dump the studies
+  mala.hpc_db.study_dump:
+    root: ~/hpc_db/hpc_db
+    host: c1
+    port: 5432
+    user: alice
+    passfile: ~/hpc_db/hpc_db/secrets/pgpass
+    database: studies
+
+- name: Go back to the newest dump
+  mala.hpc_db.study_dump:
+    root: ~/hpc_db/hpc_db
+    host: c1
+    port: 5432
+    user: alice
+    passfile: ~/hpc_db/hpc_db/secrets/pgpass
+    database: studies
+    state: restored
+    file: newest
+    owner: study
+    replace: true
+"""
+
+RETURN = r"""
+file:
+  description: The dump that was, or would be, made or restored.
+  returned: success
+  type: str
+trials:
+  description: The number of trials in the dump; null in check mode with O(state=dumped).
+  returned: success
+  type: int
+kept:
+  description: The name under which the database that was replaced is kept; null if there was none or it held no study.
+  returned: O(state=restored)
+  type: str
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+
+# The database in which others are created and renamed.
+MAINTENANCE = "postgres"
+SUM = ".sha256"
+# What a dump that was killed leaves behind stands still for longer than a dump ever does.
+LEFTOVER_SECONDS = 3600
+
+EXISTS = "SELECT 1 FROM pg_database WHERE datname = %s"
+COUNTS = "SELECT (SELECT count(*) FROM studies), (SELECT count(*) FROM trials)"
+END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = ANY(%s)"
+
+Run = Callable[[list[str]], str]
+
+
+class Refused(Exception):
+    """The dump or the database is not fit for it; nothing was changed."""
+
+
+class Failed(Exception):
+    """It went wrong; the message is for the user."""
+
+
+def bindir_of(root: str) -> str:
+    """Return the folder of PostgreSQL's programs, as the hosting program has it."""
+    path = os.path.join(root, "host", "settings.json")
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return json.load(stream)["bindir"]
+    except (OSError, ValueError, KeyError):
+        raise Refused(f"{path} is missing; run the playbook hpc_db.yml first") from None
+
+
+def conninfo(params: dict, database: str) -> str:
+    """Return libpq's parameters as PostgreSQL's programs take them. No password is among them."""
+    given = _connection.parameters(params, database)
+    given.pop("require_auth", None)  # told by the environment, since PostgreSQL 15 refuses to know it
+    escaped = {key: str(value).replace("\\", "\\\\").replace("'", "\\'") for key, value in given.items()}
+    return " ".join(f"{key}='{value}'" for key, value in escaped.items())
+
+
+def dump_command(bindir: str, params: dict, path: str) -> list[str]:
+    """Return the call that dumps the database."""
+    database = conninfo(params, params["database"])
+    return [f"{bindir}/pg_dump", "--format=custom", f"--file={path}", f"--dbname={database}"]
+
+
+def restore_command(bindir: str, params: dict, database: str, path: str) -> list[str]:
+    """Return the call that restores a dump into an empty database: all of it or nothing."""
+    return [
+        f"{bindir}/pg_restore",
+        "--single-transaction",
+        "--exit-on-error",
+        "--no-owner",
+        "--no-privileges",
+        f"--role={params['owner']}",
+        f"--dbname={conninfo(params, database)}",
+        path,
+    ]
+
+
+def count_rows(script: str) -> int:
+    """Return the number of rows that a script with one table's data holds."""
+    lines = script.split("\n")
+    begin = next((number for number, line in enumerate(lines) if line.startswith("COPY ")), None)
+    return 0 if begin is None else lines.index("\\.", begin) - begin - 1
+
+
+def checksum(path: str) -> str:
+    """Return the file's SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def count_trials(bindir: str, path: str, run: Run) -> int | None:
+    """Read the whole dump, and return its number of trials; None if it has no table for them."""
+    command = [f"{bindir}/pg_restore", "--format=custom", path]
+    listed = run([*command, "--list"])
+    # The list is at the front: a dump that was cut off has it, too.
+    run([*command, f"--file={os.devnull}"])
+    if " TABLE DATA public trials " not in listed:
+        return None
+    return count_rows(run([*command, "--data-only", "--table=trials", "--file=-"]))
+
+
+def check_dump(bindir: str, path: str, run: Run) -> int:
+    """Return the dump's number of trials; raise Refused if it is damaged, or no dump of studies."""
+    name = os.path.basename(path)
+    try:
+        if os.path.exists(path + SUM):
+            with open(path + SUM, encoding="utf-8", errors="replace") as stream:
+                if stream.read().split()[:1] != [checksum(path)]:
+                    raise Refused(f"restore_from: {name} is damaged: it does not fit {name}{SUM}")
+        trials = count_trials(bindir, path, run)
+    except (Failed, OSError) as error:
+        raise Refused(f"restore_from: {name} is no dump, or a damaged one: {error}") from None
+    if trials is None:
+        raise Refused(f"restore_from: {name} is a dump of something else: it has no table of Optuna's trials")
+    return trials
+
+
+def newest_dump(folder: str, database: str) -> str:
+    """Return the newest dump of a database."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    found = sorted(name for name in names if re.fullmatch(rf"{re.escape(database)}-\w+\.dump", name))
+    if not found:
+        raise Refused(f"{folder} holds no dump of {database}")
+    return os.path.join(folder, found[-1])
+
+
+def now() -> str:
+    """Return the time as names have it."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+
+
+def ensure_dumped(params: dict, run: Run, check_mode: bool) -> dict:
+    """Make a dump. ``run`` takes an argument list and returns its stdout."""
+    bindir = bindir_of(params["root"])
+    folder = os.path.join(params["root"], "dumps")
+    path = os.path.join(folder, f"{params['database']}-{now()}.dump")
+    trials = None
+    if not check_mode:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        remove_leftovers(folder)
+        # Hidden: what ends in .part without a dot before is the hosting program's.
+        part = os.path.join(folder, f".{os.path.basename(path)}.part")
+        try:
+            run(dump_command(bindir, params, part))
+            trials = count_trials(bindir, part, run) or 0
+            with open(path + SUM, "w", encoding="utf-8") as stream:
+                stream.write(f"{checksum(part)}  {os.path.basename(path)}\n")
+            os.rename(part, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)
+    return {"changed": True, "file": path, "trials": trials, "diff": {"before": "", "after": f"{path}\n"}}
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove what a run that was killed has left."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if re.fullmatch(r"\..+\.dump\.part", name) and time.time() - os.stat(path).st_mtime > LEFTOVER_SECONDS:
+            os.unlink(path)
+
+
+def look(params: dict) -> tuple[int, int] | None:
+    """Return how many studies and trials the database holds; None if there is no such database."""
+    with _connection.connect(params, MAINTENANCE) as connection:
+        if not _connection.rows(connection, EXISTS, (params["database"],)):
+            return None
+    return count(params, params["database"])
+
+
+def count(params: dict, database: str) -> tuple[int, int]:
+    """Return how many studies and trials a database holds."""
+    with _connection.connect(params, database) as connection:
+        if _connection.rows(connection, "SELECT to_regclass('trials')") == [(None,)]:
+            return (0, 0)
+        studies, trials = _connection.rows(connection, COUNTS)[0]
+        return (studies, trials)
+
+
+def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
+    """Put a dump in the place of the database. ``run`` takes an argument list and returns its stdout."""
+    bindir, database = bindir_of(params["root"]), params["database"]
+    path = params["file"]
+    if path == "newest":
+        path = newest_dump(os.path.join(params["root"], "dumps"), database)
+    trials = check_dump(bindir, path, run)
+    found = look(params)
+    if found and found[0] and not params["replace"]:
+        raise Refused(
+            f"restore_database: {database} holds {found[0]} studies with {found[1]} trials; "
+            "with restore_replace=true the dump takes its place, and it is kept under another name"
+        )
+    kept = beside(database, now()) if found else None
+    if not check_mode:
+        with restored_aside(bindir, params, path, run) as aside:
+            restored = count(params, aside)
+            if restored[1] != trials:
+                raise Failed(f"{path} holds {trials} trials, but {restored[1]} were restored; nothing was changed")
+            swap(params, aside, kept)
+        if kept and found and not found[0]:
+            execute(params, f"DROP DATABASE {quoted(kept)}")
+    return {
+        "changed": True,
+        "file": path,
+        "trials": trials,
+        "kept": kept if found and found[0] else None,
+        "diff": {"before": as_line(database, found and found[1]), "after": as_line(database, trials)},
+    }
+
+
+def as_line(database: str, trials: int | None) -> str:
+    """Return a database's content as text for a diff."""
+    return "" if trials is None else f"{database}: {trials} trials\n"
+
+
+@contextlib.contextmanager
+def restored_aside(bindir: str, params: dict, path: str, run: Run) -> Iterator[str]:
+    """Restore a dump into a new database, which is gone afterwards if it still has that name."""
+    aside = beside(params["database"], "restoring")
+    drop = f"DROP DATABASE IF EXISTS {quoted(aside)} WITH (FORCE)"
+    execute(params, drop)  # an earlier run may have been killed
+    try:
+        execute(params, f"CREATE DATABASE {quoted(aside)} OWNER {quoted(params['owner'])}")
+        run(restore_command(bindir, params, aside, path))
+        yield aside
+    finally:
+        execute(params, drop)
+
+
+def beside(database: str, what: str) -> str:
+    """Return a name that no study database has, and that PostgreSQL, which takes 63 bytes, does not cut short."""
+    return f"{database[:45]}-{what}"
+
+
+def swap(params: dict, aside: str, kept: str | None) -> None:
+    """Give the database ``aside`` its name, and the one that has it the name ``kept``, at once."""
+    database = params["database"]
+    renames = [(database, kept)] if kept else []
+    statement = "; ".join(
+        f"ALTER DATABASE {quoted(old)} RENAME TO {quoted(new)}" for old, new in [*renames, (aside, database)]
+    )
+    # While it waits for sessions to end, nobody new gets in; several statements sent at once are one transaction.
+    with ThreadPoolExecutor(1) as pool, _connection.connect(params, MAINTENANCE) as connection:
+        renaming = pool.submit(execute, params, statement)
+        while not renaming.done():
+            _connection.rows(connection, END_SESSIONS, ([database, aside],))
+            time.sleep(0.1)
+        renaming.result()
+
+
+def execute(params: dict, statement: str) -> None:
+    """Run a statement that returns nothing."""
+    with _connection.connect(params, MAINTENANCE) as connection, connection.cursor() as cursor:
+        cursor.execute(statement)
+
+
+def quoted(name: str) -> str:
+    """Return a name as SQL has it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def run_command(module: AnsibleModule, command: list[str]) -> str:
+    """Run one of PostgreSQL's programs; raise Failed with its own words."""
+    try:
+        returncode, stdout, stderr = module.run_command(command, handle_exceptions=False)
+    except OSError as error:
+        raise Failed(f"{command[0]}: {error.strerror}") from None
+    if returncode:
+        errors = [line for line in stderr.splitlines() if "error:" in line] or stderr.split("\n")
+        raise Failed(f"{os.path.basename(command[0])} failed: {' '.join(errors[0].split())}")
+    return stdout
+
+
+def main() -> None:
+    """Run the module."""
+    argument_spec: dict[str, Any] = {
+        "root": {"type": "path", "required": True},
+        "database": {"type": "str", "required": True},
+        "state": {"type": "str", "choices": ["dumped", "restored"], "default": "dumped"},
+        "file": {"type": "path"},
+        "owner": {"type": "str"},
+        "replace": {"type": "bool", "default": False},
+        **_connection.CONNECTION_OPTIONS,
+    }
+    module = AnsibleModule(
+        argument_spec=argument_spec,
+        required_if=[("state", "restored", ["file", "owner"])],
+        supports_check_mode=True,
+    )
+    os.umask(0o077)
+    # PostgreSQL's programs read PGOPTIONS and its like, and load libraries.
+    for name in [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]:
+        del os.environ[name]
+    if not module.params["host"].startswith("/"):
+        os.environ["PGREQUIREAUTH"] = "scram-sha-256"
+    act = ensure_dumped if module.params["state"] == "dumped" else ensure_restored
+    try:
+        result = act(module.params, lambda command: run_command(module, command), module.check_mode)
+    except (_connection.Unreachable, Refused, Failed, OSError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()
