@@ -205,11 +205,16 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    if not os.path.isabs(module.params["root"]):
+        module.fail_json(msg=f"root: {module.params['root']!r} is not absolute")
     os.umask(0o077)
     server = None
 
     def run(command: list[str]) -> str:
-        returncode, stdout, stderr = module.run_command(command, cwd=os.path.join(module.params["root"], "host"))
+        returncode, stdout, stderr = module.run_command(
+            command, cwd=os.path.join(module.params["root"], "host"), ignore_invalid_cwd=False,
+            expand_user_and_vars=False,
+        )
         if returncode:
             raise Failed(f"the short-lived server did not start: {' '.join(stderr.split())}")
         return stdout
@@ -222,7 +227,7 @@ def main() -> None:
         else:
             ensure_stopped(module.params)
     except (Failed, OSError) as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=" ".join(str(error).splitlines()))
     # A server that comes and goes within the play is no change.
     module.exit_json(changed=False, server=server)
 

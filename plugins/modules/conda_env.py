@@ -211,6 +211,9 @@ def wanted_specs(params: dict) -> list[Spec]:
     """Return the specs; raise for values that no client should see."""
     if not os.path.isabs(params["prefix"]):
         raise CondaError(f"prefix: {params['prefix']!r} is not absolute; give a path that begins with / or ~")
+    for name in ("rattler_python", "package_cache"):
+        if params[name] is not None and not os.path.isabs(params[name]):
+            raise CondaError(f"{name}: {params[name]!r} is not absolute; give a path that begins with / or ~")
     for channel in params["channels"]:
         if channel.startswith("-") or not channel.isprintable() or not channel.strip():
             raise CondaError(f"channels: {channel!r} is no channel; give a name, a URL or a file:// folder")
@@ -469,7 +472,7 @@ def main() -> None:
     try:
         result = ensure_env(module.params, run, module.check_mode)
     except (CondaError, OSError) as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=" ".join(str(error).splitlines()))
     module.exit_json(**result)
 
 

@@ -103,6 +103,9 @@ def initdb_command(bindir: str, path: str, major: int) -> list[str]:
 def ensure_data_directory(params: dict, run: Run, check_mode: bool) -> dict:
     """Bring the data directory to the wanted state. ``run`` takes an argument list and returns its stdout."""
     path, bindir = params["path"], params["bindir"]
+    for folder in (path, bindir):
+        if not os.path.isabs(folder):
+            raise Failed(f"{folder!r} is not absolute; give a path that begins with / or ~")
     found = existing_major(path)
     installed = os.path.exists(os.path.join(bindir, "postgres"))
     if check_mode and not installed:
@@ -128,7 +131,7 @@ def result(changed: bool, path: str, version: str | None, major: int | None) -> 
 def run_command(module: AnsibleModule, command: list[str]) -> str:
     """Run one of PostgreSQL's programs; raise Failed with its own words."""
     try:
-        returncode, stdout, stderr = module.run_command(command, handle_exceptions=False)
+        returncode, stdout, stderr = module.run_command(command, expand_user_and_vars=False, handle_exceptions=False)
     except OSError as error:
         raise Failed(f"{command[0]}: {error.strerror}") from None
     if returncode:
@@ -149,7 +152,7 @@ def main() -> None:
     try:
         outcome = ensure_data_directory(module.params, lambda command: run_command(module, command), module.check_mode)
     except (Failed, OSError) as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=" ".join(str(error).splitlines()))
     module.exit_json(**outcome)
 
 

@@ -229,7 +229,7 @@ def main() -> None:
     try:
         result = ensure_job(module.params, make_run(module), module.check_mode)
     except (SchedulerError, ValueError) as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=" ".join(str(error).splitlines()))
     module.exit_json(**result)
 
 

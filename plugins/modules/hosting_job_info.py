@@ -158,7 +158,7 @@ def main() -> None:
     try:
         result = look(module.params, make_run(module))
     except (SchedulerError, ValueError) as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=" ".join(str(error).splitlines()))
     module.exit_json(**result)
 
 

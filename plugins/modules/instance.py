@@ -212,8 +212,16 @@ def ensure_files(root: str, files: list[dict], run: Run, check_mode: bool) -> li
 
 def ensure_instance(params: dict, run: Run, check_mode: bool, uid: int) -> dict:
     """Bring the instance directory to the wanted state. ``run`` takes an argument list; returns code and stderr."""
+    if not os.path.isabs(params["root"]):
+        raise Refused(f"instance_root: {params['root']!r} is not absolute; give a path that begins with / or ~")
     root = os.path.abspath(params["root"])
     check_root(root, uid)
+    for name in [*params["directories"], *(wanted["path"] for wanted in params["files"])]:
+        if not os.path.normpath(os.path.join(root, name)).startswith(root + os.sep) or not name.isprintable():
+            raise Refused(f"{name!r} is no path inside {root}")
+    for wanted in params["files"]:
+        if not re.fullmatch("0?[0-7]{3}", wanted["mode"]):
+            raise Refused(f"mode: {wanted['mode']!r} is none; write for example 0600")
     # "run" comes first: it tells an instance directory from any other folder.
     folders = [root] + [os.path.join(root, name) for name in ["run", *params["directories"]]]
     made = [path for path in folders if ensure_directory(path, check_mode)]
@@ -246,13 +254,13 @@ def main() -> None:
     user = pwd.getpwuid(os.geteuid())
 
     def run(command: list[str]) -> tuple[int, str]:
-        returncode, _stdout, stderr = module.run_command(command, cwd="/")
+        returncode, _stdout, stderr = module.run_command(command, cwd="/", expand_user_and_vars=False)
         return returncode, stderr
 
     try:
         result = ensure_instance(module.params, run, module.check_mode, user.pw_uid)
     except (Refused, OSError) as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=" ".join(str(error).splitlines()))
     module.exit_json(owner=user.pw_name, **result)
 
 

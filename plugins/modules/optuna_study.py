@@ -99,7 +99,8 @@ def look(params: dict) -> dict[str, list[str]] | None:
 def storage_url(params: dict) -> str:
     """Return SQLAlchemy's URL; host and password file go into the query, where a path is allowed."""
     query = {"host": params["host"], "port": params["port"], "passfile": params["passfile"]}
-    return f"postgresql+psycopg2://{quote(params['user'], safe='')}@/{params['database']}?{urlencode(query)}"
+    user, database = (quote(params[name], safe="") for name in ("user", "database"))
+    return f"postgresql+psycopg2://{user}@/{database}?{urlencode(query)}"
 
 
 def create(params: dict, studies: list[dict]) -> None:
@@ -163,7 +164,7 @@ def main() -> None:
     try:
         result = ensure_studies(module.params, module.check_mode)
     except (_connection.Unreachable, Refused) as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=" ".join(str(error).splitlines()))
     module.exit_json(**result)
 
 

@@ -113,7 +113,7 @@ def required_names(requirements: list[str]) -> list[str]:
     names = []
     for line in requirements:
         name = re.match(r"[A-Za-z0-9][\w.-]*", line.strip())
-        if not name or "\n" in line:
+        if not name or len(line.splitlines()) > 1:
             raise Failed(f"requirements: {line!r} does not begin with a project's name")
         if ";" not in line:
             names.append(normalise(name.group().rstrip(".-_")))
@@ -190,6 +190,8 @@ def fill(params: dict, run: Run) -> None:
 
 def check_path(path: str) -> None:
     """Refuse a folder that somebody else made."""
+    if not os.path.isabs(path):
+        raise Failed(f"path: {path!r} is not absolute; give a path that begins with / or ~")
     ours = os.path.exists(os.path.join(path, STAMP)) or os.path.exists(path + UNFINISHED)
     if os.path.lexists(path) and not ours and not (os.path.isdir(path) and not os.listdir(path)):
         raise Failed(f"{path} exists and was not made by this collection; move it away or choose another instance_root")
@@ -229,7 +231,7 @@ def run_command(module: AnsibleModule, command: list[str]) -> str:
     for name in MISLEADING:
         os.environ.pop(name, None)
     try:
-        returncode, stdout, stderr = module.run_command(command, handle_exceptions=False)
+        returncode, stdout, stderr = module.run_command(command, expand_user_and_vars=False, handle_exceptions=False)
     except OSError as error:
         raise Failed(f"{command[0]}: {error.strerror}") from None
     if returncode:
@@ -260,7 +262,7 @@ def main() -> None:
     try:
         result = ensure_packages(module.params, lambda command: run_command(module, command), module.check_mode)
     except (Failed, OSError) as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=" ".join(str(error).splitlines()))
     module.exit_json(**result)
 
 

@@ -109,7 +109,7 @@ def main() -> None:
     try:
         result = read_server(module.params)
     except _connection.Unreachable as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=" ".join(str(error).splitlines()))
     module.exit_json(changed=False, **result)
 
 

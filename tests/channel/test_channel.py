@@ -18,10 +18,12 @@ import pytest
 rattler = pytest.importorskip("rattler")
 
 BUILD = Path(__file__).with_name("build.py")
+PYTHON_WHEELS = Path(__file__).parents[2] / ".cache/wheels"
 
 
 def build(out: Path, wheels: Path) -> Path:
-    subprocess.run([sys.executable, str(BUILD), str(out), "--wheels", str(wheels)], check=True)
+    python = [f"--python-wheels={PYTHON_WHEELS}"] if list(PYTHON_WHEELS.glob("optuna-*")) else []
+    subprocess.run([sys.executable, str(BUILD), str(out), f"--wheels={wheels}", *python], check=True)
     return out
 
 
@@ -77,3 +79,15 @@ def test_installs_and_runs_anywhere(
         command = [*as_nobody, str(prefix / "bin" / program), "--version"]
         said = subprocess.run(command, env={}, check=True, capture_output=True, text=True)
         assert said.stdout.split()[-1] == version
+
+
+def test_python_runs_anywhere(channel: Path, public_folder: Path, tmp_path: Path) -> None:
+    if not list(channel.glob("linux-64/optuna-*")):
+        pytest.skip("no wheels of psycopg2 and Optuna: tools/setup cluster")
+    prefix = public_folder / "with a space"
+
+    asyncio.run(install(channel, "optuna", prefix, tmp_path))
+
+    code = "import optuna, ssl, sys; print(sys.prefix, optuna.__file__)"
+    said = subprocess.run([prefix / "bin/python", "-c", code], env={}, check=True, capture_output=True, text=True)
+    assert said.stdout.startswith(f"{prefix} {prefix}/lib/python")

@@ -51,6 +51,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     folder = tmp_path_factory.mktemp("inventory")
     (folder / "hosts.yml").write_text(json.dumps({"hpc_db": {"hosts": {"localhost": settings}}}))
     target = Target([ROOT / "inventories" / "local", folder], shell, {})
+    target.variables = settings
     yield target
     target.play("stop")
     target.run(f"rm -rf ~/hpc_db/{settings['instance_name']}")

@@ -18,6 +18,7 @@ class Target:
     def __init__(self, inventories: list[Path], shell: list[str], environment: dict[str, str]) -> None:
         self._inventories = inventories
         self._shell = shell
+        self.variables: dict[str, object] = {}  # what tells the owner from whoever runs the tests
         self.environment = {**os.environ, **environment, "ANSIBLE_FORCE_COLOR": "0", "COLUMNS": "4000"}
 
     def command(self, name: str, settings: dict | None = None, *options: str) -> list[str]:

@@ -81,6 +81,7 @@ class Site(NamedTuple):
             "ANSIBLE_CALLBACK_RESULT_FORMAT": "json",
             "ANSIBLE_PIPELINING": "true",
             "ANSIBLE_STDOUT_CALLBACK": "minimal",
+            "TMPDIR": str(self.folder),  # a module that is killed leaves its payload there
         }
 
     def run(self, *tasks: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 from target import Target
@@ -87,3 +89,64 @@ def test_refused_on_this_machine(here: Target, settings: dict, says: str) -> Non
 
     assert re.search(says, refusal(played.stdout))
     assert here.files() == before
+
+
+RULE = {"type": "local", "method": "peer"}
+# Names and paths that a shell, a configuration file, a scheduler or libpq could read as something else.
+HOSTILE = [
+    *[("instance_name", name) for name in ("a b", "a\n", "-x", "it's", "$(touch CANARY)", "{x}", "a,b", "x" * 41)],
+    *[("instance_root", f"~/{name}") for name in ("it's", 'a"b', "$(touch CANARY)", "a\nb", "{x}", "a\\b", "a;b")],
+    *[("instance_root", name) for name in ("relative", "-x")],
+    *[("instance_cluster", name) for name in ("a\nb", "$(touch CANARY)", "")],
+    *[("instance_study_role", name) for name in ("a\n", 'a"b', "pg_a", "\u03a9")],
+    *[("server_job_name", name) for name in ("a b", "-x", "a\n", "$(touch CANARY)", "\u03a9", "")],
+    *[("server_python", name) for name in ("-c", "a\ntouch CANARY", "$(touch CANARY)", "")],
+    *[("server_address", name) for name in ("a b", "c1\n[other]", "-x", "a,b")],
+    *[("server_socket_parent", name) for name in ("tmp", "/tmp/a,b", "/tmp/it's", "/tmp/a\nb", "/tmp/{x}")],
+    *[("server_socket_parent", name) for name in (f"/tmp/{'x' * 65}", "/tmp/" + "\u03a9" * 33)],
+    ("server_lease_ttl", 0), ("server_stop_notice", 0),
+    *[("postgres_networks", [name]) for name in ("10.0.0.0/33", "300.0.0.1/8", "::1/129", "all\n", "all trust")],
+    *[("postgres_max_connections", text) for text in ("100\nfsync = off", "0", "many")],
+    *[("postgres_settings", {name: 1}) for name in ("work mem", "work_mem\n", "it's", "-x")],
+    *[("postgres_hba_rules", [{**RULE, "users": [name]}]) for name in ('a" trust', "a\nb", "")],
+    ("postgres_hba_rules", [{**RULE, "options": "map=a\nlocal all all trust"}]),
+    *[("databases_studies", [{"name": name}]) for name in ("a\n", "$(touch CANARY)", "it's", "-x", "\u03a9")],
+]
+
+
+def test_hostile_settings_are_refused(here: Target, tmp_path: Path) -> None:
+    """One host a setting, in one play."""
+    canary = here.run("cd; pwd -P") + "/canary"
+    given = json.loads(json.dumps(HOSTILE).replace("CANARY", canary))
+    variables = {**here.variables, "ansible_connection": "local"}
+    hosts = {f"case{number}": {**variables, setting: value} for number, (setting, value) in enumerate(given)}
+    inventory = tmp_path / "hosts.json"
+    inventory.write_text(json.dumps({"hpc_db": {"hosts": hosts}}))
+    before = here.files()
+
+    played = here.play("hpc_db", None, f"--inventory={inventory}", "--limit=case*", "--forks=8")
+
+    for number, (setting, value) in enumerate(given):
+        said = re.findall(rf"^(?:fatal|failed): \[case{number}\].*(?:\n .*)*", played.stdout, re.MULTILINE)
+        assert said and setting.replace("server_job_", "") in said[0], (setting, value, said)
+        recap = re.search(rf"^case{number} .* changed=0 .* failed=1 ", played.stdout, re.MULTILINE)
+        assert recap, (setting, value)
+    assert here.files() == before  # and no canary
+
+
+def test_unusual_names_are_used_as_they_are(here: Target) -> None:
+    studies = ["it's", 'say "hi"', "$(touch ~/canary)", "a\nb", "-x", "{x}", "a,b", "\u03a9", "%s", "a\\"]
+    settings = {
+        "instance_root": "~/a b, \u03a9=+@/-x", "server_socket_parent": "/tmp/-a b \u03a9",
+        "databases_studies": [{"name": "mala", "studies": [{"name": name} for name in studies]}],
+    }
+    here.run("mkdir -p '/tmp/-a b \u03a9'")
+
+    played = here.play("hpc_db", settings)
+    assert played.returncode == 0, played.stdout
+    again = here.play("hpc_db", settings)
+    stopped = here.play("stop", settings)
+
+    assert re.search(r"localhost .* changed=0 .* failed=0", again.stdout), again.stdout
+    assert stopped.returncode == 0, stopped.stdout
+    here.run("cd; test ! -e canary && rm -r 'a b, \u03a9=+@' && rmdir '/tmp/-a b \u03a9'")

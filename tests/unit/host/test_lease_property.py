@@ -1,0 +1,267 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The lease in any order of events: contenders are frozen, killed, cut off and released at every step.
+
+The same examples every time. HPC_DB_EXAMPLES=5000 tries as many new ones, and prints what repeats a failure.
+"""
+
+import itertools
+import os
+import shutil
+import tempfile
+import threading
+import time
+import types
+from contextlib import ExitStack
+from unittest import mock
+
+from hpc_db_host import files, processes
+from hpc_db_host import lease as lease_module
+from hpc_db_host.lease import Held, Lease, Lost
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+TTL = 90.0
+# What other hosts can see, or what they did is seen by: a contender may halt for ever before each of them.
+VISIBLE = ("link", "listdir", "rename", "stat", "unlink")
+# How far a contender goes before somebody else's turn; the last one is as far as it gets.
+STEPS = st.integers(0, 10) | st.just(100)
+EXAMPLES = int(os.environ.get("HPC_DB_EXAMPLES", "0"))
+
+
+class Killed(BaseException):
+    """The contender's process is no more: nothing that it would do on its way out happens."""
+
+
+class Contender:
+    """A hosting program that goes on only when it is told to, one visible step at a time."""
+
+    def __init__(self, world, place, pid, job, offset):
+        self.world, self.place, self.pid, self.start = world, place, pid, f"started as {job}"
+        self.alive, self.idle, self.leaving = True, True, False
+        self.holds = False  # what it believes
+        self.acquired = self.renewed = self.beat = 0.0  # in true time; no contender sees that
+        self._go, self._halted = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._halted.acquire()
+        world.current = self
+        holder = {"host": place, "pid": pid, "job": job, "kind": "slurm"}
+        self.job, self.lease = job, Lease(world.folder, holder, world.has_ended, TTL, lambda: world.now + offset)
+
+    def __repr__(self):
+        return f"{self.job} on {self.place}"
+
+    def begin(self, call):
+        """Call into the lease, up to before the first visible step."""
+        self.idle, self._outcome, self.world.current = False, None, self
+        threading.Thread(target=self._run, args=(call,), daemon=True).start()
+        self._halted.acquire()
+        self._look_for_end()
+
+    def work(self, steps):
+        """Renew, or try to acquire, and halt after some steps."""
+        self.begin(self.lease.renew_if_due if self.holds else self.lease.try_acquire)
+        self.go_on(steps)
+
+    def go_on(self, steps):
+        for _step in range(steps):
+            if self.idle:
+                break
+            self.world.current = self
+            self._go.release()
+            self._halted.acquire()
+            self._look_for_end()
+
+    def halt(self):
+        """Wait for our next turn. Runs in the contender's thread, as does ``_run``."""
+        self._halted.release()
+        self._go.acquire()
+        if not self.alive:
+            raise Killed
+
+    def kill(self):
+        self.alive = self.holds = self.leaving = False
+        while not self.idle:
+            self.go_on(1)
+
+    def _run(self, call):
+        try:
+            self._outcome = call()
+        except BaseException as error:
+            self._outcome = error
+        self._call, self._ended = call, True
+        self._halted.release()
+
+    _ended = False
+
+    def _look_for_end(self):
+        if not self._ended:
+            return
+        self._ended, self.idle = False, True
+        outcome, name = self._outcome, self._call.__name__
+        if isinstance(outcome, Lost):
+            self.holds, self.leaving = False, True
+        elif isinstance(outcome, BaseException) and not isinstance(outcome, (Held, Killed)):
+            raise outcome
+        elif name == "try_acquire" and outcome is True:
+            self.holds, self.acquired = True, self.world.now
+        if name == "release":
+            self.alive = self.leaving = False  # its end, and a clean one
+        if self.holds:
+            self.renewed = self.beat
+
+
+class World(RuleBasedStateMachine):
+    """Hosts with clocks of their own, one file system, and a scheduler that may call a job ended too early."""
+
+    @initialize(offsets=st.tuples(*[st.sampled_from([0.0, 5.0, 1e6])] * 3), steps=st.integers(0, 10))
+    def begin(self, offsets, steps):
+        self.offsets = dict(zip(["c1", "c2", "c3"], offsets))
+        self.now, self.wall, self.jobs = 1000.0, 1.8e9, itertools.count(1)
+        self.contenders, self.called_ended, self.current = [], set(), None
+        self.folder = tempfile.mkdtemp(prefix="lease-")
+        self.patches = ExitStack()
+        gated = types.SimpleNamespace(**vars(os))
+        for name in VISIBLE:
+            setattr(gated, name, self.gate(getattr(os, name)))
+        gated.path = types.SimpleNamespace(**dict(vars(os.path), exists=self.gate(os.path.exists)))
+        gated.fsync = lambda descriptor: None
+        for module in (lease_module, files):
+            self.patches.enter_context(mock.patch.object(module, "os", gated))
+            self.patches.enter_context(mock.patch.object(module, "open", self.gate(open), create=True))
+        self.patches.enter_context(mock.patch.object(processes, "this_host", lambda: self.current.place))
+        self.patches.enter_context(mock.patch.object(processes, "start_time", self.start_time))
+        self.patches.enter_context(mock.patch.object(time, "time", lambda: self.wall))
+        self.arrive("c1")
+        self.arrive("c2")
+        self.watch(renewing=True, given_up=False)
+        self.watch(renewing=False, given_up=steps > 0)
+        holder, other = self.contenders
+        self.interrupt(other, holder, steps)
+
+    def gate(self, function):
+        def call(*arguments, **keywords):
+            contender = self.current
+            contender.halt()
+            if function is os.rename and "hb." in arguments[1]:
+                contender.beat = self.now
+            return function(*arguments, **keywords)
+
+        return call
+
+    def start_time(self, pid):
+        """What a host knows of its own processes; PIDs are used again."""
+        here = [each for each in [*self.contenders, self.current] if each.place == self.current.place]
+        return next((each.start for each in here if each.alive and each.pid == pid), None)
+
+    def has_ended(self, holder):
+        self.current.halt()
+        return holder["job"] in self.called_ended
+
+    def between_calls(self):
+        return [each for each in self.contenders if each.alive and each.idle and not each.leaving]
+
+    def within_calls(self):
+        return [each for each in self.contenders if not each.idle]
+
+    def leavers(self):
+        return [each for each in self.contenders if each.idle and (each.holds or each.leaving)]
+
+    @precondition(lambda self: sum(each.alive for each in self.contenders) < 3)
+    @rule(place=st.sampled_from(["c1", "c2", "c3"]))
+    def arrive(self, place):
+        taken = {each.pid for each in self.contenders if each.alive and each.place == place}
+        pid = next(pid for pid in itertools.count(100) if pid not in taken)
+        self.contenders.append(Contender(self, place, pid, str(next(self.jobs)), self.offsets.get(place, 0.0)))
+
+    @precondition(lambda self: self.between_calls())
+    @rule(data=st.data(), steps=STEPS)
+    def work(self, data, steps):
+        data.draw(st.sampled_from(self.between_calls())).work(steps)
+
+    @precondition(lambda self: len(self.between_calls()) > 1 and any(each.holds for each in self.contenders))
+    @rule(data=st.data(), steps=st.integers(1, 10), overdue=st.booleans())
+    def work_interrupted(self, data, steps, overdue):
+        """Two at once: one halts, and goes on when the other has ended. Above all when a takeover is due."""
+        if overdue:
+            self.watch(renewing=False, given_up=True)
+        first, second = data.draw(st.permutations(self.between_calls()))[:2]
+        self.interrupt(first, second, steps)
+
+    def interrupt(self, first, second, steps):
+        first.work(steps)
+        second.work(100)
+        first.go_on(100)
+
+    @precondition(lambda self: self.within_calls())
+    @rule(data=st.data(), steps=STEPS)
+    def go_on(self, data, steps):
+        data.draw(st.sampled_from(self.within_calls())).go_on(steps)
+
+    @precondition(lambda self: self.leavers())
+    @rule(data=st.data(), steps=STEPS)
+    def leave(self, data, steps):
+        """Stop cleanly, asked to or because the lease was lost: postgres has ended before."""
+        contender = data.draw(st.sampled_from(self.leavers()))
+        contender.holds, contender.leaving = False, True
+        contender.begin(contender.lease.release)
+        contender.go_on(steps)
+
+    @precondition(lambda self: sum(each.alive for each in self.contenders) > 2)
+    @rule(data=st.data())
+    def kill(self, data):
+        data.draw(st.sampled_from([each for each in self.contenders if each.alive])).kill()
+
+    @rule(seconds=st.sampled_from([1.0, TTL / 6 + 1, TTL / 2 + 1, TTL + 1]), wall=st.sampled_from([0.0, 1e9, 4e9]))
+    def wait(self, seconds, wall):
+        """Everybody is frozen, and the wall clock is set."""
+        self.now += seconds
+        self.wall = wall
+
+    @rule(renewing=st.booleans(), given_up=st.booleans())
+    def watch(self, renewing, given_up):
+        """Those between two calls go on for longer than the TTL; holders do, or are frozen, or cut off.
+
+        The scheduler has not heard of a death yet, or it gives up everybody, also those who still run and renew.
+        """
+        for _turn in range(3):
+            for each in self.between_calls():
+                if renewing or not each.holds:
+                    each.work(100)
+            self.now += TTL / 3 + 1
+        if given_up:
+            self.called_ended.update(each.job for each in self.contenders)
+
+    @invariant()
+    def nobody_takes_over_from_one_who_lives(self):
+        """A holder that has renewed within the TTL is not replaced, and one that is replaced renews no more."""
+        holders = sorted((each for each in self.contenders if each.holds), key=lambda each: each.lease.epoch)
+        for older, newer in itertools.combinations(holders, 2):
+            assert older.lease.epoch < newer.lease.epoch
+            assert older.renewed + TTL < newer.acquired, f"{newer} has taken over from {older}"
+
+    def teardown(self):
+        """Once all are dead, and known to be, the next one may start after the TTL."""
+        try:
+            for each in self.contenders:
+                each.kill()
+                self.called_ended.add(each.job)
+            self.arrive("c4")
+            last = self.contenders[-1]
+            for _look in range(2):
+                if not last.holds:
+                    last.begin(last.lease.try_acquire)
+                    last.go_on(100)
+                    self.now += TTL + 1
+            assert last.holds
+        finally:
+            self.patches.close()
+            shutil.rmtree(self.folder)
+
+
+TestLease = World.TestCase
+TestLease.settings = settings(
+    max_examples=EXAMPLES or 200, stateful_step_count=40, derandomize=not EXAMPLES, print_blob=True, database=None,
+    deadline=None, suppress_health_check=list(HealthCheck),
+)

@@ -1,0 +1,151 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Whatever a module is given is used as it is, or refused in one line; no part of it is ever run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible.module_utils import basic
+
+NOBODY = 65534
+HOSTILE = [
+    "a b", "it's", 'say "hi"', "$(touch CANARY)", "`touch CANARY`", "; touch CANARY #", "x\ntouch CANARY", "x\r-i y",
+    "a,b", "a:b", "-x", "--help", "-Ssh -c 'touch CANARY'", "{x}", "{{ lookup('pipe', 'touch CANARY') }}", "%j",
+    "$HOME", "a\\", "\u03a9", "x=y", "", "..",
+]
+SERVER = {"host": "/SOCKET", "port": 5432, "user": "alice", "passfile": "FOLDER/pgpass"}
+JOB = {"name": "hpc-db", "root": "FOLDER/root", "bin_dir": "FOLDER/bin"}
+# Arguments that work, with the programs in FOLDER/bin; each text among them is replaced by each hostile one.
+MODULES: dict[str, dict[str, Any]] = {
+    "bootstrap_server": {"root": "FOLDER/root", "timeout": 1},
+    "conda_env": {
+        "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "channels": ["conda-forge"], "provider": "conda",
+        "client": "FOLDER/bin/conda", "module_load": None, "package_cache": "FOLDER/cache",
+    },
+    "conda_env rattler": {
+        "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "rattler_python": "FOLDER/bin/python",
+    },
+    "data_directory": {"path": "FOLDER/new/17", "bindir": "FOLDER/bin"},
+    "hosting_job": {
+        **JOB, "script": "FOLDER/root/host/job.sh", "output": "FOLDER/root/log/job.log",
+        "options": {"partition": "work", "comment": "mine"},
+    },
+    "hosting_job_info": JOB,
+    "instance": {
+        "root": "FOLDER/new", "directories": ["conf"],
+        "files": [{"path": "conf/a", "content": "a", "mode": "0600", "validate": ["FOLDER/bin/postgres", "{file}"]}],
+    },
+    "optuna_study": {**SERVER, "database": "mala", "studies": [{"name": "beryllium"}]},
+    "python_env": {
+        "path": "FOLDER/new/python", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"],
+        "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels",
+    },
+    "role_passwords": {**SERVER, "database": "postgres", "roles": ["study"]},
+    "server_info": {**SERVER, "database": "postgres"},
+}
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of an ordinary user, with programs that fail, and an empty working directory."""
+    folder = Path(tempfile.mkdtemp(prefix="inputs-"))
+    for name in ("bin", "cwd", "root/host/hpc_db_host", "root/log"):
+        (folder / name).mkdir(parents=True)
+    for name in ("conda", "initdb", "postgres", "python", "sbatch", "scancel", "sinfo", "squeue"):
+        (folder / "bin" / name).write_text("#!/bin/sh\necho 'not\ntoday' >&2\nexit 1\n")
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.chdir(folder / "cwd")
+    was_root = os.geteuid() == 0
+    if was_root:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        os.seteuid(NOBODY)
+    yield folder
+    if was_root:
+        os.seteuid(0)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What psycopg2 is asked for, where no server answers."""
+    asked: list[dict] = []
+
+    class Error(Exception):
+        pass
+
+    def connect(**parameters: Any) -> None:
+        asked.append(parameters)
+        raise Error("connection refused\n\tIs the server running?\n")
+
+    fake = types.SimpleNamespace(Error=Error, connect=connect, sql=types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "psycopg2", fake)  # type: ignore[arg-type]
+    return asked
+
+
+def texts_of(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Yield where the texts are."""
+    if isinstance(value, str):
+        yield path
+    elif isinstance(value, (dict, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from texts_of(inner, (*path, key))
+
+
+def replaced(value: Any, path: tuple, text: str) -> Any:
+    if not path:
+        return text
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = replaced(value[path[0]], path[1:], text)
+    return copy
+
+
+CASES = [
+    pytest.param(name.split()[0], arguments, path, id=f"{name}-{'.'.join(map(str, path))}")
+    for name, arguments in MODULES.items()
+    for path in texts_of(arguments)
+    if path[-1] not in ("provider",)
+]
+
+
+def run_module(name: str, arguments: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> dict:
+    module = importlib.import_module(f"ansible_collections.mala.hpc_db.plugins.modules.{name}")
+    monkeypatch.setattr(basic, "_ANSIBLE_ARGS", json.dumps({"ANSIBLE_MODULE_ARGS": arguments}).encode())
+    monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy", raising=False)
+    with pytest.raises(SystemExit):
+        module.main()
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("name", "arguments", "path"), CASES)
+def test_no_text_is_run(
+    name: str, arguments: dict, path: tuple, folder: Path, connections: list, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    for hostile in HOSTILE:
+        for text in {hostile, f"FOLDER/{hostile}" if str(path[-1]) not in ("name", "options") else hostile}:
+            text = text.replace("CANARY", f"{folder}/canary")
+            given = json.loads(json.dumps(replaced(arguments, path, text)).replace("FOLDER", str(folder)))
+
+            result = run_module(name, given, monkeypatch, capsys)
+
+            assert not (folder / "canary").exists(), text
+            assert not os.listdir("."), f"{text!r} has made something in the working directory"
+            if result.get("failed"):
+                assert result["msg"].strip() and len(result["msg"].splitlines()) == 1, (text, result)
+            shutil.rmtree(folder / "new", ignore_errors=True)
+            if connections:
+                asked = connections.pop()
+                for key in {"host", "user"} & set(given):
+                    assert asked[key] == given[key]
