@@ -53,6 +53,7 @@ class Host:
         self.job = "" if bootstrap else job_id()
         self._told = ""
         self._followed = ""
+        self._alone = ""
         self._clean = True
         self._dumps = None  # type: Optional[Dumps]
         self._lease = None  # type: Optional[Lease]
@@ -190,14 +191,16 @@ class Host:
                 if self._dumps:
                     self._dumps.poll()
                     wrong = health.reason or self._dumps.told
-                    self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING))
+                    self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING + self._alone))
 
     def _follow(self) -> float:
         """Have a successor queued; return after how many seconds to look again."""
         try:
             followed, pause = self._queue.ensure_successor() if self._queue else "", FOLLOW_SECONDS
+            self._alone = ""
         except (OSError, subprocess.TimeoutExpired) as error:
             followed, pause = "no successor: %s" % error, 60.0
+            self._alone = ", but " + followed
         if followed != self._followed:
             self._followed = followed
             print(followed, file=sys.stderr, flush=True)
