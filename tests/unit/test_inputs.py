@@ -134,7 +134,7 @@ def test_no_text_is_run(
     capsys: pytest.CaptureFixture,
 ) -> None:
     for hostile in HOSTILE:
-        for text in {hostile, f"FOLDER/{hostile}" if str(path[-1]) not in ("name", "options") else hostile}:
+        for text in sorted({hostile, f"FOLDER/{hostile}" if str(path[-1]) not in ("name", "options") else hostile}):
             text = text.replace("CANARY", f"{folder}/canary")
             given = json.loads(json.dumps(replaced(arguments, path, text)).replace("FOLDER", str(folder)))
 

@@ -97,8 +97,7 @@ class Host:
                 deaths = [death for death in deaths if now - death < DEATHS_COUNT_SECONDS] + [now]
                 if len(deaths) > limit:
                     raise Failed(str(died)) from None
-                why = str(died)
-            self._sleep(lease, 2.0 ** (len(deaths) - 1), "starting", "postgres starts again, as " + why)
+                self._sleep(lease, 2.0 ** (len(deaths) - 1), "starting", "postgres starts again, as %s" % died)
             while space(self.settings["data"]):
                 # Recovery writes, too: without space it would only die again.
                 self._sleep(lease, 2.0, "unhealthy", space(self.settings["data"]))
