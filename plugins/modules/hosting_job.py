@@ -133,6 +133,7 @@ job:
     time_left: 259200
 """
 
+import os
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -226,6 +227,7 @@ def main() -> None:
         required_if=[("state", "present", ("script", "output"))],
         supports_check_mode=True,
     )
+    os.umask(0o077)  # sbatch gives it to the job, whose log is nobody else's to read
     try:
         result = ensure_job(module.params, make_run(module), module.check_mode)
     except (SchedulerError, ValueError) as error:

@@ -259,6 +259,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    os.umask(0o077)
     try:
         result = ensure_packages(module.params, lambda command: run_command(module, command), module.check_mode)
     except (Failed, OSError) as error:

@@ -26,6 +26,8 @@ from .scheduler import Queue
 SERVING = "it accepts writes"
 # Deaths of postgres that are further apart than this are not one trouble.
 DEATHS_COUNT_SECONDS = 600.0
+# Seconds between a death and the next start, doubled up to this: workers wait meanwhile.
+LONGEST_PAUSE = 4.0
 # How often to look whether the successor is still in the queue.
 FOLLOW_SECONDS = 900.0
 
@@ -97,7 +99,8 @@ class Host:
                 deaths = [death for death in deaths if now - death < DEATHS_COUNT_SECONDS] + [now]
                 if len(deaths) > limit:
                     raise Failed(str(died)) from None
-                self._sleep(lease, 2.0 ** (len(deaths) - 1), "starting", "postgres starts again, as %s" % died)
+                pause = min(2.0 ** (len(deaths) - 1), LONGEST_PAUSE)
+                self._sleep(lease, pause, "starting", "postgres starts again, as %s" % died)
             while space(self.settings["data"]):
                 # Recovery writes, too: without space it would only die again.
                 self._sleep(lease, 2.0, "unhealthy", space(self.settings["data"]))

@@ -1,0 +1,209 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The mini cluster with a server on it, and what can be seen of both from outside, where no fault reaches."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from target import ROOT, Target
+
+CLUSTER = ROOT / "tests" / "cluster" / "cluster"
+SCENARIOS = ROOT / "molecule"
+NAME = "hpc_db"
+
+
+class Process(NamedTuple):
+    """A process of the cluster, under the PID that this machine knows it by."""
+
+    pid: int
+    parent: int
+    host: str
+    program: str
+    command: list[str]
+
+
+def eventually(condition: Callable[[], object], seconds: float, pause: float = 0.1) -> float:
+    """Wait for a condition; return how long it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() < began + seconds, f"not within {seconds} s"
+        time.sleep(pause)
+    return time.monotonic() - began
+
+
+class MiniCluster:
+    """A mini cluster that is up, with alice's server in a job."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.home = state / "home" / "alice"
+        self.root = self.home / "hpc_db" / NAME
+        self.playbooks = Target(
+            [SCENARIOS / "default" / "inventory", SCENARIOS / "resilience" / "inventory"], [],
+            {"HPC_DB_CLUSTER": str(state)},
+        )
+        self._home = (state / "home").stat()
+
+    # --- hosts
+
+    def verb(self, verb: str, *arguments: str) -> str:
+        """Do something to a host: kill, boot, cut, heal."""
+        command = [str(CLUSTER), verb, "--state", str(self.state), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+    def mend(self, host: str) -> None:
+        """Undo ``kill`` or ``cut``, and have Slurm use the host again."""
+        dead = re.search(rf"^{host} +dead", self.verb("status"), re.MULTILINE)
+        self.verb("boot" if dead else "heal", host)
+        eventually(lambda: self.node(host, "idle", "mixed", "allocated", "completing"), 30)
+
+    def start(self, host: str, script: str, *arguments: str, user: str = "alice") -> subprocess.Popen[str]:
+        """Start a shell script on a host."""
+        command = [str(CLUSTER), "exec", host, "--state", str(self.state), "--user", user, "--"]
+        return subprocess.Popen(
+            [*command, "sh", "-c", script, "sh", *arguments], text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+
+    def run(self, script: str, *arguments: str, host: str = "login", user: str = "alice") -> str:
+        """Run a shell script on a host; return its output."""
+        with self.start(host, script, *arguments, user=user) as process:
+            output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, output
+        return output.strip()
+
+    def processes(self, *programs: str) -> Iterator[Process]:
+        """Yield what runs one of these programs on any host, one that is cut off included."""
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                program = os.path.basename(os.readlink(entry / "exe")).split(" ")[0]
+                if program.startswith(programs) and os.path.samestat((entry / "root/home").stat(), self._home):
+                    host = (entry / "root/etc/hostname").read_text().strip()
+                    parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                    command = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                    yield Process(int(entry.name), parent, host, program, command)
+
+    # --- the server
+
+    def postmasters(self) -> list[Process]:
+        """Return every postgres server: a postgres that no postgres has started."""
+        found = list(self.processes("postgres"))
+        pids = {process.pid for process in found}
+        return [process for process in found if process.parent not in pids]
+
+    def host_programs(self) -> list[Process]:
+        """Return every hosting program."""
+        return [process for process in self.processes("python3") if "hpc_db_host" in process.command]
+
+    def said(self, name: str) -> dict:
+        """Read what the hosting program says; empty if it says nothing."""
+        with contextlib.suppress(FileNotFoundError):
+            return json.loads((self.root / "run" / f"{name}.json").read_text())
+        return {}
+
+    def service(self) -> str:
+        """Return the host in the service entry; empty if there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            entry = re.search(rf"^\[{NAME}\]\n([^\[]*)", (self.home / ".pg_service.conf").read_text(), re.MULTILINE)
+            if entry:
+                return re.findall(r"^host=(.*)", entry.group(1), re.MULTILINE)[0]
+        return ""
+
+    def log(self) -> str:
+        return (self.root / "log" / "job.log").read_text()
+
+    def settings(self) -> dict:
+        return json.loads((self.root / "host" / "settings.json").read_text())
+
+    # --- the queue
+
+    def jobs(self, name: str = NAME) -> dict[str, str]:
+        """Return the id and the state of each job of this name."""
+        queue = self.run('squeue --noheader --name="$1" --format="%i %T"', name)
+        return dict(line.split() for line in queue.splitlines())
+
+    def slurm(self, setting: str) -> int:
+        """Return one of Slurm's times."""
+        return int(re.findall(rf"^{setting} += (\d+)", self.run("scontrol show config"), re.MULTILINE)[0])
+
+    def node(self, name: str, *states: str) -> bool:
+        """Tell whether Slurm has a node in one of these states."""
+        return self.run('sinfo --noheader --nodes="$1" --partition=work --format=%T', name).rstrip("*") in states
+
+    def is_serving(self) -> bool:
+        return self.said("state").get("state") == "serving" and bool(self.service())
+
+    def wait_for_another(self, before: dict, seconds: float) -> float:
+        """Wait until a server that was not there ``before`` (an endpoint) serves; return how long it took."""
+        def is_new() -> bool:
+            return self.is_serving() and self.said("endpoint").get("since", 0) > before["since"]
+
+        return eventually(is_new, seconds)
+
+    def have_server(self) -> None:
+        """Have a server; like a user, by running the playbook if no job is in the queue."""
+        if not self.jobs():
+            played = self.playbooks.play("hpc_db")
+            assert played.returncode == 0, played.stdout
+        eventually(self.is_serving, 120)
+
+
+class Watch:
+    """Looks at the cluster ten times a second."""
+
+    def __init__(self, cluster: MiniCluster) -> None:
+        self._cluster = cluster
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._acknowledged = [(time.monotonic(), 0)]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self.postmasters: list[set[tuple[str, int]]] = []
+        self.stale = 0.0
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_unused: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        before = time.monotonic()
+        while not self._over.wait(0.1):
+            now = time.monotonic()
+            written = sum(path.stat().st_size for path in self._cluster.home.glob("workers/log.*"))
+            if written > self._acknowledged[-1][1]:
+                self._acknowledged.append((now, written))
+            service = self._cluster.service()
+            running = {(process.host, process.pid) for process in self._cluster.postmasters()}
+            self.postmasters.append(running)
+            if service and service == self._cluster.service() and service not in {host for host, _pid in running}:
+                self.stale += now - before
+            before = now
+
+    def most(self) -> int:
+        """Return how many servers ran at once."""
+        return max(map(len, self.postmasters))
+
+    def gap(self, since: float) -> float:
+        """Return the longest time without an acknowledged trial."""
+        times = [since, *(moment for moment, _written in self._acknowledged if moment > since)]
+        return max(after - before for before, after in zip(times, times[1:]))
+
+    def wait_for_acknowledgement(self, seconds: float) -> None:
+        now = time.monotonic()
+        eventually(lambda: self._acknowledged[-1][0] > now, seconds)
