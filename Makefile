@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Needs Python 3.9 or newer and nothing else; everything it makes is below .venv and .cache.
 
-.PHONY: help setup demo lint sanity unit molecule integration test clean
+.PHONY: help setup demo lint sanity unit molecule integration test soak clean
 
 help:  ## show these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -14,7 +14,7 @@ demo:  ## a database server, a study and its workers on this machine
 	@tools/setup controller
 	@.venv/bin/python examples/demo.py
 
-lint sanity unit molecule integration: setup
+lint sanity unit molecule integration soak: setup
 	@tools/test $@
 
 lint:  ## style, types and documentation
@@ -25,6 +25,8 @@ integration:  ## the mini Slurm cluster, the conda channel and the hosting progr
 
 test: setup  ## all of the above
 	@tools/test lint sanity unit molecule integration
+
+soak:  ## tests/resilience as often as the targets in docs/reliability.md say: about an hour
 
 clean:  ## remove what the commands above made
 	rm -rf .venv .cache

@@ -69,7 +69,8 @@ def test_job_is_taken_away(
     back = cluster.wait_for_another(serving, 90)
     watch.wait_for_acknowledgement(60)
 
-    figure("L4", f"{command.rpartition('&& ')[2].rpartition(' ')[0]}: back after {back:.1f} s, {watch.gap(began):.1f} s without a result, "
+    name = command.rpartition("&& ")[2].rpartition(" ")[0]
+    figure("L4", f"{name}: back after {back:.1f} s, {watch.gap(began):.1f} s without a result, "
                  f"service entry stale for {watch.stale:.1f} s")
     assert ("ended: told to by SIGTERM" in cluster.log()[log:]) is clean
     assert watch.stale <= (0.5 if clean else cluster.settings()["lease_ttl"] + 5)
