@@ -184,8 +184,17 @@ def fill(params: dict, run: Run) -> None:
         if pip_is_old(run([python, "-m", "pip", "--version"])):
             run([python, "-m", "pip", *pip_arguments(dict(params, layout="venv"), os.devnull)[:-1], "--upgrade", "pip"])
     run([python, "-m", "pip", *pip_arguments(params, unfinished)])
+    close_to_others(path)
     # The stamp comes last, by rename: it is there only when everything else is.
     os.rename(unfinished, os.path.join(path, STAMP))
+
+
+def close_to_others(path: str) -> None:
+    """Take all permissions from group and others: pip gives some whatever the umask is."""
+    for folder, _folders, names in os.walk(path):
+        for entry in [folder, *(os.path.join(folder, name) for name in names)]:
+            if not os.path.islink(entry):
+                os.chmod(entry, os.stat(entry).st_mode & 0o700)
 
 
 def check_path(path: str) -> None:

@@ -57,7 +57,7 @@ def test_walltime(cluster: MiniCluster, watch: Watch, figure: Figure, soak: bool
 
 @pytest.mark.parametrize("command, clean", [
     ("scancel $1", True),
-    ("scancel --signal=KILL --full $1", False),
+    ("scancel --signal=KILL --batch $1", False),
     ("scontrol update jobid=$1 requeue=1 && scontrol requeue $1", True),
 ], ids=["scancel", "scancel_kill", "requeue"])
 def test_job_is_taken_away(
