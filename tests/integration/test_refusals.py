@@ -150,3 +150,13 @@ def test_unusual_names_are_used_as_they_are(here: Target) -> None:
     assert re.search(r"localhost .* changed=0 .* failed=0", again.stdout), again.stdout
     assert stopped.returncode == 0, stopped.stdout
     here.run("cd; test ! -e canary && rm -r 'a b, \u03a9=+@' && rmdir '/tmp/-a b \u03a9'")
+
+
+def test_rule_without_a_password_is_allowed_and_named(here: Target) -> None:
+    rules = [{"type": "host", "address": "0.0.0.0/0", "method": "trust"}]
+
+    played = here.play("hpc_db", {"postgres_hba_rules": rules}, "--check")
+
+    assert played.returncode == 0, played.stdout
+    assert len(re.findall(r"^postgres_hba_rules: host all all 0.0.0.0/0 trust: whoever can reach", played.stdout,
+                          re.MULTILINE)) == 1
