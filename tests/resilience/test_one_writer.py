@@ -143,7 +143,7 @@ def test_node_is_killed(cluster: MiniCluster, serving: dict, watch: Watch, figur
     watch.wait_for_acknowledgement(60)
     figure("D7", f"back after {back:.0f} s ({target} wanted), {elsewhere:.0f} of them until Slurm has the job start "
                  f"elsewhere; {watch.gap(serving['at']):.0f} s without a result")
-    # How long Slurm takes to give up the node is its own (36 to 38 s with SlurmdTimeout 20); the rest is ours.
+    # How long Slurm takes to give up the node is its own (35 to 38 s with SlurmdTimeout 20); the rest is ours.
     assert back - elsewhere <= cluster.settings()["lease_ttl"] + 5
 
 
