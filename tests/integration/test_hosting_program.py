@@ -101,6 +101,8 @@ def wheels(folder: Path) -> Callable[[str], str]:
             "index_url": None, "wheelhouse": str(wheelhouse),
         }
         ensure_packages(params, call, check_mode=False)
+        if IS_ROOT:  # nobody but the owner may read it
+            subprocess.run(["chown", "-R", f"{OWNER.pw_uid}:{OWNER.pw_gid}", str(folder / name)], check=True)
         return str(folder / name)
 
     return unpack
