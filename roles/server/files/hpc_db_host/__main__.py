@@ -101,9 +101,11 @@ class Host:
                     raise Failed(str(died)) from None
                 pause = min(2.0 ** (len(deaths) - 1), LONGEST_PAUSE)
                 self._sleep(lease, pause, "starting", "postgres starts again, as %s" % died)
-            while space(self.settings["data"]):
+            full = space(self.settings["data"])
+            while full:
                 # Recovery writes, too: without space it would only die again.
-                self._sleep(lease, 2.0, "unhealthy", space(self.settings["data"]))
+                self._sleep(lease, 2.0, "unhealthy", full)
+                full = space(self.settings["data"])
 
     def _sleep(self, lease: Lease, seconds: float, state: str, reason: str) -> None:
         """Wait, as the owner of the lease."""
