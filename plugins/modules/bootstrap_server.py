@@ -34,14 +34,14 @@ options:
     description: The longest time in seconds to wait for a server to answer, or to stop.
     type: int
     default: 180
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
 attributes:
   check_mode:
     support: partial
-    description: Can run in check_mode and return changed status prediction without modifying target.
     details: Starts and stops nothing in check mode; finds only a server that answers already.
   diff_mode:
     support: none
-    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
 """
 
 EXAMPLES = r"""

@@ -23,13 +23,13 @@ options:
     description: The folder of PostgreSQL's programs.
     type: path
     required: true
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
 attributes:
   check_mode:
     support: full
-    description: Can run in check_mode and return changed status prediction without modifying target.
   diff_mode:
     support: full
-    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
 """
 
 EXAMPLES = r"""

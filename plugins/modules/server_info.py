@@ -18,14 +18,13 @@ options:
     type: str
     required: true
 extends_documentation_fragment:
+  - mala.hpc_db.attributes
   - mala.hpc_db.connection
 attributes:
   check_mode:
     support: full
-    description: Can run in check_mode and return changed status prediction without modifying target.
   diff_mode:
     support: none
-    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
 """
 
 EXAMPLES = r"""
