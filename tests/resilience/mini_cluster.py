@@ -62,9 +62,11 @@ class MiniCluster:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
     def mend(self, host: str) -> None:
-        """Undo ``kill`` or ``cut``, and have Slurm use the host again."""
+        """Undo ``kill``, ``cut`` or a drain, and have Slurm use the host again."""
         dead = re.search(rf"^{host} +dead", self.verb("status"), re.MULTILINE)
         self.verb("boot" if dead else "heal", host)
+        if self.node(host, "drained", "draining"):
+            self.run("scontrol update nodename=$1 state=resume", host, host="ctl", user="root")
         eventually(lambda: self.node(host, "idle", "mixed", "allocated", "completing"), 30)
 
     def start(self, host: str, script: str, *arguments: str, user: str = "alice") -> subprocess.Popen[str]:

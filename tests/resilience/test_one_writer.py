@@ -74,16 +74,18 @@ def test_pid_of_a_dead_server_is_an_innocent_process(cluster: MiniCluster, servi
     pid = innocent.stdout.readline().strip()
     sleeper = next(process for process in cluster.processes("sleep") if process.command[1] == "120")
 
-    for process in [*cluster.host_programs(), *cluster.postmasters()]:
+    # The hosting program last: when it ends, so does the job, and Slurm kills what is left of it.
+    doomed = [*cluster.postmasters(), *cluster.host_programs()]
+    for process in doomed:
         os.kill(process.pid, signal.SIGSTOP)
     pid_file.write_text("\n".join([pid, *pid_file.read_text().split("\n")[1:]]))
-    for process in [*cluster.host_programs(), *cluster.postmasters()]:
+    for process in doomed:
         os.kill(process.pid, signal.SIGKILL)
     cluster.wait_for_another(serving, 60)
     started = cluster.said("endpoint")
 
     assert started["host"] == node
-    cluster.run("scontrol update nodename=$1 state=resume", other_node(serving), host="ctl", user="root")
+    cluster.mend(other_node(serving))
     cluster.run("scancel $1", started["job"])
     cluster.wait_for_another(started, 60)
     assert innocent.poll() is None
