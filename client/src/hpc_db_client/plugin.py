@@ -1,0 +1,69 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What SQLAlchemy loads for ``?plugin=hpc_db``: it takes the settings out of the URL and sets pool and dialect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy.dialects import registry
+from sqlalchemy.engine import URL, CreateEnginePlugin, Engine
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import QueuePool
+
+# Longer than a node's failure with its lease (minutes), shorter than what a node that idles for nothing may cost.
+PATIENCE_SECONDS = 600.0
+LONGEST_PATIENCE_SECONDS = 7 * 86400.0
+PREFIX = "hpc_db_"
+DRIVERS = ("psycopg2", "psycopg")
+
+
+class HpcDb(CreateEnginePlugin):
+    """The plugin; one object for each call of ``create_engine``."""
+
+    def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:
+        super().__init__(url, kwargs)
+        unknown = sorted(name for name in url.query if name.startswith(PREFIX) and name != "hpc_db_patience")
+        if unknown:
+            raise ArgumentError(f"{unknown[0]}: no such setting of the plugin hpc_db; there is hpc_db_patience")
+        self._patience = _seconds("hpc_db_patience", url.query.get("hpc_db_patience", PATIENCE_SECONDS))
+        base = url.get_dialect()
+        self._driver = base.driver
+        if base.name != "postgresql" or self._driver not in DRIVERS or getattr(base, "is_async", False):
+            raise ArgumentError(
+                f"the plugin hpc_db works with postgresql+psycopg2:// and postgresql+psycopg://, not {url.drivername}://"
+            )
+        self._url = url.difference_update_query(["plugin", "hpc_db_patience"])
+
+    def update_url(self, url: URL) -> URL:
+        """Return the URL without our setting, and with our dialect."""
+        name = f"{PREFIX}{self._driver}"
+        registry.register(f"postgresql.{name}", f"hpc_db_client.with_{self._driver}", "Dialect")
+        return url.difference_update_query(["hpc_db_patience"]).set(drivername=f"postgresql+{name}")
+
+    def handle_dialect_kwargs(self, dialect_cls: type, dialect_args: dict[str, Any]) -> None:
+        """Tell the dialect how long to wait, and for whom."""
+        service, host = self._url.query.get("service"), self._url.host or self._url.query.get("host")
+        dialect_args["hpc_db_patience"] = self._patience
+        dialect_args["hpc_db_server"] = f"service {service}" if service else f"host {host}" if host else "default host"
+
+    def handle_pool_kwargs(self, pool_cls: type, pool_args: dict[str, Any]) -> None:
+        """Keep one connection at rest, as many in use as by default, and none that is dead."""
+        pool_args["pre_ping"] = True
+        if issubclass(pool_cls, QueuePool):
+            pool_args.setdefault("pool_size", 1)
+            pool_args.setdefault("max_overflow", 14)
+
+    def engine_created(self, engine: Engine) -> None:
+        """Show users the URL that they know."""
+        engine.url = self._url
+
+
+def _seconds(name: str, given: object) -> float:
+    try:
+        seconds = float(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 <= seconds <= LONGEST_PATIENCE_SECONDS:
+        raise ArgumentError(f"{name}: {given!r} is no number of seconds from 0 to {LONGEST_PATIENCE_SECONDS:.0f}")
+    return seconds

@@ -1,0 +1,13 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The dialect for the driver psycopg2."""
+
+from sqlalchemy.dialects.postgresql import psycopg2
+
+from .dialect import Waiting
+
+
+class Dialect(Waiting, psycopg2.dialect):  # type: ignore[misc, name-defined]
+    """SQLAlchemy's own, on connections that wait."""
+
+    supports_statement_cache = True
