@@ -43,8 +43,10 @@ MARK = """
 SELECT x::text, CASE WHEN x IS NOT NULL THEN pg_logical_emit_message(true, 'hpc_db', '', true) END::text
 FROM pg_current_xact_id_if_assigned() x
 """
+# What there is before PostgreSQL 17: it can prove that a transaction did not happen, but not that it did.
+MARK_WEAKLY = "SELECT pg_current_xact_id_if_assigned()::text, NULL"
 STATUS = """
-SELECT CASE WHEN pg_current_wal_insert_lsn() >= '{lsn}'::pg_lsn THEN pg_xact_status('{xid}'::xid8) ELSE 'rewound' END
+SELECT CASE WHEN pg_current_wal_insert_lsn() >= '{lsn}'::pg_lsn THEN pg_xact_status('{xid}'::xid8) END
 """
 # The server may not have noticed that we are gone, and its locks would keep us waiting.
 END_OLD = """
@@ -60,7 +62,7 @@ class Facts(NamedTuple):
     start: str
     direct: bool  # no pooler between us and that process
     system: str  # the data directory's identity; "" if the server does not tell
-    can_mark: bool
+    mark: str  # the statement that MARK is about; "" if the server has none
 
 
 class Link:
@@ -73,7 +75,6 @@ class Link:
         self._prepare = prepare
         self.dbapi = dbapi
         self.patience = patience
-        self._known = False
 
     def open(self, outage: Outage, old: Facts | None, attributes: dict[str, Any]) -> tuple[Any, Facts]:
         """Wait until the server lets us in, end what is left of the old session, and prepare the new one."""
@@ -97,7 +98,6 @@ class Link:
                     raise
                 self.pause(outage, error)
             else:
-                self._known = True
                 self.patience.is_over()
                 return real, facts
 
@@ -117,14 +117,14 @@ class Link:
     def _may_pass(self, error: Exception) -> bool:
         if not isinstance(error, self.dbapi.OperationalError):
             return False
-        return self._known or not any(each in str(error) for each in FUTILE)
+        return self.patience.known or not any(each in str(error) for each in FUTILE)
 
     @staticmethod
     def _facts(real: Any) -> Facts:
         pid, start, version, can_flush, can_identify = ask(real, FACTS)
         system = ask(real, IDENTITY)[0] if can_identify else ""
-        can_mark = version >= 170000 and can_flush and bool(system)
-        return Facts(pid, start, real.info.backend_pid == pid, system, can_mark)
+        mark = MARK if can_flush else MARK_WEAKLY if version >= 130000 else ""
+        return Facts(pid, start, real.info.backend_pid == pid, system, mark if system else "")
 
 
 class Connection:
@@ -172,12 +172,15 @@ class Connection:
         """From now on the session holds what another one would not have."""
         self._bound = self._bound or why
 
+    def unbind(self) -> None:
+        """What was done with the driver's own connection has left nothing behind."""
+        self._bound = ""
+
     def cursor(self, *arguments: Any, **options: Any) -> Any:
-        """Return a cursor; one on the server is the driver's own, and makes the transaction not repeatable."""
+        """Return a cursor; one on the server is the driver's own, and binds."""
         if arguments or options.get("name"):
             self.revive()
-            self._journal.began = True
-            self._journal.give_up("a cursor on the server")
+            self.bind("a cursor on the server")
             return self.real.cursor(*arguments, **options)
         return Cursor(self, options)
 
@@ -240,6 +243,8 @@ class Connection:
                 self._repeat(error, lambda: cursor.run(self.real, step))
         except self._link.dbapi.Error as error:
             step.outcome = _failure(error)
+            if self.real.closed:
+                journal.give_up("its error went up before")
             raise
         except BaseException:  # interrupted: what the server has done is not known
             journal.give_up("an interrupted statement")
@@ -250,49 +255,63 @@ class Connection:
     def revive(self) -> None:
         """Between transactions, and if nothing binds us to the old session, take another one for a lost one."""
         if self.real.closed and not self._journal.began and not self._bound:
+            self._outage = None
             self._open()
 
     def _commit(self) -> None:
-        while True:
-            xid = lsn = None
-            try:
-                if self._facts.can_mark:
-                    xid, lsn = ask(self.real, MARK, in_transaction=True)
-                self.real.commit()
-                return
-            except self._link.dbapi.Error as error:
-                if not self._link.is_lost(self.real, error):
-                    raise
-                before = self._facts
-                self._discard()
-                if not before.can_mark:
-                    tell("the server cannot tell whether the transaction was committed (PostgreSQL 17 can)")
-                    raise
-                marked = lsn is not None
-                if marked and self._has_committed(before, str(xid), str(lsn), error):
-                    return
-                self._repeat(error, lambda: None)
+        try:
+            while not self._commit_once():
+                pass
+        except BaseException:
+            self._journal.give_up("its commit failed before")
+            raise
 
-    def _has_committed(self, before: Facts, xid: str, lsn: str, error: Exception) -> bool:
-        """Ask a new session until it can tell; raise ``error`` if it never can."""
+    def _commit_once(self) -> bool:
+        """Commit; return False if the transaction had to be repeated and is still to be committed."""
+        marked = False
+        xid = lsn = None
+        try:
+            if self._facts.mark:
+                xid, lsn = ask(self.real, self._facts.mark, in_transaction=True)
+                marked = True
+            self.real.commit()
+        except self._link.dbapi.Error as error:
+            if not self._link.is_lost(self.real, error):
+                raise
+            before = self._facts
+            self._discard()
+            if not before.mark:
+                self._give_up("the server cannot tell whether the transaction was committed", error)
+            if marked and xid is None and not self._bound:
+                return True  # nothing was written
+            if marked and self._has_committed(before, xid, lsn, error):
+                return True
+            self._repeat(error, lambda: None)
+            return False
+        return True
+
+    def _has_committed(self, before: Facts, xid: str | None, lsn: str | None, error: Exception) -> bool:
+        """Ask new sessions until one can tell; raise ``error`` if none ever can."""
+        cannot = "the server cannot tell whether the transaction was committed"
         while True:
             self._open()
-            status = None
+            if self._facts.system != before.system:
+                self._give_up("this is not the data that the commit was sent to", error)
             try:
-                if self._facts.system == before.system:
-                    status = ask(self.real, STATUS.format(xid=xid, lsn=lsn))[0]
+                status = ask(self.real, STATUS.format(xid=xid, lsn=lsn or "0/0"))[0]
             except self._link.dbapi.Error as again:
                 if not self._link.is_lost(self.real, again):
-                    self._give_up("the server cannot tell whether the transaction was committed", error)
-            if status in ("committed", "aborted"):
+                    self._give_up(cannot, error)
+                status = "in progress"  # for all that we know
+            if status == "aborted" or (status == "committed" and lsn):
                 if self._bound:
                     self._discard()  # what the session held is gone: let nobody take this one for it
                 return status == "committed"
-            if status is None and not self.real.closed or status == "rewound":
-                self._give_up("this is not the server, or the data, that the commit was sent to", error)
+            if status != "in progress":
+                self._give_up(cannot, error)
+            self._discard()
             self._old = before
             self._link.pause(self._current_outage(), error)
-            self._discard(keep_old=True)
 
     def _repeat(self, error: Exception, again: Callable[[], None]) -> None:
         """Repeat the transaction on a new connection, and do ``again`` there; else raise ``error``."""
@@ -310,6 +329,7 @@ class Connection:
                 for step in journal.steps:
                     _run_again(self.real, step, self._link)
                 again()
+                self._outage = None
                 return
             except Differs as differs:
                 self._give_up(f"a transaction was cut that cannot be repeated: {differs}", error)
@@ -324,19 +344,18 @@ class Connection:
         self._old = None
 
     def _current_outage(self) -> Outage:
-        """Return the wait of this transaction, which has one budget."""
+        """Return the wait that this connection is in: one budget until the transaction goes on."""
         if self._outage is None:
             self._outage = Outage(self._link.patience)
         return self._outage
 
-    def _discard(self, keep_old: bool = False) -> None:
+    def _discard(self) -> None:
         close(self.real)
-        if not keep_old:
-            self._old = self._facts
+        self._old = self._facts
 
     def _give_up(self, why: str, error: Exception) -> None:
         self._discard()
-        tell(f"{why}; the error goes up: {in_short(error)}")
+        tell(f"{why}; the error goes up")
         raise error
 
     def _end(self) -> None:

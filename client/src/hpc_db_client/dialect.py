@@ -47,4 +47,15 @@ class Waiting:
 
     def get_driver_connection(self, connection: Any) -> Any:
         """Return the driver's own connection, for what the driver does with nothing else."""
-        return connection.real if isinstance(connection, Connection) else connection
+        if not isinstance(connection, Connection):
+            return connection
+        connection.bind("the driver's own connection")
+        return connection.real
+
+    def initialize(self, connection: Any) -> None:
+        """Look at the server; this uses the driver's own connection, but leaves nothing behind in it."""
+        base: Any = super()
+        base.initialize(connection)
+        ours = connection.connection.dbapi_connection
+        if isinstance(ours, Connection):
+            ours.unbind()

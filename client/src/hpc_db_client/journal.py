@@ -36,6 +36,10 @@ _BEYOND = re.compile(
 _NEXT_KEY = re.compile(r"select nextval\('[^']+'\)", re.IGNORECASE)
 
 
+# What stands in a literal is data. Where a backslash may end one or not, nothing is taken for a literal.
+_LITERAL = re.compile(r"'[^'\\]*'")
+
+
 class Differs(Exception):
     """A statement gave another result than before; the message says which."""
 
@@ -44,6 +48,8 @@ def judge(text: str) -> tuple[str, bool]:
     """Return why a statement cannot be repeated ("" if it can), and whether that outlasts its transaction."""
     body = text.strip(" \t\r\n;").lstrip("( \t\r\n")
     shown = body[:40].split("\n")[0]
+    if "\\" not in body:
+        body = _LITERAL.sub("''", body)
     if ";" in body:
         return f"several statements in one ({shown}...)", True
     if _BEYOND.search(body):

@@ -34,6 +34,7 @@ class Patience:
     def __init__(self, seconds: float, server: str) -> None:
         self.seconds = seconds
         self.server = server
+        self.known = False  # the server has let us in before
         self._told = False
         self._lock = threading.Lock()
 
@@ -45,6 +46,7 @@ class Patience:
 
     def is_over(self) -> None:
         """The server answered: the next outage is another one."""
+        self.known = True
         self._told = False
 
 
