@@ -20,6 +20,8 @@ from target import ROOT, Target
 CLUSTER = ROOT / "tests" / "cluster" / "cluster"
 SCENARIOS = ROOT / "molecule"
 NAME = "hpc_db"
+URL = f"postgresql+psycopg2:///?service={NAME}"
+COMPARE = f"hpc_db/{NAME}/python/bin/python workers/compare.py $1 beryllium workers/log.*"
 
 
 class Process(NamedTuple):

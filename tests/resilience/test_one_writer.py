@@ -121,8 +121,7 @@ def test_node_is_cut_off(cluster: MiniCluster, serving: dict, watch: Watch, figu
     eventually(lambda: on_host(cluster.host_programs(), other_node(serving)), 90)
     elsewhere = time.monotonic() - cut
     epoch = newest(cluster, "lease")
-    observed = time.monotonic()
-    while time.monotonic() - observed < 2 * ttl + 10:
+    while time.monotonic() - cut < 120:
         beat = (cluster.root / "run" / f"hb.{epoch}").read_text()
         time.sleep(ttl / 3)
         assert (cluster.root / "run" / f"hb.{epoch}").read_text() != beat
@@ -145,8 +144,8 @@ def test_node_is_killed(cluster: MiniCluster, serving: dict, watch: Watch, figur
     watch.wait_for_acknowledgement(60)
     figure("D7", f"back after {back:.0f} s ({target} wanted), {elsewhere:.0f} of them until Slurm has the job start "
                  f"elsewhere; {watch.gap(serving['at']):.0f} s without a result")
-    # How long Slurm takes to give up the node is its own (35 to 38 s with SlurmdTimeout 20); the rest is ours.
-    assert back - elsewhere <= cluster.settings()["lease_ttl"] + 5
+    assert back <= target
+    assert back - elsewhere <= cluster.settings()["lease_ttl"] + 5  # the rest is Slurm's own
 
 
 def test_hosting_program_is_frozen(cluster: MiniCluster, serving: dict, figure: Figure) -> None:
