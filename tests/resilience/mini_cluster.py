@@ -69,7 +69,7 @@ class MiniCluster:
         self.verb("boot" if dead else "heal", host)
         if self.node(host, "drained", "draining"):
             self.run("scontrol update nodename=$1 state=resume", host, host="ctl", user="root")
-        eventually(lambda: self.node(host, "idle", "mixed", "allocated", "completing"), 30)
+        eventually(lambda: self.node(host, "idle", "mixed", "allocated", "completing"), 90)
 
     def start(self, host: str, script: str, *arguments: str, user: str = "alice") -> subprocess.Popen[str]:
         """Start a shell script on a host."""

@@ -69,10 +69,15 @@ def test_pid_of_a_dead_server_is_an_innocent_process(cluster: MiniCluster, servi
     node = serving["host"]
     pid_file = cluster.root / "data" / "17" / "postmaster.pid"
     cluster.run("scontrol update nodename=$1 state=drain reason=test", other_node(serving), host="ctl", user="root")
-    innocent = cluster.start(node, "echo $$; exec sleep 120")
+    innocent = cluster.start(node, "echo $$; exec sleep 1234")
     assert innocent.stdout
     pid = innocent.stdout.readline().strip()
-    sleeper = next(process for process in cluster.processes("sleep") if process.command[1] == "120")
+
+    def sleepers() -> list[Process]:
+        return [process for process in cluster.processes("sleep") if "1234" in process.command]
+
+    eventually(sleepers, 30)
+    (sleeper,) = sleepers()
 
     # The hosting program last: when it ends, so does the job, and Slurm kills what is left of it.
     doomed = [*cluster.postmasters(), *cluster.host_programs()]
@@ -106,7 +111,7 @@ def test_hosting_program_is_killed(cluster: MiniCluster, serving: dict, watch: W
 
 
 def test_node_is_cut_off(cluster: MiniCluster, serving: dict, watch: Watch, figure: Figure) -> None:
-    node, ttl = serving["host"], cluster.settings()["lease_ttl"]
+    node, ttl, log = serving["host"], cluster.settings()["lease_ttl"], len(cluster.log())
     client = cluster.start("c3", CLIENT)
     assert client.stdout
     assert client.stdout.readline() == "connected\n"
@@ -128,6 +133,7 @@ def test_node_is_cut_off(cluster: MiniCluster, serving: dict, watch: Watch, figu
         assert newest(cluster, "lease") == epoch
         assert [process.host for process in cluster.postmasters()] == [node]
     whole = time.monotonic() - cut
+    assert "its job has ended, but its heartbeat goes on: is its node cut off?" in cluster.log()[log:]
 
     cluster.mend(node)
     cluster.wait_for_another(serving, 120)
