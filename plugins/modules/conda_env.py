@@ -193,7 +193,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     rattler_command,
     search_command,
 )
-from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import (
+from ansible_collections.mala.hpc_db.plugins.module_utils._features import (
     configure_command,
     parse_features,
     tls_command,

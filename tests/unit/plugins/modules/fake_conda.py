@@ -62,6 +62,8 @@ UNSATISFIABLE = {
 
 def answer(code: int = 0, **content: Any) -> NoReturn:
     print(json.dumps({"success": not code, **content}, indent=2), flush=True)
+    if os.environ.get("FAKE_CONDA_CRASH"):
+        os.abort()
     os._exit(code)
 
 
@@ -138,7 +140,7 @@ async def main(name: str, options: argparse.Namespace) -> None:
     try:
         solved = await rattler.solve(
             sources=[url_of(channel) for channel in options.channel],
-            specs=[*options.specs, *kept],
+            specs=[rattler.MatchSpec(spec) for spec in (*options.specs, *kept)],  # as text it is read more strictly
             locked_packages=installed,
             gateway=rattler.Gateway(cache_dir=cache / "cache", client=client),
             virtual_packages=rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env()),
@@ -160,8 +162,6 @@ async def main(name: str, options: argparse.Namespace) -> None:
             url = f"{options.channel[0]}/linux-64/{str(error).split()[3]}"
             words = "Conda detected a mismatch between the expected content and downloaded content\nfor url"
             fail(name, "ChecksumMismatchError", f"{words} '{url}'.\n  download saved to: {cache}")
-    if os.environ.get("FAKE_CONDA_CRASH"):
-        os.abort()
     unlinked = [package for package in old.values() if package not in new.values()]
     linked = [package for package in new.values() if package not in old.values()]
     answer(actions={"PREFIX": str(prefix), "UNLINK": unlinked, "LINK": linked}, dry_run=options.dry_run)
