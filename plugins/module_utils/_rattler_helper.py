@@ -21,12 +21,14 @@ async def fulfil(request: dict) -> dict:
 
     metadata = Path(request["prefix"]) / "conda-meta"
     cache = Path(request["cache"]) if request["cache"] else None
+    # The one that is used otherwise neither tries again nor looks for the user's credentials.
+    client = rattler.networking.Client.authenticated_client()
     installed = [rattler.PrefixRecord.from_path(path) for path in sorted(metadata.glob("*.json"))]
     solved = await rattler.solve(
         sources=request["channels"],
         specs=request["specs"],
         locked_packages=installed,
-        gateway=rattler.Gateway(cache_dir=cache and cache / "repodata"),
+        gateway=rattler.Gateway(cache_dir=cache and cache / "repodata", client=client),
         virtual_packages=rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env()),
     )
     if not request["dry_run"]:
@@ -36,6 +38,7 @@ async def fulfil(request: dict) -> dict:
             cache_dir=cache and cache / "pkgs",
             installed_packages=installed,
             show_progress=False,
+            client=client,
             execute_link_scripts=False,
         )
         for path in metadata.glob("*.json"):  # rattler's 0600 would hide the environment from other users

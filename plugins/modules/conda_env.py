@@ -15,6 +15,7 @@ description:
     not satisfy O(specs), and has succeeded only when it does afterwards.
   - Other packages in the environment stay. Its major version of PostgreSQL is never changed, since the data
     directory could not be opened any more; make another environment for another major.
+  - A channel that cannot be reached is tried twice again, after 2 and 8 seconds, besides what the client does itself.
   - An installation that was interrupted is repeated from the start by the next run. The file O(prefix) with
     C(.unfinished) appended marks it until then, and makes a second run at the same time wait for the first.
 attributes:
@@ -45,6 +46,9 @@ options:
     description:
       - Where packages come from, first one preferred, as names, URLs or C(file://) folders.
       - No other channels are used, whatever the user's configuration says.
+      - A URL with a password or token is refused. Credentials stay where the client looks for them. For conda and
+        mamba that is the user's own C(~/.condarc), its plugins or C(~/.netrc). For O(provider=rattler) it is the file
+        in E(RATTLER_AUTH_FILE), the keyring, C(~/.rattler/credentials.json) or C(~/.netrc), the first that is there.
     type: list
     elements: str
     default: [conda-forge]
@@ -60,7 +64,9 @@ options:
     description:
       - What solves and installs.
       - V(rattler) needs no conda, but an interpreter that has py-rattler.
-      - V(conda) uses the conda, mamba or micromamba that is there.
+      - V(conda) uses the conda, mamba or micromamba that is there. What conda solves with, C(classic), C(libmamba)
+        or C(rattler), is the user's own configuration (C(solver)).
+      - All count what the host is among the packages (C(__glibc)). What needs a newer host is refused.
     type: str
     choices: [rattler, conda]
     default: rattler
@@ -89,7 +95,8 @@ options:
       - The client's own if not set, mostly in the home directory.
     type: path
   timeout:
-    description: The longest time in seconds that a client may take, or that another run is waited for.
+    description:
+      - The longest time in seconds that a client may take, all attempts together, or that another run is waited for.
     type: int
     default: 1800
 seealso:
@@ -125,6 +132,20 @@ bindir:
   description: The folder of its programs. They need no activation.
   returned: success
   type: str
+version:
+  description: The version of PostgreSQL in the environment, or null. In check mode the one that would be there.
+  returned: success
+  type: str
+  sample: "17.10"
+features:
+  description:
+    - What that PostgreSQL was built with. C(tls) is what the server itself says, the others are in the words of
+      PostgreSQL's configure, as far as C(pg_config) knows them.
+    - Null without PostgreSQL, and in check mode as long as it is not installed.
+  returned: success
+  type: list
+  elements: str
+  sample: [gssapi, lz4, readline, tls, zlib, zstd]
 packages:
   description: The version of each package by its name, in check mode as far as it could be solved.
   returned: success
@@ -146,6 +167,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable, TextIO
+from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _rattler_helper
@@ -161,13 +183,20 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     conda_command,
     difference,
     explain,
+    has_secret,
     major_of,
+    may_pass,
     parse_answer,
     parse_record,
     parse_search,
     parse_spec,
     rattler_command,
     search_command,
+)
+from ansible_collections.mala.hpc_db.plugins.module_utils._features import (
+    configure_command,
+    parse_features,
+    tls_command,
 )
 
 CLIENTS = ["micromamba", "mamba", "conda"]
@@ -176,6 +205,9 @@ HOMES = ["~/miniforge3", "~/mambaforge", "~/micromamba", "~/miniconda3", "~/anac
 # What the file beside the prefix says from before a client starts until all is done.
 MAKING = "making"  # whatever is at the prefix may be thrown away
 CHANGING = "changing"  # with the version of PostgreSQL there was, whose record a kill may have lost
+
+# How many seconds to wait before a second and a third attempt. Clients try for a few seconds by themselves.
+PAUSES = (2, 8)
 
 Packages = dict[str, Package]
 Run = Callable[..., tuple[int, str, str]]
@@ -198,13 +230,28 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
                 after = plan(params, run, specs, before)
             else:
                 before, after = bring(params, run, specs, marker)
+    bindir = str(prefix / "bin")
+    postgresql = (after or {}).get("postgresql")
+    installed = (before or {}).get("postgresql") if check_mode else postgresql
     return {
         "changed": before != after,
         "prefix": str(prefix),
-        "bindir": str(prefix / "bin"),
+        "bindir": bindir,
+        "version": postgresql and postgresql.version,
+        "features": installed and features_of(bindir, run, installed.version),
         "packages": {package.name: package.version for package in (after or {}).values()},
         "diff": difference(before or {}, after or {}),
     }
+
+
+def features_of(bindir: str, run: Run, version: str) -> list[str]:
+    """Return what the PostgreSQL there was built with; raise if it does not even start."""
+    with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
+        code, tls_library, stderr = run(clean_command(tls_command(bindir, scratch), 60, None))
+    if code:
+        raise CondaError(f"prefix: {bindir}/postgres does not run on this host: {' '.join(stderr.split())}")
+    code, configure, stderr = run(clean_command(configure_command(bindir), 60, None))
+    return parse_features("" if code else configure, tls_library, int(major_of(version)))
 
 
 def wanted_specs(params: dict) -> list[Spec]:
@@ -217,6 +264,11 @@ def wanted_specs(params: dict) -> list[Spec]:
     for channel in params["channels"]:
         if channel.startswith("-") or not channel.isprintable() or not channel.strip():
             raise CondaError(f"channels: {channel!r} is no channel; give a name, a URL or a file:// folder")
+        if has_secret(channel):
+            raise CondaError(
+                f"channels: that of {urlsplit(channel).hostname} holds a password or token, which would get into logs; "
+                "leave it out, and keep it where your client looks for it, such as ~/.netrc"
+            )
     specs = [parse_spec(text) for text in params["specs"] or []]
     if params["state"] == "present" and not specs:
         raise CondaError("specs: none are given; name at least one package")
@@ -296,7 +348,7 @@ def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> 
         wanted = [Package(spec.name, spec.text[len(spec.name) :] or "any", "") for spec in missing]
         return {**present, **{package.name: package for package in wanted}}
     if answer.problem:
-        raise CondaError(explain(answer, params, specs))
+        raise CondaError(explain(answer, params, specs, glibc_version()))
     return answer.packages
 
 
@@ -324,7 +376,7 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
         if before is None or answer.setting == "specs":
             rewrite(note, "")  # nothing half-done is left
         lacking = Answer({}, "provider", f"it ended well, but {prefix} lacks what it should have")
-        raise CondaError(explain(answer if answer.problem else lacking, params, specs))
+        raise CondaError(explain(answer if answer.problem else lacking, params, specs, glibc_version()))
 
 
 def remove(prefix: Path, marker: Path, timeout: int, check_mode: bool) -> Packages | None:
@@ -416,8 +468,29 @@ def ask(
         command = rattler_command(python, source, prefix, channels, specs, before or {}, dry_run, cache)
     else:
         command = conda_command(params["client"], before is None, prefix, channels, specs, dry_run)
-    code, stdout, stderr = run(clean_command(command, params["timeout"], cache), pass_fds=keep_open)
-    return parse_answer(code, stdout, stderr, before or {}, params["provider"])
+    latest = time.monotonic() + params["timeout"]
+    attempts = 0
+    for pause in (*PAUSES, params["timeout"]):
+        seconds = max(1, round(latest - time.monotonic()))
+        code, stdout, stderr = run(clean_command(command, seconds, cache), pass_fds=keep_open)
+        answer = parse_answer(code, stdout, stderr, before or {}, params["provider"])
+        attempts += 1
+        if not may_pass(answer, channels) or time.monotonic() + pause >= latest:
+            break
+        if before is None and not dry_run:
+            clear(Path(prefix), MAKING)  # no client gets to "create" over what the last attempt has left
+        time.sleep(pause)
+    if answer.problem and attempts > 1:
+        return answer._replace(problem=f"tried {attempts} times: {answer.problem}")
+    return answer
+
+
+def glibc_version() -> str:
+    """Return this host's glibc as solvers take it, or nothing."""
+    with suppress(OSError, ValueError):
+        found = os.environ.get("CONDA_OVERRIDE_GLIBC", os.confstr("CS_GNU_LIBC_VERSION") or "")
+        return found.rpartition(" ")[2]
+    return ""
 
 
 def find_program(params: dict, run: Run) -> dict[str, str]:
