@@ -65,14 +65,14 @@ async def install(channel: Path, spec: str, prefix: Path, cache: Path) -> dict[s
     return {record.name.normalized: str(record.version) for record in records}
 
 
-@pytest.mark.parametrize(("major", "version"), [("17", "17.10"), ("18", "18.6")])
+@pytest.mark.parametrize(("wanted", "version"), [("17", "17.10"), ("17.9", "17.9"), ("18", "18.6")])
 def test_installs_and_runs_anywhere(
-    channel: Path, public_folder: Path, tmp_path: Path, major: str, version: str
+    channel: Path, public_folder: Path, tmp_path: Path, wanted: str, version: str
 ) -> None:
     prefix = public_folder / "with a space"
     as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
 
-    installed = asyncio.run(install(channel, f"postgresql={major}", prefix, tmp_path))
+    installed = asyncio.run(install(channel, f"postgresql={wanted}", prefix, tmp_path))
 
     assert installed == {"postgresql": version, "libpq": version}
     for program in ("postgres", "initdb", "pg_ctl", "psql", "pg_dump", "pgbench"):
