@@ -35,6 +35,7 @@ _BLAME = {
     **dict.fromkeys(("PackagesNotFoundError", "ResolvePackageNotFound", "UnsatisfiableError"), "specs"),
     **dict.fromkeys(("LibMambaUnsatisfiableError", "RattlerUnsatisfiableError"), "specs"),
     **dict.fromkeys(("ImportError", "ModuleNotFoundError"), "rattler_python"),
+    **dict.fromkeys(("ChecksumMismatchError", "ValidatePackageRecordsError"), "lock"),
 }
 _FETCHING = re.compile(r"failed to fetch|failed to download|download error|https?://", re.IGNORECASE)
 
@@ -284,6 +285,8 @@ def explain(answer: Answer, params: dict, specs: list[Spec]) -> str:
     if answer.setting == "channels":
         named = [channel for channel in channels if channel.rstrip("/") in problem] or channels
         return f"channels: cannot read {', '.join(named)}: {problem}"
+    if answer.setting == "lock":
+        return f"lock: {problem}"
     if answer.setting == "specs":
         wanted = " ".join(spec.text for spec in specs)
         return f"specs: nothing in {', '.join(channels)} satisfies {wanted}: {problem}"

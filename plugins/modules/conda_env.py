@@ -64,6 +64,23 @@ options:
     type: str
     choices: [rattler, conda]
     default: rattler
+  lock:
+    description:
+      - A lock file's text, as M(mala.hpc_db.conda_env_info) returns it. Just these packages are installed, each after
+        a look at its checksum, and nothing is solved; O(specs) are only compared with it.
+      - An environment that differs from it is refused, unless O(update=true).
+    type: str
+  update:
+    description:
+      - Whether an environment that satisfies O(specs) is brought to the newest packages that do, or to O(lock).
+      - No server may run from it meanwhile.
+    type: bool
+    default: false
+  archive:
+    description:
+      - A tar file with an environment that was made elsewhere from O(lock) for this O(prefix). It is unpacked, and
+        takes the place of what is there; no client runs.
+    type: path
   rattler_python:
     description:
       - The interpreter of an environment that holds py-rattler, for O(provider=rattler).
@@ -93,6 +110,7 @@ options:
     type: int
     default: 1800
 seealso:
+  - module: mala.hpc_db.conda_env_info
   - module: mala.hpc_db.python_env
 """
 
@@ -137,9 +155,13 @@ import functools
 import glob
 import inspect
 import itertools
+import json
 import os
+import platform
+import re
 import shutil
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -148,7 +170,7 @@ from pathlib import Path
 from typing import Callable, TextIO
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils import _rattler_helper
+from ansible_collections.mala.hpc_db.plugins.module_utils import _lock, _rattler_helper
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     LOAD_FAILED,
     Answer,
@@ -177,6 +199,9 @@ HOMES = ["~/miniforge3", "~/mambaforge", "~/micromamba", "~/miniconda3", "~/anac
 MAKING = "making"  # whatever is at the prefix may be thrown away
 CHANGING = "changing"  # with the version of PostgreSQL there was, whose record a kill may have lost
 
+# How clients tell that a package is not the one that is locked.
+MISMATCH = re.compile(r"mismatch|checksum|sha256|md5", re.IGNORECASE)
+
 Packages = dict[str, Package]
 Run = Callable[..., tuple[int, str, str]]
 
@@ -184,6 +209,8 @@ Run = Callable[..., tuple[int, str, str]]
 def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
     """Bring the environment to the wanted state. ``run`` takes a command and returns its code and output."""
     specs = wanted_specs(params)
+    params = {**params, "locked": wanted_lock(params, specs)}
+    locked = params["locked"]
     prefix = Path(params["prefix"])
     marker = prefix.with_name(prefix.name + ".unfinished")
     if params["state"] == "absent":
@@ -191,8 +218,13 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
     else:
         note = note_of(marker)
         before = after = look(prefix, note)
-        if before is None or marker.exists() or not all_satisfied(before, specs):
+        if before is not None and params["update"] and not locked:
+            params = {**params, **find_program(params, run)}
+            specs = newest(params, run, specs, before)
+        if before is None or marker.exists() or not is_wanted(before, specs, locked):
             specs = keep_major(specs, postgresql_of(before, note))
+            if locked and before:
+                check_change(params, locked, before)
             params = {**params, **find_program(params, run)}
             if check_mode:
                 after = plan(params, run, specs, before)
@@ -221,6 +253,48 @@ def wanted_specs(params: dict) -> list[Spec]:
     if params["state"] == "present" and not specs:
         raise CondaError("specs: none are given; name at least one package")
     return specs
+
+
+def wanted_lock(params: dict, specs: list[Spec]) -> list[_lock.Locked]:
+    """Return the packages of the lock file, if one is given; raise if it does not fit this machine or the specs."""
+    if not params["lock"]:
+        return []
+    locked = _lock.parse_lock(params["lock"], _lock.platform_of(platform.system(), platform.machine()))
+    _lock.check_specs(locked, specs)
+    return locked
+
+
+def is_wanted(packages: Packages, specs: list[Spec], locked: list[_lock.Locked]) -> bool:
+    if locked:
+        return set(packages.values()) == {each.package for each in locked}
+    return all_satisfied(packages, specs)
+
+
+def check_change(params: dict, locked: list[_lock.Locked], before: Packages) -> None:
+    """Raise if the environment is not to be brought to the lock file, or cannot be."""
+    _lock.check_sums(locked, [json.loads(path.read_text(encoding="utf-8")) for path in records_of(params["prefix"])])
+    differs = difference(before, {each.package.name: each.package for each in locked})
+    if not params["update"]:
+        held, wanted = (", ".join(map(" ".join, side.items())) or "nothing else" for side in differs.values())
+        raise CondaError(
+            f"lock: it differs from {params['prefix']}, which has {held} instead of {wanted}; "
+            "an update brings it there (playbooks/update.yml)"
+        )
+
+
+def records_of(prefix: str) -> list[Path]:
+    return sorted((Path(prefix) / "conda-meta").glob("*.json"))
+
+
+def newest(params: dict, run: Run, specs: list[Spec], before: Packages) -> list[Spec]:
+    """Return the newest packages that satisfy the specs, exactly; no older PostgreSQL, and none of another major."""
+    version = postgresql_of(before, "")
+    floor = [parse_spec(f"postgresql>={version}")] if version else []
+    solved = plan(params, run, [*keep_major(specs, version), *floor], None)
+    return [
+        Spec(f"{name}={package.version}={package.build}", name, (("==", package.version),), package.build)
+        for name, package in solved.items()
+    ]
 
 
 def note_of(marker: Path) -> str:
@@ -283,6 +357,8 @@ def keep_major(specs: list[Spec], version: str) -> list[Spec]:
 
 def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> Packages:
     """Return what would be installed, and leave nothing behind."""
+    if params["locked"]:
+        return {each.package.name: each.package for each in params["locked"]}
     with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
         harmless = dict(params)
         if before is None:  # not even a dry "create" gets to see the true prefix
@@ -307,7 +383,7 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
     with alone_at(marker, params["timeout"]) as note:
         left = note.read()
         before = look(prefix, left)  # again, since another run may have ended just now
-        if before is not None and not left and all_satisfied(before, specs):
+        if before is not None and not left and is_wanted(before, specs, params["locked"]):
             return before, before
         version = postgresql_of(before, left)
         specs = keep_major(specs, version)
@@ -316,12 +392,12 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
             clear(prefix, left)
         answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),))
         after = look(prefix, "")
-        if not answer.problem and after is not None and all_satisfied(after, specs):
+        if not answer.problem and after is not None and is_wanted(after, specs, params["locked"]):
             rewrite(note, "")
             return before, after
         if before is None:
             clear(prefix, MAKING)
-        if before is None or answer.setting == "specs":
+        if before is None or answer.setting in ("specs", "lock", "archive"):
             rewrite(note, "")  # nothing half-done is left
         lacking = Answer({}, "provider", f"it ended well, but {prefix} lacks what it should have")
         raise CondaError(explain(answer if answer.problem else lacking, params, specs))
@@ -411,8 +487,12 @@ def ask(
 ) -> Answer:
     """Have a client install the packages, or say what it would; it alone needs internet and time."""
     prefix, channels, cache = params["prefix"], params["channels"], params["package_cache"]
+    if params["archive"]:
+        return unpack(params["archive"], Path(prefix))
+    source, python = inspect.getsource(_rattler_helper), params["rattler_python"]
+    if params["locked"]:
+        return ask_for_lock(params, run, source, before, keep_open)
     if params["provider"] == "rattler":
-        source, python = inspect.getsource(_rattler_helper), params["rattler_python"]
         command = rattler_command(python, source, prefix, channels, specs, before or {}, dry_run, cache)
     else:
         command = conda_command(params["client"], before is None, prefix, channels, specs, dry_run)
@@ -420,8 +500,48 @@ def ask(
     return parse_answer(code, stdout, stderr, before or {}, params["provider"])
 
 
+def ask_for_lock(
+    params: dict, run: Run, source: str, before: Packages | None, keep_open: tuple[int, ...]
+) -> Answer:
+    """Have a client install a lock file; whatever cannot be had is the lock file's trouble."""
+    with tempfile.NamedTemporaryFile("w", prefix="conda_env-", suffix=".txt", encoding="utf-8") as file:
+        file.write(params["lock"])
+        file.flush()
+        if params["provider"] == "rattler":
+            command = _lock.rattler_command(
+                params["rattler_python"], source, params["prefix"], params["locked"], params["package_cache"]
+            )
+        else:
+            command = _lock.install_command(params["client"], before is None, params["prefix"], file.name)
+        cleaned = clean_command(command, params["timeout"], params["package_cache"])
+        code, stdout, stderr = run(cleaned, pass_fds=keep_open)
+    answer = parse_answer(code, stdout, stderr, before or {}, params["provider"])
+    its_trouble = answer.setting in ("channels", "specs") or MISMATCH.search(answer.problem)
+    return answer._replace(setting="lock") if its_trouble else answer
+
+
+def unpack(archive: str, prefix: Path) -> Answer:
+    """Put an environment that was made elsewhere in the place of the one that is there, by rename."""
+    aside, replaced = (prefix.with_name(f"{prefix.name}.{name}") for name in ("unpacked", "replaced"))
+    for rest in (aside, replaced):
+        shutil.rmtree(rest, ignore_errors=True)
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(aside)  # noqa: S202 - made by this collection on the controller
+    except (OSError, EOFError, tarfile.TarError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        return Answer({}, "archive", str(error))
+    if prefix.exists():
+        prefix.rename(replaced)
+    aside.rename(prefix)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return Answer({})
+
+
 def find_program(params: dict, run: Run) -> dict[str, str]:
     """Return the setting that names the program to run, filled in."""
+    if params["archive"]:
+        return {}
     if params["provider"] == "rattler":
         return {"rattler_python": params["rattler_python"] or sys.executable}
     wanted = params["client"] or ""
@@ -459,6 +579,9 @@ def main() -> None:
             "channels": {"type": "list", "elements": "str", "default": ["conda-forge"]},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "provider": {"type": "str", "choices": ["rattler", "conda"], "default": "rattler"},
+            "lock": {"type": "str"},
+            "update": {"type": "bool", "default": False},
+            "archive": {"type": "path"},
             "rattler_python": {"type": "path"},
             "client": {"type": "path"},
             "module_load": {"type": "str"},
@@ -466,6 +589,7 @@ def main() -> None:
             "timeout": {"type": "int", "default": 1800},
         },
         required_if=[("state", "present", ["specs"])],
+        required_by={"archive": ["lock"]},
         supports_check_mode=True,
     )
     run = functools.partial(module.run_command, expand_user_and_vars=False)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import rattler
+from fake_explicit import install_explicit
 from rattler.exceptions import GatewayError, SolverError
 
 
@@ -65,10 +67,13 @@ async def main(name: str, options: argparse.Namespace) -> None:
     asked = {spec.partition("=")[0].partition(">")[0] for spec in options.specs}
     kept = [record.name.normalized for record in installed if record.name.normalized not in asked]
     cache = Path(os.environ["CONDA_PKGS_DIRS"])
+    if options.file:
+        records = await install_explicit(options.file, prefix, installed, cache, functools.partial(fail, name))
+        answer(actions={"PREFIX": str(prefix), "LINK": [describe(name, record) for record in records]})
     try:
         solved = await rattler.solve(
             sources=options.channel,
-            specs=[*options.specs, *kept],
+            specs=[*(rattler.MatchSpec(spec, strict=False) for spec in options.specs), *kept],
             locked_packages=installed,
             gateway=rattler.Gateway(cache_dir=cache / "cache"),
             virtual_packages=rattler.VirtualPackage.detect(),
@@ -92,10 +97,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=["conda", "micromamba"])
     parser.add_argument("verb", choices=["create", "install"])
-    for flag in ("-y", "-q", "--json", "--override-channels"):
+    for flag in ("-y", "-q", "--json"):
         parser.add_argument(flag, action="store_true", required=True)
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("-c", dest="channel", action="append", required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--override-channels", action="store_true")
+    source.add_argument("--file")
+    parser.add_argument("-c", dest="channel", action="append")
     parser.add_argument("-p", dest="prefix", required=True)
     parser.add_argument("specs", nargs="*")
     arguments = parser.parse_intermixed_args()

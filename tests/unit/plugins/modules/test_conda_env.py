@@ -130,6 +130,9 @@ def params_for(prefix: Path, **others: object) -> dict:
         "client": sys.executable,
         "module_load": None,
         "package_cache": None,
+        "lock": None,
+        "update": False,
+        "archive": None,
         "timeout": 60,
         **others,
     }
