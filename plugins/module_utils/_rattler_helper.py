@@ -31,17 +31,17 @@ async def fulfil(request: dict) -> dict:
 
     metadata = Path(request["prefix"]) / "conda-meta"
     cache = Path(request["cache"]) if request["cache"] else None
+    # The one that is used otherwise neither tries again nor looks for the user's credentials.
+    client = rattler.networking.Client.authenticated_client()
     installed = [rattler.PrefixRecord.from_path(path) for path in sorted(metadata.glob("*.json"))]
     if request.get("lock"):
-        return await reproduce(request, installed, metadata, cache)
-    platform = request.get("platform")  # of another machine, with its virtual packages
+        return await reproduce(request, client, installed, cache)
     solved = await rattler.solve(
         sources=request["channels"],
         specs=request["specs"],
         locked_packages=installed,
-        gateway=rattler.Gateway(cache_dir=cache and cache / "repodata"),
-        virtual_packages=virtual_packages(request.get("virtual_packages")),
-        **({"platforms": [platform, "noarch"]} if platform else {}),
+        gateway=rattler.Gateway(cache_dir=cache and cache / "repodata", client=client),
+        virtual_packages=rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env()),
     )
     if not request["dry_run"]:
         await rattler.install(
@@ -50,34 +50,21 @@ async def fulfil(request: dict) -> dict:
             cache_dir=cache and cache / "pkgs",
             installed_packages=installed,
             show_progress=False,
+            client=client,
             execute_link_scripts=False,
         )
         open_to_others(metadata)
     return success(installed, solved)
 
 
-def virtual_packages(given: dict | None) -> list:
-    """Return this machine's virtual packages, or those of another one: name to version."""
-    import rattler
-
-    if given is None:
-        return rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env())
-    build = getattr(rattler, "BuildString", str)  # which a version without it takes as text
-    return [
-        rattler.GenericVirtualPackage(rattler.PackageName(name), rattler.Version(version), build("0"))
-        for name, version in given.items()
-    ]
-
-
-async def reproduce(request: dict, installed: list, metadata: Path, cache: Path | None) -> dict:
+async def reproduce(request: dict, client: Any, installed: list, cache: Path | None) -> dict:
     """Install just the packages of a lock file, each after a look at its checksum."""
     import rattler
 
     with emptied(Path(request["prefix"] + ".packages")) as folder:
-        archives = {package["url"]: await fetch(package, folder) for package in request["lock"]}
+        archives = {package["url"]: await fetch(package, client, folder) for package in request["lock"]}
         records = [record_of(package, archives[package["url"]], folder) for package in request["lock"]]
         rattler.PackageRecord.validate(records)
-        target, platform = request.get("target"), request.get("platform")
         await rattler.install(
             records,
             target_prefix=request["prefix"],
@@ -85,9 +72,8 @@ async def reproduce(request: dict, installed: list, metadata: Path, cache: Path 
             installed_packages=installed,
             show_progress=False,
             execute_link_scripts=False,
-            **({"alternative_target_prefix": target} if target else {}),
-            **({"platform": rattler.Subdir(platform)} if platform else {}),
         )
+    metadata = Path(request["prefix"]) / "conda-meta"
     urls = {archive.as_uri(): url for url, archive in archives.items()}
     for path in metadata.glob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -108,9 +94,8 @@ def emptied(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-async def fetch(package: dict, folder: Path) -> Path:
+async def fetch(package: dict, client: Any, folder: Path) -> Path:
     """Return the package's archive, which has the right checksum."""
-    import rattler
     from rattler.package_streaming import download_to_path
 
     url = urllib.parse.urlparse(package["url"])
@@ -119,7 +104,7 @@ async def fetch(package: dict, folder: Path) -> Path:
         if url.scheme == "file":
             archive = Path(urllib.request.url2pathname(url.path))
         else:
-            await download_to_path(rattler.Client(), package["url"], archive)
+            await download_to_path(client, package["url"], archive)
         content = archive.read_bytes()
     except (OSError, RuntimeError) as error:
         raise OSError(f"failed to fetch {package['url']}: {error}") from error

@@ -15,6 +15,7 @@ description:
     not satisfy O(specs), and has succeeded only when it does afterwards.
   - Other packages in the environment stay. Its major version of PostgreSQL is never changed, since the data
     directory could not be opened any more; make another environment for another major.
+  - A channel that cannot be reached is tried twice again, after 2 and 8 seconds, besides what the client does itself.
   - An installation that was interrupted is repeated from the start by the next run. The file O(prefix) with
     C(.unfinished) appended marks it until then, and makes a second run at the same time wait for the first.
 attributes:
@@ -45,6 +46,9 @@ options:
     description:
       - Where packages come from, first one preferred, as names, URLs or C(file://) folders.
       - No other channels are used, whatever the user's configuration says.
+      - A URL with a password or token is refused. Credentials stay where the client looks for them. For conda and
+        mamba that is the user's own C(~/.condarc), its plugins or C(~/.netrc). For O(provider=rattler) it is the file
+        in E(RATTLER_AUTH_FILE), the keyring, C(~/.rattler/credentials.json) or C(~/.netrc), the first that is there.
     type: list
     elements: str
     default: [conda-forge]
@@ -60,7 +64,9 @@ options:
     description:
       - What solves and installs.
       - V(rattler) needs no conda, but an interpreter that has py-rattler.
-      - V(conda) uses the conda, mamba or micromamba that is there.
+      - V(conda) uses the conda, mamba or micromamba that is there. What conda solves with, C(classic), C(libmamba)
+        or C(rattler), is the user's own configuration (C(solver)).
+      - All count what the host is among the packages (C(__glibc)). What needs a newer host is refused.
     type: str
     choices: [rattler, conda]
     default: rattler
@@ -73,13 +79,14 @@ options:
   update:
     description:
       - Whether an environment that satisfies O(specs) is brought to the newest packages that do, or to O(lock).
-      - No server may run from it meanwhile.
+      - No server may run from it meanwhile, see O(lease).
     type: bool
     default: false
-  archive:
+  lease:
     description:
-      - A tar file with an environment that was made elsewhere from O(lock) for this O(prefix). It is unpacked, and
-        takes the place of what is there; no client runs.
+      - The folder in which a server that runs from this environment, on whatever host, keeps its lease.
+      - An environment that is there already is not changed while somebody holds that, or has left it without
+        stopping cleanly. In turn the server does not start while C(.unfinished) is there.
     type: path
   rattler_python:
     description:
@@ -106,7 +113,8 @@ options:
       - The client's own if not set, mostly in the home directory.
     type: path
   timeout:
-    description: The longest time in seconds that a client may take, or that another run is waited for.
+    description:
+      - The longest time in seconds that a client may take, all attempts together, or that another run is waited for.
     type: int
     default: 1800
 seealso:
@@ -143,6 +151,20 @@ bindir:
   description: The folder of its programs. They need no activation.
   returned: success
   type: str
+version:
+  description: The version of PostgreSQL in the environment, or null. In check mode the one that would be there.
+  returned: success
+  type: str
+  sample: "17.10"
+features:
+  description:
+    - What that PostgreSQL was built with. C(tls) is what the server itself says, the others are in the words of
+      PostgreSQL's configure, as far as C(pg_config) knows them.
+    - Null without PostgreSQL, and in check mode as long as it is not installed.
+  returned: success
+  type: list
+  elements: str
+  sample: [gssapi, lz4, readline, tls, zlib, zstd]
 packages:
   description: The version of each package by its name, in check mode as far as it could be solved.
   returned: success
@@ -161,13 +183,13 @@ import platform
 import re
 import shutil
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable, TextIO
+from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _lock, _rattler_helper
@@ -183,13 +205,20 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     conda_command,
     difference,
     explain,
+    has_secret,
     major_of,
+    may_pass,
     parse_answer,
     parse_record,
     parse_search,
     parse_spec,
     rattler_command,
     search_command,
+)
+from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import (
+    configure_command,
+    parse_features,
+    tls_command,
 )
 
 CLIENTS = ["micromamba", "mamba", "conda"]
@@ -199,8 +228,8 @@ HOMES = ["~/miniforge3", "~/mambaforge", "~/micromamba", "~/miniconda3", "~/anac
 MAKING = "making"  # whatever is at the prefix may be thrown away
 CHANGING = "changing"  # with the version of PostgreSQL there was, whose record a kill may have lost
 
-# How clients tell that a package is not the one that is locked.
-MISMATCH = re.compile(r"mismatch|checksum|sha256|md5", re.IGNORECASE)
+# How many seconds to wait before a second and a third attempt. Clients try for a few seconds by themselves.
+PAUSES = (2, 8)
 
 Packages = dict[str, Package]
 Run = Callable[..., tuple[int, str, str]]
@@ -218,25 +247,42 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
     else:
         note = note_of(marker)
         before = after = look(prefix, note)
+        if locked and before:
+            _lock.check_sums(locked, records_of(params["prefix"]))
         if before is not None and params["update"] and not locked:
             params = {**params, **find_program(params, run)}
             specs = newest(params, run, specs, before)
         if before is None or marker.exists() or not is_wanted(before, specs, locked):
             specs = keep_major(specs, postgresql_of(before, note))
-            if locked and before:
-                check_change(params, locked, before)
+            if before is not None:
+                check_change(params, before)
             params = {**params, **find_program(params, run)}
             if check_mode:
                 after = plan(params, run, specs, before)
             else:
                 before, after = bring(params, run, specs, marker)
+    bindir = str(prefix / "bin")
+    postgresql = (after or {}).get("postgresql")
+    installed = (before or {}).get("postgresql") if check_mode else postgresql
     return {
         "changed": before != after,
         "prefix": str(prefix),
-        "bindir": str(prefix / "bin"),
+        "bindir": bindir,
+        "version": postgresql and postgresql.version,
+        "features": installed and features_of(bindir, run, installed.version),
         "packages": {package.name: package.version for package in (after or {}).values()},
         "diff": difference(before or {}, after or {}),
     }
+
+
+def features_of(bindir: str, run: Run, version: str) -> list[str]:
+    """Return what the PostgreSQL there was built with; raise if it does not even start."""
+    with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
+        code, tls_library, stderr = run(clean_command(tls_command(bindir, scratch), 60, None))
+    if code:
+        raise CondaError(f"prefix: {bindir}/postgres does not run on this host: {' '.join(stderr.split())}")
+    code, configure, stderr = run(clean_command(configure_command(bindir), 60, None))
+    return parse_features("" if code else configure, tls_library, int(major_of(version)))
 
 
 def wanted_specs(params: dict) -> list[Spec]:
@@ -249,6 +295,11 @@ def wanted_specs(params: dict) -> list[Spec]:
     for channel in params["channels"]:
         if channel.startswith("-") or not channel.isprintable() or not channel.strip():
             raise CondaError(f"channels: {channel!r} is no channel; give a name, a URL or a file:// folder")
+        if has_secret(channel):
+            raise CondaError(
+                f"channels: that of {urlsplit(channel).hostname} holds a password or token, which would get into logs; "
+                "leave it out, and keep it where your client looks for it, such as ~/.netrc"
+            )
     specs = [parse_spec(text) for text in params["specs"] or []]
     if params["state"] == "present" and not specs:
         raise CondaError("specs: none are given; name at least one package")
@@ -270,20 +321,43 @@ def is_wanted(packages: Packages, specs: list[Spec], locked: list[_lock.Locked])
     return all_satisfied(packages, specs)
 
 
-def check_change(params: dict, locked: list[_lock.Locked], before: Packages) -> None:
-    """Raise if the environment is not to be brought to the lock file, or cannot be."""
-    _lock.check_sums(locked, [json.loads(path.read_text(encoding="utf-8")) for path in records_of(params["prefix"])])
-    differs = difference(before, {each.package.name: each.package for each in locked})
+def check_change(params: dict, before: Packages) -> None:
+    """Raise if an environment that is there is not to be changed, or cannot be brought to the lock file."""
+    check_lease(params["lease"])
+    if not params["locked"]:
+        return
+    prefix = params["prefix"]
+    differs = difference(before, {each.package.name: each.package for each in params["locked"]})
     if not params["update"]:
         held, wanted = (", ".join(map(" ".join, side.items())) or "nothing else" for side in differs.values())
         raise CondaError(
-            f"lock: it differs from {params['prefix']}, which has {held} instead of {wanted}; "
+            f"lock: it differs from {prefix}, which has {held} instead of {wanted}; "
             "an update brings it there (playbooks/update.yml)"
+        )
+    others = sorted(set(before) - {each.package.name for each in params["locked"]})
+    if others and params["provider"] == "conda":
+        raise CondaError(
+            f"lock: it has no {', '.join(others)}, which {prefix} has, and no client of conda's removes packages for "
+            "a lock file; remove the environment by state=absent and install it again, or take provider rattler"
         )
 
 
-def records_of(prefix: str) -> list[Path]:
-    return sorted((Path(prefix) / "conda-meta").glob("*.json"))
+def check_lease(folder: str | None) -> None:
+    """Raise if a server holds the lease, or has left it without a word."""
+    names = os.listdir(folder) if folder and os.path.isdir(folder) else []
+    epochs = [int(name[6:]) for name in names if re.fullmatch(r"lease\.\d+", name)]
+    if not epochs or f"released.{max(epochs)}" in names:
+        return
+    holder = json.loads(Path(folder or "", f"lease.{max(epochs)}").read_text(encoding="utf-8"))
+    what = f"job {holder['job']}" if holder.get("job") else "a short-lived server"
+    raise CondaError(
+        f"lease: {what} on {holder['host']} runs from the environment, or has not stopped cleanly; stop it "
+        "(playbooks/stop.yml), and if it was killed, host it again before (playbooks/hpc_db.yml)"
+    )
+
+
+def records_of(prefix: str) -> list[dict]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in Path(prefix).glob("conda-meta/*.json")]
 
 
 def newest(params: dict, run: Run, specs: list[Spec], before: Packages) -> list[Spec]:
@@ -372,7 +446,7 @@ def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> 
         wanted = [Package(spec.name, spec.text[len(spec.name) :] or "any", "") for spec in missing]
         return {**present, **{package.name: package for package in wanted}}
     if answer.problem:
-        raise CondaError(explain(answer, params, specs))
+        raise CondaError(explain(answer, params, specs, glibc_version()))
     return answer.packages
 
 
@@ -387,6 +461,8 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
             return before, before
         version = postgresql_of(before, left)
         specs = keep_major(specs, version)
+        if before is not None:
+            check_lease(params["lease"])  # again: only from now on no server starts any more
         rewrite(note, MAKING if before is None else f"{CHANGING} {version}")
         if before is None:
             clear(prefix, left)
@@ -397,10 +473,10 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
             return before, after
         if before is None:
             clear(prefix, MAKING)
-        if before is None or answer.setting in ("specs", "lock", "archive"):
+        if before is None or answer.setting in ("specs", "lock"):
             rewrite(note, "")  # nothing half-done is left
         lacking = Answer({}, "provider", f"it ended well, but {prefix} lacks what it should have")
-        raise CondaError(explain(answer if answer.problem else lacking, params, specs))
+        raise CondaError(explain(answer if answer.problem else lacking, params, specs, glibc_version()))
 
 
 def remove(prefix: Path, marker: Path, timeout: int, check_mode: bool) -> Packages | None:
@@ -486,62 +562,56 @@ def ask(
     keep_open: tuple[int, ...] = (),
 ) -> Answer:
     """Have a client install the packages, or say what it would; it alone needs internet and time."""
-    prefix, channels, cache = params["prefix"], params["channels"], params["package_cache"]
-    if params["archive"]:
-        return unpack(params["archive"], Path(prefix))
+    channels = sorted({each.channel for each in params["locked"]}) or params["channels"]
+    latest = time.monotonic() + params["timeout"]
+    attempts = 0
+    with tempfile.NamedTemporaryFile("w", prefix="conda_env-", suffix=".txt", encoding="utf-8") as lock_file:
+        lock_file.write(params["lock"] or "")
+        lock_file.flush()
+        command = client_command(params, specs, before, dry_run, lock_file.name)
+        for pause in (*PAUSES, params["timeout"]):
+            seconds = max(1, round(latest - time.monotonic()))
+            code, stdout, stderr = run(clean_command(command, seconds, params["package_cache"]), pass_fds=keep_open)
+            answer = parse_answer(code, stdout, stderr, before or {}, params["provider"])
+            attempts += 1
+            if not may_pass(answer, channels) or time.monotonic() + pause >= latest:
+                break
+            if before is None and not dry_run:
+                clear(Path(params["prefix"]), MAKING)  # no client gets to "create" over what the last attempt has left
+            time.sleep(pause)
+    if params["locked"] and answer.setting in ("channels", "specs"):
+        answer = answer._replace(setting="lock")  # which alone names what is fetched
+    if answer.problem and attempts > 1:
+        return answer._replace(problem=f"tried {attempts} times: {answer.problem}")
+    return answer
+
+
+def client_command(
+    params: dict, specs: list[Spec], before: Packages | None, dry_run: bool, lock_file: str
+) -> list[str]:
+    """Return the client's call, for the lock file if there is one."""
+    prefix, channels, cache, locked = (params[name] for name in ("prefix", "channels", "package_cache", "locked"))
+    if params["provider"] == "conda":
+        client, create = params["client"], before is None
+        if locked:
+            return _lock.install_command(client, create, prefix, lock_file)
+        return conda_command(client, create, prefix, channels, specs, dry_run)
     source, python = inspect.getsource(_rattler_helper), params["rattler_python"]
-    if params["locked"]:
-        return ask_for_lock(params, run, source, before, keep_open)
-    if params["provider"] == "rattler":
-        command = rattler_command(python, source, prefix, channels, specs, before or {}, dry_run, cache)
-    else:
-        command = conda_command(params["client"], before is None, prefix, channels, specs, dry_run)
-    code, stdout, stderr = run(clean_command(command, params["timeout"], cache), pass_fds=keep_open)
-    return parse_answer(code, stdout, stderr, before or {}, params["provider"])
+    if locked:
+        return _lock.rattler_command(python, source, prefix, locked, cache)
+    return rattler_command(python, source, prefix, channels, specs, before or {}, dry_run, cache)
 
 
-def ask_for_lock(
-    params: dict, run: Run, source: str, before: Packages | None, keep_open: tuple[int, ...]
-) -> Answer:
-    """Have a client install a lock file; whatever cannot be had is the lock file's trouble."""
-    with tempfile.NamedTemporaryFile("w", prefix="conda_env-", suffix=".txt", encoding="utf-8") as file:
-        file.write(params["lock"])
-        file.flush()
-        if params["provider"] == "rattler":
-            command = _lock.rattler_command(
-                params["rattler_python"], source, params["prefix"], params["locked"], params["package_cache"]
-            )
-        else:
-            command = _lock.install_command(params["client"], before is None, params["prefix"], file.name)
-        cleaned = clean_command(command, params["timeout"], params["package_cache"])
-        code, stdout, stderr = run(cleaned, pass_fds=keep_open)
-    answer = parse_answer(code, stdout, stderr, before or {}, params["provider"])
-    its_trouble = answer.setting in ("channels", "specs") or MISMATCH.search(answer.problem)
-    return answer._replace(setting="lock") if its_trouble else answer
-
-
-def unpack(archive: str, prefix: Path) -> Answer:
-    """Put an environment that was made elsewhere in the place of the one that is there, by rename."""
-    aside, replaced = (prefix.with_name(f"{prefix.name}.{name}") for name in ("unpacked", "replaced"))
-    for rest in (aside, replaced):
-        shutil.rmtree(rest, ignore_errors=True)
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(aside)  # noqa: S202 - made by this collection on the controller
-    except (OSError, EOFError, tarfile.TarError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        return Answer({}, "archive", str(error))
-    if prefix.exists():
-        prefix.rename(replaced)
-    aside.rename(prefix)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return Answer({})
+def glibc_version() -> str:
+    """Return this host's glibc as solvers take it, or nothing."""
+    with suppress(OSError, ValueError):
+        found = os.environ.get("CONDA_OVERRIDE_GLIBC", os.confstr("CS_GNU_LIBC_VERSION") or "")
+        return found.rpartition(" ")[2]
+    return ""
 
 
 def find_program(params: dict, run: Run) -> dict[str, str]:
     """Return the setting that names the program to run, filled in."""
-    if params["archive"]:
-        return {}
     if params["provider"] == "rattler":
         return {"rattler_python": params["rattler_python"] or sys.executable}
     wanted = params["client"] or ""
@@ -581,7 +651,7 @@ def main() -> None:
             "provider": {"type": "str", "choices": ["rattler", "conda"], "default": "rattler"},
             "lock": {"type": "str"},
             "update": {"type": "bool", "default": False},
-            "archive": {"type": "path"},
+            "lease": {"type": "path"},
             "rattler_python": {"type": "path"},
             "client": {"type": "path"},
             "module_load": {"type": "str"},
@@ -589,7 +659,6 @@ def main() -> None:
             "timeout": {"type": "int", "default": 1800},
         },
         required_if=[("state", "present", ["specs"])],
-        required_by={"archive": ["lock"]},
         supports_check_mode=True,
     )
     run = functools.partial(module.run_command, expand_user_and_vars=False)

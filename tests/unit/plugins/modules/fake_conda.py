@@ -1,26 +1,49 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""conda and micromamba as far as conda_env meets them, with rattler inside: ``fake_conda.py NAME ARGUMENTS``.
+"""conda, mamba and micromamba as far as conda_env meets them, with rattler inside: ``fake_conda.py NAME ARGUMENTS``.
 
-What it assumes of conda 26 and micromamba 2:
+What it assumes, and from where that is known ("measured" is with conda 26.7, mamba and micromamba 2.8):
 
-- ``create`` of a prefix that exists deletes it first, with all that is in it. As a dry run, conda refuses
-  that prefix, and micromamba acts as if it were ``install``.
-- ``install`` into a prefix without ``conda-meta`` is refused.
-- ``install`` keeps the packages that nobody asked for.
-- Both print one JSON document. conda describes packages by ``dist_name``, micromamba by ``fn`` and more.
-- With nothing to do there are no ``actions`` but a ``message``, which ends in a full stop only for conda.
-- conda's errors are ``exception_name`` and ``message``; micromamba's are ``solver_problems``, or no JSON.
-- Packages go to ``CONDA_PKGS_DIRS``.
+- ``create`` of an environment that exists deletes it first, with all that is in it (measured; conda/conda
+  ``conda/cli/main_create.py``: "Removing existing environment", mamba-org/mamba ``libmamba/src/api/create.cpp``:
+  ``fs::remove_all(target_prefix)``).
+- As a dry run, conda refuses that prefix ("Cannot `create --dry-run` with an existing conda environment", same
+  file), and mamba acts as if it were ``install`` (measured).
+- ``create`` where another folder is: conda goes on in it, mamba aborts ("Non-conda folder exists at prefix"), by the
+  same files.
+- ``install`` into a prefix without ``conda-meta`` is refused, and keeps the packages that nobody asked for (measured).
+- Both print one JSON document. conda describes packages by ``dist_name``, mamba by ``fn`` and more (measured;
+  mamba-org/mamba#207 shows one beside the other). Until 4.3 conda's ``actions`` were a list (conda/conda#6641): no
+  client that old is played here.
+- With nothing to do there are no ``actions`` but a ``message``, which ends in a full stop only for conda (measured;
+  mamba-org/mamba ``libmamba/src/core/transaction.cpp``).
+- conda's errors are ``exception_name`` and ``message`` (measured). The name of an unsatisfiable request is that of its
+  solver: ``UnsatisfiableError`` of classic, ``LibMambaUnsatisfiableError`` (conda/conda-libmamba-solver
+  ``exceptions.py``) and ``RattlerUnsatisfiableError`` (conda/conda-rattler-solver ``exceptions.py``). The solver is
+  ``solver`` of the configuration, or ``$CONDA_SOLVER``.
+- mamba's unsatisfiable requests are ``solver_problems`` (mamba-org/mamba ``libmamba/src/api/update.cpp``); its other
+  errors are words on stderr and no JSON (measured).
+- A host too old is told by classic as in conda/conda#12912, by libmamba as in idaholab/moose#28517.
+- A channel that is not there: "HTTP 404 NOT FOUND for channel" or "HTTP 000 CONNECTION FAILED for url" of conda
+  (``conda/exceptions.py``, conda/conda#9143), "Transfer finalized, status: 404 [URL]" (mamba-org/mamba#2788) and
+  "Download error (37) Couldn't read a file:// file [URL]" (mamba-org/mamba#201) of mamba.
+- A package that is not what the channel promises: ``ChecksumMismatchError`` (``conda/exceptions.py``), "Found incorrect
+  downloads. Aborting" (``libmamba/src/core/transaction.cpp``).
+- conda's rattler solver may crash at its end, after all work was done (measured): ``$FAKE_CONDA_CRASH``.
+- Packages go to ``$CONDA_PKGS_DIRS`` (measured).
+- A name among the channels is looked up in ``custom_channels`` of ``~/.condarc``, where a URL may hold credentials
+  (conda's documentation of ``.condarc``). Only JSON, which is YAML too, is read here.
+
+Other than the real ones it never tries a download again by itself, so that tests see conda_env do it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -28,21 +51,58 @@ from typing import Any, NoReturn
 
 import rattler
 from fake_explicit import install_explicit
-from rattler.exceptions import GatewayError, SolverError
+from rattler.exceptions import GatewayError, InstallerError, SolverError
+from rattler.networking import AuthenticationMiddleware, Client
+
+UNSATISFIABLE = {
+    "classic": "UnsatisfiableError",
+    "libmamba": "LibMambaUnsatisfiableError",
+    "rattler": "RattlerUnsatisfiableError",
+}
 
 
 def answer(code: int = 0, **content: Any) -> NoReturn:
-    print(json.dumps({"success": not code, **content}), flush=True)
+    print(json.dumps({"success": not code, **content}, indent=2), flush=True)
     os._exit(code)
 
 
 def fail(name: str, error: str, message: str) -> NoReturn:
     if name == "conda":
         answer(1, error=message, exception_name=error, message=message)
-    if error == "UnsatisfiableError":
-        answer(1, solver_problems=[message])
     print(f"critical libmamba {message}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def fail_to_solve(name: str, problem: str) -> NoReturn:
+    solver = os.environ.get("CONDA_SOLVER", "libmamba") if name == "conda" else "libmamba"
+    missing = re.search(r"(\S+) (\S+).* would require\W+__glibc ([^\s]+),", problem)
+    if missing and solver == "classic":
+        glibc = os.environ["CONDA_OVERRIDE_GLIBC"]
+        problem = (
+            "The following specifications were found to be incompatible with your system:\n\n"
+            f"  - feature:/linux-64::__glibc=={glibc}=0\n  - {missing[1]} -> __glibc[version='{missing[3]}']\n\n"
+            f"Your installed version is: {glibc}\n"
+        )
+    elif missing and solver == "libmamba":
+        problem = f"nothing provides __glibc {missing[3]} needed by {missing[1]}-{missing[2]}-h_0"
+    if name != "conda":
+        answer(1, solver_problems=[problem])
+    fail(name, UNSATISFIABLE[solver], problem)
+
+
+def fail_to_fetch(name: str, problem: str, channel: str) -> NoReturn:
+    status = re.search(r"\((\d{3}) (.*?)\) for url \((.*?)\)", problem)
+    if channel.startswith("file:"):
+        if name == "conda":
+            fail(name, "UnavailableInvalidChannel", f"HTTP 404 NOT FOUND for channel no <{channel}>")
+        fail(name, "", f"Download error (37) Couldn't read a file:// file [{channel}/linux-64/repodata.json]")
+    if not status:
+        text = f"HTTP 000 CONNECTION FAILED for url <{channel}/linux-64/repodata.json>\nElapsed: -\n\nAn HTTP error"
+        fail(name, "CondaHTTPError", text if name == "conda" else f"Download error (7) Could not connect [{channel}]")
+    if name != "conda":
+        fail(name, "", f"Transfer finalized, status: {status[1]} [{status[3]}] 0 bytes")
+    kind = "CondaHTTPError" if int(status[1]) >= 500 else "UnavailableInvalidChannel"
+    fail(name, kind, f"HTTP {status[1]} {status[2].upper()} for url <{status[3]}>")
 
 
 def describe(name: str, record: Any) -> dict[str, str]:
@@ -52,13 +112,21 @@ def describe(name: str, record: Any) -> dict[str, str]:
     return {"fn": f"{dist}.conda", "name": record.name.normalized, "version": str(record.version)}
 
 
+def url_of(channel: str) -> str:
+    condarc = Path.home() / ".condarc"
+    custom = json.loads(condarc.read_text())["custom_channels"] if condarc.exists() else {}
+    return f"{custom[channel]}/{channel}" if channel in custom else channel
+
+
 async def main(name: str, options: argparse.Namespace) -> None:
     prefix = Path(options.prefix)
     is_env = (prefix / "conda-meta").is_dir()
     if options.verb == "create" and prefix.exists():
-        if options.dry_run and name == "conda":
-            fail(name, "CondaValueError", f"prefix already exists: {prefix}")
-        if not options.dry_run:
+        if options.dry_run and name == "conda" and is_env:
+            fail(name, "CondaValueError", "Cannot `create --dry-run` with an existing conda environment")
+        if not is_env and name != "conda":
+            fail(name, "", "Non-conda folder exists at prefix")
+        if not options.dry_run and is_env:
             shutil.rmtree(prefix)
             is_env = False
     elif options.verb == "install" and not is_env:
@@ -68,26 +136,36 @@ async def main(name: str, options: argparse.Namespace) -> None:
     kept = [record.name.normalized for record in installed if record.name.normalized not in asked]
     cache = Path(os.environ["CONDA_PKGS_DIRS"])
     if options.file:
-        records = await install_explicit(options.file, prefix, installed, cache, functools.partial(fail, name))
+        records = await install_explicit(name, options.file, prefix, installed, cache, fail)
         answer(actions={"PREFIX": str(prefix), "LINK": [describe(name, record) for record in records]})
+    client = Client([AuthenticationMiddleware()])
     try:
         solved = await rattler.solve(
-            sources=options.channel,
+            sources=[url_of(channel) for channel in options.channel],
             specs=[*(rattler.MatchSpec(spec, strict=False) for spec in options.specs), *kept],
             locked_packages=installed,
-            gateway=rattler.Gateway(cache_dir=cache / "cache"),
-            virtual_packages=rattler.VirtualPackage.detect(),
+            gateway=rattler.Gateway(cache_dir=cache / "cache", client=client),
+            virtual_packages=rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env()),
         )
     except SolverError as error:
-        fail(name, "UnsatisfiableError", str(error))
+        fail_to_solve(name, str(error))
     except GatewayError as error:
-        fail(name, "UnavailableInvalidChannel", f"Download error for {options.channel[0]}: {error}")
+        fail_to_fetch(name, str(error), url_of(options.channel[0]))
     old = {describe(name, record)["name"]: describe(name, record) for record in installed}
     new = {describe(name, record)["name"]: describe(name, record) for record in solved}
     if old == new:
         answer(message="All requested packages already installed" + "." * (name == "conda"))
     if not options.dry_run:
-        await rattler.install(solved, target_prefix=prefix, cache_dir=cache, show_progress=False)
+        try:
+            await rattler.install(solved, target_prefix=prefix, cache_dir=cache, show_progress=False, client=client)
+        except InstallerError as error:
+            if name != "conda":
+                fail(name, "", "Found incorrect downloads. Aborting")
+            url = f"{options.channel[0]}/linux-64/{str(error).split()[3]}"
+            words = "Conda detected a mismatch between the expected content and downloaded content\nfor url"
+            fail(name, "ChecksumMismatchError", f"{words} '{url}'.\n  download saved to: {cache}")
+    if os.environ.get("FAKE_CONDA_CRASH"):
+        os.abort()
     unlinked = [package for package in old.values() if package not in new.values()]
     linked = [package for package in new.values() if package not in old.values()]
     answer(actions={"PREFIX": str(prefix), "UNLINK": unlinked, "LINK": linked}, dry_run=options.dry_run)
@@ -95,7 +173,7 @@ async def main(name: str, options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=["conda", "micromamba"])
+    parser.add_argument("name", choices=["conda", "mamba", "micromamba"])
     parser.add_argument("verb", choices=["create", "install"])
     for flag in ("-y", "-q", "--json"):
         parser.add_argument(flag, action="store_true", required=True)

@@ -7,7 +7,8 @@ files; ``url_pat`` in conda's ``misc.py``; ``from_url`` of mamba's ``package_inf
 
 - Nothing is solved, and no channel is asked: each package is fetched by its URL.
 - What follows ``#`` is a checksum: 32 digits are an md5, ``sha256:`` begins the other. A package that has another one is
-  refused before anything is installed, by conda as ``ChecksumMismatchError``.
+  refused before anything is installed, by conda as ``ChecksumMismatchError``, by mamba in words (``package_cache.cpp``
+  and ``transaction.cpp`` of libmamba).
 - A package is described by what is inside it.
 - Packages that the list does not name stay.
 """
@@ -21,7 +22,9 @@ from typing import Any, Callable
 import rattler
 
 
-async def install_explicit(file: str, prefix: Path, installed: list, cache: Path, fail: Callable[..., Any]) -> list:
+async def install_explicit(
+    name: str, file: str, prefix: Path, installed: list, cache: Path, fail: Callable[..., Any]
+) -> list:
     """Install the list; return its packages."""
     lines = Path(file).read_text().splitlines()
     assert "@EXPLICIT" in lines
@@ -32,10 +35,13 @@ async def install_explicit(file: str, prefix: Path, installed: list, cache: Path
         url, _hash, tag = line.partition("#")
         archive = Path(url.replace("file://", ""))
         if not archive.exists():
-            fail("CondaHTTPError", f"failed to fetch {url}")
+            fail(name, "CondaHTTPError", f"failed to fetch {url}")
         kind, wanted = ("sha256", tag[7:]) if tag.startswith("sha256:") else ("md5", tag)
         if hashlib.new(kind, archive.read_bytes()).hexdigest() != wanted:
-            fail("ChecksumMismatchError", f"Conda detected a mismatch between the {kind} of {url} and {wanted}")
+            if name == "conda":
+                fail(name, "ChecksumMismatchError", f"Conda detected a mismatch between the {kind} of {url} and {wanted}")
+            words = f"File not valid: {kind.upper()} sum doesn't match expectation ({archive})"
+            fail(name, "", f"{words}\nFound incorrect downloads. Aborting")
         records.append(await rattler.RepoDataRecord.from_package_archive(archive))
     named = {record.name.normalized for record in records}
     kept = [record for record in installed if record.name.normalized not in named]

@@ -22,6 +22,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     parse_spec,
     satisfies,
 )
+from ansible_collections.mala.hpc_db.plugins.modules import conda_env
 from ansible_collections.mala.hpc_db.plugins.modules.conda_env import ensure_env, find_program
 
 OLD = {"postgresql": "17.2", "libpq": "17.2"}
@@ -38,6 +39,9 @@ class FakeClient:
 
     available = ("17.2", "17.10", "18.6")
     login_shell = (0, "", "")
+    postgres = (0, "OpenSSL\n", "")
+    outages = 0  # how many calls find the channel unreachable, after a part of the work was done
+    outage = "HTTP 503 SERVICE UNAVAILABLE for url <https://host/conda-forge>"
     fate = ""  # of the next installation: a package to be killed after, or DIED to end without a word when done
 
     def __init__(self) -> None:
@@ -50,6 +54,10 @@ class FakeClient:
         if words[0] == "bash":
             self.calls.append("login")
             return self.login_shell
+        if words[0].endswith("/bin/postgres"):
+            return self.postgres
+        if words[0].endswith("/bin/pg_config"):
+            return 0, "'--prefix=/p' '--with-gssapi'\n", ""
         if words[1] == "-I":
             request = json.loads(words[-1])
             parts = (spec.replace(" *", "").partition(" ") for spec in request["specs"])
@@ -64,6 +72,11 @@ class FakeClient:
     def install(self, verb: str, prefix: Path, specs: list[str], dry_run: bool) -> tuple[int, str, str]:
         if verb == "create" and prefix.exists() and not dry_run:
             shutil.rmtree(prefix)
+        if self.outages:
+            self.outages -= 1
+            if not dry_run:
+                write_record(prefix, "libpq", self.available[-1])
+            return 1, json.dumps({"exception_name": "CondaHTTPError", "message": self.outage}), ""
         wanted = [parse_spec(spec) for spec in specs]
         versions = [
             version
@@ -104,6 +117,11 @@ def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() if path.is_file() else "" for path in folder.rglob("*")}
 
 
+def identity(path: Path) -> tuple[int, int, int]:
+    found = os.lstat(path)
+    return found.st_ino, found.st_mode, found.st_mtime_ns
+
+
 @pytest.fixture
 def prefix(tmp_path: Path) -> Path:
     return tmp_path / "a b" / "postgresql-17"
@@ -132,7 +150,7 @@ def params_for(prefix: Path, **others: object) -> dict:
         "package_cache": None,
         "lock": None,
         "update": False,
-        "archive": None,
+        "lease": None,
         "timeout": 60,
         **others,
     }
@@ -214,12 +232,12 @@ def test_refuses_what_is_no_environment(
 ) -> None:
     prefix.parent.mkdir()
     make(prefix)  # type: ignore[operator]
-    found = os.lstat(prefix)
+    found = identity(prefix)
 
     with pytest.raises(CondaError, match=f"prefix: {prefix} exists and is no conda environment: {reason}; "):
         ensure_env(params_for(prefix, state=state), client, False)
 
-    assert os.lstat(prefix) == found and client.calls == [] and os.listdir(prefix.parent) == [prefix.name]
+    assert identity(prefix) == found and client.calls == [] and os.listdir(prefix.parent) == [prefix.name]
 
 
 @pytest.mark.parametrize(("inside", "allowed"), [("lib/x", False), ("x", False), ("envs/x", True), ("envs/x/y", True)])
@@ -298,6 +316,95 @@ def test_what_could_not_be_made_leaves_nothing(prefix: Path, client: FakeClient,
         ensure_env(params_for(prefix, specs=["postgresql=99"], provider=provider), client, False)
 
     assert os.listdir(prefix.parent) == []
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_unreachable_channel_is_tried_again(
+    prefix: Path, client: FakeClient, provider: str, check_mode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    left: list[bool] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        left.append(prefix.exists())
+
+    monkeypatch.setattr(conda_env.time, "sleep", sleep)
+    params = params_for(prefix, provider=provider)
+    client.outages = 2
+
+    assert ensure_env(params, client, check_mode)["packages"] == NEW
+    assert (pauses, left) == ([2, 8], [False, False])  # nothing that "create" could meet
+
+    shutil.rmtree(prefix, ignore_errors=True)
+    client.outages = 3
+    with pytest.raises(CondaError, match="channels: cannot read conda-forge: tried 3 times: HTTP 503 SERVICE UNAVAIL"):
+        ensure_env(params, client, check_mode)
+    assert not prefix.exists()
+
+
+def test_unreachable_channel_leaves_an_environment(
+    prefix: Path, client: FakeClient, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conda_env.time, "sleep", lambda seconds: None)
+    make_env(prefix, OLD)
+    client.outages = 3
+
+    with pytest.raises(CondaError, match="tried 3 times"):
+        ensure_env(params_for(prefix, specs=["postgresql=17.10"], provider=provider), client, False)
+
+    assert (prefix / "keep").exists() and (prefix / "conda-meta/postgresql-17.2-h_0.json").exists()
+
+
+@pytest.mark.parametrize(("outage", "timeout"), [("HTTP 404 NOT FOUND for channel conda-forge", 60), ("HTTP 503", 1)])
+def test_not_tried_again(prefix: Path, client: FakeClient, outage: str, timeout: int) -> None:
+    client.outage, client.outages = outage, 3
+
+    with pytest.raises(CondaError, match=f"channels: cannot read conda-forge: {outage}"):
+        ensure_env(params_for(prefix, timeout=timeout), client, False)
+
+    assert client.calls == ["fulfil"]
+
+
+@pytest.mark.parametrize(
+    ("before", "check_mode", "version", "features"),
+    [
+        (None, False, "17.10", ["gssapi", "icu", "readline", "tls", "zlib"]),
+        (None, True, "17.10", None),
+        (OLD, False, "17.2", ["gssapi", "icu", "readline", "tls", "zlib"]),
+        (OLD, True, "17.2", ["gssapi", "icu", "readline", "tls", "zlib"]),
+    ],
+)
+def test_version_and_features(
+    prefix: Path,
+    client: FakeClient,
+    before: dict[str, str] | None,
+    check_mode: bool,
+    version: str,
+    features: list[str] | None,
+) -> None:
+    if before:
+        make_env(prefix, before)
+
+    result = ensure_env(params_for(prefix), client, check_mode)
+
+    assert (result["version"], result["features"]) == (version, features)
+
+
+def test_no_version_and_features_without_postgresql(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, {"libpq": "17.2"})
+
+    for state in ("present", "absent"):
+        result = ensure_env(params_for(prefix, specs=["libpq"], state=state), client, False)
+        assert (result["version"], result["features"]) == (None, None)
+
+
+def test_programs_that_do_not_run_here(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, OLD)
+    client.postgres = (1, "", "postgres: /lib64/libc.so.6: version `GLIBC_2.34'\nnot found")
+
+    with pytest.raises(CondaError, match="prefix: .*/bin/postgres does not run on this host: .* `GLIBC_2.34' not fou"):
+        ensure_env(params_for(prefix), client, False)
 
 
 def test_crash_after_the_work_is_success(prefix: Path, client: FakeClient) -> None:
@@ -382,6 +489,8 @@ def test_damaged_environment(prefix: Path, client: FakeClient) -> None:
         ),
         ("channels", ["-c"], "channels: '-c' is no channel; give a name, a URL or a file:// folder"),
         ("channels", ["a\nb"], r"channels: 'a\\nb' is no channel"),
+        ("channels", ["https://a:secret@host/c"], r"channels: that of host holds a password [^.:]* ~/.netrc$"),
+        ("channels", ["https://host/t/secret/c"], r"channels: that of host holds a password [^.:]* ~/.netrc$"),
         ("specs", [], "specs: none are given; name at least one package"),
         ("specs", ["-p /"], "specs: '-p /' is not understood; write it as one of name, name=17"),
     ],
