@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ansible_collections.mala.hpc_db.plugins.module_utils._conda import CondaError, Package, Spec, satisfies
+from ansible_collections.mala.hpc_db.plugins.module_utils._conda import CondaError, Package, Spec, has_secret, satisfies
 
 HEADER = "# A lock file of conda's, for: conda create --prefix PREFIX --file THIS\n# platform: {platform}\n@EXPLICIT\n"
 
@@ -52,6 +52,11 @@ def parse_lock(text: str, platform: str) -> list[Locked]:
     for number, line in enumerate(lines, 1):
         if not line or line == "@EXPLICIT" or line.startswith("#"):
             continue
+        if has_secret(line):
+            raise CondaError(
+                f"lock: line {number} holds a password or token; leave it out, and keep it where your client looks for "
+                "it, such as ~/.netrc"
+            )
         found = _LINE.fullmatch(line)
         if not found:
             raise CondaError(f"lock: line {number}, {line!r}, is damaged; allowed is a package's URL#sha256:CHECKSUM")
@@ -123,12 +128,8 @@ def install_command(client: str, create: bool, prefix: str, lock: str) -> list[s
     return [client, "create" if create else "install", "-y", "-q", "--json", "-p", prefix, "--file", lock]
 
 
-def rattler_command(
-    python: str, source: str, prefix: str, locked: list[Locked], cache: str | None, target: str | None = None
-) -> list[str]:
-    """Return the call of the rattler helper. ``target`` is where the environment will lie in the end."""
-    packages = [
-        {"url": each.url, "channel": each.channel, "kind": each.kind, "sum": each.sum} for each in locked
-    ]
-    request = {"prefix": prefix, "lock": packages, "cache": cache, "target": target, "dry_run": False}
+def rattler_command(python: str, source: str, prefix: str, locked: list[Locked], cache: str | None) -> list[str]:
+    """Return the call of the rattler helper."""
+    packages = [{"url": each.url, "channel": each.channel, "kind": each.kind, "sum": each.sum} for each in locked]
+    request = {"prefix": prefix, "lock": packages, "cache": cache}
     return [python, "-I", "-c", source, json.dumps(request)]

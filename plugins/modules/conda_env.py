@@ -348,11 +348,13 @@ def check_lease(folder: str | None) -> None:
     epochs = [int(name[6:]) for name in names if re.fullmatch(r"lease\.\d+", name)]
     if not epochs or f"released.{max(epochs)}" in names:
         return
-    holder = json.loads(Path(folder or "", f"lease.{max(epochs)}").read_text(encoding="utf-8"))
-    what = f"job {holder['job']}" if holder.get("job") else "a short-lived server"
+    holder = {}
+    with suppress(OSError, ValueError):  # it may be released, or taken, just now
+        holder = json.loads(Path(folder or "", f"lease.{max(epochs)}").read_text(encoding="utf-8"))
+    what = f"job {holder['job']}" if holder.get("job") else "a server"
     raise CondaError(
-        f"lease: {what} on {holder['host']} runs from the environment, or has not stopped cleanly; stop it "
-        "(playbooks/stop.yml), and if it was killed, host it again before (playbooks/hpc_db.yml)"
+        f"lease: {what} on {holder.get('host', 'some host')} runs from the environment, or has not stopped cleanly; "
+        "stop it (playbooks/stop.yml), and if it was killed, host it once more before (playbooks/hpc_db.yml)"
     )
 
 

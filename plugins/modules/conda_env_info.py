@@ -7,11 +7,10 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: conda_env_info
-short_description: See what a conda environment holds, and what its machine can run
+short_description: See what a conda environment holds
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Returns the packages of an environment, and the lock file that makes it again.
-  - Returns the platform and the virtual packages of the machine, by which another machine can solve for it.
+  - Returns the packages of an environment, and the lock file that makes it again, read from the environment itself.
 options:
   prefix:
     description: The environment's absolute path. There may be nothing.
@@ -58,24 +57,10 @@ lock:
     - V(null) if there is no environment, or half of one.
   returned: success
   type: str
-platform:
-  description: The machine's platform, as conda calls it.
-  returned: success
-  type: str
-  sample: linux-64
-virtual_packages:
-  description:
-    - The version of each virtual package by its name. E(CONDA_OVERRIDE_GLIBC) is honoured, as conda does.
-    - The processor is the oldest of its kind, since compute nodes may differ from the login node.
-  returned: success
-  type: dict
-  sample: {__unix: "0", __linux: "5.14.0", __glibc: "2.34", __archspec: "1"}
 """
 
 import json
-import os
 import platform
-import re
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -84,7 +69,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._lock import lock_text
 
 
 def look(prefix: Path) -> dict:
-    """Return what is known of the environment and of this machine."""
+    """Return what is known of the environment."""
     if not prefix.is_absolute():
         raise CondaError(f"prefix: '{prefix}' is not absolute; give a path that begins with / or ~")
     subdir = platform_of(platform.system(), platform.machine())
@@ -96,8 +81,6 @@ def look(prefix: Path) -> dict:
             record["name"]: [record["version"], record["build"]] for record in records
         },
         "lock": None if records is None else lock_text(records, subdir),
-        "platform": subdir,
-        "virtual_packages": virtual_packages(platform.system(), platform.release()),
     }
 
 
@@ -111,27 +94,6 @@ def read_records(prefix: Path) -> list[dict] | None:
         return [record for record in records if record["name"] and record["version"] and record["build"]]
     except (ValueError, KeyError):
         raise CondaError(f"prefix: a file in {metadata} is damaged; remove {prefix} and install it again") from None
-
-
-def virtual_packages(system: str, release: str) -> dict[str, str]:
-    """Return name and version of the virtual packages that another machine is to solve for."""
-    found = {"__unix": "0", "__archspec": "1"}
-    number = re.match(r"\d+(\.\d+)*", release)
-    if system == "Linux" and number:
-        found["__linux"] = number.group()
-    glibc = os.environ.get("CONDA_OVERRIDE_GLIBC") or glibc_version()
-    if glibc:
-        found["__glibc"] = glibc
-    return found
-
-
-def glibc_version() -> str:
-    """Return the version of glibc; nothing with another C library."""
-    try:
-        name, _space, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
-    except (AttributeError, ValueError, OSError):
-        return ""
-    return version if name == "glibc" else ""
 
 
 def main() -> None:

@@ -77,6 +77,8 @@ def test_what_cannot_be_fetched_again_is_not_locked(lacks: dict) -> None:
         ("#sha256:" + SHA, "", "line 4, .* is damaged"),
         ("libpq-17.2-h1_0", "libpq-17.2", "line 4, .* is damaged"),
         ("https://", "ftp://", "line 4, .* is damaged"),
+        ("https://", "https://me:word@", "line 4 holds a password or token; "),
+        ("/conda-forge", "/t/to-ken/conda-forge", "line 4 holds a password or token; "),
         (f"{TZDATA['url']}", f"{LIBPQ['url']}", "line 5 names libpq a second time"),
         ("noarch", "osx-64", "line 5 is for osx-64, but this is linux-64"),
         ("\n", "\0", "it has no line @EXPLICIT"),

@@ -6,9 +6,9 @@ What it assumes of an explicit list, which conda and mamba read alike (conda's e
 files; ``url_pat`` in conda's ``misc.py``; ``from_url`` of mamba's ``package_info.cpp``):
 
 - Nothing is solved, and no channel is asked: each package is fetched by its URL.
-- What follows ``#`` is a checksum: 32 digits are an md5, ``sha256:`` begins the other. A package that has another one is
-  refused before anything is installed, by conda as ``ChecksumMismatchError``, by mamba in words (``package_cache.cpp``
-  and ``transaction.cpp`` of libmamba).
+- What follows ``#`` is a checksum: 32 digits are an md5, ``sha256:`` begins the other. A package that has another one
+  is refused before anything is installed, by conda as ``ChecksumMismatchError``, by mamba in words (its
+  ``package_download.cpp`` and ``transaction.cpp``).
 - A package is described by what is inside it.
 - Packages that the list does not name stay.
 """
@@ -39,7 +39,8 @@ async def install_explicit(
         kind, wanted = ("sha256", tag[7:]) if tag.startswith("sha256:") else ("md5", tag)
         if hashlib.new(kind, archive.read_bytes()).hexdigest() != wanted:
             if name == "conda":
-                fail(name, "ChecksumMismatchError", f"Conda detected a mismatch between the {kind} of {url} and {wanted}")
+                words = f"Conda detected a mismatch between the {kind} of {url} and {wanted}"
+                fail(name, "ChecksumMismatchError", words)
             words = f"File not valid: {kind.upper()} sum doesn't match expectation ({archive})"
             fail(name, "", f"{words}\nFound incorrect downloads. Aborting")
         records.append(await rattler.RepoDataRecord.from_package_archive(archive))
