@@ -1,161 +1,109 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""conda_env with a lock file and as an update, in a channel that gets a newer PostgreSQL meanwhile."""
+"""Lock files and minor updates, in a channel that gets a newer PostgreSQL meanwhile."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils._conda import CondaError
+from ansible_collections.mala.hpc_db.plugins.modules.conda_env import ensure_env
 from ansible_collections.mala.hpc_db.plugins.modules.conda_env_info import look
+from growing import GROW
 from test_conda_env import Site, channel, make_site  # noqa: F401 - a fixture
 
-OLD, NEW = {"postgresql": "17.9", "libpq": "17.9"}, {"postgresql": "17.10", "libpq": "17.10"}
-PROVIDERS = pytest.mark.parametrize("provider", ["rattler", "conda", "micromamba"])
+OLD, NEW = {"libpq": "17.9"}, {"libpq": "17.10"}
 
 
-class GrowingChannel:
-    """The local channel, at first without its newest minor version."""
+class Environment:
+    """An environment out of the growing channel, as one client keeps it."""
 
-    def __init__(self, folder: Path, whole: Path) -> None:
-        self.folder = folder
-        self._repodata = json.loads((whole / "linux-64/repodata.json").read_text())
-        shutil.copytree(whole / "noarch", folder / "noarch")
-        (folder / "linux-64").mkdir()
-        for package in (whole / "linux-64").glob("*.tar.bz2"):
-            (folder / "linux-64" / package.name).symlink_to(package)
-        self.publish(lambda record: record["version"] != "17.10")
+    def __init__(self, folder: Path, whole: str, provider: str) -> None:
+        self._whole, self._folder = whole.replace("file://", ""), folder / "growing"
+        self.publish(hidden="17.10")
+        self.site: Site = make_site(folder, self._folder.as_uri(), provider)
+        self.prefix = self.site.prefix
 
-    def publish(self, is_there: object = lambda _record: True) -> None:
-        packages = {name: record for name, record in self._repodata["packages"].items() if is_there(record)}
-        (self.folder / "linux-64/repodata.json").write_text(json.dumps({**self._repodata, "packages": packages}))
+    def publish(self, hidden: str) -> None:
+        subprocess.run([sys.executable, "-c", GROW, self._whole, self._folder, hidden], check=True)
 
+    def keep(self, check_mode: bool = False, **arguments: Any) -> dict:
+        others = {"state": "present", "module_load": None, "lock": None, "update": False, "lease": None, "timeout": 300}
+        given = {"specs": ["libpq=17"], **arguments}
+        return ensure_env({**others, **self.site.arguments(**given)}, self._run, check_mode)
 
-@pytest.fixture
-def growing(tmp_path: Path, channel: str) -> GrowingChannel:  # noqa: F811
-    return GrowingChannel(tmp_path / "growing", Path(channel.removeprefix("file://")))
+    @property
+    def lock(self) -> str:
+        return look(self.prefix)["lock"]
 
+    def lock_of(self, *packages: str) -> str:
+        """Return a lock file of packages in the channel, whose names begin so."""
+        paths = [path for name in packages for path in self._folder.glob(f"linux-64/{name}*")]
+        sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+        return "@EXPLICIT\n" + "".join(f"{path.as_uri()}#sha256:{of}\n" for path, of in zip(paths, sums))
 
-def site_of(tmp_path: Path, growing: GrowingChannel, provider: str) -> Site:
-    return make_site(tmp_path, growing.folder.as_uri(), provider)
+    def files(self) -> dict[str, str]:
+        """Return checksum and mode of every file, but for the times in the history."""
+        paths = [path for path in self.prefix.rglob("*") if path.is_file() and path.name != "history"]
+        sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.stat().st_mode:o}" for path in paths]
+        return dict(zip((str(path.relative_to(self.prefix)) for path in paths), sums))
 
-
-def tree(prefix: Path) -> dict[str, str]:
-    """Return the checksum and mode of every file, but for the times in the history."""
-    return {
-        str(path.relative_to(prefix)): f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.lstat().st_mode:o}"
-        for path in prefix.rglob("*")
-        if path.is_file() and path.relative_to(prefix) != Path("conda-meta/history")
-    }
-
-
-@PROVIDERS
-def test_reproduced_byte_for_byte(tmp_path: Path, growing: GrowingChannel, provider: str) -> None:
-    site = site_of(tmp_path, growing, provider)
-    assert site.run({})[0]["packages"] == OLD
-    lock = look(site.prefix)["lock"]
-    remove = {"state": "absent"}
-
-    _removed, made = site.run(remove, {"lock": lock})
-    once = tree(site.prefix)
-    growing.publish()
-    _removed, again, same = site.run(remove, {"lock": lock}, {"lock": lock})
-
-    assert made["packages"] == again["packages"] == OLD
-    assert tree(site.prefix) == once
-    assert "bin/postgres" in once and site.psql_version().startswith("psql")
-    assert same["changed"] is False
-    assert site.neighbours() == ["postgresql-17"]
+    @staticmethod
+    def _run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        done = subprocess.run(command, pass_fds=pass_fds, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
 
 
-@PROVIDERS
-def test_damaged_lock_file_changes_nothing(tmp_path: Path, growing: GrowingChannel, provider: str) -> None:
-    site = site_of(tmp_path, growing, provider)
-    site.run({})
-    lock = look(site.prefix)["lock"]
+@pytest.mark.parametrize("provider", ["rattler", "conda"])
+def test_updated_and_reproduced_byte_for_byte(tmp_path: Path, channel: str, provider: str) -> None:  # noqa: F811
+    env = Environment(tmp_path, channel, provider)
+    assert env.keep()["packages"] == OLD
+    solved, lock = env.files(), env.lock
+    assert "lib/libpq.so.5.17" in solved
+    (env.prefix / "keep").write_text("precious")
+    env.publish(hidden="none")
+
+    assert env.keep()["changed"] is False
+    for check_mode in (True, False):
+        updated = env.keep(check_mode, update=True)
+        assert updated["changed"] and updated["packages"] == NEW
+    assert env.keep(update=True)["changed"] is False
+    with pytest.raises(CondaError, match="lock: it differs from .*, which has libpq 17.10 .*playbooks/update.yml"):
+        env.keep(lock=lock)
+
+    assert env.keep(lock=lock, update=True)["packages"] == OLD
+    back = env.files()
+    assert (env.prefix / "keep").read_text() == "precious" and back.pop("keep")
+    assert {name: of for name, of in back.items() if not name.startswith("conda-meta")}.items() <= solved.items()
+    assert env.lock == lock
+    env.keep(state="absent")
+    assert env.keep(lock=lock)["packages"] == OLD
+    assert env.files() == back
+    assert env.keep(lock=lock)["changed"] is False
+    assert env.site.neighbours() == ["postgresql-17"]
+
+
+@pytest.mark.parametrize("provider", ["rattler", "conda", "micromamba"])
+def test_damaged_lock_file_changes_nothing(tmp_path: Path, channel: str, provider: str) -> None:  # noqa: F811
+    env = Environment(tmp_path, channel, provider)
+    lock = env.lock_of("libpq-17.9", "postgresql-17.9-relabelled_0")
     sums = re.findall(r"sha256:(\w+)", lock)
-    other_bytes = lock.replace(sums[0], "0" * 64)
-    elsewhere = lock.replace("libpq-17.9", "libpq-17.8")
-    site.run({"state": "absent"})
 
-    *early, mismatch, missing = site.run(
-        {"lock": lock[:-10]}, {"lock": lock.replace("@EXPLICIT", "")}, {"lock": lock, "specs": ["postgresql=18"]},
-        {"lock": other_bytes}, {"lock": elsewhere},
-    )
-
-    assert [result["msg"].partition(", '")[0] for result in early] == [
-        "lock: line 5", "lock: it has no line @EXPLICIT, so it is no lock file, or only a part of one",
-        "lock: it holds postgresql 17.9, but postgresql=18 is wanted",
-    ]
-    assert re.match("lock: .*libpq-17.9.*" + "0" * 64, mismatch["msg"])
-    assert re.match("lock: .*libpq-17.8", missing["msg"])
-    assert not any("\n" in result["msg"] for result in (*early, mismatch, missing))
-    assert site.neighbours() == []
-
-
-def test_lock_file_without_a_dependency_changes_nothing(tmp_path: Path, growing: GrowingChannel) -> None:
-    site = site_of(tmp_path, growing, "rattler")
-    site.run({})
-    lock = re.sub(r".*/libpq-.*\n", "", look(site.prefix)["lock"])
-    site.run({"state": "absent"})
-
-    (refused,) = site.run({"lock": lock})
-
-    assert re.match("lock: .*dependency 'libpq ==17.9', which is not in the environment", refused["msg"])
-    assert site.neighbours() == []
-
-
-@PROVIDERS
-def test_only_an_update_brings_another_lock_file(tmp_path: Path, growing: GrowingChannel, provider: str) -> None:
-    site = site_of(tmp_path, growing, provider)
-    site.run({})
-    old = look(site.prefix)["lock"]
-    growing.publish()
-    site.run({"update": True})
-    new, before = look(site.prefix)["lock"], tree(site.prefix)
-
-    refused, planned = site.run({"lock": old}, {"lock": old, "update": True, "check": True})
-
-    assert refused["msg"].startswith(f"lock: it differs from {site.prefix}, which has libpq 17.10 ")
-    assert "playbooks/update.yml" in refused["msg"]
-    assert planned["changed"] and planned["packages"] == OLD
-    assert tree(site.prefix) == before
-
-    back, forth = site.run({"lock": old, "update": True}, {"lock": new, "update": True})
-    assert back["changed"] and back["packages"] == OLD
-    assert forth["changed"] and forth["packages"] == NEW
-
-
-@PROVIDERS
-def test_minor_update(tmp_path: Path, growing: GrowingChannel, provider: str) -> None:
-    site = site_of(tmp_path, growing, provider)
-    made, none_yet = site.run({}, {"update": True})
-    assert made["packages"] == OLD and none_yet["changed"] is False
-    (site.prefix / "keep").write_text("precious")
-    growing.publish()
-
-    kept, planned, updated, again = site.run({}, {"update": True, "check": True}, {"update": True}, {"update": True})
-
-    assert kept["changed"] is False and kept["packages"] == OLD
-    for result in (planned, updated):
-        assert result["changed"] and result["packages"] == NEW
-        assert '-    "postgresql": "17.9 ' in result["shown"] and '+    "postgresql": "17.10 ' in result["shown"]
-    assert again["changed"] is False
-    assert site.psql_version() == "psql (PostgreSQL) 17.10"
-    assert (site.prefix / "keep").read_text() == "precious"
-
-
-def test_update_never_goes_back(tmp_path: Path, growing: GrowingChannel) -> None:
-    site = site_of(tmp_path, growing, "rattler")
-    growing.publish()
-    site.run({})
-    growing.publish(lambda record: record["version"] != "17.10")
-
-    (refused,) = site.run({"update": True})
-
-    assert re.match(r"specs: nothing in file://.* satisfies postgresql=17 .*postgresql>=17.10: ", refused["msg"])
-    assert site.psql_version() == "psql (PostgreSQL) 17.10"
+    for damaged, says in (
+        (lock[:-10], "lock: line 3, '.*, is damaged"),
+        (lock.replace(sums[0], "0" * 64), "lock: .*libpq-17.9"),
+        (lock.replace("libpq-17.9", "libpq-17.8"), "lock: .*libpq-17.8"),
+    ):
+        with pytest.raises(CondaError, match=says) as refused:
+            env.keep(lock=damaged)
+        assert "\n" not in str(refused.value)
+    if provider == "rattler":  # conda and mamba install a lock file without a look at dependencies
+        with pytest.raises(CondaError, match="lock: .*dependency 'libpq ==17.9', which is not in the environment"):
+            env.keep(lock=env.lock_of("postgresql-17.9-relabelled_0"), specs=["postgresql=17"])
+    assert env.site.neighbours() == []
