@@ -215,7 +215,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     rattler_command,
     search_command,
 )
-from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import (
+from ansible_collections.mala.hpc_db.plugins.module_utils._features import (
     configure_command,
     parse_features,
     tls_command,
@@ -289,7 +289,7 @@ def wanted_specs(params: dict) -> list[Spec]:
     """Return the specs; raise for values that no client should see."""
     if not os.path.isabs(params["prefix"]):
         raise CondaError(f"prefix: {params['prefix']!r} is not absolute; give a path that begins with / or ~")
-    for name in ("rattler_python", "package_cache"):
+    for name in ("rattler_python", "package_cache", "lease"):
         if params[name] is not None and not os.path.isabs(params[name]):
             raise CondaError(f"{name}: {params[name]!r} is not absolute; give a path that begins with / or ~")
     for channel in params["channels"]:

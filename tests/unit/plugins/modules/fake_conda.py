@@ -50,7 +50,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import rattler
-from fake_explicit import install_explicit
 from rattler.exceptions import GatewayError, InstallerError, SolverError
 from rattler.networking import AuthenticationMiddleware, Client
 
@@ -63,6 +62,8 @@ UNSATISFIABLE = {
 
 def answer(code: int = 0, **content: Any) -> NoReturn:
     print(json.dumps({"success": not code, **content}, indent=2), flush=True)
+    if os.environ.get("FAKE_CONDA_CRASH"):
+        os.abort()
     os._exit(code)
 
 
@@ -136,13 +137,15 @@ async def main(name: str, options: argparse.Namespace) -> None:
     kept = [record.name.normalized for record in installed if record.name.normalized not in asked]
     cache = Path(os.environ["CONDA_PKGS_DIRS"])
     if options.file:
+        from fake_explicit import install_explicit  # which is not at hand wherever this file is copied to
+
         records = await install_explicit(name, options.file, prefix, installed, cache, fail)
         answer(actions={"PREFIX": str(prefix), "LINK": [describe(name, record) for record in records]})
     client = Client([AuthenticationMiddleware()])
     try:
         solved = await rattler.solve(
             sources=[url_of(channel) for channel in options.channel],
-            specs=[*(rattler.MatchSpec(spec, strict=False) for spec in options.specs), *kept],
+            specs=[rattler.MatchSpec(spec) for spec in (*options.specs, *kept)],  # as text it is read more strictly
             locked_packages=installed,
             gateway=rattler.Gateway(cache_dir=cache / "cache", client=client),
             virtual_packages=rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env()),
@@ -164,8 +167,6 @@ async def main(name: str, options: argparse.Namespace) -> None:
             url = f"{options.channel[0]}/linux-64/{str(error).split()[3]}"
             words = "Conda detected a mismatch between the expected content and downloaded content\nfor url"
             fail(name, "ChecksumMismatchError", f"{words} '{url}'.\n  download saved to: {cache}")
-    if os.environ.get("FAKE_CONDA_CRASH"):
-        os.abort()
     unlinked = [package for package in old.values() if package not in new.values()]
     linked = [package for package in new.values() if package not in old.values()]
     answer(actions={"PREFIX": str(prefix), "UNLINK": unlinked, "LINK": linked}, dry_run=options.dry_run)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import parse_features
+from ansible_collections.mala.hpc_db.plugins.module_utils._features import parse_features
 
 # What pg_config --configure prints, shortened, of builds in the wild.
 CONDA_FORGE = (
