@@ -37,6 +37,7 @@ _BLAME = {
     **dict.fromkeys(("PackagesNotFoundError", "ResolvePackageNotFound", "UnsatisfiableError"), "specs"),
     **dict.fromkeys(("LibMambaUnsatisfiableError", "RattlerUnsatisfiableError"), "specs"),
     **dict.fromkeys(("ImportError", "ModuleNotFoundError"), "rattler_python"),
+    "ValidatePackageRecordsError": "lock",
 }
 _FETCHING = re.compile(
     r"failed to fetch|failed to download|download error|incorrect download|transfer finalized|https?://", re.IGNORECASE
@@ -320,6 +321,8 @@ def explain(answer: Answer, params: dict, specs: list[Spec], glibc: str) -> str:
     if answer.setting == "channels":
         named = [channel for channel in channels if channel.rstrip("/") in problem] or channels
         return f"channels: cannot read {', '.join(named)}: {problem}"
+    if answer.setting == "lock":
+        return f"lock: {problem}"
     if answer.setting == "specs":
         wanted = " ".join(spec.text for spec in specs)
         need = unmet_need(answer.problem, glibc)

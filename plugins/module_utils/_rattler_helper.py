@@ -9,11 +9,21 @@ Runs alone, in an interpreter that has rattler, and answers in one line, in the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import json
 import os
+import shutil
 import sys
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+
+class ChecksumMismatchError(Exception):
+    """A package is not what the lock file names; as conda calls it."""
 
 
 async def fulfil(request: dict) -> dict:
@@ -24,6 +34,8 @@ async def fulfil(request: dict) -> dict:
     # The one that is used otherwise neither tries again nor looks for the user's credentials.
     client = rattler.networking.Client.authenticated_client()
     installed = [rattler.PrefixRecord.from_path(path) for path in sorted(metadata.glob("*.json"))]
+    if request.get("lock"):
+        return await reproduce(request, client, installed, cache)
     solved = await rattler.solve(
         sources=request["channels"],
         specs=request["specs"],
@@ -41,14 +53,95 @@ async def fulfil(request: dict) -> dict:
             client=client,
             execute_link_scripts=False,
         )
-        for path in metadata.glob("*.json"):  # rattler's 0600 would hide the environment from other users
-            path.chmod(0o644)
-    actions = {"UNLINK": list(map(describe, installed)), "LINK": list(map(describe, solved))}
+        open_to_others(metadata)
+    return success(installed, solved)
+
+
+async def reproduce(request: dict, client: Any, installed: list, cache: Path | None) -> dict:
+    """Install just the packages of a lock file, each after a look at its checksum."""
+    import rattler
+
+    with emptied(Path(request["prefix"] + ".packages")) as folder:
+        archives = {package["url"]: await fetch(package, client, folder) for package in request["lock"]}
+        records = [record_of(package, archives[package["url"]], folder) for package in request["lock"]]
+        rattler.PackageRecord.validate(records)
+        await rattler.install(
+            records,
+            target_prefix=request["prefix"],
+            cache_dir=cache and cache / "pkgs",
+            installed_packages=installed,
+            show_progress=False,
+            execute_link_scripts=False,
+        )
+    metadata = Path(request["prefix"]) / "conda-meta"
+    urls = {archive.as_uri(): url for url, archive in archives.items()}
+    for path in metadata.glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["url"] = urls.get(content["url"], content["url"])
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    open_to_others(metadata)
+    return success(installed, records)
+
+
+@contextlib.contextmanager
+def emptied(folder: Path) -> Iterator[Path]:
+    """Make a folder that goes away in the end; one that a killed run left does so in the beginning."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+async def fetch(package: dict, client: Any, folder: Path) -> Path:
+    """Return the package's archive, which has the right checksum."""
+    from rattler.package_streaming import download_to_path
+
+    url = urllib.parse.urlparse(package["url"])
+    archive = folder / Path(url.path).name
+    try:
+        if url.scheme == "file":
+            archive = Path(urllib.request.url2pathname(url.path))
+        else:
+            await download_to_path(client, package["url"], archive)
+        content = archive.read_bytes()
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"failed to fetch {package['url']}: {error}") from error
+    found = hashlib.new(package["kind"], content).hexdigest()
+    if found != package["sum"]:
+        raise ChecksumMismatchError(
+            f"{package['url']} has the {package['kind']} {found}, but {package['sum']} is locked"
+        )
+    return archive
+
+
+def record_of(package: dict, archive: Path, folder: Path) -> Any:
+    """Describe a package by what its archive says: a channel may correct that later, and differ then."""
+    import rattler
+    from rattler.package_streaming import extract
+
+    content = folder / f"{archive.name}.content"
+    extract(archive, content)
+    about = rattler.PackageRecord.from_index_json(content / "info/index.json", **{package["kind"]: package["sum"]})
+    shutil.rmtree(content)
+    return rattler.RepoDataRecord(about, archive.name, archive.as_uri(), package["channel"])
+
+
+def open_to_others(metadata: Path) -> None:
+    for path in metadata.glob("*.json"):  # rattler's 0600 would hide the environment from other users
+        path.chmod(0o644)
+
+
+def success(installed: list, records: list) -> dict:
+    actions = {"UNLINK": list(map(describe, installed)), "LINK": list(map(describe, records))}
     return {"success": True, "actions": actions}
 
 
 def describe(record: Any) -> dict:
-    return {"dist_name": f"{record.name.normalized}-{record.version}-{record.build}"}
+    sums = {kind: sum_.hex() for kind, sum_ in (("sha256", record.sha256), ("md5", record.md5)) if sum_}
+    dist = f"{record.name.normalized}-{record.version}-{record.build}"
+    return {"dist_name": dist, "name": record.name.normalized, "url": record.url, "depends": record.depends, **sums}
 
 
 def main() -> None:

@@ -70,6 +70,24 @@ options:
     type: str
     choices: [rattler, conda]
     default: rattler
+  lock:
+    description:
+      - A lock file's text, as M(mala.hpc_db.conda_env_info) returns it. Just these packages are installed, each after
+        a look at its checksum, and nothing is solved; O(specs) are only compared with it.
+      - An environment that differs from it is refused, unless O(update=true).
+    type: str
+  update:
+    description:
+      - Whether an environment that satisfies O(specs) is brought to the newest packages that do, or to O(lock).
+      - No server may run from it meanwhile, see O(lease).
+    type: bool
+    default: false
+  lease:
+    description:
+      - The folder in which a server that runs from this environment, on whatever host, keeps its lease.
+      - An environment that is there already is not changed while somebody holds that, or has left it without
+        stopping cleanly. In turn the server does not start while C(.unfinished) is there.
+    type: path
   rattler_python:
     description:
       - The interpreter of an environment that holds py-rattler, for O(provider=rattler).
@@ -100,6 +118,7 @@ options:
     type: int
     default: 1800
 seealso:
+  - module: mala.hpc_db.conda_env_info
   - module: mala.hpc_db.python_env
 """
 
@@ -158,7 +177,10 @@ import functools
 import glob
 import inspect
 import itertools
+import json
 import os
+import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -170,7 +192,7 @@ from typing import Callable, TextIO
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils import _rattler_helper
+from ansible_collections.mala.hpc_db.plugins.module_utils import _lock, _rattler_helper
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     LOAD_FAILED,
     Answer,
@@ -216,6 +238,8 @@ Run = Callable[..., tuple[int, str, str]]
 def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
     """Bring the environment to the wanted state. ``run`` takes a command and returns its code and output."""
     specs = wanted_specs(params)
+    params = {**params, "locked": wanted_lock(params, specs)}
+    locked = params["locked"]
     prefix = Path(params["prefix"])
     marker = prefix.with_name(prefix.name + ".unfinished")
     if params["state"] == "absent":
@@ -223,8 +247,15 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
     else:
         note = note_of(marker)
         before = after = look(prefix, note)
-        if before is None or marker.exists() or not all_satisfied(before, specs):
+        if locked and before:
+            _lock.check_sums(locked, records_of(params["prefix"]))
+        if before is not None and params["update"] and not locked:
+            params = {**params, **find_program(params, run)}
+            specs = newest(params, run, specs, before)
+        if before is None or marker.exists() or not is_wanted(before, specs, locked):
             specs = keep_major(specs, postgresql_of(before, note))
+            if before is not None:
+                check_change(params, before)
             params = {**params, **find_program(params, run)}
             if check_mode:
                 after = plan(params, run, specs, before)
@@ -258,7 +289,7 @@ def wanted_specs(params: dict) -> list[Spec]:
     """Return the specs; raise for values that no client should see."""
     if not os.path.isabs(params["prefix"]):
         raise CondaError(f"prefix: {params['prefix']!r} is not absolute; give a path that begins with / or ~")
-    for name in ("rattler_python", "package_cache"):
+    for name in ("rattler_python", "package_cache", "lease"):
         if params[name] is not None and not os.path.isabs(params[name]):
             raise CondaError(f"{name}: {params[name]!r} is not absolute; give a path that begins with / or ~")
     for channel in params["channels"]:
@@ -273,6 +304,73 @@ def wanted_specs(params: dict) -> list[Spec]:
     if params["state"] == "present" and not specs:
         raise CondaError("specs: none are given; name at least one package")
     return specs
+
+
+def wanted_lock(params: dict, specs: list[Spec]) -> list[_lock.Locked]:
+    """Return the packages of the lock file, if one is given; raise if it does not fit this machine or the specs."""
+    if not params["lock"]:
+        return []
+    locked = _lock.parse_lock(params["lock"], _lock.platform_of(platform.system(), platform.machine()))
+    _lock.check_specs(locked, specs)
+    return locked
+
+
+def is_wanted(packages: Packages, specs: list[Spec], locked: list[_lock.Locked]) -> bool:
+    if locked:
+        return set(packages.values()) == {each.package for each in locked}
+    return all_satisfied(packages, specs)
+
+
+def check_change(params: dict, before: Packages) -> None:
+    """Raise if an environment that is there is not to be changed, or cannot be brought to the lock file."""
+    check_lease(params["lease"])
+    if not params["locked"]:
+        return
+    prefix = params["prefix"]
+    differs = difference(before, {each.package.name: each.package for each in params["locked"]})
+    if not params["update"]:
+        held, wanted = (", ".join(map(" ".join, side.items())) or "nothing else" for side in differs.values())
+        raise CondaError(
+            f"lock: it differs from {prefix}, which has {held} instead of {wanted}; "
+            "an update brings it there (playbooks/update.yml)"
+        )
+    others = sorted(set(before) - {each.package.name for each in params["locked"]})
+    if others and params["provider"] == "conda":
+        raise CondaError(
+            f"lock: it has no {', '.join(others)}, which {prefix} has, and no client of conda's removes packages for "
+            "a lock file; remove the environment by state=absent and install it again, or take provider rattler"
+        )
+
+
+def check_lease(folder: str | None) -> None:
+    """Raise if a server holds the lease, or has left it without a word."""
+    names = os.listdir(folder) if folder and os.path.isdir(folder) else []
+    epochs = [int(name[6:]) for name in names if re.fullmatch(r"lease\.\d+", name)]
+    if not epochs or f"released.{max(epochs)}" in names:
+        return
+    holder = {}
+    with suppress(OSError, ValueError):  # it may be released, or taken, just now
+        holder = json.loads(Path(folder or "", f"lease.{max(epochs)}").read_text(encoding="utf-8"))
+    what = f"job {holder['job']}" if holder.get("job") else "a server"
+    raise CondaError(
+        f"lease: {what} on {holder.get('host', 'some host')} runs from the environment, or has not stopped cleanly; "
+        "stop it (playbooks/stop.yml), and if it was killed, host it once more before (playbooks/hpc_db.yml)"
+    )
+
+
+def records_of(prefix: str) -> list[dict]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in Path(prefix).glob("conda-meta/*.json")]
+
+
+def newest(params: dict, run: Run, specs: list[Spec], before: Packages) -> list[Spec]:
+    """Return the newest packages that satisfy the specs, exactly; no older PostgreSQL, and none of another major."""
+    version = postgresql_of(before, "")
+    floor = [parse_spec(f"postgresql>={version}")] if version else []
+    solved = plan(params, run, [*keep_major(specs, version), *floor], None)
+    return [
+        Spec(f"{name}={package.version}={package.build}", name, (("==", package.version),), package.build)
+        for name, package in solved.items()
+    ]
 
 
 def note_of(marker: Path) -> str:
@@ -335,6 +433,8 @@ def keep_major(specs: list[Spec], version: str) -> list[Spec]:
 
 def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> Packages:
     """Return what would be installed, and leave nothing behind."""
+    if params["locked"]:
+        return {each.package.name: each.package for each in params["locked"]}
     with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
         harmless = dict(params)
         if before is None:  # not even a dry "create" gets to see the true prefix
@@ -359,21 +459,23 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
     with alone_at(marker, params["timeout"]) as note:
         left = note.read()
         before = look(prefix, left)  # again, since another run may have ended just now
-        if before is not None and not left and all_satisfied(before, specs):
+        if before is not None and not left and is_wanted(before, specs, params["locked"]):
             return before, before
         version = postgresql_of(before, left)
         specs = keep_major(specs, version)
+        if before is not None:
+            check_lease(params["lease"])  # again: only from now on no server starts any more
         rewrite(note, MAKING if before is None else f"{CHANGING} {version}")
         if before is None:
             clear(prefix, left)
         answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),))
         after = look(prefix, "")
-        if not answer.problem and after is not None and all_satisfied(after, specs):
+        if not answer.problem and after is not None and is_wanted(after, specs, params["locked"]):
             rewrite(note, "")
             return before, after
         if before is None:
             clear(prefix, MAKING)
-        if before is None or answer.setting == "specs":
+        if before is None or answer.setting in ("specs", "lock"):
             rewrite(note, "")  # nothing half-done is left
         lacking = Answer({}, "provider", f"it ended well, but {prefix} lacks what it should have")
         raise CondaError(explain(answer if answer.problem else lacking, params, specs, glibc_version()))
@@ -462,27 +564,44 @@ def ask(
     keep_open: tuple[int, ...] = (),
 ) -> Answer:
     """Have a client install the packages, or say what it would; it alone needs internet and time."""
-    prefix, channels, cache = params["prefix"], params["channels"], params["package_cache"]
-    if params["provider"] == "rattler":
-        source, python = inspect.getsource(_rattler_helper), params["rattler_python"]
-        command = rattler_command(python, source, prefix, channels, specs, before or {}, dry_run, cache)
-    else:
-        command = conda_command(params["client"], before is None, prefix, channels, specs, dry_run)
+    channels = sorted({each.channel for each in params["locked"]}) or params["channels"]
     latest = time.monotonic() + params["timeout"]
     attempts = 0
-    for pause in (*PAUSES, params["timeout"]):
-        seconds = max(1, round(latest - time.monotonic()))
-        code, stdout, stderr = run(clean_command(command, seconds, cache), pass_fds=keep_open)
-        answer = parse_answer(code, stdout, stderr, before or {}, params["provider"])
-        attempts += 1
-        if not may_pass(answer, channels) or time.monotonic() + pause >= latest:
-            break
-        if before is None and not dry_run:
-            clear(Path(prefix), MAKING)  # no client gets to "create" over what the last attempt has left
-        time.sleep(pause)
+    with tempfile.NamedTemporaryFile("w", prefix="conda_env-", suffix=".txt", encoding="utf-8") as lock_file:
+        lock_file.write(params["lock"] or "")
+        lock_file.flush()
+        command = client_command(params, specs, before, dry_run, lock_file.name)
+        for pause in (*PAUSES, params["timeout"]):
+            seconds = max(1, round(latest - time.monotonic()))
+            code, stdout, stderr = run(clean_command(command, seconds, params["package_cache"]), pass_fds=keep_open)
+            answer = parse_answer(code, stdout, stderr, before or {}, params["provider"])
+            attempts += 1
+            if not may_pass(answer, channels) or time.monotonic() + pause >= latest:
+                break
+            if before is None and not dry_run:
+                clear(Path(params["prefix"]), MAKING)  # no client gets to "create" over what the last attempt has left
+            time.sleep(pause)
+    if params["locked"] and answer.setting in ("channels", "specs"):
+        answer = answer._replace(setting="lock")  # which alone names what is fetched
     if answer.problem and attempts > 1:
         return answer._replace(problem=f"tried {attempts} times: {answer.problem}")
     return answer
+
+
+def client_command(
+    params: dict, specs: list[Spec], before: Packages | None, dry_run: bool, lock_file: str
+) -> list[str]:
+    """Return the client's call, for the lock file if there is one."""
+    prefix, channels, cache, locked = (params[name] for name in ("prefix", "channels", "package_cache", "locked"))
+    if params["provider"] == "conda":
+        client, create = params["client"], before is None
+        if locked:
+            return _lock.install_command(client, create, prefix, lock_file)
+        return conda_command(client, create, prefix, channels, specs, dry_run)
+    source, python = inspect.getsource(_rattler_helper), params["rattler_python"]
+    if locked:
+        return _lock.rattler_command(python, source, prefix, locked, cache)
+    return rattler_command(python, source, prefix, channels, specs, before or {}, dry_run, cache)
 
 
 def glibc_version() -> str:
@@ -532,6 +651,9 @@ def main() -> None:
             "channels": {"type": "list", "elements": "str", "default": ["conda-forge"]},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "provider": {"type": "str", "choices": ["rattler", "conda"], "default": "rattler"},
+            "lock": {"type": "str"},
+            "update": {"type": "bool", "default": False},
+            "lease": {"type": "path"},
             "rattler_python": {"type": "path"},
             "client": {"type": "path"},
             "module_load": {"type": "str"},

@@ -36,6 +36,11 @@ MODULES: dict[str, dict[str, Any]] = {
     "conda_env rattler": {
         "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "rattler_python": "FOLDER/bin/python",
     },
+    "conda_env lock": {
+        "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "lease": "FOLDER/root", "lock":
+        "@EXPLICIT\nfile:///c/noarch/postgresql-17.2-0.conda#sha256:" + 64 * "a", "rattler_python": "FOLDER/bin/python",
+    },
+    "conda_env_info": {"prefix": "FOLDER/new/prefix"},
     "data_directory": {"path": "FOLDER/new/17", "bindir": "FOLDER/bin"},
     "hosting_job": {
         **JOB, "script": "FOLDER/root/host/job.sh", "output": "FOLDER/root/log/job.log",

@@ -126,6 +126,16 @@ def test_start_that_fails_says_why(deaf, psql, message, make, tmp_path):
     assert beats or deaf  # the lease is renewed meanwhile
 
 
+def test_programs_that_are_being_updated_are_not_started(make, tmp_path):
+    postgres = make(bindir=str(tmp_path / "postgresql-17" / "bin"))
+    (tmp_path / "postgresql-17.unfinished").touch()
+
+    with pytest.raises(Failed, match="PostgreSQL in .*/postgresql-17 is being installed or updated, or"):
+        postgres.start()
+
+    assert not (tmp_path / "called.json").exists()
+
+
 @pytest.mark.parametrize("deaf, clean", [("", True), ("SIGINT", False)])
 def test_stop_is_clean_only_if_fast(deaf, clean, make, tmp_path):
     postgres = make(deaf)

@@ -58,6 +58,7 @@ class Postgres:
 
     def start(self) -> None:
         """Start postgres; ``wait_for_write`` tells whether it came up."""
+        self._check_programs()
         self._disarm_pid_file()
         parameters = dict(self._parameters, port=str(self.port), unix_socket_directories=self.socket)
         command = [self._program("postgres"), "-c", "config_file=%s" % self._settings["config"]]
@@ -72,6 +73,15 @@ class Postgres:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _check_programs(self) -> None:
+        """Raise Failed while the programs are installed or updated, which waits for the end of our lease in turn."""
+        prefix = os.path.dirname(self._settings["bindir"])
+        if os.path.exists(prefix + ".unfinished"):
+            raise Failed(
+                "PostgreSQL in %s is being installed or updated, or that was interrupted: run the playbook hpc_db.yml "
+                "once more" % prefix
+            )
 
     def wait_for_write(self, patience: float) -> None:
         """Wait until a write succeeds: crash recovery may take a while; raise Failed if postgres ends."""

@@ -136,6 +136,11 @@ async def main(name: str, options: argparse.Namespace) -> None:
     asked = {spec.partition("=")[0].partition(">")[0] for spec in options.specs}
     kept = [record.name.normalized for record in installed if record.name.normalized not in asked]
     cache = Path(os.environ["CONDA_PKGS_DIRS"])
+    if options.file:
+        from fake_explicit import install_explicit  # which is not at hand wherever this file is copied to
+
+        records = await install_explicit(name, options.file, prefix, installed, cache, fail)
+        answer(actions={"PREFIX": str(prefix), "LINK": [describe(name, record) for record in records]})
     client = Client([AuthenticationMiddleware()])
     try:
         solved = await rattler.solve(
@@ -171,10 +176,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=["conda", "mamba", "micromamba"])
     parser.add_argument("verb", choices=["create", "install"])
-    for flag in ("-y", "-q", "--json", "--override-channels"):
+    for flag in ("-y", "-q", "--json"):
         parser.add_argument(flag, action="store_true", required=True)
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("-c", dest="channel", action="append", required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--override-channels", action="store_true")
+    source.add_argument("--file")
+    parser.add_argument("-c", dest="channel", action="append")
     parser.add_argument("-p", dest="prefix", required=True)
     parser.add_argument("specs", nargs="*")
     arguments = parser.parse_intermixed_args()

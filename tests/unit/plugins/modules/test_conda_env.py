@@ -60,11 +60,16 @@ class FakeClient:
             return 0, "'--prefix=/p' '--with-gssapi'\n", ""
         if words[1] == "-I":
             request = json.loads(words[-1])
-            parts = (spec.replace(" *", "").partition(" ") for spec in request["specs"])
-            specs = [name + ("=" * version[:1].isdigit()) + version for name, _space, version in parts]
+            if "lock" in request:
+                return self.install_locked("fulfil", Path(request["prefix"]), [each["url"] for each in request["lock"]])
+            parts = (spec.replace(" *", "").split(" ") for spec in request["specs"])
+            specs = [name + "=".join("=" * word[:1].isdigit() + word for word in words) for name, *words in parts]
             verb, prefix, dry_run = "fulfil", Path(request["prefix"]), request["dry_run"]
         else:
             at = words.index("-p") + 1
+            if "--file" in words:
+                lines = Path(words[-1]).read_text().splitlines()
+                return self.install_locked(words[1], Path(words[at]), lines[lines.index("@EXPLICIT") + 1 :])
             verb, prefix, specs, dry_run = words[1], Path(words[at]), words[at + 1 :], "--dry-run" in words
         self.calls.append(f"{verb} --dry-run" if dry_run else verb)
         return self.install(verb, prefix, specs, dry_run)
@@ -96,6 +101,27 @@ class FakeClient:
         if self.fate == DIED:
             return -11, json.dumps({"success": True}), "Segmentation fault"
         return 0, json.dumps({"success": True, "actions": {"LINK": links}}), ""
+
+
+    def install_locked(self, verb: str, prefix: Path, urls: list[str]) -> tuple[int, str, str]:
+        self.calls.append(f"{verb} --file")
+        if self.outages:
+            self.outages -= 1
+            return 1, json.dumps({"exception_name": "CondaHTTPError", "message": self.outage}), ""
+        if verb == "create" and prefix.exists():
+            shutil.rmtree(prefix)
+        if verb == "fulfil":  # alone among the clients it removes what the list does not name
+            shutil.rmtree(prefix / "conda-meta", ignore_errors=True)
+        names = [url.rpartition("/")[2].split("-") for url in urls]
+        for name, version, _build in names:
+            write_record(prefix, name, version)
+        return 0, json.dumps({"success": True, "actions": {}}), ""
+
+
+def lock_of(packages: dict[str, str]) -> str:
+    channel = "https://host/conda-forge/noarch"
+    lines = [f"{channel}/{name}-{version}-h_0.conda#sha256:{'a' * 64}\n" for name, version in packages.items()]
+    return "@EXPLICIT\n" + "".join(lines)
 
 
 def write_record(prefix: Path, name: str, version: str) -> None:
@@ -148,6 +174,9 @@ def params_for(prefix: Path, **others: object) -> dict:
         "client": sys.executable,
         "module_load": None,
         "package_cache": None,
+        "lock": None,
+        "update": False,
+        "lease": None,
         "timeout": 60,
         **others,
     }
@@ -583,3 +612,121 @@ def test_no_client(
         ensure_env(params, client, False)
 
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize(
+    ("before", "arguments", "after"),
+    [
+        (OLD, {"update": True}, NEW),  # and not 18.6
+        (NEW, {"update": True}, NEW),
+        (OLD, {"update": True, "specs": ["postgresql=17.2"]}, OLD),
+        (None, {"update": True}, NEW),
+        (None, {"lock": lock_of(OLD)}, OLD),
+        (OLD, {"lock": lock_of(OLD)}, OLD),
+        (NEW, {"lock": lock_of(OLD), "update": True}, OLD),
+        (OLD, {"lock": lock_of(OLD), "update": True}, OLD),
+    ],
+)
+def test_update_and_lock_file(
+    prefix: Path, client: FakeClient, provider: str, before: dict | None, arguments: dict, after: dict, check_mode: bool
+) -> None:
+    if before:
+        make_env(prefix, before)
+    params = params_for(prefix, provider=provider, **arguments)
+    found = content(prefix)
+
+    result = ensure_env(params, client, check_mode)
+
+    assert (result["changed"], result["packages"]) == (before != after, after)
+    if check_mode:
+        assert content(prefix) == found
+    else:
+        assert ensure_env(params, client, False)["changed"] is False
+        assert ("keep" in content(prefix)) is bool(before)
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize(
+    ("before", "arguments", "says"),
+    [
+        (OLD, {"lock": lock_of(NEW)}, "lock: it differs from .*, which has libpq 17.2 h_0.* instead of libpq 17.10"),
+        (OLD, {"lock": lock_of({"libpq": "18.6"}), "update": True}, "lock: it holds no postgresql, but postgresql=17"),
+        ({**OLD, "tzdata": "1"}, {"lock": lock_of(NEW), "update": True}, "lock: it has no tzdata, which .*-17 has"),
+        (NEW, {"update": True, "specs": ["postgresql=18"]}, "would replace the installed PostgreSQL 17.10 by an"),
+        (NEW, {"update": True, "specs": ["postgresql=17.2"]}, "specs: nothing in .*=17.2 .*postgresql>=17.10"),
+    ],
+)
+def test_update_or_lock_file_that_is_refused(
+    prefix: Path, client: FakeClient, before: dict[str, str], arguments: dict, says: str, check_mode: bool
+) -> None:
+    make_env(prefix, before)
+    found = content(prefix.parent)
+
+    with pytest.raises(CondaError, match=says):
+        ensure_env(params_for(prefix, provider="conda", **arguments), client, check_mode)
+
+    assert content(prefix.parent) == found
+
+
+def test_rattler_removes_what_the_lock_file_does_not_name(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, {**OLD, "tzdata": "1"})
+
+    assert ensure_env(params_for(prefix, lock=lock_of(NEW), update=True), client, False)["packages"] == NEW
+
+
+def test_lock_file_that_cannot_be_fetched_is_tried_again(
+    prefix: Path, client: FakeClient, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conda_env.time, "sleep", lambda seconds: None)
+    client.outages = 3
+
+    with pytest.raises(CondaError, match="lock: tried 3 times: HTTP 503 SERVICE UNAVAIL"):
+        ensure_env(params_for(prefix, provider=provider, lock=lock_of(OLD), channels=["file:///c"]), client, False)
+
+    assert os.listdir(prefix.parent) == []
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, None),
+        ({"lease.1": {"job": "7", "host": "c1"}, "released.1": {}}, None),
+        ({"lease.1": {"job": "7", "host": "c1"}, "released.1": {}, "lease.2": {"job": "8", "host": "c2"}}, "job 8"),
+        ({"lease.9": {"job": "9", "host": "c1"}, "lease.10": {"job": "", "host": "login"}}, "a server on login"),
+    ],
+)
+def test_no_change_under_a_server(
+    prefix: Path, tmp_path: Path, client: FakeClient, files: dict, says: str | None, check_mode: bool
+) -> None:
+    make_env(prefix, OLD)
+    (tmp_path / "run").mkdir()
+    for name, held in files.items():
+        (tmp_path / "run" / name).write_text(json.dumps(held))
+    params = params_for(prefix, update=True, lease=str(tmp_path / "run"))
+
+    if says is None:
+        assert ensure_env(params, client, check_mode)["packages"] == NEW
+    else:
+        with pytest.raises(CondaError, match=f"lease: {says} .*runs from the environment, or has not stopped cleanly"):
+            ensure_env(params, client, check_mode)
+        assert ensure_env({**params, "update": False}, client, check_mode)["packages"] == OLD
+        shutil.rmtree(prefix)
+        assert ensure_env(params, client, check_mode)["changed"]
+
+
+def test_no_change_under_a_server_that_starts_meanwhile(prefix: Path, tmp_path: Path, client: FakeClient) -> None:
+    make_env(prefix, OLD)
+    found = content(prefix)
+    (tmp_path / "run").mkdir()
+
+    def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        (tmp_path / "run/lease.1").write_text('{"job": "7", "host": "c1"}')
+        return client(command, pass_fds)
+
+    with pytest.raises(CondaError, match="lease: job 7 on c1"):
+        ensure_env(params_for(prefix, update=True, lease=str(tmp_path / "run")), run, False)
+
+    assert content(prefix) == found
+    assert client.calls == ["fulfil --dry-run"] and os.listdir(prefix.parent) == [prefix.name]
