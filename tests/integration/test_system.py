@@ -30,12 +30,6 @@ printf '#%%Module\nprepend-path PATH {bindir}\nprepend-path LD_LIBRARY_PATH /opt
 
 
 @pytest.fixture(scope="module")
-def bindir() -> Path:
-    """Debian's newest, or Ubuntu's."""
-    return max(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3])).parent
-
-
-@pytest.fixture(scope="module")
 def settings(bindir: Path) -> dict:
     return {
         "postgres_provider": "system", "postgres_major": int(bindir.parts[-2]), "postgres_bindir": str(bindir),
