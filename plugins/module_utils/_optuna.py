@@ -105,7 +105,7 @@ def mismatch(database: str, schema: Schema, optuna: Optuna) -> str:
 
 def clock_warnings(database: str, clocks: list[tuple], optuna: Optuna) -> list[str]:
     """Return what the rows of CLOCKS say about workers whose clocks cannot be compared."""
-    mixed = "do not mix Optuna 4, which writes local time, with Optuna 5, which writes UTC, or time zones in one study"
+    mixed = "one study must not have workers with Optuna before 5 (local time) and 5 (UTC), nor several time zones"
     told = []
     for study, ahead, steps, all_steps in clocks:
         where = f"study {study} in database {database}"
@@ -113,7 +113,7 @@ def clock_warnings(database: str, clocks: list[tuple], optuna: Optuna) -> list[s
             told.append(f"{where}: {steps} trials began some half hours before the trial before them; {mixed}")
         elif ahead > AHEAD_SECONDS and int(optuna.version.partition(".")[0]) >= 5:
             told.append(
-                f"{where}: a trial's time is {ahead / 3600:.1f} h ahead of UTC, as Optuna 4 writes it, but the "
+                f"{where}: a trial's time is {ahead / 3600:.1f} h ahead of UTC, as Optuna before 5 writes it, but the "
                 f"installed Optuna is {optuna.version}; {mixed}"
             )
     return told

@@ -57,6 +57,12 @@ settings.update(root=sys.argv[1], databases=["studies"], dump_minutes=0, dump_ke
 dumps = Dumps(settings, types.SimpleNamespace(**json.load(open("../run/endpoint.json"))))
 print(dumps.now(float(sys.argv[2]), lambda: None), dumps.told)
 """
+# A worker that is idle.
+HOLD = """
+"$bin/psql" "service={0} dbname=older" -c 'SELECT pg_sleep(600)' > ../log/held 2>&1 &
+until psql -c 'SELECT query FROM pg_stat_activity' | grep -q '(600)'
+do kill -0 $! || {{ cat ../log/held >&2; exit 1; }}; sleep 0.05; done
+"""
 LOCK = """
 psql -c 'BEGIN; LOCK TABLE trials; SELECT pg_sleep(60)' > /dev/null 2>&1 &
 until [ "$(psql -c "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")" = 1 ]; do sleep 0.05; done
@@ -274,15 +280,12 @@ def test_older_schema_is_named_and_upgraded_on_request_after_a_dump(studies: Stu
     before, dumps = older(TRIALS), studies.dumps()
 
     named = studies.play("hpc_db", **studies.settings)
-    studies.shell(
-        f"psql -d 'service={FIRST} dbname=older' -c 'SELECT pg_sleep(600)' > /dev/null 2>&1 &\n"
-        "until psql -c 'SELECT query FROM pg_stat_activity' | grep -q 600; do sleep 0.05; done"
-    )
+    studies.shell(HOLD.format(FIRST))
     refused = studies.schema(new, upgrade=True)
     older("SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE query LIKE '%(600)'")
 
     must = r"database older: Optuna's schema v3\.0\.0\.d there was made by Optuna 3\.1\.1, but the installed Optuna \S+"
-    assert re.search(rf"^\[WARNING\]: {must} needs v3\.2\.0\.a: set databases_upgrade_schema to true", named, re.M), named
+    assert re.search(rf"^\[WARNING\]: {must} needs v3\.2\.0\.a: set databases_upgrade_schema", named, re.M), named
     assert "databases_upgrade_schema: 1 connections to the database older are open; end its workers first" in refused
     assert (older(TRIALS), studies.dumps()) == (before, dumps)
 
