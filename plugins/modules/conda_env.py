@@ -215,7 +215,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     rattler_command,
     search_command,
 )
-from ansible_collections.mala.hpc_db.plugins.module_utils._features import (
+from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import (
     configure_command,
     parse_features,
     tls_command,
@@ -278,10 +278,10 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
 def features_of(bindir: str, run: Run, version: str) -> list[str]:
     """Return what the PostgreSQL there was built with; raise if it does not even start."""
     with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
-        code, tls_library, stderr = run(clean_command(tls_command(bindir, scratch), 60, None))
+        code, tls_library, stderr = run(clean_command(tls_command(bindir, "", scratch), 60, None))
     if code:
         raise CondaError(f"prefix: {bindir}/postgres does not run on this host: {' '.join(stderr.split())}")
-    code, configure, stderr = run(clean_command(configure_command(bindir), 60, None))
+    code, configure, stderr = run(clean_command(configure_command(bindir, ""), 60, None))
     return parse_features("" if code else configure, tls_library, int(major_of(version)))
 
 

@@ -160,3 +160,44 @@ def test_rule_without_a_password_is_allowed_and_named(here: Target) -> None:
     assert played.returncode == 0, played.stdout
     assert len(re.findall(r"^postgres_hba_rules: host all all 0.0.0.0/0 trust: whoever can reach", played.stdout,
                           re.MULTILINE)) == 1
+
+
+def test_unfit_programs_are_refused_before_anything_changes(
+    here: Target, bindir: Path, tmp_path: Path
+) -> None:
+    """One host a case, in one play."""
+    home = here.run("cd; pwd -P")
+    here.run(f"mkdir ~/bin; ln -s {bindir}/[!i]* ~/bin")
+    major = int(bindir.parts[-2])
+    settings = {
+        "postgres_provider": "system", "postgres_major": major, "postgres_bindir": str(bindir), "postgres_tls": True,
+    }
+    given = {
+        "missing": ({"postgres_bindir": "/nowhere"}, r"postgres_bindir: /nowhere has no program postgres, initdb, "),
+        "incomplete": ({"postgres_bindir": f"{home}/bin"}, rf"postgres_bindir: {home}/bin has no program initdb; it "),
+        "major": ({"postgres_major": 14}, rf"postgres_major: 14 is not allowed; {bindir} holds .*, so set {major}"),
+        "ancient": ({"postgres_major": 9}, "postgres_major: 9 is not allowed; 14 or newer"),
+        "relative": ({"postgres_bindir": "bin"}, "postgres_bindir: 'bin' is not absolute"),
+        "nothing": ({"postgres_bindir": ""}, "postgres_bindir: neither it nor postgres_module_load says where"),
+        "no_module": ({"postgres_bindir": "", "postgres_module_load": "module load PostgreSQL/0"},
+                      "postgres_module_load: 'module load PostgreSQL/0' failed in a login shell: .*PostgreSQL/0"),
+        "other": ({"postgres_bindir": "", "postgres_module_load": "PATH=/usr/bin:/bin"},
+                  "postgres_module_load: '.*' brings no program postgres onto the PATH; set postgres_bindir"),
+        "conda": ({"postgres_python_provider": "conda"}, "postgres_python_provider: conda with .* no conda packages"),
+    }
+    hosts = {
+        name: {**here.variables, "ansible_connection": "local", **settings, **changes}
+        for name, (changes, _says) in given.items()
+    }
+    inventory = tmp_path / "hosts.json"
+    inventory.write_text(json.dumps({"hpc_db": {"hosts": hosts}}))
+    before = here.files()
+
+    played = here.play("hpc_db", None, f"--inventory={inventory}", f"--limit={','.join(given)}", "--forks=9")
+
+    for name, (_changes, says) in given.items():
+        said = re.findall(rf"^(?:fatal|failed): \[{name}\].*(?:\n .*)*", played.stdout, re.MULTILINE)
+        assert len(said) == 1, played.stdout
+        assert re.search(says, " ".join(said[0].replace("''", "'").split())), said
+        assert re.search(rf"^{name} .* changed=0 .* failed=1 ", played.stdout, re.MULTILINE)
+    assert here.files() == before

@@ -52,6 +52,7 @@ MODULES: dict[str, dict[str, Any]] = {
         "files": [{"path": "conf/a", "content": "a", "mode": "0600", "validate": ["FOLDER/bin/postgres", "{file}"]}],
     },
     "optuna_study": {**SERVER, "database": "mala", "studies": [{"name": "beryllium"}]},
+    "postgres_info": {"bindir": "FOLDER/bin"},
     "python_env": {
         "path": "FOLDER/new/python", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"],
         "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels",

@@ -69,6 +69,7 @@ def host(tmp_path, monkeypatch):
     }
     (tmp_path / "host" / "settings.json").write_text(json.dumps(settings))
     monkeypatch.setattr(program, "Postgres", FakePostgres)
+    monkeypatch.setattr(program, "check_programs", lambda _settings: None)
     monkeypatch.setattr(time, "sleep", lambda _seconds: None)
     monkeypatch.setattr(socket, "getaddrinfo", lambda _name, _port: [])
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -294,3 +295,15 @@ def test_instance_serves_again_after_a_reboot(host, monkeypatch):
 
     assert host.run("serve", "--lease-patience", "5") == 0
     assert host.state()[0] == "ended"
+
+
+def test_node_that_cannot_run_postgres_is_told_once(host, monkeypatch):
+    settings = json.loads((host.root / "host" / "settings.json").read_text())
+    (host.root / "host" / "settings.json").write_text(json.dumps({**settings, "restarts": 5}))
+    monkeypatch.setattr(program, "check_programs", lambda _settings: raise_(Failed("postgres does not run on c1: no")))
+
+    assert host.run("serve") == 1
+
+    assert host.events == []
+    assert host.state() == ("failed", "postgres does not run on c1: no")
+    assert host.lease().holder() is None

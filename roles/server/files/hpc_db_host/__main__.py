@@ -20,7 +20,7 @@ from . import endpoint, files, scheduler
 from .dumps import Dumps
 from .health import Health, Repeat, space
 from .lease import DEFAULT_TTL, Held, Lease, Lost
-from .postgres import STOP_SIGNALS, Failed, Postgres
+from .postgres import STOP_SIGNALS, Failed, Postgres, check_programs
 from .scheduler import Queue
 
 SERVING = "it accepts writes"
@@ -110,6 +110,7 @@ class Host:
         """Start postgres again when it has died, but not for ever: what kills it may do so each time."""
         limit = 0 if self.bootstrap else int(self.settings.get("restarts", 5))
         deaths = []  # type: List[float]
+        check_programs(self.settings)
         while True:
             try:
                 self._serve_once(lease, lifetime)

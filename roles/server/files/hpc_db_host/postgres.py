@@ -24,6 +24,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # sockaddr_un holds 108 bytes with the final NUL; PostgreSQL adds "/.s.PGSQL.65535".
 LONGEST_SOCKET_FOLDER = 107 - len("/.s.PGSQL.65535")
 
+# What runs in the job, on a node that may differ from the one where it was installed.
+PROGRAMS = ("postgres", "psql", "pg_dump", "pg_restore")
 
 # A write that goes to the WAL and is flushed like any commit, and needs no table of ours.
 PROBE = """
@@ -185,6 +187,29 @@ class Postgres:
 
     def _program(self, name: str) -> str:
         return os.path.join(self._settings["bindir"], name)
+
+
+def check_programs(settings: dict) -> None:
+    """Raise Failed unless each of PostgreSQL's programs runs on this node, in the data directory's major version."""
+    with open(os.path.join(settings["data"], "PG_VERSION")) as stream:
+        wanted = stream.read().strip()
+    for program in PROGRAMS:
+        command = [os.path.join(settings["bindir"], program), "--version"]
+        try:
+            done = subprocess.run(
+                command, env=_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                timeout=60, check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Failed("%s does not run on %s: %s" % (program, socket.gethostname(), error)) from None
+        said = " ".join(done.stdout.decode("utf-8", "replace").split())
+        if done.returncode:
+            words = said or "exit code %d" % done.returncode
+            raise Failed("%s does not run on %s: %s" % (program, socket.gethostname(), words))
+        major = re.search(r"\(PostgreSQL\) (\d+)", said)
+        if not major or major.group(1) != wanted:
+            raise Failed("%s on %s is %s, but %s was made by PostgreSQL %s" % (
+                command[0], socket.gethostname(), said, settings["data"], wanted))
 
 
 def _end(child: "subprocess.Popen[bytes]", patience: float) -> bool:
