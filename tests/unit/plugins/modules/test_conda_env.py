@@ -49,7 +49,7 @@ class FakeClient:
 
     def __call__(self, command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
         words = command[command.index("env") + 1 :]
-        while words[0] == "-u" or "=" in words[0]:
+        while words[0] in ("env", "-u") or "=" in words[0]:
             words = words[2:] if words[0] == "-u" else words[1:]
         if words[0] == "bash":
             self.calls.append("login")
