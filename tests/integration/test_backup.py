@@ -154,7 +154,8 @@ def settings(bindir: Path, open_folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def studies(here: Target, settings: dict) -> Studies:
+def studies(settings: dict, here: Target) -> Studies:
+    # The folder of the settings is made first, so that the server ends before its programs go.
     studies = Studies(here, FIRST, {**settings, "databases_studies": [{"name": "studies"}, {"name": "older"}]})
     studies.work(20)
     return studies
@@ -198,7 +199,7 @@ def test_newest_dump_brings_back_what_was_there(studies: Studies, fetched: Path)
 
 
 def test_fetched_dump_brings_the_study_to_another_instance(
-    here: Target, settings: dict, studies: Studies, fetched: Path
+    studies: Studies, here: Target, settings: dict, fetched: Path
 ) -> None:
     # What is installed is the same for both.
     here.run(f"cd ~/hpc_db; mkdir -m 700 {SECOND} {SECOND}/run; ln -s ../{FIRST}/python {SECOND}")
