@@ -280,13 +280,14 @@ def test_older_schema_is_named_and_upgraded_on_request_after_a_dump(studies: Stu
     studies.target.run(f"{{ {mixed[0]} }} & {mixed[1]} wait $!")
     before, dumps = older(TRIALS), studies.dumps()
 
-    named = studies.play("hpc_db", **studies.settings)
+    named = studies.schema(new)
     studies.shell(HOLD.format(FIRST))
     refused = studies.schema(new, upgrade=True)
     older("SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE query LIKE '%(600)'")
 
     must = r"database older: Optuna's schema v3\.0\.0\.d there was made by Optuna 3\.1\.1, but the installed Optuna \S+"
-    assert re.search(rf"^\[WARNING\]: {must} needs v3\.2\.0\.a: set databases_upgrade_schema", named, re.M), named
+    assert re.search(rf"\[WARNING\]: {must} needs v3\.2\.0\.a: set databases_upgrade_schema", named), named
+    assert re.search(r"localhost \| SUCCESS .*\"changed\": false", named), named
     assert "databases_upgrade_schema: 1 connections to the database older are open; end its workers first" in refused
     assert (older(TRIALS), studies.dumps()) == (before, dumps)
 
