@@ -163,18 +163,27 @@ def test_rule_without_a_password_is_allowed_and_named(here: Target) -> None:
 
 
 def test_unfit_programs_are_refused_before_anything_changes(
-    here: Target, bindir: Path, tmp_path: Path
+    here: Target, bindir: Path, open_folder: Path, tmp_path: Path
 ) -> None:
     """One host a case, in one play."""
-    home = here.run("cd; pwd -P")
-    here.run(f"mkdir ~/bin; ln -s {bindir}/[!i]* ~/bin")
+    incomplete, no_tls = open_folder / "incomplete", open_folder / "no_tls"
+    for folder, left_out in ((incomplete, "initdb"), (no_tls, "postgres")):
+        folder.mkdir()
+        for program in bindir.iterdir():
+            if program.name != left_out:
+                (folder / program.name).symlink_to(program)
+    # Debian's has TLS, so this is as if it had not.
+    (no_tls / "postgres").write_text(f'#!/bin/sh\ncase "$*" in *ssl=on) exit 1; esac\nexec {bindir}/postgres "$@"\n')
+    (no_tls / "postgres").chmod(0o755)
     major = int(bindir.parts[-2])
     settings = {
         "postgres_provider": "system", "postgres_major": major, "postgres_bindir": str(bindir), "postgres_tls": True,
     }
     given = {
         "missing": ({"postgres_bindir": "/nowhere"}, r"postgres_bindir: /nowhere has no program postgres, initdb, "),
-        "incomplete": ({"postgres_bindir": f"{home}/bin"}, rf"postgres_bindir: {home}/bin has no program initdb; it "),
+        "incomplete": ({"postgres_bindir": str(incomplete)}, f"postgres_bindir: {incomplete} has no program initdb; "),
+        "no_tls": ({"postgres_bindir": str(no_tls)},
+                   rf"postgres_tls: True is not allowed; {no_tls} holds PostgreSQL {major}\S* without TLS, so set fa"),
         "major": ({"postgres_major": 14}, rf"postgres_major: 14 is not allowed; {bindir} holds .*, so set {major}"),
         "ancient": ({"postgres_major": 9}, "postgres_major: 9 is not allowed; 14 or newer"),
         "relative": ({"postgres_bindir": "bin"}, "postgres_bindir: 'bin' is not absolute"),
@@ -193,7 +202,7 @@ def test_unfit_programs_are_refused_before_anything_changes(
     inventory.write_text(json.dumps({"hpc_db": {"hosts": hosts}}))
     before = here.files()
 
-    played = here.play("hpc_db", None, f"--inventory={inventory}", f"--limit={','.join(given)}", "--forks=9")
+    played = here.play("hpc_db", None, f"--inventory={inventory}", f"--limit={','.join(given)}", "--forks=10")
 
     for name, (_changes, says) in given.items():
         said = re.findall(rf"^(?:fatal|failed): \[{name}\].*(?:\n .*)*", played.stdout, re.MULTILINE)

@@ -36,7 +36,7 @@ def settings(bindir: Path) -> dict:
     return {
         "postgres_provider": "system", "postgres_major": int(bindir.parts[-2]), "postgres_bindir": str(bindir),
         "postgres_module_load": f"module use /opt/site/modules && module load PostgreSQL/{bindir.parts[-2]}",
-        "server_job_options": JOB,
+        "server_job_options": JOB, "databases_studies": [{"name": "mala", "studies": [{"name": "beryllium"}]}],
     }
 
 
@@ -55,14 +55,12 @@ def test_environment_module(mini: Target, settings: dict) -> None:
     without = mini.play("hpc_db", by_path)
     played = mini.play("hpc_db", {**settings, "postgres_bindir": ""})
     worked = mini.run(f"hpc_db/hpc_db/python/bin/python - 2>/dev/null <<'EOF'\n{WORK}\nEOF")
-    dumped = mini.play("backup", settings)
     mini.run("scancel --name=hpc_db; while squeue --noheader --me | grep -q .; do sleep 0.2; done")
 
     assert re.search(r"^mini .* changed=0 .* failed=1", without.stdout, re.MULTILINE), without.stdout
     assert "error while loading shared libraries: libpq.so.5" in " ".join(without.stdout.split())
     assert played.returncode == 0, played.stdout
     assert worked == "1"
-    assert re.search(r"^mala: 1 trials in ", dumped.stdout, re.MULTILINE), dumped.stdout
     assert mini.run("ls hpc_db/hpc_db").split() == [
         "conf", "data", "dumps", "host", "log", "python", "run", "secrets", f"system-{major}"
     ]
