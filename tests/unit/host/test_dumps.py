@@ -107,10 +107,10 @@ def test_round_is_given_up_in_time_and_nothing_is_left(make, tmp_path):
     beats = []
     began = time.monotonic()
 
-    assert dumps.now(0.5, lambda: beats.append(1)) is False
+    assert dumps.now(2, lambda: beats.append(1)) is False
 
-    assert time.monotonic() - began < 5 and beats
-    assert dumps.told == "no dump within 0.5 s" and names(tmp_path) == []
+    assert time.monotonic() - began < 60 and beats
+    assert dumps.told == "no dump within 2 s" and names(tmp_path) == []
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
