@@ -251,7 +251,7 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
             _lock.check_sums(locked, records_of(params["prefix"]))
         if before is not None and params["update"] and not locked:
             params = {**params, **find_program(params, run)}
-            specs = newest(params, run, specs, before)
+            specs = newest(params, run, specs, postgresql_of(before, note))
         if before is None or marker.exists() or not is_wanted(before, specs, locked):
             specs = keep_major(specs, postgresql_of(before, note))
             if before is not None:
@@ -328,7 +328,7 @@ def check_change(params: dict, before: Packages) -> None:
         return
     prefix = params["prefix"]
     differs = difference(before, {each.package.name: each.package for each in params["locked"]})
-    if not params["update"]:
+    if any(differs.values()) and not params["update"]:
         held, wanted = (", ".join(map(" ".join, side.items())) or "nothing else" for side in differs.values())
         raise CondaError(
             f"lock: it differs from {prefix}, which has {held} instead of {wanted}; "
@@ -362,9 +362,8 @@ def records_of(prefix: str) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in Path(prefix).glob("conda-meta/*.json")]
 
 
-def newest(params: dict, run: Run, specs: list[Spec], before: Packages) -> list[Spec]:
-    """Return the newest packages that satisfy the specs, exactly; no older PostgreSQL, and none of another major."""
-    version = postgresql_of(before, "")
+def newest(params: dict, run: Run, specs: list[Spec], version: str) -> list[Spec]:
+    """Return the newest packages that satisfy the specs, exactly. PostgreSQL gets no older, nor another major."""
     floor = [parse_spec(f"postgresql>={version}")] if version else []
     solved = plan(params, run, [*keep_major(specs, version), *floor], None)
     return [
