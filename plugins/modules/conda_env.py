@@ -469,19 +469,22 @@ def ask(
     else:
         command = conda_command(params["client"], before is None, prefix, channels, specs, dry_run)
     latest = time.monotonic() + params["timeout"]
-    attempts = 0
+    earlier: list[str] = []
     for pause in (*PAUSES, params["timeout"]):
         seconds = max(1, round(latest - time.monotonic()))
         code, stdout, stderr = run(clean_command(command, seconds, cache), pass_fds=keep_open)
         answer = parse_answer(code, stdout, stderr, before or {}, params["provider"])
-        attempts += 1
+        if answer.setting == "timeout" and earlier:  # the network is why
+            answer = Answer({}, "channels", f"{earlier[-1]}; the last attempt was stopped")
+            break
         if not may_pass(answer, channels) or time.monotonic() + pause >= latest:
             break
+        earlier.append(answer.problem)
         if before is None and not dry_run:
             clear(Path(prefix), MAKING)  # no client gets to "create" over what the last attempt has left
         time.sleep(pause)
-    if answer.problem and attempts > 1:
-        return answer._replace(problem=f"tried {attempts} times: {answer.problem}")
+    if answer.problem and earlier:
+        return answer._replace(problem=f"tried {len(earlier) + 1} times: {answer.problem}")
     return answer
 
 
