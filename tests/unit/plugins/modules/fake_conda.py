@@ -125,7 +125,7 @@ async def main(name: str, options: argparse.Namespace) -> None:
     if options.verb == "create" and prefix.exists():
         if options.dry_run and name == "conda" and is_env:
             fail(name, "CondaValueError", "Cannot `create --dry-run` with an existing conda environment")
-        if not is_env and name != "conda":
+        if not is_env and not options.dry_run and any(prefix.iterdir()) and name != "conda":
             fail(name, "", "Non-conda folder exists at prefix")
         if not options.dry_run and is_env:
             shutil.rmtree(prefix)

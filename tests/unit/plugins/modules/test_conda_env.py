@@ -392,6 +392,15 @@ def test_not_tried_again(prefix: Path, client: FakeClient, outage: str, timeout:
     assert client.calls == ["fulfil"]
 
 
+def test_unreachable_channel_is_named_though_time_is_up(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conda_env.time, "sleep", lambda seconds: None)
+    error = json.dumps({"exception_name": "CondaHTTPError", "message": "HTTP 503"})
+    answers = iter([(1, error, ""), (124, "", "")])
+
+    with pytest.raises(CondaError, match="read conda-forge: tried 2 times: HTTP 503; the last attempt was stopped"):
+        ensure_env(params_for(prefix), lambda command, pass_fds: next(answers), False)
+
+
 @pytest.mark.parametrize(
     ("before", "check_mode", "version", "features"),
     [
