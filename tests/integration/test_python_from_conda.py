@@ -22,10 +22,8 @@ print(len(study.trials), sys.prefix, optuna.__file__)
 @pytest.fixture(scope="module")
 def settings() -> dict:
     out, wheels = ROOT / ".cache/channel", ROOT / ".cache/wheels"
-    if not list(out.glob("linux-64/optuna-*")):
-        subprocess.run(
-            [sys.executable, ROOT / "tests/channel/build.py", out, "--python-wheels", wheels], check=True
-        )
+    build = [sys.executable, ROOT / "tests/channel/build.py", "--if-needed", out, "--python-wheels", wheels]
+    subprocess.run(build, check=True)
     return {
         "postgres_provider": "rattler",
         "postgres_major": 17,
