@@ -251,7 +251,7 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
             _lock.check_sums(locked, records_of(params["prefix"]))
         if before is not None and params["update"] and not locked:
             params = {**params, **find_program(params, run)}
-            specs = newest(params, run, specs, before)
+            specs = newest(params, run, specs, postgresql_of(before, note))
         if before is None or marker.exists() or not is_wanted(before, specs, locked):
             specs = keep_major(specs, postgresql_of(before, note))
             if before is not None:
@@ -328,7 +328,7 @@ def check_change(params: dict, before: Packages) -> None:
         return
     prefix = params["prefix"]
     differs = difference(before, {each.package.name: each.package for each in params["locked"]})
-    if not params["update"]:
+    if any(differs.values()) and not params["update"]:
         held, wanted = (", ".join(map(" ".join, side.items())) or "nothing else" for side in differs.values())
         raise CondaError(
             f"lock: it differs from {prefix}, which has {held} instead of {wanted}; "
@@ -362,9 +362,8 @@ def records_of(prefix: str) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in Path(prefix).glob("conda-meta/*.json")]
 
 
-def newest(params: dict, run: Run, specs: list[Spec], before: Packages) -> list[Spec]:
-    """Return the newest packages that satisfy the specs, exactly; no older PostgreSQL, and none of another major."""
-    version = postgresql_of(before, "")
+def newest(params: dict, run: Run, specs: list[Spec], version: str) -> list[Spec]:
+    """Return the newest packages that satisfy the specs, exactly. PostgreSQL gets no older, nor another major."""
     floor = [parse_spec(f"postgresql>={version}")] if version else []
     solved = plan(params, run, [*keep_major(specs, version), *floor], None)
     return [
@@ -564,27 +563,43 @@ def ask(
     keep_open: tuple[int, ...] = (),
 ) -> Answer:
     """Have a client install the packages, or say what it would; it alone needs internet and time."""
-    channels = sorted({each.channel for each in params["locked"]}) or params["channels"]
-    latest = time.monotonic() + params["timeout"]
-    attempts = 0
     with tempfile.NamedTemporaryFile("w", prefix="conda_env-", suffix=".txt", encoding="utf-8") as lock_file:
         lock_file.write(params["lock"] or "")
         lock_file.flush()
         command = client_command(params, specs, before, dry_run, lock_file.name)
-        for pause in (*PAUSES, params["timeout"]):
-            seconds = max(1, round(latest - time.monotonic()))
-            code, stdout, stderr = run(clean_command(command, seconds, params["package_cache"]), pass_fds=keep_open)
-            answer = parse_answer(code, stdout, stderr, before or {}, params["provider"])
-            attempts += 1
-            if not may_pass(answer, channels) or time.monotonic() + pause >= latest:
-                break
-            if before is None and not dry_run:
-                clear(Path(params["prefix"]), MAKING)  # no client gets to "create" over what the last attempt has left
-            time.sleep(pause)
+        answer = ask_again(params, run, command, before, dry_run, keep_open)
     if params["locked"] and answer.setting in ("channels", "specs"):
-        answer = answer._replace(setting="lock")  # which alone names what is fetched
-    if answer.problem and attempts > 1:
-        return answer._replace(problem=f"tried {attempts} times: {answer.problem}")
+        return answer._replace(setting="lock")  # which alone names what is fetched
+    return answer
+
+
+def ask_again(
+    params: dict,
+    run: Run,
+    command: list[str],
+    before: Packages | None,
+    dry_run: bool,
+    keep_open: tuple[int, ...],
+) -> Answer:
+    """Run a client, and again as long as the network is at fault and there is time."""
+    channels = sorted({each.channel for each in params["locked"]}) or params["channels"]
+    latest = time.monotonic() + params["timeout"]
+    earlier: list[str] = []
+    for pause in (*PAUSES, params["timeout"]):
+        seconds = max(1, round(latest - time.monotonic()))
+        code, stdout, stderr = run(clean_command(command, seconds, params["package_cache"]), pass_fds=keep_open)
+        answer = parse_answer(code, stdout, stderr, before or {}, params["provider"])
+        if answer.setting == "timeout" and earlier:  # the network is why
+            answer = Answer({}, "channels", f"{earlier[-1]}; the last attempt was stopped")
+            break
+        if not may_pass(answer, channels) or time.monotonic() + pause >= latest:
+            break
+        earlier.append(answer.problem)
+        if before is None and not dry_run:
+            clear(Path(params["prefix"]), MAKING)  # no client gets to "create" over what the last attempt has left
+        time.sleep(pause)
+    if answer.problem and earlier:
+        return answer._replace(problem=f"tried {len(earlier) + 1} times: {answer.problem}")
     return answer
 
 

@@ -42,6 +42,18 @@ RELABELLED = {"17.10": ("17.9 ", ["relabelled_0", "relabelled_1"])}
 WHEEL = re.compile(r"(?P<name>\w+)-(?P<version>\d+\.\d+)[\d.]*-py3-none-manylinux_(?P<glibc>\d+_\d+)_x86_64")
 
 
+def maker(with_python: bool) -> str:
+    """Return what a complete channel says of who made it and of what it has."""
+    made_by = hashlib.sha256(Path(__file__).read_bytes() + PINS.read_bytes()).hexdigest()
+    return f"{made_by} python\n" if with_python else f"{made_by}\n"
+
+
+def is_current(out: Path, with_python: bool) -> bool:
+    """Tell whether there is a channel as this program would make it, or one with Python besides."""
+    stamp = out / "made-by"
+    return stamp.exists() and stamp.read_text() in (maker(with_python), maker(True))
+
+
 def pinned_wheels(folder: Path) -> list[Path]:
     """Return the wheels of ``wheels.txt``, known by their sums; download them if one is missing."""
     sums = re.findall(r"--hash=sha256:(\w+)", PINS.read_text())
@@ -216,10 +228,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", metavar="OUT_DIR", type=Path, help="the channel's folder")
     parser.add_argument("--wheels", type=Path, help="where wheels lie or go (default: OUT_DIR/wheels)")
+    parser.add_argument("--if-needed", action="store_true", help="leave a channel that is as it would be made")
     parser.add_argument("--python-wheels", type=Path, help="a folder with wheels of psycopg2 and Optuna, to add them")
     arguments = parser.parse_args()
+    with_python = arguments.python_wheels is not None
+    if arguments.if_needed and is_current(arguments.out, with_python):
+        sys.exit()
     wheels = pinned_wheels(arguments.wheels or arguments.out / "wheels")
     packages = [package for wheel in wheels for package in packages_of(wheel)]
-    if arguments.python_wheels:
+    if with_python:
         packages.extend(python_packages(arguments.python_wheels))
+    (arguments.out / "made-by").unlink(missing_ok=True)
     publish(arguments.out, packages)
+    (arguments.out / "made-by").write_text(maker(with_python))

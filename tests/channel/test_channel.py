@@ -54,6 +54,19 @@ def test_same_bytes_every_time(channel: Path, wheels: Path, tmp_path: Path) -> N
     assert content(channel) == content(build(tmp_path / "again", wheels))
 
 
+def test_left_as_it_is_unless_it_would_differ(channel: Path, tmp_path: Path) -> None:
+    """Without any wheels, so that the program can do nothing but leave it."""
+    shutil.copy(channel / "made-by", tmp_path)
+    lazy = [sys.executable, str(BUILD), str(tmp_path), f"--wheels={tmp_path}/none", "--if-needed"]
+
+    subprocess.run(lazy, check=True)
+    assert os.listdir(tmp_path) == ["made-by"]
+
+    (tmp_path / "made-by").write_text("another program\n")
+    offline = {**os.environ, "PIP_NO_INDEX": "1"}
+    assert subprocess.run(lazy, env=offline, stderr=subprocess.DEVNULL, check=False).returncode != 0
+
+
 async def install(channel: Path, spec: str, prefix: Path, cache: Path) -> dict[str, str]:
     records = await rattler.solve(
         sources=[rattler.Channel(channel.as_uri())],

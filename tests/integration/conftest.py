@@ -26,9 +26,8 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         pytest.skip("the mini Slurm cluster needs root")
     state = f"/tmp/hpc-db-it-{os.getpid()}"
     cache = ROOT / ".cache"
-    if not (cache / "channel" / "linux-64" / "repodata.json").exists():
-        subprocess.run([str(ROOT / ".venv/bin/python"), "tests/channel/build.py", str(cache / "channel")],
-                       cwd=ROOT, check=True)
+    build = [str(ROOT / ".venv/bin/python"), "tests/channel/build.py", "--if-needed", str(cache / "channel")]
+    subprocess.run(build, cwd=ROOT, check=True)
     mounts = [f"--mount={cache / 'wheels'}:/srv/wheels", f"--mount={cache / 'channel'}:/srv/channel"]
     subprocess.run([str(CLUSTER), "up", "--state", state, "--nodes", "2", *mounts], check=True)
     yield Target(

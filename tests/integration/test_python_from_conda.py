@@ -24,10 +24,8 @@ print(len(study.trials), sys.prefix, optuna.__file__)
 @pytest.fixture(scope="module")
 def settings(here: Target, tmp_path_factory: pytest.TempPathFactory) -> dict:
     out, wheels = ROOT / ".cache/channel", ROOT / ".cache/wheels"
-    if not list(out.glob("linux-64/optuna-*")):
-        subprocess.run(
-            [sys.executable, ROOT / "tests/channel/build.py", out, "--python-wheels", wheels], check=True
-        )
+    build = [sys.executable, ROOT / "tests/channel/build.py", "--if-needed", out, "--python-wheels", wheels]
+    subprocess.run(build, check=True)
     publish(here, hidden="17.10")
     return {
         "postgres_provider": "rattler",

@@ -2,39 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """conda, mamba and micromamba as far as conda_env meets them, with rattler inside: ``fake_conda.py NAME ARGUMENTS``.
 
-What it assumes, and from where that is known ("measured" is with conda 26.7, mamba and micromamba 2.8):
-
-- ``create`` of an environment that exists deletes it first, with all that is in it (measured; conda/conda
-  ``conda/cli/main_create.py``: "Removing existing environment", mamba-org/mamba ``libmamba/src/api/create.cpp``:
-  ``fs::remove_all(target_prefix)``).
-- As a dry run, conda refuses that prefix ("Cannot `create --dry-run` with an existing conda environment", same
-  file), and mamba acts as if it were ``install`` (measured).
-- ``create`` where another folder is: conda goes on in it, mamba aborts ("Non-conda folder exists at prefix"), by the
-  same files.
-- ``install`` into a prefix without ``conda-meta`` is refused, and keeps the packages that nobody asked for (measured).
-- Both print one JSON document. conda describes packages by ``dist_name``, mamba by ``fn`` and more (measured;
-  mamba-org/mamba#207 shows one beside the other). Until 4.3 conda's ``actions`` were a list (conda/conda#6641): no
-  client that old is played here.
-- With nothing to do there are no ``actions`` but a ``message``, which ends in a full stop only for conda (measured;
-  mamba-org/mamba ``libmamba/src/core/transaction.cpp``).
-- conda's errors are ``exception_name`` and ``message`` (measured). The name of an unsatisfiable request is that of its
-  solver: ``UnsatisfiableError`` of classic, ``LibMambaUnsatisfiableError`` (conda/conda-libmamba-solver
-  ``exceptions.py``) and ``RattlerUnsatisfiableError`` (conda/conda-rattler-solver ``exceptions.py``). The solver is
-  ``solver`` of the configuration, or ``$CONDA_SOLVER``.
-- mamba's unsatisfiable requests are ``solver_problems`` (mamba-org/mamba ``libmamba/src/api/update.cpp``); its other
-  errors are words on stderr and no JSON (measured).
-- A host too old is told by classic as in conda/conda#12912, by libmamba as in idaholab/moose#28517.
-- A channel that is not there: "HTTP 404 NOT FOUND for channel" or "HTTP 000 CONNECTION FAILED for url" of conda
-  (``conda/exceptions.py``, conda/conda#9143), "Transfer finalized, status: 404 [URL]" (mamba-org/mamba#2788) and
-  "Download error (37) Couldn't read a file:// file [URL]" (mamba-org/mamba#201) of mamba.
-- A package that is not what the channel promises: ``ChecksumMismatchError`` (``conda/exceptions.py``), "Found incorrect
-  downloads. Aborting" (``libmamba/src/core/transaction.cpp``).
-- conda's rattler solver may crash at its end, after all work was done (measured): ``$FAKE_CONDA_CRASH``.
-- Packages go to ``$CONDA_PKGS_DIRS`` (measured).
-- A name among the channels is looked up in ``custom_channels`` of ``~/.condarc``, where a URL may hold credentials
-  (conda's documentation of ``.condarc``). Only JSON, which is YAML too, is read here.
-
-Other than the real ones it never tries a download again by itself, so that tests see conda_env do it.
+fake_conda.md says what it assumes, and from where that is known.
 """
 
 from __future__ import annotations
@@ -125,7 +93,7 @@ async def main(name: str, options: argparse.Namespace) -> None:
     if options.verb == "create" and prefix.exists():
         if options.dry_run and name == "conda" and is_env:
             fail(name, "CondaValueError", "Cannot `create --dry-run` with an existing conda environment")
-        if not is_env and name != "conda":
+        if not is_env and not options.dry_run and any(prefix.iterdir()) and name != "conda":
             fail(name, "", "Non-conda folder exists at prefix")
         if not options.dry_run and is_env:
             shutil.rmtree(prefix)

@@ -392,6 +392,15 @@ def test_not_tried_again(prefix: Path, client: FakeClient, outage: str, timeout:
     assert client.calls == ["fulfil"]
 
 
+def test_unreachable_channel_is_named_though_time_is_up(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conda_env.time, "sleep", lambda seconds: None)
+    error = json.dumps({"exception_name": "CondaHTTPError", "message": "HTTP 503"})
+    answers = iter([(1, error, ""), (124, "", "")])
+
+    with pytest.raises(CondaError, match="read conda-forge: tried 2 times: HTTP 503; the last attempt was stopped"):
+        ensure_env(params_for(prefix), lambda command, pass_fds: next(answers), False)
+
+
 @pytest.mark.parametrize(
     ("before", "check_mode", "version", "features"),
     [
@@ -730,3 +739,23 @@ def test_no_change_under_a_server_that_starts_meanwhile(prefix: Path, tmp_path: 
 
     assert content(prefix) == found
     assert client.calls == ["fulfil --dry-run"] and os.listdir(prefix.parent) == [prefix.name]
+
+
+def test_update_that_was_killed(prefix: Path, client: FakeClient, provider: str) -> None:
+    make_env(prefix, OLD)
+    client.fate = "postgresql"
+    with pytest.raises(Killed):
+        ensure_env(params_for(prefix, provider=provider, specs=["postgresql"], update=True), client, False)
+    (prefix / "conda-meta/postgresql-17.10-h_0.json").unlink()
+
+    again = ensure_env(params_for(prefix, provider=provider, specs=["postgresql"], update=True), client, False)
+
+    assert again["packages"] == NEW and os.listdir(prefix.parent) == [prefix.name]
+
+
+def test_lock_file_that_was_reached_before_a_kill(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, OLD)
+    prefix.with_name("postgresql-17.unfinished").write_text("changing 17.10")
+
+    assert ensure_env(params_for(prefix, lock=lock_of(OLD)), client, False)["packages"] == OLD
+    assert os.listdir(prefix.parent) == [prefix.name]
