@@ -127,7 +127,7 @@ class Dumps:
             # In the form of sha256sum, which finds what PostgreSQL does not: a changed bit in the list of contents.
             files.write_atomically(path + SUM, "%s  %s\n" % (digest.hexdigest(), os.path.basename(path)))
             os.rename(part, path)
-            self._sync()
+            files.sync(self._folder)
         finally:
             files.remove(part)
         for older in self._dumps_of(database)[:-self._keep]:
@@ -154,14 +154,6 @@ class Dumps:
                 lines = said.read().decode("utf-8", "replace").splitlines()
                 errors = [line.strip() for line in lines if "error:" in line]
                 raise Failed((errors or lines or ["%s ended with %d" % (program, child.returncode)])[0])
-
-    def _sync(self) -> None:
-        """Have the new name on the disk."""
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _be_modest() -> None:
