@@ -20,6 +20,8 @@ from target import ROOT, Target
 CLUSTER = ROOT / "tests" / "cluster" / "cluster"
 SCENARIOS = ROOT / "molecule"
 NAME = "hpc_db"
+URL = f"postgresql+psycopg2:///?service={NAME}"
+COMPARE = f"hpc_db/{NAME}/python/bin/python workers/compare.py $1 beryllium workers/log.*"
 
 
 class Process(NamedTuple):
@@ -67,7 +69,7 @@ class MiniCluster:
         self.verb("boot" if dead else "heal", host)
         if self.node(host, "drained", "draining"):
             self.run("scontrol update nodename=$1 state=resume", host, host="ctl", user="root")
-        eventually(lambda: self.node(host, "idle", "mixed", "allocated", "completing"), 30)
+        eventually(lambda: self.node(host, "idle", "mixed", "allocated", "completing"), 90)
 
     def start(self, host: str, script: str, *arguments: str, user: str = "alice") -> subprocess.Popen[str]:
         """Start a shell script on a host."""

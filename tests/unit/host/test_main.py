@@ -265,6 +265,26 @@ def test_which_holders_have_ended(holder, ended, host, monkeypatch):
     assert program.Host(str(host.root), bootstrap=False)._has_ended({"cluster": "hemera5", **holder}) is ended
 
 
+def test_job_waits_for_a_holder_that_is_cut_off_and_nobody_else_does(host, monkeypatch, capsys):
+    cut_off, asked = host.lease(), []
+    cut_off.try_acquire()
+
+    def job_has_ended(kind, bin_dir, job):
+        asked.append(job)
+        if len(asked) == 3:
+            cut_off.release()
+        return True
+
+    monkeypatch.setattr(scheduler, "job_has_ended", job_has_ended)
+
+    assert host.run("bootstrap", "--lifetime", "0") == 3
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert (host.run("serve"), asked) == (3, [])
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert (host.run("serve", "--lease-patience", "0.05"), asked) == (0, ["8", "8", "8"])
+    assert capsys.readouterr().err.count("its job has ended, but its heartbeat goes on: is its node cut off?") == 1
+
+
 def test_instance_serves_again_after_a_reboot(host, monkeypatch):
     settings = json.loads((host.root / "host" / "settings.json").read_text())
     (host.root / "host" / "settings.json").write_text(json.dumps({**settings, "scheduler": "local", "lease_ttl": "0"}))

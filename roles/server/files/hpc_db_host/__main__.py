@@ -85,7 +85,7 @@ class Host:
         ttl = float(self.settings.get("lease_ttl", DEFAULT_TTL))
         lease = Lease(self.run, holder, self._has_ended, ttl)
         self.tell("starting", "asking for the lease")
-        lease.acquire(patience, lambda held: self.tell("starting", "waiting: %s" % held))
+        self._acquire(lease, patience)
         self._lease = lease
         try:
             # Whoever had the lease may have moved the studies to another data directory.
@@ -101,6 +101,22 @@ class Host:
                 self._end_chain()
             raise
         lease.release()
+
+    def _acquire(self, lease: Lease, patience: float) -> None:
+        """Wait for the lease: up to ``patience`` seconds, and as long as its holder seems to be cut off.
+
+        The scheduler has given up the holder's node and started us, but postgres goes on there. It ends, or
+        comes back to be told that it has to; were we to give up before that, nobody would be left to go on.
+        """
+        waiting = "waiting: %s"
+        while True:
+            try:
+                return lease.acquire(patience, lambda held: self.tell("starting", waiting % held))
+            except Held as held:
+                if not in_job() or self.bootstrap or not self._has_ended(held.holder):
+                    raise
+                waiting = "waiting: %s; its job has ended, but its heartbeat goes on: is its node cut off?"
+                self._follow()  # our walltime may end before that
 
     def _keep_serving(self, lease: Lease, lifetime: Optional[float]) -> None:
         """Start postgres again when it has died, but not for ever: what kills it may do so each time."""
@@ -279,6 +295,11 @@ def read_settings(root: str) -> dict:
     if "bindir" not in settings:
         raise Failed("%s/host/settings.json is missing; run the playbook hpc_db.yml first" % root)
     return settings
+
+
+def in_job() -> bool:
+    """Tell whether the scheduler has started us, not somebody by hand."""
+    return "SLURM_JOB_ID" in os.environ
 
 
 def job_id() -> str:
