@@ -161,20 +161,25 @@ class Postgres:
         except ValueError:  # cut short by a crash; PostgreSQL would refuse it for ever
             files.remove(path)
             return
-        limit = time.monotonic() + 60
-        while processes.runs_in(pid, "postgres", data):  # an orphan on its way out
-            if time.monotonic() > limit:
-                raise Failed("postgres (PID %d) already runs on %s on this host" % (pid, data))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGINT)
-            self._alive()
-            time.sleep(0.5)
+        end_orphan(pid, data, self._alive)  # on its way out, maybe
         with contextlib.suppress(FileNotFoundError):
             os.stat(path)  # else the orphan has removed it
             files.write_atomically(path, "%d\n%s" % (os.getpid(), rest))
 
     def _program(self, name: str) -> str:
         return os.path.join(self._settings["bindir"], name)
+
+
+def end_orphan(pid: int, data: str, alive: Callable[[], None]) -> None:
+    """End the postgres that whoever had the lease before has left on ``data``, if ``pid`` is one."""
+    limit = time.monotonic() + 60
+    while processes.runs_in(pid, "postgres", data):
+        if time.monotonic() > limit:
+            raise Failed("postgres (PID %d) already runs on %s on this host" % (pid, data))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
+        alive()
+        time.sleep(0.5)
 
 
 def _end(child: "subprocess.Popen[bytes]", patience: float) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 from . import files
 from .dumps import Dumps, _be_modest
 from .lease import Lost
-from .postgres import Failed, Postgres, _environment, socket_folder
+from .postgres import Failed, Postgres, _environment, end_orphan, socket_folder
 
 Settings = Dict[str, Any]
 Contents = Dict[str, Dict[str, Any]]  # of each database its tables and its studies
@@ -94,6 +94,9 @@ class Upgrade:
         """Move everything, or with a data directory that was kept go back to it; return what was compared."""
         began = time.monotonic()
         leaving = major_of(self.old["data"])
+        if self.new["data"] == self.old["data"]:
+            files.remove(self._following)
+            raise Failed("another run has moved the studies to PostgreSQL %s meanwhile" % leaving)
         kept = self._kept()
         with self._server(self.old) as old:
             before = self.contents(old, self.old)
@@ -174,7 +177,18 @@ class Upgrade:
                 raise Failed("pg_upgrade failed: %s; its logs are in %s" % (told, aside)) from None
             raise Rejected(told) from None
         finally:
+            for data in (copy, aside):
+                self._end_server(data)
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _end_server(self, data: str) -> None:
+        """End the server that a pg_upgrade which was killed has left on ``data``."""
+        try:
+            with open(os.path.join(data, "postmaster.pid")) as stream:
+                pid = int(stream.readline())
+        except (FileNotFoundError, ValueError):
+            return
+        end_orphan(pid, data, self._alive)
 
     def _restore(self, old: Postgres, new: Postgres) -> None:
         """Bring roles and databases through pipes, so that no password is ever in a file."""
@@ -187,8 +201,8 @@ class Upgrade:
         roles = "".join(line for line in said.splitlines(True) if line.strip() != "CREATE ROLE %s;" % owner)
         self._program(into + ["-d", "postgres"], environment, given=roles)
         for database in self._databases(old, self.old):
-            create = [] if database == "postgres" else ["--create"]
-            dump = [self._at(self.new, "pg_dump")] + create + where(old) + ["-d", conninfo(database)]
+            options = ["--no-tablespaces"] + ([] if database == "postgres" else ["--create"])
+            dump = [self._at(self.new, "pg_dump")] + options + where(old) + ["-d", conninfo(database)]
             self._program(into + ["-d", "postgres"], environment, source=dump)
 
     def contents(self, server: Postgres, settings: Settings) -> Contents:
@@ -236,7 +250,7 @@ class Upgrade:
         """Make the new data directory the one in use: by one rename, after everything else."""
         data, folder = self.new["data"], os.path.dirname(self.new["data"])
         if not back:
-            if os.path.lexists(data):  # it was in use before somebody went back
+            if os.path.lexists(data):  # in use before somebody went back, or of a run that ended right here
                 os.rename(data, "%s.%s" % (data, time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())))
             os.rename(data + UNFINISHED, data)
             files.sync(folder)
@@ -246,8 +260,10 @@ class Upgrade:
         files.sync(os.path.dirname(settings))
 
     def _discard(self, ending: str) -> None:
-        if os.path.lexists(self.new["data"] + ending):
-            shutil.rmtree(self.new["data"] + ending)
+        folder = self.new["data"] + ending
+        if os.path.lexists(folder):
+            self._end_server(folder)
+            shutil.rmtree(folder)
 
     def _at(self, settings: Settings, program: str) -> str:
         return os.path.join(settings["bindir"], program)
