@@ -202,7 +202,7 @@ def main() -> None:
             expand_user_and_vars=False,
         )
         if returncode:
-            raise Failed(last_words(stderr))
+            raise Failed(f"killed by signal {-returncode}" if returncode < 0 else last_words(stderr))
         return stdout
 
     try:

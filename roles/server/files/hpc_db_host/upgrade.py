@@ -56,14 +56,14 @@ STUDIES = r"""
 SELECT to_regclass('public.study_directions') IS NOT NULL AND to_regclass('public.trial_values') IS NOT NULL AS optuna
 \gset
 \if :optuna
-SELECT json_build_array('study', study_name, objective, direction, count(trials.trial_id),
+SELECT json_build_array('study', study_name, study_directions.objective, direction, count(trials.trial_id),
   CASE direction::text WHEN 'MINIMIZE' THEN min(value) ELSE max(value) END)
 FROM public.studies JOIN public.study_directions USING (study_id)
 LEFT JOIN public.trials ON trials.study_id = studies.study_id AND state::text = 'COMPLETE'
 LEFT JOIN public.trial_values ON trial_values.trial_id = trials.trial_id
   AND trial_values.objective = study_directions.objective
   AND coalesce(to_jsonb(trial_values)->>'value_type', 'FINITE') = 'FINITE'
-GROUP BY study_name, study_directions.objective, direction ORDER BY study_name, objective;
+GROUP BY study_name, study_directions.objective, direction ORDER BY study_name, study_directions.objective;
 \endif
 """
 
