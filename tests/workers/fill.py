@@ -11,7 +11,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 SPACE = [
-    ("x", FloatDistribution(1e-300, 1e300, log=True)),
+    ("rate", FloatDistribution(1e-300, 1e300, log=True)),
     ("layers", IntDistribution(1, 9, step=2)),
     ("activation", CategoricalDistribution(["ReLU", "Tanh", None, 0.1, "Ω'\"\\"])),
 ]
@@ -23,7 +23,7 @@ def some_trial(number: int, objectives: int, chance: random.Random) -> FrozenTri
     state = STATES[number % len(STATES)]
     name, distribution = SPACE[number % len(SPACE)]
     value = math.inf if number == 4 else chance.uniform(-1, 1) * 10.0 ** chance.randint(-300, 300)
-    choices = {"x": 10.0 ** chance.uniform(-299, 299), "layers": 7, "activation": chance.choice([None, 0.1, "Ω'\"\\"])}
+    choices = {"rate": 10.0 ** chance.uniform(-299, 299), "layers": 7, "activation": chance.choice([None, 0.1, "Ω'\"\\"])}
     return create_trial(
         state=state,
         values=[value, 1 / 3][:objectives] if state == TrialState.COMPLETE else None,
