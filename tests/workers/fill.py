@@ -23,7 +23,8 @@ def some_trial(number: int, objectives: int, chance: random.Random) -> FrozenTri
     state = STATES[number % len(STATES)]
     name, distribution = SPACE[number % len(SPACE)]
     value = math.inf if number == 4 else chance.uniform(-1, 1) * 10.0 ** chance.randint(-300, 300)
-    choices = {"rate": 10.0 ** chance.uniform(-299, 299), "layers": 7, "activation": chance.choice([None, 0.1, "Ω'\"\\"])}
+    layer = chance.choice([None, 0.1, "Ω'\"\\"])
+    choices = {"rate": 10.0 ** chance.uniform(-299, 299), "layers": 7, "activation": layer}
     return create_trial(
         state=state,
         values=[value, 1 / 3][:objectives] if state == TrialState.COMPLETE else None,
