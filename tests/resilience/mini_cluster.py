@@ -64,12 +64,17 @@ class MiniCluster:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
     def mend(self, host: str) -> None:
-        """Undo ``kill``, ``cut`` or a drain, and have Slurm use the host again."""
+        """Undo ``kill``, ``cut`` or a drain, and have Slurm use the host again; of itself it looks for it rarely."""
         dead = re.search(rf"^{host} +dead", self.verb("status"), re.MULTILINE)
         self.verb("boot" if dead else "heal", host)
-        if self.node(host, "drained", "draining"):
-            self.run("scontrol update nodename=$1 state=resume", host, host="ctl", user="root")
-        eventually(lambda: self.node(host, "idle", "mixed", "allocated", "completing"), 90)
+
+        def is_used() -> bool:
+            state = self.node(host)
+            if state.rstrip("*") in ("down", "drained", "draining"):
+                self.run("scontrol update nodename=$1 state=resume", host, host="ctl", user="root")
+            return state in ("idle", "mixed", "allocated", "completing")
+
+        eventually(is_used, 90, 1)
 
     def start(self, host: str, script: str, *arguments: str, user: str = "alice") -> subprocess.Popen[str]:
         """Start a shell script on a host."""
@@ -140,9 +145,9 @@ class MiniCluster:
         """Return one of Slurm's times."""
         return int(re.findall(rf"^{setting} += (\d+)", self.run("scontrol show config"), re.MULTILINE)[0])
 
-    def node(self, name: str, *states: str) -> bool:
-        """Tell whether Slurm has a node in one of these states."""
-        return self.run('sinfo --noheader --nodes="$1" --partition=work --format=%T', name).rstrip("*") in states
+    def node(self, name: str) -> str:
+        """Return Slurm's word for a node's state, with a ``*`` when the node does not respond."""
+        return self.run('sinfo --noheader --nodes="$1" --partition=work --format=%T', name)
 
     def is_serving(self) -> bool:
         return self.said("state").get("state") == "serving" and bool(self.service())

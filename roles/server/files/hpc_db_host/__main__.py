@@ -108,14 +108,17 @@ class Host:
         The scheduler has given up the holder's node and started us, but postgres goes on there. It ends, or
         comes back to be told that it has to; were we to give up before that, nobody would be left to go on.
         """
-        waiting = "waiting: %s"
+        def wait(held: Held) -> None:
+            self.tell("starting", "waiting: %s%s" % (held, hint))
+
+        hint = ""
         while True:
             try:
-                return lease.acquire(patience, lambda held: self.tell("starting", waiting % held))
+                return lease.acquire(patience, wait)
             except Held as held:
                 if not in_job() or self.bootstrap or not self._has_ended(held.holder):
                     raise
-                waiting = "waiting: %s; its job has ended, but its heartbeat goes on: is its node cut off?"
+                hint = "; its job has ended, but its heartbeat goes on: is its node cut off?"
                 self._follow()  # our walltime may end before that
 
     def _keep_serving(self, lease: Lease, lifetime: Optional[float]) -> None:
