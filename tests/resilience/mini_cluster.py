@@ -11,7 +11,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +32,11 @@ class Process(NamedTuple):
     host: str
     program: str
     command: list[str]
+
+
+def on_host(processes: Iterable[Process], host: str) -> list[Process]:
+    """Return those of a host."""
+    return [process for process in processes if process.host == host]
 
 
 def eventually(condition: Callable[[], object], seconds: float, pause: float = 0.1) -> float:
@@ -105,10 +110,17 @@ class MiniCluster:
     # --- the server
 
     def postmasters(self) -> list[Process]:
-        """Return every postgres server: a postgres that no postgres has started."""
+        """Return every postgres server: a postgres that no postgres has started.
+
+        What a killed server leaves for a moment, titled like "postgres: checkpointer", is that server still, and
+        PostgreSQL starts no other beside it on its host.
+        """
         found = list(self.processes("postgres"))
         pids = {process.pid for process in found}
-        return [process for process in found if process.parent not in pids]
+        orphans = [process for process in found if process.parent not in pids]
+        servers = [process for process in orphans if not process.command[0].startswith("postgres: ")]
+        left = {process.host: process for process in orphans if not on_host(servers, process.host)}
+        return [*servers, *left.values()]
 
     def host_programs(self) -> list[Process]:
         """Return every hosting program."""

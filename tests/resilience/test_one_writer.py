@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from mini_cluster import MiniCluster, Process, Watch, eventually
+from mini_cluster import MiniCluster, Process, Watch, eventually, on_host
 
 HOST_PROGRAM = "cd hpc_db/hpc_db/host && exec python3 -m hpc_db_host serve --root ~/hpc_db/hpc_db"
 BY_HAND = f'sbatch --job-name=by_hand --mem=500M --output=by_hand.log --nodelist=$1 --wrap="{HOST_PROGRAM} $2"'
@@ -192,10 +192,6 @@ END
 
 def other_node(endpoint: dict) -> str:
     return {"c1": "c2", "c2": "c1"}[endpoint["host"]]
-
-
-def on_host(processes: Iterator[Process] | list[Process], host: str) -> list[Process]:
-    return [process for process in processes if process.host == host]
 
 
 def newest(cluster: MiniCluster, kind: str) -> int:
