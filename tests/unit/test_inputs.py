@@ -59,6 +59,7 @@ MODULES: dict[str, dict[str, Any]] = {
     },
     "role_passwords": {**SERVER, "database": "postgres", "roles": ["study"]},
     "server_info": {**SERVER, "database": "postgres"},
+    "upgrade_data": {"root": "FOLDER/root", "major": 18, "patience": 1},
 }
 
 

@@ -27,6 +27,7 @@ class FakePostgres:
 
     def __init__(self, settings, listen, alive, parameters):
         self.events, self.root, self.alive = settings["events"], settings["root"], alive
+        self.data = settings["data"]
         self.note(f"made listen={listen} {sorted(parameters)}")
 
     def note(self, what):
@@ -307,3 +308,72 @@ def test_node_that_cannot_run_postgres_is_told_once(host, monkeypatch):
     assert host.events == []
     assert host.state() == ("failed", "postgres does not run on c1: no")
     assert host.lease().holder() is None
+
+
+class FakeUpgrade:
+    """Notes what it is told, and who has the lease meanwhile. ``during`` acts then."""
+
+    def __init__(self, settings, following, alive):
+        self.settings, self.following = settings, following
+        alive()
+
+    def run(self, back):
+        with open(os.path.join(self.settings["root"], "run", "lease.1")) as stream:
+            holder = json.load(stream)
+        self.settings["events"].append((self.following, back, holder["kind"], holder["pid"]))
+        self.during()
+        return {"way": "kept"}
+
+    def during(self):
+        assert not os.path.exists(os.path.join(self.settings["root"], "run", "released.1"))
+
+
+@pytest.mark.parametrize("arguments, back", [([], False), (["--back"], True)])
+def test_upgrade_holds_the_lease_and_prints_what_was_compared(arguments, back, host, monkeypatch, capsys):
+    monkeypatch.setattr(program, "Upgrade", FakeUpgrade)
+
+    assert host.run("upgrade", "--settings", "next.json", *arguments) == 0
+
+    assert host.events == [("next.json", back, "bootstrap", os.getpid())]
+    assert json.loads(capsys.readouterr().out) == {"way": "kept"}
+    assert host.lease().holder() is None
+
+
+@pytest.mark.parametrize("during, told", [
+    (lambda self: raise_(Failed("pg_upgrade: no")), "failed: pg_upgrade: no"),
+    (lambda self: os.kill(os.getpid(), signal.SIGTERM), "ended: told to by SIGTERM"),
+])
+def test_upgrade_that_does_not_end_well_is_no_success(during, told, host, monkeypatch, capsys):
+    monkeypatch.setattr(program, "Upgrade", FakeUpgrade)
+    monkeypatch.setattr(FakeUpgrade, "during", during)
+
+    assert host.run("upgrade", "--settings", "next.json") == 1
+
+    said = capsys.readouterr()
+    assert told in said.err and said.out == ""
+    assert host.lease().holder() is None
+
+
+def test_nothing_is_upgraded_while_somebody_serves(host, monkeypatch, capsys):
+    monkeypatch.setattr(program, "Upgrade", FakeUpgrade)
+    host.lease().try_acquire()
+
+    assert host.run("upgrade", "--settings", "next.json") == 3
+    assert "failed: the data directory is held by job 8 on c2" in capsys.readouterr().err
+    assert host.events == []
+
+
+def test_who_waited_for_an_upgrade_serves_what_it_has_made(host, monkeypatch):
+    upgrade = host.lease()
+    upgrade.try_acquire()
+    path = host.root / "host" / "settings.json"
+
+    def end_upgrade(_seconds):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "data": "/data/18"}))
+        upgrade.release()
+
+    monkeypatch.setattr(time, "sleep", end_upgrade)
+    monkeypatch.setattr(FakePostgres, "start", lambda self: self.note(self.data))
+
+    assert host.run("serve", "--lease-patience", "5") == 0
+    assert host.events[1] == "/data/18"

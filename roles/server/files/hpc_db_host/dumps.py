@@ -17,7 +17,7 @@ import time
 from typing import Callable, Generator, List, Optional  # noqa: F401 - Optional in a type comment
 
 from . import files
-from .postgres import PR_SET_PDEATHSIG, Failed, Postgres, _environment
+from .postgres import PR_SET_PDEATHSIG, Failed, Postgres, program_environment
 
 Steps = Generator[None, None, None]
 
@@ -127,7 +127,7 @@ class Dumps:
             # In the form of sha256sum, which finds what PostgreSQL does not: a changed bit in the list of contents.
             files.write_atomically(path + SUM, "%s  %s\n" % (digest.hexdigest(), os.path.basename(path)))
             os.rename(part, path)
-            self._sync()
+            files.sync(self._folder)
         finally:
             files.remove(part)
         for older in self._dumps_of(database)[:-self._keep]:
@@ -138,7 +138,7 @@ class Dumps:
         """Run one of PostgreSQL's programs, giving way until it ends; raise Failed with its own words."""
         with tempfile.TemporaryFile() as said:
             child = subprocess.Popen(
-                [os.path.join(self._bindir, program)] + list(arguments), cwd=self._folder, env=_environment(),
+                [os.path.join(self._bindir, program)] + list(arguments), cwd=self._folder, env=program_environment(),
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=_be_modest,
             )
             try:
@@ -154,14 +154,6 @@ class Dumps:
                 lines = said.read().decode("utf-8", "replace").splitlines()
                 errors = [line.strip() for line in lines if "error:" in line]
                 raise Failed((errors or lines or ["%s ended with %d" % (program, child.returncode)])[0])
-
-    def _sync(self) -> None:
-        """Have the new name on the disk."""
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _be_modest() -> None:

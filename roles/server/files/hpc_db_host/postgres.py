@@ -70,7 +70,7 @@ class Postgres:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._child = subprocess.Popen(
-                command, cwd="/", env=_environment(), stdin=subprocess.DEVNULL, stdout=sys.stderr,
+                command, cwd="/", env=program_environment(), stdin=subprocess.DEVNULL, stdout=sys.stderr,
                 preexec_fn=_die_with_parent,
             )
         finally:
@@ -128,7 +128,7 @@ class Postgres:
     def query(self, statement: str, patience: float) -> str:
         """Run SQL as the owner, over the socket; return what it prints, raise Failed with psql's last line."""
         options = ["-XqAt", "-v", "ON_ERROR_STOP=1", "-h", self.socket, "-p", str(self.port), "-d", "postgres"]
-        environment = dict(_environment(), PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db")
+        environment = dict(program_environment(), PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db")
         try:
             psql = subprocess.run(
                 [self._program("psql")] + options, env=environment, input=statement, universal_newlines=True,
@@ -173,14 +173,7 @@ class Postgres:
         except ValueError:  # cut short by a crash; PostgreSQL would refuse it for ever
             files.remove(path)
             return
-        limit = time.monotonic() + 60
-        while processes.runs_in(pid, "postgres", data):  # an orphan on its way out
-            if time.monotonic() > limit:
-                raise Failed("postgres (PID %d) already runs on %s on this host" % (pid, data))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGINT)
-            self._alive()
-            time.sleep(0.5)
+        end_orphan(pid, data, self._alive)  # on its way out, maybe
         with contextlib.suppress(FileNotFoundError):
             os.stat(path)  # else the orphan has removed it
             files.write_atomically(path, "%d\n%s" % (os.getpid(), rest))
@@ -197,7 +190,7 @@ def check_programs(settings: dict) -> None:
         command = [os.path.join(settings["bindir"], program), "--version"]
         try:
             done = subprocess.run(
-                command, env=_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                command, env=program_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 timeout=60, check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -210,6 +203,18 @@ def check_programs(settings: dict) -> None:
         if not major or major.group(1) != wanted:
             raise Failed("%s on %s is %s, but %s was made by PostgreSQL %s" % (
                 command[0], socket.gethostname(), said, settings["data"], wanted))
+
+
+def end_orphan(pid: int, data: str, alive: Callable[[], None]) -> None:
+    """End the postgres that whoever had the lease before has left on ``data``, if ``pid`` is one."""
+    limit = time.monotonic() + 60
+    while processes.runs_in(pid, "postgres", data):
+        if time.monotonic() > limit:
+            raise Failed("postgres (PID %d) already runs on %s on this host" % (pid, data))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
+        alive()
+        time.sleep(0.5)
 
 
 def _end(child: "subprocess.Popen[bytes]", patience: float) -> bool:
@@ -260,7 +265,7 @@ def free_port(wanted: int) -> int:
     raise Failed("no free TCP port on %s" % socket.gethostname())
 
 
-def _environment() -> Dict[str, str]:
+def program_environment() -> Dict[str, str]:
     """Return our environment without what is meant for workers, or for programs of another installation."""
     foreign = [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]
     return {name: value for name, value in os.environ.items() if name not in foreign}
