@@ -190,8 +190,8 @@ def check_programs(settings: dict) -> None:
         command = [os.path.join(settings["bindir"], program), "--version"]
         try:
             done = subprocess.run(
-                command, env=program_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                timeout=60, check=False,
+                command, env=program_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, timeout=60, check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Failed("%s does not run on %s: %s" % (program, socket.gethostname(), error)) from None
