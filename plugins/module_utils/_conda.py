@@ -84,11 +84,15 @@ class Spec(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a client said: all packages that it leaves there, or the problem and the setting to blame."""
+    """What a client said: all packages that it leaves there, or the problem and the setting to blame.
+
+    ``links`` are its own words on those that come, enough for a lock file if it is the rattler helper.
+    """
 
     packages: dict[str, Package]
     setting: str = ""
     problem: str = ""
+    links: tuple[dict, ...] = ()
 
 
 def parse_spec(text: str) -> Spec:
@@ -211,8 +215,12 @@ def rattler_command(
     installed: dict[str, Package],
     dry_run: bool,
     cache: str | None,
+    host: dict | None = None,
 ) -> list[str]:
-    """Return the call of the rattler helper, whose ``source`` goes to the interpreter as an argument."""
+    """Return the call of the rattler helper, whose ``source`` goes to the interpreter as an argument.
+
+    ``host`` is as from ``describe_host``, if it solves for another one.
+    """
     others = sorted(set(installed) - {spec.name for spec in specs})  # what is not asked for would be removed
     request = {
         "prefix": prefix,
@@ -220,8 +228,18 @@ def rattler_command(
         "specs": [*(spec.canonical for spec in specs), *others],
         "dry_run": dry_run,
         "cache": cache,
+        "host": host,
     }
     return [python, "-I", "-c", source, json.dumps(request)]
+
+
+def describe_host(platform: str, machine: str, release: str, glibc: str) -> dict:
+    """Return what a solver has to know of another host: conda's name for it, and its virtual packages."""
+    kernel = re.match(r"\d+(\.\d+)*", release)
+    virtual = [("__unix", "0", "0"), ("__archspec", "1", machine)]
+    virtual += [("__linux", kernel[0], "0")] if kernel and platform.startswith("linux-") else []
+    virtual += [("__glibc", glibc, "0")] if glibc else []
+    return {"platform": platform, "virtual": virtual}
 
 
 def clean_command(command: list[str], timeout: int, cache: str | None) -> list[str]:
@@ -248,7 +266,9 @@ def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Packa
     """Read any client's answer. A return code says little: clients have crashed after all work was done."""
     content = _first_object(stdout)
     if content.get("success"):
-        return Answer(_after(content.get("actions") or {}, installed))
+        actions = content.get("actions") or {}
+        links = actions.get("LINK") or [] if isinstance(actions, dict) else []
+        return Answer(_after(actions, installed), links=tuple(links))
     if content.get("solver_problems"):
         return Answer({}, "specs", _one_line("; ".join(content["solver_problems"])))
     if not content and code in (124, 137):

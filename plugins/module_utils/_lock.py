@@ -128,8 +128,13 @@ def install_command(client: str, create: bool, prefix: str, lock: str) -> list[s
     return [client, "create" if create else "install", "-y", "-q", "--json", "-p", prefix, "--file", lock]
 
 
-def rattler_command(python: str, source: str, prefix: str, locked: list[Locked], cache: str | None) -> list[str]:
-    """Return the call of the rattler helper."""
+def rattler_command(
+    python: str, source: str, prefix: str, locked: list[Locked], cache: str | None, archives: str | None, only_keep: bool
+) -> list[str]:
+    """Return the call of the rattler helper: packages are installed, from the folder ``archives`` if there is one.
+
+    With ``only_keep`` they are kept in that folder instead.
+    """
     packages = [{"url": each.url, "channel": each.channel, "kind": each.kind, "sum": each.sum} for each in locked]
-    request = {"prefix": prefix, "lock": packages, "cache": cache}
+    request = {"prefix": prefix, "lock": packages, "cache": cache, "into" if only_keep else "archives": archives}
     return [python, "-I", "-c", source, json.dumps(request)]

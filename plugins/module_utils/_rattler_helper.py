@@ -33,15 +33,19 @@ async def fulfil(request: dict) -> dict:
     cache = Path(request["cache"]) if request["cache"] else None
     # The one that is used otherwise neither tries again nor looks for the user's credentials.
     client = rattler.networking.Client.authenticated_client()
+    if request.get("into"):
+        return await keep_archives(request, client)
     installed = [rattler.PrefixRecord.from_path(path) for path in sorted(metadata.glob("*.json"))]
     if request.get("lock"):
         return await reproduce(request, client, installed, cache)
+    host = request.get("host")
     solved = await rattler.solve(
         sources=request["channels"],
         specs=request["specs"],
         locked_packages=installed,
         gateway=rattler.Gateway(cache_dir=cache and cache / "repodata", client=client),
-        virtual_packages=rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env()),
+        platforms=[host["platform"], "noarch"] if host else None,
+        virtual_packages=virtual_packages(host),
     )
     if not request["dry_run"]:
         await rattler.install(
@@ -57,12 +61,42 @@ async def fulfil(request: dict) -> dict:
     return success(installed, solved)
 
 
+def virtual_packages(host: dict | None) -> list:
+    """Return what this host is, or another one, as packages such as ``__glibc``."""
+    import rattler
+
+    if not host:
+        return rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env())
+    text = getattr(rattler, "BuildString", str)  # which older versions of rattler do not have
+    return [
+        rattler.GenericVirtualPackage(rattler.PackageName(name), rattler.Version(version), text(build))
+        for name, version, build in host["virtual"]
+    ]
+
+
+async def keep_archives(request: dict, client: Any) -> dict:
+    """Keep the archives of a lock file's packages in a folder, and no others there."""
+    into = Path(request["into"])
+    into.mkdir(parents=True, exist_ok=True)
+    wanted = {into / name_of(package["url"]): package for package in request["lock"]}
+    for archive in {*into.glob("*.conda"), *into.glob("*.tar.bz2")} - set(wanted):
+        archive.unlink()
+    with emptied(into.with_name(f"{into.name}.incoming")) as folder:
+        for archive, package in wanted.items():
+            if not archive.exists() or sum_of(archive, package["kind"]) != package["sum"]:
+                shutil.copyfile(await fetch(package, client, folder), folder / "complete")
+                os.replace(folder / "complete", archive)
+    return success([], [])
+
+
 async def reproduce(request: dict, client: Any, installed: list, cache: Path | None) -> dict:
     """Install just the packages of a lock file, each after a look at its checksum."""
     import rattler
 
     with emptied(Path(request["prefix"] + ".packages")) as folder:
-        archives = {package["url"]: await fetch(package, client, folder) for package in request["lock"]}
+        archives = {
+            package["url"]: await fetch(package, client, folder, request["archives"]) for package in request["lock"]
+        }
         records = [record_of(package, archives[package["url"]], folder) for package in request["lock"]]
         rattler.PackageRecord.validate(records)
         await rattler.install(
@@ -94,21 +128,30 @@ def emptied(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-async def fetch(package: dict, client: Any, folder: Path) -> Path:
-    """Return the package's archive, which has the right checksum."""
+def name_of(url: str) -> str:
+    return Path(urllib.parse.urlparse(url).path).name
+
+
+def sum_of(archive: Path, kind: str) -> str:
+    return hashlib.new(kind, archive.read_bytes()).hexdigest()
+
+
+async def fetch(package: dict, client: Any, folder: Path, archives: str | None = None) -> Path:
+    """Return the package's archive, which has the right checksum: one of ``archives``, where these are given."""
     from rattler.package_streaming import download_to_path
 
     url = urllib.parse.urlparse(package["url"])
-    archive = folder / Path(url.path).name
+    archive = Path(archives or folder) / name_of(package["url"])
     try:
-        if url.scheme == "file":
+        if archives:
+            pass
+        elif url.scheme == "file":
             archive = Path(urllib.request.url2pathname(url.path))
         else:
             await download_to_path(client, package["url"], archive)
-        content = archive.read_bytes()
+        found = sum_of(archive, package["kind"])
     except (OSError, RuntimeError) as error:
         raise OSError(f"failed to fetch {package['url']}: {error}") from error
-    found = hashlib.new(package["kind"], content).hexdigest()
     if found != package["sum"]:
         raise ChecksumMismatchError(
             f"{package['url']} has the {package['kind']} {found}, but {package['sum']} is locked"

@@ -57,8 +57,11 @@ options:
       - V(present) means that the packages are there.
       - V(absent) removes the environment with everything in it. Nothing but an environment is removed, and no
         conda installation.
+      - V(staged) installs nothing, and does not look at O(prefix). It keeps in O(archives) the packages that the
+        environment of another O(host) lacks, which may be one without internet. There, O(state=present) with the
+        returned RV(lock) and these O(archives) asks no channel.
     type: str
-    choices: [present, absent]
+    choices: [present, absent, staged]
     default: present
   provider:
     description:
@@ -76,6 +79,34 @@ options:
         a look at its checksum, and nothing is solved; O(specs) are only compared with it.
       - An environment that differs from it is refused, unless O(update=true).
     type: str
+  archives:
+    description:
+      - The folder of the packages' archives, for O(provider=rattler), which has all of O(lock) then.
+      - With O(state=staged) they are kept there, each after a look at its checksum, and other archives are removed.
+    type: path
+  host:
+    description: The host to solve for, for O(state=staged).
+    type: dict
+    suboptions:
+      system:
+        description: What C(uname -s) says there.
+        type: str
+        required: true
+      machine:
+        description: What C(uname -m) says there.
+        type: str
+        required: true
+      release:
+        description: What C(uname -r) says there.
+        type: str
+        default: ""
+      glibc:
+        description: The version of its glibc, such as V(2.28).
+        type: str
+        default: ""
+      packages:
+        description: What the environment has, as M(mala.hpc_db.conda_env_info) returns it there.
+        type: dict
   update:
     description:
       - Whether an environment that satisfies O(specs) is brought to the newest packages that do, or to O(lock).
@@ -149,11 +180,11 @@ prefix:
   type: str
 bindir:
   description: The folder of its programs. They need no activation.
-  returned: success
+  returned: unless O(state=staged)
   type: str
 version:
   description: The version of PostgreSQL in the environment, or null. In check mode the one that would be there.
-  returned: success
+  returned: unless O(state=staged)
   type: str
   sample: "17.10"
 features:
@@ -161,7 +192,7 @@ features:
     - What that PostgreSQL was built with. C(tls) is what the server itself says, the others are in the words of
       PostgreSQL's configure, as far as C(pg_config) knows them.
     - Null without PostgreSQL, and in check mode as long as it is not installed.
-  returned: success
+  returned: unless O(state=staged)
   type: list
   elements: str
   sample: [gssapi, lz4, readline, tls, zlib, zstd]
@@ -170,6 +201,12 @@ packages:
   returned: success
   type: dict
   sample: {libpq: "17.10", postgresql: "17.10"}
+lock:
+  description:
+    - The lock file of the packages that are in O(archives), with the channels' URLs.
+    - Empty if the other host's environment is as wanted, and in check mode as long as it cannot be solved.
+  returned: with O(state=staged)
+  type: str
 """
 
 import fcntl
@@ -203,6 +240,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     allows_major,
     clean_command,
     conda_command,
+    describe_host,
     difference,
     explain,
     has_secret,
@@ -231,6 +269,8 @@ CHANGING = "changing"  # with the version of PostgreSQL there was, whose record 
 # How many seconds to wait before a second and a third attempt. Clients try for a few seconds by themselves.
 PAUSES = (2, 8)
 
+NO_LOCK = "none is given, but it alone says which of the archives to install"
+
 Packages = dict[str, Package]
 Run = Callable[..., tuple[int, str, str]]
 
@@ -240,6 +280,8 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
     specs = wanted_specs(params)
     params = {**params, "locked": wanted_lock(params, specs)}
     locked = params["locked"]
+    if params["state"] == "staged":
+        return stage(params, run, specs, check_mode)
     prefix = Path(params["prefix"])
     marker = prefix.with_name(prefix.name + ".unfinished")
     if params["state"] == "absent":
@@ -257,8 +299,10 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
             if before is not None:
                 check_change(params, before)
             params = {**params, **find_program(params, run)}
+            if params["archives"] and not locked and not check_mode:
+                raise CondaError(f"lock: {NO_LOCK}")
             if check_mode:
-                after = plan(params, run, specs, before)
+                after = plan(params, run, specs, before).packages
             else:
                 before, after = bring(params, run, specs, marker)
     bindir = str(prefix / "bin")
@@ -275,6 +319,48 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
     }
 
 
+def stage(params: dict, run: Run, specs: list[Spec], check_mode: bool) -> dict:
+    """Have the archives of what another host's environment lacks. Nothing is installed here, or looked at."""
+    before, lock = packages_of(params["host"]), ""
+    after, version = before, postgresql_of(before, "")
+    if before is None or not is_wanted(before, specs, params["locked"]) or (params["update"] and not params["locked"]):
+        params = {**params, **find_program(params, run)}
+        floor = no_older(version) if params["update"] else []
+        planned = plan(params, run, [*keep_major(specs, version), *floor], before)
+        if planned.problem and not check_mode:
+            raise CondaError(explain(planned, params, specs, glibc_of(params)))
+        after = planned.packages
+        if after != before and not planned.problem:
+            lock = params["lock"] or _lock.lock_text(list(planned.links), platform_of(params))
+        if lock and not check_mode:
+            keep_archives(params, run, specs, lock)
+    return {
+        "changed": before != after,
+        "prefix": params["prefix"],
+        "packages": {package.name: package.version for package in (after or {}).values()},
+        "lock": lock,
+        "diff": difference(before or {}, after or {}),
+    }
+
+
+def packages_of(host: dict) -> Packages | None:
+    """Return what the other host has; None where an environment may be made, or has to be made again."""
+    if host["packages"] is None:
+        return None
+    return {name: Package(name, version, build) for name, (version, build) in host["packages"].items()}
+
+
+def keep_archives(params: dict, run: Run, specs: list[Spec], lock: str) -> None:
+    """Fetch the packages of the lock file, as far as their archives are not there already."""
+    solved = not params["lock"]
+    params = {**params, "lock": lock, "locked": _lock.parse_lock(lock, platform_of(params))}
+    answer = ask(params, run, specs, {}, dry_run=False)
+    if answer.problem:
+        if solved and answer.setting == "lock":
+            answer = answer._replace(setting="channels")
+        raise CondaError(explain(answer, params, specs, glibc_of(params)))
+
+
 def features_of(bindir: str, run: Run, version: str) -> list[str]:
     """Return what the PostgreSQL there was built with; raise if it does not even start."""
     with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
@@ -289,7 +375,7 @@ def wanted_specs(params: dict) -> list[Spec]:
     """Return the specs; raise for values that no client should see."""
     if not os.path.isabs(params["prefix"]):
         raise CondaError(f"prefix: {params['prefix']!r} is not absolute; give a path that begins with / or ~")
-    for name in ("rattler_python", "package_cache", "lease"):
+    for name in ("rattler_python", "package_cache", "lease", "archives"):
         if params[name] is not None and not os.path.isabs(params[name]):
             raise CondaError(f"{name}: {params[name]!r} is not absolute; give a path that begins with / or ~")
     for channel in params["channels"]:
@@ -300,8 +386,10 @@ def wanted_specs(params: dict) -> list[Spec]:
                 f"channels: that of {urlsplit(channel).hostname} holds a password or token, which would get into logs; "
                 "leave it out, and keep it where your client looks for it, such as ~/.netrc"
             )
+    if params["archives"] and params["provider"] != "rattler":
+        raise CondaError(f"archives: not allowed with provider {params['provider']}; only rattler takes packages there")
     specs = [parse_spec(text) for text in params["specs"] or []]
-    if params["state"] == "present" and not specs:
+    if params["state"] != "absent" and not specs:
         raise CondaError("specs: none are given; name at least one package")
     return specs
 
@@ -310,9 +398,15 @@ def wanted_lock(params: dict, specs: list[Spec]) -> list[_lock.Locked]:
     """Return the packages of the lock file, if one is given; raise if it does not fit this machine or the specs."""
     if not params["lock"]:
         return []
-    locked = _lock.parse_lock(params["lock"], _lock.platform_of(platform.system(), platform.machine()))
+    locked = _lock.parse_lock(params["lock"], platform_of(params))
     _lock.check_specs(locked, specs)
     return locked
+
+
+def platform_of(params: dict) -> str:
+    """Return conda's name for this host, or for the one that is solved for."""
+    host = params["host"] or {"system": platform.system(), "machine": platform.machine()}
+    return _lock.platform_of(host["system"], host["machine"])
 
 
 def is_wanted(packages: Packages, specs: list[Spec], locked: list[_lock.Locked]) -> bool:
@@ -364,12 +458,15 @@ def records_of(prefix: str) -> list[dict]:
 
 def newest(params: dict, run: Run, specs: list[Spec], version: str) -> list[Spec]:
     """Return the newest packages that satisfy the specs, exactly. PostgreSQL gets no older, nor another major."""
-    floor = [parse_spec(f"postgresql>={version}")] if version else []
-    solved = plan(params, run, [*keep_major(specs, version), *floor], None)
+    solved = plan(params, run, [*keep_major(specs, version), *no_older(version)], None).packages
     return [
         Spec(f"{name}={package.version}={package.build}", name, (("==", package.version),), package.build)
         for name, package in solved.items()
     ]
+
+
+def no_older(version: str) -> list[Spec]:
+    return [parse_spec(f"postgresql>={version}")] if version else []
 
 
 def note_of(marker: Path) -> str:
@@ -430,25 +527,29 @@ def keep_major(specs: list[Spec], version: str) -> list[Spec]:
     return specs if kept in specs else [*specs, kept]
 
 
-def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> Packages:
-    """Return what would be installed, and leave nothing behind."""
+def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> Answer:
+    """Return what would be installed, and leave nothing behind. There is a problem only if that could not be solved."""
     if params["locked"]:
-        return {each.package.name: each.package for each in params["locked"]}
+        return Answer({each.package.name: each.package for each in params["locked"]})
     with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
         harmless = dict(params)
-        if before is None:  # not even a dry "create" gets to see the true prefix
+        if before is None or params["host"]:  # not even a dry "create" gets to see the true prefix
             harmless["prefix"] = os.path.join(scratch, "prefix")
         if params["package_cache"] and not os.path.isdir(params["package_cache"]):
             harmless["package_cache"] = os.path.join(scratch, "cache")
-        answer = ask(harmless, run, specs, before, dry_run=True)
-    if answer.setting == "rattler_python":  # an earlier task installs it, unless that is in check mode too
+        if params["archives"] and params["state"] == "present":
+            answer = Answer({}, "lock", NO_LOCK)
+        else:
+            answer = ask(harmless, run, specs, before, dry_run=True)
+    # An earlier task installs it or stages them, unless that is in check mode too.
+    if answer.setting in ("rattler_python", "lock"):
         present = before or {}
         missing = [spec for spec in specs if not all_satisfied(present, [spec])]
         wanted = [Package(spec.name, spec.text[len(spec.name) :] or "any", "") for spec in missing]
-        return {**present, **{package.name: package for package in wanted}}
+        return answer._replace(packages={**present, **{package.name: package for package in wanted}})
     if answer.problem:
-        raise CondaError(explain(answer, params, specs, glibc_version()))
-    return answer.packages
+        raise CondaError(explain(answer, params, specs, glibc_of(params)))
+    return answer
 
 
 def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Packages | None, Packages | None]:
@@ -477,7 +578,7 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
         if before is None or answer.setting in ("specs", "lock"):
             rewrite(note, "")  # nothing half-done is left
         lacking = Answer({}, "provider", f"it ended well, but {prefix} lacks what it should have")
-        raise CondaError(explain(answer if answer.problem else lacking, params, specs, glibc_version()))
+        raise CondaError(explain(answer if answer.problem else lacking, params, specs, glibc_of(params)))
 
 
 def remove(prefix: Path, marker: Path, timeout: int, check_mode: bool) -> Packages | None:
@@ -615,12 +716,18 @@ def client_command(
         return conda_command(client, create, prefix, channels, specs, dry_run)
     source, python = inspect.getsource(_rattler_helper), params["rattler_python"]
     if locked:
-        return _lock.rattler_command(python, source, prefix, locked, cache)
-    return rattler_command(python, source, prefix, channels, specs, before or {}, dry_run, cache)
+        return _lock.rattler_command(
+            python, source, prefix, locked, cache, params["archives"], only_keep=params["state"] == "staged"
+        )
+    other = params["host"]
+    host = other and describe_host(platform_of(params), other["machine"], other["release"], other["glibc"])
+    return rattler_command(python, source, prefix, channels, specs, before or {}, dry_run, cache, host)
 
 
-def glibc_version() -> str:
-    """Return this host's glibc as solvers take it, or nothing."""
+def glibc_of(params: dict) -> str:
+    """Return the glibc of this host as solvers take it, or of the one that is solved for; it may be nothing."""
+    if params["host"]:
+        return params["host"]["glibc"]
     with suppress(OSError, ValueError):
         found = os.environ.get("CONDA_OVERRIDE_GLIBC", os.confstr("CS_GNU_LIBC_VERSION") or "")
         return found.rpartition(" ")[2]
@@ -664,9 +771,20 @@ def main() -> None:
             "prefix": {"type": "path", "required": True},
             "specs": {"type": "list", "elements": "str"},
             "channels": {"type": "list", "elements": "str", "default": ["conda-forge"]},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "state": {"type": "str", "choices": ["present", "absent", "staged"], "default": "present"},
             "provider": {"type": "str", "choices": ["rattler", "conda"], "default": "rattler"},
             "lock": {"type": "str"},
+            "archives": {"type": "path"},
+            "host": {
+                "type": "dict",
+                "options": {
+                    "system": {"type": "str", "required": True},
+                    "machine": {"type": "str", "required": True},
+                    "release": {"type": "str", "default": ""},
+                    "glibc": {"type": "str", "default": ""},
+                    "packages": {"type": "dict"},
+                },
+            },
             "update": {"type": "bool", "default": False},
             "lease": {"type": "path"},
             "rattler_python": {"type": "path"},
@@ -675,7 +793,7 @@ def main() -> None:
             "package_cache": {"type": "path"},
             "timeout": {"type": "int", "default": 1800},
         },
-        required_if=[("state", "present", ["specs"])],
+        required_if=[("state", "present", ["specs"]), ("state", "staged", ["specs", "host", "archives"])],
         supports_check_mode=True,
     )
     run = functools.partial(module.run_command, expand_user_and_vars=False)

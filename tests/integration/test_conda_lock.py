@@ -49,7 +49,7 @@ class Environment:
             "prefix": str(self.prefix), "specs": ["libpq=17"], "channels": [self._channel.as_uri()], "state": "present",
             "provider": "rattler" if self._provider == "rattler" else "conda", "rattler_python": sys.executable,
             "client": str(self._client), "module_load": None, "package_cache": f"{self._channel}.cache", "lock": None,
-            "update": False, "lease": None, "timeout": 300,
+            "update": False, "lease": None, "archives": None, "host": None, "timeout": 300,
         }
         return ensure_env({**params, **arguments}, self._run, check_mode)
 

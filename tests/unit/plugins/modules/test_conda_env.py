@@ -177,6 +177,8 @@ def params_for(prefix: Path, **others: object) -> dict:
         "lock": None,
         "update": False,
         "lease": None,
+        "archives": None,
+        "host": None,
         "timeout": 60,
         **others,
     }

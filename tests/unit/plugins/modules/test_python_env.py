@@ -64,7 +64,7 @@ class FakePython:
 def params(tmp_path):
     return {
         "path": str(tmp_path / "python"), "requirements": REQUIREMENTS, "python": "/usr/bin/python3",
-        "layout": "venv", "index_url": None, "wheelhouse": None,
+        "layout": "venv", "host": None, "index_url": None, "wheelhouse": None,
     }
 
 
