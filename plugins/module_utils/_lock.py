@@ -129,7 +129,13 @@ def install_command(client: str, create: bool, prefix: str, lock: str) -> list[s
 
 
 def rattler_command(
-    python: str, source: str, prefix: str, locked: list[Locked], cache: str | None, archives: str | None, only_keep: bool
+    python: str,
+    source: str,
+    prefix: str,
+    locked: list[Locked],
+    cache: str | None,
+    archives: str | None,
+    only_keep: bool,
 ) -> list[str]:
     """Return the call of the rattler helper: packages are installed, from the folder ``archives`` if there is one.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,48 @@ def test_updated_and_reproduced_byte_for_byte(tmp_path: Path, channel: Path, pro
     assert env.files() == back
     assert env.keep(lock=lock)["changed"] is False
     assert env.neighbours == ["postgresql-17"]
+
+
+def test_staged_for_a_host_that_reads_no_channel(tmp_path: Path, channel: Path) -> None:
+    env = Environment(tmp_path, channel, "rattler")
+    url, archives = f"{tmp_path.as_uri()}/growing", tmp_path / "archives"
+    host = {"system": "Linux", "machine": "x86_64", "release": "4.18.0-553.el8", "glibc": "2.36", "packages": None}
+
+    def stage(**arguments: Any) -> dict:
+        settings: dict = {"specs": ["postgresql=17"], "state": "staged", "archives": str(archives), "host": host}
+        return env.keep(**{**settings, **arguments})
+
+    with pytest.raises(CondaError, match=r"specs: nothing in .* it needs __glibc .*, and the host has glibc 2.17"):
+        stage(host={**host, "glibc": "2.17"})
+    with pytest.raises(CondaError, match="channels: cannot read file:///nowhere: "):
+        stage(channels=["file:///nowhere"])
+    assert stage(check_mode=True)["changed"] and not archives.exists()
+    lock = stage()["lock"]
+    times = {path.name: path.stat().st_mtime_ns for path in archives.iterdir()}
+    assert sorted(name.rpartition("-")[0] for name in times) == ["libpq-17.9", "postgresql-17.9"]
+    assert len(re.findall(rf"^{url}/linux-64/.*#sha256:", lock, re.MULTILINE)) == 2
+
+    archive = archives / min(times)
+    archive.write_bytes(archive.read_bytes()[:-1])  # which is fetched again, and the other one is not
+    assert stage()["lock"] == lock
+    assert [path.name for path in archives.iterdir() if path.stat().st_mtime_ns == times[path.name]] == [max(times)]
+
+    shutil.rmtree(tmp_path / "growing")
+    installed = env.keep(specs=["postgresql=17"], lock=lock, archives=str(archives))
+    assert installed["changed"] and installed["version"] == "17.9" and "tls" in installed["features"]
+    assert env.lock == lock  # with the channel's URLs
+    held = {**host, "packages": look(env.prefix)["packages"]}
+    assert (stage(host=held)["changed"], stage(host=held)["lock"]) == (False, "")
+    assert env.keep(specs=["postgresql=17"], archives=str(archives))["changed"] is False
+
+    env.publish(hidden="none")
+    updated = stage(host=held, update=True)
+    assert updated["packages"] == {"libpq": "17.10", "postgresql": "17.10"}
+    assert not any("17.9" in path.name for path in archives.iterdir())
+    archive = next(archives.glob("libpq-*"))
+    archive.write_bytes(b"")
+    with pytest.raises(CondaError, match="lock: file://.*/libpq-17.10.* has the sha256 e3b0c442"):
+        env.keep(specs=["postgresql=17"], lock=updated["lock"], archives=str(archives), update=True)
 
 
 @pytest.mark.parametrize("provider", ["rattler", "conda", "micromamba"])

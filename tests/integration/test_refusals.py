@@ -79,6 +79,7 @@ def test_refused_for_root(here: Target) -> None:
     [
         ({"postgres_listen_addresses": "*"}, r"postgres_listen_addresses: \* .*has no TLS and may listen on 127.0.0.1"),
         ({"postgres_lock_file": "my.lock"}, r"postgres_lock_file: my.lock with postgres_provider embedded is not al"),
+        ({"postgres_staged": True}, r"postgres_staged: True with postgres_provider embedded is not allowed; the works"),
         ({"postgres_major": 17}, r"postgres_major: 17 .*the provider embedded holds PostgreSQL 18"),
         ({"instance_workers": 0}, r"instance_workers: 0 is not allowed"),
     ],

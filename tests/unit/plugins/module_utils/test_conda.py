@@ -20,6 +20,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     clean_command,
     compare_versions,
     conda_command,
+    describe_host,
     difference,
     explain,
     has_secret,
@@ -377,3 +378,12 @@ def test_secrets_of_a_url(url: str, shown: str) -> None:
 
     assert has_secret(url) is bool(shown)
     assert problem == f"HTTP 503 for url <{shown or url}>"
+
+
+def test_another_host_is_told_as_rattler_finds_this_one() -> None:
+    assert describe_host("linux-64", "x86_64", "4.18.0-553.el8_10.x86_64", "2.28") == {
+        "platform": "linux-64",
+        "virtual": [
+            ("__unix", "0", "0"), ("__archspec", "1", "x86_64"), ("__linux", "4.18.0", "0"), ("__glibc", "2.28", "0")
+        ],
+    }

@@ -60,6 +60,8 @@ class FakeClient:
             return 0, "'--prefix=/p' '--with-gssapi'\n", ""
         if words[1] == "-I":
             request = json.loads(words[-1])
+            if "into" in request:
+                return self.keep_archives(Path(request["into"]), [each["url"] for each in request["lock"]])
             if "lock" in request:
                 return self.install_locked("fulfil", Path(request["prefix"]), [each["url"] for each in request["lock"]])
             parts = (spec.replace(" *", "").split(" ") for spec in request["specs"])
@@ -91,7 +93,7 @@ class FakeClient:
         if not versions:
             return 1, json.dumps({"exception_name": "SolverError", "message": "no candidates"}), ""
         names = ["postgresql", "libpq"]
-        links = [{"dist_name": f"{name}-{versions[-1]}-h_0"} for name in names]
+        links = [{"dist_name": f"{name}-{versions[-1]}-h_0", **record_of(name, versions[-1])} for name in names]
         if not dry_run:
             for name in names:
                 write_record(prefix, name, versions[-1])
@@ -118,10 +120,25 @@ class FakeClient:
         return 0, json.dumps({"success": True, "actions": {}}), ""
 
 
+    def keep_archives(self, into: Path, urls: list[str]) -> tuple[int, str, str]:
+        self.calls.append("keep")
+        if self.outages:
+            self.outages -= 1
+            return 1, json.dumps({"exception_name": "OSError", "message": "failed to fetch https://host/c"}), ""
+        into.mkdir(parents=True, exist_ok=True)
+        for url in urls:
+            (into / url.rpartition("/")[2]).touch()
+        return 0, json.dumps({"success": True, "actions": {}}), ""
+
+
 def lock_of(packages: dict[str, str]) -> str:
     channel = "https://host/conda-forge/noarch"
     lines = [f"{channel}/{name}-{version}-h_0.conda#sha256:{'a' * 64}\n" for name, version in packages.items()]
     return "@EXPLICIT\n" + "".join(lines)
+
+
+def record_of(name: str, version: str) -> dict[str, str]:
+    return {"name": name, "url": f"https://host/conda-forge/noarch/{name}-{version}-h_0.conda", "sha256": "a" * 64}
 
 
 def write_record(prefix: Path, name: str, version: str) -> None:
@@ -761,3 +778,81 @@ def test_lock_file_that_was_reached_before_a_kill(prefix: Path, client: FakeClie
 
     assert ensure_env(params_for(prefix, lock=lock_of(OLD)), client, False)["packages"] == OLD
     assert os.listdir(prefix.parent) == [prefix.name]
+
+
+ELSEWHERE = {"system": "Linux", "machine": "aarch64", "release": "4.18.0-1.el8", "glibc": "2.28", "packages": None}
+
+
+def params_for_another(prefix: Path, before: dict | None, **others: object) -> dict:
+    packages = None if before is None else {name: [version, "h_0"] for name, version in before.items()}
+    archives = str(prefix.parent.parent / "archives")
+    others = {"state": "staged", "host": {**ELSEWHERE, "packages": packages}, "archives": archives, **others}
+    return params_for(prefix, **others)
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize(
+    ("before", "arguments", "after"),
+    [
+        (None, {}, NEW),
+        ({}, {}, NEW),
+        (OLD, {}, OLD),
+        (OLD, {"update": True}, NEW),  # and not 18.6
+        (NEW, {"update": True}, NEW),
+        (OLD, {"specs": ["postgresql>17.2"]}, NEW),
+        (None, {"lock": lock_of(OLD)}, OLD),
+        (OLD, {"lock": lock_of(OLD)}, OLD),
+        (NEW, {"lock": lock_of(OLD), "update": True}, OLD),
+    ],
+)
+def test_staged_is_what_another_host_lacks(
+    prefix: Path, client: FakeClient, before: dict | None, arguments: dict, after: dict, check_mode: bool
+) -> None:
+    make_env(prefix, {"libpq": "16.1"})  # of this host, so it is not looked at
+    found = content(prefix)
+
+    result = ensure_env(params_for_another(prefix, before, **arguments), client, check_mode)
+
+    assert (result["changed"], result["packages"]) == (before != after, after)
+    locked = sorted(line.partition("#")[0] for line in result["lock"].splitlines() if line.startswith("https"))
+    names = [f"{name}-{version}-h_0.conda" for name, version in after.items()] if before != after else []
+    assert locked == sorted(f"https://host/conda-forge/noarch/{name}" for name in names)
+    assert sorted(content(prefix.parent.parent / "archives")) == ([] if check_mode else sorted(names))
+    assert content(prefix) == found
+
+
+def test_archives_that_cannot_be_fetched_are_tried_again(
+    prefix: Path, client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conda_env.time, "sleep", lambda seconds: None)
+    make_env(prefix, OLD)
+    client.outages = 3
+
+    with pytest.raises(CondaError, match="lock: tried 3 times: failed to fetch https://host/c"):
+        ensure_env(params_for_another(prefix, None, lock=lock_of(NEW)), client, False)
+
+    assert (prefix / "keep").exists()
+
+
+def test_another_host_before_rattler_is_there(prefix: Path) -> None:
+    def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        return 127, "", "env: no such file"
+
+    planned = ensure_env(params_for_another(prefix, None), run, True)
+    assert (planned["changed"], planned["lock"], planned["packages"]) == (True, "", {"postgresql": "=17"})
+    with pytest.raises(CondaError, match="rattler_python: /env/bin/python cannot use py-rattler"):
+        ensure_env(params_for_another(prefix, None), run, False)
+
+
+def test_archives_are_for_a_lock_file(prefix: Path, client: FakeClient) -> None:
+    params = params_for(prefix, archives="/staged")
+
+    assert ensure_env(params, client, True)["packages"] == {"postgresql": "=17"}
+    with pytest.raises(CondaError, match="lock: none is given, but it alone says which of the archives to install"):
+        ensure_env(params, client, False)
+    with pytest.raises(CondaError, match="archives: not allowed with provider conda"):
+        ensure_env({**params, "provider": "conda"}, client, False)
+    assert client.calls == []
+
+    assert ensure_env({**params, "lock": lock_of(NEW)}, client, False)["packages"] == NEW
+    assert ensure_env(params, client, False)["changed"] is False
