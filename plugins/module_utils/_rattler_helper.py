@@ -137,7 +137,7 @@ def sum_of(archive: Path, kind: str) -> str:
 
 
 async def fetch(package: dict, client: Any, folder: Path, archives: str | None = None) -> Path:
-    """Return the package's archive, which has the right checksum: one of ``archives``, where these are given."""
+    """Return the package's archive, which has the right checksum; out of the folder ``archives`` if one is given."""
     from rattler.package_streaming import download_to_path
 
     url = urllib.parse.urlparse(package["url"])

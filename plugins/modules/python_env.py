@@ -162,11 +162,11 @@ def site_packages(path: str, layout: str) -> str:
 
 
 def installed(folder: str) -> dict[str, str]:
-    """Return name and version of each package that has its metadata in ``folder``."""
-    found = (glob.glob(os.path.join(glob.escape(folder), suffix)) for suffix in ("*.dist-info", "*.whl"))
-    names = (os.path.basename(each) for each in sum(found, []))
-    pairs = (re.sub(r"\.dist-info$", "", name).split("-")[:2] for name in names)
-    return {normalise(name): version for name, version in sorted(pairs)}
+    """Return name and version of each package that has its metadata, or a wheel, in ``folder``."""
+    names = (os.path.basename(each) for each in glob.glob(os.path.join(glob.escape(folder), "*.dist-info")))
+    wheels = (os.path.basename(each) for each in glob.glob(os.path.join(glob.escape(folder), "*.whl")))
+    both = [*(name[: -len(".dist-info")] for name in names), *("-".join(name.split("-")[:2]) for name in wheels)]
+    return {normalise(name): version for name, _dash, version in sorted(each.rpartition("-") for each in both)}
 
 
 def stamp(params: dict) -> str:
@@ -244,17 +244,16 @@ def fill(params: dict, run: Run) -> None:
     with open(unfinished, "w", encoding="utf-8") as stream:
         stream.write(stamp(params))
     python = params["python"]
-    call = [python, "-m", "pip"]
     if params["layout"] == "venv":
         if not os.path.exists(os.path.join(path, "bin", "python")):
             run([params["python"], "-m", "venv", path])
         python = os.path.join(path, "bin", "python")
         if pip_is_old(run([python, "-m", "pip", "--version"])):
             run([python, "-m", "pip", *pip_arguments(params, os.devnull)[:-1], "--upgrade", "pip"])
-        call = [python, "-m", "pip"]
-    elif params["layout"] == "wheels":
-        call = [python, "-I", "-c", AS_ANOTHER_HOST, json.dumps(markers(params["host"]))]
-    run([*call, *pip_arguments(params, unfinished)])
+    pip = ["-m", "pip"]
+    if params["layout"] == "wheels":
+        pip = ["-I", "-c", AS_ANOTHER_HOST, json.dumps(markers(params["host"]))]
+    run([python, *pip, *pip_arguments(params, unfinished)])
     close_to_others(path)
     # The stamp comes last, by rename: it is there only when everything else is.
     os.rename(unfinished, os.path.join(path, STAMP))
@@ -321,7 +320,8 @@ def run_command(module: AnsibleModule, command: list[str]) -> str:
         if "ensurepip" in stdout + stderr:
             hint = f" ({command[0]} cannot make environments with pip: set postgres_python to one that can)"
         elif "pip" in command[:4]:
-            hint = " (without internet there: set postgres_python_wheelhouse or postgres_python_index_url)"
+            settings = "postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"
+            hint = f" (without internet there: set {settings})"
         elif AS_ANOTHER_HOST in command:
             call = f"{command[0]} -m pip"
             hint = " (the workstation asks for it: set postgres_python_index_url, or a folder of wheels there)"
