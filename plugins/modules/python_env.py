@@ -126,7 +126,7 @@ from pip._vendor.packaging import markers
 host = {**markers.default_environment(), **json.loads(sys.argv.pop(1))}
 markers.default_environment = lambda: dict(host)
 from pip._internal.cli.main import main
-sys.exit(main())
+raise SystemExit(main())
 """
 # What manylinux_2_x was called before.
 OLD_MANYLINUX = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
