@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A conda channel over HTTP that has its moods: ``channel_server.py FOLDER``, in a folder of its own.

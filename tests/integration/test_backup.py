@@ -124,7 +124,6 @@ class Studies:
     def dumps(self) -> list[str]:
         return self.target.run(f"ls -A ~/hpc_db/{self.name}/dumps").split()
 
-
     def schema(self, python: str, **options: object) -> str:
         """Run the module for the schema of the database "older" by itself, with an interpreter; return its output."""
         endpoint = json.loads(self.shell("cat ../run/endpoint.json"))

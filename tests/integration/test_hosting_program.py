@@ -392,6 +392,7 @@ def test_killed_postgres_is_told_and_nothing_acknowledged_is_lost(instance: Inst
 
 def test_takeover_ends_postgres_at_once_and_spares_the_next_holder_s_files(instance: Instance) -> None:
     process = instance.serve()
+    eventually(lambda: instance.state() == "serving")
     with owner():
         for name in ("lease.2", "state.json", "endpoint.json"):
             (instance.root / "run" / name).write_text('{"host": "c2", "job": "8"}')

@@ -104,7 +104,6 @@ class FakeClient:
             return -11, json.dumps({"success": True}), "Segmentation fault"
         return 0, json.dumps({"success": True, "actions": {"LINK": links}}), ""
 
-
     def install_locked(self, verb: str, prefix: Path, urls: list[str]) -> tuple[int, str, str]:
         self.calls.append(f"{verb} --file")
         if self.outages:
