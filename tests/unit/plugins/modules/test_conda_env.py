@@ -118,7 +118,6 @@ class FakeClient:
             write_record(prefix, name, version)
         return 0, json.dumps({"success": True, "actions": {}}), ""
 
-
     def keep_archives(self, into: Path, urls: list[str]) -> tuple[int, str, str]:
         self.calls.append("keep")
         if self.outages:
