@@ -98,7 +98,7 @@ def wheels(folder: Path) -> Callable[[str], str]:
             call([*pip, f"--dest={wheelhouse}", f"--requirement={pinned}"])
         params = {
             "path": str(folder / name), "requirements": [requirement], "python": sys.executable, "layout": "flat",
-            "index_url": None, "wheelhouse": str(wheelhouse),
+            "host": None, "index_url": None, "wheelhouse": str(wheelhouse),
         }
         ensure_packages(params, call, check_mode=False)
         if IS_ROOT:  # nobody but the owner may read it
