@@ -6,7 +6,6 @@ A round is a generator: it gives way while a program runs, and closing it ends t
 """
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import re
@@ -17,7 +16,7 @@ import time
 from typing import Callable, Generator, List, Optional  # noqa: F401 - Optional in a type comment
 
 from . import files
-from .postgres import PR_SET_PDEATHSIG, Failed, Postgres, program_environment
+from .postgres import Failed, Postgres, end_with_parent, program_environment
 
 Steps = Generator[None, None, None]
 
@@ -139,7 +138,7 @@ class Dumps:
         with tempfile.TemporaryFile() as said:
             child = subprocess.Popen(
                 [os.path.join(self._bindir, program)] + list(arguments), cwd=self._folder, env=program_environment(),
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=_be_modest,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=be_modest,
             )
             try:
                 while child.poll() is None:
@@ -156,11 +155,8 @@ class Dumps:
                 raise Failed((errors or lines or ["%s ended with %d" % (program, child.returncode)])[0])
 
 
-def _be_modest() -> None:
+def be_modest() -> None:
     """In the child: leave the processor to postgres, and end when the hosting program does."""
     os.umask(0o077)
     os.nice(NICENESS)
-    try:
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):
-        pass  # not Linux
+    end_with_parent(signal.SIGKILL)

@@ -274,7 +274,12 @@ def program_environment() -> Dict[str, str]:
 def _die_with_parent() -> None:
     """In the child: end fast and cleanly when the hosting program is killed."""
     os.umask(0o077)
+    end_with_parent(signal.SIGINT)
+
+
+def end_with_parent(number: int) -> None:
+    """In a child: have the kernel send us this signal when the hosting program ends."""
     try:
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     except (OSError, AttributeError):
         pass  # not Linux

@@ -18,7 +18,7 @@ import time
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from . import files
-from .dumps import Dumps, _be_modest
+from .dumps import Dumps, be_modest
 from .lease import Lost
 from .postgres import Failed, Postgres, end_orphan, program_environment, socket_folder
 
@@ -286,7 +286,7 @@ class Upgrade:
             def start(words: List[str], reads: Any, writes: Any) -> "subprocess.Popen[bytes]":
                 child = subprocess.Popen(
                     words, cwd=folder, env=environment, stdin=reads, stdout=writes, stderr=stderr,
-                    preexec_fn=_be_modest,
+                    preexec_fn=be_modest,
                 )
                 after.callback(end, child)
                 children.append(child)
