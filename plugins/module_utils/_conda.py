@@ -13,6 +13,7 @@ import json
 import operator
 import re
 import textwrap
+from contextlib import suppress
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -31,13 +32,21 @@ _BOUND = re.compile(rf"(?P<sign>[<>]=?|!=)(?P<version>{_VERSION})")
 _BLAME = {
     **dict.fromkeys(("GatewayError", "InvalidChannelError", "UnavailableInvalidChannel"), "channels"),
     **dict.fromkeys(("CondaHTTPError", "CondaSSLError", "ProxyError"), "channels"),
+    **dict.fromkeys(("ChecksumMismatchError", "ConnectionFailedError"), "channels"),
     **dict.fromkeys(("InvalidMatchSpec", "InvalidMatchSpecError", "SolverError"), "specs"),
     **dict.fromkeys(("PackagesNotFoundError", "ResolvePackageNotFound", "UnsatisfiableError"), "specs"),
     **dict.fromkeys(("LibMambaUnsatisfiableError", "RattlerUnsatisfiableError"), "specs"),
     **dict.fromkeys(("ImportError", "ModuleNotFoundError"), "rattler_python"),
+    "ValidatePackageRecordsError": "lock",
 }
-_FETCHING = re.compile(r"failed to fetch|failed to download|download error|https?://", re.IGNORECASE)
-
+_FETCHING = re.compile(
+    r"failed to fetch|failed to download|download error|incorrect download|transfer finalized|https?://", re.IGNORECASE
+)
+# What a channel answers for good. All else may be better in a moment.
+_FINAL = re.compile(r"\b40[0134]\b|\b410\b|could not find subdir|certificate", re.IGNORECASE)
+_SECRET = re.compile(r"(://)[^/\s]+(?=@)|(https?://\S*?/t/)[^/\s]+")
+# What is asked of the host, in the words of rattler and libmamba, or of conda's classic solver.
+_HOST_NEED = re.compile(r"__(?P<name>\w+)(?:\[version=')?\s*(?P<bounds>[<>]=?[\w.]+(?:,[<>]=?[\w.]+)*)")
 
 _COMPARE = {
     "==": operator.eq,
@@ -75,11 +84,15 @@ class Spec(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a client said: all packages that it leaves there, or the problem and the setting to blame."""
+    """What a client said: all packages that it leaves there, or the problem and the setting to blame.
+
+    ``links`` are its own words on those that come, enough for a lock file if it is the rattler helper.
+    """
 
     packages: dict[str, Package]
     setting: str = ""
     problem: str = ""
+    links: tuple[dict, ...] = ()
 
 
 def parse_spec(text: str) -> Spec:
@@ -202,8 +215,12 @@ def rattler_command(
     installed: dict[str, Package],
     dry_run: bool,
     cache: str | None,
+    host: dict | None = None,
 ) -> list[str]:
-    """Return the call of the rattler helper, whose ``source`` goes to the interpreter as an argument."""
+    """Return the call of the rattler helper, whose ``source`` goes to the interpreter as an argument.
+
+    ``host`` is as from ``describe_host``, if it solves for another one.
+    """
     others = sorted(set(installed) - {spec.name for spec in specs})  # what is not asked for would be removed
     request = {
         "prefix": prefix,
@@ -211,8 +228,18 @@ def rattler_command(
         "specs": [*(spec.canonical for spec in specs), *others],
         "dry_run": dry_run,
         "cache": cache,
+        "host": host,
     }
     return [python, "-I", "-c", source, json.dumps(request)]
+
+
+def describe_host(platform: str, machine: str, release: str, glibc: str) -> dict:
+    """Return what a solver has to know of another host: conda's name for it, and its virtual packages."""
+    kernel = re.match(r"\d+(\.\d+)*", release)
+    virtual = [("__unix", "0", "0"), ("__archspec", "1", machine)]
+    virtual += [("__linux", kernel[0], "0")] if kernel and platform.startswith("linux-") else []
+    virtual += [("__glibc", glibc, "0")] if glibc else []
+    return {"platform": platform, "virtual": virtual}
 
 
 def clean_command(command: list[str], timeout: int, cache: str | None) -> list[str]:
@@ -237,12 +264,11 @@ def parse_search(stdout: str, names: list[str]) -> list[str]:
 
 def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Package], provider: str) -> Answer:
     """Read any client's answer. A return code says little: clients have crashed after all work was done."""
-    try:
-        content, _end = json.JSONDecoder().raw_decode(stdout[max(0, stdout.find("{")) :])
-    except ValueError:
-        content = {}
+    content = _first_object(stdout)
     if content.get("success"):
-        return Answer(_after(content.get("actions") or {}, installed))
+        actions = content.get("actions") or {}
+        links = actions.get("LINK") or [] if isinstance(actions, dict) else []
+        return Answer(_after(actions, installed), links=tuple(links))
     if content.get("solver_problems"):
         return Answer({}, "specs", _one_line("; ".join(content["solver_problems"])))
     if not content and code in (124, 137):
@@ -253,6 +279,14 @@ def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Packa
     problem = content.get("message") or content.get("error") or last_words or "it said nothing"
     guess = "channels" if _FETCHING.search(problem) else "provider"
     return Answer({}, _BLAME.get(content.get("exception_name", ""), guess), _one_line(problem))
+
+
+def _first_object(stdout: str) -> dict:
+    """Return the JSON in a client's output, whatever lines of words come before it."""
+    for line in re.finditer(r"^\s*\{", stdout, re.MULTILINE):
+        with suppress(ValueError):
+            return json.JSONDecoder().raw_decode(stdout[line.start() :].lstrip())[0]
+    return {}
 
 
 def _after(actions: dict | list, installed: dict[str, Package]) -> dict[str, Package]:
@@ -275,17 +309,48 @@ def _package_of(item: dict) -> Package:
 
 
 def _one_line(text: str) -> str:
-    return textwrap.shorten(text, 600, placeholder=" …")
+    """Return the text as one line, without the user's passwords and tokens: clients show whole URLs."""
+    return _SECRET.sub(lambda secret: f"{secret[1] or secret[2]}***", " ".join(text.split()))
 
 
-def explain(answer: Answer, params: dict, specs: list[Spec]) -> str:
+def has_secret(channel: str) -> bool:
+    """Tell whether a channel's URL brings a password or a token along."""
+    return bool(_SECRET.search(channel))
+
+
+def may_pass(answer: Answer, channels: list[str]) -> bool:
+    """Tell whether the same again may go well: the network was at fault, not the channel's content."""
+    remote = any(not channel.startswith(("file:", "/")) for channel in channels)
+    return answer.setting == "channels" and remote and not _FINAL.search(answer.problem)
+
+
+def unmet_need(problem: str, glibc: str) -> str:
+    """Return what a solver missed of the host, such as ``__glibc >=2.34``; nothing if it was something else."""
+    for need in _HOST_NEED.finditer(problem):
+        bounds = [_BOUND.fullmatch(bound) for bound in need["bounds"].split(",")]
+        pairs = [(bound["sign"], bound["version"]) for bound in bounds if bound]
+        # the classic solver names glibc whatever the trouble is
+        if need["name"] != "glibc" or not glibc or not all(_is_within(glibc, pair) for pair in pairs):
+            return f"__{need['name']} {need['bounds']}"
+    return ""
+
+
+def explain(answer: Answer, params: dict, specs: list[Spec], glibc: str) -> str:
     """Return the sentence for the user: the setting, its value and what would be allowed."""
-    channels, problem = params["channels"], answer.problem
+    channels, problem = params["channels"], textwrap.shorten(answer.problem, 600, placeholder=" …")
     if answer.setting == "channels":
         named = [channel for channel in channels if channel.rstrip("/") in problem] or channels
         return f"channels: cannot read {', '.join(named)}: {problem}"
+    if answer.setting == "lock":
+        return f"lock: {problem}"
     if answer.setting == "specs":
         wanted = " ".join(spec.text for spec in specs)
+        need = unmet_need(answer.problem, glibc)
+        if need:
+            return (
+                f"specs: nothing in {', '.join(channels)} satisfies {wanted} on this host: it needs {need}, and the "
+                f"host has glibc {glibc or 'not at all'}; ask for an older version, or another channel"
+            )
         return f"specs: nothing in {', '.join(channels)} satisfies {wanted}: {problem}"
     if answer.setting == "rattler_python":
         return f"rattler_python: {params['rattler_python']} cannot use py-rattler: {problem}"

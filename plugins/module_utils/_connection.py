@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,13 @@ CONNECTION_OPTIONS: dict[str, Any] = {
 
 
 class Unreachable(Exception):
-    """The server does not let us in, or refuses what we ask; the message is its own."""
+    """The server does not let us in, or refuses what we ask, or cannot be asked; the message is for the user."""
+
+
+def not_importable(package: str, error: ImportError) -> str:
+    """Return what to do about a package that the Python side lacks."""
+    said = " ".join(str(error).split())
+    return f"postgres_python_packages: {sys.executable} cannot import {package}: {said}; name the package there"
 
 
 def parameters(params: dict, database: str) -> dict[str, Any]:
@@ -41,8 +48,10 @@ def parameters(params: dict, database: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def connect(params: dict, database: str) -> Iterator[Any]:
     """Open a connection that commits each statement; raise Unreachable with the server's words."""
-    import psycopg2
-
+    try:
+        import psycopg2
+    except ImportError as error:
+        raise Unreachable(not_importable("psycopg2", error)) from None
     try:
         with contextlib.closing(psycopg2.connect(**parameters(params, database))) as connection:
             connection.autocommit = True

@@ -9,11 +9,21 @@ Runs alone, in an interpreter that has rattler, and answers in one line, in the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import json
 import os
+import shutil
 import sys
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+
+class ChecksumMismatchError(Exception):
+    """A package is not what the lock file names; as conda calls it."""
 
 
 async def fulfil(request: dict) -> dict:
@@ -21,13 +31,21 @@ async def fulfil(request: dict) -> dict:
 
     metadata = Path(request["prefix"]) / "conda-meta"
     cache = Path(request["cache"]) if request["cache"] else None
+    # The one that is used otherwise neither tries again nor looks for the user's credentials.
+    client = rattler.networking.Client.authenticated_client()
+    if request.get("into"):
+        return await keep_archives(request, client)
     installed = [rattler.PrefixRecord.from_path(path) for path in sorted(metadata.glob("*.json"))]
+    if request.get("lock"):
+        return await reproduce(request, client, installed, cache)
+    host = request.get("host")
     solved = await rattler.solve(
         sources=request["channels"],
         specs=request["specs"],
         locked_packages=installed,
-        gateway=rattler.Gateway(cache_dir=cache and cache / "repodata"),
-        virtual_packages=rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env()),
+        gateway=rattler.Gateway(cache_dir=cache and cache / "repodata", client=client),
+        platforms=[host["platform"], "noarch"] if host else None,
+        virtual_packages=virtual_packages(host),
     )
     if not request["dry_run"]:
         await rattler.install(
@@ -36,16 +54,137 @@ async def fulfil(request: dict) -> dict:
             cache_dir=cache and cache / "pkgs",
             installed_packages=installed,
             show_progress=False,
+            client=client,
             execute_link_scripts=False,
         )
-        for path in metadata.glob("*.json"):  # rattler's 0600 would hide the environment from other users
-            path.chmod(0o644)
-    actions = {"UNLINK": list(map(describe, installed)), "LINK": list(map(describe, solved))}
+        open_to_others(metadata)
+    return success(installed, solved)
+
+
+def virtual_packages(host: dict | None) -> list:
+    """Return what this host is, or another one, as packages such as ``__glibc``."""
+    import rattler
+
+    if not host:
+        return rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env())
+    text = getattr(rattler, "BuildString", str)  # which older versions of rattler do not have
+    return [
+        rattler.GenericVirtualPackage(rattler.PackageName(name), rattler.Version(version), text(build))
+        for name, version, build in host["virtual"]
+    ]
+
+
+async def keep_archives(request: dict, client: Any) -> dict:
+    """Keep the archives of a lock file's packages in a folder, and no others there."""
+    into = Path(request["into"])
+    into.mkdir(parents=True, exist_ok=True)
+    wanted = {into / name_of(package["url"]): package for package in request["lock"]}
+    for archive in {*into.glob("*.conda"), *into.glob("*.tar.bz2")} - set(wanted):
+        archive.unlink()
+    with emptied(into.with_name(f"{into.name}.incoming")) as folder:
+        for archive, package in wanted.items():
+            if not archive.exists() or sum_of(archive, package["kind"]) != package["sum"]:
+                shutil.copyfile(await fetch(package, client, folder), folder / "complete")
+                os.replace(folder / "complete", archive)
+    return success([], [])
+
+
+async def reproduce(request: dict, client: Any, installed: list, cache: Path | None) -> dict:
+    """Install just the packages of a lock file, each after a look at its checksum."""
+    import rattler
+
+    with emptied(Path(request["prefix"] + ".packages")) as folder:
+        archives = {
+            package["url"]: await fetch(package, client, folder, request["archives"]) for package in request["lock"]
+        }
+        records = [record_of(package, archives[package["url"]], folder) for package in request["lock"]]
+        rattler.PackageRecord.validate(records)
+        await rattler.install(
+            records,
+            target_prefix=request["prefix"],
+            cache_dir=cache and cache / "pkgs",
+            installed_packages=installed,
+            show_progress=False,
+            execute_link_scripts=False,
+        )
+    metadata = Path(request["prefix"]) / "conda-meta"
+    urls = {archive.as_uri(): url for url, archive in archives.items()}
+    for path in metadata.glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["url"] = urls.get(content["url"], content["url"])
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    open_to_others(metadata)
+    return success(installed, records)
+
+
+@contextlib.contextmanager
+def emptied(folder: Path) -> Iterator[Path]:
+    """Make a folder that goes away in the end; one that a killed run left does so in the beginning."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def name_of(url: str) -> str:
+    return Path(urllib.parse.urlparse(url).path).name
+
+
+def sum_of(archive: Path, kind: str) -> str:
+    return hashlib.new(kind, archive.read_bytes()).hexdigest()
+
+
+async def fetch(package: dict, client: Any, folder: Path, archives: str | None = None) -> Path:
+    """Return the package's archive, which has the right checksum; out of the folder ``archives`` if one is given."""
+    from rattler.package_streaming import download_to_path
+
+    url = urllib.parse.urlparse(package["url"])
+    archive = Path(archives or folder) / name_of(package["url"])
+    try:
+        if archives:
+            pass
+        elif url.scheme == "file":
+            archive = Path(urllib.request.url2pathname(url.path))
+        else:
+            await download_to_path(client, package["url"], archive)
+        found = sum_of(archive, package["kind"])
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"failed to fetch {package['url']}: {error}") from error
+    if found != package["sum"]:
+        raise ChecksumMismatchError(
+            f"{package['url']} has the {package['kind']} {found}, but {package['sum']} is locked"
+        )
+    return archive
+
+
+def record_of(package: dict, archive: Path, folder: Path) -> Any:
+    """Describe a package by what its archive says: a channel may correct that later, and differ then."""
+    import rattler
+    from rattler.package_streaming import extract
+
+    content = folder / f"{archive.name}.content"
+    extract(archive, content)
+    about = rattler.PackageRecord.from_index_json(content / "info/index.json", **{package["kind"]: package["sum"]})
+    shutil.rmtree(content)
+    return rattler.RepoDataRecord(about, archive.name, archive.as_uri(), package["channel"])
+
+
+def open_to_others(metadata: Path) -> None:
+    for path in metadata.glob("*.json"):  # rattler's 0600 would hide the environment from other users
+        path.chmod(0o644)
+
+
+def success(installed: list, records: list) -> dict:
+    actions = {"UNLINK": list(map(describe, installed)), "LINK": list(map(describe, records))}
     return {"success": True, "actions": actions}
 
 
 def describe(record: Any) -> dict:
-    return {"dist_name": f"{record.name.normalized}-{record.version}-{record.build}"}
+    sums = {kind: sum_.hex() for kind, sum_ in (("sha256", record.sha256), ("md5", record.md5)) if sum_}
+    dist = f"{record.name.normalized}-{record.version}-{record.build}"
+    return {"dist_name": dist, "name": record.name.normalized, "url": record.url, "depends": record.depends, **sums}
 
 
 def main() -> None:

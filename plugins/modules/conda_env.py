@@ -15,6 +15,7 @@ description:
     not satisfy O(specs), and has succeeded only when it does afterwards.
   - Other packages in the environment stay. Its major version of PostgreSQL is never changed, since the data
     directory could not be opened any more; make another environment for another major.
+  - A channel that cannot be reached is tried twice again, after 2 and 8 seconds, besides what the client does itself.
   - An installation that was interrupted is repeated from the start by the next run. The file O(prefix) with
     C(.unfinished) appended marks it until then, and makes a second run at the same time wait for the first.
 attributes:
@@ -45,6 +46,9 @@ options:
     description:
       - Where packages come from, first one preferred, as names, URLs or C(file://) folders.
       - No other channels are used, whatever the user's configuration says.
+      - A URL with a password or token is refused. Credentials stay where the client looks for them. For conda and
+        mamba that is the user's own C(~/.condarc), its plugins or C(~/.netrc). For O(provider=rattler) it is the file
+        in E(RATTLER_AUTH_FILE), the keyring, C(~/.rattler/credentials.json) or C(~/.netrc), the first that is there.
     type: list
     elements: str
     default: [conda-forge]
@@ -53,17 +57,68 @@ options:
       - V(present) means that the packages are there.
       - V(absent) removes the environment with everything in it. Nothing but an environment is removed, and no
         conda installation.
+      - V(staged) installs nothing, and does not look at O(prefix). It keeps in O(archives) the packages that the
+        environment of another O(host) lacks, which may be one without internet. There, O(state=present) with the
+        returned RV(lock) and these O(archives) asks no channel.
     type: str
-    choices: [present, absent]
+    choices: [present, absent, staged]
     default: present
   provider:
     description:
       - What solves and installs.
       - V(rattler) needs no conda, but an interpreter that has py-rattler.
-      - V(conda) uses the conda, mamba or micromamba that is there.
+      - V(conda) uses the conda, mamba or micromamba that is there. What conda solves with, C(classic), C(libmamba)
+        or C(rattler), is the user's own configuration (C(solver)).
+      - All count what the host is among the packages (C(__glibc)). What needs a newer host is refused.
     type: str
     choices: [rattler, conda]
     default: rattler
+  lock:
+    description:
+      - A lock file's text, as M(mala.hpc_db.conda_env_info) returns it. Just these packages are installed, each after
+        a look at its checksum, and nothing is solved; O(specs) are only compared with it.
+      - An environment that differs from it is refused, unless O(update=true).
+    type: str
+  archives:
+    description:
+      - The folder of the packages' archives, for O(provider=rattler), which has all of O(lock) then.
+      - With O(state=staged) they are kept there, each after a look at its checksum, and other archives are removed.
+    type: path
+  host:
+    description: The host to solve for, for O(state=staged).
+    type: dict
+    suboptions:
+      system:
+        description: What C(uname -s) says there.
+        type: str
+        required: true
+      machine:
+        description: What C(uname -m) says there.
+        type: str
+        required: true
+      release:
+        description: What C(uname -r) says there.
+        type: str
+        default: ""
+      glibc:
+        description: The version of its glibc, such as V(2.28).
+        type: str
+        default: ""
+      packages:
+        description: What the environment has, as M(mala.hpc_db.conda_env_info) returns it there.
+        type: dict
+  update:
+    description:
+      - Whether an environment that satisfies O(specs) is brought to the newest packages that do, or to O(lock).
+      - No server may run from it meanwhile, see O(lease).
+    type: bool
+    default: false
+  lease:
+    description:
+      - The folder in which a server that runs from this environment, on whatever host, keeps its lease.
+      - An environment that is there already is not changed while somebody holds that, or has left it without
+        stopping cleanly. In turn the server does not start while C(.unfinished) is there.
+    type: path
   rattler_python:
     description:
       - The interpreter of an environment that holds py-rattler, for O(provider=rattler).
@@ -89,10 +144,12 @@ options:
       - The client's own if not set, mostly in the home directory.
     type: path
   timeout:
-    description: The longest time in seconds that a client may take, or that another run is waited for.
+    description:
+      - The longest time in seconds that a client may take, all attempts together, or that another run is waited for.
     type: int
     default: 1800
 seealso:
+  - module: mala.hpc_db.conda_env_info
   - module: mala.hpc_db.python_env
 """
 
@@ -123,13 +180,33 @@ prefix:
   type: str
 bindir:
   description: The folder of its programs. They need no activation.
-  returned: success
+  returned: unless O(state=staged)
   type: str
+version:
+  description: The version of PostgreSQL in the environment, or null. In check mode the one that would be there.
+  returned: unless O(state=staged)
+  type: str
+  sample: "17.10"
+features:
+  description:
+    - What that PostgreSQL was built with. C(tls) is what the server itself says, the others are in the words of
+      PostgreSQL's configure, as far as C(pg_config) knows them.
+    - Null without PostgreSQL, and in check mode as long as it is not installed.
+  returned: unless O(state=staged)
+  type: list
+  elements: str
+  sample: [gssapi, lz4, readline, tls, zlib, zstd]
 packages:
   description: The version of each package by its name, in check mode as far as it could be solved.
   returned: success
   type: dict
   sample: {libpq: "17.10", postgresql: "17.10"}
+lock:
+  description:
+    - The lock file of the packages that are in O(archives), with the channels' URLs.
+    - Empty if the other host's environment is as wanted, and in check mode as long as it cannot be solved.
+  returned: with O(state=staged)
+  type: str
 """
 
 import fcntl
@@ -137,7 +214,10 @@ import functools
 import glob
 import inspect
 import itertools
+import json
 import os
+import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -146,9 +226,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable, TextIO
+from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils import _rattler_helper
+from ansible_collections.mala.hpc_db.plugins.module_utils import _lock, _rattler_helper
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     LOAD_FAILED,
     Answer,
@@ -159,15 +240,23 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     allows_major,
     clean_command,
     conda_command,
+    describe_host,
     difference,
     explain,
+    has_secret,
     major_of,
+    may_pass,
     parse_answer,
     parse_record,
     parse_search,
     parse_spec,
     rattler_command,
     search_command,
+)
+from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import (
+    configure_command,
+    parse_features,
+    tls_command,
 )
 
 CLIENTS = ["micromamba", "mamba", "conda"]
@@ -177,6 +266,11 @@ HOMES = ["~/miniforge3", "~/mambaforge", "~/micromamba", "~/miniconda3", "~/anac
 MAKING = "making"  # whatever is at the prefix may be thrown away
 CHANGING = "changing"  # with the version of PostgreSQL there was, whose record a kill may have lost
 
+# How many seconds to wait before a second and a third attempt. Clients try for a few seconds by themselves.
+PAUSES = (2, 8)
+
+NO_LOCK = "none is given, but it alone says which of the archives to install"
+
 Packages = dict[str, Package]
 Run = Callable[..., tuple[int, str, str]]
 
@@ -184,6 +278,10 @@ Run = Callable[..., tuple[int, str, str]]
 def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
     """Bring the environment to the wanted state. ``run`` takes a command and returns its code and output."""
     specs = wanted_specs(params)
+    params = {**params, "locked": wanted_lock(params, specs)}
+    locked = params["locked"]
+    if params["state"] == "staged":
+        return stage(params, run, specs, check_mode)
     prefix = Path(params["prefix"])
     marker = prefix.with_name(prefix.name + ".unfinished")
     if params["state"] == "absent":
@@ -191,36 +289,184 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
     else:
         note = note_of(marker)
         before = after = look(prefix, note)
-        if before is None or marker.exists() or not all_satisfied(before, specs):
-            specs = keep_major(specs, postgresql_of(before, note))
+        if locked and before:
+            _lock.check_sums(locked, records_of(params["prefix"]))
+        if before is not None and params["update"] and not locked:
             params = {**params, **find_program(params, run)}
+            specs = newest(params, run, specs, postgresql_of(before, note))
+        if before is None or marker.exists() or not is_wanted(before, specs, locked):
+            specs = keep_major(specs, postgresql_of(before, note))
+            if before is not None:
+                check_change(params, before)
+            params = {**params, **find_program(params, run)}
+            if params["archives"] and not locked and not check_mode:
+                raise CondaError(f"lock: {NO_LOCK}")
             if check_mode:
-                after = plan(params, run, specs, before)
+                after = plan(params, run, specs, before).packages
             else:
                 before, after = bring(params, run, specs, marker)
+    bindir = str(prefix / "bin")
+    postgresql = (after or {}).get("postgresql")
+    installed = (before or {}).get("postgresql") if check_mode else postgresql
     return {
         "changed": before != after,
         "prefix": str(prefix),
-        "bindir": str(prefix / "bin"),
+        "bindir": bindir,
+        "version": postgresql and postgresql.version,
+        "features": installed and features_of(bindir, run, installed.version),
         "packages": {package.name: package.version for package in (after or {}).values()},
         "diff": difference(before or {}, after or {}),
     }
+
+
+def stage(params: dict, run: Run, specs: list[Spec], check_mode: bool) -> dict:
+    """Have the archives of what another host's environment lacks. Nothing is installed here, or looked at."""
+    before, lock = packages_of(params["host"]), ""
+    after, version = before, postgresql_of(before, "")
+    if before is None or not is_wanted(before, specs, params["locked"]) or (params["update"] and not params["locked"]):
+        params = {**params, **find_program(params, run)}
+        floor = no_older(version) if params["update"] else []
+        planned = plan(params, run, [*keep_major(specs, version), *floor], before)
+        if planned.problem and not check_mode:
+            raise CondaError(explain(planned, params, specs, glibc_of(params)))
+        after = planned.packages
+        if after != before and not planned.problem:
+            lock = params["lock"] or _lock.lock_text(list(planned.links), platform_of(params))
+        if lock and not check_mode:
+            keep_archives(params, run, specs, lock)
+    return {
+        "changed": before != after,
+        "prefix": params["prefix"],
+        "packages": {package.name: package.version for package in (after or {}).values()},
+        "lock": lock,
+        "diff": difference(before or {}, after or {}),
+    }
+
+
+def packages_of(host: dict) -> Packages | None:
+    """Return what the other host has; None where an environment may be made, or has to be made again."""
+    if host["packages"] is None:
+        return None
+    return {name: Package(name, version, build) for name, (version, build) in host["packages"].items()}
+
+
+def keep_archives(params: dict, run: Run, specs: list[Spec], lock: str) -> None:
+    """Fetch the packages of the lock file, as far as their archives are not there already."""
+    solved = not params["lock"]
+    params = {**params, "lock": lock, "locked": _lock.parse_lock(lock, platform_of(params))}
+    answer = ask(params, run, specs, {}, dry_run=False)
+    if answer.problem:
+        if solved and answer.setting == "lock":
+            answer = answer._replace(setting="channels")
+        raise CondaError(explain(answer, params, specs, glibc_of(params)))
+
+
+def features_of(bindir: str, run: Run, version: str) -> list[str]:
+    """Return what the PostgreSQL there was built with; raise if it does not even start."""
+    with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
+        code, tls_library, stderr = run(clean_command(tls_command(bindir, "", scratch), 60, None))
+    if code:
+        raise CondaError(f"prefix: {bindir}/postgres does not run on this host: {' '.join(stderr.split())}")
+    code, configure, stderr = run(clean_command(configure_command(bindir, ""), 60, None))
+    return parse_features("" if code else configure, tls_library, int(major_of(version)))
 
 
 def wanted_specs(params: dict) -> list[Spec]:
     """Return the specs; raise for values that no client should see."""
     if not os.path.isabs(params["prefix"]):
         raise CondaError(f"prefix: {params['prefix']!r} is not absolute; give a path that begins with / or ~")
-    for name in ("rattler_python", "package_cache"):
+    for name in ("rattler_python", "package_cache", "lease", "archives"):
         if params[name] is not None and not os.path.isabs(params[name]):
             raise CondaError(f"{name}: {params[name]!r} is not absolute; give a path that begins with / or ~")
     for channel in params["channels"]:
         if channel.startswith("-") or not channel.isprintable() or not channel.strip():
             raise CondaError(f"channels: {channel!r} is no channel; give a name, a URL or a file:// folder")
+        if has_secret(channel):
+            raise CondaError(
+                f"channels: that of {urlsplit(channel).hostname} holds a password or token, which would get into logs; "
+                "leave it out, and keep it where your client looks for it, such as ~/.netrc"
+            )
+    if params["archives"] and params["provider"] != "rattler":
+        raise CondaError(f"archives: not allowed with provider {params['provider']}; only rattler takes packages there")
     specs = [parse_spec(text) for text in params["specs"] or []]
-    if params["state"] == "present" and not specs:
+    if params["state"] != "absent" and not specs:
         raise CondaError("specs: none are given; name at least one package")
     return specs
+
+
+def wanted_lock(params: dict, specs: list[Spec]) -> list[_lock.Locked]:
+    """Return the packages of the lock file, if one is given; raise if it does not fit this machine or the specs."""
+    if not params["lock"]:
+        return []
+    locked = _lock.parse_lock(params["lock"], platform_of(params))
+    _lock.check_specs(locked, specs)
+    return locked
+
+
+def platform_of(params: dict) -> str:
+    """Return conda's name for this host, or for the one that is solved for."""
+    host = params["host"] or {"system": platform.system(), "machine": platform.machine()}
+    return _lock.platform_of(host["system"], host["machine"])
+
+
+def is_wanted(packages: Packages, specs: list[Spec], locked: list[_lock.Locked]) -> bool:
+    if locked:
+        return set(packages.values()) == {each.package for each in locked}
+    return all_satisfied(packages, specs)
+
+
+def check_change(params: dict, before: Packages) -> None:
+    """Raise if an environment that is there is not to be changed, or cannot be brought to the lock file."""
+    check_lease(params["lease"])
+    if not params["locked"]:
+        return
+    prefix = params["prefix"]
+    differs = difference(before, {each.package.name: each.package for each in params["locked"]})
+    if any(differs.values()) and not params["update"]:
+        held, wanted = (", ".join(map(" ".join, side.items())) or "nothing else" for side in differs.values())
+        raise CondaError(
+            f"lock: it differs from {prefix}, which has {held} instead of {wanted}; "
+            "an update brings it there (playbooks/update.yml)"
+        )
+    others = sorted(set(before) - {each.package.name for each in params["locked"]})
+    if others and params["provider"] == "conda":
+        raise CondaError(
+            f"lock: it has no {', '.join(others)}, which {prefix} has, and no client of conda's removes packages for "
+            "a lock file; remove the environment by state=absent and install it again, or take provider rattler"
+        )
+
+
+def check_lease(folder: str | None) -> None:
+    """Raise if a server holds the lease, or has left it without a word."""
+    names = os.listdir(folder) if folder and os.path.isdir(folder) else []
+    epochs = [int(name[6:]) for name in names if re.fullmatch(r"lease\.\d+", name)]
+    if not epochs or f"released.{max(epochs)}" in names:
+        return
+    holder = {}
+    with suppress(OSError, ValueError):  # it may be released, or taken, just now
+        holder = json.loads(Path(folder or "", f"lease.{max(epochs)}").read_text(encoding="utf-8"))
+    what = f"job {holder['job']}" if holder.get("job") else "a server"
+    raise CondaError(
+        f"lease: {what} on {holder.get('host', 'some host')} runs from the environment, or has not stopped cleanly; "
+        "stop it (playbooks/stop.yml), and if it was killed, host it once more before (playbooks/hpc_db.yml)"
+    )
+
+
+def records_of(prefix: str) -> list[dict]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in Path(prefix).glob("conda-meta/*.json")]
+
+
+def newest(params: dict, run: Run, specs: list[Spec], version: str) -> list[Spec]:
+    """Return the newest packages that satisfy the specs, exactly. PostgreSQL gets no older, nor another major."""
+    solved = plan(params, run, [*keep_major(specs, version), *no_older(version)], None).packages
+    return [
+        Spec(f"{name}={package.version}={package.build}", name, (("==", package.version),), package.build)
+        for name, package in solved.items()
+    ]
+
+
+def no_older(version: str) -> list[Spec]:
+    return [parse_spec(f"postgresql>={version}")] if version else []
 
 
 def note_of(marker: Path) -> str:
@@ -281,23 +527,29 @@ def keep_major(specs: list[Spec], version: str) -> list[Spec]:
     return specs if kept in specs else [*specs, kept]
 
 
-def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> Packages:
-    """Return what would be installed, and leave nothing behind."""
+def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> Answer:
+    """Return what would be installed, and leave nothing behind. There is a problem only if that could not be solved."""
+    if params["locked"]:
+        return Answer({each.package.name: each.package for each in params["locked"]})
     with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
         harmless = dict(params)
-        if before is None:  # not even a dry "create" gets to see the true prefix
+        if before is None or params["host"]:  # not even a dry "create" gets to see the true prefix
             harmless["prefix"] = os.path.join(scratch, "prefix")
         if params["package_cache"] and not os.path.isdir(params["package_cache"]):
             harmless["package_cache"] = os.path.join(scratch, "cache")
-        answer = ask(harmless, run, specs, before, dry_run=True)
-    if answer.setting == "rattler_python":  # an earlier task installs it, unless that is in check mode too
+        if params["archives"] and params["state"] == "present":
+            answer = Answer({}, "lock", NO_LOCK)
+        else:
+            answer = ask(harmless, run, specs, before, dry_run=True)
+    # An earlier task installs it or stages them, unless that is in check mode too.
+    if answer.setting in ("rattler_python", "lock"):
         present = before or {}
         missing = [spec for spec in specs if not all_satisfied(present, [spec])]
         wanted = [Package(spec.name, spec.text[len(spec.name) :] or "any", "") for spec in missing]
-        return {**present, **{package.name: package for package in wanted}}
+        return answer._replace(packages={**present, **{package.name: package for package in wanted}})
     if answer.problem:
-        raise CondaError(explain(answer, params, specs))
-    return answer.packages
+        raise CondaError(explain(answer, params, specs, glibc_of(params)))
+    return answer
 
 
 def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Packages | None, Packages | None]:
@@ -307,24 +559,26 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
     with alone_at(marker, params["timeout"]) as note:
         left = note.read()
         before = look(prefix, left)  # again, since another run may have ended just now
-        if before is not None and not left and all_satisfied(before, specs):
+        if before is not None and not left and is_wanted(before, specs, params["locked"]):
             return before, before
         version = postgresql_of(before, left)
         specs = keep_major(specs, version)
+        if before is not None:
+            check_lease(params["lease"])  # again: only from now on no server starts any more
         rewrite(note, MAKING if before is None else f"{CHANGING} {version}")
         if before is None:
             clear(prefix, left)
         answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),))
         after = look(prefix, "")
-        if not answer.problem and after is not None and all_satisfied(after, specs):
+        if not answer.problem and after is not None and is_wanted(after, specs, params["locked"]):
             rewrite(note, "")
             return before, after
         if before is None:
             clear(prefix, MAKING)
-        if before is None or answer.setting == "specs":
+        if before is None or answer.setting in ("specs", "lock"):
             rewrite(note, "")  # nothing half-done is left
         lacking = Answer({}, "provider", f"it ended well, but {prefix} lacks what it should have")
-        raise CondaError(explain(answer if answer.problem else lacking, params, specs))
+        raise CondaError(explain(answer if answer.problem else lacking, params, specs, glibc_of(params)))
 
 
 def remove(prefix: Path, marker: Path, timeout: int, check_mode: bool) -> Packages | None:
@@ -410,14 +664,74 @@ def ask(
     keep_open: tuple[int, ...] = (),
 ) -> Answer:
     """Have a client install the packages, or say what it would; it alone needs internet and time."""
-    prefix, channels, cache = params["prefix"], params["channels"], params["package_cache"]
-    if params["provider"] == "rattler":
-        source, python = inspect.getsource(_rattler_helper), params["rattler_python"]
-        command = rattler_command(python, source, prefix, channels, specs, before or {}, dry_run, cache)
-    else:
-        command = conda_command(params["client"], before is None, prefix, channels, specs, dry_run)
-    code, stdout, stderr = run(clean_command(command, params["timeout"], cache), pass_fds=keep_open)
-    return parse_answer(code, stdout, stderr, before or {}, params["provider"])
+    with tempfile.NamedTemporaryFile("w", prefix="conda_env-", suffix=".txt", encoding="utf-8") as lock_file:
+        lock_file.write(params["lock"] or "")
+        lock_file.flush()
+        command = client_command(params, specs, before, dry_run, lock_file.name)
+        answer = ask_again(params, run, command, before, dry_run, keep_open)
+    if params["locked"] and answer.setting in ("channels", "specs"):
+        return answer._replace(setting="lock")  # which alone names what is fetched
+    return answer
+
+
+def ask_again(
+    params: dict,
+    run: Run,
+    command: list[str],
+    before: Packages | None,
+    dry_run: bool,
+    keep_open: tuple[int, ...],
+) -> Answer:
+    """Run a client, and again as long as the network is at fault and there is time."""
+    channels = sorted({each.channel for each in params["locked"]}) or params["channels"]
+    latest = time.monotonic() + params["timeout"]
+    earlier: list[str] = []
+    for pause in (*PAUSES, params["timeout"]):
+        seconds = max(1, round(latest - time.monotonic()))
+        code, stdout, stderr = run(clean_command(command, seconds, params["package_cache"]), pass_fds=keep_open)
+        answer = parse_answer(code, stdout, stderr, before or {}, params["provider"])
+        if answer.setting == "timeout" and earlier:  # the network is why
+            answer = Answer({}, "channels", f"{earlier[-1]}; the last attempt was stopped")
+            break
+        if not may_pass(answer, channels) or time.monotonic() + pause >= latest:
+            break
+        earlier.append(answer.problem)
+        if before is None and not dry_run:
+            clear(Path(params["prefix"]), MAKING)  # no client gets to "create" over what the last attempt has left
+        time.sleep(pause)
+    if answer.problem and earlier:
+        return answer._replace(problem=f"tried {len(earlier) + 1} times: {answer.problem}")
+    return answer
+
+
+def client_command(
+    params: dict, specs: list[Spec], before: Packages | None, dry_run: bool, lock_file: str
+) -> list[str]:
+    """Return the client's call, for the lock file if there is one."""
+    prefix, channels, cache, locked = (params[name] for name in ("prefix", "channels", "package_cache", "locked"))
+    if params["provider"] == "conda":
+        client, create = params["client"], before is None
+        if locked:
+            return _lock.install_command(client, create, prefix, lock_file)
+        return conda_command(client, create, prefix, channels, specs, dry_run)
+    source, python = inspect.getsource(_rattler_helper), params["rattler_python"]
+    if locked:
+        return _lock.rattler_command(
+            python, source, prefix, locked, cache, params["archives"], only_keep=params["state"] == "staged"
+        )
+    other = params["host"]
+    host = other and describe_host(platform_of(params), other["machine"], other["release"], other["glibc"])
+    return rattler_command(python, source, prefix, channels, specs, before or {}, dry_run, cache, host)
+
+
+def glibc_of(params: dict) -> str:
+    """Return the glibc of this host as solvers take it, or of the one that is solved for; it may be nothing."""
+    if params["host"]:
+        return params["host"]["glibc"]
+    with suppress(OSError, ValueError):
+        found = os.environ.get("CONDA_OVERRIDE_GLIBC", os.confstr("CS_GNU_LIBC_VERSION") or "")
+        return found.rpartition(" ")[2]
+    return ""
 
 
 def find_program(params: dict, run: Run) -> dict[str, str]:
@@ -457,15 +771,29 @@ def main() -> None:
             "prefix": {"type": "path", "required": True},
             "specs": {"type": "list", "elements": "str"},
             "channels": {"type": "list", "elements": "str", "default": ["conda-forge"]},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "state": {"type": "str", "choices": ["present", "absent", "staged"], "default": "present"},
             "provider": {"type": "str", "choices": ["rattler", "conda"], "default": "rattler"},
+            "lock": {"type": "str"},
+            "archives": {"type": "path"},
+            "host": {
+                "type": "dict",
+                "options": {
+                    "system": {"type": "str", "required": True},
+                    "machine": {"type": "str", "required": True},
+                    "release": {"type": "str", "default": ""},
+                    "glibc": {"type": "str", "default": ""},
+                    "packages": {"type": "dict"},
+                },
+            },
+            "update": {"type": "bool", "default": False},
+            "lease": {"type": "path"},
             "rattler_python": {"type": "path"},
             "client": {"type": "path"},
             "module_load": {"type": "str"},
             "package_cache": {"type": "path"},
             "timeout": {"type": "int", "default": 1800},
         },
-        required_if=[("state", "present", ["specs"])],
+        required_if=[("state", "present", ["specs"]), ("state", "staged", ["specs", "host", "archives"])],
         supports_check_mode=True,
     )
     run = functools.partial(module.run_command, expand_user_and_vars=False)

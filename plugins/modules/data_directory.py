@@ -51,25 +51,17 @@ major:
 """
 
 import os
-import re
 import shutil
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import parse_version
 
 Run = Callable[[list[str]], str]
 
 
 class Failed(Exception):
     """The data directory cannot be kept; the message is for the user."""
-
-
-def parse_version(text: str) -> tuple[str, int]:
-    """Return version and major version from what ``postgres --version`` prints."""
-    found = re.search(r"\(PostgreSQL\) ((\d+)\S*)", text)
-    if not found:
-        raise Failed(f"postgres --version printed {text.strip()!r}, which names no version")
-    return found.group(1), int(found.group(2))
 
 
 def existing_major(path: str) -> str | None:
@@ -110,7 +102,10 @@ def ensure_data_directory(params: dict, run: Run, check_mode: bool) -> dict:
     installed = os.path.exists(os.path.join(bindir, "postgres"))
     if check_mode and not installed:
         return result(found is None, path, None, None)
-    version, major = parse_version(run([os.path.join(bindir, "postgres"), "--version"]))
+    said = run([os.path.join(bindir, "postgres"), "--version"])
+    version, major = parse_version(said) or (None, None)
+    if version is None or major is None:
+        raise Failed(f"postgres --version printed {said.strip()!r}, which names no version")
     if found not in (None, str(major)):
         raise Failed(f"{path} was made by PostgreSQL {found}, but {bindir} holds {version}; nothing was changed")
     if found is None and not check_mode:

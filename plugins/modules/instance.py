@@ -81,6 +81,12 @@ owner:
   description: The user who owns the instance.
   returned: success
   type: str
+major:
+  description:
+    - The major version of PostgreSQL that the studies are in, whether or not it is the wanted one.
+    - Null if there is no data directory yet.
+  returned: success
+  type: int
 changed_files:
   description: The files that were, or would be, written, relative to the instance directory.
   returned: success
@@ -88,6 +94,8 @@ changed_files:
   elements: str
 """
 
+import glob
+import json
 import os
 import pwd
 import re
@@ -155,6 +163,18 @@ def current_text(path: str) -> str | None:
             return stream.read()
     except FileNotFoundError:
         return None
+
+
+def major_of(root: str) -> int | None:
+    """Return the major version of the data directory in use; None if there is none yet."""
+    try:
+        with open(os.path.join(root, "host", "settings.json"), encoding="utf-8") as stream:
+            used = [json.load(stream)["data"]]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        # A first run that was interrupted: nothing says yet which one is used.
+        used = glob.glob(os.path.join(glob.escape(root), "data", "[0-9]*"))
+    versions = [current_text(os.path.join(path, "PG_VERSION")) for path in used if path.rpartition("/")[2].isdigit()]
+    return max((int(version.partition(".")[0]) for version in versions if version), default=None)
 
 
 def validate(wanted: dict, run: Run) -> None:
@@ -230,6 +250,7 @@ def ensure_instance(params: dict, run: Run, check_mode: bool, uid: int) -> dict:
     return {
         "changed": bool(diffs),
         "root": root,
+        "major": major_of(root),
         "changed_files": [diff["before_header"] for diff in diffs[len(made):]],
         "diff": diffs,
     }

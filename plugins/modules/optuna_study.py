@@ -11,7 +11,11 @@ module: optuna_study
 short_description: Keep Optuna's schema and named studies in a database
 description:
   - Optuna itself makes its schema and the studies, once, before any worker starts. Workers that race for it fail.
-  - Looking is done with three queries; Optuna is imported only when something is missing.
+  - Looking is done with a few queries; Optuna is imported only when something is missing.
+  - A schema that is older than the installed Optuna is left alone, with a warning, unless O(upgrade). One that is
+    newer is refused, with the version to install.
+  - Warns of trials whose times show that workers write different clocks, as Optuna 4 (local time) and 5 (UTC) do.
+    Which Optuna a worker has is written nowhere, so workers whose time is UTC cannot be told apart.
 author: mala.hpc_db contributors (@mala-project)
 options:
   database:
@@ -34,6 +38,12 @@ options:
         elements: str
         choices: [minimize, maximize]
         default: [minimize]
+  upgrade:
+    description:
+      - Whether a schema that is older than the installed Optuna is upgraded. Make a dump before.
+      - Refused while other connections of O(user) to the database are open, since workers would meet other tables.
+    type: bool
+    default: false
 extends_documentation_fragment:
   - mala.hpc_db.attributes
   - mala.hpc_db.connection
@@ -65,80 +75,154 @@ created:
   returned: success
   type: list
   elements: str
+upgraded:
+  description: Whether the schema was, or would be, upgraded.
+  returned: success
+  type: bool
+schema:
+  description: The version of the Optuna that made or upgraded the schema, or would.
+  returned: success
+  type: str
+  sample: 5.0.0
 """
 
+from typing import NamedTuple
 from urllib.parse import quote, urlencode
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
 
+WORKERS = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
+"""
 STUDIES = """
 SELECT study_name, array_agg(lower(direction::text) ORDER BY objective)
 FROM studies JOIN study_directions USING (study_id) GROUP BY study_name
 """
+# Older schemas keep the directions elsewhere.
+NAMES = "SELECT study_name, NULL FROM studies"
 
 
 class Refused(Exception):
     """What is there contradicts what is wanted; the message is for the user."""
 
 
-def look(params: dict) -> dict[str, list[str]] | None:
-    """Return the directions of each study; None if the schema is missing."""
+class Found(NamedTuple):
+    """What is there: the installed Optuna, the schema and why it is too old, the studies' directions if known."""
+
+    optuna: _optuna.Optuna
+    schema: _optuna.Schema | None
+    too_old: str
+    studies: dict[str, list[str] | None]
+    clocks: list[tuple]
+    workers: int
+
+
+def look(params: dict) -> Found:
+    """Return what is there; raise Refused if Optuna is missing, or older than the schema."""
     with _connection.connect(params, params["database"]) as connection:
+        optuna = _optuna.installed_optuna()
+        if optuna is None:
+            raise Refused(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
         # Optuna writes its version last: a schema without it was interrupted, and Optuna completes it.
-        if _connection.rows(connection, "SELECT to_regclass('version_info'), to_regclass('alembic_version')") != [
-            ("version_info", "alembic_version")
-        ]:
-            return None
-        if not _connection.rows(connection, "SELECT 1 FROM alembic_version"):
-            return None
-        return dict(_connection.rows(connection, STUDIES))
+        has_tables = _connection.rows(connection, _optuna.HAS_SCHEMA) == [("version_info", "alembic_version")]
+        versions = _connection.rows(connection, _optuna.SCHEMA) if has_tables else []
+        if not versions:
+            return Found(optuna, None, "", {}, [], 0)
+        schema = _optuna.Schema(*versions[0])
+        mismatch = _optuna.mismatch(params["database"], schema, optuna)
+        if _optuna.is_newer(schema, optuna):
+            raise Refused(mismatch)
+        if _optuna.is_older(schema, optuna):
+            names, workers = (_connection.rows(connection, query) for query in (NAMES, WORKERS))
+            return Found(optuna, schema, mismatch, dict(names), [], workers[0][0])
+        studies, clocks = (_connection.rows(connection, query) for query in (STUDIES, _optuna.CLOCKS))
+        return Found(optuna, schema, "", dict(studies), clocks, 0)
 
 
 def storage_url(params: dict) -> str:
-    """Return SQLAlchemy's URL; host and password file go into the query, where a path is allowed."""
-    query = {"host": params["host"], "port": params["port"], "passfile": params["passfile"]}
-    user, database = (quote(params[name], safe="") for name in ("user", "database"))
+    """Return the URL for SQLAlchemy. The password comes from the password file."""
+    user, database = quote(params["user"], safe=""), quote(params["database"], safe="")
+    query = {name: params[name] for name in ("host", "port", "passfile")}
     return f"postgresql+psycopg2://{user}@/{database}?{urlencode(query)}"
 
 
-def create(params: dict, studies: list[dict]) -> None:
-    """Let Optuna make its schema and the studies."""
-    import optuna
-
-    storage = optuna.storages.RDBStorage(storage_url(params))
-    for study in studies:
-        optuna.create_study(storage=storage, study_name=study["name"], directions=study["directions"])
+def let_optuna(params: dict, upgrade: bool, studies: list[dict]) -> None:
+    """Let Optuna make or upgrade its schema, and make the studies."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise Refused(_connection.not_importable("optuna", error)) from None
+    try:
+        storage = optuna.storages.RDBStorage(storage_url(params), skip_compatibility_check=upgrade)
+        if upgrade:
+            storage.upgrade()
+        for study in studies:
+            optuna.create_study(storage=storage, study_name=study["name"], directions=study["directions"])
+    except Exception as error:  # whatever Optuna, SQLAlchemy, Alembic and psycopg2 raise
+        raise Refused(f"database {params['database']}: Optuna says: {' '.join(str(error).split())}") from None
 
 
 def ensure_studies(params: dict, check_mode: bool) -> dict:
     """Bring schema and studies to the wanted state."""
-    found = look(params)
-    known = found or {}
+    before = found = look(params)
+    missing = [study for study in params["studies"] if study["name"] not in before.studies]
+    upgrade = bool(before.too_old) and params["upgrade"]
+    if before.too_old:
+        check_too_old(params, before, missing)
+    if upgrade and not check_mode:
+        let_optuna(params, True, [])
+        found = look(params)
     for study in params["studies"]:
-        directions = known.get(study["name"], study["directions"])
+        directions = found.studies.get(study["name"]) or study["directions"]
         if directions != study["directions"]:
             raise Refused(
                 f"databases_studies: the study {study['name']} in {params['database']} has the directions "
                 f"{directions}, not {study['directions']}; directions cannot be changed, choose another name"
             )
-    missing = [study for study in params["studies"] if study["name"] not in known]
-    wanted = {**known, **{study["name"]: study["directions"] for study in missing}}
-    changed = found is None or bool(missing)
-    if changed and not check_mode:
-        create(params, missing)
+    if (before.schema is None or missing) and not check_mode:
+        let_optuna(params, False, missing)
+    return report(params, before, found, missing, upgrade)
+
+
+def check_too_old(params: dict, found: Found, missing: list[dict]) -> None:
+    """Refuse to upgrade a schema that workers use, and to make studies in one that is not upgraded."""
+    if params["upgrade"] and found.workers:
+        raise Refused(
+            f"databases_upgrade_schema: {found.workers} connections to the database {params['database']} are open; "
+            "end its workers first"
+        )
+    if missing and not params["upgrade"]:
+        names = ", ".join(study["name"] for study in missing)
+        raise Refused(f"{found.too_old}; the study {names} is missing and cannot be made before")
+
+
+def report(params: dict, before: Found, found: Found, missing: list[dict], upgrade: bool) -> dict:
+    """Return what the module reports."""
+    warnings = _optuna.clock_warnings(params["database"], found.clocks, found.optuna)
+    if before.too_old and not upgrade:
+        warnings = [before.too_old]
+    new = upgrade or before.schema is None
+    library = before.optuna.version if new or before.schema is None else before.schema.library
+    wanted = {**before.studies, **{study["name"]: study["directions"] for study in missing}}
     return {
-        "changed": changed,
+        "changed": new or bool(missing),
         "created": [study["name"] for study in missing],
-        "diff": {"before": as_lines(found), "after": as_lines(wanted)},
+        "upgraded": upgrade,
+        "schema": library,
+        "diff": {
+            "before": as_lines(before.schema.library, before.studies) if before.schema else "no schema\n",
+            "after": as_lines(library, wanted),
+        },
+        "warnings": warnings,
     }
 
 
-def as_lines(studies: dict[str, list[str]] | None) -> str:
-    """Return studies as text for a diff."""
-    if studies is None:
-        return "no schema\n"
-    return "".join(f"{name}: {', '.join(directions)}\n" for name, directions in sorted(studies.items()))
+def as_lines(library: str, studies: dict[str, list[str] | None]) -> str:
+    """Return schema and studies as text for a diff."""
+    lines = [f"{name}: {', '.join(directions or ['?'])}\n" for name, directions in sorted(studies.items())]
+    return "".join([f"schema of Optuna {library}\n", *lines])
 
 
 def main() -> None:
@@ -156,6 +240,7 @@ def main() -> None:
         argument_spec={
             "database": {"type": "str", "required": True},
             "studies": {"type": "list", "elements": "dict", "default": [], "options": study_options},
+            "upgrade": {"type": "bool", "default": False},
             **_connection.CONNECTION_OPTIONS,
         },
         supports_check_mode=True,
@@ -164,6 +249,8 @@ def main() -> None:
         result = ensure_studies(module.params, module.check_mode)
     except (_connection.Unreachable, Refused) as error:
         module.fail_json(msg=" ".join(str(error).splitlines()))
+    for warning in result.pop("warnings"):
+        module.warn(warning)
     module.exit_json(**result)
 
 

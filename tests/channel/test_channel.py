@@ -54,6 +54,19 @@ def test_same_bytes_every_time(channel: Path, wheels: Path, tmp_path: Path) -> N
     assert content(channel) == content(build(tmp_path / "again", wheels))
 
 
+def test_left_as_it_is_unless_it_would_differ(channel: Path, tmp_path: Path) -> None:
+    """Without any wheels, so that the program can do nothing but leave it."""
+    shutil.copy(channel / "made-by", tmp_path)
+    lazy = [sys.executable, str(BUILD), str(tmp_path), f"--wheels={tmp_path}/none", "--if-needed"]
+
+    subprocess.run(lazy, check=True)
+    assert os.listdir(tmp_path) == ["made-by"]
+
+    (tmp_path / "made-by").write_text("another program\n")
+    offline = {**os.environ, "PIP_NO_INDEX": "1"}
+    assert subprocess.run(lazy, env=offline, stderr=subprocess.DEVNULL, check=False).returncode != 0
+
+
 async def install(channel: Path, spec: str, prefix: Path, cache: Path) -> dict[str, str]:
     records = await rattler.solve(
         sources=[rattler.Channel(channel.as_uri())],
@@ -65,14 +78,14 @@ async def install(channel: Path, spec: str, prefix: Path, cache: Path) -> dict[s
     return {record.name.normalized: str(record.version) for record in records}
 
 
-@pytest.mark.parametrize(("major", "version"), [("17", "17.10"), ("18", "18.6")])
+@pytest.mark.parametrize(("wanted", "version"), [("17", "17.10"), ("17.9", "17.9"), ("18", "18.6")])
 def test_installs_and_runs_anywhere(
-    channel: Path, public_folder: Path, tmp_path: Path, major: str, version: str
+    channel: Path, public_folder: Path, tmp_path: Path, wanted: str, version: str
 ) -> None:
     prefix = public_folder / "with a space"
     as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
 
-    installed = asyncio.run(install(channel, f"postgresql={major}", prefix, tmp_path))
+    installed = asyncio.run(install(channel, f"postgresql={wanted}", prefix, tmp_path))
 
     assert installed == {"postgresql": version, "libpq": version}
     for program in ("postgres", "initdb", "pg_ctl", "psql", "pg_dump", "pgbench"):

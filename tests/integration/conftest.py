@@ -7,8 +7,11 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from target import ROOT, Target
@@ -23,9 +26,8 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         pytest.skip("the mini Slurm cluster needs root")
     state = f"/tmp/hpc-db-it-{os.getpid()}"
     cache = ROOT / ".cache"
-    if not (cache / "channel" / "linux-64" / "repodata.json").exists():
-        subprocess.run([str(ROOT / ".venv/bin/python"), "tests/channel/build.py", str(cache / "channel")],
-                       cwd=ROOT, check=True)
+    build = [str(ROOT / ".venv/bin/python"), "tests/channel/build.py", "--if-needed", str(cache / "channel")]
+    subprocess.run(build, cwd=ROOT, check=True)
     mounts = [f"--mount={cache / 'wheels'}:/srv/wheels", f"--mount={cache / 'channel'}:/srv/channel"]
     subprocess.run([str(CLUSTER), "up", "--state", state, "--nodes", "2", *mounts], check=True)
     yield Target(
@@ -34,6 +36,21 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         {"HPC_DB_CLUSTER": state},
     )
     subprocess.run([str(CLUSTER), "down", "--state", state], check=True)
+
+
+@pytest.fixture(scope="session")
+def bindir() -> Path:
+    """Debian's newest PostgreSQL, or Ubuntu's."""
+    return max(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3])).parent
+
+
+@pytest.fixture(scope="module")
+def open_folder() -> Iterator[Path]:
+    """A folder with a space in its name, for what other users read; those of pytest are root's alone."""
+    folder = Path(tempfile.mkdtemp(prefix="hpc-db it-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")

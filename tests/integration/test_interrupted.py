@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A run that is interrupted at any task, and run again, ends where an undisturbed run ends."""
+"""A run that is interrupted at any task, and run again, ends where an undisturbed run ends; a dry one is no run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ import optuna
 study = optuna.create_study(storage="postgresql+psycopg2:///?service=INSTANCE", study_name="s", load_if_exists=True)
 study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
 print(len(study.trials))
+"""
+DATABASES = """
+import psycopg2
+cursor = psycopg2.connect("service=INSTANCE").cursor()
+cursor.execute("SELECT datname FROM pg_database WHERE NOT datistemplate ORDER BY datname")
+print(*[name for name, in cursor])
 """
 TASK = re.compile(r"TASK \[(.*)\] \*")
 
@@ -45,6 +51,13 @@ def play_until(target: Target, task: int, end_with: signal.Signals) -> bool:
     return seen == task
 
 
+def run_python(target: Target, script: str) -> str:
+    """Run a script with the instance's Python."""
+    instance = target.variables["instance_name"]
+    text = script.replace("INSTANCE", str(instance))
+    return target.run(f"~/hpc_db/{instance}/python/bin/python - 2>/dev/null <<'EOF'\n{text}\nEOF")
+
+
 def test_interrupted_at_each_task_and_run_again(here: Target) -> None:
     before = here.files()
     checked = here.play("hpc_db", None, "--check")
@@ -65,8 +78,20 @@ def test_interrupted_at_each_task_and_run_again(here: Target) -> None:
 
     url = re.search(r"^postgresql\S+service=(\w+)$", again.stdout, re.MULTILINE)
     assert url
-    instance = url.group(1)
-    script = WORK.replace("INSTANCE", instance)
-    assert here.run(f"~/hpc_db/{instance}/python/bin/python - 2>/dev/null <<'EOF'\n{script}\nEOF") == "3"
+    assert url.group(1) == here.variables["instance_name"]
+    assert run_python(here, WORK) == "3"
     # one server, that of the job: no short-lived one was forgotten
     assert here.run("pgrep -u $(id -u) -fc 'postgres -c [c]onfig_file'") == "1"
+
+
+def test_dry_run_beside_a_server_makes_no_database(here: Target) -> None:
+    played = here.play("hpc_db")
+    assert played.returncode == 0, played.stdout
+    before = run_python(here, DATABASES)
+    another = {"name": "another", "studies": [{"name": "beryllium"}]}
+
+    checked = here.play("hpc_db", {"databases_studies": [{"name": "studies"}, another]}, "--check")
+
+    assert checked.returncode == 0, checked.stdout
+    assert re.search(r"^changed: .*item=another", checked.stdout, re.MULTILINE), checked.stdout
+    assert run_python(here, DATABASES) == before

@@ -25,7 +25,7 @@ def refusal(output: str) -> str:
 @pytest.mark.parametrize(
     "settings, says",
     [
-        ({"postgres_provider": "apt"}, r"postgres_provider must be one of: rattler, conda, embedded, got: apt"),
+        ({"postgres_provider": "apt"}, r"postgres_provider must be one of: rattler, conda, embedded, system, got: apt"),
         ({"server_job_options": {**JOB, "partition": "nope"}}, r"server_job_options: .*: invalid partition .*: nope"),
         ({"server_job_options": {**JOB, "mem": "999G"}}, r"server_job_options: .*node configuration is not available"),
         ({"server_job_options": {**JOB, "mem": "12Q"}}, r"instance_memory: 12Q is not allowed; .* such as 16G"),
@@ -78,6 +78,8 @@ def test_refused_for_root(here: Target) -> None:
     "settings, says",
     [
         ({"postgres_listen_addresses": "*"}, r"postgres_listen_addresses: \* .*has no TLS and may listen on 127.0.0.1"),
+        ({"postgres_lock_file": "my.lock"}, r"postgres_lock_file: my.lock with postgres_provider embedded is not al"),
+        ({"postgres_staged": True}, r"postgres_staged: True with postgres_provider embedded is not allowed; the works"),
         ({"postgres_major": 17}, r"postgres_major: 17 .*the provider embedded holds PostgreSQL 18"),
         ({"instance_workers": 0}, r"instance_workers: 0 is not allowed"),
     ],
@@ -160,3 +162,54 @@ def test_rule_without_a_password_is_allowed_and_named(here: Target) -> None:
     assert played.returncode == 0, played.stdout
     assert len(re.findall(r"^postgres_hba_rules: host all all 0.0.0.0/0 trust: whoever can reach", played.stdout,
                           re.MULTILINE)) == 1
+
+
+def test_unfit_programs_are_refused_before_anything_changes(
+    here: Target, bindir: Path, open_folder: Path, tmp_path: Path
+) -> None:
+    """One host a case, in one play."""
+    incomplete, no_tls = open_folder / "incomplete", open_folder / "no_tls"
+    for folder, left_out in ((incomplete, "initdb"), (no_tls, "postgres")):
+        folder.mkdir()
+        for program in bindir.iterdir():
+            if program.name != left_out:
+                (folder / program.name).symlink_to(program)
+    # Debian's has TLS, so this is as if it had not.
+    tell_no_library = 'case "$*" in *ssl_library*) exit; esac'
+    (no_tls / "postgres").write_text(f'#!/bin/sh\n{tell_no_library}\nexec {bindir}/postgres "$@"\n')
+    (no_tls / "postgres").chmod(0o755)
+    major = int(bindir.parts[-2])
+    settings = {
+        "postgres_provider": "system", "postgres_major": major, "postgres_bindir": str(bindir), "postgres_tls": True,
+    }
+    given = {
+        "missing": ({"postgres_bindir": "/nowhere"}, r"postgres_bindir: /nowhere has no program postgres, initdb, "),
+        "incomplete": ({"postgres_bindir": str(incomplete)}, f"postgres_bindir: {incomplete} has no program initdb; "),
+        "no_tls": ({"postgres_bindir": str(no_tls)},
+                   rf"postgres_tls: True is not allowed; {no_tls} holds PostgreSQL {major}\S* without TLS, so set fa"),
+        "major": ({"postgres_major": 14}, rf"postgres_major: 14 is not allowed; {bindir} holds .*, so set {major}"),
+        "ancient": ({"postgres_major": 9}, "postgres_major: 9 is not allowed; 14 or newer"),
+        "relative": ({"postgres_bindir": "bin"}, "postgres_bindir: 'bin' is not absolute"),
+        "nothing": ({"postgres_bindir": ""}, "postgres_bindir: neither it nor postgres_module_load says where"),
+        "no_module": ({"postgres_bindir": "", "postgres_module_load": "module load PostgreSQL/0"},
+                      "postgres_module_load: 'module load PostgreSQL/0' failed in a login shell: .*PostgreSQL/0"),
+        "other": ({"postgres_bindir": "", "postgres_module_load": "PATH=/usr/bin:/bin"},
+                  "postgres_module_load: '.*' brings no program postgres onto the PATH; set postgres_bindir"),
+        "conda": ({"postgres_python_provider": "conda"}, "postgres_python_provider: conda with .* no conda packages"),
+    }
+    hosts = {
+        name: {**here.variables, "ansible_connection": "local", **settings, **changes}
+        for name, (changes, _says) in given.items()
+    }
+    inventory = tmp_path / "hosts.json"
+    inventory.write_text(json.dumps({"hpc_db": {"hosts": hosts}}))
+    before = here.files()
+
+    played = here.play("hpc_db", None, f"--inventory={inventory}", f"--limit={','.join(given)}", "--forks=10")
+
+    for name, (_changes, says) in given.items():
+        said = re.findall(rf"^(?:fatal|failed): \[{name}\].*(?:\n .*)*", played.stdout, re.MULTILINE)
+        assert len(said) == 1, played.stdout
+        assert re.search(says, " ".join(said[0].replace("''", "'").split())), said
+        assert re.search(rf"^{name} .* changed=0 .* failed=1 ", played.stdout, re.MULTILINE)
+    assert here.files() == before

@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mini_cluster import MiniCluster, Watch
+from mini_cluster import COMPARE, URL, MiniCluster, Watch
 from target import ROOT
 
-URL = "postgresql+psycopg2:///?service=hpc_db"
 WORKER = "exec hpc_db/hpc_db/python/bin/python workers/worker.py --retry --seconds=1 $1 beryllium 100000 workers/log.$2"
-COMPARE = "hpc_db/hpc_db/python/bin/python workers/compare.py $1 beryllium workers/log.*"
 FIGURES: list[tuple[str, str, str]] = []
 
 

@@ -11,7 +11,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ from target import ROOT, Target
 CLUSTER = ROOT / "tests" / "cluster" / "cluster"
 SCENARIOS = ROOT / "molecule"
 NAME = "hpc_db"
+URL = f"postgresql+psycopg2:///?service={NAME}"
+COMPARE = f"hpc_db/{NAME}/python/bin/python workers/compare.py $1 beryllium workers/log.*"
 
 
 class Process(NamedTuple):
@@ -30,6 +32,11 @@ class Process(NamedTuple):
     host: str
     program: str
     command: list[str]
+
+
+def on_host(processes: Iterable[Process], host: str) -> list[Process]:
+    """Return those of a host."""
+    return [process for process in processes if process.host == host]
 
 
 def eventually(condition: Callable[[], object], seconds: float, pause: float = 0.1) -> float:
@@ -62,12 +69,17 @@ class MiniCluster:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
     def mend(self, host: str) -> None:
-        """Undo ``kill``, ``cut`` or a drain, and have Slurm use the host again."""
+        """Undo ``kill``, ``cut`` or a drain, and have Slurm use the host again; of itself it looks for it rarely."""
         dead = re.search(rf"^{host} +dead", self.verb("status"), re.MULTILINE)
         self.verb("boot" if dead else "heal", host)
-        if self.node(host, "drained", "draining"):
-            self.run("scontrol update nodename=$1 state=resume", host, host="ctl", user="root")
-        eventually(lambda: self.node(host, "idle", "mixed", "allocated", "completing"), 30)
+
+        def is_used() -> bool:
+            state = self.node(host)
+            if state.rstrip("*") in ("down", "drained", "draining"):
+                self.run("scontrol update nodename=$1 state=resume", host, host="ctl", user="root")
+            return state in ("idle", "mixed", "allocated", "completing")
+
+        eventually(is_used, 90, 1)
 
     def start(self, host: str, script: str, *arguments: str, user: str = "alice") -> subprocess.Popen[str]:
         """Start a shell script on a host."""
@@ -98,10 +110,17 @@ class MiniCluster:
     # --- the server
 
     def postmasters(self) -> list[Process]:
-        """Return every postgres server: a postgres that no postgres has started."""
+        """Return every postgres server: a postgres that no postgres has started.
+
+        What a killed server leaves for a moment, titled like "postgres: checkpointer", is that server still, and
+        PostgreSQL starts no other beside it on its host.
+        """
         found = list(self.processes("postgres"))
         pids = {process.pid for process in found}
-        return [process for process in found if process.parent not in pids]
+        orphans = [process for process in found if process.parent not in pids]
+        servers = [process for process in orphans if not process.command[0].startswith("postgres: ")]
+        left = {process.host: process for process in orphans if not on_host(servers, process.host)}
+        return [*servers, *left.values()]
 
     def host_programs(self) -> list[Process]:
         """Return every hosting program."""
@@ -138,9 +157,9 @@ class MiniCluster:
         """Return one of Slurm's times."""
         return int(re.findall(rf"^{setting} += (\d+)", self.run("scontrol show config"), re.MULTILINE)[0])
 
-    def node(self, name: str, *states: str) -> bool:
-        """Tell whether Slurm has a node in one of these states."""
-        return self.run('sinfo --noheader --nodes="$1" --partition=work --format=%T', name).rstrip("*") in states
+    def node(self, name: str) -> str:
+        """Return Slurm's word for a node's state, with a ``*`` when the node does not respond."""
+        return self.run('sinfo --noheader --nodes="$1" --partition=work --format=%T', name)
 
     def is_serving(self) -> bool:
         return self.said("state").get("state") == "serving" and bool(self.service())

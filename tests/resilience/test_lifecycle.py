@@ -15,6 +15,14 @@ from mini_cluster import MiniCluster, Watch, eventually
 
 Figure = Callable[[str, str], None]
 
+# How a job is taken away, and whether it gets the time to stop.
+TAKEN = {
+    "scancel": ("scancel $1", True),
+    "kill -9 of the batch script": ("scancel --signal=KILL --batch $1", False),
+    "requeue": ("scontrol update jobid=$1 requeue=1 && scontrol requeue $1", True),
+    "preemption": ("sbatch --partition=urgent --exclusive --nodelist=$2 --output=/dev/null --wrap 'sleep 10'", True),
+}
+
 
 def test_postmaster_is_killed(cluster: MiniCluster, watch: Watch, figure: Figure, soak: bool) -> None:
     outages: list[float] = []
@@ -55,22 +63,18 @@ def test_walltime(cluster: MiniCluster, watch: Watch, figure: Figure, soak: bool
     assert max(outages) <= 30
 
 
-@pytest.mark.parametrize("command, clean", [
-    ("scancel $1", True),
-    ("scancel --signal=KILL --batch $1", False),
-    ("scontrol update jobid=$1 requeue=1 && scontrol requeue $1", True),
-], ids=["scancel", "scancel_kill", "requeue"])
+@pytest.mark.parametrize("way", TAKEN)
 def test_job_is_taken_away(
-    command: str, clean: bool, cluster: MiniCluster, serving: dict, watch: Watch, figure: Figure
+    way: str, cluster: MiniCluster, serving: dict, watch: Watch, figure: Figure
 ) -> None:
+    command, clean = TAKEN[way]
     log = len(cluster.log())
     began = time.monotonic()
-    cluster.run(command, serving["job"])
+    cluster.run(command, serving["job"], serving["host"])
     back = cluster.wait_for_another(serving, 90)
     watch.wait_for_acknowledgement(60)
 
-    name = command.rpartition("&& ")[2].rpartition(" ")[0]
-    figure("L4", f"{name}: back after {back:.1f} s, {watch.gap(began):.1f} s without a result, "
+    figure("L4", f"{way}: back after {back:.1f} s, {watch.gap(began):.1f} s without a result, "
                  f"service entry stale for {watch.stale:.1f} s")
     assert ("ended: told to by SIGTERM" in cluster.log()[log:]) is clean
     assert watch.stale <= (0.5 if clean else cluster.settings()["lease_ttl"] + 5)

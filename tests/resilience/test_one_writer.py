@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from mini_cluster import MiniCluster, Process, Watch, eventually
+from mini_cluster import MiniCluster, Process, Watch, eventually, on_host
 
 HOST_PROGRAM = "cd hpc_db/hpc_db/host && exec python3 -m hpc_db_host serve --root ~/hpc_db/hpc_db"
 BY_HAND = f'sbatch --job-name=by_hand --mem=500M --output=by_hand.log --nodelist=$1 --wrap="{HOST_PROGRAM} $2"'
@@ -69,10 +69,15 @@ def test_pid_of_a_dead_server_is_an_innocent_process(cluster: MiniCluster, servi
     node = serving["host"]
     pid_file = cluster.root / "data" / "17" / "postmaster.pid"
     cluster.run("scontrol update nodename=$1 state=drain reason=test", other_node(serving), host="ctl", user="root")
-    innocent = cluster.start(node, "echo $$; exec sleep 120")
+    innocent = cluster.start(node, "echo $$; exec sleep 1234")
     assert innocent.stdout
     pid = innocent.stdout.readline().strip()
-    sleeper = next(process for process in cluster.processes("sleep") if process.command[1] == "120")
+
+    def sleepers() -> list[Process]:
+        return [process for process in cluster.processes("sleep") if "1234" in process.command]
+
+    eventually(sleepers, 30)
+    (sleeper,) = sleepers()
 
     # The hosting program last: when it ends, so does the job, and Slurm kills what is left of it.
     doomed = [*cluster.postmasters(), *cluster.host_programs()]
@@ -106,7 +111,7 @@ def test_hosting_program_is_killed(cluster: MiniCluster, serving: dict, watch: W
 
 
 def test_node_is_cut_off(cluster: MiniCluster, serving: dict, watch: Watch, figure: Figure) -> None:
-    node, ttl = serving["host"], cluster.settings()["lease_ttl"]
+    node, ttl, log = serving["host"], cluster.settings()["lease_ttl"], len(cluster.log())
     client = cluster.start("c3", CLIENT)
     assert client.stdout
     assert client.stdout.readline() == "connected\n"
@@ -121,14 +126,14 @@ def test_node_is_cut_off(cluster: MiniCluster, serving: dict, watch: Watch, figu
     eventually(lambda: on_host(cluster.host_programs(), other_node(serving)), 90)
     elsewhere = time.monotonic() - cut
     epoch = newest(cluster, "lease")
-    observed = time.monotonic()
-    while time.monotonic() - observed < 2 * ttl + 10:
+    while time.monotonic() - cut < 120:
         beat = (cluster.root / "run" / f"hb.{epoch}").read_text()
         time.sleep(ttl / 3)
         assert (cluster.root / "run" / f"hb.{epoch}").read_text() != beat
         assert newest(cluster, "lease") == epoch
         assert [process.host for process in cluster.postmasters()] == [node]
     whole = time.monotonic() - cut
+    assert "its job has ended, but its heartbeat goes on: is its node cut off?" in cluster.log()[log:]
 
     cluster.mend(node)
     cluster.wait_for_another(serving, 120)
@@ -145,8 +150,8 @@ def test_node_is_killed(cluster: MiniCluster, serving: dict, watch: Watch, figur
     watch.wait_for_acknowledgement(60)
     figure("D7", f"back after {back:.0f} s ({target} wanted), {elsewhere:.0f} of them until Slurm has the job start "
                  f"elsewhere; {watch.gap(serving['at']):.0f} s without a result")
-    # How long Slurm takes to give up the node is its own (35 to 38 s with SlurmdTimeout 20); the rest is ours.
-    assert back - elsewhere <= cluster.settings()["lease_ttl"] + 5
+    assert back <= target
+    assert back - elsewhere <= cluster.settings()["lease_ttl"] + 5  # the rest is Slurm's own
 
 
 def test_hosting_program_is_frozen(cluster: MiniCluster, serving: dict, figure: Figure) -> None:
@@ -187,10 +192,6 @@ END
 
 def other_node(endpoint: dict) -> str:
     return {"c1": "c2", "c2": "c1"}[endpoint["host"]]
-
-
-def on_host(processes: Iterator[Process] | list[Process], host: str) -> list[Process]:
-    return [process for process in processes if process.host == host]
 
 
 def newest(cluster: MiniCluster, kind: str) -> int:

@@ -36,6 +36,18 @@ MODULES: dict[str, dict[str, Any]] = {
     "conda_env rattler": {
         "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "rattler_python": "FOLDER/bin/python",
     },
+    "conda_env lock": {
+        "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "lease": "FOLDER/root", "lock":
+        "@EXPLICIT\nfile:///c/noarch/postgresql-17.2-0.conda#sha256:" + 64 * "a", "rattler_python": "FOLDER/bin/python",
+    },
+    "conda_env staged": {
+        "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "state": "staged", "archives": "FOLDER/new/archives",
+        "rattler_python": "FOLDER/bin/python", "host": {
+            "system": "Linux", "machine": "x86_64", "release": "6.1", "glibc": "2.28",
+            "packages": {"libpq": ["17.2", "h_0"]},
+        },
+    },
+    "conda_env_info": {"prefix": "FOLDER/new/prefix"},
     "data_directory": {"path": "FOLDER/new/17", "bindir": "FOLDER/bin"},
     "hosting_job": {
         **JOB, "script": "FOLDER/root/host/job.sh", "output": "FOLDER/root/log/job.log",
@@ -47,12 +59,18 @@ MODULES: dict[str, dict[str, Any]] = {
         "files": [{"path": "conf/a", "content": "a", "mode": "0600", "validate": ["FOLDER/bin/postgres", "{file}"]}],
     },
     "optuna_study": {**SERVER, "database": "mala", "studies": [{"name": "beryllium"}]},
+    "postgres_info": {"bindir": "FOLDER/bin"},
     "python_env": {
         "path": "FOLDER/new/python", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"],
         "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels",
     },
+    "python_env wheels": {
+        "path": "FOLDER/new/wheels", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"], "layout": "wheels",
+        "host": {"python": "3.9.2", "machine": "x86_64", "glibc": "2.28"},
+    },
     "role_passwords": {**SERVER, "database": "postgres", "roles": ["study"]},
     "server_info": {**SERVER, "database": "postgres"},
+    "upgrade_data": {"root": "FOLDER/root", "major": 18, "patience": 1},
 }
 
 
@@ -115,7 +133,7 @@ CASES = [
     pytest.param(name.split()[0], arguments, path, id=f"{name}-{'.'.join(map(str, path))}")
     for name, arguments in MODULES.items()
     for path in texts_of(arguments)
-    if path[-1] not in ("provider",)
+    if path[-1] not in ("provider", "state", "layout")  # of which there is a choice
 ]
 
 

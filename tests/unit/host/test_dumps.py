@@ -64,13 +64,16 @@ def test_round_dumps_every_database_and_keeps_the_newest(make, tmp_path):
 
 
 def test_poll_never_waits_and_children_are_nice(make, tmp_path):
-    dumps = make({"pg_dump": "nice > $file; sleep 0.5"})
-    began = time.monotonic()
+    go = tmp_path / "go"
+    wait = f"for _ in $(seq 1000); do [ ! -e {go} ] || exit 0; sleep 0.01; done; exit 1"
+    dumps = make({"pg_dump": f"nice > $file; {wait}"})
     dumps.poll()
-    assert time.monotonic() - began < 0.4
 
+    go.touch()  # whoever had waited for pg_dump would have seen it fail
     finish(dumps)
-    assert {path.read_text() for path in (tmp_path / "dumps").glob("*.dump")} == {f"{os.nice(0) + 10}\n"}
+    assert dumps.told == ""
+    nice = {path.read_text() for path in (tmp_path / "dumps").glob("*.dump")}
+    assert nice == {f"{min(os.nice(0) + 10, 19)}\n"}
 
 
 @pytest.mark.parametrize("programs, told", [
@@ -104,10 +107,10 @@ def test_round_is_given_up_in_time_and_nothing_is_left(make, tmp_path):
     beats = []
     began = time.monotonic()
 
-    assert dumps.now(0.5, lambda: beats.append(1)) is False
+    assert dumps.now(2, lambda: beats.append(1)) is False
 
-    assert time.monotonic() - began < 5 and beats
-    assert dumps.told == "no dump within 0.5 s" and names(tmp_path) == []
+    assert time.monotonic() - began < 60 and beats
+    assert dumps.told == "no dump within 2 s" and names(tmp_path) == []
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 

@@ -27,6 +27,7 @@ class FakePostgres:
 
     def __init__(self, settings, listen, alive, parameters):
         self.events, self.root, self.alive = settings["events"], settings["root"], alive
+        self.data = settings["data"]
         self.note(f"made listen={listen} {sorted(parameters)}")
 
     def note(self, what):
@@ -69,6 +70,7 @@ def host(tmp_path, monkeypatch):
     }
     (tmp_path / "host" / "settings.json").write_text(json.dumps(settings))
     monkeypatch.setattr(program, "Postgres", FakePostgres)
+    monkeypatch.setattr(program, "check_programs", lambda _settings: None)
     monkeypatch.setattr(time, "sleep", lambda _seconds: None)
     monkeypatch.setattr(socket, "getaddrinfo", lambda _name, _port: [])
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -265,6 +267,26 @@ def test_which_holders_have_ended(holder, ended, host, monkeypatch):
     assert program.Host(str(host.root), bootstrap=False)._has_ended({"cluster": "hemera5", **holder}) is ended
 
 
+def test_job_waits_for_a_holder_that_is_cut_off_and_nobody_else_does(host, monkeypatch, capsys):
+    cut_off, asked = host.lease(), []
+    cut_off.try_acquire()
+
+    def job_has_ended(kind, bin_dir, job):
+        asked.append(job)
+        if len(asked) == 3:
+            cut_off.release()
+        return True
+
+    monkeypatch.setattr(scheduler, "job_has_ended", job_has_ended)
+
+    assert host.run("bootstrap", "--lifetime", "0") == 3
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert (host.run("serve"), asked) == (3, [])
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert (host.run("serve", "--lease-patience", "0.05"), asked) == (0, ["8", "8", "8"])
+    assert capsys.readouterr().err.count("its job has ended, but its heartbeat goes on: is its node cut off?") == 1
+
+
 def test_instance_serves_again_after_a_reboot(host, monkeypatch):
     settings = json.loads((host.root / "host" / "settings.json").read_text())
     (host.root / "host" / "settings.json").write_text(json.dumps({**settings, "scheduler": "local", "lease_ttl": "0"}))
@@ -274,3 +296,84 @@ def test_instance_serves_again_after_a_reboot(host, monkeypatch):
 
     assert host.run("serve", "--lease-patience", "5") == 0
     assert host.state()[0] == "ended"
+
+
+def test_node_that_cannot_run_postgres_is_told_once(host, monkeypatch):
+    settings = json.loads((host.root / "host" / "settings.json").read_text())
+    (host.root / "host" / "settings.json").write_text(json.dumps({**settings, "restarts": 5}))
+    monkeypatch.setattr(program, "check_programs", lambda _settings: raise_(Failed("postgres does not run on c1: no")))
+
+    assert host.run("serve") == 1
+
+    assert host.events == []
+    assert host.state() == ("failed", "postgres does not run on c1: no")
+    assert host.lease().holder() is None
+
+
+class FakeUpgrade:
+    """Notes what it is told, and who has the lease meanwhile. ``during`` acts then."""
+
+    def __init__(self, settings, following, alive):
+        self.settings, self.following = settings, following
+        alive()
+
+    def run(self, back):
+        with open(os.path.join(self.settings["root"], "run", "lease.1")) as stream:
+            holder = json.load(stream)
+        self.settings["events"].append((self.following, back, holder["kind"], holder["pid"]))
+        self.during()
+        return {"way": "kept"}
+
+    def during(self):
+        assert not os.path.exists(os.path.join(self.settings["root"], "run", "released.1"))
+
+
+@pytest.mark.parametrize("arguments, back", [([], False), (["--back"], True)])
+def test_upgrade_holds_the_lease_and_prints_what_was_compared(arguments, back, host, monkeypatch, capsys):
+    monkeypatch.setattr(program, "Upgrade", FakeUpgrade)
+
+    assert host.run("upgrade", "--settings", "next.json", *arguments) == 0
+
+    assert host.events == [("next.json", back, "bootstrap", os.getpid())]
+    assert json.loads(capsys.readouterr().out) == {"way": "kept"}
+    assert host.lease().holder() is None
+
+
+@pytest.mark.parametrize("during, told", [
+    (lambda self: raise_(Failed("pg_upgrade: no")), "failed: pg_upgrade: no"),
+    (lambda self: os.kill(os.getpid(), signal.SIGTERM), "ended: told to by SIGTERM"),
+])
+def test_upgrade_that_does_not_end_well_is_no_success(during, told, host, monkeypatch, capsys):
+    monkeypatch.setattr(program, "Upgrade", FakeUpgrade)
+    monkeypatch.setattr(FakeUpgrade, "during", during)
+
+    assert host.run("upgrade", "--settings", "next.json") == 1
+
+    said = capsys.readouterr()
+    assert told in said.err and said.out == ""
+    assert host.lease().holder() is None
+
+
+def test_nothing_is_upgraded_while_somebody_serves(host, monkeypatch, capsys):
+    monkeypatch.setattr(program, "Upgrade", FakeUpgrade)
+    host.lease().try_acquire()
+
+    assert host.run("upgrade", "--settings", "next.json") == 3
+    assert "failed: the data directory is held by job 8 on c2" in capsys.readouterr().err
+    assert host.events == []
+
+
+def test_who_waited_for_an_upgrade_serves_what_it_has_made(host, monkeypatch):
+    upgrade = host.lease()
+    upgrade.try_acquire()
+    path = host.root / "host" / "settings.json"
+
+    def end_upgrade(_seconds):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "data": "/data/18"}))
+        upgrade.release()
+
+    monkeypatch.setattr(time, "sleep", end_upgrade)
+    monkeypatch.setattr(FakePostgres, "start", lambda self: self.note(self.data))
+
+    assert host.run("serve", "--lease-patience", "5") == 0
+    assert host.events[1] == "/data/18"

@@ -13,7 +13,7 @@ import time
 
 import pytest
 from hpc_db_host import postgres as module
-from hpc_db_host.postgres import Failed, Postgres, free_port
+from hpc_db_host.postgres import PROGRAMS, Failed, Postgres, check_programs, free_port
 
 # Shows how it was called, then runs until told to stop; "deaf" is what it does not hear.
 PROGRAM = f"""#!{sys.executable}
@@ -126,6 +126,16 @@ def test_start_that_fails_says_why(deaf, psql, message, make, tmp_path):
     assert beats or deaf  # the lease is renewed meanwhile
 
 
+def test_programs_that_are_being_updated_are_not_started(make, tmp_path):
+    postgres = make(bindir=str(tmp_path / "postgresql-17" / "bin"))
+    (tmp_path / "postgresql-17.unfinished").touch()
+
+    with pytest.raises(Failed, match="PostgreSQL in .*/postgresql-17 is being installed or updated, or"):
+        postgres.start()
+
+    assert not (tmp_path / "called.json").exists()
+
+
 @pytest.mark.parametrize("deaf, clean", [("", True), ("SIGINT", False)])
 def test_stop_is_clean_only_if_fast(deaf, clean, make, tmp_path):
     postgres = make(deaf)
@@ -228,3 +238,32 @@ def test_socket_folder_that_is_too_long_is_refused_and_left_empty(make, tmp_path
     with pytest.raises(Failed, match="server_socket_parent: .* is too long; a socket's path leaves 69 bytes for it"):
         make(socket_parent=str(folder))
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("program, text, says", [
+    ("psql", None, "psql does not run on {host}: .*No such file or directory.*"),
+    ("postgres", "#!/nowhere/sh\n", "postgres does not run on {host}: .*"),
+    ("pg_dump", "#!/bin/sh\necho \"libc.so.6: version 'GLIBC_2.99'\nnot found\" >&2; exit 1\n",
+     "pg_dump does not run on {host}: libc.so.6: version 'GLIBC_2.99' not found"),
+    ("pg_restore", "#!/bin/sh\nexit 3\n", "pg_restore does not run on {host}: exit code 3"),
+    ("postgres", "#!/bin/sh\necho 'postgres (PostgreSQL) 18.6'\n",
+     "/.*/bin/postgres on {host} is postgres .PostgreSQL. 18.6, but /.*/data was made by PostgreSQL 17"),
+    ("psql", "#!/bin/sh\necho nothing\n", "/.*/bin/psql on {host} is nothing, but .*"),
+])
+def test_programs_that_do_not_run_on_this_node_are_named(program, text, says, tmp_path):
+    for folder in ("bin", "data"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data" / "PG_VERSION").write_text("17\n")
+    for name in PROGRAMS:
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\necho '{name} (PostgreSQL) 17.10'\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    settings = {"bindir": str(tmp_path / "bin"), "data": str(tmp_path / "data")}
+    check_programs(settings)
+
+    (tmp_path / "bin" / program).unlink()
+    if text is not None:
+        (tmp_path / "bin" / program).write_text(text)
+        (tmp_path / "bin" / program).chmod(0o755)
+
+    with pytest.raises(Failed, match="^" + says.format(host=socket.gethostname()) + "$"):
+        check_programs(settings)

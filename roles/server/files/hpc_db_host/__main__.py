@@ -4,10 +4,12 @@
 
     python3 -m hpc_db_host serve --root ROOT       in the hosting job
     python3 -m hpc_db_host bootstrap --root ROOT   a short-lived server on a socket, without a job
+    python3 -m hpc_db_host upgrade --root ROOT --settings FILE   another major of PostgreSQL; prints what was compared
 """
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -20,8 +22,9 @@ from . import endpoint, files, scheduler
 from .dumps import Dumps
 from .health import Health, Repeat, space
 from .lease import DEFAULT_TTL, Held, Lease, Lost
-from .postgres import STOP_SIGNALS, Failed, Postgres
+from .postgres import STOP_SIGNALS, Failed, Postgres, check_programs
 from .scheduler import Queue
+from .upgrade import Upgrade
 
 SERVING = "it accepts writes"
 # Deaths of postgres that are further apart than this are not one trouble.
@@ -47,9 +50,7 @@ class Host:
     """The hosting program on one instance directory."""
 
     def __init__(self, root: str, bootstrap: bool) -> None:
-        self.settings = dict(files.read_json(os.path.join(root, "host", "settings.json")) or {}, root=root)
-        if "bindir" not in self.settings:
-            raise Failed("%s/host/settings.json is missing; run the playbook hpc_db.yml first" % root)
+        self.settings = read_settings(root)
         self.run = os.path.join(root, "run")
         self.bootstrap = bootstrap
         self.job = "" if bootstrap else job_id()
@@ -65,18 +66,31 @@ class Host:
 
     def serve(self, patience: float, lifetime: Optional[float]) -> None:
         """Serve until told to stop, or for ``lifetime`` seconds; raise what ended it."""
+        self._address()  # a name that nobody can resolve is told before anything starts
+        with self._leased(patience) as lease:
+            self._keep_serving(lease, lifetime)
+
+    def upgrade(self, patience: float, following: str, back: bool) -> dict:
+        """Go over to the settings in the file ``following``, which name another major; return what was compared."""
+        with self._leased(patience) as lease:
+            return Upgrade(self.settings, following, lease.renew_if_due).run(back)
+
+    @contextlib.contextmanager
+    def _leased(self, patience: float) -> Iterator[Lease]:
+        """Hold the lease, as long as nobody takes it over."""
         holder = {
             "host": socket.gethostname(), "pid": os.getpid(), "job": self.job, "kind": self._kind(),
             "cluster": self.settings["cluster"],
         }
         ttl = float(self.settings.get("lease_ttl", DEFAULT_TTL))
         lease = Lease(self.run, holder, self._has_ended, ttl)
-        self._address()  # a name that nobody can resolve is told before anything starts
         self.tell("starting", "asking for the lease")
-        lease.acquire(patience, lambda held: self.tell("starting", "waiting: %s" % held))
+        self._acquire(lease, patience)
         self._lease = lease
         try:
-            self._keep_serving(lease, lifetime)
+            # Whoever had the lease may have moved the studies to another data directory.
+            self.settings = read_settings(self.settings["root"])
+            yield lease
         except Lost:
             raise  # the lease is not ours to release, nor the queue ours to change
         except BaseException as ended:
@@ -86,11 +100,32 @@ class Host:
             if isinstance(ended, Failed):
                 self._end_chain()
             raise
+        lease.release()
+
+    def _acquire(self, lease: Lease, patience: float) -> None:
+        """Wait for the lease: up to ``patience`` seconds, and as long as its holder seems to be cut off.
+
+        The scheduler has given up the holder's node and started us, but postgres goes on there. It ends, or
+        comes back to be told that it has to; were we to give up before that, nobody would be left to go on.
+        """
+        def wait(held: Held) -> None:
+            self.tell("starting", "waiting: %s%s" % (held, hint))
+
+        hint = ""
+        while True:
+            try:
+                return lease.acquire(patience, wait)
+            except Held as held:
+                if not in_job() or self.bootstrap or not self._has_ended(held.holder):
+                    raise
+                hint = "; its job has ended, but its heartbeat goes on: is its node cut off?"
+                self._follow()  # our walltime may end before that
 
     def _keep_serving(self, lease: Lease, lifetime: Optional[float]) -> None:
         """Start postgres again when it has died, but not for ever: what kills it may do so each time."""
         limit = 0 if self.bootstrap else int(self.settings.get("restarts", 5))
         deaths = []  # type: List[float]
+        check_programs(self.settings)
         while True:
             try:
                 self._serve_once(lease, lifetime)
@@ -258,6 +293,19 @@ class Host:
         return job == self.job or scheduler.job_has_ended(kind, self.settings.get("bin_dir", ""), job)
 
 
+def read_settings(root: str) -> dict:
+    """Return what the playbook has written for this program."""
+    settings = dict(files.read_json(os.path.join(root, "host", "settings.json")) or {}, root=root)
+    if "bindir" not in settings:
+        raise Failed("%s/host/settings.json is missing; run the playbook hpc_db.yml first" % root)
+    return settings
+
+
+def in_job() -> bool:
+    """Tell whether the scheduler has started us, not somebody by hand."""
+    return "SLURM_JOB_ID" in os.environ
+
+
 def job_id() -> str:
     """Return the id of the job that we run in; with no scheduler the PID is one."""
     return os.environ.get("SLURM_JOB_ID") or str(os.getpid())
@@ -305,26 +353,31 @@ def detach(log: str) -> None:
 def main() -> int:
     """Run the program; the exit code is 0 after a clean stop that somebody asked for."""
     parser = argparse.ArgumentParser(prog="hpc_db_host", description=__doc__)
-    parser.add_argument("what", choices=("serve", "bootstrap"))
+    parser.add_argument("what", choices=("serve", "bootstrap", "upgrade"))
     parser.add_argument("--root", required=True, help="the instance directory")
     parser.add_argument("--lifetime", type=float, help="seconds after which it ends by itself")
     parser.add_argument("--lease-patience", type=float, default=0.0, help="seconds to wait for the lease")
     parser.add_argument("--detach", metavar="LOG", help="go on in the background, print the PID, and write to LOG")
+    parser.add_argument("--settings", metavar="FILE", help="the settings to go over to")
+    parser.add_argument("--back", action="store_true", help="go back even to an earlier state of the studies")
     arguments = parser.parse_args()
     os.umask(0o077)
     for number in STOP_SIGNALS:
         signal.signal(number, on_signal)
     try:
-        host = Host(arguments.root, arguments.what == "bootstrap")
+        host = Host(arguments.root, arguments.what != "serve")
     except Failed as failed:
         parser.exit(1, "%s\n" % failed)
     if arguments.detach:
         detach(arguments.detach)
     try:
-        host.serve(arguments.lease_patience, arguments.lifetime)
+        if arguments.what == "upgrade":
+            print(json.dumps(host.upgrade(arguments.lease_patience, arguments.settings, arguments.back)))
+        else:
+            host.serve(arguments.lease_patience, arguments.lifetime)
     except Stop as stop:
         host.tell("ended", str(stop))
-        return 0
+        return int(arguments.what == "upgrade")
     except Held as held:
         host.tell("failed", str(held))
         return 3

@@ -6,7 +6,6 @@ A round is a generator: it gives way while a program runs, and closing it ends t
 """
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import re
@@ -17,7 +16,7 @@ import time
 from typing import Callable, Generator, List, Optional  # noqa: F401 - Optional in a type comment
 
 from . import files
-from .postgres import PR_SET_PDEATHSIG, Failed, Postgres, _environment
+from .postgres import Failed, Postgres, end_with_parent, program_environment
 
 Steps = Generator[None, None, None]
 
@@ -127,7 +126,7 @@ class Dumps:
             # In the form of sha256sum, which finds what PostgreSQL does not: a changed bit in the list of contents.
             files.write_atomically(path + SUM, "%s  %s\n" % (digest.hexdigest(), os.path.basename(path)))
             os.rename(part, path)
-            self._sync()
+            files.sync(self._folder)
         finally:
             files.remove(part)
         for older in self._dumps_of(database)[:-self._keep]:
@@ -138,8 +137,8 @@ class Dumps:
         """Run one of PostgreSQL's programs, giving way until it ends; raise Failed with its own words."""
         with tempfile.TemporaryFile() as said:
             child = subprocess.Popen(
-                [os.path.join(self._bindir, program)] + list(arguments), cwd=self._folder, env=_environment(),
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=_be_modest,
+                [os.path.join(self._bindir, program)] + list(arguments), cwd=self._folder, env=program_environment(),
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=be_modest,
             )
             try:
                 while child.poll() is None:
@@ -155,20 +154,9 @@ class Dumps:
                 errors = [line.strip() for line in lines if "error:" in line]
                 raise Failed((errors or lines or ["%s ended with %d" % (program, child.returncode)])[0])
 
-    def _sync(self) -> None:
-        """Have the new name on the disk."""
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
-
-def _be_modest() -> None:
+def be_modest() -> None:
     """In the child: leave the processor to postgres, and end when the hosting program does."""
     os.umask(0o077)
     os.nice(NICENESS)
-    try:
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):
-        pass  # not Linux
+    end_with_parent(signal.SIGKILL)

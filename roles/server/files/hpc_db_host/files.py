@@ -53,6 +53,15 @@ def read_json(path: str) -> Optional[dict]:
     return content if isinstance(content, dict) else None
 
 
+def sync(folder: str) -> None:
+    """Have the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def remove(path: str) -> None:
     """Remove ``path`` if it is there."""
     try:

@@ -24,6 +24,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # sockaddr_un holds 108 bytes with the final NUL; PostgreSQL adds "/.s.PGSQL.65535".
 LONGEST_SOCKET_FOLDER = 107 - len("/.s.PGSQL.65535")
 
+# What runs in the job, on a node that may differ from the one where it was installed.
+PROGRAMS = ("postgres", "psql", "pg_dump", "pg_restore")
 
 # A write that goes to the WAL and is flushed like any commit, and needs no table of ours.
 PROBE = """
@@ -58,6 +60,7 @@ class Postgres:
 
     def start(self) -> None:
         """Start postgres; ``wait_for_write`` tells whether it came up."""
+        self._check_programs()
         self._disarm_pid_file()
         parameters = dict(self._parameters, port=str(self.port), unix_socket_directories=self.socket)
         command = [self._program("postgres"), "-c", "config_file=%s" % self._settings["config"]]
@@ -67,11 +70,20 @@ class Postgres:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._child = subprocess.Popen(
-                command, cwd="/", env=_environment(), stdin=subprocess.DEVNULL, stdout=sys.stderr,
+                command, cwd="/", env=program_environment(), stdin=subprocess.DEVNULL, stdout=sys.stderr,
                 preexec_fn=_die_with_parent,
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _check_programs(self) -> None:
+        """Raise Failed while the programs are installed or updated, which waits for the end of our lease in turn."""
+        prefix = os.path.dirname(self._settings["bindir"])
+        if os.path.exists(prefix + ".unfinished"):
+            raise Failed(
+                "PostgreSQL in %s is being installed or updated, or that was interrupted: run the playbook hpc_db.yml "
+                "once more" % prefix
+            )
 
     def wait_for_write(self, patience: float) -> None:
         """Wait until a write succeeds: crash recovery may take a while; raise Failed if postgres ends."""
@@ -116,7 +128,7 @@ class Postgres:
     def query(self, statement: str, patience: float) -> str:
         """Run SQL as the owner, over the socket; return what it prints, raise Failed with psql's last line."""
         options = ["-XqAt", "-v", "ON_ERROR_STOP=1", "-h", self.socket, "-p", str(self.port), "-d", "postgres"]
-        environment = dict(_environment(), PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db")
+        environment = dict(program_environment(), PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db")
         try:
             psql = subprocess.run(
                 [self._program("psql")] + options, env=environment, input=statement, universal_newlines=True,
@@ -161,20 +173,48 @@ class Postgres:
         except ValueError:  # cut short by a crash; PostgreSQL would refuse it for ever
             files.remove(path)
             return
-        limit = time.monotonic() + 60
-        while processes.runs_in(pid, "postgres", data):  # an orphan on its way out
-            if time.monotonic() > limit:
-                raise Failed("postgres (PID %d) already runs on %s on this host" % (pid, data))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGINT)
-            self._alive()
-            time.sleep(0.5)
+        end_orphan(pid, data, self._alive)  # on its way out, maybe
         with contextlib.suppress(FileNotFoundError):
             os.stat(path)  # else the orphan has removed it
             files.write_atomically(path, "%d\n%s" % (os.getpid(), rest))
 
     def _program(self, name: str) -> str:
         return os.path.join(self._settings["bindir"], name)
+
+
+def check_programs(settings: dict) -> None:
+    """Raise Failed unless each of PostgreSQL's programs runs on this node, in the data directory's major version."""
+    with open(os.path.join(settings["data"], "PG_VERSION")) as stream:
+        wanted = stream.read().strip()
+    for program in PROGRAMS:
+        command = [os.path.join(settings["bindir"], program), "--version"]
+        try:
+            done = subprocess.run(
+                command, env=program_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, timeout=60, check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Failed("%s does not run on %s: %s" % (program, socket.gethostname(), error)) from None
+        said = " ".join(done.stdout.decode("utf-8", "replace").split())
+        if done.returncode:
+            words = said or "exit code %d" % done.returncode
+            raise Failed("%s does not run on %s: %s" % (program, socket.gethostname(), words))
+        major = re.search(r"\(PostgreSQL\) (\d+)", said)
+        if not major or major.group(1) != wanted:
+            raise Failed("%s on %s is %s, but %s was made by PostgreSQL %s" % (
+                command[0], socket.gethostname(), said, settings["data"], wanted))
+
+
+def end_orphan(pid: int, data: str, alive: Callable[[], None]) -> None:
+    """End the postgres that whoever had the lease before has left on ``data``, if ``pid`` is one."""
+    limit = time.monotonic() + 60
+    while processes.runs_in(pid, "postgres", data):
+        if time.monotonic() > limit:
+            raise Failed("postgres (PID %d) already runs on %s on this host" % (pid, data))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
+        alive()
+        time.sleep(0.5)
 
 
 def _end(child: "subprocess.Popen[bytes]", patience: float) -> bool:
@@ -225,7 +265,7 @@ def free_port(wanted: int) -> int:
     raise Failed("no free TCP port on %s" % socket.gethostname())
 
 
-def _environment() -> Dict[str, str]:
+def program_environment() -> Dict[str, str]:
     """Return our environment without what is meant for workers, or for programs of another installation."""
     foreign = [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]
     return {name: value for name, value in os.environ.items() if name not in foreign}
@@ -234,7 +274,12 @@ def _environment() -> Dict[str, str]:
 def _die_with_parent() -> None:
     """In the child: end fast and cleanly when the hosting program is killed."""
     os.umask(0o077)
+    end_with_parent(signal.SIGINT)
+
+
+def end_with_parent(number: int) -> None:
+    """In a child: have the kernel send us this signal when the hosting program ends."""
     try:
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     except (OSError, AttributeError):
         pass  # not Linux

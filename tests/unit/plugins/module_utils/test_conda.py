@@ -20,8 +20,11 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     clean_command,
     compare_versions,
     conda_command,
+    describe_host,
     difference,
     explain,
+    has_secret,
+    may_pass,
     parse_answer,
     parse_record,
     parse_search,
@@ -29,6 +32,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     rattler_command,
     satisfies,
     search_command,
+    unmet_need,
 )
 
 POSTGRESQL = Package("postgresql", "17.2", "h1_0")
@@ -231,9 +235,12 @@ NEWER = {"libpq": LIBPQ, "postgresql": Package("postgresql", "17.10", "h2_0")}
     ],
 )
 def test_success(code: int, content: dict, packages: dict[str, Package]) -> None:
-    noise = "warning  libmamba The cache is empty\n"
+    noise = "warning  libmamba The cache {is} empty\n"
 
-    assert parse_answer(code, noise + json.dumps(content) + "\n", "", BOTH, "conda") == Answer(packages)
+    answer = parse_answer(code, noise + json.dumps(content) + "\n", "", BOTH, "conda")
+
+    assert answer._replace(links=()) == Answer(packages)
+    assert {link.get("name", "postgresql") for link in answer.links} <= {"postgresql"}
 
 
 @pytest.mark.parametrize(
@@ -293,4 +300,90 @@ def test_sentence_names_the_setting_and_its_value(setting: str, sentence: str) -
     params = {"channels": ["file:///c", "conda-forge"], "rattler_python": "/py", "timeout": 60}
     answer = Answer({}, setting, "https://host/conda-forge/noarch")
 
-    assert explain(answer, params, [parse_spec("postgresql=17")]) == sentence
+    assert explain(answer, params, [parse_spec("postgresql=17")], "2.36") == sentence
+
+
+RATTLER = "cannot be installed because: postgresql 17.9 | 17.10 would require __glibc >=2.34,<3.0.a0, for which no"
+LIBMAMBA = "nothing provides __glibc >=2.34,<3.0.a0 needed by postgresql-17.10-h_0"
+CLASSIC = "- feature:/linux-64::__glibc==2.17=0 - postgresql=17 -> __glibc[version='>=2.34,<3.0.a0'] Your installed"
+
+
+@pytest.mark.parametrize(
+    ("problem", "glibc", "need"),
+    [
+        *((problem, "2.17", "__glibc >=2.34,<3.0.a0") for problem in (RATTLER, LIBMAMBA, CLASSIC)),
+        *((problem, "2.34", "") for problem in (RATTLER, LIBMAMBA, CLASSIC)),  # then it was something else
+        (RATTLER, "", "__glibc >=2.34,<3.0.a0"),
+        ("nothing provides __cuda >=12 needed by pytorch-2.8-h_0", "2.36", "__cuda >=12"),
+        ("no candidates", "2.17", ""),
+    ],
+)
+def test_need_that_the_host_does_not_meet(problem: str, glibc: str, need: str) -> None:
+    assert unmet_need(problem, glibc) == need
+
+
+def test_sentence_for_an_old_host() -> None:
+    sentence = explain(Answer({}, "specs", RATTLER), {"channels": ["c"]}, [parse_spec("postgresql=17")], "2.17")
+
+    assert sentence == (
+        "specs: nothing in c satisfies postgresql=17 on this host: it needs __glibc >=2.34,<3.0.a0, and the host has "
+        "glibc 2.17; ask for an older version, or another channel"
+    )
+
+
+@pytest.mark.parametrize(
+    ("channel", "problem", "passes"),
+    [
+        *(
+            ("conda-forge", problem, True)
+            for problem in (
+                "HTTP status server error (503 Service Unavailable) for url (https://h/c)",
+                "HTTP 000 CONNECTION FAILED for url <https://h/c>",
+                "Download error (6) Could not resolve host",
+                "failed to fetch libpq Caused by: end of file before message length reached",
+                "Conda detected a mismatch between the expected content and downloaded content",
+            )
+        ),
+        *(
+            ("conda-forge", problem, False)
+            for problem in (
+                "HTTP status client error (401 Unauthorized) for url (https://h/c)",
+                "HTTP 403 FORBIDDEN for channel c <https://h/c>",
+                "Transfer finalized, status: 404 [https://h/c/noarch/repodata.json] 0 bytes",
+                "could not find subdir 'noarch' in channel",
+                "invalid peer certificate: UnknownIssuer",
+            )
+        ),
+        ("file:///c", "failed to fetch libpq Caused by: decompression not finished but EOF reached", False),
+    ],
+)
+def test_what_may_pass_is_worth_another_try(channel: str, problem: str, passes: bool) -> None:
+    assert may_pass(Answer({}, "channels", problem), [channel]) is passes
+    assert may_pass(Answer({}, "specs", problem), [channel]) is False
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://alice:p@ss@host/c", "https://***@host/c"),
+        ("https://host/t/al-12-34/c", "https://host/t/***/c"),
+        ("https://host/conda/t/al-12-34/c", "https://host/conda/t/***/c"),
+        ("https://host/c", ""),
+        ("file:///home/t/c", ""),
+        ("conda-forge", ""),
+    ],
+)
+def test_secrets_of_a_url(url: str, shown: str) -> None:
+    problem = parse_answer(1, "", f"HTTP 503 for url <{url}>", {}, "conda").problem
+
+    assert has_secret(url) is bool(shown)
+    assert problem == f"HTTP 503 for url <{shown or url}>"
+
+
+def test_another_host_is_told_as_rattler_finds_this_one() -> None:
+    assert describe_host("linux-64", "x86_64", "4.18.0-553.el8_10.x86_64", "2.28") == {
+        "platform": "linux-64",
+        "virtual": [
+            ("__unix", "0", "0"), ("__archspec", "1", "x86_64"), ("__linux", "4.18.0", "0"), ("__glibc", "2.28", "0")
+        ],
+    }

@@ -1,17 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""conda and micromamba as far as conda_env meets them, with rattler inside: ``fake_conda.py NAME ARGUMENTS``.
+"""conda, mamba and micromamba as far as conda_env meets them, with rattler inside: ``fake_conda.py NAME ARGUMENTS``.
 
-What it assumes of conda 26 and micromamba 2:
-
-- ``create`` of a prefix that exists deletes it first, with all that is in it. As a dry run, conda refuses
-  that prefix, and micromamba acts as if it were ``install``.
-- ``install`` into a prefix without ``conda-meta`` is refused.
-- ``install`` keeps the packages that nobody asked for.
-- Both print one JSON document. conda describes packages by ``dist_name``, micromamba by ``fn`` and more.
-- With nothing to do there are no ``actions`` but a ``message``, which ends in a full stop only for conda.
-- conda's errors are ``exception_name`` and ``message``; micromamba's are ``solver_problems``, or no JSON.
-- Packages go to ``CONDA_PKGS_DIRS``.
+fake_conda.md says what it assumes, and from where that is known.
 """
 
 from __future__ import annotations
@@ -20,27 +11,67 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import rattler
-from rattler.exceptions import GatewayError, SolverError
+from rattler.exceptions import GatewayError, InstallerError, SolverError
+from rattler.networking import AuthenticationMiddleware, Client
+
+UNSATISFIABLE = {
+    "classic": "UnsatisfiableError",
+    "libmamba": "LibMambaUnsatisfiableError",
+    "rattler": "RattlerUnsatisfiableError",
+}
 
 
 def answer(code: int = 0, **content: Any) -> NoReturn:
-    print(json.dumps({"success": not code, **content}), flush=True)
+    print(json.dumps({"success": not code, **content}, indent=2), flush=True)
+    if os.environ.get("FAKE_CONDA_CRASH"):
+        os.abort()
     os._exit(code)
 
 
 def fail(name: str, error: str, message: str) -> NoReturn:
     if name == "conda":
         answer(1, error=message, exception_name=error, message=message)
-    if error == "UnsatisfiableError":
-        answer(1, solver_problems=[message])
     print(f"critical libmamba {message}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def fail_to_solve(name: str, problem: str) -> NoReturn:
+    solver = os.environ.get("CONDA_SOLVER", "libmamba") if name == "conda" else "libmamba"
+    missing = re.search(r"(\S+) (\S+).* would require\W+__glibc ([^\s]+),", problem)
+    if missing and solver == "classic":
+        glibc = os.environ["CONDA_OVERRIDE_GLIBC"]
+        problem = (
+            "The following specifications were found to be incompatible with your system:\n\n"
+            f"  - feature:/linux-64::__glibc=={glibc}=0\n  - {missing[1]} -> __glibc[version='{missing[3]}']\n\n"
+            f"Your installed version is: {glibc}\n"
+        )
+    elif missing and solver == "libmamba":
+        problem = f"nothing provides __glibc {missing[3]} needed by {missing[1]}-{missing[2]}-h_0"
+    if name != "conda":
+        answer(1, solver_problems=[problem])
+    fail(name, UNSATISFIABLE[solver], problem)
+
+
+def fail_to_fetch(name: str, problem: str, channel: str) -> NoReturn:
+    status = re.search(r"\((\d{3}) (.*?)\) for url \((.*?)\)", problem)
+    if channel.startswith("file:"):
+        if name == "conda":
+            fail(name, "UnavailableInvalidChannel", f"HTTP 404 NOT FOUND for channel no <{channel}>")
+        fail(name, "", f"Download error (37) Couldn't read a file:// file [{channel}/linux-64/repodata.json]")
+    if not status:
+        text = f"HTTP 000 CONNECTION FAILED for url <{channel}/linux-64/repodata.json>\nElapsed: -\n\nAn HTTP error"
+        fail(name, "CondaHTTPError", text if name == "conda" else f"Download error (7) Could not connect [{channel}]")
+    if name != "conda":
+        fail(name, "", f"Transfer finalized, status: {status[1]} [{status[3]}] 0 bytes")
+    kind = "CondaHTTPError" if int(status[1]) >= 500 else "UnavailableInvalidChannel"
+    fail(name, kind, f"HTTP {status[1]} {status[2].upper()} for url <{status[3]}>")
 
 
 def describe(name: str, record: Any) -> dict[str, str]:
@@ -50,13 +81,21 @@ def describe(name: str, record: Any) -> dict[str, str]:
     return {"fn": f"{dist}.conda", "name": record.name.normalized, "version": str(record.version)}
 
 
+def url_of(channel: str) -> str:
+    condarc = Path.home() / ".condarc"
+    custom = json.loads(condarc.read_text())["custom_channels"] if condarc.exists() else {}
+    return f"{custom[channel]}/{channel}" if channel in custom else channel
+
+
 async def main(name: str, options: argparse.Namespace) -> None:
     prefix = Path(options.prefix)
     is_env = (prefix / "conda-meta").is_dir()
     if options.verb == "create" and prefix.exists():
-        if options.dry_run and name == "conda":
-            fail(name, "CondaValueError", f"prefix already exists: {prefix}")
-        if not options.dry_run:
+        if options.dry_run and name == "conda" and is_env:
+            fail(name, "CondaValueError", "Cannot `create --dry-run` with an existing conda environment")
+        if not is_env and not options.dry_run and any(prefix.iterdir()) and name != "conda":
+            fail(name, "", "Non-conda folder exists at prefix")
+        if not options.dry_run and is_env:
             shutil.rmtree(prefix)
             is_env = False
     elif options.verb == "install" and not is_env:
@@ -65,24 +104,37 @@ async def main(name: str, options: argparse.Namespace) -> None:
     asked = {spec.partition("=")[0].partition(">")[0] for spec in options.specs}
     kept = [record.name.normalized for record in installed if record.name.normalized not in asked]
     cache = Path(os.environ["CONDA_PKGS_DIRS"])
+    if options.file:
+        from fake_explicit import install_explicit  # which is not at hand wherever this file is copied to
+
+        records = await install_explicit(name, options.file, prefix, installed, cache, fail)
+        answer(actions={"PREFIX": str(prefix), "LINK": [describe(name, record) for record in records]})
+    client = Client([AuthenticationMiddleware()])
     try:
         solved = await rattler.solve(
-            sources=options.channel,
-            specs=[*options.specs, *kept],
+            sources=[url_of(channel) for channel in options.channel],
+            specs=[rattler.MatchSpec(spec) for spec in (*options.specs, *kept)],  # as text it is read more strictly
             locked_packages=installed,
-            gateway=rattler.Gateway(cache_dir=cache / "cache"),
-            virtual_packages=rattler.VirtualPackage.detect(),
+            gateway=rattler.Gateway(cache_dir=cache / "cache", client=client),
+            virtual_packages=rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env()),
         )
     except SolverError as error:
-        fail(name, "UnsatisfiableError", str(error))
+        fail_to_solve(name, str(error))
     except GatewayError as error:
-        fail(name, "UnavailableInvalidChannel", f"Download error for {options.channel[0]}: {error}")
+        fail_to_fetch(name, str(error), url_of(options.channel[0]))
     old = {describe(name, record)["name"]: describe(name, record) for record in installed}
     new = {describe(name, record)["name"]: describe(name, record) for record in solved}
     if old == new:
         answer(message="All requested packages already installed" + "." * (name == "conda"))
     if not options.dry_run:
-        await rattler.install(solved, target_prefix=prefix, cache_dir=cache, show_progress=False)
+        try:
+            await rattler.install(solved, target_prefix=prefix, cache_dir=cache, show_progress=False, client=client)
+        except InstallerError as error:
+            if name != "conda":
+                fail(name, "", "Found incorrect downloads. Aborting")
+            url = f"{options.channel[0]}/linux-64/{str(error).split()[3]}"
+            words = "Conda detected a mismatch between the expected content and downloaded content\nfor url"
+            fail(name, "ChecksumMismatchError", f"{words} '{url}'.\n  download saved to: {cache}")
     unlinked = [package for package in old.values() if package not in new.values()]
     linked = [package for package in new.values() if package not in old.values()]
     answer(actions={"PREFIX": str(prefix), "UNLINK": unlinked, "LINK": linked}, dry_run=options.dry_run)
@@ -90,12 +142,15 @@ async def main(name: str, options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=["conda", "micromamba"])
+    parser.add_argument("name", choices=["conda", "mamba", "micromamba"])
     parser.add_argument("verb", choices=["create", "install"])
-    for flag in ("-y", "-q", "--json", "--override-channels"):
+    for flag in ("-y", "-q", "--json"):
         parser.add_argument(flag, action="store_true", required=True)
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("-c", dest="channel", action="append", required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--override-channels", action="store_true")
+    source.add_argument("--file")
+    parser.add_argument("-c", dest="channel", action="append")
     parser.add_argument("-p", dest="prefix", required=True)
     parser.add_argument("specs", nargs="*")
     arguments = parser.parse_intermixed_args()

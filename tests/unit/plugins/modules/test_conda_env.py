@@ -22,6 +22,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     parse_spec,
     satisfies,
 )
+from ansible_collections.mala.hpc_db.plugins.modules import conda_env
 from ansible_collections.mala.hpc_db.plugins.modules.conda_env import ensure_env, find_program
 
 OLD = {"postgresql": "17.2", "libpq": "17.2"}
@@ -38,6 +39,9 @@ class FakeClient:
 
     available = ("17.2", "17.10", "18.6")
     login_shell = (0, "", "")
+    postgres = (0, "OpenSSL\n", "")
+    outages = 0  # how many calls find the channel unreachable, after a part of the work was done
+    outage = "HTTP 503 SERVICE UNAVAILABLE for url <https://host/conda-forge>"
     fate = ""  # of the next installation: a package to be killed after, or DIED to end without a word when done
 
     def __init__(self) -> None:
@@ -45,18 +49,29 @@ class FakeClient:
 
     def __call__(self, command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
         words = command[command.index("env") + 1 :]
-        while words[0] == "-u" or "=" in words[0]:
+        while words[0] in ("env", "-u") or "=" in words[0]:
             words = words[2:] if words[0] == "-u" else words[1:]
         if words[0] == "bash":
             self.calls.append("login")
             return self.login_shell
+        if words[0].endswith("/bin/postgres"):
+            return self.postgres
+        if words[0].endswith("/bin/pg_config"):
+            return 0, "'--prefix=/p' '--with-gssapi'\n", ""
         if words[1] == "-I":
             request = json.loads(words[-1])
-            parts = (spec.replace(" *", "").partition(" ") for spec in request["specs"])
-            specs = [name + ("=" * version[:1].isdigit()) + version for name, _space, version in parts]
+            if "into" in request:
+                return self.keep_archives(Path(request["into"]), [each["url"] for each in request["lock"]])
+            if "lock" in request:
+                return self.install_locked("fulfil", Path(request["prefix"]), [each["url"] for each in request["lock"]])
+            parts = (spec.replace(" *", "").split(" ") for spec in request["specs"])
+            specs = [name + "=".join("=" * word[:1].isdigit() + word for word in words) for name, *words in parts]
             verb, prefix, dry_run = "fulfil", Path(request["prefix"]), request["dry_run"]
         else:
             at = words.index("-p") + 1
+            if "--file" in words:
+                lines = Path(words[-1]).read_text().splitlines()
+                return self.install_locked(words[1], Path(words[at]), lines[lines.index("@EXPLICIT") + 1 :])
             verb, prefix, specs, dry_run = words[1], Path(words[at]), words[at + 1 :], "--dry-run" in words
         self.calls.append(f"{verb} --dry-run" if dry_run else verb)
         return self.install(verb, prefix, specs, dry_run)
@@ -64,6 +79,11 @@ class FakeClient:
     def install(self, verb: str, prefix: Path, specs: list[str], dry_run: bool) -> tuple[int, str, str]:
         if verb == "create" and prefix.exists() and not dry_run:
             shutil.rmtree(prefix)
+        if self.outages:
+            self.outages -= 1
+            if not dry_run:
+                write_record(prefix, "libpq", self.available[-1])
+            return 1, json.dumps({"exception_name": "CondaHTTPError", "message": self.outage}), ""
         wanted = [parse_spec(spec) for spec in specs]
         versions = [
             version
@@ -73,7 +93,7 @@ class FakeClient:
         if not versions:
             return 1, json.dumps({"exception_name": "SolverError", "message": "no candidates"}), ""
         names = ["postgresql", "libpq"]
-        links = [{"dist_name": f"{name}-{versions[-1]}-h_0"} for name in names]
+        links = [{"dist_name": f"{name}-{versions[-1]}-h_0", **record_of(name, versions[-1])} for name in names]
         if not dry_run:
             for name in names:
                 write_record(prefix, name, versions[-1])
@@ -83,6 +103,40 @@ class FakeClient:
         if self.fate == DIED:
             return -11, json.dumps({"success": True}), "Segmentation fault"
         return 0, json.dumps({"success": True, "actions": {"LINK": links}}), ""
+
+    def install_locked(self, verb: str, prefix: Path, urls: list[str]) -> tuple[int, str, str]:
+        self.calls.append(f"{verb} --file")
+        if self.outages:
+            self.outages -= 1
+            return 1, json.dumps({"exception_name": "CondaHTTPError", "message": self.outage}), ""
+        if verb == "create" and prefix.exists():
+            shutil.rmtree(prefix)
+        if verb == "fulfil":  # alone among the clients it removes what the list does not name
+            shutil.rmtree(prefix / "conda-meta", ignore_errors=True)
+        names = [url.rpartition("/")[2].split("-") for url in urls]
+        for name, version, _build in names:
+            write_record(prefix, name, version)
+        return 0, json.dumps({"success": True, "actions": {}}), ""
+
+    def keep_archives(self, into: Path, urls: list[str]) -> tuple[int, str, str]:
+        self.calls.append("keep")
+        if self.outages:
+            self.outages -= 1
+            return 1, json.dumps({"exception_name": "OSError", "message": "failed to fetch https://host/c"}), ""
+        into.mkdir(parents=True, exist_ok=True)
+        for url in urls:
+            (into / url.rpartition("/")[2]).touch()
+        return 0, json.dumps({"success": True, "actions": {}}), ""
+
+
+def lock_of(packages: dict[str, str]) -> str:
+    channel = "https://host/conda-forge/noarch"
+    lines = [f"{channel}/{name}-{version}-h_0.conda#sha256:{'a' * 64}\n" for name, version in packages.items()]
+    return "@EXPLICIT\n" + "".join(lines)
+
+
+def record_of(name: str, version: str) -> dict[str, str]:
+    return {"name": name, "url": f"https://host/conda-forge/noarch/{name}-{version}-h_0.conda", "sha256": "a" * 64}
 
 
 def write_record(prefix: Path, name: str, version: str) -> None:
@@ -102,6 +156,11 @@ def make_env(prefix: Path, packages: dict[str, str]) -> None:
 
 def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() if path.is_file() else "" for path in folder.rglob("*")}
+
+
+def identity(path: Path) -> tuple[int, int, int]:
+    found = os.lstat(path)
+    return found.st_ino, found.st_mode, found.st_mtime_ns
 
 
 @pytest.fixture
@@ -130,6 +189,11 @@ def params_for(prefix: Path, **others: object) -> dict:
         "client": sys.executable,
         "module_load": None,
         "package_cache": None,
+        "lock": None,
+        "update": False,
+        "lease": None,
+        "archives": None,
+        "host": None,
         "timeout": 60,
         **others,
     }
@@ -211,12 +275,12 @@ def test_refuses_what_is_no_environment(
 ) -> None:
     prefix.parent.mkdir()
     make(prefix)  # type: ignore[operator]
-    found = os.lstat(prefix)
+    found = identity(prefix)
 
     with pytest.raises(CondaError, match=f"prefix: {prefix} exists and is no conda environment: {reason}; "):
         ensure_env(params_for(prefix, state=state), client, False)
 
-    assert os.lstat(prefix) == found and client.calls == [] and os.listdir(prefix.parent) == [prefix.name]
+    assert identity(prefix) == found and client.calls == [] and os.listdir(prefix.parent) == [prefix.name]
 
 
 @pytest.mark.parametrize(("inside", "allowed"), [("lib/x", False), ("x", False), ("envs/x", True), ("envs/x/y", True)])
@@ -295,6 +359,104 @@ def test_what_could_not_be_made_leaves_nothing(prefix: Path, client: FakeClient,
         ensure_env(params_for(prefix, specs=["postgresql=99"], provider=provider), client, False)
 
     assert os.listdir(prefix.parent) == []
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_unreachable_channel_is_tried_again(
+    prefix: Path, client: FakeClient, provider: str, check_mode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    left: list[bool] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        left.append(prefix.exists())
+
+    monkeypatch.setattr(conda_env.time, "sleep", sleep)
+    params = params_for(prefix, provider=provider)
+    client.outages = 2
+
+    assert ensure_env(params, client, check_mode)["packages"] == NEW
+    assert (pauses, left) == ([2, 8], [False, False])  # nothing that "create" could meet
+
+    shutil.rmtree(prefix, ignore_errors=True)
+    client.outages = 3
+    with pytest.raises(CondaError, match="channels: cannot read conda-forge: tried 3 times: HTTP 503 SERVICE UNAVAIL"):
+        ensure_env(params, client, check_mode)
+    assert not prefix.exists()
+
+
+def test_unreachable_channel_leaves_an_environment(
+    prefix: Path, client: FakeClient, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conda_env.time, "sleep", lambda seconds: None)
+    make_env(prefix, OLD)
+    client.outages = 3
+
+    with pytest.raises(CondaError, match="tried 3 times"):
+        ensure_env(params_for(prefix, specs=["postgresql=17.10"], provider=provider), client, False)
+
+    assert (prefix / "keep").exists() and (prefix / "conda-meta/postgresql-17.2-h_0.json").exists()
+
+
+@pytest.mark.parametrize(("outage", "timeout"), [("HTTP 404 NOT FOUND for channel conda-forge", 60), ("HTTP 503", 1)])
+def test_not_tried_again(prefix: Path, client: FakeClient, outage: str, timeout: int) -> None:
+    client.outage, client.outages = outage, 3
+
+    with pytest.raises(CondaError, match=f"channels: cannot read conda-forge: {outage}"):
+        ensure_env(params_for(prefix, timeout=timeout), client, False)
+
+    assert client.calls == ["fulfil"]
+
+
+def test_unreachable_channel_is_named_though_time_is_up(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conda_env.time, "sleep", lambda seconds: None)
+    error = json.dumps({"exception_name": "CondaHTTPError", "message": "HTTP 503"})
+    answers = iter([(1, error, ""), (124, "", "")])
+
+    with pytest.raises(CondaError, match="read conda-forge: tried 2 times: HTTP 503; the last attempt was stopped"):
+        ensure_env(params_for(prefix), lambda command, pass_fds: next(answers), False)
+
+
+@pytest.mark.parametrize(
+    ("before", "check_mode", "version", "features"),
+    [
+        (None, False, "17.10", ["gssapi", "icu", "readline", "tls", "zlib"]),
+        (None, True, "17.10", None),
+        (OLD, False, "17.2", ["gssapi", "icu", "readline", "tls", "zlib"]),
+        (OLD, True, "17.2", ["gssapi", "icu", "readline", "tls", "zlib"]),
+    ],
+)
+def test_version_and_features(
+    prefix: Path,
+    client: FakeClient,
+    before: dict[str, str] | None,
+    check_mode: bool,
+    version: str,
+    features: list[str] | None,
+) -> None:
+    if before:
+        make_env(prefix, before)
+
+    result = ensure_env(params_for(prefix), client, check_mode)
+
+    assert (result["version"], result["features"]) == (version, features)
+
+
+def test_no_version_and_features_without_postgresql(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, {"libpq": "17.2"})
+
+    for state in ("present", "absent"):
+        result = ensure_env(params_for(prefix, specs=["libpq"], state=state), client, False)
+        assert (result["version"], result["features"]) == (None, None)
+
+
+def test_programs_that_do_not_run_here(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, OLD)
+    client.postgres = (1, "", "postgres: /lib64/libc.so.6: version `GLIBC_2.34'\nnot found")
+
+    with pytest.raises(CondaError, match="prefix: .*/bin/postgres does not run on this host: .* `GLIBC_2.34' not fou"):
+        ensure_env(params_for(prefix), client, False)
 
 
 def test_crash_after_the_work_is_success(prefix: Path, client: FakeClient) -> None:
@@ -379,6 +541,8 @@ def test_damaged_environment(prefix: Path, client: FakeClient) -> None:
         ),
         ("channels", ["-c"], "channels: '-c' is no channel; give a name, a URL or a file:// folder"),
         ("channels", ["a\nb"], r"channels: 'a\\nb' is no channel"),
+        ("channels", ["https://a:secret@host/c"], r"channels: that of host holds a password [^.:]* ~/.netrc$"),
+        ("channels", ["https://host/t/secret/c"], r"channels: that of host holds a password [^.:]* ~/.netrc$"),
         ("specs", [], "specs: none are given; name at least one package"),
         ("specs", ["-p /"], "specs: '-p /' is not understood; write it as one of name, name=17"),
     ],
@@ -474,3 +638,219 @@ def test_no_client(
         ensure_env(params, client, False)
 
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize(
+    ("before", "arguments", "after"),
+    [
+        (OLD, {"update": True}, NEW),  # and not 18.6
+        (NEW, {"update": True}, NEW),
+        (OLD, {"update": True, "specs": ["postgresql=17.2"]}, OLD),
+        (None, {"update": True}, NEW),
+        (None, {"lock": lock_of(OLD)}, OLD),
+        (OLD, {"lock": lock_of(OLD)}, OLD),
+        (NEW, {"lock": lock_of(OLD), "update": True}, OLD),
+        (OLD, {"lock": lock_of(OLD), "update": True}, OLD),
+    ],
+)
+def test_update_and_lock_file(
+    prefix: Path, client: FakeClient, provider: str, before: dict | None, arguments: dict, after: dict, check_mode: bool
+) -> None:
+    if before:
+        make_env(prefix, before)
+    params = params_for(prefix, provider=provider, **arguments)
+    found = content(prefix)
+
+    result = ensure_env(params, client, check_mode)
+
+    assert (result["changed"], result["packages"]) == (before != after, after)
+    if check_mode:
+        assert content(prefix) == found
+    else:
+        assert ensure_env(params, client, False)["changed"] is False
+        assert ("keep" in content(prefix)) is bool(before)
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize(
+    ("before", "arguments", "says"),
+    [
+        (OLD, {"lock": lock_of(NEW)}, "lock: it differs from .*, which has libpq 17.2 h_0.* instead of libpq 17.10"),
+        (OLD, {"lock": lock_of({"libpq": "18.6"}), "update": True}, "lock: it holds no postgresql, but postgresql=17"),
+        ({**OLD, "tzdata": "1"}, {"lock": lock_of(NEW), "update": True}, "lock: it has no tzdata, which .*-17 has"),
+        (NEW, {"update": True, "specs": ["postgresql=18"]}, "would replace the installed PostgreSQL 17.10 by an"),
+        (NEW, {"update": True, "specs": ["postgresql=17.2"]}, "specs: nothing in .*=17.2 .*postgresql>=17.10"),
+    ],
+)
+def test_update_or_lock_file_that_is_refused(
+    prefix: Path, client: FakeClient, before: dict[str, str], arguments: dict, says: str, check_mode: bool
+) -> None:
+    make_env(prefix, before)
+    found = content(prefix.parent)
+
+    with pytest.raises(CondaError, match=says):
+        ensure_env(params_for(prefix, provider="conda", **arguments), client, check_mode)
+
+    assert content(prefix.parent) == found
+
+
+def test_rattler_removes_what_the_lock_file_does_not_name(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, {**OLD, "tzdata": "1"})
+
+    assert ensure_env(params_for(prefix, lock=lock_of(NEW), update=True), client, False)["packages"] == NEW
+
+
+def test_lock_file_that_cannot_be_fetched_is_tried_again(
+    prefix: Path, client: FakeClient, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conda_env.time, "sleep", lambda seconds: None)
+    client.outages = 3
+
+    with pytest.raises(CondaError, match="lock: tried 3 times: HTTP 503 SERVICE UNAVAIL"):
+        ensure_env(params_for(prefix, provider=provider, lock=lock_of(OLD), channels=["file:///c"]), client, False)
+
+    assert os.listdir(prefix.parent) == []
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, None),
+        ({"lease.1": {"job": "7", "host": "c1"}, "released.1": {}}, None),
+        ({"lease.1": {"job": "7", "host": "c1"}, "released.1": {}, "lease.2": {"job": "8", "host": "c2"}}, "job 8"),
+        ({"lease.9": {"job": "9", "host": "c1"}, "lease.10": {"job": "", "host": "login"}}, "a server on login"),
+    ],
+)
+def test_no_change_under_a_server(
+    prefix: Path, tmp_path: Path, client: FakeClient, files: dict, says: str | None, check_mode: bool
+) -> None:
+    make_env(prefix, OLD)
+    (tmp_path / "run").mkdir()
+    for name, held in files.items():
+        (tmp_path / "run" / name).write_text(json.dumps(held))
+    params = params_for(prefix, update=True, lease=str(tmp_path / "run"))
+
+    if says is None:
+        assert ensure_env(params, client, check_mode)["packages"] == NEW
+    else:
+        with pytest.raises(CondaError, match=f"lease: {says} .*runs from the environment, or has not stopped cleanly"):
+            ensure_env(params, client, check_mode)
+        assert ensure_env({**params, "update": False}, client, check_mode)["packages"] == OLD
+        shutil.rmtree(prefix)
+        assert ensure_env(params, client, check_mode)["changed"]
+
+
+def test_no_change_under_a_server_that_starts_meanwhile(prefix: Path, tmp_path: Path, client: FakeClient) -> None:
+    make_env(prefix, OLD)
+    found = content(prefix)
+    (tmp_path / "run").mkdir()
+
+    def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        (tmp_path / "run/lease.1").write_text('{"job": "7", "host": "c1"}')
+        return client(command, pass_fds)
+
+    with pytest.raises(CondaError, match="lease: job 7 on c1"):
+        ensure_env(params_for(prefix, update=True, lease=str(tmp_path / "run")), run, False)
+
+    assert content(prefix) == found
+    assert client.calls == ["fulfil --dry-run"] and os.listdir(prefix.parent) == [prefix.name]
+
+
+def test_update_that_was_killed(prefix: Path, client: FakeClient, provider: str) -> None:
+    make_env(prefix, OLD)
+    client.fate = "postgresql"
+    with pytest.raises(Killed):
+        ensure_env(params_for(prefix, provider=provider, specs=["postgresql"], update=True), client, False)
+    (prefix / "conda-meta/postgresql-17.10-h_0.json").unlink()
+
+    again = ensure_env(params_for(prefix, provider=provider, specs=["postgresql"], update=True), client, False)
+
+    assert again["packages"] == NEW and os.listdir(prefix.parent) == [prefix.name]
+
+
+def test_lock_file_that_was_reached_before_a_kill(prefix: Path, client: FakeClient) -> None:
+    make_env(prefix, OLD)
+    prefix.with_name("postgresql-17.unfinished").write_text("changing 17.10")
+
+    assert ensure_env(params_for(prefix, lock=lock_of(OLD)), client, False)["packages"] == OLD
+    assert os.listdir(prefix.parent) == [prefix.name]
+
+
+ELSEWHERE = {"system": "Linux", "machine": "aarch64", "release": "4.18.0-1.el8", "glibc": "2.28", "packages": None}
+
+
+def params_for_another(prefix: Path, before: dict | None, **others: object) -> dict:
+    packages = None if before is None else {name: [version, "h_0"] for name, version in before.items()}
+    archives = str(prefix.parent.parent / "archives")
+    others = {"state": "staged", "host": {**ELSEWHERE, "packages": packages}, "archives": archives, **others}
+    return params_for(prefix, **others)
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize(
+    ("before", "arguments", "after"),
+    [
+        (None, {}, NEW),
+        ({}, {}, NEW),
+        (OLD, {}, OLD),
+        (OLD, {"update": True}, NEW),  # and not 18.6
+        (NEW, {"update": True}, NEW),
+        (OLD, {"specs": ["postgresql>17.2"]}, NEW),
+        (None, {"lock": lock_of(OLD)}, OLD),
+        (OLD, {"lock": lock_of(OLD)}, OLD),
+        (NEW, {"lock": lock_of(OLD), "update": True}, OLD),
+    ],
+)
+def test_staged_is_what_another_host_lacks(
+    prefix: Path, client: FakeClient, before: dict | None, arguments: dict, after: dict, check_mode: bool
+) -> None:
+    make_env(prefix, {"libpq": "16.1"})  # of this host, so it is not looked at
+    found = content(prefix)
+
+    result = ensure_env(params_for_another(prefix, before, **arguments), client, check_mode)
+
+    assert (result["changed"], result["packages"]) == (before != after, after)
+    locked = sorted(line.partition("#")[0] for line in result["lock"].splitlines() if line.startswith("https"))
+    names = [f"{name}-{version}-h_0.conda" for name, version in after.items()] if before != after else []
+    assert locked == sorted(f"https://host/conda-forge/noarch/{name}" for name in names)
+    assert sorted(content(prefix.parent.parent / "archives")) == ([] if check_mode else sorted(names))
+    assert content(prefix) == found
+
+
+def test_archives_that_cannot_be_fetched_are_tried_again(
+    prefix: Path, client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conda_env.time, "sleep", lambda seconds: None)
+    make_env(prefix, OLD)
+    client.outages = 3
+
+    with pytest.raises(CondaError, match="lock: tried 3 times: failed to fetch https://host/c"):
+        ensure_env(params_for_another(prefix, None, lock=lock_of(NEW)), client, False)
+
+    assert (prefix / "keep").exists()
+
+
+def test_another_host_before_rattler_is_there(prefix: Path) -> None:
+    def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        return 127, "", "env: no such file"
+
+    planned = ensure_env(params_for_another(prefix, None), run, True)
+    assert (planned["changed"], planned["lock"], planned["packages"]) == (True, "", {"postgresql": "=17"})
+    with pytest.raises(CondaError, match="rattler_python: /env/bin/python cannot use py-rattler"):
+        ensure_env(params_for_another(prefix, None), run, False)
+
+
+def test_archives_are_for_a_lock_file(prefix: Path, client: FakeClient) -> None:
+    params = params_for(prefix, archives="/staged")
+
+    assert ensure_env(params, client, True)["packages"] == {"postgresql": "=17"}
+    with pytest.raises(CondaError, match="lock: none is given, but it alone says which of the archives to install"):
+        ensure_env(params, client, False)
+    with pytest.raises(CondaError, match="archives: not allowed with provider conda"):
+        ensure_env({**params, "provider": "conda"}, client, False)
+    assert client.calls == []
+
+    assert ensure_env({**params, "lock": lock_of(NEW)}, client, False)["packages"] == NEW
+    assert ensure_env(params, client, False)["changed"] is False

@@ -10,7 +10,6 @@ from ansible_collections.mala.hpc_db.plugins.modules.data_directory import (
     Failed,
     ensure_data_directory,
     initdb_command,
-    parse_version,
     run_command,
 )
 
@@ -109,17 +108,9 @@ def test_empty_folder_is_taken(params):
     assert ensure_data_directory(params, FakePrograms(), check_mode=False)["changed"] is True
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("postgres (PostgreSQL) 17.10\n", ("17.10", 17)),
-    ("postgres (PostgreSQL) 18beta1 (Debian 18~beta1-1)\n", ("18beta1", 18)),
-])
-def test_version(text, expected):
-    assert parse_version(text) == expected
-
-
-def test_version_that_is_none_is_refused():
-    with pytest.raises(Failed, match="names no version"):
-        parse_version("bash: postgres: not found\n")
+def test_version_that_is_none_is_refused(params):
+    with pytest.raises(Failed, match="printed 'bash: postgres: not found', which names no version"):
+        ensure_data_directory(params, lambda _command: "bash: postgres: not found\n", check_mode=False)
 
 
 @pytest.mark.parametrize("major, builtin", [(16, False), (17, True), (18, True)])

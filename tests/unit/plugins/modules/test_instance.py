@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """instance, on real directories and as an ordinary user."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -185,3 +186,21 @@ def test_unchanged_or_unjudgeable_files_are_not_judged(validate, folder):
     ensure(folder, files=[{"path": "a", "content": content, "validate": validate}])
 
     assert (folder / "a").read_text() == content
+
+
+def test_major_of_the_studies_is_that_of_the_data_directory_in_use(folder):
+    def make(name, version):
+        (folder / "data" / name).mkdir(parents=True)
+        (folder / "data" / name / "PG_VERSION").write_text(version)
+
+    assert ensure(folder)["major"] is None
+    make("17", "17\n")
+    (folder / "data" / "18").mkdir()  # initdb was killed
+    make("18.new", "18\n")
+    assert ensure(folder, check_mode=True)["major"] == 17
+
+    make("19", "19\n")
+    (folder / "host").mkdir()
+    for used, major in (("17", 17), ("19", 19), ("20", None)):
+        (folder / "host" / "settings.json").write_text(json.dumps({"data": str(folder / "data" / used)}))
+        assert ensure(folder)["major"] == major

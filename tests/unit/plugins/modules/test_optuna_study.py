@@ -8,7 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
 from ansible_collections.mala.hpc_db.plugins.modules.optuna_study import Refused, ensure_studies, storage_url
 
 PARAMS = {"host": "/tmp/hpc_db-x", "port": 5432, "user": "study", "passfile": "/home/a b/pgpass", "database": "mala"}
@@ -19,28 +19,44 @@ BERYLLIUM, ALUMINIUM = (
 )
 
 
+NEW, OLD = "v3.2.0.a", "v3.0.0.d"
+
+
 class FakeDatabase:
     """Tables and rows as Optuna makes them. ``studies`` is None without its schema."""
 
-    def __init__(self, studies, version=True):
-        self.studies, self.version = studies, version
+    def __init__(self, studies, version=NEW, workers=0):
+        self.studies, self.version, self.workers = studies, version, workers
+        self.library = {NEW: "5.0.0", OLD: "3.1.1"}.get(version, "9.0.0")
 
     def rows(self, _connection, query):
         if "to_regclass" in query:
             return [("version_info", "alembic_version")] if self.studies is not None else [(None, None)]
         if "alembic_version" in query:
-            return [(1,)] if self.version else []
+            return [(self.library, self.version)] if self.version else []
+        if "pg_stat_activity" in query:
+            return [(self.workers,)]
+        if "lag(" in query:
+            return [("beryllium", 7200.0, 0, 0)]
+        if "NULL" in query:
+            return [(name, None) for name in self.studies]
+        assert self.version == NEW, "an older schema has no such tables"
         return list(self.studies.items())
 
     def optuna(self):
         return SimpleNamespace(
-            storages=SimpleNamespace(RDBStorage=self.make_schema), create_study=self.create_study
+            storages=SimpleNamespace(RDBStorage=self.open_storage), create_study=self.create_study
         )
 
-    def make_schema(self, url):
+    def open_storage(self, url, skip_compatibility_check):
         assert url == URL
-        self.studies, self.version = {} if self.studies is None else self.studies, True
+        if self.studies is None or not self.version:
+            self.studies, self.version, self.library = self.studies or {}, NEW, "5.0.0"
+        assert self.version == NEW or skip_compatibility_check
         return self
+
+    def upgrade(self):
+        self.version, self.library = NEW, "5.0.0"
 
     def create_study(self, storage, study_name, directions):
         assert storage is self and study_name not in self.studies
@@ -52,40 +68,97 @@ def use(monkeypatch):
     def use(database):
         monkeypatch.setattr(_connection, "connect", lambda params, name: contextlib.nullcontext())
         monkeypatch.setattr(_connection, "rows", database.rows)
+        monkeypatch.setattr(_optuna, "installed_optuna", lambda: _optuna.Optuna("5.0.0", [NEW, OLD]))
         monkeypatch.setitem(sys.modules, "optuna", database.optuna())
         return database
 
     return use
 
 
+SCHEMA = "schema of Optuna 5.0.0\n"
+
+
 @pytest.mark.parametrize("found, version, wanted, created, before, after", [
-    (None, False, [], [], "no schema\n", ""),
-    (None, False, [BERYLLIUM], ["beryllium"], "no schema\n", "beryllium: minimize\n"),
-    ({}, False, [BERYLLIUM], ["beryllium"], "no schema\n", "beryllium: minimize\n"),
-    ({}, True, [BERYLLIUM], ["beryllium"], "", "beryllium: minimize\n"),
-    ({"beryllium": ["minimize"]}, True, [BERYLLIUM, ALUMINIUM], ["aluminium"], "beryllium: minimize\n",
-     "aluminium: minimize, maximize\nberyllium: minimize\n"),
-    ({"beryllium": ["minimize"]}, True, [BERYLLIUM], [], "beryllium: minimize\n", "beryllium: minimize\n"),
-    ({"other": ["maximize"]}, True, [], [], "other: maximize\n", "other: maximize\n"),
+    (None, None, [], [], "no schema\n", SCHEMA),
+    (None, None, [BERYLLIUM], ["beryllium"], "no schema\n", f"{SCHEMA}beryllium: minimize\n"),
+    ({}, None, [BERYLLIUM], ["beryllium"], "no schema\n", f"{SCHEMA}beryllium: minimize\n"),
+    ({}, NEW, [BERYLLIUM], ["beryllium"], SCHEMA, f"{SCHEMA}beryllium: minimize\n"),
+    ({"beryllium": ["minimize"]}, NEW, [BERYLLIUM, ALUMINIUM], ["aluminium"], f"{SCHEMA}beryllium: minimize\n",
+     f"{SCHEMA}aluminium: minimize, maximize\nberyllium: minimize\n"),
+    ({"beryllium": ["minimize"]}, NEW, [BERYLLIUM], [], f"{SCHEMA}beryllium: minimize\n",
+     f"{SCHEMA}beryllium: minimize\n"),
+    ({"other": ["maximize"]}, NEW, [], [], f"{SCHEMA}other: maximize\n", f"{SCHEMA}other: maximize\n"),
+    ({"beryllium": ["minimize"]}, OLD, [BERYLLIUM, ALUMINIUM], ["aluminium"],
+     "schema of Optuna 3.1.1\nberyllium: ?\n", f"{SCHEMA}aluminium: minimize, maximize\nberyllium: ?\n"),
 ])
 @pytest.mark.parametrize("check_mode", [False, True])
 def test_changes_only_what_differs(found, version, wanted, created, before, after, check_mode, use):
     database = use(FakeDatabase(copy.deepcopy(found), version))
+    params = {**PARAMS, "studies": wanted, "upgrade": True}
 
-    result = ensure_studies({**PARAMS, "studies": wanted}, check_mode)
+    result = ensure_studies(params, check_mode)
 
-    assert result == {"changed": before != after, "created": created, "diff": {"before": before, "after": after}}
+    told = {key: result[key] for key in ("changed", "created", "upgraded", "schema", "diff")}
+    assert told == {
+        "changed": before != after, "created": created, "upgraded": version == OLD, "schema": "5.0.0",
+        "diff": {"before": before, "after": after},
+    }
     if check_mode:
         assert (database.studies, database.version) == (found, version)
     else:
-        assert ensure_studies({**PARAMS, "studies": wanted}, check_mode)["changed"] is False
+        assert ensure_studies(params, check_mode)["changed"] is False
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_older_schema_is_left_alone_with_a_warning_unless_asked(check_mode, use):
+    database = use(FakeDatabase({"beryllium": ["minimize"]}, OLD, workers=3))
+
+    result = ensure_studies({**PARAMS, "studies": [BERYLLIUM], "upgrade": False}, check_mode)
+
+    assert (result["changed"], result["upgraded"], result["schema"], database.version) == (False, False, "3.1.1", OLD)
+    assert len(result["warnings"]) == 1 and "set databases_upgrade_schema to true" in result["warnings"][0]
+
+
+@pytest.mark.parametrize("version, workers, upgrade, says", [
+    (OLD, 2, True, "databases_upgrade_schema: 2 connections to the database mala are open; end its workers first"),
+    (OLD, 0, False, "by Optuna 3.1.1, but the installed Optuna 5.0.0 needs .*; the study aluminium is missing"),
+    ("v9.9.9.a", 0, True, "Optuna 9.0.0, which is newer than the installed Optuna 5.0.0: have optuna==9.0.0 in"),
+])
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_schema_that_does_not_fit_is_refused_before_anything_changes(version, workers, upgrade, says, check_mode, use):
+    database = use(FakeDatabase({"beryllium": ["minimize"]}, version, workers))
+
+    with pytest.raises(Refused, match=says):
+        ensure_studies({**PARAMS, "studies": [BERYLLIUM, ALUMINIUM], "upgrade": upgrade}, check_mode)
+    assert (database.studies, database.version) == ({"beryllium": ["minimize"]}, version)
+
+
+def test_what_optuna_says_is_told_in_one_line(use, monkeypatch):
+    def fail(self, **_given):
+        raise RuntimeError("no longer\ncompatible")
+
+    monkeypatch.setattr(FakeDatabase, "create_study", fail)
+    use(FakeDatabase({}))
+
+    with pytest.raises(Refused, match="^database mala: Optuna says: no longer compatible$"):
+        ensure_studies({**PARAMS, "studies": [BERYLLIUM], "upgrade": False}, False)
+
+
+def test_missing_optuna_is_told_by_its_setting(use, monkeypatch):
+    use(FakeDatabase({}))
+    monkeypatch.setattr(_optuna, "installed_optuna", lambda: None)
+
+    with pytest.raises(Refused, match="^postgres_python_packages: .* cannot import optuna: .*; name the package"):
+        ensure_studies({**PARAMS, "studies": [], "upgrade": False}, False)
 
 
 def test_optuna_is_imported_only_if_something_is_missing(use, monkeypatch):
     use(FakeDatabase({"beryllium": ["minimize"]}))
     monkeypatch.setitem(sys.modules, "optuna", None)  # an import would fail
 
-    assert ensure_studies({**PARAMS, "studies": [BERYLLIUM]}, False)["changed"] is False
+    assert ensure_studies({**PARAMS, "studies": [BERYLLIUM], "upgrade": False}, False)["changed"] is False
+    with pytest.raises(Refused, match="cannot import optuna"):
+        ensure_studies({**PARAMS, "studies": [ALUMINIUM], "upgrade": False}, False)
 
 
 @pytest.mark.parametrize("directions", [["maximize"], ["minimize", "minimize"]])
@@ -93,7 +166,7 @@ def test_study_with_other_directions_is_refused_before_anything_is_made(directio
     database = use(FakeDatabase({"beryllium": directions}))
 
     with pytest.raises(Refused, match="the study beryllium in mala has the directions .* choose another name"):
-        ensure_studies({**PARAMS, "studies": [ALUMINIUM, BERYLLIUM]}, False)
+        ensure_studies({**PARAMS, "studies": [ALUMINIUM, BERYLLIUM], "upgrade": False}, False)
     assert database.studies == {"beryllium": directions}
 
 

@@ -5,6 +5,8 @@
 import os
 import re
 import subprocess
+import sys
+import zipfile
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.modules.python_env import (
@@ -46,14 +48,19 @@ class FakePython:
 
     def install(self, command):
         flags = dict(word.lstrip("-").partition("=")[::2] for word in command[4:])
-        folder = flags.get("target") or command[0].replace(
+        if "download" in command:
+            os.makedirs(flags["dest"])
+        folder = flags.get("target") or flags.get("dest") or command[0].replace(
             "/bin/python", f"/lib/python{self.version}/site-packages"
         )
         with open(flags["requirement"], encoding="utf-8") as stream:
             for line in stream:
+                if line.startswith("#"):
+                    continue
                 name = re.split("[=>\n]", line)[0].replace("-", "_")
                 if not name.startswith(self.leaves_out):
-                    os.makedirs(f"{folder}/{name}-1.0.dist-info", exist_ok=True)
+                    kind = "-py3-none-any.whl" if "download" in command else ".dist-info"
+                    os.makedirs(f"{folder}/{name}-1.0{kind}", exist_ok=True)
 
     @property
     def steps(self):
@@ -64,7 +71,7 @@ class FakePython:
 def params(tmp_path):
     return {
         "path": str(tmp_path / "python"), "requirements": REQUIREMENTS, "python": "/usr/bin/python3",
-        "layout": "venv", "index_url": None, "wheelhouse": None,
+        "layout": "venv", "host": None, "index_url": None, "wheelhouse": None,
     }
 
 
@@ -189,6 +196,64 @@ def test_flat_folder_is_filled_by_the_pip_of_another_python(params):
     assert [call[0] for call in python.calls] == ["/usr/bin/python3"]
     assert {"--no-deps", f"--target={params['path']}"} <= set(python.calls[0])
     assert (result["python"], result["site_packages"]) == ("/usr/bin/python3", params["path"])
+
+
+HOST = {"python": "3.9.2", "machine": "aarch64", "glibc": "2.28"}
+
+
+def test_wheels_for_another_host(params):
+    params = {**params, "layout": "wheels", "requirements": ["optuna>=3"], "host": HOST}
+    python = FakePython()
+
+    result = ensure_packages(params, python, check_mode=False)
+
+    assert (result["changed"], result["packages"]) == (True, {"optuna": "1.0"})
+    call, = python.calls
+    assert {"download", "--python-version=3.9.2", "--platform=manylinux_2_28_aarch64"} <= set(call)
+    assert {"--platform=manylinux_2_17_aarch64", "--platform=manylinux2014_aarch64"} <= set(call)
+    assert not any("manylinux_2_29" in word for word in call)
+    assert ensure_packages(params, FakePython(breaks="install"), check_mode=False)["changed"] is False
+
+    # a host that has become another one gets other wheels only
+    os.mkdir(f"{params['path']}/old-1.0-cp39-none-any.whl")
+    newer = {**params, "host": {**HOST, "python": "3.12.1"}}
+    assert ensure_packages(newer, FakePython(), check_mode=False)["packages"] == {"optuna": "1.0"}
+
+
+def test_wheels_for_a_host_without_glibc(params):
+    with pytest.raises(Failed, match="host: '' is no version of glibc; allowed is one such as 2.28"):
+        ensure_packages({**params, "layout": "wheels", "host": {**HOST, "glibc": ""}}, FakePython(), check_mode=False)
+
+
+def make_wheel(folder, name, tag="py3-none-any", *metadata):
+    with zipfile.ZipFile(f"{folder}/{name}-1.0-{tag}.whl", "w") as wheel:
+        about = f"{name}-1.0.dist-info"
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0", *metadata]
+        wheel.writestr(f"{about}/METADATA", "\n".join(lines))
+        wheel.writestr(f"{about}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+        wheel.writestr(f"{about}/RECORD", "")
+
+
+@pytest.mark.parametrize("version, packages", [("3.9.2", {"a", "b", "d"}), ("3.13.1", {"a", "c"})])
+def test_pip_takes_markers_for_those_of_the_other_host(version, packages, params, tmp_path):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    make_wheel(
+        wheels, "a", "py3-none-any", 'Requires-Dist: b; python_version < "3.10"',
+        'Requires-Dist: c; python_full_version >= "3.13.1" and platform_machine == "aarch64"',
+    )
+    make_wheel(wheels, "b", "cp39-cp39-manylinux_2_26_aarch64")
+    make_wheel(wheels, "c", "cp310-abi3-manylinux2014_aarch64")
+    make_wheel(wheels, "d")
+    params = {
+        **params, "layout": "wheels", "host": {**HOST, "python": version}, "python": sys.executable,
+        "wheelhouse": str(wheels), "requirements": ["a", 'd; python_version == "3.9"'],
+    }
+
+    def run(command):
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    assert set(ensure_packages(params, run, check_mode=False)["packages"]) == packages
 
 
 def test_pip_that_installs_nothing_is_not_believed(params):

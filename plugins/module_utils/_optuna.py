@@ -1,0 +1,119 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What Optuna's tables say about who made them, and about the clocks of who writes to them.
+
+Optuna is never imported here, since that takes a second: its revisions are read from its files.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+# Where Optuna keeps the steps that bring one revision of its schema to the next, since 0.9.
+REVISIONS = "storages/_rdb/alembic/versions/*.py"
+REVISION = re.compile(r"""^(down_)?revision(?:: .*)? = ["']([^"']+)""", re.MULTILINE)
+
+HAS_SCHEMA = "SELECT to_regclass('version_info'), to_regclass('alembic_version')"
+SCHEMA = "SELECT library_version, version_num FROM version_info, alembic_version"
+
+# Trials are numbered in the order in which they begin, apart from those that waited: Optuna marks some of them, and
+# the others begin at any time. Clocks differ by half hours; those of nodes, and two trials, by less than two minutes.
+CLOCKS = """
+WITH steps AS (
+  SELECT study_id, extract(epoch FROM greatest(datetime_start, datetime_complete) - now() AT TIME ZONE 'UTC') AS ahead,
+         extract(epoch FROM lag(datetime_start) OVER (PARTITION BY study_id ORDER BY number) - datetime_start) AS back
+  FROM trials WHERE datetime_start IS NOT NULL AND NOT EXISTS (
+    SELECT FROM trial_system_attributes AS marks WHERE marks.trial_id = trials.trial_id
+    AND key IN ('fixed_params', 'failed_trial', 'retry_history'))
+)
+SELECT study_name, coalesce(max(ahead), 0)::float,
+       count(*) FILTER (WHERE back BETWEEN 1680 AND 50400 AND mod(back, 1800) NOT BETWEEN 1 AND 1680),
+       count(*) FILTER (WHERE back >= 1680)
+FROM studies JOIN steps USING (study_id) GROUP BY study_name ORDER BY study_name
+"""
+# The clocks of two nodes may differ by this much.
+AHEAD_SECONDS = 300
+# Fewer steps, or fewer than half of all, may be chance: 7 % of those of trials that waited look like half hours.
+FEWEST_STEPS = 3
+
+
+class Optuna(NamedTuple):
+    """The Optuna that is installed: its version and the revisions of the schema it knows, the one it needs first."""
+
+    version: str
+    revisions: list[str]
+
+
+class Schema(NamedTuple):
+    """A schema in a database: the Optuna that made or upgraded it, and its revision."""
+
+    library: str
+    revision: str
+
+
+def installed_optuna() -> Optuna | None:
+    """Return the Optuna that this interpreter would import; None if there is none."""
+    spec = importlib.util.find_spec("optuna")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    files = Path(next(iter(spec.submodule_search_locations))).glob(REVISIONS)
+    return Optuna(importlib.metadata.version("optuna"), newest_first([path.read_text("utf-8") for path in files]))
+
+
+def newest_first(steps: list[str]) -> list[str]:
+    """Return the revisions that Optuna's own files lead to, the newest first."""
+    found = [dict(REVISION.findall(step)) for step in steps]
+    before = {step[""]: step.get("down_") for step in found if "" in step}
+    chain = sorted(set(before) - set(before.values()))[-1:]
+    while chain and before.get(chain[-1]):
+        chain.append(str(before[chain[-1]]))
+    return chain
+
+
+def is_older(schema: Schema, optuna: Optuna) -> bool:
+    """Tell whether the installed Optuna can use the schema only after upgrading it."""
+    return schema.revision in optuna.revisions[1:]
+
+
+def is_newer(schema: Schema, optuna: Optuna) -> bool:
+    """Tell whether the installed Optuna does not know the schema. One that hides its revisions has to say so itself."""
+    return bool(optuna.revisions) and schema.revision not in optuna.revisions
+
+
+def mismatch(database: str, schema: Schema, optuna: Optuna) -> str:
+    """Return why the installed Optuna cannot use the schema, and what to do; empty if it can, for all one knows."""
+    if not (is_older(schema, optuna) or is_newer(schema, optuna)):
+        return ""
+    said = f"database {database}: Optuna's schema {schema.revision} there was made by Optuna {schema.library}"
+    if is_older(schema, optuna):
+        return (
+            f"{said}, but the installed Optuna {optuna.version} needs {optuna.revisions[0]}: set "
+            "databases_upgrade_schema to true once the workers have that Optuna, too, or have "
+            f"optuna=={schema.library} in postgres_python_packages"
+        )
+    return (
+        f"{said}, which is newer than the installed Optuna {optuna.version}: have optuna=={schema.library} in "
+        "postgres_python_packages"
+    )
+
+
+def clock_warnings(database: str, clocks: list[tuple], optuna: Optuna) -> list[str]:
+    """Return what the rows of CLOCKS say about workers whose clocks cannot be compared."""
+    mixed = "one study must not have workers with Optuna before 5 (local time) and 5 (UTC), nor several time zones"
+    told = []
+    for study, ahead, steps, all_steps in clocks:
+        where = f"study {study} in database {database}"
+        if steps >= FEWEST_STEPS and steps >= all_steps / 2:
+            told.append(f"{where}: {steps} trials began some half hours before the trial before them; {mixed}")
+        elif ahead > AHEAD_SECONDS and int(optuna.version.partition(".")[0]) >= 5:
+            told.append(
+                f"{where}: a trial's time is {ahead / 3600:.1f} h ahead of UTC, as Optuna before 5 writes it, but the "
+                f"installed Optuna is {optuna.version}; {mixed}"
+            )
+    return told

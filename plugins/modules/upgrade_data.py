@@ -1,0 +1,218 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: upgrade_data
+short_description: Move the studies to another major version of PostgreSQL
+description:
+  - Dumps the study databases, moves a copy of the data directory by C(pg_upgrade), or dumps and restores where
+    C(pg_upgrade) refuses it, and compares all rows and each study's best value.
+  - Only then the new data directory becomes the one in use, by one rename. The old one stays as it was.
+  - Holds the instance's lease meanwhile, so no job can start the server. Interrupted at any point, nothing has
+    changed, and the next run begins again.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  root:
+    description:
+      - The instance directory, with what this needs made aside already - the new programs, a new data directory
+        C(data/MAJOR.new), and C(host/settings-MAJOR.json), which names them.
+    type: path
+    required: true
+  major:
+    description:
+      - The wanted major version. If the studies are in it already, nothing is done.
+      - An older one is gone back to if its data directory was kept. Nothing is converted then.
+    type: int
+    required: true
+  back:
+    description: Whether to go back although trials were added since. They stay in the data directory that is left.
+    type: bool
+    default: false
+  patience:
+    description: The longest time in seconds to wait for whoever holds the data directory.
+    type: int
+    default: 180
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
+attributes:
+  check_mode:
+    support: full
+    details: Refuses what can be seen without a running server.
+  diff_mode:
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Move the studies to PostgreSQL 18
+  mala.hpc_db.upgrade_data:
+    root: ~/hpc_db/hpc_db
+    major: 18
+"""
+
+RETURN = r"""
+way:
+  description:
+    - C(pg_upgrade), C(dump and restore) with the reason, or C(kept) for the way back.
+    - Null if there was nothing to do, and in check mode.
+  returned: success
+  type: str
+kept:
+  description: The data directory that was, or would be, left as it is; null if there was nothing to do.
+  returned: success
+  type: str
+seconds:
+  description: How long it took, the dump included.
+  returned: changed and not in check mode
+  type: float
+databases:
+  description: What each database holds, as it was compared.
+  returned: changed and not in check mode
+  type: dict
+  contains:
+    tables:
+      description: The number of rows and a sum of them, of each table.
+      type: dict
+    studies:
+      description: Each study's direction, number of complete trials and best value, for each of its objectives.
+      type: list
+      elements: dict
+"""
+
+import json
+import os
+import shutil
+import sys
+from typing import Callable
+
+from ansible.module_utils.basic import AnsibleModule
+
+# What the old installation must still have.
+PROGRAMS = ["postgres", "psql", "pg_dump", "pg_restore"]
+# What the new data directory takes beside the copy of the old one, which it shares its files with.
+NEW_BYTES = 100_000_000
+
+Run = Callable[[list[str]], str]
+
+
+class Refused(Exception):
+    """The studies cannot be moved; nothing was changed."""
+
+
+class Failed(Exception):
+    """It went wrong; the message is for the user."""
+
+
+def read_settings(root: str) -> dict:
+    """Return what the hosting program goes by."""
+    path = os.path.join(root, "host", "settings.json")
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return json.load(stream)
+    except (OSError, ValueError):
+        raise Refused(f"{path} is missing; run the playbook hpc_db.yml first") from None
+
+
+def major_of(data: str) -> int | None:
+    """Return a data directory's major version; None if it is none."""
+    try:
+        with open(os.path.join(data, "PG_VERSION"), encoding="ascii") as stream:
+            return int(stream.read().split(".")[0])
+    except (OSError, ValueError):
+        return None
+
+
+def size_of(folder: str) -> int:
+    """Return the bytes of all files in a folder."""
+    paths = (os.path.join(parent, name) for parent, _folders, names in os.walk(folder) for name in names)
+    return sum(os.lstat(path).st_size for path in paths)
+
+
+def check(params: dict, used: dict, found: int) -> None:
+    """Refuse what cannot end well."""
+    root, major, data = params["root"], params["major"], used["data"]
+    missing = [name for name in PROGRAMS if not os.path.exists(os.path.join(used["bindir"], name))]
+    if missing:
+        raise Refused(
+            f"{used['bindir']} has no {', '.join(missing)} any more, and only PostgreSQL {found} reads {data}: "
+            f"install it again with the playbook hpc_db.yml and postgres_major={found}"
+        )
+    if major < found:
+        if major_of(os.path.join(root, "data", str(major))) != major:
+            raise Refused(
+                f"postgres_major: {major} is not allowed; PostgreSQL cannot go from {found} to an older major, and no "
+                f"data directory of {major} was kept"
+            )
+        return
+    need, free = size_of(data) + NEW_BYTES, shutil.disk_usage(data).free
+    if need > free:
+        raise Refused(f"{data} cannot be copied: that takes {need >> 20} MB, and {free >> 20} MB are free")
+
+
+def upgrade_command(params: dict) -> list[str]:
+    """Return the call that moves the studies; it prints what it compared as JSON."""
+    command = [sys.executable, "-m", "hpc_db_host", "upgrade", f"--root={params['root']}"]
+    settings = os.path.join(params["root"], "host", f"settings-{params['major']}.json")
+    command += [f"--settings={settings}", f"--lease-patience={params['patience']}"]
+    return [*command, *(["--back"] if params["back"] else [])]
+
+
+def ensure_major(params: dict, run: Run, check_mode: bool) -> dict:
+    """Have the studies in the wanted major. ``run`` takes an argument list and returns its stdout."""
+    used = read_settings(params["root"])
+    found = major_of(used["data"])
+    if found is None:
+        raise Refused(f"{used['data']} is no data directory of PostgreSQL; run the playbook hpc_db.yml first")
+    changed = found != params["major"]
+    result = {"changed": changed, "way": None, "kept": used["data"] if changed else None}
+    if changed:
+        check(params, used, found)
+        if not check_mode:
+            result.update(json.loads(run(upgrade_command(params))))
+    lines = [f"the studies are in PostgreSQL {major}\n" for major in (found, params["major"])]
+    return {**result, "diff": {"before": lines[0], "after": lines[1]}}
+
+
+def last_words(stderr: str) -> str:
+    """Return why the program ended, without time and state before it."""
+    lines = stderr.strip().splitlines() or ["no word why"]
+    return lines[-1].partition(" failed: ")[2] or lines[-1]
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "root": {"type": "path", "required": True},
+            "major": {"type": "int", "required": True},
+            "back": {"type": "bool", "default": False},
+            "patience": {"type": "int", "default": 180},
+        },
+        supports_check_mode=True,
+    )
+    os.umask(0o077)
+
+    def run(command: list[str]) -> str:
+        returncode, stdout, stderr = module.run_command(
+            command, cwd=os.path.join(module.params["root"], "host"), ignore_invalid_cwd=False,
+            expand_user_and_vars=False,
+        )
+        if returncode:
+            raise Failed(f"killed by signal {-returncode}" if returncode < 0 else last_words(stderr))
+        return stdout
+
+    try:
+        if not os.path.isabs(module.params["root"]):
+            raise Refused(f"root: {module.params['root']!r} is not absolute; give a path that begins with / or ~")
+        result = ensure_major(module.params, run, module.check_mode)
+    except (Refused, Failed, OSError) as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

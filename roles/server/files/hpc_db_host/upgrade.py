@@ -1,0 +1,385 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The studies in another major version of PostgreSQL, and back.
+
+All is made aside, compared, and made valid by one rename: that of ``host/settings.json``, which names programs, data
+directory and configuration. The old data directory is only ever run by its own postgres, as our child. pg_upgrade
+starts servers of its own, which nobody would end if we were killed, so it works on a copy.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+from . import files
+from .dumps import Dumps, be_modest
+from .lease import Lost
+from .postgres import Failed, Postgres, end_orphan, program_environment, socket_folder
+
+Settings = Dict[str, Any]
+Contents = Dict[str, Dict[str, Any]]  # of each database its tables and its studies
+
+# A data directory of the new major, as initdb has left it.
+NEW = ".new"
+# What is at work on, and never used by anybody else; the next run begins it again.
+UNFINISHED = ".unfinished"
+COPY = ".copy"
+
+BLOCK_BYTES = 16 * 1024 * 1024
+START_PATIENCE = 300
+STOP_PATIENCE = 300
+DUMP_PATIENCE = 24 * 3600
+# A text of a row must not depend on anything but the row.
+SAME_TEXT = "-c timezone=UTC -c datestyle=ISO -c extra_float_digits=1 -c bytea_output=hex"
+
+DATABASES = "SELECT to_json(datname) FROM pg_database WHERE datallowconn AND NOT datistemplate ORDER BY datname;"
+ROLES = """
+SELECT json_build_array('table', 'roles', count(*),
+  coalesce(sum(hashtextextended(concat_ws(' ', rolname, rolpassword, rolsuper, rolcanlogin), 0)::numeric), 0)::text)
+FROM pg_authid WHERE rolname !~ '^pg_';
+"""
+# Rows in any order have the same sum.
+TABLES = r"""
+SELECT format('SELECT json_build_array(''table'', %L, count(*),
+  coalesce(sum(hashtextextended(hpc_db_row::text COLLATE "C", 0)::numeric), 0)::text) FROM %I.%I AS hpc_db_row',
+  nspname || '.' || relname, nspname, relname)
+FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+WHERE relkind = 'r' AND nspname <> 'information_schema' AND nspname !~ '^pg_' ORDER BY nspname, relname \gexec
+"""
+STUDIES = r"""
+SELECT to_regclass('public.study_directions') IS NOT NULL AND to_regclass('public.trial_values') IS NOT NULL AS optuna
+\gset
+\if :optuna
+SELECT json_build_array('study', study_name, study_directions.objective, direction, count(trials.trial_id),
+  CASE direction::text WHEN 'MINIMIZE' THEN min(value) ELSE max(value) END)
+FROM public.studies JOIN public.study_directions USING (study_id)
+LEFT JOIN public.trials ON trials.study_id = studies.study_id AND state::text = 'COMPLETE'
+LEFT JOIN public.trial_values ON trial_values.trial_id = trials.trial_id
+  AND trial_values.objective = study_directions.objective
+  AND coalesce(to_jsonb(trial_values)->>'value_type', 'FINITE') = 'FINITE'
+GROUP BY study_name, study_directions.objective, direction ORDER BY study_name, study_directions.objective;
+\endif
+"""
+
+# A server for nobody but us.
+QUIET = {"shared_buffers": "32MB", "max_connections": "20", "max_wal_size": "256MB"}
+
+
+class Rejected(Exception):
+    """pg_upgrade cannot move this data directory, and has not begun to; the message says why."""
+
+
+class Upgrade:
+    """Goes from the major that ``settings`` name to the one that the file ``following`` names.
+
+    ``alive`` is called while anything takes long; it raises when nothing may be written any more.
+    """
+
+    def __init__(self, settings: Settings, following: str, alive: Callable[[], None]) -> None:
+        self.root = settings["root"]
+        self.old = settings
+        self._following = following
+        self.new = dict(files.read_json(following) or {}, root=self.root)  # type: Settings
+        if "data" not in self.new:
+            raise Failed("%s names no data directory; run the playbook upgrade.yml" % following)
+        self._alive = alive
+
+    def run(self, back: bool) -> Dict[str, Any]:
+        """Move everything, or with a data directory that was kept go back to it; return what was compared."""
+        began = time.monotonic()
+        leaving = major_of(self.old["data"])
+        if self.new["data"] == self.old["data"]:
+            files.remove(self._following)
+            raise Failed("another run has moved the studies to PostgreSQL %s meanwhile" % leaving)
+        kept = self._kept()
+        with self._server(self.old) as old:
+            before = self.contents(old, self.old)
+            self._dump(old)
+        if kept:
+            with self._server(self.new) as new:
+                after = self.contents(new, self.new)
+            lost = differences(before, after)
+            if lost and not back:
+                raise Failed(
+                    "upgrade_back: PostgreSQL %s was left at an earlier state (%s); with upgrade_back=true the studies "
+                    "go back to that, and what came later stays in %s"
+                    % (major_of(self.new["data"]), in_short(lost), self.old["data"])
+                )
+            way = "kept"
+        else:
+            way, after = self._move(before)
+        self._switch(kept)
+        return {
+            "way": way, "from": leaving, "to": major_of(self.new["data"]), "kept": self.old["data"],
+            "seconds": round(time.monotonic() - began, 1), "databases": after,
+        }
+
+    def _kept(self) -> bool:
+        """Tell whether this is the way back, to a data directory that was in use."""
+        wanted = major_of(self.new["data"])
+        return bool(wanted) and int(wanted) < int(major_of(self.old["data"]) or 0)
+
+    def _dump(self, old: Postgres) -> None:
+        """Have a dump of every study database, as the hosting job makes them."""
+        dumps = Dumps(self.old, old)
+        if not dumps.now(DUMP_PATIENCE, self._alive):
+            raise Failed(dumps.told)
+
+    def _move(self, before: Contents) -> Any:
+        """Make the new data directory aside; return how, and what it holds."""
+        self._discard(UNFINISHED)
+        self._discard(COPY)
+        aside = self.new["data"] + UNFINISHED
+        os.rename(self.new["data"] + NEW, aside)
+        new = dict(self.new, data=aside)
+        try:
+            self._pg_upgrade(aside)
+            way = "pg_upgrade"
+        except Rejected as rejected:
+            way = "dump and restore, since pg_upgrade refused: %s" % rejected
+            with self._server(self.old) as old, self._server(new) as empty:
+                self._restore(old, empty)
+        finally:
+            self._discard(COPY)
+        with self._server(new) as server:
+            after = self.contents(server, new)
+            lost = differences(before, after)
+            if lost:
+                raise Failed("what PostgreSQL %s holds differs: %s" % (major_of(aside), in_short(lost)))
+            # pg_upgrade and pg_restore bring no statistics, or not all of them.
+            options = ["--all", "--analyze-only", "--quiet"]
+            self._program([self._at(new, "vacuumdb")] + options + where(server), self._environment())
+        return way, after
+
+    def _pg_upgrade(self, aside: str) -> None:
+        """Move the copy; raise Rejected if it cannot be moved, Failed if that went wrong."""
+        program = self._at(self.new, "pg_upgrade")
+        if not os.path.exists(program):
+            raise Rejected("%s is missing" % program)
+        copy = self.new["data"] + COPY
+        copy_tree(self.old["data"], copy, self._alive)
+        # It leaves scripts where it runs, and needs a path that is short enough for a socket.
+        folder = socket_folder(self.new["socket_parent"], self.new["instance"])
+        try:
+            # Links, since the copy is of no other use: the old directory shares no file with the new one.
+            self._program([
+                program, "--old-bindir=" + self.old["bindir"], "--new-bindir=" + self.new["bindir"],
+                "--old-datadir=" + copy, "--new-datadir=" + aside, "--socketdir=" + folder, "--link",
+            ], self._environment(), folder=folder)
+        except Told as told:
+            if "Performing Upgrade" in told.said:
+                raise Failed("pg_upgrade failed: %s; its logs are in %s" % (told, aside)) from None
+            raise Rejected(told) from None
+        finally:
+            for data in (copy, aside):
+                self._end_server(data)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _end_server(self, data: str) -> None:
+        """End the server that a pg_upgrade which was killed has left on ``data``."""
+        try:
+            with open(os.path.join(data, "postmaster.pid")) as stream:
+                pid = int(stream.readline())
+        except (FileNotFoundError, ValueError):
+            return
+        end_orphan(pid, data, self._alive)
+
+    def _restore(self, old: Postgres, new: Postgres) -> None:
+        """Bring roles and databases through pipes, so that no password is ever in a file."""
+        environment = self._environment()
+        into = [self._at(self.new, "psql"), "-XqAt", "-v", "ON_ERROR_STOP=1"] + where(new)
+        # The programs of the new major know both.
+        said = self._program(
+            [self._at(self.new, "pg_dumpall"), "--roles-only"] + where(old), environment)
+        owner = self._program(into + ["-d", "postgres", "-c", "SELECT quote_ident(current_user)"], environment).strip()
+        roles = "".join(line for line in said.splitlines(True) if line.strip() != "CREATE ROLE %s;" % owner)
+        self._program(into + ["-d", "postgres"], environment, given=roles)
+        for database in self._databases(old, self.old):
+            options = ["--no-tablespaces"] + ([] if database == "postgres" else ["--create"])
+            dump = [self._at(self.new, "pg_dump")] + options + where(old) + ["-d", conninfo(database)]
+            self._program(into + ["-d", "postgres"], environment, source=dump)
+
+    def contents(self, server: Postgres, settings: Settings) -> Contents:
+        """Return of each database how many rows each table has, with a sum of them, and each study's best value."""
+        found = {}
+        for database in self._databases(server, settings):
+            asked = TABLES + STUDIES + (ROLES if database == "postgres" else "")
+            rows = self._ask(server, settings, database, asked)
+            found[database] = {
+                "tables": {row[1]: row[2:] for row in rows if row[0] == "table"},
+                "studies": [
+                    dict(zip(("study", "objective", "direction", "trials", "best"), row[1:]))
+                    for row in rows if row[0] == "study"
+                ],
+            }
+        return found
+
+    def _databases(self, server: Postgres, settings: Settings) -> List[str]:
+        return self._ask(server, settings, "postgres", DATABASES)
+
+    def _ask(self, server: Postgres, settings: Settings, database: str, script: str) -> List[Any]:
+        """Run a script for psql; return the JSON on each line that it prints."""
+        command = [self._at(settings, "psql"), "-XqAt", "-v", "ON_ERROR_STOP=1"] + where(server)
+        environment = dict(self._environment(), PGOPTIONS=SAME_TEXT)
+        printed = self._program(command + ["-d", conninfo(database)], environment, given=script)
+        return [json.loads(line) for line in printed.splitlines()]
+
+    @contextlib.contextmanager
+    def _server(self, settings: Settings) -> Iterator[Postgres]:
+        """Run postgres on a data directory, for us alone, and leave the directory clean."""
+        postgres = Postgres(settings, False, self._alive, dict(QUIET, data_directory=settings["data"]))
+        try:
+            postgres.start()
+            postgres.wait_for_write(START_PATIENCE)
+            yield postgres
+        except Lost:
+            postgres.abort()
+            raise
+        finally:
+            clean = postgres.stop(STOP_PATIENCE)
+        if not clean:
+            raise Failed("postgres did not stop cleanly on %s" % settings["data"])
+
+    def _switch(self, back: bool) -> None:
+        """Make the new data directory the one in use: by one rename, after everything else."""
+        data, folder = self.new["data"], os.path.dirname(self.new["data"])
+        if not back:
+            if os.path.lexists(data):  # in use before somebody went back, or of a run that ended right here
+                os.rename(data, "%s.%s" % (data, time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())))
+            os.rename(data + UNFINISHED, data)
+            files.sync(folder)
+        self._alive()
+        settings = os.path.join(self.root, "host", "settings.json")
+        os.rename(self._following, settings)
+        files.sync(os.path.dirname(settings))
+
+    def _discard(self, ending: str) -> None:
+        folder = self.new["data"] + ending
+        if os.path.lexists(folder):
+            self._end_server(folder)
+            shutil.rmtree(folder)
+
+    def _at(self, settings: Settings, program: str) -> str:
+        return os.path.join(settings["bindir"], program)
+
+    def _environment(self) -> Dict[str, str]:
+        """Return an environment in which programs speak English, which is read here."""
+        return dict(program_environment(), LC_ALL="C", PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db")
+
+    def _program(
+        self, command: List[str], environment: Dict[str, str], given: str = "", folder: str = "/",
+        source: Optional[List[str]] = None,
+    ) -> str:
+        """Run a program on a text or on what another one prints; return its output, raise Told with its last words."""
+        with contextlib.ExitStack() as after:
+            stdin, stdout, stderr = [after.enter_context(tempfile.TemporaryFile()) for _stream in range(3)]
+            stdin.write(given.encode("utf-8"))
+            stdin.seek(0)
+            children = []
+
+            def start(words: List[str], reads: Any, writes: Any) -> "subprocess.Popen[bytes]":
+                child = subprocess.Popen(
+                    words, cwd=folder, env=environment, stdin=reads, stdout=writes, stderr=stderr,
+                    preexec_fn=be_modest,
+                )
+                after.callback(end, child)
+                children.append(child)
+                return child
+
+            reads = stdin  # type: Any
+            if source:
+                reads = start(source, stdin, subprocess.PIPE).stdout
+                after.callback(reads.close)
+            start(command, reads, stdout)
+            if source:
+                reads.close()  # so that the one hears when the other has ended
+            while any(child.poll() is None for child in children):
+                self._alive()
+                time.sleep(0.05)
+            said = []
+            for stream in (stdout, stderr):
+                stream.seek(0)
+                said.append(stream.read().decode("utf-8", "replace"))
+            for child, words in zip(children, [source, command] if source else [command]):
+                if child.returncode:
+                    raise Told(os.path.basename((words or command)[0]), *said)
+            return said[0]
+
+
+class Told(Failed):
+    """A program failed; the message is what it told, in one line, and ``said`` all of its output."""
+
+    def __init__(self, program: str, stdout: str, stderr: str) -> None:
+        self.said = stdout
+        lines = [line.strip() for line in (stderr.strip() or stdout.strip()).splitlines()]
+        # pg_upgrade tells on stdout, below a line of its progress that says "fatal"
+        fatal = [number for number, line in enumerate(lines) if line.endswith(("fatal", "*failure*"))]
+        errors = lines[fatal[-1] + 1:] if fatal else [line for line in lines if "ERROR:" in line or "error:" in line]
+        Failed.__init__(self, "%s: %s" % (program, " ".join((errors or lines[-3:] or ["no word why"])[:8])))
+
+
+def major_of(data: str) -> str:
+    """Return the major version of a data directory; "" if it is none."""
+    try:
+        with open(os.path.join(data, "PG_VERSION")) as stream:
+            return stream.read().strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+
+
+def where(server: Postgres) -> List[str]:
+    """Return the options that lead PostgreSQL's programs to a server."""
+    return ["-h", server.socket, "-p", str(server.port)]
+
+
+def conninfo(database: str) -> str:
+    """Return a database's name as it cannot be taken for anything else."""
+    return "dbname='%s'" % re.sub(r"([\\'])", r"\\\1", database)
+
+
+def end(child: "subprocess.Popen[bytes]") -> None:
+    """Leave no program behind, whatever happened."""
+    if child.poll() is None:
+        child.kill()
+        child.wait()
+
+
+def differences(before: Contents, after: Contents) -> List[str]:
+    """Say in what the contents differ, one thing a line."""
+    found = ["%s is missing" % database for database in sorted(set(before) - set(after))]
+    for database in sorted(set(before) & set(after)):
+        tables, others = before[database]["tables"], after[database]["tables"]
+        for name in sorted(set(tables) | set(others)):
+            had, has = tables.get(name, [0, ""]), others.get(name, [0, ""])
+            if had != has:
+                rows = "%s has %d rows, not %d" % (name, has[0], had[0])
+                found.append("%s: %s" % (database, rows if had[0] != has[0] else "rows of %s differ" % name))
+        if before[database]["studies"] != after[database]["studies"]:
+            found.append("%s: best values of its studies differ" % database)
+    return found
+
+
+def in_short(lines: List[str]) -> str:
+    return "; ".join(lines[:3]) + (" and %d more" % (len(lines) - 3) if len(lines) > 3 else "")
+
+
+def copy_tree(source: str, target: str, alive: Callable[[], None]) -> None:
+    """Copy a data directory; raise Rejected where a link leads out of it."""
+    os.mkdir(target, 0o700)
+    for entry in os.scandir(source):
+        path = os.path.join(target, entry.name)
+        if entry.is_symlink():
+            raise Rejected("%s is a symbolic link" % entry.path)
+        if entry.is_dir():
+            copy_tree(entry.path, path, alive)
+        else:
+            with open(entry.path, "rb") as reads, open(path, "wb") as writes:
+                for block in iter(lambda: reads.read(BLOCK_BYTES), b""):  # noqa: B023 - used up at once
+                    writes.write(block)
+                    alive()

@@ -1,0 +1,54 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What Optuna's files and rows say; the integration test has real ones."""
+
+from __future__ import annotations
+
+import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils import _optuna
+
+CHAIN = [
+    'revision = "v0.9.0.a"\ndown_revision = None\n',
+    '# revision identifiers, used by Alembic.\nrevision = "v3.0.0.d"\ndown_revision = "v0.9.0.a"\n',
+    "revision: str = 'v3.2.0.a'\ndown_revision: str | None = 'v3.0.0.d'\nbranch_labels = None\n",
+]
+OPTUNA = _optuna.Optuna("5.0.0", ["v3.2.0.a", "v3.0.0.d", "v0.9.0.a"])
+
+
+@pytest.mark.parametrize("steps", [CHAIN, CHAIN[::-1], [CHAIN[1], CHAIN[2], CHAIN[0], "# nothing\n"]])
+def test_revisions_come_in_their_order_not_the_files(steps: list[str]) -> None:
+    assert _optuna.newest_first(steps) == OPTUNA.revisions
+
+
+def test_no_revisions_leave_the_judgement_to_optuna() -> None:
+    unknown = _optuna.Optuna("9.0.0", _optuna.newest_first([]))
+
+    assert not _optuna.mismatch("mala", _optuna.Schema("5.0.0", "v3.2.0.a"), unknown)
+
+
+@pytest.mark.parametrize("revision, older, newer", [
+    ("v3.2.0.a", False, False), ("v3.0.0.d", True, False), ("v0.9.0.a", True, False), ("v6.0.0.a", False, True),
+])
+def test_schema_is_older_or_newer(revision: str, older: bool, newer: bool) -> None:
+    schema = _optuna.Schema("x", revision)
+
+    assert (_optuna.is_older(schema, OPTUNA), _optuna.is_newer(schema, OPTUNA)) == (older, newer)
+    assert bool(_optuna.mismatch("mala", schema, OPTUNA)) is (older or newer)
+
+
+@pytest.mark.parametrize("ahead, steps, all_steps, version, says", [
+    (0.0, 0, 0, "5.0.0", ""),
+    (-3600.0, 0, 0, "5.0.0", ""),
+    (299.0, 0, 0, "5.0.0", ""),  # clocks of nodes
+    (7200.0, 0, 0, "5.0.0", "2.0 h ahead of UTC"),
+    (7200.0, 0, 0, "4.9.0", ""),  # where everybody writes local time
+    (7200.0, 3, 4, "4.9.0", "3 trials began some half hours before"),
+    (7200.0, 3, 3, "5.0.0", "3 trials began some half hours before"),
+    (0.0, 2, 2, "5.0.0", ""),  # few enough to be chance
+    (0.0, 7, 100, "5.0.0", ""),  # trials that waited, such as those of a job that hit its walltime
+])
+def test_mixed_clocks_are_warned_about(ahead: float, steps: int, all_steps: int, version: str, says: str) -> None:
+    told = _optuna.clock_warnings("mala", [("be", ahead, steps, all_steps)], OPTUNA._replace(version=version))
+
+    assert len(told) == bool(says)
+    assert all(says in line and line.startswith("study be in database mala: ") for line in told)

@@ -1,0 +1,53 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Fill a database with studies that hold whatever Optuna can store: python fill.py URL TRIALS."""
+
+import math
+import random
+import sys
+
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+SPACE = [
+    ("rate", FloatDistribution(1e-300, 1e300, log=True)),
+    ("layers", IntDistribution(1, 9, step=2)),
+    ("activation", CategoricalDistribution(["ReLU", "Tanh", None, 0.1, "Ω'\"\\"])),
+]
+STATES = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
+
+
+def some_trial(number: int, objectives: int, chance: random.Random) -> FrozenTrial:
+    """Return a trial with values that are easily spoilt."""
+    state = STATES[number % len(STATES)]
+    name, distribution = SPACE[number % len(SPACE)]
+    value = math.inf if number == 4 else chance.uniform(-1, 1) * 10.0 ** chance.randint(-300, 300)
+    layer = chance.choice([None, 0.1, "Ω'\"\\"])
+    choices = {"rate": 10.0 ** chance.uniform(-299, 299), "layers": 7, "activation": layer}
+    return create_trial(
+        state=state,
+        values=[value, 1 / 3][:objectives] if state == TrialState.COMPLETE else None,
+        params={name: choices[name]},
+        distributions={name: distribution},
+        # Optuna takes 2 ms for each of these.
+        user_attrs={"note": ["a\\b'c\"d\nΩ", chance.random()]} if number % 2 else {},
+        system_attrs={"constraints": [-1e-17]} if number % 10 == 0 else {},
+        intermediate_values={7: [math.nan, math.inf, chance.random()][number % 3]} if objectives == 1 else {},
+    )
+
+
+def main() -> None:
+    """Make the studies, one of them with TRIALS trials."""
+    url, trials = sys.argv[1], int(sys.argv[2])
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    chance = random.Random(1)
+    studies = {"many": (["minimize"], trials), "two Ω": (["minimize", "maximize"], 20), "empty": (["maximize"], 0)}
+    for name, (directions, count) in studies.items():
+        study = optuna.create_study(storage=url, study_name=name, directions=directions)
+        study.set_user_attr("cutoff", {"radius": 4.67637, "notes": ["'", None]})
+        study.add_trials([some_trial(number, len(directions), chance) for number in range(count)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Print what a database holds, to be compared: python rows.py URL.
+
+Of each table the number of rows and a digest of all of them, as Python reads them; of each study what Optuna reads.
+"""
+
+import hashlib
+import sys
+
+import optuna
+import sqlalchemy
+
+
+def digest(lines: "list[str]") -> str:
+    """Return a short name for the lines, in any order."""
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
+def main() -> None:
+    """Print one line a table and one a study."""
+    url = sys.argv[1]
+    engine = sqlalchemy.create_engine(url)
+    tables = sqlalchemy.MetaData()
+    tables.reflect(engine)
+    with engine.connect() as connection:
+        for name, table in sorted(tables.tables.items()):
+            rows = [repr(tuple(row)) for row in connection.execute(sqlalchemy.select(table))]
+            print(name, len(rows), digest(rows))
+    for name in optuna.get_all_study_names(url):
+        study = optuna.load_study(storage=url, study_name=name)
+        trials = [repr(trial) for trial in study.trials]
+        best = [(trial.number, trial.values) for trial in study.best_trials]
+        print(repr(name), len(trials), digest(trials), repr(study.user_attrs), best)
+
+
+if __name__ == "__main__":
+    main()
