@@ -20,6 +20,7 @@ from typing import Iterator, List, Optional  # noqa: F401 - List in a type comme
 
 from . import endpoint, files, scheduler
 from .dumps import Dumps
+from .engines import Engine, engines_of  # noqa: F401 - Engine in a type comment
 from .health import Health, Repeat, space
 from .lease import DEFAULT_TTL, Held, Lease, Lost
 from .postgres import STOP_SIGNALS, Failed, Postgres, check_programs
@@ -59,6 +60,7 @@ class Host:
         self._alone = ""
         self._clean = True
         self._dumps = None  # type: Optional[Dumps]
+        self._engines = []  # type: List[Engine]
         self._lease = None  # type: Optional[Lease]
         self._queue = None  # type: Optional[Queue]
         if self.settings.get("chain") and not bootstrap:
@@ -160,6 +162,8 @@ class Host:
             postgres.start()
             self._withdraw()  # whatever a holder that died left behind
             postgres.wait_for_write(self.settings.get("start_patience", 300))
+            if not self.bootstrap:
+                self._engines = engines_of(self.settings, postgres, self._address())
             self._publish(postgres)
             self.tell("serving", SERVING)
             self._watch(postgres, lease, lifetime)
@@ -190,6 +194,8 @@ class Host:
             if lease.is_ours():  # else the endpoint is the next holder's
                 self._withdraw()
         finally:
+            for engine in self._engines:
+                engine.stop()
             self._clean = postgres is None or postgres.stop(self.settings.get("stop_patience", 60))
 
     def _end_chain(self) -> None:
@@ -229,8 +235,20 @@ class Host:
                 lease.renew_if_due()
                 if self._dumps:
                     self._dumps.poll()
-                    wrong = health.reason or self._dumps.told
+                    self._poll_engines(postgres)
+                    wrong = health.reason or self._dumps.told or self._engines_told()
                     self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING + self._alone))
+
+    def _poll_engines(self, postgres: Postgres) -> None:
+        """Keep what runs beside postgres running, and say where it is."""
+        before = [engine.port for engine in self._engines]
+        for engine in self._engines:
+            engine.poll()
+        if [engine.port for engine in self._engines] != before:
+            self._publish(postgres)
+
+    def _engines_told(self) -> str:
+        return "; ".join(engine.reason for engine in self._engines if engine.reason)
 
     def _follow(self) -> float:
         """Have a successor queued; return after how many seconds to look again."""
@@ -255,7 +273,12 @@ class Host:
             where.update(host=socket.gethostname(), pid=os.getpid())
             files.write_json(os.path.join(self.run, "bootstrap.json"), where)
         else:
-            endpoint.publish(self.run, self._service_file(), where, self.settings["service"])
+            address = self._address()
+            where.update({
+                engine.name: {"host": address, "port": engine.port} for engine in self._engines if engine.port
+            })
+            pooled = (self.settings.get("pooler") or {}).get("service")
+            endpoint.publish(self.run, self._service_file(), where, self.settings["service"], pooled)
 
     def _withdraw(self) -> None:
         if self.bootstrap:
@@ -263,10 +286,13 @@ class Host:
         endpoint.withdraw(self.run, self._service_file(), self.settings["instance"])
 
     def _address(self, postgres: Optional[Postgres] = None) -> str:
-        """Return what clients connect to: this host's name, unless settings say something else."""
+        """Return what clients of ``postgres``, or of what runs beside it, connect to.
+
+        That is this host's name, unless settings say something else.
+        """
         wanted = self.settings.get("advertise")
         if wanted == "socket":
-            return postgres.socket if postgres else socket.gethostname()
+            return postgres.socket if postgres else "localhost"
         name = wanted or socket.gethostname()
         try:
             socket.getaddrinfo(name, None)

@@ -3,34 +3,44 @@
 """The endpoint: where the server is now, for people and programs.
 
 ``run/endpoint.json`` is for this collection; the instance's section in ``~/.pg_service.conf`` is for
-libpq, which reads it at every connect: so a URL that names the service follows the server.
+libpq, which reads it at every connect: so a URL that names the service follows the server. Where PgBouncer runs
+beside it, the section with ``-pooled`` after the instance's name leads there; no instance can be called so.
 """
 
 import os
 import re
 import time
-from typing import List, Optional, Tuple  # noqa: F401 - in type comments
+from typing import Dict, List, Optional, Tuple  # noqa: F401 - some in type comments
 
 from . import files
 
 LOCK_STALE_SECONDS = 30.0
+POOLED = "-pooled"
 
 
-def publish(run: str, service_file: str, endpoint: dict, service: dict) -> None:
-    """Tell everybody where the server is. ``service`` holds the libpq parameters beside host and port."""
-    parameters = dict(service, host=endpoint["host"], port=endpoint["port"])
-    edit_service(service_file, endpoint["instance"], parameters)
+def publish(run: str, service_file: str, endpoint: dict, service: dict, pooled: Optional[dict] = None) -> None:
+    """Tell everybody where the server is. ``service`` and ``pooled`` hold the libpq parameters beside host and port."""
+    name, pooler = endpoint["instance"], endpoint.get("pooler")
+    edit_services(service_file, {
+        name: dict(service, host=endpoint["host"], port=endpoint["port"]),
+        name + POOLED: dict(pooled or service, **pooler) if pooler else {},
+    })
     files.write_json(os.path.join(run, "endpoint.json"), endpoint)
 
 
 def withdraw(run: str, service_file: str, instance: str) -> None:
     """Take back what ``publish`` said."""
     files.remove(os.path.join(run, "endpoint.json"))
-    edit_service(service_file, instance, {})
+    edit_services(service_file, {instance: {}, instance + POOLED: {}})
 
 
 def edit_service(path: str, name: str, parameters: dict) -> None:
     """Set the section ``name`` of a libpq service file, or remove it; everything else stays as it is."""
+    edit_services(path, {name: parameters})
+
+
+def edit_services(path: str, sections: Dict[str, dict]) -> None:
+    """Set each of these sections, or remove those without parameters; everything else stays as it is."""
     path = os.path.realpath(path)
     with FileLock(path + ".lock"):
         try:
@@ -40,7 +50,9 @@ def edit_service(path: str, name: str, parameters: dict) -> None:
             mode = os.stat(path).st_mode & 0o777
         except FileNotFoundError:
             text, mode = "", 0o600
-        edited = replace_section(text, name, parameters)
+        edited = text
+        for name in sorted(sections):
+            edited = replace_section(edited, name, sections[name])
         if edited != text:
             files.write_atomically(path, edited, mode)
 

@@ -1,0 +1,280 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What runs beside postgres for more workers than it has connections: PgBouncer and Optuna's storage proxy.
+
+They are children like postgres, on one port each for as long as it runs. One that dies is started again a few
+times; one that cannot run costs nothing but itself, since workers may still connect directly.
+"""
+
+import contextlib
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import time
+from typing import Dict, List, Optional  # noqa: F401 - in type comments
+
+from . import files
+from .postgres import Failed, Postgres, end_with_parent, free_port, program_environment
+
+# Deaths of an engine that are further apart than this are not one trouble.
+DEATHS_COUNT_SECONDS = 600.0
+LONGEST_PAUSE = 4.0
+# A program that imports half of Python from a parallel file system takes its time.
+START_SECONDS = 120.0
+# PgBouncer takes a few hundred bytes a client; what limits it are file descriptors.
+MOST_CLIENTS = 20000
+SPARE_DESCRIPTORS = 100
+# While a password changes, the file that workers read is written first and the server told after it.
+ROTATION_SECONDS = 15.0
+# PgBouncer can hand prepared statements, psycopg 3's habit, from one server connection to another.
+FOLLOWS_PREPARED = (1, 21)
+
+
+class Engine:
+    """One program beside postgres. ``port`` is where it answers, None while it does not; ``reason`` says why not."""
+
+    name = ""
+
+    def __init__(self, settings: dict, postgres: Postgres, address: str) -> None:
+        self.settings = settings[self.name]
+        self.port = None  # type: Optional[int]
+        self.reason = ""
+        self._root = settings["root"]
+        self._service = settings["service"]
+        self._limit = int(settings.get("restarts", 5))
+        self._postgres = postgres
+        self._address = address
+        self._listen = free_port(int(self.settings["port"]))
+        self._child = None  # type: Optional[subprocess.Popen[bytes]]
+        self._deaths = []  # type: List[float]
+        self._due = 0.0  # when to start it; infinity if not again
+        self._late = 0.0
+        self._log = os.path.join(self._root, "log", "%s.log" % self.name)
+        files.remove(self._log)
+
+    def poll(self) -> None:
+        """Start it, see whether it answers, start it again."""
+        try:
+            if self._child is None:
+                if time.monotonic() >= self._due:
+                    self._start()
+            elif self._child.poll() is not None:
+                raise Failed("ended with exit code %d: %s" % (self._child.returncode, self._last_words()))
+            elif self.port is None:
+                self._wait()
+            else:
+                self.refresh()
+        except (Failed, OSError) as died:
+            self._died(str(died))
+
+    def stop(self) -> None:
+        """End it at once: it holds nothing that could be lost."""
+        self.port = None
+        if self._child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._child.kill()
+            self._child.wait()
+            self._child = None
+
+    def command(self) -> List[str]:
+        """Write what the program reads, and return how it is called."""
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """Tell the running program what has changed."""
+
+    def _start(self) -> None:
+        command = self.command()
+        with open(self._log, "ab") as log:
+            self._child = subprocess.Popen(
+                command, cwd=os.path.join(self._root, "host"), env=program_environment(),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_be_an_engine,
+            )
+        self._late = time.monotonic() + START_SECONDS
+
+    def _wait(self) -> None:
+        with contextlib.suppress(OSError), contextlib.closing(
+            socket.create_connection((self._address, self._listen), timeout=1)
+        ):
+            self.port, self.reason = self._listen, ""
+            return
+        if time.monotonic() > self._late:
+            raise Failed("does not answer on %s:%d" % (self._address, self._listen))
+
+    def _died(self, why: str) -> None:
+        self.stop()
+        now = time.monotonic()
+        self._deaths = [death for death in self._deaths if now - death < DEATHS_COUNT_SECONDS] + [now]
+        again = len(self._deaths) <= self._limit
+        self._due = now + min(2.0 ** (len(self._deaths) - 1), LONGEST_PAUSE) if again else float("inf")
+        self.reason = "%s %s%s" % (self.name, why, "" if again else "; it is not started again, direct connections work")
+
+    def _last_words(self) -> str:
+        """Return the last line of its log."""
+        with open(self._log, "rb") as stream:
+            stream.seek(max(0, os.path.getsize(self._log) - 4096))
+            lines = stream.read().decode("utf-8", "replace").split("\n")
+        return ([line.strip() for line in lines if line.strip()] or ["see %s" % self._log])[-1]
+
+
+class Pooler(Engine):
+    """PgBouncer in transaction mode: any number of clients on few connections.
+
+    It knows the study role's verifier and nothing else: with that it lets a client in by SCRAM, learns the client's
+    proof, and shows it to postgres. It cannot make a proof of its own, nor let the owner in.
+    """
+
+    name = "pooler"
+
+    def __init__(self, settings: dict, postgres: Postgres, address: str) -> None:
+        Engine.__init__(self, settings, postgres, address)
+        self._databases = settings["databases"]
+        self._folder = postgres.socket  # private, on this node's own disk, removed with it
+        self._verifier = ""
+        self._seen = None  # type: Optional[float]
+        self._settle = self._next_look = 0.0
+
+    def command(self) -> List[str]:
+        """Write PgBouncer's files."""
+        self._seen = self._changed()
+        self._verifier = self._ask_verifier()
+        self._write("users", '"%s" "%s"\n' % (self._service["user"], self._verifier))
+        self._write("hba", pooler_rules(self._service["user"], self._databases, self.settings))
+        program = self.settings["program"]
+        parameters = self._parameters(version_of(program))
+        lines = ["[databases]"]
+        lines += ["%s = host=%s port=%d" % (name, self._postgres.socket, self._postgres.port)
+                  for name in self._databases]
+        lines += ["[pgbouncer]"] + ["%s = %s" % item for item in sorted(parameters.items())]
+        return [program, self._write("ini", "\n".join(lines) + "\n")]
+
+    def refresh(self) -> None:
+        """Go along with a new password."""
+        now = time.monotonic()
+        changed = self._changed()
+        if changed != self._seen:
+            self._seen, self._settle = changed, now + ROTATION_SECONDS
+        if now > self._settle or now < self._next_look:
+            return
+        self._next_look = now + 1.0
+        verifier = self._ask_verifier()
+        if verifier != self._verifier and self._child is not None:
+            self._verifier = verifier
+            self._write("users", '"%s" "%s"\n' % (self._service["user"], verifier))
+            self._child.send_signal(signal.SIGHUP)
+
+    def _parameters(self, version: "tuple") -> Dict[str, object]:
+        parameters = {
+            "listen_addr": self.settings["listen"], "listen_port": self._listen, "unix_socket_dir": "",
+            "pool_mode": "transaction", "default_pool_size": self.settings["connections"],
+            "max_client_conn": most_clients(int(self.settings["connections"])),
+            "auth_type": "hba", "auth_hba_file": self._path("hba"), "auth_file": self._path("users"),
+            "client_tls_sslmode": "disable", "server_tls_sslmode": "disable",
+            # What libpq sends for settings that are the server's anyway.
+            "ignore_startup_parameters": "extra_float_digits",
+            # A herd of workers has to log in while others wait for their turn.
+            "listen_backlog": 4096, "client_login_timeout": 60, "query_wait_timeout": 120,
+            # After a restart of postgres, or with a new password: soon again.
+            "server_login_retry": 1, "server_idle_timeout": 60,
+            "log_connections": 0, "log_disconnections": 0, "log_stats": 0,
+        }  # type: Dict[str, object]
+        if self.settings.get("certificate"):
+            parameters.update({
+                "client_tls_sslmode": "require", "client_tls_cert_file": self.settings["certificate"],
+                "client_tls_key_file": self.settings["key"],
+            })
+        if version >= FOLLOWS_PREPARED:
+            parameters["max_prepared_statements"] = 200
+        return parameters
+
+    def _ask_verifier(self) -> str:
+        role = self._service["user"].replace("'", "''")
+        found = self._postgres.query("SELECT rolpassword FROM pg_catalog.pg_authid WHERE rolname = '%s'" % role, 15)
+        if not found.startswith("SCRAM-SHA-256$"):
+            raise Failed("cannot let %s in, which has no SCRAM password" % self._service["user"])
+        return found.strip()
+
+    def _changed(self) -> Optional[float]:
+        try:
+            return os.stat(self._service["passfile"]).st_mtime
+        except OSError:
+            return None
+
+    def _path(self, kind: str) -> str:
+        return os.path.join(self._folder, "pgbouncer." + kind)
+
+    def _write(self, kind: str, text: str) -> str:
+        files.write_atomically(self._path(kind), text)
+        return self._path(kind)
+
+
+class Proxy(Engine):
+    """Optuna's storage proxy, for clients that show the instance's certificate."""
+
+    name = "proxy"
+
+    def command(self) -> List[str]:
+        """Return the call; nothing in it is secret."""
+        url = "postgresql+psycopg2://%s@/%s?host=%s&port=%d&passfile=%s" % (
+            self._service["user"], self._service["dbname"], quoted(self._postgres.socket), self._postgres.port,
+            quoted(self._service["passfile"]))
+        return [
+            self.settings["python"], "-m", "hpc_db_host.storage_proxy", "--storage", url,
+            "--listen", self.settings["listen"], "--port", str(self._listen),
+            "--connections", str(self.settings["connections"]),
+            "--certificate", self.settings["certificate"], "--key", self.settings["key"],
+        ]
+
+
+def engines_of(settings: dict, postgres: Postgres, address: str) -> List[Engine]:
+    """Return those that the settings ask for."""
+    return [kind(settings, postgres, address) for kind in (Pooler, Proxy) if settings.get(kind.name)]
+
+
+def pooler_rules(role: str, databases: List[str], settings: dict) -> str:
+    """Return PgBouncer's host-based access rules: the study role, from where it may connect to postgres itself."""
+    kind = "hostssl" if settings.get("certificate") else "host"
+    networks = [each for network in settings["networks"]
+                for each in (("0.0.0.0/0", "::/0") if network == "all" else (network,))]
+    return "".join(
+        '%s "%s" "%s" %s scram-sha-256\n' % (kind, database, role, network)
+        for database in databases for network in networks
+    )
+
+
+def version_of(program: str) -> "tuple":
+    """Return PgBouncer's version as numbers."""
+    try:
+        said = subprocess.check_output(
+            [program, "--version"], env=program_environment(), stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+            universal_newlines=True, timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Failed("does not run on %s: %s" % (socket.gethostname(), error)) from None
+    found = re.search(r"(?i)pgbouncer (\d+)\.(\d+)", said)
+    if not found:
+        raise Failed("is no PgBouncer: %s said %r" % (program, said[:80]))
+    return int(found.group(1)), int(found.group(2))
+
+
+def most_clients(connections: int) -> int:
+    """Return how many clients there are file descriptors for."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    limit = MOST_CLIENTS if hard == resource.RLIM_INFINITY else hard - connections - SPARE_DESCRIPTORS
+    return max(100, min(MOST_CLIENTS, limit))
+
+
+def quoted(value: str) -> str:
+    """Return a value as a URL's query has it; Optuna formats the URL, so braces must not be in it either."""
+    return re.sub(r"[^\w/.~-]", lambda found: "".join("%%%02X" % byte for byte in os.fsencode(found.group())), value)
+
+
+def _be_an_engine() -> None:
+    """In the child: as many clients as the node allows, and no life after the hosting program's."""
+    os.umask(0o077)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    end_with_parent(signal.SIGKILL)
