@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from typing import Any, Callable, NamedTuple
 
+from . import pooler
 from .journal import Differs, Journal, Step, digest, judge
 from .patience import GaveUp, Outage, Patience, in_short, tell
 
 # A transaction that the server dies of is not what it should be given again and again.
 MOST_REPEATS = 5
-IN_ERROR = 3  # libpq's PQTRANS_INERROR
+IN_TRANSACTION, IN_ERROR = 2, 3  # libpq's PQTRANS_INTRANS, PQTRANS_INERROR
 # The server ended the session: shutdown, crash, idle for too long.
 ENDED = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
 # What waiting does not mend. Only the first time: a server that once let us in, and now does not, is another's.
@@ -83,6 +84,8 @@ class Link:
             try:
                 real = self._connect()
                 facts = self._facts(real)
+                if not facts.direct and hasattr(real, "prepare_threshold"):
+                    real.prepare_threshold = None  # psycopg 3's would be prepared on whatever connection was free
                 self._prepare(real)
                 for name, value in attributes.items():
                     if name == "set_isolation_level":
@@ -130,7 +133,9 @@ class Link:
 class Connection:
     """What SQLAlchemy takes for the driver's connection. ``real`` is one, and may become another."""
 
-    __slots__ = ("real", "_link", "_facts", "_old", "_journal", "_attributes", "_bound", "_outage", "__weakref__")
+    __slots__ = (
+        "real", "_link", "_facts", "_old", "_journal", "_attributes", "_bound", "_outage", "_parked", "__weakref__"
+    )
     # What can be read or called without leaving anything behind in the session.
     _HARMLESS = frozenset((
         "adapters", "autocommit", "broken", "closed", "cursor_factory", "deferrable", "dsn", "encoding", "fileno",
@@ -146,6 +151,7 @@ class Connection:
         self._attributes: dict[str, Any] = {}
         self._bound = ""  # why the session cannot be replaced
         self._outage: Outage | None = None
+        self._parked = False
         self.real, self._facts = link.open(Outage(link.patience), None, {})
 
     def __getattr__(self, name: str) -> Any:
@@ -209,6 +215,9 @@ class Connection:
 
     def commit(self) -> None:
         """Commit; return only when the transaction is in the database, once."""
+        if self._parked:  # it has only read
+            self._end()
+            return
         if not self._journal.began:
             if not self.real.closed:
                 self.real.commit()
@@ -230,6 +239,10 @@ class Connection:
             cursor.run(self.real, step)  # whether it happened nobody could tell, so its error goes up
             return
         journal = self._journal
+        if self._parked:
+            self._unpark()
+        if not self._facts.direct:
+            pooler.hold(self)
         journal.begin(step)
         if why:
             journal.give_up(why)
@@ -251,6 +264,21 @@ class Connection:
             raise
         finally:
             journal.add(step)
+
+    def park(self) -> None:
+        """Give the pooler its connection back in the middle of a transaction that has only read."""
+        journal, texts = self._journal, [str(step.arguments[0]) for step in self._journal.steps]
+        if self._parked or self._bound or journal.why_not or not all(map(pooler.only_reads, texts)):
+            return
+        if not texts or self.real.closed or self.real.info.transaction_status != IN_TRANSACTION:
+            return
+        try:
+            self.real.rollback()
+        except self._link.dbapi.Error as error:
+            if not self._link.is_lost(self.real, error):
+                raise
+            self._discard()
+        self._parked = True
 
     def revive(self) -> None:
         """Between transactions, and if nothing binds us to the old session, take another one for a lost one."""
@@ -339,6 +367,13 @@ class Connection:
                 self._discard()
                 self._link.pause(self._current_outage(), another)
 
+    def _unpark(self) -> None:
+        """Go on with a parked transaction where it was."""
+        self._parked = False
+        repeats = self._journal.repeats
+        self._repeat(self._link.dbapi.OperationalError("what it had read is not the same any more"), lambda: None)
+        self._journal.repeats = repeats
+
     def _open(self) -> None:
         self.real, self._facts = self._link.open(self._current_outage(), self._old, self._attributes)
         self._old = None
@@ -359,6 +394,8 @@ class Connection:
         raise error
 
     def _end(self) -> None:
+        pooler.release(self)
+        self._parked = False
         self._journal = Journal()
         self._outage = None
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
+from . import pooler
 from .connection import Connection, Link
 from .patience import Patience
 
@@ -28,6 +29,7 @@ class Waiting:
 
     def connect(self, *arguments: Any, **options: Any) -> Connection:
         """Open a connection as soon as the server lets us."""
+        pooler.give_back()
         base: Any = super()
         prepare = base.on_connect() or (lambda _connection: None)
         return Connection(Link(lambda: base.connect(*arguments, **options), prepare, self.dbapi, self._patience))
@@ -41,6 +43,7 @@ class Waiting:
     def do_ping(self, dbapi_connection: Any) -> bool:
         """Tell whether a connection is alive; if not, the pool opens another one, which waits."""
         if isinstance(dbapi_connection, Connection):
+            pooler.give_back(dbapi_connection)
             return dbapi_connection.ping()
         base: Any = super()
         return base.do_ping(dbapi_connection)

@@ -10,14 +10,46 @@ program does not.
 import argparse
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Callable  # noqa: F401 - in annotations
 
 import grpc
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, get_storage
 from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.servicer import OptunaStorageProxyService
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 # Everybody: both families, or the one that this host has.
 EVERYWHERE = ("[::]", "0.0.0.0")
+
+
+class Waiting(grpc.ServerInterceptor):
+    """Tells clients that postgres has gone as if the proxy had, so that they wait for both."""
+
+    def intercept_service(self, continuation: "Callable", details: "grpc.HandlerCallDetails") -> object:
+        """Wrap the handler of a request."""
+        handler = continuation(details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        return grpc.unary_unary_rpc_method_handler(
+            lambda request, context: self._serve(handler.unary_unary, request, context),
+            handler.request_deserializer, handler.response_serializer,
+        )
+
+    @staticmethod
+    def _serve(serve: "Callable", request: object, context: "grpc.ServicerContext") -> object:
+        try:
+            return serve(request, context)
+        except (StorageInternalError, DBAPIError) as error:
+            cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+            if not isinstance(cause, DBAPIError) or not (cause.connection_invalidated or is_outage(cause)):
+                raise
+            return context.abort(grpc.StatusCode.UNAVAILABLE, "the server is away")
+
+
+def is_outage(error: DBAPIError) -> bool:
+    """Tell whether a connection could not be made, or was ended by a server that stops."""
+    return isinstance(error, OperationalError) and (getattr(error.orig, "pgcode", None) or "57P0")[:4] == "57P0"
 
 
 def read(path: str) -> bytes:
@@ -55,7 +87,12 @@ def main() -> None:
     storage = get_storage(RDBStorage(arguments.storage, engine_kwargs=pool))
     server = grpc.server(
         ThreadPoolExecutor(max_workers=arguments.connections),
-        options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)],
+        interceptors=[Waiting()],
+        options=[
+            ("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0),
+            # Clients ask whether the proxy is there while they wait for an answer.
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000), ("grpc.http2.max_ping_strikes", 0),
+        ],
     )
     api_pb2_grpc.add_StorageServiceServicer_to_server(OptunaStorageProxyService(storage), server)
     for address in arguments.listen.split(","):
