@@ -5,6 +5,7 @@
 
 Everything a package says about itself is read from its wheel's name: the version and the oldest glibc. Only the
 older minor version is a label, see RELABELLED.
+Where this machine has Debian's or Ubuntu's PgBouncer, it is in it, too.
 With --python-wheels it also has the Python that runs this program, and psycopg2 and Optuna out of such wheels.
 """
 
@@ -26,6 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PINS = Path(__file__).with_name("wheels.txt")
+PGBOUNCER = Path("/usr/sbin/pgbouncer")
+PROXY = ("grpcio", "protobuf")  # what Optuna's storage proxy needs besides
 SUBDIR = "linux-64"
 LEFT_OUT = re.compile(r"include/|lib/pgxs/|.*\.a$")  # what only compiling against PostgreSQL needs
 SHARED = re.compile(r"lib/lib(?!pqwalreceiver).*\.so")  # plugins of the server have no such prefix but one
@@ -45,7 +48,7 @@ WHEEL = re.compile(r"(?P<name>\w+)-(?P<version>\d+\.\d+)[\d.]*-py3-none-manylinu
 def maker(with_python: bool) -> str:
     """Return what a complete channel says of who made it and of what it has."""
     made_by = hashlib.sha256(Path(__file__).read_bytes() + PINS.read_bytes()).hexdigest()
-    return f"{made_by} python\n" if with_python else f"{made_by}\n"
+    return " ".join([made_by, *["pgbouncer"] * PGBOUNCER.exists(), *["python"] * with_python]) + "\n"
 
 
 def is_current(out: Path, with_python: bool) -> bool:
@@ -152,6 +155,13 @@ def index_of(name: str, version: str, build: str, depends: list[str]) -> dict:
     }
 
 
+def pgbouncer_package() -> tuple[dict, dict[str, bytes]]:
+    """Return the PgBouncer of this machine as a package; it finds its libraries where the system has them."""
+    said = subprocess.run([PGBOUNCER, "--version"], check=True, capture_output=True, text=True).stdout
+    version = re.findall(r"[\d.]+", said)[0]
+    return index_of("pgbouncer", version, "this_0", []), {"bin/pgbouncer": PGBOUNCER.read_bytes()}
+
+
 def python_package() -> tuple[dict, dict[str, bytes]]:
     """Return the Python that runs this program as a package; it finds its library from where it lies."""
     library = Path(sysconfig.get_path("stdlib"))
@@ -167,7 +177,7 @@ def python_package() -> tuple[dict, dict[str, bytes]]:
 def python_packages(folder: Path) -> Iterator[tuple[dict, dict[str, bytes]]]:
     """Yield Python, psycopg2, Optuna and what they need, out of the wheels in a folder."""
     wheels = {conda_name(path.name.split("-")[0]): path for path in sorted(folder.glob("*.whl"))}
-    waiting = ["psycopg2", "optuna"]
+    waiting = ["psycopg2", "optuna", *(name for name in PROXY if name in wheels)]
     yield python_package()
     for name in waiting:
         version = wheels[name].name.split("-")[1]
@@ -236,6 +246,8 @@ if __name__ == "__main__":
         sys.exit()
     wheels = pinned_wheels(arguments.wheels or arguments.out / "wheels")
     packages = [package for wheel in wheels for package in packages_of(wheel)]
+    if PGBOUNCER.exists():
+        packages.append(pgbouncer_package())
     if with_python:
         packages.extend(python_packages(arguments.python_wheels))
     (arguments.out / "made-by").unlink(missing_ok=True)

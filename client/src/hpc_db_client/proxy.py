@@ -31,8 +31,6 @@ OPTIONS = [
     ("grpc.keepalive_time_ms", 20000),
     ("grpc.keepalive_timeout_ms", 10000),
 ]
-# The proxy has gone, or postgres behind it.
-AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 class InstanceStorage(GrpcStorageProxy):
@@ -120,10 +118,9 @@ class _Stub:
                 self._channel.patience.is_over()
                 return answer
             except (LookupError, grpc.RpcError) as error:
-                code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.UNAVAILABLE
-                if outage and name == "SetTrialStateValues" and code == grpc.StatusCode.FAILED_PRECONDITION:
+                if outage and name == "SetTrialStateValues" and _code(error) == grpc.StatusCode.FAILED_PRECONDITION:
                     return _Finished()  # by us, before the answer was cut
-                if code not in AWAY:
+                if not _is_away(error):
                     raise
                 outage = outage or Outage(self._channel.patience)
                 try:
@@ -131,6 +128,17 @@ class _Stub:
                 except GaveUp as gave_up:
                     raise ConnectionError(str(gave_up)) from error
                 self._stub = None  # it may be elsewhere now
+
+
+def _code(error: BaseException) -> grpc.StatusCode:
+    return error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.UNAVAILABLE
+
+
+def _is_away(error: BaseException) -> bool:
+    """Tell whether the proxy has gone, or postgres behind it."""
+    if _code(error) == grpc.StatusCode.UNKNOWN:
+        return "Stream removed" in str(error)  # of a process that was killed, as grpcio said it once
+    return _code(error) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 class _Finished:

@@ -85,6 +85,9 @@ def main() -> None:
     )
     pool = {"pool_size": arguments.connections, "max_overflow": 1, "pool_pre_ping": True}
     storage = get_storage(RDBStorage(arguments.storage, engine_kwargs=pool))
+    for study in storage.get_all_studies():
+        # Optuna's cache refuses parameters of a trial that it does not know, such as one that began before a restart.
+        storage.get_all_trials(study._study_id, deepcopy=False)
     server = grpc.server(
         ThreadPoolExecutor(max_workers=arguments.connections),
         interceptors=[Waiting()],
