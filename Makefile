@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Needs Python 3.9 or newer and nothing else; everything it makes is below .venv and .cache.
 
-.PHONY: help setup demo lint sanity unit molecule integration test soak clean
+.PHONY: help setup demo lint sanity unit molecule integration test soak bench clean
 
 help:  ## show these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,10 @@ test: setup  ## all of the above
 	@tools/test lint sanity unit molecule integration
 
 soak:  ## tests/resilience as often as the targets in docs/reliability.md say: about an hour
+
+bench:  ## Optuna on every storage, with 1 to 1,000 workers: ten minutes, for docs/many_workers.md
+	@tools/setup bench
+	@tools/bench
 
 clean:  ## remove what the commands above made
 	rm -rf .venv .cache

@@ -110,7 +110,7 @@ class Engine:
         self._deaths = [death for death in self._deaths if now - death < DEATHS_COUNT_SECONDS] + [now]
         again = len(self._deaths) <= self._limit
         self._due = now + min(2.0 ** (len(self._deaths) - 1), LONGEST_PAUSE) if again else float("inf")
-        self.reason = "%s %s%s" % (self.name, why, "" if again else "; it is not started again, direct connections work")
+        self.reason = "%s %s%s" % (self.name, why, "" if again else "; it stays away, direct connections go on")
 
     def _last_words(self) -> str:
         """Return the last line of its log."""
@@ -218,7 +218,7 @@ class Proxy(Engine):
 
     def command(self) -> List[str]:
         """Return the call; nothing in it is secret."""
-        url = "postgresql+psycopg2://%s@/%s?host=%s&port=%d&passfile=%s" % (
+        url = "postgresql+psycopg2://%s@/%s?host=%s&port=%d&passfile=%s&application_name=hpc_db-proxy" % (
             self._service["user"], self._service["dbname"], quoted(self._postgres.socket), self._postgres.port,
             quoted(self._service["passfile"]))
         return [

@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Write what bench/storage.py has measured into a page, as a table between two marks, and a plot beside it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+FROM, TO = "<!-- bench/report.py writes from here -->\n", "<!-- to here -->\n"
+COLUMNS = (
+    "workers", "storage", "trials/s", "of the manual's", "ask, ms", "tell, ms", "connections", "got in", "died"
+)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return one row for each measurement."""
+    manual = {result["workers"]: result["rate"] for result in results if result["way"] == "manual"}
+    rows = [COLUMNS, ["---:" if name != "storage" else "---" for name in COLUMNS]]
+    for result in results:
+        base = manual.get(result["workers"])
+        rows.append([
+            f"{result['workers']:,}", result["way"], f"{result['rate']:.1f}",
+            f"{result['rate'] / base:.2f}" if base else "–", latency(result["ask"]), latency(result["tell"]),
+            "–" if result["connections"] is None else f"{result['connections']:,}",
+            f"{result['in']:,}" + (f" in {result['in_seconds']:.1f} s" if result["in"] else ""), f"{result['died']:,}",
+        ])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def latency(taken: dict[str, float] | None) -> str:
+    return f"{taken['median']:.0f} / {taken['p99']:.0f}" if taken else "–"
+
+
+def setting(machine: dict[str, Any]) -> str:
+    """Return what the figures depend on."""
+    pooler, proxy = (machine["settings"][name] for name in ("pooler", "proxy"))
+    return (
+        f"Measured on {machine['cores']} cores with {machine['gib']} GiB of memory and {machine['file_system']}, which"
+        f" workers and servers shared: Optuna {machine['optuna']}, Python {machine['python']}, PostgreSQL"
+        f" {machine['postgresql'].split()[0]} with `shared_buffers = {machine['shared_buffers']}`; `max_connections` is"
+        f" 100 by the manual and {machine['max_connections']} here, TLS is off there and {machine['tls']} here;"
+        f" PgBouncer has {pooler} connections, the proxy {proxy}. Workers are threads with a storage of their own in"
+        f" {machine['processes']} processes.\n"
+    )
+
+
+def errors(results: list[dict[str, Any]]) -> str:
+    """Return what those that died said, each once."""
+    lines = [
+        f"- {result['workers']:,} workers, {result['way']}: {count:,} × `{text.replace('`', '')}`\n"
+        for result in results for text, count in result["errors"]
+    ]
+    return "\nWhat those that died said:\n\n" + "".join(lines) if lines else ""
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw rates, and who got in."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "hpc_db", "font.size": 9})
+    import matplotlib.pyplot as pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4), constrained_layout=True)
+    titles = ("trials per second", "workers that got in and lived, %", "tell, median, ms")
+    for way in dict.fromkeys(result["way"] for result in results):
+        own = [result for result in results if result["way"] == way]
+        for axis, values in zip(axes, (
+            [(result["workers"], result["rate"]) for result in own],
+            [(result["workers"], 100 * (result["in"] - result["died_inside"]) / result["workers"]) for result in own],
+            [(result["workers"], result["tell"]["median"]) for result in own if result["tell"]],
+        )):
+            axis.plot(*zip(*values), marker="o", markersize=3, label=way)
+    for axis, title in zip(axes, titles):
+        axis.set(xscale="log", xlabel="workers", title=title)
+        axis.grid(alpha=0.3)
+    axes[2].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("figures", type=Path, help="what bench/storage.py has written")
+    parser.add_argument("page", type=Path, help="the page with the marks; the plot gets its name")
+    arguments = parser.parse_args()
+    content = json.loads(arguments.figures.read_text())
+    results = content["results"]
+    image = arguments.page.with_suffix(".svg")
+    plot(results, image)
+    text = "\n".join([
+        setting(content["machine"]), f"![Trials per second, workers that got in, and latency]({image.name})\n",
+        table(results) + errors(results), "",
+    ])
+    page = arguments.page.read_text()
+    arguments.page.write_text(re.sub(f"{FROM}.*?{TO}", lambda _marks: f"{FROM}\n{text}{TO}", page, flags=re.DOTALL))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,390 @@
+#!/usr/bin/env python3
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Measure Optuna on every storage that a group of workers can share, one after the other in one run.
+
+Run it as the owner of an instance that serves, with the instance's Python side; what the instance does not have
+(``server_pooler``, ``server_proxy``) is left out:
+
+    ~/hpc_db/hpc_db/python/bin/python bench/storage.py --client client/src results.json
+
+Workers are threads with a storage of their own, spread over a few processes that are new for each measurement. All
+start together; each asks, suggests three parameters and tells until the time is over. Like a worker whose
+``study.optimize`` raises, one that meets an error has ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+WORKERS = [1, 20, 60, 120, 200, 1000]
+# How long a measurement takes, from the start of all workers; the rate is that of the second half.
+SECONDS = {1: 3.0, 1000: 30.0}
+OTHER_SECONDS = 6.0
+# The default of PostgreSQL, which the manual's recipe keeps.
+MANUAL_CONNECTIONS = 100
+# For a process to begin and to end beside its workers' time.
+SPARE_SECONDS = 30.0
+# Which of the server's connections are the workers', or made for them.
+NETWORK = "client_addr IS NOT NULL"
+PROXY = "application_name = 'hpc_db-proxy'"
+POOLER = f"client_addr IS NULL AND usename = 'study' AND NOT {PROXY}"
+
+
+class Server:
+    """A PostgreSQL server, as whoever owns it sees it."""
+
+    def __init__(self, bindir: Path, folder: str, port: int) -> None:
+        self.port = port
+        self._psql = [str(bindir / "psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-h", folder, "-p", str(port)]
+
+    def ask(self, statement: str, database: str = "postgres") -> str:
+        command = [*self._psql, "-d", database, "-c", statement]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+        return subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True, timeout=60
+        ).stdout.strip()
+
+    def connections(self, which: str) -> int:
+        return int(self.ask(f"SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND {which}"))
+
+
+class Way:
+    """A storage under test: what workers open, and the server behind it, if there is one."""
+
+    def __init__(self, name: str, url: str, server: Server | None = None, connections: str = NETWORK) -> None:
+        self.name = name
+        self.url = url
+        self.server = server
+        self.connections = connections
+
+
+@contextlib.contextmanager
+def manual_server(bindir: Path, folder: Path, shared_buffers: str) -> Iterator[Server]:
+    """A server by the manual's recipe: initdb's own settings, no password, no TLS.
+
+    The recipe lets everybody in as the owner. Here that is a role without rights, on this host.
+    """
+    data, sockets = folder / "manual", tempfile.mkdtemp(prefix="bench-")
+    subprocess.run(
+        [bindir / "initdb", "--auth=reject", "--auth-local=peer", "-D", data], check=True, capture_output=True
+    )
+    (data / "pg_hba.conf").write_text("local all all peer\nhost studies study 127.0.0.1/32 trust\n")
+    port = free_port()
+    options = {
+        "listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": sockets,
+        "max_connections": MANUAL_CONNECTIONS, "shared_buffers": shared_buffers,
+    }
+    command = [str(bindir / "postgres"), "-D", str(data)]
+    command += [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
+    with open(folder / "manual.log", "wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as postgres:
+        try:
+            server = Server(bindir, sockets, port)
+            wait_for(server)
+            server.ask("CREATE ROLE study LOGIN")
+            server.ask("CREATE DATABASE studies OWNER study")
+            yield server
+        finally:
+            postgres.send_signal(signal.SIGINT)
+            postgres.wait(60)
+            shutil.rmtree(sockets)
+
+
+def wait_for(server: Server) -> None:
+    limit = time.monotonic() + 60
+    while True:
+        try:
+            server.ask("SELECT 1")
+            return
+        except subprocess.CalledProcessError:
+            if time.monotonic() > limit:
+                raise
+            time.sleep(0.1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# --- in a worker process
+
+
+def open_storage(url: str) -> Any:
+    """Return a new storage, as a process of its own would open it."""
+    import optuna
+
+    kind, _colon, rest = url.partition(":")
+    if kind == "proxy":
+        from hpc_db_client import proxy
+
+        return proxy.storage(rest)
+    if kind == "journal":
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(rest))
+    return optuna.storages.get_storage(url)
+
+
+def prepare() -> None:
+    """Make a process quiet, and know the plugin by name also where the client package is not installed."""
+    import warnings
+
+    import optuna
+
+    warnings.simplefilter("ignore")
+    optuna.logging.disable_default_handler()
+    with contextlib.suppress(ImportError):
+        import hpc_db_client.patience
+        from sqlalchemy.dialects import plugins
+
+        plugins.register("hpc_db", "hpc_db_client.plugin", "HpcDb")
+        hpc_db_client.patience.tell = lambda _text: None  # a thousand times
+
+
+def work(url: str, study_name: str, start: float, end: float, said: dict[str, Any]) -> None:
+    """Be one worker; write down when it got in, and for each trial its end and what ask and tell took."""
+    import optuna
+
+    time.sleep(max(0.0, start - time.time()))
+    try:
+        study = optuna.load_study(
+            study_name=study_name, storage=open_storage(url), sampler=optuna.samplers.RandomSampler()
+        )
+        said["in"] = time.time() - start
+        while time.time() < end:
+            began = time.perf_counter()
+            trial = study.ask()
+            asked = time.perf_counter()
+            value = sum(trial.suggest_float(name, 0, 1) for name in "xyz")
+            suggested = time.perf_counter()
+            study.tell(trial, value)
+            said["trials"].append((time.time(), asked - began, time.perf_counter() - suggested))
+    except Exception as error:
+        if time.time() < end:
+            said["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+
+
+def be_workers(pipe: Connection, url: str, study_name: str, number: int, start: float, end: float) -> None:
+    """Be some of the workers; send what they have done when the time is over, whatever they wait for then."""
+    prepare()
+    found: list[dict[str, Any]] = [{"in": None, "trials": [], "error": ""} for _worker in range(number)]
+    threads = [
+        threading.Thread(target=work, args=(url, study_name, start, end, said), daemon=True) for said in found
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end + 1 - time.time()))
+    pipe.send(found)
+    pipe.close()
+    os._exit(0)  # some threads may wait for ever
+
+
+def create_study(pipe: Connection, url: str, study_name: str) -> None:
+    """Create tables and study before any worker starts."""
+    import optuna
+
+    prepare()
+    optuna.create_study(study_name=study_name, storage=open_storage(url))
+    pipe.send(None)
+    os._exit(0)
+
+
+# --- in the measuring process
+
+
+def run_process(target: Any, *arguments: Any) -> tuple[Any, Connection]:
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def receive(process: Any, pipe: Connection, limit: float) -> Any:
+    """Return what a process sends; end it if it does not in time."""
+    try:
+        if not pipe.poll(max(0.1, limit - time.time())):
+            raise RuntimeError("a process of workers did not answer in time")
+        return pipe.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def measure(way: Way, workers: int, seconds: float, processes: int) -> dict[str, Any]:
+    """Have this many workers start together; return the figures."""
+    study_name = f"bench-{os.getpid()}-{time.time()}"
+    made = run_process(create_study, way.url, study_name)
+    receive(*made, time.time() + 2 * SPARE_SECONDS)
+    processes = min(workers, processes)
+    shares = [workers // processes + (number < workers % processes) for number in range(processes)]
+    start = time.time() + 1.0 + workers / 1000
+    end = start + seconds
+    started = [run_process(be_workers, way.url, study_name, share, start, end) for share in shares]
+    most = 0
+    while way.server and time.time() < end - 0.3:
+        with contextlib.suppress(subprocess.SubprocessError):
+            most = max(most, way.server.connections(way.connections))
+        time.sleep(min(0.5, seconds / 4))
+    found = [said for process, pipe in started for said in receive(process, pipe, end + SPARE_SECONDS)]
+    return {"way": way.name, "workers": workers, "connections": most if way.server else None,
+            **figures(found, start, seconds)}
+
+
+def figures(found: list[dict[str, Any]], start: float, seconds: float) -> dict[str, Any]:
+    """Sum up what the workers have done."""
+    trials = [trial for said in found for trial in said["trials"]]
+    late = [trial for trial in trials if start + seconds / 2 <= trial[0] <= start + seconds]
+    entered = sorted(said["in"] for said in found if said["in"] is not None)
+    return {
+        "rate": len(late) / (seconds / 2),
+        "ask": milliseconds([trial[1] for trial in trials]),
+        "tell": milliseconds([trial[2] for trial in trials]),
+        "in": len(entered),
+        "in_seconds": entered[-1] if entered else None,
+        "died": sum(1 for said in found if said["error"]),
+        "died_inside": sum(1 for said in found if said["error"] and said["in"] is not None),
+        "errors": Counter(said["error"] for said in found if said["error"]).most_common(3),
+    }
+
+
+def milliseconds(taken: list[float]) -> dict[str, float] | None:
+    if not taken:
+        return None
+    ordered = sorted(taken)
+    return {"median": 1000 * statistics.median(ordered), "p99": 1000 * ordered[int(0.99 * (len(ordered) - 1))]}
+
+
+def ways_of(root: Path, folder: Path, manual: Server, plugin: bool) -> list[Way]:
+    """Return every storage that there is."""
+    endpoint = published(root)
+    name = endpoint["instance"]
+    server = Server(bindir_of(root), endpoint["socket"], endpoint["port"])
+    direct, pooled = (f"postgresql+psycopg2:///?service={service}" for service in (name, f"{name}-pooled"))
+    ways = [
+        Way("manual", f"postgresql+psycopg2://study@127.0.0.1:{manual.port}/studies", manual),
+        Way("direct", direct, server),
+    ]
+    if plugin:
+        ways.append(Way("direct, plugin", f"{direct}&plugin=hpc_db", server))
+    if "pooler" in endpoint:
+        ways.append(Way("pooled", pooled, server, POOLER))
+    if "pooler" in endpoint and plugin:
+        ways.append(Way("pooled, plugin", f"{pooled}&plugin=hpc_db", server, POOLER))
+    if "proxy" in endpoint and plugin:
+        ways.append(Way("proxy", f"proxy:{root}", server, PROXY))
+    return [*ways, Way("SQLite", f"sqlite:///{folder}/bench.sqlite3"), Way("journal", f"journal:{folder}/bench.log")]
+
+
+def published(root: Path) -> dict[str, Any]:
+    """Return the endpoint, as soon as it has all that the settings ask for."""
+    settings = json.loads((root / "host" / "settings.json").read_text())
+    limit = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(OSError, ValueError):
+            endpoint = json.loads((root / "run" / "endpoint.json").read_text())
+            if all(name in endpoint for name in ("pooler", "proxy") if settings.get(name)):
+                return endpoint
+        if time.monotonic() > limit:
+            sys.exit(f"{root}: no server, pooler or proxy as its settings say")
+        time.sleep(0.2)
+
+
+def bindir_of(root: Path) -> Path:
+    return Path(json.loads((root / "host" / "settings.json").read_text())["bindir"])
+
+
+def machine(folder: Path) -> dict[str, Any]:
+    """Describe the machine without naming it."""
+    with contextlib.suppress(OSError):
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        system = subprocess.run(
+            ["stat", "--file-system", "--format=%T", str(folder)], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        return {"cores": os.cpu_count(), "gib": round(pages / 2**30), "file_system": system,
+                "python": platform.python_version()}
+    return {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--root", type=Path, default=Path("~/hpc_db/hpc_db"), help="the instance directory")
+    parser.add_argument("--client", type=Path, help="the client package's folder, unless it is installed")
+    parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, help="how many (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", help="only these storages")
+    parser.add_argument("--processes", type=int, default=2 * (os.cpu_count() or 1), help="that workers share")
+    parser.add_argument("--quick", action="store_true", help="two workers for a moment, to see that all of it works")
+    arguments = parser.parse_args()
+    if arguments.client:
+        sys.path.insert(0, str(arguments.client.resolve()))
+    import optuna
+
+    plugin = False
+    with contextlib.suppress(ImportError):
+        import hpc_db_client  # noqa: F401
+
+        plugin = True
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["optuna", "sqlalchemy.orm", "psycopg2"])
+    root = arguments.root.expanduser()
+    results = []
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=root / "log")))
+        endpoint = published(root)
+        server = Server(bindir_of(root), endpoint["socket"], endpoint["port"])
+        buffers = server.ask("SHOW shared_buffers")
+        manual = stack.enter_context(manual_server(bindir_of(root), folder, buffers))
+        ways = ways_of(root, folder, manual, plugin)
+        told = {
+            **machine(folder), "optuna": optuna.__version__, "postgresql": server.ask("SHOW server_version"),
+            "shared_buffers": buffers, "max_connections": server.ask("SHOW max_connections"),
+            "tls": server.ask("SHOW ssl"), "processes": arguments.processes,
+            "settings": {
+                name: json.loads((root / "host" / "settings.json").read_text()).get(name, {}).get("connections")
+                for name in ("pooler", "proxy")
+            },
+        }
+        for workers in [2] if arguments.quick else arguments.workers:
+            for way in ways:
+                if arguments.ways and way.name not in arguments.ways:
+                    continue
+                seconds = 1.5 if arguments.quick else SECONDS.get(workers, OTHER_SECONDS)
+                result = measure(way, workers, seconds, arguments.processes)
+                results.append(result)
+                print(one_line(result), flush=True)
+    arguments.out.write_text(json.dumps({"machine": told, "results": results}, indent=1) + "\n")
+
+
+def one_line(result: dict[str, Any]) -> str:
+    ask, tell = (result[name] or {"median": float("nan"), "p99": float("nan")} for name in ("ask", "tell"))
+    return (
+        f"{result['workers']:5d} {result['way']:15} {result['rate']:7.1f}/s  ask {ask['median']:7.1f} {ask['p99']:8.1f}"
+        f"  tell {tell['median']:7.1f} {tell['p99']:8.1f} ms  in {result['in']:4d} ({result['in_seconds'] or 0:5.1f} s)"
+        f"  died {result['died']:4d}  connections {result['connections']}"
+        + (f"  {result['errors'][0][0][:90]}" if result["errors"] else "")
+    )
+
+
+if __name__ == "__main__":
+    main()
