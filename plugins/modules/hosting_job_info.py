@@ -70,6 +70,12 @@ endpoint:
     since:
       description: Since when, in seconds since 1970.
       type: float
+    pooler:
+      description: C(host) and C(port) of PgBouncer; only while it answers.
+      type: dict
+    proxy:
+      description: C(host) and C(port) of Optuna's storage proxy; only while it answers.
+      type: dict
 state:
   description: The hosting program's own account, from C(run/state.json); V(null) before its first start.
   returned: success

@@ -28,7 +28,8 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     cache = ROOT / ".cache"
     build = [str(ROOT / ".venv/bin/python"), "tests/channel/build.py", "--if-needed", str(cache / "channel")]
     subprocess.run(build, cwd=ROOT, check=True)
-    brought = {"wheels": cache / "wheels", "channel": cache / "channel", "client": ROOT / "client" / "src"}
+    brought = {"wheels": cache / "wheels", "channel": cache / "channel", "client": ROOT / "client" / "src",
+               "bench": ROOT / "bench"}
     mounts = [f"--mount={folder}:/srv/{name}" for name, folder in brought.items()]
     subprocess.run([str(CLUSTER), "up", "--state", state, "--nodes", "2", *mounts], check=True)
     yield Target(

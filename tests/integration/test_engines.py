@@ -188,6 +188,16 @@ def test_trials_go_on_when_the_engines_were_killed(instance: Target) -> None:
     assert len(old) == 2 and not old & set(at_c1(instance, engines).split())
 
 
+def test_benchmark_measures_every_storage(instance: Target) -> None:
+    said = instance.run(f"PYTHONPATH= {PYTHON} /srv/bench/storage.py --client /srv/client --quick figures.json 2>&1")
+
+    results = json.loads(instance.run("cat figures.json"))["results"]
+    assert [result["way"] for result in results] == [
+        "manual", "direct", "direct, plugin", "pooled", "pooled, plugin", "proxy", "SQLite", "journal"
+    ], said
+    assert all(result["in"] == 2 and result["ask"] and not result["errors"] for result in results), said
+
+
 def test_new_password_is_the_pooler_s_too(instance: Target) -> None:
     rotated = instance.play("rotate", SETTINGS)
     assert re.search(r"^mini .* changed=1 .* failed=0", rotated.stdout, re.MULTILINE), rotated.stdout

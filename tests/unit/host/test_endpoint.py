@@ -172,3 +172,20 @@ def test_publish_says_it_twice_and_withdraw_takes_both_back(tmp_path):
 
         assert not (tmp_path / "endpoint.json").exists()
         assert service.read_text() == "[other]\n"
+
+
+def test_pooler_has_a_section_of_its_own_as_long_as_it_is_there(tmp_path):
+    service = tmp_path / "service"
+    where = {"instance": "hpc_db", "host": "c1", "port": 5433}
+    pooled = {**where, "pooler": {"host": "c1", "port": 6432}}
+    alone = "[hpc_db]\ndbname=mala\nhost=c1\nport=5433\n"
+    for said, text in (
+        (pooled, alone + "[hpc_db-pooled]\nhost=c1\nport=6432\nsslmode=verify-ca\n"), (where, alone), (pooled, None),
+    ):
+        endpoint.publish(str(tmp_path), str(service), said, {"dbname": "mala"}, {"sslmode": "verify-ca"})
+
+        assert text in (None, service.read_text())
+
+    endpoint.withdraw(str(tmp_path), str(service), "hpc_db")
+
+    assert service.read_text() == ""

@@ -120,6 +120,42 @@ def test_endpoint_is_there_only_between_the_first_write_and_the_stop(host):
     assert host.lease().holder() is None
 
 
+def test_engine_is_published_while_it_answers_and_told_while_not(host, monkeypatch):
+    class FakeEngine:
+        name, reason, polls = "pooler", "", 0
+        port = None
+
+        def __init__(self, _settings, postgres, address):
+            self.postgres, self.address = postgres, address
+
+        def poll(self):
+            self.polls += 1
+            self.port, self.reason = (6432, "") if self.polls != 2 else (None, "pooler ended")
+
+        def stop(self):
+            self.postgres.note("engine stopped")
+
+    seen = []
+
+    def look(postgres):
+        where = json.loads((host.root / "run" / "endpoint.json").read_text())
+        seen.append((where.get("pooler"), "[hpc_db-pooled]" in host.service.read_text(), host.state()[1]))
+        return os.kill(os.getpid(), signal.SIGTERM) if len(seen) == 4 else None
+
+    monkeypatch.setattr(program, "engines_of", lambda *found: [FakeEngine(*found)])
+    monkeypatch.setattr(FakePostgres, "during", look)
+
+    assert host.run("serve") == 0
+
+    there = ({"host": "c1", "port": 6432}, True)
+    assert seen == [
+        (None, False, "it accepts writes"), (*there, "it accepts writes"), (None, False, "pooler ended"),
+        (*there, "it accepts writes"),
+    ]
+    assert host.events[-2:] == ["engine stopped", "stop"]
+    assert host.service.read_text() == ""
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_each_signal_is_a_clean_end(number, host, monkeypatch):
     monkeypatch.setattr(FakePostgres, "during", lambda self: os.kill(os.getpid(), number))
@@ -174,7 +210,7 @@ def test_service_file_that_cannot_be_edited_keeps_postgres_from_nothing(host, mo
         raise OSError("quota exceeded")
 
     def break_it(_postgres):
-        monkeypatch.setattr(endpoint, "edit_service", refuse)
+        monkeypatch.setattr(endpoint, "edit_services", refuse)
         return 1
 
     monkeypatch.setattr(FakePostgres, "during", break_it)
