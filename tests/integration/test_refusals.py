@@ -81,6 +81,7 @@ def test_refused_for_root(here: Target) -> None:
         ({"postgres_lock_file": "my.lock"}, r"postgres_lock_file: my.lock with postgres_provider embedded is not al"),
         ({"postgres_staged": True}, r"postgres_staged: True with postgres_provider embedded is not allowed; the works"),
         ({"postgres_major": 17}, r"postgres_major: 17 .*the provider embedded holds PostgreSQL 18"),
+        ({"server_pooler": True}, r"server_pooler_program: nothing with postgres_provider embedded is not allowed"),
         ({"instance_workers": 0}, r"instance_workers: 0 is not allowed"),
     ],
 )
@@ -106,6 +107,9 @@ HOSTILE = [
     *[("server_address", name) for name in ("a b", "c1\n[other]", "-x", "a,b")],
     *[("server_socket_parent", name) for name in ("tmp", "/tmp/a,b", "/tmp/it's", "/tmp/a\nb", "/tmp/{x}")],
     *[("server_socket_parent", name) for name in (f"/tmp/{'x' * 65}", "/tmp/" + "\u03a9" * 33)],
+    *[("server_pooler_program", name) for name in ("pgbouncer", "/a\nb", "-x")],
+    *[("server_pooler_connections", text) for text in ("10\nauth_type = any", "0", "many")],
+    ("server_pooler_port", 80), ("server_proxy_port", 80), ("server_proxy_connections", 0),
     ("server_lease_ttl", 0), ("server_stop_notice", 0),
     *[("postgres_networks", [name]) for name in ("10.0.0.0/33", "300.0.0.1/8", "::1/129", "all\n", "all trust")],
     *[("postgres_max_connections", text) for text in ("100\nfsync = off", "0", "many")],

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What runs beside postgres for more workers than it has connections: PgBouncer and Optuna's storage proxy.
 
-They are children like postgres, on one port each for as long as it runs. One that dies is started again a few
-times; one that cannot run costs nothing but itself, since workers may still connect directly.
+They are children like postgres. One that dies is started again a few times; one that cannot run costs nothing but
+itself, since workers may still connect directly.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class Engine:
         self._limit = int(settings.get("restarts", 5))
         self._postgres = postgres
         self._address = address
-        self._listen = free_port(int(self.settings["port"]))
+        self._listen = int(self.settings["port"])
         self._child = None  # type: Optional[subprocess.Popen[bytes]]
         self._deaths = []  # type: List[float]
         self._due = 0.0  # when to start it; infinity if not again
@@ -87,6 +87,7 @@ class Engine:
         """Tell the running program what has changed."""
 
     def _start(self) -> None:
+        self._listen = free_port(self._listen)
         command = self.command()
         with open(self._log, "ab") as log:
             self._child = subprocess.Popen(
