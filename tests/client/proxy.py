@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import struct
@@ -36,32 +37,47 @@ class Proxy:
         self.port = self._listener.getsockname()[1]
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         self._chosen: dict[int, str] = {}
+        self._text = (b"", "")
         self.requests: list[bytes] = []
-        self.opened = 0
 
     def cut(self, chosen: dict[int, str]) -> None:
         """Cut these requests, numbered by one from now on, in these ways."""
         with self._lock:
             self._chosen = dict(chosen)
+            self._text = (b"", "")
             self.requests = []
 
+    def cut_at(self, text: bytes, way: str) -> None:
+        """Cut the next request that holds this text."""
+        self.cut({})
+        self._text = (text, way)
+
     def __enter__(self) -> Proxy:
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._start(self._listen)
         return self
 
     def __exit__(self, *_unused: object) -> None:
-        self._listener.close()
-        for each in self._sockets:
+        # To close what a thread reads from would give its number to another test's socket.
+        for each in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for each in (self._listener, *self._sockets):
             each.close()
+
+    def _start(self, target: Callable, *arguments: object) -> None:
+        self._threads.append(threading.Thread(target=target, args=arguments, daemon=True))
+        self._threads[-1].start()
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 client, _address = self._listener.accept()
                 self._sockets.append(client)
-                self.opened += 1
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+                self._start(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
         server = None
@@ -74,7 +90,6 @@ class Proxy:
             if each:
                 with contextlib.suppress(OSError):
                     each.shutdown(socket.SHUT_RDWR)
-                each.close()
 
     def _talk(self, client: socket.socket, server: socket.socket) -> bool:
         """Pass on until the end; return whether the server's side is left open."""
@@ -89,11 +104,14 @@ class Proxy:
         while True:
             request, kind = b"", b""
             while kind not in (b"Q", b"S", b"X"):
+                pass_on_farewell(server, client)
                 kind, whole = message(client)
                 request += whole
             with self._lock:
                 self.requests.append(request)
                 way = self._chosen.pop(len(self.requests), None) if kind != b"X" else None
+                if self._text[0] and self._text[0] in request:
+                    way, self._text = self._text[1], (b"", "")
             if way in (ANSWER_LOST, SESSION_LEFT, ANSWERED_AND_KILLED, None):
                 server.sendall(request)
                 answered = answer(server)
@@ -122,6 +140,12 @@ def message(stream: socket.socket) -> tuple[bytes, bytes]:
     """Read one message; return its kind and the whole."""
     head = read(stream, 5)
     return head[:1], head + read(stream, struct.unpack("!I", head[1:])[0] - 4)
+
+
+def pass_on_farewell(server: socket.socket, client: socket.socket) -> None:
+    """Wait until the client says something; meanwhile the server may end the session."""
+    while server in select.select([client, server], [], [])[0]:
+        client.sendall(read(server, 1))
 
 
 def answer(server: socket.socket) -> bytes:

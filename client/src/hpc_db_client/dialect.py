@@ -60,7 +60,7 @@ class Waiting:
     def initialize(self, connection: Any) -> None:
         """Look at the server; this uses the driver's own connection, but leaves nothing behind in it."""
         base: Any = super()
-        ours = connection.connection.dbapi_connection
+        ours = getattr(connection.connection, "dbapi_connection", connection.connection)  # SQLAlchemy 1.4 has it bare
         for left in reversed(range(MOST_REPEATS)):
             try:
                 return base.initialize(connection)
