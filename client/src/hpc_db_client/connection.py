@@ -12,15 +12,17 @@ A transaction that was cut is decided like this, and only like this:
 
 from __future__ import annotations
 
+import select
+import threading
 from typing import Any, Callable, NamedTuple
+from weakref import ref
 
-from . import pooler
 from .journal import Differs, Journal, Step, digest, judge
 from .patience import GaveUp, Outage, Patience, in_short, tell
 
 # A transaction that the server dies of is not what it should be given again and again.
 MOST_REPEATS = 5
-IN_TRANSACTION, IN_ERROR = 2, 3  # libpq's PQTRANS_INTRANS, PQTRANS_INERROR
+IN_ERROR = 3  # libpq's PQTRANS_INERROR
 # The server ended the session: shutdown, crash, idle for too long.
 ENDED = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
 # What waiting does not mend. Only the first time: a server that once let us in, and now does not, is another's.
@@ -30,8 +32,10 @@ FUTILE = (
     "server does not support SSL", "root certificate file",
 )
 
+# Optuna stores heartbeats in the session's time zone without naming it, so two workers that differ in PGTZ would take
+# each other for dead: every session is in UTC.
 FACTS = """
-SELECT pg_backend_pid(), s.backend_start::text, current_setting('server_version_num')::int,
+SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text, current_setting('server_version_num')::int,
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
     has_function_privilege('pg_control_system()', 'EXECUTE')
@@ -70,15 +74,18 @@ class Link:
     """How to open and prepare one connection."""
 
     def __init__(
-        self, connect: Callable[[], Any], prepare: Callable[[Any], object], dbapi: Any, patience: Patience
+        self, connect: Callable[[], Any], prepare: Callable[[Any], object], dbapi: Any, patience: Patience,
+        others: set[ref[Connection]],
     ) -> None:
         self._connect = connect
         self._prepare = prepare
         self.dbapi = dbapi
         self.patience = patience
+        self.others = others  # connections of the same engine
 
     def open(self, outage: Outage, old: Facts | None, attributes: dict[str, Any]) -> tuple[Any, Facts]:
         """Wait until the server lets us in, end what is left of the old session, and prepare the new one."""
+        self.park()
         while True:
             real = None
             try:
@@ -99,10 +106,21 @@ class Link:
                 close(real)
                 if not lost or (real is None and not self._may_pass(error)):
                     raise
+                # Workers that each hold one connection, and wait for another until somebody lets go of his, wait
+                # for ever.
+                for other in [each() for each in list(self.others)]:
+                    if other:
+                        other.make_room()
                 self.pause(outage, error)
             else:
                 self.patience.is_over()
                 return real, facts
+
+    def park(self, asking: Connection | None = None) -> None:
+        """Behind a pooler (PgBouncer in transaction mode) let no thread wait for a connection while it keeps one."""
+        for other in [each() for each in list(self.others)]:
+            if other and other is not asking:
+                other.park()
 
     def pause(self, outage: Outage, error: BaseException) -> None:
         """Wait a little; raise the driver's error when the budget is used up."""
@@ -124,7 +142,7 @@ class Link:
 
     @staticmethod
     def _facts(real: Any) -> Facts:
-        pid, start, version, can_flush, can_identify = ask(real, FACTS)
+        _zone, pid, start, version, can_flush, can_identify = ask(real, FACTS)
         system = ask(real, IDENTITY)[0] if can_identify else ""
         mark = MARK if can_flush else MARK_WEAKLY if version >= 130000 else ""
         return Facts(pid, start, real.info.backend_pid == pid, system, mark if system else "")
@@ -134,7 +152,8 @@ class Connection:
     """What SQLAlchemy takes for the driver's connection. ``real`` is one, and may become another."""
 
     __slots__ = (
-        "real", "_link", "_facts", "_old", "_journal", "_attributes", "_bound", "_outage", "_parked", "__weakref__"
+        "real", "_link", "_facts", "_old", "_journal", "_attributes", "_bound", "_outage", "_thread", "_parked",
+        "__weakref__",
     )
     # What can be read or called without leaving anything behind in the session.
     _HARMLESS = frozenset((
@@ -151,8 +170,10 @@ class Connection:
         self._attributes: dict[str, Any] = {}
         self._bound = ""  # why the session cannot be replaced
         self._outage: Outage | None = None
+        self._thread = threading.get_ident()
         self._parked = False
         self.real, self._facts = link.open(Outage(link.patience), None, {})
+        link.others.add(ref(self, link.others.discard))
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.real, name)
@@ -191,13 +212,41 @@ class Connection:
         return Cursor(self, options)
 
     def ping(self) -> bool:
-        """Tell whether the session is alive."""
+        """Tell whether the session is alive.
+
+        A server that ends a session says so. One that is silent needs no question: the next statement is one.
+        """
+        self._link.park(self)
         try:
-            ask(self.real, "SELECT 1")
+            news = select.poll()
+            news.register(self.real.fileno(), select.POLLIN)
+            if news.poll(0):
+                ask(self.real, "SELECT 1")
         except self._link.dbapi.Error:
             self._discard()
             return False
         return True
+
+    def make_room(self) -> None:
+        """End the session if the thread that waits for another one has this one as well, and has only read in it."""
+        if self._can_be_cut() and not self.real.closed:
+            self._discard()
+
+    def park(self) -> None:
+        """Give a pooler its connection back if the thread that asks for another one has only read in this one."""
+        if self._facts.direct or self.real.closed or not self._journal.began or not self._can_be_cut():
+            return
+        self._parked = True
+        try:
+            self.real.rollback()
+        except self._link.dbapi.Error as error:
+            if not self._link.is_lost(self.real, error):
+                raise
+            self._discard()
+
+    def _can_be_cut(self) -> bool:
+        idle = threading.get_ident() == self._thread and not self._bound
+        return idle and not self._journal.why_not and all(step.only_reads for step in self._journal.steps)
 
     def close(self) -> None:
         self.real.close()
@@ -222,7 +271,7 @@ class Connection:
             if not self.real.closed:
                 self.real.commit()
             return
-        if self.real.closed or self.real.autocommit or self.real.info.transaction_status == IN_ERROR:
+        if self.real.autocommit or self.real.info.transaction_status == IN_ERROR:
             self.real.commit()  # which is an error, nothing, or a rollback
         else:
             self._commit()
@@ -234,6 +283,7 @@ class Connection:
         if why and lasting:
             self.bind(why)
         self.revive()
+        self._thread = threading.get_ident()
         step = Step(method, text, arguments, options, cursor.options)
         if self.real.autocommit:
             cursor.run(self.real, step)  # whether it happened nobody could tell, so its error goes up
@@ -241,8 +291,6 @@ class Connection:
         journal = self._journal
         if self._parked:
             self._unpark()
-        if not self._facts.direct:
-            pooler.hold(self)
         journal.begin(step)
         if why:
             journal.give_up(why)
@@ -265,21 +313,6 @@ class Connection:
         finally:
             journal.add(step)
 
-    def park(self) -> None:
-        """Give the pooler its connection back in the middle of a transaction that has only read."""
-        journal, texts = self._journal, [str(step.arguments[0]) for step in self._journal.steps]
-        if self._parked or self._bound or journal.why_not or not all(map(pooler.only_reads, texts)):
-            return
-        if not texts or self.real.closed or self.real.info.transaction_status != IN_TRANSACTION:
-            return
-        try:
-            self.real.rollback()
-        except self._link.dbapi.Error as error:
-            if not self._link.is_lost(self.real, error):
-                raise
-            self._discard()
-        self._parked = True
-
     def revive(self) -> None:
         """Between transactions, and if nothing binds us to the old session, take another one for a lost one."""
         if self.real.closed and not self._journal.began and not self._bound:
@@ -296,23 +329,21 @@ class Connection:
 
     def _commit_once(self) -> bool:
         """Commit; return False if the transaction had to be repeated and is still to be committed."""
-        marked = False
+        asked = False
         xid = lsn = None
         try:
             if self._facts.mark:
                 xid, lsn = ask(self.real, self._facts.mark, in_transaction=True)
-                marked = True
+            asked = not self.real.closed
             self.real.commit()
         except self._link.dbapi.Error as error:
             if not self._link.is_lost(self.real, error):
                 raise
             before = self._facts
             self._discard()
-            if not before.mark:
-                self._give_up("the server cannot tell whether the transaction was committed", error)
-            if marked and xid is None and not self._bound:
+            if asked and before.mark and xid is None and not self._bound:
                 return True  # nothing was written
-            if marked and self._has_committed(before, xid, lsn, error):
+            if asked and self._has_committed(before, xid, lsn, error):
                 return True
             self._repeat(error, lambda: None)
             return False
@@ -321,6 +352,8 @@ class Connection:
     def _has_committed(self, before: Facts, xid: str | None, lsn: str | None, error: Exception) -> bool:
         """Ask new sessions until one can tell; raise ``error`` if none ever can."""
         cannot = "the server cannot tell whether the transaction was committed"
+        if not before.mark:
+            self._give_up(cannot, error)
         while True:
             self._open()
             if self._facts.system != before.system:
@@ -376,6 +409,7 @@ class Connection:
 
     def _open(self) -> None:
         self.real, self._facts = self._link.open(self._current_outage(), self._old, self._attributes)
+        self._parked = False
         self._old = None
 
     def _current_outage(self) -> Outage:
@@ -394,7 +428,6 @@ class Connection:
         raise error
 
     def _end(self) -> None:
-        pooler.release(self)
         self._parked = False
         self._journal = Journal()
         self._outage = None
