@@ -132,7 +132,7 @@ REVISION = "v3.2.0.a"
 STUDIES = "SELECT study_name FROM studies"
 DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
 TRIALS = """
-SELECT study_name, number, trial_id, datetime_start::text, extract(epoch FROM datetime_start)::float, value_json,
+SELECT study_name, number, trials.trial_id, datetime_start::text, extract(epoch FROM datetime_start)::float, value_json,
        extract(epoch FROM now() AT TIME ZONE 'UTC' - heartbeat)::float
 FROM trials JOIN studies USING (study_id) LEFT JOIN trial_heartbeats USING (trial_id)
 LEFT JOIN trial_system_attributes AS notes ON notes.trial_id = trials.trial_id AND key = %s

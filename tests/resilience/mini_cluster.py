@@ -39,6 +39,11 @@ def on_host(processes: Iterable[Process], host: str) -> list[Process]:
     return [process for process in processes if process.host == host]
 
 
+def other_node(endpoint: dict) -> str:
+    """Return the node that could have the server, but has not."""
+    return {"c1": "c2", "c2": "c1"}[endpoint["host"]]
+
+
 def eventually(condition: Callable[[], object], seconds: float, pause: float = 0.1) -> float:
     """Wait for a condition; return how long it took."""
     began = time.monotonic()
