@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Needs Python 3.9 or newer and nothing else; everything it makes is below .venv and .cache.
 
-.PHONY: help setup demo lint sanity unit molecule integration test soak clean
+.PHONY: help setup demo lint sanity unit molecule integration test soak mala clean
 
 help:  ## show these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -14,7 +14,7 @@ demo:  ## a database server, a study and its workers on this machine
 	@tools/setup controller
 	@.venv/bin/python examples/demo.py
 
-lint sanity unit molecule integration soak: setup
+lint sanity unit molecule integration soak mala: setup
 	@tools/test $@
 
 lint:  ## style, types and documentation
@@ -27,6 +27,8 @@ test: setup  ## all of the above
 	@tools/test lint sanity unit molecule integration
 
 soak:  ## tests/resilience as often as the targets in docs/reliability.md say: about an hour
+
+mala:  ## MALA itself, through a move of the server: some minutes, and 1.5 GB to install
 
 clean:  ## remove what the commands above made
 	rm -rf .venv .cache

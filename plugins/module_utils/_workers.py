@@ -54,7 +54,7 @@ BEHIND_UTC, AHEAD_OF_UTC = 12 * 3600, 14 * 3600
 WAITING = "PENDING"
 
 # The collection's own programs and PostgreSQL's, in which no trial runs.
-TOOLS = {"hpc_db", "mala.hpc_db", "pg_dump", "pg_restore", "psql"}
+TOOLS = {"hpc_db", "hpc_db doctor", "mala.hpc_db", "pg_dump", "pg_restore", "psql"}
 
 
 class Worker(NamedTuple):

@@ -27,8 +27,9 @@ if os.environ["HPC_DB_OUTAGE"]:
     parameters.hyperparameters.rdb_storage_heartbeat = int(os.environ["HPC_DB_OUTAGE"]) + 60
 
 data = mala.DataHandler(parameters)
-data.add_snapshot("snapshot0.in.npy", "data", "snapshot0.out.npy", "data", "tr")
-data.add_snapshot("snapshot1.in.npy", "data", "snapshot1.out.npy", "data", "va")
+folder = "."  # where the job was submitted
+data.add_snapshot("snapshot0.in.npy", folder, "snapshot0.out.npy", folder, "tr")
+data.add_snapshot("snapshot1.in.npy", folder, "snapshot1.out.npy", folder, "va")
 data.prepare_data()
 
 search = mala.HyperOpt(parameters, data)
