@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Needs Python 3.9 or newer and nothing else; everything it makes is below .venv and .cache.
 
-.PHONY: help setup demo lint sanity unit molecule integration test soak bench clean
+.PHONY: help setup demo lint sanity unit molecule integration test soak bench mala clean
 
 help:  ## show these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -14,7 +14,7 @@ demo:  ## a database server, a study and its workers on this machine
 	@tools/setup controller
 	@.venv/bin/python examples/demo.py
 
-lint sanity unit molecule integration soak: setup
+lint sanity unit molecule integration soak mala: setup
 	@tools/test $@
 
 lint:  ## style, types and documentation
@@ -31,6 +31,8 @@ soak:  ## tests/resilience as often as the targets in docs/reliability.md say: a
 bench:  ## Optuna on every storage, with 1 to 1,000 workers: ten minutes, for docs/many_workers.md
 	@tools/setup bench
 	@tools/bench
+
+mala:  ## MALA itself, through a move of the server: some minutes, and 1.5 GB to install
 
 clean:  ## remove what the commands above made
 	rm -rf .venv .cache

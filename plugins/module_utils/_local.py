@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 # The hosting program prints its queue and its ids as Slurm does.
-from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_queue, parse_submit
+from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_jobs, parse_queue, parse_submit
 
 __all__ = [
-    "cancel_command", "check_command", "check_limit", "check_options", "limit_command", "parse_queue",
-    "parse_submit", "queue_command", "submit_command",
+    "cancel_command", "check_command", "check_limit", "check_options", "jobs_command", "limit_command",
+    "nodes_command", "parse_jobs", "parse_queue", "parse_submit", "queue_command", "submit_command",
 ]
 
 LOCAL_JOB = ["python3", "-m", "hpc_db_host.local_job"]
@@ -36,6 +36,15 @@ def check_limit(text: str, options: dict) -> None:
 def queue_command(name: str) -> list[str]:
     """Return the call that prints the one job of the instance, if it runs."""
     return [*LOCAL_JOB, "queue"]
+
+
+def jobs_command(ids: list[str]) -> list[str]:
+    """Return the call that prints those of the processes that run, as jobs."""
+    return [*LOCAL_JOB, "processes", *ids]
+
+
+def nodes_command(nodes: str) -> list[str] | None:
+    """Return None: there is one machine."""
 
 
 def cancel_command(job_id: str) -> list[str]:

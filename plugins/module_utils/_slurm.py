@@ -8,11 +8,18 @@ from __future__ import annotations
 import math
 import re
 
+from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
+
 # What the module sets itself, and what would make sbatch wait, print, or submit where squeue does not look.
 OWNED = (
     "array", "clusters", "error", "help", "input", "job-name", "open-mode", "output", "parsable", "quiet",
     "test-only", "usage", "verbose", "version", "wait", "wrap",
 )
+# What has no process any more; a state that nobody knows here counts as one that has.
+ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+}
 MEMORY = re.compile(r"\d+([KMGT]B?)?", re.ASCII | re.IGNORECASE)
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
 
@@ -20,7 +27,7 @@ TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
 def submit_command(name: str, script: str, options: dict, output: str) -> list[str]:
     """Return the sbatch call. ``options`` are long flags without their dashes, ``output`` is literal."""
     log = [f"--output={output.replace('%', '%%')}", "--open-mode=append"]
-    return ["sbatch", "--parsable", f"--job-name={name}", *log, *_flags(options), script]
+    return ["sbatch", "--parsable", f"--job-name={name}", *log, *flags(options), script]
 
 
 def parse_submit(text: str) -> str:
@@ -34,7 +41,7 @@ def parse_submit(text: str) -> str:
 
 def check_command(name: str, options: dict) -> list[str] | None:
     """Return a call that fails where a submission would, without submitting."""
-    return ["sbatch", "--test-only", f"--job-name={name}", *_flags(options), "--wrap=:"]
+    return ["sbatch", "--test-only", f"--job-name={name}", *flags(options), "--wrap=:"]
 
 
 def limit_command(options: dict) -> list[str] | None:
@@ -81,6 +88,30 @@ def parse_queue(text: str) -> list[dict]:
     return jobs
 
 
+def jobs_command(_ids: list[str]) -> list[str]:
+    """Return the squeue call for all jobs of this user. Times are seconds if SLURM_TIME_FORMAT is %s."""
+    fields = ("JobID", "RestartCnt", "State", "StartTime", "NodeList", "Name")
+    return ["squeue", "--noheader", "--me", "--states=all", f"--Format={','.join(f'{field}:|' for field in fields)}"]
+
+
+def parse_jobs(text: str) -> list[Job]:
+    """Return the jobs that have not ended."""
+    jobs = []
+    for line in text.splitlines():
+        if line.count("|") < 6:  # a site's own message
+            continue
+        job_id, restart, state, start, nodes, name = line.strip().removesuffix("|").split("|", 5)
+        begun = float(start) if start.isdigit() else None
+        if state.upper() not in ENDED:
+            jobs.append(Job(job_id, restart, state.upper(), begun, nodes, name))
+    return jobs
+
+
+def nodes_command(nodes: str) -> list[str] | None:
+    """Return a call that prints each node of a list such as c[1-3]."""
+    return ["scontrol", "show", "hostnames", nodes]
+
+
 def cancel_command(job_id: str) -> list[str]:
     """Return the scancel call. Slurm answers 0 for a job that has gone already."""
     return ["scancel", job_id]
@@ -123,7 +154,7 @@ def parse_time(text: str) -> float | None:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _flags(options: dict) -> list[str]:
+def flags(options: dict) -> list[str]:
     """Return the options as flags: true stands alone, false and null are left out."""
     return [
         f"--{flag}" if value is True else f"--{flag}={value}"

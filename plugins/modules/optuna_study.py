@@ -12,6 +12,8 @@ short_description: Keep Optuna's schema and named studies in a database
 description:
   - Optuna itself makes its schema and the studies, once, before any worker starts. Workers that race for it fail.
   - Looking is done with a few queries; Optuna is imported only when something is missing.
+  - Also keeps a trigger, which notes for each trial the connection under which it began, as the trial's system
+    attribute C(hpc_db:worker). With it M(mala.hpc_db.abandoned_trials) can tell whether the trial's worker is gone.
   - A schema that is older than the installed Optuna is left alone, with a warning, unless O(upgrade). One that is
     newer is refused, with the version to install.
   - Warns of trials whose times show that workers write different clocks, as Optuna 4 (local time) and 5 (UTC) do.
@@ -38,6 +40,10 @@ options:
         elements: str
         choices: [minimize, maximize]
         default: [minimize]
+      user_attributes:
+        description: Attributes of the study, of any values that JSON has. Others that it has are left as they are.
+        type: dict
+        default: {}
   upgrade:
     description:
       - Whether a schema that is older than the installed Optuna is upgraded. Make a dump before.
@@ -67,11 +73,18 @@ EXAMPLES = r"""
     studies:
       - name: beryllium
         directions: [minimize]
+        user_attributes:
+          snapshots: 4
 """
 
 RETURN = r"""
 created:
   description: The studies that were, or would be, created.
+  returned: success
+  type: list
+  elements: str
+attributed:
+  description: The studies whose user attributes were, or would be, set.
   returned: success
   type: list
   elements: str
@@ -86,11 +99,12 @@ schema:
   sample: 5.0.0
 """
 
-from typing import NamedTuple
+import json
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
 
 WORKERS = """
 SELECT count(*) FROM pg_stat_activity
@@ -100,6 +114,7 @@ STUDIES = """
 SELECT study_name, array_agg(lower(direction::text) ORDER BY objective)
 FROM studies JOIN study_directions USING (study_id) GROUP BY study_name
 """
+ATTRIBUTES = "SELECT study_name, key, value_json FROM studies JOIN study_user_attributes USING (study_id)"
 # Older schemas keep the directions elsewhere.
 NAMES = "SELECT study_name, NULL FROM studies"
 
@@ -109,7 +124,10 @@ class Refused(Exception):
 
 
 class Found(NamedTuple):
-    """What is there: the installed Optuna, the schema and why it is too old, the studies' directions if known."""
+    """What is there: the installed Optuna, the schema and why it is too old, the studies' directions if known.
+
+    ``attributes`` are those of the studies, ``notes`` is whether trials are noted with their workers.
+    """
 
     optuna: _optuna.Optuna
     schema: _optuna.Schema | None
@@ -117,6 +135,8 @@ class Found(NamedTuple):
     studies: dict[str, list[str] | None]
     clocks: list[tuple]
     workers: int
+    attributes: dict[str, dict[str, Any]]
+    notes: bool
 
 
 def look(params: dict) -> Found:
@@ -129,16 +149,25 @@ def look(params: dict) -> Found:
         has_tables = _connection.rows(connection, _optuna.HAS_SCHEMA) == [("version_info", "alembic_version")]
         versions = _connection.rows(connection, _optuna.SCHEMA) if has_tables else []
         if not versions:
-            return Found(optuna, None, "", {}, [], 0)
+            return Found(optuna, None, "", {}, [], 0, {}, False)
         schema = _optuna.Schema(*versions[0])
         mismatch = _optuna.mismatch(params["database"], schema, optuna)
         if _optuna.is_newer(schema, optuna):
             raise Refused(mismatch)
         if _optuna.is_older(schema, optuna):
-            names, workers = (_connection.rows(connection, query) for query in (NAMES, WORKERS))
-            return Found(optuna, schema, mismatch, dict(names), [], workers[0][0])
-        studies, clocks = (_connection.rows(connection, query) for query in (STUDIES, _optuna.CLOCKS))
-        return Found(optuna, schema, "", dict(studies), clocks, 0)
+            names, workers, attributes = (_connection.rows(connection, query) for query in (NAMES, WORKERS, ATTRIBUTES))
+            return Found(optuna, schema, mismatch, dict(names), [], workers[0][0], by_study(attributes), False)
+        queries = STUDIES, _optuna.CLOCKS, ATTRIBUTES, _workers.NOTES
+        studies, clocks, attributes, notes = (_connection.rows(connection, query) for query in queries)
+    return Found(optuna, schema, "", dict(studies), clocks, 0, by_study(attributes), notes == [(_workers.NOTE,)])
+
+
+def by_study(attributes: list[tuple]) -> dict[str, dict[str, Any]]:
+    """Return the rows of ATTRIBUTES as each study's attributes."""
+    held: dict[str, dict[str, Any]] = {}
+    for name, key, value in attributes:
+        held.setdefault(name, {})[key] = json.loads(value)
+    return held
 
 
 def storage_url(params: dict) -> str:
@@ -148,8 +177,8 @@ def storage_url(params: dict) -> str:
     return f"postgresql+psycopg2://{user}@/{database}?{urlencode(query)}"
 
 
-def let_optuna(params: dict, upgrade: bool, studies: list[dict]) -> None:
-    """Let Optuna make or upgrade its schema, and make the studies."""
+def let_optuna(params: dict, upgrade: bool, studies: list[dict], attributes: dict[str, dict]) -> None:
+    """Let Optuna make or upgrade its schema, make the studies, and set attributes."""
     try:
         import optuna
     except ImportError as error:
@@ -160,8 +189,27 @@ def let_optuna(params: dict, upgrade: bool, studies: list[dict]) -> None:
             storage.upgrade()
         for study in studies:
             optuna.create_study(storage=storage, study_name=study["name"], directions=study["directions"])
+        for name, values in attributes.items():
+            loaded = optuna.load_study(storage=storage, study_name=name)
+            for key, value in values.items():
+                loaded.set_user_attr(key, value)
     except Exception as error:  # whatever Optuna, SQLAlchemy, Alembic and psycopg2 raise
         raise Refused(f"database {params['database']}: Optuna says: {' '.join(str(error).split())}") from None
+
+
+def take_notes(params: dict) -> None:
+    """Have trials noted with their workers from now on."""
+    with _connection.connect(params, params["database"]) as connection, connection.cursor() as cursor:
+        cursor.execute(_workers.TAKE_NOTES)
+
+
+def differing_attributes(params: dict, found: Found) -> dict[str, dict[str, Any]]:
+    """Return the wanted attributes that the studies do not have."""
+    differing = {}
+    for study in params["studies"]:
+        held, wanted = found.attributes.get(study["name"], {}), study.get("user_attributes") or {}
+        differing[study["name"]] = {key: value for key, value in wanted.items() if held.get(key, ...) != value}
+    return {name: values for name, values in differing.items() if values}
 
 
 def ensure_studies(params: dict, check_mode: bool) -> dict:
@@ -172,7 +220,7 @@ def ensure_studies(params: dict, check_mode: bool) -> dict:
     if before.too_old:
         check_too_old(params, before, missing)
     if upgrade and not check_mode:
-        let_optuna(params, True, [])
+        let_optuna(params, True, [], {})
         found = look(params)
     for study in params["studies"]:
         directions = found.studies.get(study["name"]) or study["directions"]
@@ -181,9 +229,12 @@ def ensure_studies(params: dict, check_mode: bool) -> dict:
                 f"databases_studies: the study {study['name']} in {params['database']} has the directions "
                 f"{directions}, not {study['directions']}; directions cannot be changed, choose another name"
             )
-    if (before.schema is None or missing) and not check_mode:
-        let_optuna(params, False, missing)
-    return report(params, before, found, missing, upgrade)
+    attributes = {} if found.too_old and not upgrade else differing_attributes(params, found)
+    if (before.schema is None or missing or attributes) and not check_mode:
+        let_optuna(params, False, missing, attributes)
+    if not (found.notes or found.too_old or check_mode):
+        take_notes(params)
+    return report(params, before, found, missing, attributes, upgrade)
 
 
 def check_too_old(params: dict, found: Found, missing: list[dict]) -> None:
@@ -198,7 +249,9 @@ def check_too_old(params: dict, found: Found, missing: list[dict]) -> None:
         raise Refused(f"{found.too_old}; the study {names} is missing and cannot be made before")
 
 
-def report(params: dict, before: Found, found: Found, missing: list[dict], upgrade: bool) -> dict:
+def report(
+    params: dict, before: Found, found: Found, missing: list[dict], attributes: dict[str, dict], upgrade: bool
+) -> dict:
     """Return what the module reports."""
     warnings = _optuna.clock_warnings(params["database"], found.clocks, found.optuna)
     if before.too_old and not upgrade:
@@ -206,23 +259,34 @@ def report(params: dict, before: Found, found: Found, missing: list[dict], upgra
     new = upgrade or before.schema is None
     library = before.optuna.version if new or before.schema is None else before.schema.library
     wanted = {**before.studies, **{study["name"]: study["directions"] for study in missing}}
+    held = {**before.attributes}
+    for name, values in attributes.items():
+        held[name] = {**held.get(name, {}), **values}
+    notes = before.notes or upgrade or not before.too_old
     return {
-        "changed": new or bool(missing),
+        "changed": new or bool(missing or attributes) or notes != before.notes,
         "created": [study["name"] for study in missing],
+        "attributed": list(attributes),
         "upgraded": upgrade,
         "schema": library,
         "diff": {
-            "before": as_lines(before.schema.library, before.studies) if before.schema else "no schema\n",
-            "after": as_lines(library, wanted),
+            "before": as_lines(before.schema.library, before.studies, before.attributes, before.notes)
+            if before.schema else "no schema\n",
+            "after": as_lines(library, wanted, held, notes),
         },
         "warnings": warnings,
     }
 
 
-def as_lines(library: str, studies: dict[str, list[str] | None]) -> str:
+def as_lines(
+    library: str, studies: dict[str, list[str] | None], attributes: dict[str, dict[str, Any]], notes: bool
+) -> str:
     """Return schema and studies as text for a diff."""
-    lines = [f"{name}: {', '.join(directions or ['?'])}\n" for name, directions in sorted(studies.items())]
-    return "".join([f"schema of Optuna {library}\n", *lines])
+    lines = [f"schema of Optuna {library}{', trials with their workers' if notes else ''}\n"]
+    for name, directions in sorted(studies.items()):
+        lines.append(f"{name}: {', '.join(directions or ['?'])}\n")
+        lines += [f"  {key} = {json.dumps(value)}\n" for key, value in sorted(attributes.get(name, {}).items())]
+    return "".join(lines)
 
 
 def main() -> None:
@@ -235,6 +299,7 @@ def main() -> None:
             "choices": ["minimize", "maximize"],
             "default": ["minimize"],
         },
+        "user_attributes": {"type": "dict", "default": {}},
     }
     module = AnsibleModule(
         argument_spec={

@@ -39,6 +39,11 @@ def on_host(processes: Iterable[Process], host: str) -> list[Process]:
     return [process for process in processes if process.host == host]
 
 
+def other_node(endpoint: dict) -> str:
+    """Return the node that could have the server, but has not."""
+    return {"c1": "c2", "c2": "c1"}[endpoint["host"]]
+
+
 def is_server(command: list[str]) -> bool:
     """Tell a server from a child with a title of its own, and from what prints a version or a setting and ends."""
     return not command[0].startswith("postgres: ") and not {"--version", "-V", "-C"} & set(command)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from mini_cluster import MiniCluster, Process, Watch, eventually, on_host
+from mini_cluster import MiniCluster, Process, Watch, eventually, on_host, other_node
 
 HOST_PROGRAM = "cd hpc_db/hpc_db/host && exec python3 -m hpc_db_host serve --root ~/hpc_db/hpc_db"
 BY_HAND = f'sbatch --job-name=by_hand --mem=500M --output=by_hand.log --nodelist=$1 --wrap="{HOST_PROGRAM} $2"'
@@ -188,10 +188,6 @@ for again in (lambda: cursor.execute("SELECT 1"), lambda: psycopg2.connect("serv
         print(time.time() - began)
 END
 """
-
-
-def other_node(endpoint: dict) -> str:
-    return {"c1": "c2", "c2": "c1"}[endpoint["host"]]
 
 
 def newest(cluster: MiniCluster, kind: str) -> int:

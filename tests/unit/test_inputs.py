@@ -28,6 +28,9 @@ SERVER = {"host": "/SOCKET", "port": 5432, "user": "alice", "passfile": "FOLDER/
 JOB = {"name": "hpc-db", "root": "FOLDER/root", "bin_dir": "FOLDER/bin"}
 # Arguments that work, with the programs in FOLDER/bin; each text among them is replaced by each hostile one.
 MODULES: dict[str, dict[str, Any]] = {
+    "abandoned_trials": {
+        **JOB, **SERVER, "database": "postgres", "cluster": "mini", "studies": ["mala/be"], "other_jobs": ["mine"],
+    },
     "bootstrap_server": {"root": "FOLDER/root", "timeout": 1},
     "conda_env": {
         "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "channels": ["conda-forge"], "provider": "conda",
@@ -58,7 +61,10 @@ MODULES: dict[str, dict[str, Any]] = {
         "root": "FOLDER/new", "directories": ["conf"],
         "files": [{"path": "conf/a", "content": "a", "mode": "0600", "validate": ["FOLDER/bin/postgres", "{file}"]}],
     },
-    "optuna_study": {**SERVER, "database": "mala", "studies": [{"name": "beryllium"}]},
+    "optuna_study": {
+        **SERVER, "database": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}],
+    },
+    "optuna_study_info": {**SERVER, "database": "mala"},
     "postgres_info": {"bindir": "FOLDER/bin"},
     "python_env": {
         "path": "FOLDER/new/python", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"],

@@ -126,6 +126,15 @@ def test_queue_is_empty_before_the_first_job(instance):
     instance.call("cancel", "1")
 
 
+def test_processes_that_run_are_told_with_their_start(instance, stranger):
+    started = processes.start_time(stranger.pid)
+
+    told = instance.call("processes", str(stranger.pid), "999999999", "x").stdout
+
+    assert told == f"{stranger.pid}|{started}|RUNNING||{os.uname().nodename}|process|\n"
+    assert instance.call("processes").stdout == ""
+
+
 def test_second_job_of_an_instance_is_refused(instance):
     job_id = instance.submit().stdout.strip()
 

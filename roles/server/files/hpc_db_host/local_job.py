@@ -5,8 +5,10 @@
     python3 -m hpc_db_host.local_job submit --name NAME --script SCRIPT --output LOG    print the id
     python3 -m hpc_db_host.local_job queue                                              print the job
     python3 -m hpc_db_host.local_job cancel ID                                          send SIGTERM
+    python3 -m hpc_db_host.local_job processes PID...                                   print those that run
 
-The queue has the form of `squeue --format=%i|%T|%N|%L|%j|%r`, and the id is the PID.
+The queue has the form of `squeue --format=%i|%T|%N|%L|%j|%r`, and the id is the PID. Processes are printed as PID,
+start time in the kernel's ticks, state, start time in seconds (not told), host and name, with a | after each.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Optional
+from typing import List, Optional
 
 from . import files, processes
 
@@ -60,6 +62,13 @@ def queue() -> str:
     return "|".join([job["id"], "RUNNING", socket.gethostname(), "UNLIMITED", job["name"], "None"]) + "\n"
 
 
+def running(pids: List[str]) -> str:
+    """Return a line for each process that runs; its start time tells it from another one of the same PID."""
+    started = ((pid, processes.start_time(int(pid))) for pid in pids if pid.isdigit())
+    line = "%s|%s|RUNNING||" + socket.gethostname() + "|process|\n"
+    return "".join(line % (pid, time_) for pid, time_ in started if time_)
+
+
 def cancel(job_id: str) -> None:
     """Ask the job to stop. Like scancel, an id that is not in the queue is no error."""
     job = live_job()
@@ -78,12 +87,15 @@ def main() -> int:
         submitting.add_argument(option, required=True)
     verbs.add_parser("queue")
     verbs.add_parser("cancel").add_argument("job_id", metavar="ID")
+    verbs.add_parser("processes").add_argument("pids", metavar="PID", nargs="*")
     arguments = parser.parse_args()
     try:
         if arguments.verb == "submit":
             print(submit(arguments.name, arguments.script, arguments.output))
         elif arguments.verb == "cancel":
             cancel(arguments.job_id)
+        elif arguments.verb == "processes":
+            print(running(arguments.pids), end="")
         else:
             print(queue(), end="")
     except OSError as error:

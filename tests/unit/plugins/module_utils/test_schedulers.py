@@ -8,6 +8,7 @@ import subprocess
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _local, _slurm
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError, make_run
+from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
 
 
 def test_submission_passes_every_option_as_one_argument():
@@ -65,6 +66,21 @@ def test_queue_line(line, expected):
 @pytest.mark.parametrize("text", ["", "\n", "Maintenance on Monday | be prepared\n"])
 def test_queue_without_jobs(text):
     assert _slurm.parse_queue(text) == []
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("12|0|RUNNING|1795392835|c1|train|", Job("12", "0", "RUNNING", 1795392835.0, "c1", "train")),
+    ("12|1|PENDING|N/A||a|b|", Job("12", "1", "PENDING", None, "", "a|b")),
+    ("12|0|SUSPENDED|1795392835|c[1-2]|train|", Job("12", "0", "SUSPENDED", 1795392835.0, "c[1-2]", "train")),
+    ("12|0|Teleporting|1795392835|c1|train|", Job("12", "0", "TELEPORTING", 1795392835.0, "c1", "train")),
+    ("4711|99887766|RUNNING||this-host|process|", Job("4711", "99887766", "RUNNING", None, "this-host", "process")),
+    ("12|0|NODE_FAIL|1795392835|c1|train|", None),
+    ("12|0|CANCELLED|1795392835|c1|train|", None),
+    ("Maintenance on Monday | be prepared", None),
+    ("", None),
+])
+def test_jobs_that_have_not_ended(line, expected):
+    assert _slurm.parse_jobs(line + "\n") == ([expected] if expected else [])
 
 
 @pytest.mark.parametrize("text, seconds", [

@@ -4,11 +4,12 @@
 
 import contextlib
 import copy
+import json
 import sys
 from types import SimpleNamespace
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
 from ansible_collections.mala.hpc_db.plugins.modules.optuna_study import Refused, ensure_studies, storage_url
 
 PARAMS = {"host": "/tmp/hpc_db-x", "port": 5432, "user": "study", "passfile": "/home/a b/pgpass", "database": "mala"}
@@ -25,11 +26,14 @@ NEW, OLD = "v3.2.0.a", "v3.0.0.d"
 class FakeDatabase:
     """Tables and rows as Optuna makes them. ``studies`` is None without its schema."""
 
-    def __init__(self, studies, version=NEW, workers=0):
+    def __init__(self, studies, version=NEW, workers=0, notes=True, attributes=None):
         self.studies, self.version, self.workers = studies, version, workers
+        self.notes, self.attributes = notes and version == NEW and studies is not None, attributes or {}
         self.library = {NEW: "5.0.0", OLD: "3.1.1"}.get(version, "9.0.0")
 
     def rows(self, _connection, query):
+        if "pg_trigger" in query:
+            return [(_workers.NOTE,)] if self.notes else []
         if "to_regclass" in query:
             return [("version_info", "alembic_version")] if self.studies is not None else [(None, None)]
         if "alembic_version" in query:
@@ -38,6 +42,9 @@ class FakeDatabase:
             return [(self.workers,)]
         if "lag(" in query:
             return [("beryllium", 7200.0, 0, 0)]
+        if "user_attributes" in query:
+            rows = ((name, held) for name, held in self.attributes.items())
+            return [(name, key, json.dumps(value)) for name, held in rows for key, value in held.items()]
         if "NULL" in query:
             return [(name, None) for name in self.studies]
         assert self.version == NEW, "an older schema has no such tables"
@@ -45,8 +52,21 @@ class FakeDatabase:
 
     def optuna(self):
         return SimpleNamespace(
-            storages=SimpleNamespace(RDBStorage=self.open_storage), create_study=self.create_study
+            storages=SimpleNamespace(RDBStorage=self.open_storage), create_study=self.create_study,
+            load_study=self.load_study,
         )
+
+    @contextlib.contextmanager
+    def connect(self, _params, _name):
+        yield self
+
+    @contextlib.contextmanager
+    def cursor(self):
+        yield self
+
+    def execute(self, statement):
+        assert statement == _workers.TAKE_NOTES and self.version == NEW
+        self.notes = True
 
     def open_storage(self, url, skip_compatibility_check):
         assert url == URL
@@ -62,11 +82,15 @@ class FakeDatabase:
         assert storage is self and study_name not in self.studies
         self.studies[study_name] = directions
 
+    def load_study(self, storage, study_name):
+        assert storage is self and study_name in self.studies
+        return SimpleNamespace(set_user_attr=self.attributes.setdefault(study_name, {}).__setitem__)
+
 
 @pytest.fixture
 def use(monkeypatch):
     def use(database):
-        monkeypatch.setattr(_connection, "connect", lambda params, name: contextlib.nullcontext())
+        monkeypatch.setattr(_connection, "connect", database.connect)
         monkeypatch.setattr(_connection, "rows", database.rows)
         monkeypatch.setattr(_optuna, "installed_optuna", lambda: _optuna.Optuna("5.0.0", [NEW, OLD]))
         monkeypatch.setitem(sys.modules, "optuna", database.optuna())
@@ -75,7 +99,7 @@ def use(monkeypatch):
     return use
 
 
-SCHEMA = "schema of Optuna 5.0.0\n"
+SCHEMA = "schema of Optuna 5.0.0, trials with their workers\n"
 
 
 @pytest.mark.parametrize("found, version, wanted, created, before, after", [
@@ -131,6 +155,41 @@ def test_schema_that_does_not_fit_is_refused_before_anything_changes(version, wo
     with pytest.raises(Refused, match=says):
         ensure_studies({**PARAMS, "studies": [BERYLLIUM, ALUMINIUM], "upgrade": upgrade}, check_mode)
     assert (database.studies, database.version) == ({"beryllium": ["minimize"]}, version)
+
+
+@pytest.mark.parametrize("studies, attributes", [
+    ({}, {}),
+    ({"beryllium": ["minimize"]}, {}),
+    ({"beryllium": ["minimize"]}, {"beryllium": {"snapshots": 3, "by": "a"}}),
+])
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_user_attributes_are_set_and_others_left(studies, attributes, check_mode, use):
+    database = use(FakeDatabase(dict(studies), attributes=copy.deepcopy(attributes)))
+    params = {**PARAMS, "studies": [{**BERYLLIUM, "user_attributes": {"snapshots": 4}}], "upgrade": False}
+
+    result = ensure_studies(params, check_mode)
+
+    assert (result["changed"], result["attributed"]) == (True, ["beryllium"])
+    assert "  snapshots = 4\n" in result["diff"]["after"]
+    if check_mode:
+        assert database.attributes == attributes
+    else:
+        assert database.attributes["beryllium"] == {**attributes.get("beryllium", {}), "snapshots": 4}
+        assert ensure_studies(params, check_mode)["changed"] is False
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_trials_of_an_older_installation_are_noted_from_now_on(check_mode, use):
+    database = use(FakeDatabase({"beryllium": ["minimize"]}, notes=False))
+    params = {**PARAMS, "studies": [BERYLLIUM], "upgrade": False}
+
+    result = ensure_studies(params, check_mode)
+
+    assert (result["changed"], database.notes) == (True, not check_mode)
+    assert result["diff"] == {
+        "before": "schema of Optuna 5.0.0\nberyllium: minimize\n", "after": f"{SCHEMA}beryllium: minimize\n"
+    }
+    assert ensure_studies(params, check_mode)["changed"] is check_mode
 
 
 def test_what_optuna_says_is_told_in_one_line(use, monkeypatch):

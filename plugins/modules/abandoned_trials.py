@@ -1,0 +1,345 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: abandoned_trials
+short_description: Requeue the trials that workers have left behind
+description:
+  - Looks at every trial that is C(RUNNING) in any study database, and requeues those whose worker is gone. Workers
+    that live may go on meanwhile.
+  - A trial that M(mala.hpc_db.optuna_study) has noted with its job is requeued once the scheduler has that job no
+    longer, and no connection of that job is open.
+  - Any other trial is requeued once no job of this user and no connection is left that can have begun it. While that
+    cannot be told, the trial is left alone, and the reason is returned.
+  - To requeue means, as with Optuna's C(RetryFailedTrialCallback), that the trial becomes C(FAIL), and a new one of
+    the same parameters and user attributes waits for a worker. Both happen in one transaction, and only while the
+    trial is still C(RUNNING). A worker that lives nevertheless is refused by Optuna when it tells its result.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  database:
+    description: A database to connect to. O(user) must be a superuser.
+    type: str
+    required: true
+  cluster:
+    description: The cluster's name, as workers have it in C(PGAPPNAME). Not used by O(scheduler=local).
+    type: str
+    required: true
+  studies:
+    description: The studies to look at, each as C(database/study). All if empty.
+    type: list
+    elements: str
+    default: []
+  other_jobs:
+    description: Names of jobs in which no worker runs, beside the hosting job.
+    type: list
+    elements: str
+    default: []
+  clock_tolerance:
+    description:
+      - By how many seconds the clocks of nodes may differ. Trials and jobs whose times are closer are not told apart.
+      - A worker that sent a heartbeat within this time lives.
+    type: int
+    default: 300
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
+  - mala.hpc_db.connection
+  - mala.hpc_db.scheduler
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+seealso:
+  - module: mala.hpc_db.optuna_study
+"""
+
+EXAMPLES = r"""
+- name: Requeue what workers have left behind
+  mala.hpc_db.abandoned_trials:
+    host: c1
+    port: 5432
+    user: alice
+    passfile: ~/hpc_db/hpc_db/secrets/pgpass
+    database: alice
+    name: hpc_db
+    root: /home/alice/hpc_db/hpc_db
+    cluster: hemera5
+"""
+
+RETURN = r"""
+requeued:
+  description: The trials that were, or would be, requeued.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    study:
+      description: The database and the study, with a slash between them.
+      type: str
+    number:
+      description: The trial's number.
+      type: int
+    why:
+      description: How one knows that its worker is gone.
+      type: str
+    new_number:
+      description: The number of the trial that waits in its place; V(null) in check mode.
+      type: int
+left:
+  description: The trials that are left alone.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    study:
+      description: The database and the study, with a slash between them.
+      type: str
+    number:
+      description: The trial's number.
+      type: int
+    why:
+      description: Why it is left alone.
+      type: str
+    unknown:
+      description: Whether it cannot be told if its worker is gone.
+      type: bool
+"""
+
+import datetime
+import os
+import socket
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
+    ARGUMENT_SPEC,
+    SCHEDULERS,
+    Run,
+    SchedulerError,
+    check_name,
+    make_run,
+)
+
+# The schema whose rows are written here, that of Optuna 3.2 to 5.
+REVISION = "v3.2.0.a"
+
+STUDIES = "SELECT study_name FROM studies"
+DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
+TRIALS = """
+SELECT study_name, number, trials.trial_id, datetime_start::text, extract(epoch FROM datetime_start)::float, value_json,
+       extract(epoch FROM now() AT TIME ZONE 'UTC' - heartbeat)::float
+FROM trials JOIN studies USING (study_id) LEFT JOIN trial_heartbeats USING (trial_id)
+LEFT JOIN trial_system_attributes AS notes ON notes.trial_id = trials.trial_id AND key = %s
+WHERE state = 'RUNNING' ORDER BY study_name, number
+"""
+CONNECTIONS = """
+SELECT datname, application_name, coalesce(host(client_addr), ''), extract(epoch FROM pg_postmaster_start_time())::float
+FROM pg_stat_activity WHERE backend_type = 'client backend'
+"""
+
+# As Optuna does, whoever adds a trial locks the study, since the number follows from the trials that are there.
+LOCK = "SELECT study_id FROM studies JOIN trials USING (study_id) WHERE trial_id = %(id)s FOR UPDATE OF studies"
+FAIL = """
+UPDATE trials SET state = 'FAIL', datetime_complete = %(now)s
+WHERE trial_id = %(id)s AND state = 'RUNNING' AND datetime_start::text IS NOT DISTINCT FROM %(started)s
+RETURNING number
+"""
+WAIT = """
+INSERT INTO trials (study_id, number, state) SELECT study_id, count(*), 'WAITING' FROM trials
+WHERE study_id = (SELECT study_id FROM trials WHERE trial_id = %(id)s) GROUP BY study_id RETURNING trial_id, number
+"""
+COPY = """
+INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json)
+SELECT %(new)s, param_name, param_value, distribution_json FROM trial_params WHERE trial_id = %(id)s;
+INSERT INTO trial_user_attributes (trial_id, key, value_json)
+SELECT %(new)s, key, value_json FROM trial_user_attributes WHERE trial_id = %(id)s;
+INSERT INTO trial_system_attributes (trial_id, key, value_json)
+SELECT %(new)s, key, value_json FROM trial_system_attributes WHERE trial_id = %(id)s
+AND key NOT IN (%(note)s, 'failed_trial', 'retry_history');
+INSERT INTO trial_system_attributes (trial_id, key, value_json)
+SELECT %(new)s, 'failed_trial', coalesce(max(value_json), %(number)s::text) FROM trial_system_attributes
+WHERE trial_id = %(id)s AND key = 'failed_trial';
+INSERT INTO trial_system_attributes (trial_id, key, value_json)
+SELECT %(new)s, 'retry_history', (coalesce(max(value_json), '[]')::jsonb || %(number)s::text::jsonb)::text
+FROM trial_system_attributes WHERE trial_id = %(id)s AND key = 'retry_history'
+"""
+
+class Refused(Exception):
+    """What is wanted does not fit what is there; the message is for the user."""
+
+
+def look_into(params: dict, database: str) -> tuple[list[str], list[_workers.Trial]]:
+    """Return the studies in a database, and their running trials; none where Optuna has no schema."""
+    with _connection.connect(params, database) as connection:
+        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+            return [], []
+        schemas = [_optuna.Schema(*row) for row in _connection.rows(connection, _optuna.SCHEMA)]
+        if any(schema.revision != REVISION for schema in schemas):
+            raise Refused(
+                f"database {database}: Optuna's schema {schemas[0].revision} there was made by Optuna "
+                f"{schemas[0].library}, but trials can be requeued only in {REVISION}, that of Optuna 3.2 to 5"
+            )
+        studies = [name for name, in _connection.rows(connection, STUDIES)]
+        trials = [_workers.Trial(database, *row) for row in _connection.rows(connection, TRIALS, (_workers.KEY,))]
+    return studies, trials
+
+
+def running_trials(params: dict) -> list[_workers.Trial]:
+    """Return the running trials of the studies that are meant."""
+    with _connection.connect(params, params["database"]) as connection:
+        databases = [name for name, in _connection.rows(connection, DATABASES)]
+    found = {database: look_into(params, database) for database in databases}
+    known = {f"{database}/{name}" for database, (names, _trials) in found.items() for name in names}
+    for study in params["studies"]:
+        if study not in known:
+            raise Refused(
+                f"requeue_studies: there is no study {study}; there are {', '.join(sorted(known)) or 'none at all'}"
+            )
+    return [
+        trial for _names, trials in found.values() for trial in trials
+        if not params["studies"] or name_of(trial) in params["studies"]
+    ]
+
+
+def name_of(trial: _workers.Trial) -> str:
+    """Return the study as messages have it."""
+    return f"{trial.database}/{trial.study}"
+
+
+def look_around(params: dict, run: Run, trials: list[_workers.Trial]) -> _workers.World:
+    """Return who is there: first the connections, then the jobs.
+
+    Both come after the trials. A worker that has begun one of them was in a job by then, and if it lives it still is.
+    """
+    scheduler = SCHEDULERS[params["scheduler"]]
+    with _connection.connect(params, params["database"]) as connection:
+        rows = _connection.rows(connection, CONNECTIONS)
+    connections = [_workers.Connection(*row[:3]) for row in rows if row[1] not in _workers.TOOLS]
+    names = [connection.name for connection in connections]
+    names += [str(_workers.read_note(trial).get("name", "")) for trial in trials]
+    ids = sorted({worker.job for worker in map(_workers.worker_of, names) if worker})
+    jobs = scheduler.parse_jobs(run(scheduler.jobs_command(ids)))
+    jobs = [job for job in jobs if job.name not in (params["name"], *params["other_jobs"])]
+    local = params["scheduler"] == "local"
+    return _workers.World(
+        cluster=socket.gethostname() if local else params["cluster"],
+        connections=connections,
+        jobs=jobs,
+        addresses=addresses_of(jobs, scheduler.nodes_command, run) - addresses([params["host"]]),
+        server_start=rows[0][3],
+        tolerance=params["clock_tolerance"],
+        boot=boot_time() if local else None,
+    )
+
+
+def addresses_of(jobs: list[_workers.Job], nodes_command: Any, run: Run) -> set[str]:
+    """Return the addresses of the nodes that the jobs have."""
+    commands = [nodes_command(nodes) for nodes in sorted({job.nodes for job in jobs if job.nodes})]
+    return addresses([node for command in commands if command for node in run(command).split()])
+
+
+def addresses(hosts: list[str]) -> set[str]:
+    """Return the addresses of hosts, as far as their names are known here."""
+    found: set[str] = set()
+    for host in hosts:
+        try:
+            found.update(str(entry[4][0]) for entry in socket.getaddrinfo(host, None))
+        except OSError:
+            continue
+    return found
+
+
+def boot_time() -> float:
+    """Return when this machine was started; 0 where it does not say so."""
+    try:
+        with open("/proc/stat", encoding="ascii") as stream:
+            return next((float(line.split()[1]) for line in stream if line.startswith("btime ")), 0.0)
+    except OSError:
+        return 0.0
+
+
+def now() -> datetime.datetime:
+    """Return the time as the installed Optuna writes it."""
+    optuna = _optuna.installed_optuna()
+    if optuna and int(optuna.version.partition(".")[0]) < 5:
+        return datetime.datetime.now()
+    return datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
+
+
+def requeue(params: dict, trial: _workers.Trial) -> int | None:
+    """Fail a trial, and have a new one wait in its place; return its number. None if it is not running any more."""
+    values = {
+        "id": trial.trial_id, "started": trial.started, "number": trial.number, "now": now(), "note": _workers.KEY,
+    }
+    with _connection.connect(params, trial.database) as connection, connection.cursor() as cursor:
+        cursor.execute("BEGIN; SET LOCAL lock_timeout = '20s'")
+        cursor.execute(LOCK, values)
+        cursor.execute(FAIL, values)
+        if not cursor.fetchall():
+            cursor.execute("ROLLBACK")
+            return None
+        cursor.execute(WAIT, values)
+        ((new, number),) = cursor.fetchall()
+        cursor.execute(COPY, {**values, "new": new})
+        cursor.execute("COMMIT")
+    return number
+
+
+def ensure_requeued(params: dict, run: Run, check_mode: bool) -> dict:
+    """Requeue the trials whose workers are gone. ``run`` takes an argument list and returns its stdout."""
+    check_name(params["name"])
+    trials = running_trials(params)
+    world = look_around(params, run, trials)
+    requeued: list[dict] = []
+    left: list[dict] = []
+    for trial in trials:
+        verdict = _workers.judge(trial, world)
+        told = {"study": name_of(trial), "number": trial.number, "why": verdict.why}
+        new_number = requeue(params, trial) if verdict.gone and not check_mode else None
+        if not verdict.gone:
+            left.append({**told, "unknown": verdict.unknown})
+        elif check_mode or new_number is not None:
+            requeued.append({**told, "new_number": new_number})
+        else:
+            left.append({**told, "why": "it has ended meanwhile", "unknown": False})
+    return {
+        "changed": bool(requeued),
+        "requeued": requeued,
+        "left": left,
+        "diff": {
+            "before": "".join(f"{trial['study']} {trial['number']}: RUNNING\n" for trial in requeued),
+            "after": "".join(f"{trial['study']} {trial['number']}: FAIL, and WAITING anew\n" for trial in requeued),
+        },
+    }
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "database": {"type": "str", "required": True},
+            "cluster": {"type": "str", "required": True},
+            "studies": {"type": "list", "elements": "str", "default": []},
+            "other_jobs": {"type": "list", "elements": "str", "default": []},
+            "clock_tolerance": {"type": "int", "default": 300},
+            **ARGUMENT_SPEC,
+            **_connection.CONNECTION_OPTIONS,
+        },
+        supports_check_mode=True,
+    )
+    os.environ["SLURM_TIME_FORMAT"] = "%s"
+    try:
+        result = ensure_requeued(module.params, make_run(module), module.check_mode)
+    except (_connection.Unreachable, SchedulerError, Refused, ValueError) as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: optuna_study_info
+short_description: Read the studies in a database
+description:
+  - Returns each study with its directions, its user attributes, its trials by state, and its best value.
+  - Optuna is not imported, so it takes no second. A schema older than that of Optuna 3.0 has no directions, and is
+    refused.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  database:
+    description: The database.
+    type: str
+    required: true
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
+  - mala.hpc_db.connection
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: none
+seealso:
+  - module: mala.hpc_db.optuna_study
+"""
+
+EXAMPLES = r"""
+- name: Read the studies
+  mala.hpc_db.optuna_study_info:
+    host: c1
+    port: 5432
+    user: study
+    passfile: ~/hpc_db/hpc_db/secrets/pgpass
+    database: mala
+  register: found
+
+- name: Show the best value
+  mala.hpc_db.show:
+    text: "{{ found.studies | selectattr('name', 'eq', 'beryllium') | map(attribute='best_value') | first }}"
+"""
+
+RETURN = r"""
+studies:
+  description: The studies by their names; none where Optuna has made no schema.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    name:
+      description: The study's name.
+      type: str
+    directions:
+      description: What each objective is optimised to.
+      type: list
+      elements: str
+    user_attributes:
+      description: The study's user attributes.
+      type: dict
+    trials:
+      description: How many trials there are in each state that occurs, by the state in lower case.
+      type: dict
+    best_value:
+      description: The best value of a complete trial; V(null) without one, and with several objectives.
+      type: float
+  sample:
+    - name: beryllium
+      directions: [minimize]
+      user_attributes: {snapshots: 4}
+      trials: {complete: 40, running: 2}
+      best_value: 0.25
+"""
+
+import json
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+
+# Infinity is kept apart from the values, so that it is no candidate here.
+STUDIES = """
+SELECT study_name, array_agg(lower(direction::text) ORDER BY objective),
+  (SELECT coalesce(json_object_agg(key, value_json), '{}') FROM study_user_attributes AS held
+   WHERE held.study_id = studies.study_id),
+  (SELECT coalesce(json_object_agg(state, number), '{}') FROM (
+     SELECT lower(state::text) AS state, count(*) AS number FROM trials
+     WHERE trials.study_id = studies.study_id GROUP BY 1) AS counts),
+  (SELECT CASE WHEN max(direction::text) = 'MAXIMIZE' THEN max(value) ELSE min(value) END
+   FROM trials JOIN trial_values USING (trial_id)
+   WHERE trials.study_id = studies.study_id AND state = 'COMPLETE' AND value_type = 'FINITE')
+FROM studies JOIN study_directions USING (study_id) GROUP BY study_id, study_name ORDER BY study_name
+"""
+
+
+def read_studies(params: dict) -> list[dict[str, Any]]:
+    """Return the studies in a database."""
+    with _connection.connect(params, params["database"]) as connection:
+        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+            return []
+        rows = _connection.rows(connection, STUDIES)
+    return [
+        {
+            "name": name,
+            "directions": directions,
+            "user_attributes": {key: json.loads(value) for key, value in attributes.items()},
+            "trials": trials,
+            "best_value": best if len(directions) == 1 else None,
+        }
+        for name, directions, attributes, trials, best in rows
+    ]
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={"database": {"type": "str", "required": True}, **_connection.CONNECTION_OPTIONS},
+        supports_check_mode=True,
+    )
+    try:
+        studies = read_studies(module.params)
+    except _connection.Unreachable as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    module.exit_json(changed=False, studies=studies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One MALA worker; job.sh starts many. Put your own data here: this file is yours, and not written again."""
+
+import os
+
+import mala
+
+parameters = mala.Parameters()
+if os.environ.get("SLURM_NTASKS", "1") != "1":  # several GPUs of a node, a process each
+    parameters.optuna_singlenode_setup(wait_time=int(os.environ["HPC_DB_WAIT_TIME"]))
+
+parameters.data.input_rescaling_type = "feature-wise-standard"
+parameters.data.output_rescaling_type = "minmax"
+parameters.running.max_number_epochs = 20
+parameters.running.mini_batch_size = 40
+parameters.running.optimizer = "Adam"
+
+parameters.hyperparameters.direction = "minimize"
+parameters.hyperparameters.n_trials = int(os.environ["HPC_DB_TRIALS"])
+parameters.hyperparameters.checkpoint_name = os.environ["HPC_DB_STUDY"]
+parameters.hyperparameters.study_name = os.environ["HPC_DB_STUDY"]
+parameters.hyperparameters.rdb_storage = os.environ["HPC_DB_URL"]
+if os.environ["HPC_DB_OUTAGE"]:
+    # MALA fails trials that are late by twice this. A worker that waits for the server sends no heartbeat meanwhile,
+    # so that one interval has to be longer than the wait.
+    parameters.hyperparameters.rdb_storage_heartbeat = int(os.environ["HPC_DB_OUTAGE"]) + 60
+
+data = mala.DataHandler(parameters)
+folder = "."  # where the job was submitted
+data.add_snapshot("snapshot0.in.npy", folder, "snapshot0.out.npy", folder, "tr")
+data.add_snapshot("snapshot1.in.npy", folder, "snapshot1.out.npy", folder, "va")
+data.prepare_data()
+
+search = mala.HyperOpt(parameters, data)
+search.add_hyperparameter("float", "learning_rate", 0.0000001, 0.01)
+search.add_hyperparameter("int", "ff_neurons_layer_00", 10, 100)
+search.add_hyperparameter("categorical", "layer_activation_00", choices=["ReLU", "Sigmoid", "LeakyReLU"])
+search.perform_study()

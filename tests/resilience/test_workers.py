@@ -1,0 +1,160 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The workers' job script in real jobs; and what those leave behind that die is requeued, while others go on."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from mini_cluster import URL, MiniCluster, eventually, other_node
+
+# Others in each run, since a cluster may stay up.
+STUDY, ARRAY = (f"{name}_{time.time_ns()}" for name in ("held", "array"))
+JOB = "/home/alice/hpc_db/hpc_db/workers/job.sh"
+OPTIONS = {"partition": "work", "time": "00:10:00", "mem": "300M", "no-requeue": True, "comment": "it's a \"test\""}
+PSQL = 'hpc_db/hpc_db/postgresql-17/bin/psql -XAt "service=hpc_db dbname=$2" -c "$1"'
+NOTES = f"""
+SELECT value_json FROM trial_system_attributes JOIN trials USING (trial_id) JOIN studies USING (study_id)
+WHERE study_name = '{ARRAY}' AND state = 'COMPLETE' AND key = 'hpc_db:worker'
+"""
+RUNNING = f"""
+SELECT count(*) FROM trials JOIN trial_params USING (trial_id) JOIN studies USING (study_id)
+WHERE study_name = '{STUDY}' AND state = 'RUNNING' AND param_name = 'layer_activation_00'
+"""
+HANG_UP = """
+SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+WHERE datname = 'second' AND application_name = '' AND backend_type = 'client backend'
+"""
+# A worker that nothing ties to a job.
+BY_HAND = f"""
+HPC_DB_URL=postgresql+psycopg2:///second?service=hpc_db HPC_DB_STUDY={STUDY}
+export HPC_DB_URL HPC_DB_STUDY
+exec hpc_db/hpc_db/python/bin/python workers/held.py workers/late
+"""
+# What Optuna says of a study, once workers without a job have done what waits in it.
+FINISH = """
+import json, sys, optuna
+study = optuna.load_study(storage=sys.argv[1], study_name=sys.argv[2])
+names = "learning_rate", "ff_neurons_layer_00", "layer_activation_00"
+def objective(trial):
+    trial.suggest_float(names[0], 1e-7, 1e-2)
+    trial.suggest_int(names[1], 10, 100)
+    trial.suggest_categorical(names[2], ["ReLU", "Sigmoid", "LeakyReLU"])
+    return trial.number
+waiting = [trial for trial in study.trials if trial.state.name == "WAITING"]
+if waiting:
+    study.optimize(objective, n_trials=len(waiting))
+marks = "failed_trial", "retry_history"
+print(json.dumps([
+    [trial.state.name for trial in study.trials],
+    [sorted(trial.params.items()) for trial in study.trials],
+    [[trial.system_attrs.get(mark) for mark in marks] for trial in study.trials],
+]))
+"""
+Figure = Callable[[str, str], None]
+
+
+@pytest.fixture
+def held(cluster: MiniCluster) -> Iterator[Callable[..., str]]:
+    """Start workers whose trials last, on a node; return the id of their job. At last they may end."""
+    def start(node: str, number: int) -> str:
+        for name in ("go", "late"):
+            (cluster.home / "workers" / name).unlink(missing_ok=True)
+        before = int(cluster.run(PSQL, RUNNING, "mala"))
+        job = cluster.run('sbatch --parsable --nodelist="$1" --array="1-$2" "$3"', node, str(number), JOB)
+        eventually(lambda: int(cluster.run(PSQL, RUNNING, "mala")) == before + number, 60, 0.5)
+        return job
+
+    yield start
+    cluster.run("scancel --name=hpc_db_workers")
+    eventually(lambda: not cluster.jobs("hpc_db_workers"), 60, 0.5)
+
+
+def write_job(cluster: MiniCluster, **settings: object) -> None:
+    """Write the job script; the playbook has Slurm judge it."""
+    played = cluster.playbooks.play("workers", {"workers_job_options": OPTIONS, **settings})
+    assert played.returncode == 0, played.stdout
+    assert re.search(rf"^\d+ workers: sbatch {JOB}$", played.stdout, re.MULTILINE)
+
+
+def requeue(cluster: MiniCluster, *options: str) -> list[str]:
+    """Run the playbook; return what it says of this run's trials. The workers without jobs live."""
+    played = cluster.playbooks.play("requeue", None, *options)
+    assert played.returncode == 0, played.stdout
+    said = re.findall(r"^(\w+/\w+: trial \d+ .*)", played.stdout, re.MULTILINE)
+    others = [line for line in said if line.startswith("mala/beryllium")]
+    assert all("is left alone: a connection from " in line for line in others), others
+    return [line for line in said if STUDY in line]
+
+
+def finish(cluster: MiniCluster, database: str) -> list[list]:
+    """Do what waits in the study; return states, parameters and marks of its trials."""
+    url = URL.replace("///", f"///{database}")
+    python = 'hpc_db/hpc_db/python/bin/python -c "$1" "$2" "$3" 2>/dev/null'
+    return json.loads(cluster.run(python, FINISH, url, STUDY))
+
+
+def test_array_of_workers(cluster: MiniCluster) -> None:
+    write_job(cluster, workers_number=2, workers_trials=10, workers_study=ARRAY)
+
+    cluster.run('sbatch --wait "$1"', JOB)
+
+    said = cluster.run("cat hpc_db/hpc_db/workers/log/*")
+    names = cluster.run(PSQL, NOTES, "mala")
+    jobs = {json.loads(line)["name"].split()[1] for line in names.splitlines()}
+    assert len(names.splitlines()) >= 10, said
+    assert len(jobs) in (1, 2) and all(re.fullmatch(r"\d+\.0", job) for job in jobs), said
+
+
+def test_what_dead_workers_leave_is_requeued_once(
+    cluster: MiniCluster, serving: dict, held: Callable[..., str], figure: Figure
+) -> None:
+    node = other_node(serving)
+    write_job(cluster, workers_number=2, workers_program="/home/alice/workers/held.py", workers_study=STUDY)
+    held(node, 2)
+    alive = held(serving["host"], 1)
+    untied = cluster.start("login", BY_HAND)
+    eventually(lambda: cluster.run(PSQL, "SELECT to_regclass('trials')", "second"), 60, 0.5)
+    eventually(lambda: cluster.run(PSQL, RUNNING, "second") == "1", 60, 0.5)
+    cluster.verb("kill", node)
+    cluster.run("scontrol update nodename=$1 state=down reason=killed", node, host="ctl", user="root")
+    connected = f"SELECT count(*) FROM pg_stat_activity WHERE application_name ~ '^hpc_db .* {node} '"
+    eventually(lambda: cluster.run(PSQL, connected, "mala") == "0", 60, 0.5)
+
+    foreseen = requeue(cluster, "--check")
+    # It lives, but nothing shows it: as if the server had moved while it has no connection, and it is no job's.
+    cluster.run(PSQL, HANG_UP, "second")
+    done = requeue(cluster)
+    (cluster.home / "workers" / "go").touch()
+    eventually(lambda: not cluster.jobs("hpc_db_workers"), 60, 0.5)
+    again = requeue(cluster)
+    (cluster.home / "workers" / "late").touch()
+    refused = untied.communicate(timeout=60)[0]
+
+    for number in (0, 1):
+        ended = r"requeued( as trial \d)?: job \d+ has ended and has no connection"
+        assert re.fullmatch(f"mala/{STUDY}: trial {number} would be {ended}", foreseen[number])
+        assert re.fullmatch(f"mala/{STUDY}: trial {number} is {ended}", done[number])
+    assert done[2:] == [
+        f"mala/{STUDY}: trial 2 is left alone: job {alive} has an open connection",
+        f"second/{STUDY}: trial 0 is left alone: job {alive} (hpc_db_workers) may be its worker",
+    ]
+    assert foreseen[2] == done[2]
+    assert re.fullmatch(f"second/{STUDY}: trial 0 is left alone: a connection from .* may be its worker's", foreseen[3])
+    assert again == [
+        f"second/{STUDY}: trial 0 is requeued as trial 1: "
+        "no connection and no job is left from the time at which it began"
+    ]
+    assert untied.returncode == 1 and "ValueError: Cannot tell a FAIL trial." in refused
+
+    states, params, marks = finish(cluster, "mala")
+    assert states == ["FAIL", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert params[3:] == params[:2]
+    assert marks[2:] == [[None, None], [0, [0]], [1, [1]]]
+    states, params, _marks = finish(cluster, "second")
+    assert (states, params[0]) == (["FAIL", "COMPLETE"], params[1])
+    figure("Z1", "node killed: its 2 trials requeued once; those of the 9 workers that live left alone")

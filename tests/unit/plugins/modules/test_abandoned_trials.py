@@ -1,0 +1,137 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""abandoned_trials: in which order it looks, and what it reports; tests/resilience has real workers and rows."""
+
+import contextlib
+import json
+
+import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+from ansible_collections.mala.hpc_db.plugins.modules import abandoned_trials
+from ansible_collections.mala.hpc_db.plugins.modules.abandoned_trials import Refused, ensure_requeued
+
+PARAMS = {
+    "host": "/tmp/hpc_db-x", "port": 5432, "user": "alice", "passfile": "pgpass", "database": "alice",
+    "name": "hpc_db", "root": "/home/alice/hpc_db/hpc_db", "bin_dir": None, "scheduler": "slurm", "cluster": "mini",
+    "studies": [], "other_jobs": ["notebook"], "clock_tolerance": 300,
+}
+
+
+class FakeCluster:
+    """Two study databases, and a queue; ``looks`` is what was asked for."""
+
+    def __init__(self, names, jobs=(), connections=(), revision="v3.2.0.a"):
+        self.names, self.jobs, self.connections, self.revision = names, jobs, connections, revision
+        self.looks, self.running = [], set(range(len(names)))
+
+    def rows(self, database, query, _values=()):
+        if query == abandoned_trials.DATABASES:
+            return [("alice",), ("mala",)]
+        if query == _optuna.HAS_SCHEMA:
+            return [(None, None) if database == "alice" else ("version_info", "alembic_version")]
+        if query == _optuna.SCHEMA:
+            return [("5.0.0", self.revision)]
+        if query == abandoned_trials.STUDIES:
+            return [("beryllium",), ("aluminium",)]
+        if query == abandoned_trials.TRIALS:
+            self.looks.append("trials")
+            notes = [json.dumps({"name": name, "since": 1000.0}) for name in self.names]
+            return [
+                ("beryllium", number, number, "then", 1000.0, note, None)
+                for number, note in enumerate(notes) if number in self.running
+            ]
+        self.looks.append("connections")
+        return [*self.connections, ("alice", "mala.hpc_db", "", 0.0)]
+
+    def run(self, command):
+        self.looks.append(command[0])
+        assert command[0] in ("squeue", "scontrol")
+        return "c1\n" if command[0] == "scontrol" else "".join(f"{line}|\n" for line in self.jobs)
+
+    def requeue(self, _params, trial):
+        if trial.number not in self.running:
+            return None
+        self.running.remove(trial.number)
+        return 100 + trial.number
+
+
+@pytest.fixture
+def use(monkeypatch):
+    def use(cluster):
+        monkeypatch.setattr(_connection, "connect", lambda params, database: contextlib.nullcontext(database))
+        monkeypatch.setattr(_connection, "rows", cluster.rows)
+        monkeypatch.setattr(abandoned_trials, "requeue", cluster.requeue)
+        return cluster
+
+    return use
+
+
+TIED = ["hpc_db 12.0 mini c1 5", "hpc_db 13.0 mini c1 6"]
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_what_is_gone_is_requeued_once_and_the_rest_left(check_mode, use):
+    cluster = use(FakeCluster(TIED, ["13|0|RUNNING|900||train"]))
+
+    first = ensure_requeued(PARAMS, cluster.run, check_mode)
+    second = ensure_requeued(PARAMS, cluster.run, check_mode)
+
+    told = {"study": "mala/beryllium", "number": 0, "why": "job 12 has ended and has no connection"}
+    assert first["requeued"] == [{**told, "new_number": None if check_mode else 100}]
+    assert [(trial["number"], trial["unknown"]) for trial in first["left"]] == [(1, False)]
+    assert first["diff"]["before"] == "mala/beryllium 0: RUNNING\n"
+    assert (first["changed"], second["changed"]) == (True, check_mode)
+
+
+def test_jobs_are_looked_at_after_connections_and_these_after_trials(use):
+    cluster = use(FakeCluster(TIED, ["13|0|RUNNING|900|c1|train"]))
+
+    ensure_requeued(PARAMS, cluster.run, True)
+
+    assert cluster.looks == ["trials", "connections", "squeue", "scontrol"]
+
+
+def test_trial_that_ends_meanwhile_is_left(use, monkeypatch):
+    cluster = use(FakeCluster(TIED[:1]))
+    monkeypatch.setattr(abandoned_trials, "requeue", lambda params, trial: None)
+
+    result = ensure_requeued(PARAMS, cluster.run, False)
+
+    assert (result["changed"], result["requeued"]) == (False, [])
+    assert [trial["why"] for trial in result["left"]] == ["it has ended meanwhile"]
+
+
+@pytest.mark.parametrize("name, left", [("hpc_db", 0), ("notebook", 0), ("train", 1)])
+def test_jobs_without_workers_do_not_count(name, left, use):
+    cluster = use(FakeCluster([""], [f"13|0|RUNNING|900||{name}"]))
+
+    assert len(ensure_requeued(PARAMS, cluster.run, True)["left"]) == left
+
+
+@pytest.mark.parametrize("connection, left", [
+    (("mala", "psql", "10.0.0.1", 0.0), 0), (("mala", "hpc_db", "", 0.0), 0), (("mala", "python", "10.0.0.1", 0.0), 1),
+])
+def test_tools_are_no_workers(connection, left, use):
+    cluster = use(FakeCluster([""], connections=[connection]))
+
+    assert len(ensure_requeued(PARAMS, cluster.run, True)["left"]) == left
+
+
+@pytest.mark.parametrize("studies, trials", [([], 2), (["mala/beryllium"], 2), (["mala/aluminium"], 0)])
+def test_only_the_studies_that_are_named(studies, trials, use):
+    cluster = use(FakeCluster(TIED))
+
+    assert len(ensure_requeued({**PARAMS, "studies": studies}, cluster.run, False)["requeued"]) == trials
+
+
+@pytest.mark.parametrize("settings, revision, says", [
+    ({"studies": ["mala/lead"]}, "v3.2.0.a",
+     "requeue_studies: there is no study mala/lead; there are mala/aluminium, mala/beryllium"),
+    ({}, "v3.0.0.d", "database mala: Optuna's schema v3.0.0.d there was made by Optuna 5.0.0, but trials can be"),
+])
+def test_refused_before_anything_changes(settings, revision, says, use):
+    cluster = use(FakeCluster(TIED, revision=revision))
+
+    with pytest.raises(Refused, match=says):
+        ensure_requeued({**PARAMS, **settings}, cluster.run, False)
+    assert cluster.running == {0, 1}
