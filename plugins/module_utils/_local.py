@@ -9,7 +9,7 @@ from __future__ import annotations
 from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_queue, parse_submit
 
 __all__ = [
-    "cancel_command", "check_command", "check_limit", "check_options", "limit_command", "parse_queue",
+    "cancel_command", "check_command", "check_limit", "check_options", "limit_command", "nodes_command", "parse_queue",
     "parse_submit", "queue_command", "submit_command",
 ]
 
@@ -36,6 +36,10 @@ def check_limit(text: str, options: dict) -> None:
 def queue_command(name: str) -> list[str]:
     """Return the call that prints the one job of the instance, if it runs."""
     return [*LOCAL_JOB, "queue"]
+
+
+def nodes_command() -> list[str] | None:
+    """Return None: there is one machine, and whatever runs there may be a worker."""
 
 
 def cancel_command(job_id: str) -> list[str]:

@@ -78,6 +78,17 @@ def find_jobs(params: dict, run: Run) -> list[dict]:
     return sorted((job for job in jobs if job["name"] == params["name"]), key=_weight)
 
 
+def find_idle_nodes(params: dict, run: Run) -> list[str]:
+    """Return the nodes on which no job of this user is, whatever its name."""
+    scheduler = SCHEDULERS[params["scheduler"]]
+    command = scheduler.nodes_command()
+    if command is None:
+        return []
+    nodes = scheduler.parse_nodes(run(command))
+    used = scheduler.parse_nodes(run(scheduler.used_nodes_command()))
+    return sorted(set(nodes) - set(run(scheduler.expand_command(used)).split() if used else []))
+
+
 def _weight(job: dict) -> tuple:
     """A running job may have a successor queued behind it, and a predecessor that is not quite gone."""
     return {"RUNNING": 0, "CONFIGURING": 1, LEAVING: 3}.get(job["state"], 2), len(job["id"]), job["id"]

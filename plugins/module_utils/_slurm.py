@@ -81,6 +81,27 @@ def parse_queue(text: str) -> list[dict]:
     return jobs
 
 
+def nodes_command() -> list[str] | None:
+    """Return the call that prints every node."""
+    return ["sinfo", "--noheader", "--Node", "--format=%t|%N"]
+
+
+def used_nodes_command() -> list[str]:
+    """Return the call that prints where this user's jobs are, as Slurm's lists of nodes."""
+    return ["squeue", "--noheader", "--me", "--format=%i|%N"]
+
+
+def expand_command(lists: list[str]) -> list[str]:
+    """Return the call that prints each node of such lists."""
+    return ["scontrol", "show", "hostnames", ",".join(lists)]
+
+
+def parse_nodes(text: str) -> list[str]:
+    """Return the nodes, or the lists of them, each once; a job that waits has none."""
+    found = (line.strip().partition("|")[2] for line in text.splitlines())  # without a bar: a site's own message
+    return sorted({nodes for nodes in found if nodes})
+
+
 def cancel_command(job_id: str) -> list[str]:
     """Return the scancel call. Slurm answers 0 for a job that has gone already."""
     return ["scancel", job_id]

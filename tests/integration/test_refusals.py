@@ -81,7 +81,7 @@ def test_refused_for_root(here: Target) -> None:
         ({"postgres_lock_file": "my.lock"}, r"postgres_lock_file: my.lock with postgres_provider embedded is not al"),
         ({"postgres_staged": True}, r"postgres_staged: True with postgres_provider embedded is not allowed; the works"),
         ({"postgres_major": 17}, r"postgres_major: 17 .*the provider embedded holds PostgreSQL 18"),
-        ({"instance_workers": 0}, r"instance_workers: 0 is not allowed"),
+        ({"databases_workers": 0}, r"databases_workers: 0 is not allowed"),
     ],
 )
 def test_refused_on_this_machine(here: Target, settings: dict, says: str) -> None:
