@@ -29,6 +29,10 @@ JOB = {"name": "hpc-db", "root": "FOLDER/root", "bin_dir": "FOLDER/bin"}
 # Arguments that work, with the programs in FOLDER/bin; each text among them is replaced by each hostile one.
 MODULES: dict[str, dict[str, Any]] = {
     "bootstrap_server": {"root": "FOLDER/root", "timeout": 1},
+    "client_package": {
+        "environment": "FOLDER/bin/python", "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels", "project":
+        'name = "n"\nversion = "1"\nrequires-python = ">=3.9"\ndependencies = []', "files": {"n/a.py": "pass"},
+    },
     "conda_env": {
         "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "channels": ["conda-forge"], "provider": "conda",
         "client": "FOLDER/bin/conda", "module_load": None, "package_cache": "FOLDER/cache",

@@ -87,7 +87,12 @@ def test_connections_by_client(monkeypatch):
 
 def test_name_server_that_does_not_answer_keeps_nobody(monkeypatch):
     answer = threading.Event()
-    monkeypatch.setattr(server_info.socket, "gethostbyaddr", lambda address: answer.wait(60))
+
+    def gethostbyaddr(address):
+        answer.wait(60)
+        raise OSError("timed out")
+
+    monkeypatch.setattr(server_info.socket, "gethostbyaddr", gethostbyaddr)
     monkeypatch.setattr(server_info, "LOOKUP_SECONDS", 0.1)
 
     assert server_info.names_of({"10.0.0.1", "10.0.0.2"}) == {"10.0.0.1": "10.0.0.1", "10.0.0.2": "10.0.0.2"}
