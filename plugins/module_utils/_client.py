@@ -89,11 +89,12 @@ def read_project(text: str) -> Project:
             raise Failed(f"project: it does not say what its {key} is")
         return re.sub(r",\s*\]$", "]", found[1])
 
-    section = re.search(rf'^\[project\.entry-points\."{re.escape(ENTRY_POINTS)}"\]\n((?:\w.*\n)+)', text, re.MULTILINE)
+    plugins = re.search(rf'^\[project\.entry-points\."{re.escape(ENTRY_POINTS)}"\]\n((?:\w.*\n)+)', text, re.MULTILINE)
     try:
         return Project(
             json.loads(value("name")), json.loads(value("version")), json.loads(value("requires-python")),
-            json.loads(value("dependencies")), dict(re.findall(r'^(\w+) = "(.+)"$', section[1] if section else "", re.M)),
+            json.loads(value("dependencies")),
+            dict(re.findall(r'^(\w+) = "(.+)"$', plugins[1] if plugins else "", re.MULTILINE)),
         )
     except ValueError as error:
         raise Failed(f"project: {error}") from None

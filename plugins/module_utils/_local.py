@@ -9,8 +9,8 @@ from __future__ import annotations
 from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_queue, parse_submit
 
 __all__ = [
-    "cancel_command", "check_command", "check_limit", "check_options", "limit_command", "nodes_command", "parse_queue",
-    "parse_submit", "queue_command", "submit_command",
+    "all_nodes_command", "cancel_command", "check_command", "check_limit", "check_options", "limit_command",
+    "parse_queue", "parse_submit", "queue_command", "submit_command",
 ]
 
 LOCAL_JOB = ["python3", "-m", "hpc_db_host.local_job"]
@@ -38,7 +38,7 @@ def queue_command(name: str) -> list[str]:
     return [*LOCAL_JOB, "queue"]
 
 
-def nodes_command() -> list[str] | None:
+def all_nodes_command() -> list[str] | None:
     """Return None: there is one machine, and whatever runs there may be a worker."""
 
 

@@ -81,12 +81,12 @@ def find_jobs(params: dict, run: Run) -> list[dict]:
 def find_idle_nodes(params: dict, run: Run) -> list[str]:
     """Return the nodes on which no job of this user is, whatever its name."""
     scheduler = SCHEDULERS[params["scheduler"]]
-    command = scheduler.nodes_command()
+    command = scheduler.all_nodes_command()
     if command is None:
         return []
     nodes = scheduler.parse_nodes(run(command))
     used = scheduler.parse_nodes(run(scheduler.used_nodes_command()))
-    return sorted(set(nodes) - set(run(scheduler.expand_command(used)).split() if used else []))
+    return sorted(set(nodes) - set(run(scheduler.nodes_command(",".join(used))).split() if used else []))
 
 
 def _weight(job: dict) -> tuple:

@@ -81,8 +81,8 @@ def parse_queue(text: str) -> list[dict]:
     return jobs
 
 
-def nodes_command() -> list[str] | None:
-    """Return the call that prints every node."""
+def all_nodes_command() -> list[str] | None:
+    """Return the call that prints every node of the cluster."""
     return ["sinfo", "--noheader", "--Node", "--format=%t|%N"]
 
 
@@ -91,9 +91,9 @@ def used_nodes_command() -> list[str]:
     return ["squeue", "--noheader", "--me", "--format=%i|%N"]
 
 
-def expand_command(lists: list[str]) -> list[str]:
-    """Return the call that prints each node of such lists."""
-    return ["scontrol", "show", "hostnames", ",".join(lists)]
+def nodes_command(nodes: str) -> list[str] | None:
+    """Return a call that prints each node of a list such as c[1-3]."""
+    return ["scontrol", "show", "hostnames", nodes]
 
 
 def parse_nodes(text: str) -> list[str]:

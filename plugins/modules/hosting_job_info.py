@@ -168,7 +168,9 @@ def _log_tail(folder: str) -> list[str] | None:
 
 def main() -> None:
     """Wire the module."""
-    module = AnsibleModule(argument_spec=dict(ARGUMENT_SPEC, nodes={"type": "bool", "default": False}), supports_check_mode=True)
+    module = AnsibleModule(
+        argument_spec=dict(ARGUMENT_SPEC, nodes={"type": "bool", "default": False}), supports_check_mode=True
+    )
     try:
         result = look(module.params, make_run(module))
     except (SchedulerError, ValueError) as error:

@@ -148,7 +148,8 @@ def by_client(sessions: list[tuple], idle_nodes: list[str]) -> dict[str, list[di
     names = {"": HERE, **names_of({session[1] for session in sessions} - {""})}
     idle = {node.partition(".")[0] for node in idle_nodes}
     counts: Counter[tuple[str, str]] = Counter()
-    stuck, orphaned = [], {}
+    stuck: list[dict] = []
+    orphaned: dict[tuple[str, str], dict] = {}
     for pid, address, user, database, state, silent, age in sessions:
         client = {"host": names[address], "user": user}
         counts[client["host"], user] += 1
