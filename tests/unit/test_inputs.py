@@ -74,6 +74,9 @@ MODULES: dict[str, dict[str, Any]] = {
     },
     "role_passwords": {**SERVER, "database": "postgres", "roles": ["study"]},
     "server_info": {**SERVER, "database": "postgres"},
+    "short_job": {
+        **JOB, "script": "FOLDER/root/job.sh", "output": "FOLDER/root/out", "options": {"partition": "work"},
+    },
     "upgrade_data": {"root": "FOLDER/root", "major": 18, "patience": 1},
 }
 

@@ -4,14 +4,20 @@
 
 import calendar
 import collections
+import contextlib
 import glob
 import os
 import re
+import socket
+import threading
 import time
 from typing import Dict, List, Optional, Tuple  # noqa: F401 - Dict in a type comment
 
 # Of each log this much is read, from its end.
 LOG_BYTES = 16 * 1024 * 1024
+
+# A name server that does not answer must not keep us.
+LOOKUP_SECONDS = 2.0
 
 # superuser_reserved_connections, which are nobody's but the owner's.
 RESERVED = 5
@@ -23,7 +29,7 @@ HARMLESS = re.compile(
     "the database system is|terminating connection due to (administrator command|unexpected postmaster exit)|"
     "terminating (autovacuum|background|walsender|logical)|connection to client lost|canceling statement"
 )
-TOO_MANY = re.compile("too many clients already|remaining connection slots are reserved")
+TOO_MANY = re.compile("too many clients already|remaining connection slots are reserved|connections exhausted")
 UNKNOWN_RULE = re.compile(
     'no pg_hba.conf entry for host "(?P<host>[^"]*)", user "(?P<user>[^"]*)", database "(?P<database>[^"]*)"'
     "(?P<rest>.*)"
@@ -170,16 +176,32 @@ class Event:
         """Count one line."""
         self.times.append(when)
         if client:
-            self.clients["the server's own host" if client == "[local]" else client] += 1
+            self.clients[client] += 1
 
     def text(self) -> str:
         """Return it in one line."""
         times = [time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(when)) for when in (min(self.times), max(self.times))]
         when = "at %s" % times[0] if times[0] == times[1] else "from %s to %s" % tuple(times)
-        clients = [client for client, _count in self.clients.most_common(3)]
+        clients = [name_of(client) for client, _count in self.clients.most_common(3)]
         more = " and others" if len(self.clients) > len(clients) else ""
         where = " by %s%s" % (", ".join(clients), more) if clients else ""
         return "%s (%d times%s, %s UTC)" % (self.said, len(self.times), where, when)
+
+
+def name_of(client: str) -> str:
+    """Return the name of a client's address, as far as it is known soon."""
+    if client == "[local]":
+        return "the server's own host"
+    names = [client]
+
+    def look_up() -> None:
+        with contextlib.suppress(OSError):
+            names.append(socket.gethostbyaddr(client)[0].partition(".")[0])
+
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(LOOKUP_SECONDS)
+    return names[-1]
 
 
 def read_logs(folder: str, since: float, wanted: dict) -> List[Event]:

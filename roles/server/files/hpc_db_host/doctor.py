@@ -171,7 +171,7 @@ def _look_at_service(report: Report, wanted: dict, endpoint: Optional[dict]) -> 
     path = os.environ.get("PGSERVICEFILE") or os.path.expanduser("~/.pg_service.conf")
     entry = read_section(path, wanted["instance"])
     where = "[%s] in %s" % (wanted["instance"], path)
-    unset = "unset PGSERVICEFILE in the job; it hides ~/.pg_service.conf" if "PGSERVICEFILE" in os.environ else ""
+    unset = "unset PGSERVICEFILE in the job; it hides ~/.pg_service.conf" if os.environ.get("PGSERVICEFILE") else ""
     if endpoint is None:
         if entry:
             report.found("service", "%s leads to a server that is down" % where, HOST_IT)
