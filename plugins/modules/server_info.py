@@ -62,7 +62,8 @@ connections:
       description: The largest number allowed.
       type: int
     clients:
-      description: How many (RV(connections.clients[].count)) there are from each host for each user, the most first.
+      description:
+        - How many (RV(ignore:count)) there are from each RV(ignore:host) for each RV(ignore:user), the most first.
       type: list
       elements: dict
     idle_in_transaction:

@@ -34,7 +34,8 @@ def test_built_and_installed(here: Target, tmp_path: Path) -> None:
 
     played = run("ansible-playbook", *inventories, "-e", "client_environment=~/env", "mala.hpc_db.hpc_db")
     (url,) = re.findall(r"^postgresql\+psycopg2:///\?service=\w+&plugin=hpc_db$", played, re.MULTILINE)
-    connected = here.run(f"env/bin/python -c 'import sqlalchemy; sqlalchemy.create_engine(\"{url}\").connect()' && echo so")
+    connect = f'import sqlalchemy; sqlalchemy.create_engine("{url}").connect()'
+    connected = here.run(f"env/bin/python -c '{connect}' && echo so")
     status = run("ansible-playbook", *inventories, "mala.hpc_db.status")
     examined = run("ansible-playbook", *inventories, "mala.hpc_db.doctor")
     stopped = run("ansible-playbook", *inventories, "mala.hpc_db.stop")

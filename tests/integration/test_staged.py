@@ -112,50 +112,59 @@ def report(mini: Target, settings: dict) -> tuple[int, str]:
 
 
 def parts(text: str) -> dict[str, str]:
-    """Return what was found, by where it was looked at."""
-    return dict(re.findall(r"^  ((?:the|login|compute) \S+).*\n((?:    .*(?:\n|$))*)", text, re.MULTILINE))
+    """Return what was found, by where it was looked at; what mends it is on its line."""
+    found = re.findall(r"^  ((?:the|login|compute) \S+).*\n((?:    .*(?:\n|$))*)", text, re.MULTILINE)
+    return {name: re.sub(r"\n +mend: ", " -> ", part) for name, part in found}
 
 
-def test_who_holds_the_connections_and_what_the_doctor_says(mini: Target, outside_of_any_job: subprocess.Popen) -> None:
+def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_job: subprocess.Popen) -> None:
     # The environment sees the Optuna of another folder, as with a site's own packages.
-    mini.run("echo ~/hpc_db/hpc_db/python/lib/python3*/site-packages > more.pth && mv more.pth env/lib/python3*/site-packages")
-    well = report(mini, {})
+    mini.run("echo ~/hpc_db/hpc_db/python/lib/python3*/site-packages > more.pth && mv more.pth env/lib/python3*/site-*")
+    status, well = report(mini, {})
 
-    assert well[0] == 0 and " nothing found\n" in well[1], well[1]
-    for name, part in parts(well[1]).items():
-        if name != "the server":
-            assert re.search(r"TLS +TLSv1.[23], with the certificate of this instance", part), name
-            assert re.search(r"workers +Python 3.* psycopg2 2.* SQLAlchemy 2.* Optuna 5.* hpc-db-client 0.*; connected", part)
-    assert re.search(r"^  login node login\n(?:.*\n)+  compute node c[12]\n", well[1], re.MULTILINE), well[1]
+    assert status == 0 and " nothing found\n" in well, well
+    assert re.search(r"^  login node login\n(?:.*\n)+  compute node c[12]\n", well, re.MULTILINE), well
+    versions = r"Python 3.* psycopg2 2.* SQLAlchemy 2.* Optuna 5.*"
+    for name in ("login node", "compute node"):
+        part = parts(well)[name]
+        assert re.search(r"TLS +TLSv1.[23], with the certificate of this instance", part), well
+        assert re.search(rf"workers +{versions} hpc-db-client 0.*; connected, \d+ of 60 connections are used", part), well
 
     # More workers than fit, and a password file that others may read.
+    assert outside_of_any_job.stdin and outside_of_any_job.stdout
     outside_of_any_job.stdin.write("\n")
     outside_of_any_job.stdin.flush()
     assert outside_of_any_job.stdout.readline() == "full\n"
     mini.run("chmod 644 hpc_db/hpc_db/secrets/pgpass")
-    ill = report(mini, {"server_job_options": {**JOB, "partition": "nope"}})
+    status, ill = report(mini, {"server_job_options": {**JOB, "partition": "nope"}})
     mini.run("chmod 600 hpc_db/hpc_db/secrets/pgpass")
-    mini.run(f"until {OLD_ENOUGH} | grep -q t; do sleep 0.5; done")
-    status = mini.play("status", {"client_environment": "~/env"})
 
-    assert re.search(r"^  connections  55 of 60\n  from +c2 +55  study\n", status.stdout, re.MULTILINE), status.stdout
-    assert re.search(r"^  stuck +c2 +1  study: idle in transaction on mala for 00:\d\d:\d\d \(PID \d+\)$", status.stdout,
-                     re.MULTILINE), status.stdout
-    assert re.search(r"^  orphaned +c2 +55  study: no job of yours is there; silent for 00:\d\d:\d\d$", status.stdout,
-                     re.MULTILINE), status.stdout
-    assert ill[0] != 0
-    found = {name: re.sub(r"\n +mend: ", " -> ", part) for name, part in parts(ill[1]).items()}
-    assert re.search(r"FOUND +log +too many clients: about 6\d workers against max_connections 60 \(8 times by c2, .*"
-                     r" -> databases_workers \(20\): ", found["the server"]), ill[1]
-    assert re.search(r"FOUND +passwords +\S+ has mode 0644: libpq ignores it.* -> chmod 600 ", found["login node"]), ill[1]
-    assert re.search(r"FOUND +workers +~/env cannot connect: a client knew no password ", found["login node"]), ill[1]
-    assert re.search(r"FOUND +job +nothing was looked at: .*invalid partition .* -> doctor_job_options",
-                     found["compute node"]), ill[1]
+    assert status != 0
+    found = parts(ill)
+    too_many = r"too many clients: about 6\d workers against max_connections 60 \(8 times by c2, .* -> databases_workers"
+    assert re.search(rf"FOUND +log +{too_many} \(20\): ", found["the server"]), ill
+    assert re.search(r"FOUND +passwords +\S+ has mode 0644: libpq ignores it.* -> chmod 600 ", found["login node"]), ill
+    assert re.search(r"FOUND +workers +~/env cannot connect: a client knew no password ", found["login node"]), ill
+    refused = r"nothing was looked at: .*invalid partition .* -> doctor_job_options"
+    assert re.search(rf"FOUND +job +{refused}", found["compute node"]), ill
+
+    mini.run(f"until {OLD_ENOUGH} | grep -q t; do sleep 0.5; done")
+    shown = mini.play("status", {"client_environment": "~/env"}).stdout
+
+    clock = r"00:\d\d:\d\d"
+    for line in (
+        r"connections  55 of 60\n  from +c2 +55  study",
+        rf"stuck +c2 +1  study: idle in transaction on mala for {clock} \(PID \d+\)",
+        rf"orphaned +c2 +55  study: no job of yours is there; silent for {clock}",
+        rf"URL +{re.escape(URL)}",
+    ):
+        assert re.search(rf"^  {line}$", shown, re.MULTILINE), shown
 
     mini.play("stop")
-    down = report(mini, {"doctor_log_hours": 0})
-    assert down[0] != 0
-    found = {name: re.sub(r"\n +mend: ", " -> ", part) for name, part in parts(down[1]).items()}
+    status, down = report(mini, {"doctor_log_hours": 0})
+
+    assert status != 0
+    found = parts(down)
     assert "no hosting job is queued or runs, so the server is down -> the playbook hpc_db.yml" in found["the server"]
-    assert "FOUND" not in found["login node"] + found["compute node"]
-    assert found["compute node"].count("the server is down") == 6, down[1]
+    assert "FOUND" not in found["login node"] + found["compute node"], down
+    assert found["compute node"].count("the server is down") == 6, down

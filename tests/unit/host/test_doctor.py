@@ -114,15 +114,15 @@ def test_node_that_is_well(instance, no_network):
 
 
 @pytest.mark.parametrize("damage, says", [
-    (lambda home: (home / ".pg_service.conf").write_text("[other]\n"), r"service: there is no \[hpc_db\] in .* stop.yml"),
+    (lambda home: (home / ".pg_service.conf").write_text("[other]\n"), r"service: there is no .*hpc_db.* in .* stop.yml"),
     (lambda home: (home / ".pg_service.conf").unlink(), r"service: there is no \[hpc_db\] in .* share the home"),
     (lambda home: (home / "root/run/endpoint.json").write_text('{"host": "c2", "port": 5433}'),
      "service: .* leads to c1 port 5433, but the server is on c2 port 5433 .* stop.yml"),
-    (lambda home: (home / "root/run/endpoint.json").unlink(), r"service: \[hpc_db\] in .* leads to a server that is down"),
-    (lambda home: (home / "root/secrets/pgpass").chmod(0o640), "passwords: .* has mode 0640: libpq ignores .* chmod 600"),
+    (lambda home: (home / "root/run/endpoint.json").unlink(), "service: .* leads to a server that is down .*hpc_db.yml"),
+    (lambda home: (home / "root/secrets/pgpass").chmod(0o640), "passwords: .* has mode 0640: .* ignores .* chmod 600"),
     (lambda home: (home / "root/secrets/pgpass").unlink(), "passwords: .*No such file.* hpc_db.yml"),
     (lambda home: (home / "root").rename(home / "elsewhere"), "files: .*root is not there instance_root: "),
-    (lambda home: os.environ.update(PGSERVICEFILE="/no/such"), "service: there is no .* in /no/such unset PGSERVICEFILE"),
+    (lambda home: os.environ.update(PGSERVICEFILE="/no/such"), "service: there is no .* /no/such unset PGSERVICEFILE"),
 ])
 def test_node_that_is_ill(damage, says, instance, no_network, monkeypatch):
     monkeypatch.setenv("PGSERVICEFILE", "")
@@ -233,9 +233,9 @@ def test_socket(instance, tmp_path, monkeypatch):
     ({"sqlalchemy": "2.2.0"}, {}, "SQLAlchemy 2.2.0, but"),
     ({"optuna": ""}, {}, "no Optuna client_environment: install optuna"),
     ({"hpc-db-client": ""}, {}, "no hpc-db-client, which .* client_environment: "),
-    ({"optuna": "3.1.1", "revisions": ["v3.0.0.d", "v2.6.0.a"]}, {}, "Optuna 3.1.1 does not know the tables that Optuna 5"),
+    ({"optuna": "3.1.1", "revisions": ["v3.0.0.d", "v2.6.0.a"]}, {}, "Optuna 3.1.1 does not know the tables"),
     ({"schema": ["3.1.1", "v3.0.0.d"]}, {}, "Optuna 5.0.0 needs newer tables .* databases_upgrade_schema"),
-    ({"optuna": "4.9.0"}, {"optuna": "5.0.0"}, "Optuna 4.9.0, but the Python side has 5.0.0, and they write other times"),
+    ({"optuna": "4.9.0"}, {"optuna": "5.0.0"}, "Optuna 4.9.0, but the Python side has 5.0.0, and they"),
     ({"error": "FATAL:  sorry, too many clients already"}, {}, "cannot connect: too many clients .* databases_workers"),
 ])
 def test_environment_that_is_ill(changes, side, says, instance, monkeypatch):

@@ -184,7 +184,9 @@ def test_local_scheduler_that_is_not_installed_yet_has_no_job(state, changed, tm
 def test_info_of_nothing(tmp_path):
     found = look(params(root=tmp_path), FakeSlurm())
 
-    assert found == {"changed": False, "job": None, "endpoint": None, "state": None, "idle_nodes": None, "log_tail": None}
+    assert found == {
+        "changed": False, "job": None, "endpoint": None, "state": None, "idle_nodes": None, "log_tail": None,
+    }
 
 
 @pytest.mark.parametrize("text, expected", [
