@@ -76,7 +76,7 @@ connections:
       elements: dict
     orphaned:
       description:
-        - Those that have been open for 20 s or longer, from a node on which no job of this user is. Their worker has
+        - Those that have been open for 10 s or longer, from a node on which no job of this user is. Their worker has
           outlived its job, or its node has vanished; then the server gives them up after two minutes of silence.
         - Each host and user with their RV(ignore:count), and the RV(ignore:seconds) since the last of them said
           something.
@@ -119,7 +119,7 @@ FROM studies LEFT JOIN trials USING (study_id) GROUP BY study_name, state ORDER 
 # A transaction of Optuna's waits for nothing but the next statement.
 LONGEST_PAUSE_SECONDS = 1
 # A job may have begun, and its worker connected, since the scheduler was asked.
-ORPHANED_SECONDS = 20
+ORPHANED_SECONDS = 10
 LOOKUP_SECONDS = 5.0
 # What connects over the unix socket has no address.
 HERE = "socket"

@@ -114,11 +114,11 @@ def test_node_that_is_well(instance, no_network):
 
 
 @pytest.mark.parametrize("damage, says", [
-    (lambda home: (home / ".pg_service.conf").write_text("[other]\n"), r"service: there is no .*hpc_db.* in .* stop.yml"),
+    (lambda home: (home / ".pg_service.conf").write_text("[other]\n"), "service: there is no .*hpc_db.* stop.yml"),
     (lambda home: (home / ".pg_service.conf").unlink(), r"service: there is no \[hpc_db\] in .* share the home"),
     (lambda home: (home / "root/run/endpoint.json").write_text('{"host": "c2", "port": 5433}'),
      "service: .* leads to c1 port 5433, but the server is on c2 port 5433 .* stop.yml"),
-    (lambda home: (home / "root/run/endpoint.json").unlink(), "service: .* leads to a server that is down .*hpc_db.yml"),
+    (lambda home: (home / "root/run/endpoint.json").unlink(), "files: .*endpoint.json is not here, .* instance_root:"),
     (lambda home: (home / "root/secrets/pgpass").chmod(0o640), "passwords: .* has mode 0640: .* ignores .* chmod 600"),
     (lambda home: (home / "root/secrets/pgpass").unlink(), "passwords: .*No such file.* hpc_db.yml"),
     (lambda home: (home / "root").rename(home / "elsewhere"), "files: .*root is not there instance_root: "),
@@ -204,7 +204,10 @@ def test_name_that_leads_nowhere(addresses, says, instance, monkeypatch):
         return [(2, 1, 6, "", (address, 1)) for address in addresses]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(socket, "create_connection", lambda *_unused: (_ for _ in ()).throw(OSError("refused")))
+    def refuse(*_unused):
+        raise OSError("refused")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
     report = doctor.Report()
 
     doctor._look_at_network(report, instance, "c1", 5433)
@@ -247,6 +250,23 @@ def test_environment_that_is_ill(changes, side, says, instance, monkeypatch):
 
     (told,) = found(report)
     assert re.search(says, f"{told[1]} {told[2]}"), told
+
+
+def test_server_that_is_down_is_told_once(instance, no_network):
+    home = Path(instance["root"]).parent
+    (home / "root/run/endpoint.json").unlink()
+    (home / ".pg_service.conf").unlink()
+
+    report = doctor.look_from_here(dict(instance, endpoint=None))
+
+    assert found(report) == []
+    assert states(report) == {
+        "service": "skipped", "passwords": "ok", "name": "skipped", "port": "skipped", "TLS": "skipped",
+        "Python side": "ok",
+    }
+    (home / ".pg_service.conf").write_text(ENTRY.format(instance["root"]))
+    (told,) = found(doctor.look_from_here(dict(instance, endpoint=None)))
+    assert told[0] == "service" and "leads to a server that is down" in told[1] and told[2] == doctor.HOST_IT
 
 
 def test_connections_that_wait_for_the_next_start_are_told(instance, no_network):

@@ -151,7 +151,12 @@ def look_from_here(wanted: dict) -> Report:
         report.found("files", "%s is not there" % wanted["root"],
                      "instance_root: a folder on a file system that login and compute nodes share")
         return report
-    endpoint = files.read_json(os.path.join(wanted["root"], "run", "endpoint.json"))
+    path = os.path.join(wanted["root"], "run", "endpoint.json")
+    endpoint = files.read_json(path)
+    if wanted["endpoint"] and not endpoint:
+        report.found("files", "%s is not here, but was on the login node just now" % path,
+                     "instance_root: a folder on a file system that login and compute nodes share")
+        return report
     entry = _look_at_service(report, wanted, endpoint)
     _look_at_passwords(report, entry.get("passfile", os.path.join(wanted["root"], "secrets", "pgpass")))
     if endpoint is None:

@@ -68,7 +68,7 @@ def test_connections_by_client(monkeypatch):
         (2, "10.0.0.1", "study", "mala", "idle in transaction", 40.0, 300.0),
         (3, "10.0.0.1", "study", "mala", "idle in transaction", 0.2, 2.0),
         (4, "10.0.0.2", "study", "mala", "idle in transaction (aborted)", 70.5, 300.0),
-        (5, "10.0.0.2", "study", "mala", "active", 0.0, 20.0),
+        (5, "10.0.0.2", "study", "mala", "active", 0.0, 10.0),
         (6, "10.0.0.9", "study", "mala", "idle", 600.0, 600.0),
         (7, "", "alice", "alice", "idle", 600.0, 600.0),
     ]
