@@ -9,8 +9,8 @@ from __future__ import annotations
 from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_jobs, parse_queue, parse_submit
 
 __all__ = [
-    "cancel_command", "check_command", "check_limit", "check_options", "jobs_command", "limit_command",
-    "nodes_command", "parse_jobs", "parse_queue", "parse_submit", "queue_command", "submit_command",
+    "all_nodes_command", "cancel_command", "check_command", "check_limit", "check_options", "jobs_command",
+    "limit_command", "nodes_command", "parse_jobs", "parse_queue", "parse_submit", "queue_command", "submit_command",
 ]
 
 LOCAL_JOB = ["python3", "-m", "hpc_db_host.local_job"]
@@ -45,6 +45,10 @@ def jobs_command(ids: list[str]) -> list[str]:
 
 def nodes_command(nodes: str) -> list[str] | None:
     """Return None: there is one machine."""
+
+
+def all_nodes_command() -> list[str] | None:
+    """Return None: there is one machine, and whatever runs there may be a worker."""
 
 
 def cancel_command(job_id: str) -> list[str]:

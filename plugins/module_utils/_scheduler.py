@@ -78,6 +78,17 @@ def find_jobs(params: dict, run: Run) -> list[dict]:
     return sorted((job for job in jobs if job["name"] == params["name"]), key=_weight)
 
 
+def find_idle_nodes(params: dict, run: Run) -> list[str]:
+    """Return the nodes on which no job of this user is, whatever its name."""
+    scheduler = SCHEDULERS[params["scheduler"]]
+    command = scheduler.all_nodes_command()
+    if command is None:
+        return []
+    used = sorted({job.nodes for job in scheduler.parse_jobs(run(scheduler.jobs_command([]))) if job.nodes})
+    busy = run(scheduler.nodes_command(",".join(used))).split() if used else []
+    return sorted(set(scheduler.parse_nodes(run(command))) - set(busy))
+
+
 def _weight(job: dict) -> tuple:
     """A running job may have a successor queued behind it, and a predecessor that is not quite gone."""
     return {"RUNNING": 0, "CONFIGURING": 1, LEAVING: 3}.get(job["state"], 2), len(job["id"]), job["id"]

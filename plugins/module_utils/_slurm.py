@@ -107,9 +107,20 @@ def parse_jobs(text: str) -> list[Job]:
     return jobs
 
 
+def all_nodes_command() -> list[str] | None:
+    """Return the call that prints every node of the cluster."""
+    return ["sinfo", "--noheader", "--Node", "--format=%t|%N"]
+
+
 def nodes_command(nodes: str) -> list[str] | None:
     """Return a call that prints each node of a list such as c[1-3]."""
     return ["scontrol", "show", "hostnames", nodes]
+
+
+def parse_nodes(text: str) -> list[str]:
+    """Return the nodes, each once."""
+    found = (line.strip().partition("|")[2] for line in text.splitlines())  # without a bar: a site's own message
+    return sorted({nodes for nodes in found if nodes})
 
 
 def cancel_command(job_id: str) -> list[str]:

@@ -14,6 +14,11 @@ description:
   - Whatever is missing, or half written, is V(null). Only a scheduler that does not answer is an error.
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
+options:
+  nodes:
+    description: Whether to ask which nodes have no job of this user, which takes up to three commands more.
+    type: bool
+    default: false
 attributes:
   check_mode:
     support: full
@@ -96,6 +101,13 @@ state:
     since:
       description: Since when, in seconds since 1970.
       type: float
+idle_nodes:
+  description:
+    - The nodes on which no job of this user is, with O(nodes=true); V(null) without.
+    - There are none with O(scheduler=local).
+  returned: success
+  type: list
+  elements: str
 log_tail:
   description:
     - The last 20 lines of the newest file in C(log/), if there is no job or it says that it failed.
@@ -114,6 +126,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     Run,
     SchedulerError,
     check_name,
+    find_idle_nodes,
     find_jobs,
     make_run,
 )
@@ -135,6 +148,7 @@ def look(params: dict, run: Run) -> dict:
         "job": job,
         "endpoint": endpoint,
         "state": state,
+        "idle_nodes": find_idle_nodes(params, run) if params["nodes"] else None,
         "log_tail": _log_tail(os.path.join(params["root"], "log")) if troubled else None,
     }
 
@@ -160,7 +174,9 @@ def _log_tail(folder: str) -> list[str] | None:
 
 def main() -> None:
     """Wire the module."""
-    module = AnsibleModule(argument_spec=dict(ARGUMENT_SPEC), supports_check_mode=True)
+    module = AnsibleModule(
+        argument_spec=dict(ARGUMENT_SPEC, nodes={"type": "bool", "default": False}), supports_check_mode=True
+    )
     try:
         result = look(module.params, make_run(module))
     except (SchedulerError, ValueError) as error:

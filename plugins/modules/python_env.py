@@ -111,6 +111,13 @@ from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._marker import alone_at, rewrite
+from ansible_collections.mala.hpc_db.plugins.module_utils._pip import (
+    Failed,
+    call,
+    last_words,
+    normalise,
+    source_arguments,
+)
 
 # The first pip that installs manylinux_2_x wheels.
 OLDEST_PIP = (20, 3)
@@ -120,9 +127,6 @@ STAMP = "hpc_db-requirements.txt"
 UNFINISHED = ".unfinished"
 # Seconds to wait for another run, or for a pip that outlived its own: it may have to download 100 MB.
 PATIENCE = 600
-
-# Variables of the user's shell that would make pip install elsewhere, or load other libraries.
-MISLEADING = "PYTHONPATH PYTHONHOME LD_LIBRARY_PATH PIP_TARGET PIP_PREFIX PIP_USER PIP_REQUIRE_VIRTUALENV".split()
 
 Run = Callable[..., str]
 
@@ -138,15 +142,6 @@ raise SystemExit(main())
 """
 # What manylinux_2_x was called before.
 OLD_MANYLINUX = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
-
-
-class Failed(Exception):
-    """The environment cannot be made; the message is for the user."""
-
-
-def normalise(name: str) -> str:
-    """Return a project's name as PEP 503 compares it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def required_names(requirements: list[str]) -> list[str]:
@@ -202,10 +197,7 @@ def pip_arguments(params: dict, requirements_file: str) -> list[str]:
     """Return pip's arguments that install the requirements, or download them."""
     verb = "download" if params["layout"] == "wheels" else "install"
     arguments = ["--disable-pip-version-check", "--no-input", verb, "--quiet", "--only-binary=:all:"]
-    if params["wheelhouse"]:
-        arguments += ["--no-index", f"--find-links={params['wheelhouse']}"]
-    elif params["index_url"]:
-        arguments.append(f"--index-url={params['index_url']}")
+    arguments += source_arguments(params["wheelhouse"], params["index_url"])
     if params["layout"] == "flat":
         arguments += ["--no-deps", "--upgrade", f"--target={params['path']}"]
     if params["layout"] == "wheels":
@@ -330,27 +322,18 @@ def as_lines(packages: dict[str, str]) -> str:
 
 def run_command(module: AnsibleModule, command: list[str], pass_fds: tuple[int, ...] = ()) -> str:
     """Run pip or venv; raise Failed with its own last words."""
-    for name in MISLEADING:
-        os.environ.pop(name, None)
-    try:
-        returncode, stdout, stderr = module.run_command(
-            command, expand_user_and_vars=False, handle_exceptions=False, pass_fds=pass_fds
-        )
-    except OSError as error:
-        raise Failed(f"{command[0]}: {error.strerror}") from None
+    returncode, stdout, stderr = call(module, command, pass_fds)
     if returncode:
-        words = (stderr.strip() or stdout.strip()).splitlines() or ["no output"]
-        errors = [line for line in words if line.startswith("ERROR")] or words[-3:]
-        call, hint = " ".join(command[:4]), ""
+        said, hint = " ".join(command[:4]), ""
         if "ensurepip" in stdout + stderr:
             hint = f" ({command[0]} cannot make environments with pip: set postgres_python to one that can)"
         elif "pip" in command[:4]:
             settings = "postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"
             hint = f" (without internet there: set {settings})"
         elif AS_ANOTHER_HOST in command:
-            call = f"{command[0]} -m pip"
+            said = f"{command[0]} -m pip"
             hint = " (the workstation asks for it: set postgres_python_index_url, or a folder of wheels there)"
-        raise Failed(f"{call} … failed: {' '.join(errors)}{hint}")
+        raise Failed(f"{said} … failed: {last_words(stdout, stderr)}{hint}")
     return stdout
 
 

@@ -10,13 +10,21 @@ DOCUMENTATION = r"""
 module: server_info
 short_description: Read connections, databases and studies from the server
 description:
-  - Reads how many connections are used, how large the databases are, and the trials of each study by state.
+  - Reads how many connections are used and by whom, how large the databases are, and the trials of each study by
+    state.
 author: mala.hpc_db contributors (@mala-project)
 options:
   database:
     description: A database to connect to. O(user) must be a superuser.
     type: str
     required: true
+  idle_nodes:
+    description:
+      - The nodes on which no job of this user is, by the scheduler's names, as M(mala.hpc_db.hosting_job_info) returns
+        them. What connects from there is orphaned.
+    type: list
+    elements: str
+    default: []
 extends_documentation_fragment:
   - mala.hpc_db.attributes
   - mala.hpc_db.connection
@@ -43,9 +51,37 @@ version:
   returned: success
   type: str
 connections:
-  description: Client connections that are open, and the largest number allowed.
+  description: Client connections that are open, this module's own apart.
   returned: success
   type: dict
+  contains:
+    used:
+      description: How many there are.
+      type: int
+    max:
+      description: The largest number allowed.
+      type: int
+    clients:
+      description:
+        - How many (RV(ignore:count)) there are from each RV(ignore:host) for each RV(ignore:user), the most first.
+      type: list
+      elements: dict
+    idle_in_transaction:
+      description:
+        - Those that have begun a transaction and were silent for a second or longer since. Whatever they have locked
+          stays so, until the server ends them (C(idle_in_transaction_session_timeout)).
+        - Each with RV(ignore:pid), RV(ignore:host), RV(ignore:user), RV(ignore:database) and the RV(ignore:seconds) of
+          silence.
+      type: list
+      elements: dict
+    orphaned:
+      description:
+        - Those that have been open for 10 s or longer, from a node on which no job of this user is. Their worker has
+          outlived its job, or its node has vanished; then the server gives them up after two minutes of silence.
+        - Each host and user with their RV(ignore:count), and the RV(ignore:seconds) since the last of them said
+          something.
+      type: list
+      elements: dict
 databases:
   description: Name and size in bytes of each database.
   returned: success
@@ -58,21 +94,77 @@ studies:
   elements: dict
 """
 
+import socket
+import threading
+from collections import Counter
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 
-CONNECTIONS = """
-SELECT count(*) FILTER (WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()),
-       current_setting('max_connections')::int, current_setting('server_version')
-FROM pg_stat_activity
+SETTINGS = "SELECT current_setting('max_connections')::int, current_setting('server_version')"
+SESSIONS = """
+SELECT pid, coalesce(host(client_addr), ''), coalesce(usename, '-'), coalesce(datname, '-'), coalesce(state, '-'),
+       extract(epoch FROM clock_timestamp() - coalesce(state_change, backend_start))::float,
+       extract(epoch FROM clock_timestamp() - backend_start)::float
+FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() ORDER BY pid
 """
 DATABASES = "SELECT datname, pg_database_size(oid) FROM pg_database WHERE NOT datistemplate ORDER BY datname"
 TRIALS = """
 SELECT study_name, lower(state::text), count(trial_id)
 FROM studies LEFT JOIN trials USING (study_id) GROUP BY study_name, state ORDER BY study_name, state
 """
+
+
+# A transaction of Optuna's waits for nothing but the next statement.
+LONGEST_PAUSE_SECONDS = 1
+# A job may have begun, and its worker connected, since the scheduler was asked.
+ORPHANED_SECONDS = 10
+LOOKUP_SECONDS = 5.0
+# What connects over the unix socket has no address.
+HERE = "socket"
+
+
+def names_of(addresses: set[str]) -> dict[str, str]:
+    """Return the host name of each address, short as the scheduler has it; the address where nobody knows in time."""
+    names = {address: address for address in addresses}
+
+    def look_up(address: str) -> None:
+        try:
+            names[address] = socket.gethostbyaddr(address)[0].partition(".")[0]
+        except OSError:
+            pass  # it has none
+
+    threads = [threading.Thread(target=look_up, args=(address,), daemon=True) for address in sorted(addresses)]
+    for thread in threads:
+        thread.start()
+    # A name server that is not there must not keep us: most of them answer at once.
+    for thread in threads:
+        thread.join(LOOKUP_SECONDS / len(threads))
+    return dict(names)
+
+
+def by_client(sessions: list[tuple], idle_nodes: list[str]) -> dict[str, list[dict]]:
+    """Return who holds the connections, and which of them nobody uses."""
+    names = {"": HERE, **names_of({session[1] for session in sessions} - {""})}
+    idle = {node.partition(".")[0] for node in idle_nodes}
+    counts: Counter[tuple[str, str]] = Counter()
+    stuck: list[dict] = []
+    orphaned: dict[tuple[str, str], dict] = {}
+    for pid, address, user, database, state, silent, age in sessions:
+        client = {"host": names[address], "user": user}
+        counts[client["host"], user] += 1
+        if state.startswith("idle in transaction") and silent >= LONGEST_PAUSE_SECONDS:
+            stuck.append({**client, "pid": pid, "database": database, "seconds": int(silent)})
+        if address and client["host"] in idle and age >= ORPHANED_SECONDS:
+            found = orphaned.setdefault((client["host"], user), {**client, "count": 0, "seconds": int(silent)})
+            found.update(count=found["count"] + 1, seconds=min(found["seconds"], int(silent)))
+    most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "clients": [{"host": host, "user": user, "count": count} for (host, user), count in most_first],
+        "idle_in_transaction": stuck,
+        "orphaned": list(orphaned.values()),
+    }
 
 
 def studies_of(params: dict, database: str) -> list[dict[str, Any]]:
@@ -89,11 +181,12 @@ def studies_of(params: dict, database: str) -> list[dict[str, Any]]:
 def read_server(params: dict) -> dict:
     """Return what the server holds."""
     with _connection.connect(params, params["database"]) as connection:
-        (used, maximum, version) = _connection.rows(connection, CONNECTIONS)[0]
+        (maximum, version) = _connection.rows(connection, SETTINGS)[0]
+        sessions = _connection.rows(connection, SESSIONS)
         databases = [{"name": name, "size": size} for name, size in _connection.rows(connection, DATABASES)]
     return {
         "version": version,
-        "connections": {"used": used, "max": maximum},
+        "connections": {"used": len(sessions), "max": maximum, **by_client(sessions, params["idle_nodes"])},
         "databases": databases,
         "studies": [study for database in databases for study in studies_of(params, database["name"])],
     }
@@ -102,7 +195,11 @@ def read_server(params: dict) -> dict:
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
-        argument_spec={"database": {"type": "str", "required": True}, **_connection.CONNECTION_OPTIONS},
+        argument_spec={
+            "database": {"type": "str", "required": True},
+            "idle_nodes": {"type": "list", "elements": "str", "default": []},
+            **_connection.CONNECTION_OPTIONS,
+        },
         supports_check_mode=True,
     )
     try:

@@ -17,7 +17,7 @@ from target import Target
 
 JOB = {"partition": "work", "time": "01:00:00", "mem": "1000M", "nodelist": "c1"}
 SETTINGS = {
-    "server_job_options": JOB, "instance_workers": 20, "server_pooler": True, "server_pooler_connections": 5,
+    "server_job_options": JOB, "databases_workers": 20, "server_pooler": True, "server_pooler_connections": 5,
     "server_proxy": True, "server_proxy_connections": 3,
     "databases_studies": [{"name": "mala", "studies": [{"name": "beryllium"}]}],
 }

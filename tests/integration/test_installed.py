@@ -30,10 +30,18 @@ def test_built_and_installed(here: Target, tmp_path: Path) -> None:
     (tmp_path / "ansible_collections/community").symlink_to(community)
     inventories = [option for option in here.command("hpc_db") if option.startswith("--inventory=")]
 
-    played = run("ansible-playbook", *inventories, "mala.hpc_db.hpc_db")
+    here.run("python3 -m venv env")
+
+    played = run("ansible-playbook", *inventories, "-e", "client_environment=~/env", "mala.hpc_db.hpc_db")
+    (url,) = re.findall(r"^postgresql\+psycopg2:///\?service=\w+&plugin=hpc_db$", played, re.MULTILINE)
+    connect = f'import sqlalchemy; sqlalchemy.create_engine("{url}").connect()'
+    connected = here.run(f"env/bin/python -c '{connect}' && echo so")
     status = run("ansible-playbook", *inventories, "mala.hpc_db.status")
+    examined = run("ansible-playbook", *inventories, "mala.hpc_db.doctor")
     stopped = run("ansible-playbook", *inventories, "mala.hpc_db.stop")
 
-    assert re.search(r"^postgresql\+psycopg2:///\?service=\w+$", played, re.MULTILINE)
-    assert re.search(r"^  connections  0 of 80$", status, re.MULTILINE)
+    assert connected == "so"  # the package came with the collection
+    assert re.search(r"^  connections  0 of 60$", status, re.MULTILINE)  # 2 for each of 20 workers with the plugin
+    assert re.search(r"^  URL          postgresql\+psycopg2:///\?service=\w+$", status, re.MULTILINE)
+    assert re.search(r"^\w+ on localhost: nothing found$", examined, re.MULTILINE)
     assert "changed=1" in stopped

@@ -82,7 +82,7 @@ def test_refused_for_root(here: Target) -> None:
         ({"postgres_staged": True}, r"postgres_staged: True with postgres_provider embedded is not allowed; the works"),
         ({"postgres_major": 17}, r"postgres_major: 17 .*the provider embedded holds PostgreSQL 18"),
         ({"server_pooler": True}, r"server_pooler_program: nothing with postgres_provider embedded is not allowed"),
-        ({"instance_workers": 0}, r"instance_workers: 0 is not allowed"),
+        ({"databases_workers": 0}, r"databases_workers: 0 is not allowed"),
     ],
 )
 def test_refused_on_this_machine(here: Target, settings: dict, says: str) -> None:
@@ -110,6 +110,8 @@ HOSTILE = [
     *[("server_pooler_program", name) for name in ("pgbouncer", "/a\nb", "-x")],
     *[("server_pooler_connections", text) for text in ("10\nauth_type = any", "0", "many")],
     ("server_pooler_port", 80), ("server_proxy_port", 80), ("server_proxy_connections", 0),
+    *[("client_environment", name) for name in ("env", "/no/such", "/tmp/$(touch CANARY)")],
+    ("client_environment", "/bin/true"), ("databases_workers", -1),
     ("server_lease_ttl", 0), ("server_stop_notice", 0),
     *[("postgres_networks", [name]) for name in ("10.0.0.0/33", "300.0.0.1/8", "::1/129", "all\n", "all trust")],
     *[("postgres_max_connections", text) for text in ("100\nfsync = off", "0", "many")],
@@ -158,12 +160,15 @@ def test_unusual_names_are_used_as_they_are(here: Target) -> None:
     here.run("cd; test ! -e canary && rm -r 'a b, \u03a9=+@' && rmdir '/tmp/-a b \u03a9'")
 
 
-def test_rule_without_a_password_is_allowed_and_named(here: Target) -> None:
+def test_what_is_allowed_but_dangerous_is_named(here: Target) -> None:
     rules = [{"type": "host", "address": "0.0.0.0/0", "method": "trust"}]
 
-    played = here.play("hpc_db", {"postgres_hba_rules": rules}, "--check")
+    played = here.play("hpc_db", {"postgres_hba_rules": rules, "databases_workers": 1000}, "--check")
 
     assert played.returncode == 0, played.stdout
+    # 2G: 10 % cache, 128 MB besides, and 3020 connections with the least memory each
+    too_little = r"^instance_memory: 2G is too little for the 3020 connections .* 12412 MB, .*mem in server_job_options"
+    assert re.search(too_little, played.stdout, re.MULTILINE), played.stdout
     assert len(re.findall(r"^postgres_hba_rules: host all all 0.0.0.0/0 trust: whoever can reach", played.stdout,
                           re.MULTILINE)) == 1
 

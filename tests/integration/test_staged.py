@@ -1,15 +1,24 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A login node that reads neither channel nor wheels: the workstation solves, fetches and brings everything."""
+"""A login node that reads neither channel nor wheels: the workstation solves, fetches and brings everything.
+
+Then, on what came of it: who holds the connections, and what the doctor finds.
+"""
 
 from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from conftest import CLUSTER
 from target import ROOT, Target
 
+JOB = {"partition": "work", "time": "01:00:00", "mem": "1000M"}
+URL = "postgresql+psycopg2:///?service=hpc_db&plugin=hpc_db"
 ASK = '~/hpc_db/hpc_db/postgresql-17/bin/psql "service=hpc_db user=alice dbname=mala" -Atc "show server_version"'
 
 
@@ -25,9 +34,11 @@ def test_workstation_brings_everything(mini: Target, tmp_path: Path) -> None:
         "postgres_channels": [(workstation / "channel").as_uri()],
         "postgres_python_wheelhouse": str(workstation / "wheels"),
         "databases_studies": [{"name": "mala", "studies": [{"name": "beryllium"}]}],
+        "client_environment": "~/env",
     }
     for folder in ("channel/linux-64", "wheels"):
         assert mini.run(f"ls '{workstation}/{folder}' 2>/dev/null || echo unreadable") == "unreadable"
+    mini.run("python3 -m venv env")
     before = mini.files()
 
     planned = mini.play("hpc_db", settings, "--check")
@@ -42,5 +53,118 @@ def test_workstation_brings_everything(mini: Target, tmp_path: Path) -> None:
     begin = f"{(workstation / 'channel').as_uri()}/linux-64"
     assert [url.rpartition("-")[0] for url in locked] == [f"{begin}/libpq-17.10", f"{begin}/postgresql-17.10"]
 
+    assert mini.run("env/bin/python -c 'import hpc_db_client, psycopg2, sqlalchemy' && env/bin/pip check") == (
+        "No broken requirements found."
+    )
+    assert re.search(rf"^{re.escape(URL)}$", played.stdout, re.MULTILINE), played.stdout
+
     again = mini.play("hpc_db", settings)  # without the lock file
     assert re.search(r"^mini .* changed=0 .* failed=0", again.stdout, re.MULTILINE), again.stdout
+
+
+# One connection that waits for nothing, one that is stuck in a transaction, and then as many as there is room for.
+HOLD = """
+import sys, psycopg2
+held = [psycopg2.connect("service=hpc_db") for _each in range(2)]
+held[0].autocommit = True
+for connection in held:
+    connection.cursor().execute("SELECT 1")
+print("ready", flush=True)
+for _line in sys.stdin:
+    refused = 0
+    while refused < 8:
+        try:
+            held.append(psycopg2.connect("service=hpc_db"))
+        except psycopg2.OperationalError:
+            refused += 1
+    print("full", flush=True)
+"""
+# Before that a connection may be of a job that has just begun.
+OLD_ENOUGH = (
+    '~/hpc_db/hpc_db/postgresql-17/bin/psql "service=hpc_db user=alice dbname=mala" -Atc '
+    "\"select clock_timestamp() - max(backend_start) > '10 s' from pg_stat_activity where usename = 'study'\""
+)
+
+
+@pytest.fixture
+def outside_of_any_job(mini: Target) -> Iterator[subprocess.Popen]:
+    """A process on a compute node that no job of alice's knows of; a line makes it take all connections."""
+    python = "/home/alice/hpc_db/hpc_db/python/bin/python"
+    command = [str(CLUSTER), "exec", "c2", "--user", "alice", "--", python, "-c", HOLD]
+    process = subprocess.Popen(
+        command, env=mini.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    yield process
+    assert process.stdin
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
+def report(mini: Target, settings: dict) -> tuple[int, str]:
+    """Return exit status and report of the doctor, whose findings leave nothing behind."""
+    played = mini.play("doctor", {"client_environment": "~/env", **settings})
+    assert mini.run("ls -A hpc_db/hpc_db | grep doctor || :") == ""
+    assert " changed=0 " in played.stdout
+    found = re.search(r"^hpc_db on mini: .*(?:\n  .*)*", played.stdout, re.MULTILINE)
+    assert found, played.stdout
+    return played.returncode, found[0]
+
+
+def parts(text: str) -> dict[str, str]:
+    """Return what was found, by where it was looked at; what mends it is on its line."""
+    found = re.findall(r"^  ((?:the|login|compute) \S+).*\n((?:    .*(?:\n|$))*)", text, re.MULTILINE)
+    return {name: re.sub(r"\n +mend: ", " -> ", part) for name, part in found}
+
+
+def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_job: subprocess.Popen) -> None:
+    # The environment sees the Optuna of another folder, as with a site's own packages.
+    mini.run("echo ~/hpc_db/hpc_db/python/lib/python3*/site-packages > more.pth && mv more.pth env/lib/python3*/site-*")
+    status, well = report(mini, {})
+
+    assert status == 0 and " nothing found\n" in well, well
+    assert re.search(r"^  login node login\n(?:.*\n)+  compute node c[12]\n", well, re.MULTILINE), well
+    versions = r"Python 3.* psycopg2 2.* SQLAlchemy 2.* Optuna 5.*"
+    for name in ("login node", "compute node"):
+        part = parts(well)[name]
+        assert re.search(r"TLS +TLSv1.[23], with the certificate of this instance", part), well
+        assert re.search(rf"workers +{versions} hpc-db-client 0.*; connected, \d+ of 60 connections", part), well
+
+    # More workers than fit, and a password file that others may read.
+    assert outside_of_any_job.stdin and outside_of_any_job.stdout
+    outside_of_any_job.stdin.write("\n")
+    outside_of_any_job.stdin.flush()
+    assert outside_of_any_job.stdout.readline() == "full\n"
+    mini.run("chmod 644 hpc_db/hpc_db/secrets/pgpass")
+    status, ill = report(mini, {"server_job_options": {**JOB, "partition": "nope"}})
+    mini.run("chmod 600 hpc_db/hpc_db/secrets/pgpass")
+
+    assert status != 0
+    found = parts(ill)
+    too_many = r"too many clients: about 6\d workers against max_connections 60 \(8 times by c2, .*"
+    assert re.search(rf"FOUND +log +{too_many} -> databases_workers \(20\): ", found["the server"]), ill
+    assert re.search(r"FOUND +passwords +\S+ has mode 0644: libpq ignores it.* -> chmod 600 ", found["login node"]), ill
+    assert re.search(r"FOUND +workers +~/env cannot connect: a client knew no password ", found["login node"]), ill
+    refused = r"nothing was looked at: .*invalid partition .* -> doctor_job_options"
+    assert re.search(rf"FOUND +job +{refused}", found["compute node"]), ill
+
+    mini.run(f"until {OLD_ENOUGH} | grep -q t; do sleep 0.5; done")
+    shown = mini.play("status", {"client_environment": "~/env"}).stdout
+
+    clock = r"00:\d\d:\d\d"
+    for line in (
+        r"connections  55 of 60\n  from +c2 +55  study",
+        rf"stuck +c2 +1  study: idle in transaction on mala for {clock} \(PID \d+\)",
+        rf"orphaned +c2 +55  study: no job of yours is there; silent for {clock}",
+        rf"URL +{re.escape(URL)}",
+    ):
+        assert re.search(rf"^  {line}$", shown, re.MULTILINE), shown
+
+    mini.play("stop")
+    status, down = report(mini, {"doctor_log_hours": 0})
+
+    assert status != 0
+    found = parts(down)
+    assert "no hosting job is queued or runs, so the server is down -> the playbook hpc_db.yml" in found["the server"]
+    assert "FOUND" not in found["login node"] + found["compute node"], down
+    assert found["compute node"].count("the server is down") == 6, down

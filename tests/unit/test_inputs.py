@@ -32,6 +32,10 @@ MODULES: dict[str, dict[str, Any]] = {
         **JOB, **SERVER, "database": "postgres", "cluster": "mini", "studies": ["mala/be"], "other_jobs": ["mine"],
     },
     "bootstrap_server": {"root": "FOLDER/root", "timeout": 1},
+    "client_package": {
+        "environment": "FOLDER/bin/python", "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels", "project":
+        'name = "n"\nversion = "1"\nrequires-python = ">=3.9"\ndependencies = []', "files": {"n/a.py": "pass"},
+    },
     "conda_env": {
         "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "channels": ["conda-forge"], "provider": "conda",
         "client": "FOLDER/bin/conda", "module_load": None, "package_cache": "FOLDER/cache",
@@ -76,6 +80,9 @@ MODULES: dict[str, dict[str, Any]] = {
     },
     "role_passwords": {**SERVER, "database": "postgres", "roles": ["study"]},
     "server_info": {**SERVER, "database": "postgres"},
+    "short_job": {
+        **JOB, "script": "FOLDER/root/job.sh", "output": "FOLDER/root/out", "options": {"partition": "work"},
+    },
     "upgrade_data": {"root": "FOLDER/root", "major": 18, "patience": 1},
 }
 

@@ -6,7 +6,7 @@ import json
 import os
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError, find_idle_nodes
 from ansible_collections.mala.hpc_db.plugins.modules.hosting_job import ensure_job
 from ansible_collections.mala.hpc_db.plugins.modules.hosting_job_info import look
 
@@ -76,7 +76,8 @@ OTHER = ("HPC-DB", "RUNNING")
 def params(state="present", root="/nowhere", **changes):
     return {
         "name": "hpc-db", "state": state, "root": str(root), "scheduler": "slurm", "script": "/x/job.sh",
-        "output": "/x/job.log", "options": {"dependency": "singleton"}, "timeout": 5, **changes,
+        "output": "/x/job.log", "options": {"dependency": "singleton"}, "timeout": 5, "nodes": False,
+        **changes,
     }
 
 
@@ -183,7 +184,9 @@ def test_local_scheduler_that_is_not_installed_yet_has_no_job(state, changed, tm
 def test_info_of_nothing(tmp_path):
     found = look(params(root=tmp_path), FakeSlurm())
 
-    assert found == {"changed": False, "job": None, "endpoint": None, "state": None, "log_tail": None}
+    assert found == {
+        "changed": False, "job": None, "endpoint": None, "state": None, "idle_nodes": None, "log_tail": None,
+    }
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -215,3 +218,24 @@ def test_info_shows_the_newest_log_in_trouble(queue, state, shown, tmp_path):
     log_tail = look(params(root=tmp_path), FakeSlurm(*queue))["log_tail"]
 
     assert log_tail == ([str(number) for number in range(10, 30)] if shown else None)
+
+
+@pytest.mark.parametrize("jobs, idle", [
+    ("", ["c1", "c2", "c3"]),
+    ("5|\n", ["c1", "c2", "c3"]),  # one that waits
+    ("5|c[1-2]\n6|c1\n", ["c3"]),
+    ("Welcome to Slurm\n5|c3\n", ["c1", "c2"]),
+])
+def test_nodes_without_a_job_of_ours(jobs, idle):
+    def run(command):
+        if command[0] == "scontrol":
+            assert command[1:3] == ["show", "hostnames"]
+            names = {"c[1-2]": "c1\nc2\n"}
+            return "".join(names.get(each, f"{each}\n") for each in command[3].split(","))
+        return jobs if command[0] == "squeue" else "idle|c1\nidle|c1\nmix|c2\ndown*|c3\n"
+
+    assert find_idle_nodes({"scheduler": "slurm"}, run) == idle
+
+
+def test_a_machine_without_a_scheduler_has_no_idle_nodes():
+    assert find_idle_nodes({"scheduler": "local"}, None) == []

@@ -3,6 +3,7 @@
 """server_info: what is made of the rows; tests/integration asks a real server."""
 
 import contextlib
+import threading
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
@@ -15,8 +16,10 @@ def server(monkeypatch):
     server: dict[str, object] = {}
 
     def rows(database, query):
-        if query == server_info.CONNECTIONS:
-            return [(3, 320, "17.10")]
+        if query == server_info.SETTINGS:
+            return [(320, "17.10")]
+        if query == server_info.SESSIONS:
+            return [(4711, "", "alice", "mala", "idle", 0.1, 0.2)]
         if query == server_info.DATABASES:
             return [(name, 100 + index) for index, name in enumerate(server)]
         if "to_regclass" in query:
@@ -39,8 +42,58 @@ def server(monkeypatch):
 def test_studies_of_every_database(databases, studies, server):
     server.update(databases)
 
-    held = server_info.read_server({"database": "alice"})
+    held = server_info.read_server({"database": "alice", "idle_nodes": []})
 
     assert [tuple(study.values()) for study in held["studies"]] == studies
     assert [database["name"] for database in held["databases"]] == list(databases)
-    assert (held["version"], held["connections"]) == ("17.10", {"used": 3, "max": 320})
+    assert held["version"] == "17.10"
+    assert held["connections"] == {
+        "used": 1, "max": 320, "clients": [{"host": "socket", "user": "alice", "count": 1}],
+        "idle_in_transaction": [], "orphaned": [],
+    }
+
+
+def test_connections_by_client(monkeypatch):
+    hosts = {"10.0.0.1": "c1.cluster", "10.0.0.2": "c2"}
+
+    def gethostbyaddr(address):
+        if address not in hosts:
+            raise OSError("unknown host")
+        return hosts[address], [], [address]
+
+    monkeypatch.setattr(server_info.socket, "gethostbyaddr", gethostbyaddr)
+    sessions = [
+        # PID, address, user, database, state, seconds of silence, seconds since it was opened
+        (1, "10.0.0.1", "study", "mala", "idle", 50.0, 300.0),
+        (2, "10.0.0.1", "study", "mala", "idle in transaction", 40.0, 300.0),
+        (3, "10.0.0.1", "study", "mala", "idle in transaction", 0.2, 2.0),
+        (4, "10.0.0.2", "study", "mala", "idle in transaction (aborted)", 70.5, 300.0),
+        (5, "10.0.0.2", "study", "mala", "active", 0.0, 10.0),
+        (6, "10.0.0.9", "study", "mala", "idle", 600.0, 600.0),
+        (7, "", "alice", "alice", "idle", 600.0, 600.0),
+    ]
+
+    found = server_info.by_client(sessions, ["c1", "c3", "socket.x"])
+
+    assert [tuple(client.values()) for client in found["clients"]] == [
+        ("c1", "study", 3), ("c2", "study", 2), ("10.0.0.9", "study", 1), ("socket", "alice", 1),
+    ]
+    assert [(each["pid"], each["host"], each["seconds"]) for each in found["idle_in_transaction"]] == [
+        (2, "c1", 40), (4, "c2", 70),
+    ]
+    # The one that was opened 2 s ago may be of a job that has begun since the scheduler was asked.
+    assert found["orphaned"] == [{"host": "c1", "user": "study", "count": 2, "seconds": 40}]
+
+
+def test_name_server_that_does_not_answer_keeps_nobody(monkeypatch):
+    answer = threading.Event()
+
+    def gethostbyaddr(address):
+        answer.wait(60)
+        raise OSError("timed out")
+
+    monkeypatch.setattr(server_info.socket, "gethostbyaddr", gethostbyaddr)
+    monkeypatch.setattr(server_info, "LOOKUP_SECONDS", 0.1)
+
+    assert server_info.names_of({"10.0.0.1", "10.0.0.2"}) == {"10.0.0.1": "10.0.0.1", "10.0.0.2": "10.0.0.2"}
+    answer.set()

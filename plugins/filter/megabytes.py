@@ -1,0 +1,60 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: megabytes
+short_description: A memory as Slurm or PostgreSQL writes it, in megabytes
+version_added: 0.1.0
+description:
+  - Returns whole megabytes, rounded down; 0 for what is no memory.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  _input:
+    description: A number with K, M, G or T, such as V(16G) or V(128 MB), or without.
+    type: str
+    required: true
+  bare:
+    description: The kilobytes that a number without a letter counts.
+    type: int
+    default: 1024
+"""
+
+EXAMPLES = r"""
+- name: Show how much the job has
+  ansible.builtin.debug:
+    msg: "{{ '16G' | mala.hpc_db.megabytes }} MB"
+
+- name: Show what PostgreSQL makes of a number of its blocks
+  ansible.builtin.debug:
+    msg: "{{ 16384 | mala.hpc_db.megabytes(8) }} MB"
+"""
+
+RETURN = r"""
+_value:
+  description: The megabytes.
+  type: int
+"""
+
+import re
+
+KILOBYTES = {"k": 1, "m": 1024, "g": 1024**2, "t": 1024**3}
+
+
+def megabytes(memory: str | int, bare: int = 1024) -> int:
+    """Return the megabytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])b?)?", str(memory).strip(), re.ASCII | re.IGNORECASE)
+    if not found:
+        return 0
+    return int(float(found[1]) * (KILOBYTES[found[2].lower()] if found[2] else bare) / 1024)
+
+
+class FilterModule:
+    """The filters of this file."""
+
+    def filters(self) -> dict:
+        """Return each filter by its name."""
+        return {"megabytes": megabytes}

@@ -1,0 +1,243 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: client_package
+short_description: Keep the client package in the environment of the workers
+description:
+  - Installs the package whose engine plugin lets workers wait for their server, and a driver if there is none, into an
+    environment that belongs to the user.
+  - Makes the package's wheel from its sources by itself, so that no build system is fetched.
+  - Changes nothing else there. A version of SQLAlchemy or of the driver that does not fit is refused, not replaced,
+    since other packages may need it.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  environment:
+    description:
+      - The environment's folder (of conda, or a virtual environment), or the path of its Python; Python 3.9 or newer.
+      - It must be the user's own, and have pip.
+    type: path
+    required: true
+  project:
+    description: The text of the package's C(pyproject.toml).
+    type: str
+    required: true
+  files:
+    description: The text of each of its Python files, by its path in the wheel.
+    type: dict
+    required: true
+  index_url:
+    description:
+      - The package index to ask for what is missing, instead of pip's own default.
+      - Credentials belong into the user's pip configuration.
+    type: str
+  wheelhouse:
+    description: A folder with all packages that may be missing, for hosts without internet. No index is asked then.
+    type: path
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+seealso:
+  - module: mala.hpc_db.python_env
+"""
+
+EXAMPLES = r"""
+- name: Have workers wait for their server
+  mala.hpc_db.client_package:
+    environment: ~/miniforge3/envs/mala
+    project: "{{ lookup('ansible.builtin.file', 'client/pyproject.toml') }}"
+    files:
+      hpc_db_client/__init__.py: "{{ lookup('ansible.builtin.file', 'client/src/hpc_db_client/__init__.py') }}"
+"""
+
+RETURN = r"""
+python:
+  description: The environment's Python.
+  returned: success
+  type: str
+packages:
+  description: The versions of the client package, SQLAlchemy, the driver and Optuna, as far as they are there.
+  returned: success
+  type: dict
+missing:
+  description: The requirements that were, or would be, installed besides, as lines of a pip requirements file.
+  returned: success
+  type: list
+  elements: str
+host:
+  description: What the environment's wheels are for, as the option O(mala.hpc_db.python_env#module:host) has it.
+  returned: success
+  type: dict
+"""
+
+import hashlib
+import os
+import tempfile
+from typing import Callable
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._client import (
+    OTHER_NAMES,
+    Project,
+    allows,
+    parse_probe,
+    probe_command,
+    project_of,
+    read_project,
+    write_wheel,
+)
+from ansible_collections.mala.hpc_db.plugins.module_utils._pip import Failed, call, last_words, source_arguments
+
+OLDEST_PYTHON = [3, 9]
+
+Run = Callable[[list[str]], str]
+
+
+def python_of(environment: str) -> str:
+    """Return the path of the environment's Python, links in it as they are: a virtual environment's is one."""
+    if not os.path.isabs(environment):
+        raise Failed(f"{environment!r} is not absolute; give a path that begins with / or ~")
+    python = os.path.join(environment, "bin", "python") if os.path.isdir(environment) else environment
+    if not os.path.isfile(python):
+        raise Failed(
+            f"there is no {python}; give the folder of a conda or virtual environment, or the path of its Python"
+        )
+    return python
+
+
+def ask(python: str, run: Run) -> dict:
+    """Return what the environment holds."""
+    held = parse_probe(run(probe_command(python)))
+    if held["version"] < OLDEST_PYTHON:
+        version = ".".join(str(number) for number in held["version"])
+        raise Failed(f"{python} is Python {version}, but the client package needs 3.9 or newer")
+    return held
+
+
+def look_at_dependencies(project: Project, held: dict) -> tuple[list[str], Project]:
+    """Return the requirements that are missing, and the project as this environment names what it needs."""
+    missing, named = [], []
+    for requirement in project.dependencies:
+        name, versions = project_of(requirement)
+        present = next((each for each in (name, OTHER_NAMES.get(name)) if each in held["packages"]), None)
+        if present is None:
+            missing.append(requirement)
+        elif not allows(versions, held["packages"][present]):
+            raise Failed(
+                f"{present} {held['packages'][present]} there is not allowed; the client package needs {requirement}:"
+                " change it there yourself, since other packages may need it as it is"
+            )
+        elif "psycopg2" in present and held["driver"]:
+            raise Failed(f"its Python cannot import psycopg2, though it is there: {held['driver']}")
+        named.append(f"{present}{versions}" if present else requirement)
+    return missing, project._replace(dependencies=named)
+
+
+def has_client(project: Project, files: dict[str, str], held: dict) -> bool:
+    """Tell whether just this client package is installed."""
+    wanted = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+    return (
+        held["packages"].get(project.name) == project.version
+        and held["files"] == wanted
+        and held["entry_points"] == project.plugins
+    )
+
+
+def check_installable(held: dict) -> None:
+    """Refuse an environment that is not the user's to change."""
+    if held["managed"] or not held["writable"]:
+        why = "belongs to the operating system" if held["managed"] else f"is not yours to write to ({held['site']})"
+        raise Failed(
+            f"it {why}; make an environment of your own, as with: {held['executable']} -m venv"
+            " --system-site-packages DIR"
+        )
+    if not held["pip"]:
+        raise Failed(f"it has no pip; install it there, as with: {held['executable']} -m ensurepip")
+
+
+def install(params: dict, project: Project, missing: list[str], python: str, run: Run) -> None:
+    """Install what is missing, then the client package."""
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
+    if missing:
+        run([*pip, "--only-binary=:all:", *source_arguments(params["wheelhouse"], params["index_url"]), *missing])
+    with tempfile.TemporaryDirectory(prefix="hpc_db-client-") as folder:
+        wheel = write_wheel(folder, project, params["files"])
+        run([*pip, "--no-index", "--no-deps", "--force-reinstall", wheel])
+
+
+def ensure_client(params: dict, run: Run, check_mode: bool) -> dict:
+    """Bring the environment to the wanted state. ``run`` takes an argument list and returns its stdout."""
+    project = read_project(params["project"])
+    python = python_of(params["environment"])
+    held = ask(python, run)
+    missing, named = look_at_dependencies(project, held)
+    changed = bool(missing) or not has_client(project, params["files"], held)
+    before = held["packages"]
+    if changed:
+        check_installable(held)
+        if not check_mode:
+            install(params, named, missing, python, run)
+            held = ask(python, run)
+            if look_at_dependencies(project, held)[0] or not has_client(project, params["files"], held):
+                raise Failed("pip ended well but did not install everything there")
+    planned = {project.name: project.version, **{project_of(each)[0]: "to be installed" for each in missing}}
+    return {
+        "changed": changed,
+        "python": python,
+        "packages": held["packages"],
+        "missing": missing,
+        "host": {
+            "python": ".".join(str(number) for number in held["version"]), "machine": held["machine"],
+            "glibc": held["glibc"],
+        },
+        "diff": {"before": as_lines(before), "after": as_lines({**planned, **held["packages"]} if changed else before)},
+    }
+
+
+def as_lines(packages: dict[str, str]) -> str:
+    """Return packages as text for a diff."""
+    return "".join(f"{name} {version}\n" for name, version in sorted(packages.items()))
+
+
+def run_command(module: AnsibleModule, command: list[str]) -> str:
+    """Run a Python; raise Failed with its last words."""
+    returncode, stdout, stderr = call(module, command)
+    if returncode:
+        hint = ""
+        if "--only-binary=:all:" in command:
+            settings = "postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"
+            hint = f" (without internet there: set {settings})"
+        raise Failed(f"{' '.join(command[:3])} … failed: {last_words(stdout, stderr)}{hint}")
+    return stdout
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "environment": {"type": "path", "required": True},
+            "project": {"type": "str", "required": True},
+            "files": {"type": "dict", "required": True},
+            "index_url": {"type": "str"},
+            "wheelhouse": {"type": "path"},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        result = ensure_client(module.params, lambda command: run_command(module, command), module.check_mode)
+    except (Failed, OSError) as error:
+        module.fail_json(msg=f"client_environment: {' '.join(str(error).splitlines())}")
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: short_job
+short_description: Run a short job and return what it answered
+author: mala.hpc_db contributors (@mala-project)
+description:
+  - Submits a job, waits until it has ended, and returns the JSON object in the last line that it printed.
+  - A job that is refused, does not start in time, or answers nothing is no error, but said in RV(said).
+extends_documentation_fragment:
+  - mala.hpc_db.scheduler
+attributes:
+  check_mode:
+    support: none
+    description: It is meant for jobs that only look.
+  diff_mode:
+    support: none
+    description: Nothing is ever changed.
+options:
+  script:
+    description: The job script, an absolute path.
+    type: path
+    required: true
+  output:
+    description: A file for its output, an absolute path. It must not be there yet.
+    type: path
+    required: true
+  options:
+    description: The scheduler's options, as those of M(mala.hpc_db.hosting_job).
+    type: dict
+    default: {}
+  timeout:
+    description: After how many seconds the job is cancelled.
+    type: int
+    default: 120
+seealso:
+  - module: mala.hpc_db.hosting_job
+"""
+
+EXAMPLES = r"""
+- name: Look from a compute node
+  mala.hpc_db.short_job:
+    name: hpc-db-doctor
+    root: /home/alice/hpc_db/hpc_db
+    script: /home/alice/look.sh
+    output: /home/alice/look.out
+    options:
+      partition: defq
+      time: "00:05:00"
+  register: looked
+"""
+
+RETURN = r"""
+answer:
+  description: The object that it printed; V(null) if there is none.
+  returned: success
+  type: dict
+said:
+  description: Why there is no answer, in one line; empty if there is one.
+  returned: success
+  type: str
+"""
+
+import json
+import os
+import time
+from typing import Callable
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
+    ARGUMENT_SPEC,
+    SCHEDULERS,
+    Run,
+    SchedulerError,
+    check_name,
+    find_jobs,
+    make_run,
+)
+
+# A shared file system may show the output after the scheduler has forgotten the job, NFS up to a minute; what is
+# there and no answer is one that is not complete, or never will be.
+LATE_SECONDS = 65
+SETTLED_SECONDS = 5
+
+
+def run_job(params: dict, run: Run, sleep: Callable[[float], None] = time.sleep) -> dict:
+    """Submit the job and wait for its answer. ``run`` takes an argument list and returns its stdout."""
+    check_name(params["name"])
+    scheduler = SCHEDULERS[params["scheduler"]]
+    try:
+        scheduler.check_options(params["options"])
+        find_jobs(params, run)  # refuses paths that are not absolute
+        wishes = params["script"], params["options"], params["output"]
+        job_id = scheduler.parse_submit(run(scheduler.submit_command(params["name"], *wishes)))
+        stuck = _wait(params, job_id, run, sleep)
+    except (SchedulerError, ValueError) as error:
+        return _result(None, " ".join(str(error).split()))
+    if stuck:
+        return _result(None, f"job {job_id} was {stuck} after {params['timeout']} s, and was cancelled")
+    return _read(params["output"], job_id, sleep)
+
+
+def _wait(params: dict, job_id: str, run: Run, sleep: Callable[[float], None]) -> str:
+    """Wait for the end of the job; when it takes too long, cancel it and return what it was doing."""
+    deadline = time.monotonic() + params["timeout"]
+    pause = 0.2
+    while True:
+        job = next((each for each in find_jobs(params, run) if each["id"] == job_id), None)
+        if job is None:
+            return ""
+        if time.monotonic() >= deadline:
+            run(SCHEDULERS[params["scheduler"]].cancel_command(job_id))
+            return f"{job['state']} ({job['reason']})" if job["reason"] else job["state"]
+        sleep(pause)
+        pause = min(2 * pause, 2.0)
+
+
+def _read(path: str, job_id: str, sleep: Callable[[float], None]) -> dict:
+    """Return the answer in the output."""
+    last = ""
+    for second in range(LATE_SECONDS):
+        last = _last_line(path)
+        try:
+            answer = json.loads(last)
+        except ValueError:
+            answer = None
+        if isinstance(answer, dict):
+            return _result(answer, "")
+        if last and second >= SETTLED_SECONDS:
+            break
+        sleep(1.0)
+    return _result(None, f"job {job_id} ended without an answer: {last or 'it printed nothing'}")
+
+
+def _last_line(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return (stream.read().strip().splitlines() or [""])[-1]
+    except FileNotFoundError:
+        return ""
+
+
+def _result(answer: dict | None, said: str) -> dict:
+    return {"changed": False, "answer": answer, "said": said}
+
+
+def main() -> None:
+    """Wire the module."""
+    module = AnsibleModule(
+        argument_spec=dict(
+            ARGUMENT_SPEC,
+            script={"type": "path", "required": True},
+            output={"type": "path", "required": True},
+            options={"type": "dict", "default": {}},
+            timeout={"type": "int", "default": 120},
+        ),
+        supports_check_mode=False,
+    )
+    os.umask(0o077)  # sbatch gives it to the job
+    try:
+        result = run_job(module.params, make_run(module))
+    except ValueError as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,420 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What keeps workers from their server, as seen from one node; changes nothing.
+
+    python3 -m hpc_db_host.doctor --wanted FILE [--server]    prints one JSON object
+
+FILE says what the inventory wants; --server also looks at job, state and logs, which are the same from every node.
+"""
+
+import argparse
+import json
+import os
+import re
+import socket
+import ssl
+import stat
+import struct
+import subprocess
+import time
+from typing import Dict, List, Optional
+
+from . import causes, files
+
+# What asks a server for TLS, before anything else is said.
+SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+PORT_SECONDS = 5.0
+PROBE_SECONDS = 120.0
+
+HOST_IT = "the playbook hpc_db.yml"
+HOST_IT_AGAIN = "the playbooks stop.yml and hpc_db.yml"
+
+# What the client package and Optuna's schema need.
+OLDEST_SQLALCHEMY, NEWEST_SQLALCHEMY = (1, 4, 24), (2, 2)
+
+
+class Report:
+    """Findings in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self.findings = []  # type: List[Dict[str, str]]
+
+    def well(self, check: str, said: str) -> None:
+        """Say what is as it should be."""
+        self._add("ok", check, said, "")
+
+    def found(self, check: str, said: str, mend: str) -> None:
+        """Say what is wrong, and which setting mends it."""
+        self._add("found", check, said, mend)
+
+    def skipped(self, check: str, why: str) -> None:
+        """Say what could not be looked at, for a reason that is told elsewhere."""
+        self._add("skipped", check, why, "")
+
+    def _add(self, state: str, check: str, said: str, mend: str) -> None:
+        self.findings.append({"state": state, "check": check, "said": said, "mend": mend})
+
+
+def read_wanted(path: str) -> dict:
+    """Return what the inventory wants, with what hpc_db.yml has written last."""
+    with open(path) as stream:
+        wanted = json.load(stream)
+    settings = files.read_json(os.path.join(wanted["root"], "host", "settings.json")) or {}
+    wanted.update(
+        config=settings.get("config", ""), tls="sslmode" in settings.get("service", {}),
+        databases=[wanted["owner"]] + settings.get("databases", []), plugin="plugin=" in wanted["url"],
+        max_connections=_configured(settings.get("config", "")),
+    )
+    return wanted
+
+
+def _configured(path: str) -> int:
+    """Return max_connections of a configuration file, in which the last one counts; PostgreSQL's default if none."""
+    try:
+        with open(path) as stream:
+            found = re.findall(r"^max_connections\s*=\s*'?(\d+)", stream.read(), re.MULTILINE)
+    except OSError:
+        found = []
+    return int(found[-1]) if found else 100
+
+
+def look_at_server(wanted: dict) -> Report:
+    """Look at what is the same from every node."""
+    report = Report()
+    _look_at_job(report, wanted)
+    _look_at_modes(report, wanted)
+    _look_at_logs(report, wanted)
+    return report
+
+
+def _look_at_job(report: Report, wanted: dict) -> None:
+    job, state, endpoint = wanted["job"], wanted["state"] or {}, wanted["endpoint"]
+    serves = endpoint and job and endpoint.get("job") == job["id"] and job["state"] == "RUNNING"
+    said = "no hosting job is queued or runs"
+    if job:
+        where = " on %s" % job["node"] if job["node"] else ""
+        why = " (%s)" % job["reason"] if job["reason"] and job["state"] != "RUNNING" else ""
+        said = "job %s %s%s%s" % (job["id"], job["state"], where, why)
+    if serves:
+        report.well("job", said)
+    elif job and job["state"] == "RUNNING":
+        report.found("job", "%s, but the server is down: it does not serve yet, or no longer" % said,
+                     "wait, or see %s" % os.path.join(wanted["root"], "log", "job.log"))
+    elif job:
+        report.found("job", "%s, so the server is down" % said,
+                     "wait; if it never starts: server_job_options (partition, time, mem)")
+    else:
+        report.found("job", "%s, so the server is down" % said, HOST_IT)
+    if state.get("state") in ("failed", "unhealthy"):
+        meaning, mend = causes.explain(state["reason"], wanted)
+        report.found("state", "%s: %s" % (state["state"], _with_words(meaning, state["reason"])), mend)
+    elif serves:
+        report.well("state", "%s: %s" % (state.get("state"), state.get("reason")))
+
+
+def _with_words(meaning: str, words: str) -> str:
+    return meaning if meaning == words else "%s (%s)" % (meaning, words)
+
+
+def _look_at_modes(report: Report, wanted: dict) -> None:
+    private = ("", "conf", "data", "log", "run", "secrets", "conf/server.key", "secrets/pgpass")
+    paths = [os.path.join(wanted["root"], name) if name else wanted["root"] for name in private]
+    opened = [path for path in paths if os.path.exists(path) and os.stat(path).st_mode & 0o077]
+    if opened:
+        report.found("modes", "open to others: %s" % ", ".join(opened), "chmod go= %s" % " ".join(opened))
+    else:
+        report.well("modes", "nothing below %s is open to others" % wanted["root"])
+
+
+def _look_at_logs(report: Report, wanted: dict) -> None:
+    """What was fatal before the settings were changed says nothing about them."""
+    changed = [_changed(path) for path in (wanted["config"], os.path.join(wanted["root"], "conf", "pg_hba.conf"))]
+    since = max([time.time() - 3600 * wanted["log_hours"]] + changed)
+    events = causes.read_logs(os.path.join(wanted["root"], "log"), since, wanted)
+    for event in events:
+        report.found("log", event.text(), event.mend)
+    if not events:
+        report.well("log", "nothing fatal since %s UTC" % time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(since)))
+
+
+def _changed(path: str) -> float:
+    try:
+        return os.path.getmtime(path)
+    except OSError:
+        return 0.0
+
+
+def look_from_here(wanted: dict) -> Report:
+    """Look at what may differ from node to node."""
+    report = Report()
+    if not os.path.isdir(wanted["root"]):
+        report.found("files", "%s is not there" % wanted["root"],
+                     "instance_root: a folder on a file system that login and compute nodes share")
+        return report
+    path = os.path.join(wanted["root"], "run", "endpoint.json")
+    endpoint = files.read_json(path)
+    if wanted["endpoint"] and not endpoint:
+        report.found("files", "%s is not here, but was on the login node just now" % path,
+                     "instance_root: a folder on a file system that login and compute nodes share")
+        return report
+    entry = _look_at_service(report, wanted, endpoint)
+    _look_at_passwords(report, entry.get("passfile", os.path.join(wanted["root"], "secrets", "pgpass")))
+    if endpoint is None:
+        for check in ("name", "port", "TLS"):
+            report.skipped(check, "the server is down")
+    else:
+        _look_at_network(report, wanted, endpoint["host"], int(endpoint["port"]))
+    serves = endpoint is not None
+    side = _look_at_python(report, wanted, "Python side", wanted["python_side"], "", serves, {})
+    if wanted["environment"]:
+        _look_at_python(report, wanted, "workers", wanted["environment"], "client_environment", serves, side)
+    return report
+
+
+def _look_at_service(report: Report, wanted: dict, endpoint: Optional[dict]) -> Dict[str, str]:
+    """Look at what libpq reads at each connect; return the entry."""
+    path = os.environ.get("PGSERVICEFILE") or os.path.expanduser("~/.pg_service.conf")
+    entry = read_section(path, wanted["instance"])
+    where = "[%s] in %s" % (wanted["instance"], path)
+    unset = "unset PGSERVICEFILE in the job; it hides ~/.pg_service.conf" if os.environ.get("PGSERVICEFILE") else ""
+    if endpoint is None:
+        if entry:
+            report.found("service", "%s leads to a server that is down" % where, HOST_IT)
+        else:
+            report.skipped("service", "the server is down, so there is none")
+    elif not entry:
+        shared = "%s; if it is there on the login node, nodes do not share the home directory" % HOST_IT_AGAIN
+        report.found("service", "there is no %s" % where, unset or shared)
+    elif (entry.get("host"), entry.get("port")) != (str(endpoint["host"]), str(endpoint["port"])):
+        report.found("service", "%s leads to %s port %s, but the server is on %s port %s" % (
+            where, entry.get("host"), entry.get("port"), endpoint["host"], endpoint["port"]), unset or HOST_IT_AGAIN)
+    else:
+        report.well("service", "%s leads to %s port %s" % (where, entry["host"], entry["port"]))
+    return entry
+
+
+def read_section(path: str, name: str) -> Dict[str, str]:
+    """Return the parameters of a libpq service, of which the first one of its name counts; none if there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as stream:
+            text = stream.read()
+    except OSError:
+        return {}
+    inside, found = False, {}  # type: bool, Dict[str, str]
+    for line in text.splitlines():
+        heading = re.match(r"\s*\[([^\]]*)", line)
+        if heading and inside:
+            break
+        if heading:
+            inside = heading.group(1) == name
+        elif inside and "=" in line and not line.lstrip().startswith("#"):
+            key, _sign, value = line.partition("=")
+            found[key.strip()] = value.strip()
+    return found
+
+
+def _look_at_passwords(report: Report, path: str) -> None:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        report.found("passwords", "%s: %s" % (path, error.strerror), HOST_IT)
+        return
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o077:
+        report.found("passwords", "%s has mode %04o: libpq ignores it, and others may read it" % (path, mode),
+                     "chmod 600 %s; then the playbook rotate.yml, if others could enter its folder" % path)
+    elif found.st_uid != os.geteuid():
+        report.found("passwords", "%s belongs to another user" % path, HOST_IT)
+    else:
+        report.well("passwords", "%s is yours alone (%04o)" % (path, mode))
+
+
+def _look_at_network(report: Report, wanted: dict, host: str, port: int) -> None:
+    if host.startswith("/"):
+        _look_at_socket(report, os.path.join(host, ".s.PGSQL.%d" % port))
+        return
+    try:
+        addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+    except OSError as error:
+        report.found("name", "%s cannot be resolved: %s" % (host, error.strerror or error),
+                     "server_address: a name or an address that every node knows")
+        for check in ("port", "TLS"):
+            report.skipped(check, "there is no address")
+        return
+    elsewhere = host not in (socket.gethostname(), "localhost", "127.0.0.1", "::1")
+    if elsewhere and all(address.startswith("127.") or address == "::1" for address in addresses):
+        report.found("name", "%s is %s, which is this node itself" % (host, ", ".join(addresses)),
+                     "server_address: a name or an address that means the same on every node")
+    else:
+        report.well("name", "%s is %s" % (host, ", ".join(addresses)))
+    try:
+        began = time.monotonic()
+        with socket.create_connection((host, port), PORT_SECONDS) as connection:
+            report.well("port", "%s port %d answers after %.0f ms" % (host, port, 1000 * (time.monotonic() - began)))
+            _look_at_tls(report, wanted, connection)
+    except OSError as error:
+        meaning, mend = causes.explain(error.strerror or str(error), wanted)
+        report.found("port", "%s port %d: %s" % (host, port, _with_words(meaning, error.strerror or str(error))), mend)
+        report.skipped("TLS", "nothing answers")
+
+
+def _look_at_socket(report: Report, path: str) -> None:
+    report.skipped("name", "the server listens on a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(PORT_SECONDS)
+        try:
+            connection.connect(path)
+        except OSError as error:
+            report.found("port", "%s: %s" % (path, error.strerror or error),
+                         "server_address: a host name, if workers are on other nodes; else %s" % HOST_IT_AGAIN)
+        else:
+            report.well("port", "%s answers" % path)
+    report.skipped("TLS", "there is none on a socket")
+
+
+def _look_at_tls(report: Report, wanted: dict, connection: socket.socket) -> None:
+    """Look whether the server speaks TLS, and is ours: anybody may have the port after us."""
+    try:
+        connection.sendall(SSL_REQUEST)
+        answer = connection.recv(1)
+        if answer != b"S":
+            if wanted["tls"]:
+                report.found("TLS", "the server speaks none", "postgres_tls: %s" % HOST_IT_AGAIN)
+            else:
+                report.well("TLS", "none, as postgres_tls says")
+            return
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        with context.wrap_socket(connection) as encrypted:
+            theirs, version = encrypted.getpeercert(True), encrypted.version()
+    except OSError as error:  # SSLError is one
+        report.found("TLS", "no agreement: %s" % error, "postgres_tls: %s" % HOST_IT_AGAIN)
+        return
+    path = os.path.join(wanted["root"], "conf", "server.crt")
+    try:
+        with open(path) as stream:
+            ours = ssl.PEM_cert_to_DER_cert(stream.read())
+    except (OSError, ValueError):
+        ours = b""
+    if theirs != ours:
+        report.found("TLS", "the server's certificate is not %s: a stranger's server, or a new certificate" % path,
+                     HOST_IT_AGAIN)
+    else:
+        report.well("TLS", "%s, with the certificate of this instance" % version)
+
+
+def _look_at_python(
+    report: Report, wanted: dict, check: str, python: str, setting: str, serves: bool, side: dict
+) -> dict:
+    """Look at an environment as a worker has it. ``side`` is what the Python side has, to compare."""
+    url = wanted["url"] if setting else wanted["plain_url"]
+    # A server that does not answer is to be told at once.
+    url += "&hpc_db_patience=0" if "plugin=" in url else ""
+    try:
+        held = ask_python(python_of(python), url)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        report.found(check, "%s does not run: %s" % (python, error), setting or HOST_IT)
+        return {}
+    wrong = missing_from(held, wanted, setting) or mismatch(held, setting, side)
+    words = held.get("error", "")
+    names = (("Python", "python"), ("psycopg2", "driver"), ("SQLAlchemy", "sqlalchemy"), ("Optuna", "optuna"),
+             ("hpc-db-client", "hpc-db-client"))
+    versions = ", ".join("%s %s" % (name, held[key]) for name, key in names if held.get(key))
+    for said, mend in wrong:
+        report.found(check, "%s: %s" % (python, said), mend)
+    if not serves and not wrong:
+        report.well(check, "%s; not connected, since the server is down" % versions)
+    elif serves and words:
+        meaning, mend = causes.explain(words, wanted)
+        report.found(check, "%s cannot connect: %s" % (python, _with_words(meaning, words)), mend)
+    elif serves and not wrong:
+        used, largest = held["used"], held["max_connections"]
+        report.well(check, "%s; connected, %d of %d connections are used" % (versions, used, largest))
+        if not setting and largest != wanted["max_connections"]:
+            report.found("connections", "the server still allows %d, but its configuration says %d" % (
+                largest, wanted["max_connections"]), HOST_IT_AGAIN)
+    return held
+
+
+def python_of(environment: str) -> str:
+    """Return the Python of an environment, whose folder or Python is given."""
+    path = os.path.expanduser(environment)
+    return os.path.join(path, "bin", "python") if os.path.isdir(path) else path
+
+
+def ask_python(python: str, url: str) -> dict:
+    """Return what an environment says about itself."""
+    probe = os.path.join(os.path.dirname(os.path.abspath(__file__)), "probe.py")
+    # What is set for the hosting program's own import is not for others.
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run(
+        [python, probe, url], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        universal_newlines=True, timeout=PROBE_SECONDS, check=False,
+    )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        raise ValueError((done.stderr.strip().splitlines() or ["exit code %d" % done.returncode])[-1])
+    return json.loads(lines[-1])
+
+
+def missing_from(held: dict, wanted: dict, setting: str) -> List[tuple]:
+    """Return what an environment lacks, each with what mends it."""
+    into = "%s: %s installs it there" % (setting, HOST_IT) if setting else "postgres_python_packages"
+    if _numbers(held["python"]) < [3, 9]:
+        return [("Python %s is too old, workers need 3.9" % held["python"], setting or "postgres_python")]
+    wrong = []
+    if not held["driver"]:
+        wrong.append(("no psycopg2: %s" % held["why"], into))
+    if not held["sqlalchemy"]:
+        wrong.append(("no SQLAlchemy", into))
+    elif setting and not list(OLDEST_SQLALCHEMY) <= _numbers(held["sqlalchemy"]) < list(NEWEST_SQLALCHEMY):
+        wrong.append(("SQLAlchemy %s, but the plugin needs 1.4.24 to 2.1" % held["sqlalchemy"],
+                      "%s: install SQLAlchemy>=1.4.24,<2.2 there" % setting))
+    if not held["optuna"]:
+        wrong.append(("no Optuna", "%s: install optuna>=3.2 there" % setting if setting else into))
+    if setting and wanted["plugin"] and not held["hpc-db-client"]:
+        wrong.append(("no hpc-db-client, which the URL's plugin=hpc_db needs", into))
+    return wrong
+
+
+def mismatch(held: dict, setting: str, side: dict) -> List[tuple]:
+    """Return why the environment's Optuna cannot work on the studies, each with what mends it."""
+    where = setting or "postgres_python_packages"
+    knows, (library, revision) = held.get("revisions"), held.get("schema") or ("", "")
+    if library and knows and revision not in knows:
+        return [("Optuna %s does not know the tables that Optuna %s made" % (held["optuna"], library),
+                 "%s: install optuna==%s there" % (where, library))]
+    if library and knows and revision != knows[0]:
+        return [("Optuna %s needs newer tables than those that Optuna %s made" % (held["optuna"], library),
+                 "databases_upgrade_schema, or %s: install optuna==%s there" % (where, library))]
+    ours, theirs = side.get("optuna", ""), held["optuna"]
+    # Optuna 4 writes local time, 5 writes UTC.
+    if ours and {major >= 5 for major in (_numbers(ours)[0], _numbers(theirs)[0])} == {True, False}:
+        return [("Optuna %s, but the Python side has %s, and they write other times" % (theirs, ours),
+                 "postgres_python_packages: optuna==%s, or %s: install optuna==%s there" % (theirs, where, ours))]
+    return []
+
+
+def _numbers(version: str) -> List[int]:
+    """Return the numbers at the beginning of a version."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return [int(number) for number in found.group().split(".")] if found else [0]
+
+
+def main() -> int:
+    """Print what was found."""
+    parser = argparse.ArgumentParser(prog="hpc_db_host.doctor", description=__doc__)
+    parser.add_argument("--wanted", required=True, help="what the inventory wants, as JSON")
+    parser.add_argument("--server", action="store_true", help="look at job, state and logs, too")
+    arguments = parser.parse_args()
+    wanted = read_wanted(arguments.wanted)
+    answer = {"host": socket.gethostname(), "here": look_from_here(wanted).findings}
+    if arguments.server:
+        answer["server"] = look_at_server(wanted).findings
+    print(json.dumps(answer))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

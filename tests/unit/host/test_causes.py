@@ -1,0 +1,120 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What PostgreSQL's and libpq's words mean, and what mends it."""
+
+import os
+import time
+
+import pytest
+from hpc_db_host import causes
+
+WANTED = {
+    "root": "/r", "max_connections": 320, "workers": 100, "plugin": False, "tls": True, "databases": ["alice", "mala"],
+}
+RULE = 'no pg_hba.conf entry for host "10.0.0.7", user "study", database "{}", {}'
+
+
+@pytest.mark.parametrize("words, said, mend", [
+    ("sorry, too many clients already", "too many clients against max_connections 320", r"databases_workers \(100\)"),
+    ("remaining connection slots are reserved for roles with SUPERUSER", "too many clients", "client_environment"),
+    ('password authentication failed for user "study"', "the password of study is not", "hpc_db.yml"),
+    ('connection to server at "c1" failed: fe_sendauth: no password supplied', "knew no password", "chmod 600"),
+    ("expected SASL response, got message type 88", "knew no password", "chmod 600"),
+    (RULE.format("nope", "SSL encryption"), "study asked for the database nope, which is none", "^databases_studies: "),
+    (RULE.format("mala", "no encryption"), "10.0.0.7 wanted no TLS", "postgres_tls"),
+    (RULE.format("mala", "SSL encryption"), "study may not connect from 10.0.0.7", "^postgres_networks: "),
+    ('database "x y" does not exist', "there is no database x y", "^databases_studies: "),
+    ('role "bob" does not exist', "names the role bob", "instance_study_role"),
+    ("terminating connection due to idle-in-transaction timeout", "silent inside a trans", "^postgres_settings: "),
+    ("terminating connection due to idle-session timeout", "between trials", "leave idle_session_timeout out"),
+    ('could not write to file "pg_wal/x": No space left on device', "the disk is full", "^instance_root: "),
+    ("disk full: /r/data", "the quota is used up, or the disk full", "^instance_root: "),
+    ("server process (PID 7) was terminated by signal 9: Killed", "memory is too small", "^mem in server_job_options"),
+    ('private key file "server.key" has group or world access', "certificate or its key", "chmod 600 conf/server.key"),
+    ('unrecognized configuration parameter "work_men"', "a parameter of PostgreSQL is wrong", "^postgres_settings$"),
+    ("database files are incompatible with server", "made by another PostgreSQL", "^postgres_major"),
+    ('lock file "postmaster.pid" already exists', "another server has the data directory", "^instance_root"),
+    ("could not locate a valid checkpoint record", "is damaged", "restore.yml"),
+    ('definition of service "hpc_db" not found', "does not find the service hpc_db", "unset PGSERVICEFILE"),
+    ('syntax error in service file "/home/alice/.pg_service.conf", line 3', "too old", "psycopg2-binary>=2.9"),
+    ('could not translate host name "c1" to address', "cannot be resolved", "server_address"),
+    ("channel binding required, but server did not complete authentication", "TLS is not as", "^postgres_tls"),
+    ('connection to server at "c1", port 5432 failed: Connection refused', "cannot be reached", "postgres_listen_add"),
+    ("something that nobody has seen", "^something that nobody has seen$", "^see the logs in /r/log$"),
+])
+def test_words_are_explained(words, said, mend):
+    explained = causes.explain(words, WANTED)
+
+    for text, pattern in zip(explained, (said, mend)):
+        assert causes.re.search(pattern, text), explained
+
+
+def line(second, words, client="study@mala c2 ", level="FATAL"):
+    return f"2026-11-22 10:00:{second:02}.123 UTC [4711] {client}{level}:  {words}\n"
+
+
+def write_log(folder, *lines, when="Sun"):
+    path = folder / f"postgresql-{when}.log"
+    path.write_text("".join(lines))
+    return path
+
+
+SINCE = causes.calendar.timegm((2026, 11, 22, 10, 0, 0))
+TOO_MANY = "sorry, too many clients already"
+
+
+@pytest.fixture(autouse=True)
+def no_name_server(monkeypatch):
+    def gethostbyaddr(address):
+        if address == "c2":
+            return "c2.cluster", [], []
+        raise OSError("unknown host")
+
+    monkeypatch.setattr(causes.socket, "gethostbyaddr", gethostbyaddr)
+
+
+def test_fatal_lines_are_counted_by_cause(tmp_path):
+    write_log(
+        tmp_path,
+        line(1, TOO_MANY), line(2, TOO_MANY, "[unknown]@[unknown] c3 "), line(3, TOO_MANY), "\xff DETAIL:  more\n",
+        line(4, 'role "bob" does not exist', "bob@mala [local] "), line(5, "the database system is starting up"),
+        line(6, "terminating connection due to administrator command"), line(7, "duplicate key", level="ERROR"),
+        line(8, "server process (PID 7) was terminated by signal 9: Killed", "", "LOG"),
+        line(9, "listening on IPv4", "", "LOG"),
+    )
+
+    told = [event.text() for event in causes.read_logs(str(tmp_path), SINCE, WANTED)]
+
+    assert told == [
+        "too many clients: about 160 workers against max_connections 320 "
+        "(3 times by c2, c3, from 2026-11-22 10:00:01 to 2026-11-22 10:00:03 UTC)",
+        "a URL names the role bob, which does not exist (1 times by the server's own host, at 2026-11-22 10:00:04 UTC)",
+        "the hosting job's memory is too small (1 times, at 2026-11-22 10:00:08 UTC)",
+    ]
+
+
+def test_what_is_older_is_not_counted(tmp_path):
+    write_log(tmp_path, line(1, TOO_MANY), line(8, "role \"bob\" does not exist"))
+    old = write_log(tmp_path, line(9, TOO_MANY), when="Sat")
+    os.utime(old, (SINCE, SINCE))
+
+    events = causes.read_logs(str(tmp_path), SINCE + 5, WANTED)
+
+    assert [event.said for event in events] == ["a URL names the role bob, which does not exist"]
+    assert causes.read_logs(str(tmp_path), time.time(), WANTED) == []
+
+
+@pytest.mark.parametrize("plugin, refused, workers", [
+    (False, [0], 158), (False, range(10), 167), (False, [0, 1, 2, 100], 160),
+    # With the plugin each asks again every few seconds.
+    (True, [0], 316), (True, range(10), 318),
+])
+def test_workers_are_those_inside_and_those_refused_at_once(plugin, refused, workers):
+    assert causes.estimate_workers(list(refused), dict(WANTED, plugin=plugin)) == workers
+
+
+def test_only_the_end_of_a_huge_log_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(causes, "LOG_BYTES", 200)
+    path = write_log(tmp_path, *[line(second, TOO_MANY) for second in range(30)])
+
+    assert 0 < len(causes.read_fatal(str(path))) < 4

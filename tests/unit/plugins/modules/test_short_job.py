@@ -1,0 +1,83 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""short_job against a Slurm that runs the job for a few looks; tests/integration has a real one."""
+
+import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError
+from ansible_collections.mala.hpc_db.plugins.modules.short_job import run_job
+
+
+class FakeSlurm:
+    """Runs one job, which prints ``output`` at its end, ``looks`` looks later."""
+
+    def __init__(self, path, output, looks=2, refuses=""):
+        self.path, self.output, self.looks, self.refuses = path, output, looks, refuses
+        self.cancelled = []
+
+    def __call__(self, command):
+        if command[0] == "sbatch":
+            if self.refuses:
+                raise SchedulerError(self.refuses)
+            return "12\n"
+        if command[0] == "scancel":
+            self.cancelled.append(command[1])
+            return ""
+        self.looks -= 1
+        if self.looks < 0:
+            if self.output is not None:
+                self.path.write_text(self.output)
+            return "11|RUNNING|c1|1:00|doctor|None\n"  # somebody's earlier one
+        return "12|PENDING||1:00|doctor|Resources\n"
+
+
+def params(tmp_path, **changes):
+    return {
+        "name": "doctor", "root": str(tmp_path), "scheduler": "slurm", "bin_dir": None, "script": "/x/job.sh",
+        "output": str(tmp_path / "out"), "options": {"time": "00:05:00"}, "timeout": 60, **changes,
+    }
+
+
+@pytest.mark.parametrize("output, answer, said", [
+    ('{"host": "c1"}\n', {"host": "c1"}, ""),
+    ('Welcome to c1\n{"host": "c1"}\n', {"host": "c1"}, ""),
+    ("sh: python3: not found\n", None, "job 12 ended without an answer: sh: python3: not found"),
+    ("[1]\n", None, "job 12 ended without an answer: [1]"),
+    ("", None, "job 12 ended without an answer: it printed nothing"),
+    (None, None, "job 12 ended without an answer: it printed nothing"),
+])
+def test_answer(output, answer, said, tmp_path):
+    slept = []
+
+    result = run_job(params(tmp_path), FakeSlurm(tmp_path / "out", output), slept.append)
+
+    assert result == {"changed": False, "answer": answer, "said": said}
+    assert sum(slept) < 70
+
+
+def test_answer_that_the_file_system_shows_late(tmp_path):
+    naps = iter(range(100))
+
+    def sleep(_seconds):
+        if next(naps) == 20:
+            (tmp_path / "out").write_text('{"host": "c1"}\n')
+
+    assert run_job(params(tmp_path), FakeSlurm(tmp_path / "out", None), sleep)["answer"] == {"host": "c1"}
+
+
+def test_job_that_does_not_start_is_cancelled(tmp_path):
+    slurm = FakeSlurm(tmp_path / "out", "", looks=1000)
+
+    result = run_job(params(tmp_path, timeout=0), slurm, lambda _seconds: None)
+
+    assert result["said"] == "job 12 was PENDING (Resources) after 0 s, and was cancelled"
+    assert slurm.cancelled == ["12"]
+
+
+@pytest.mark.parametrize("options, refuses, said", [
+    ({}, "sbatch: error: invalid partition\nsecond line", "sbatch: error: invalid partition second line"),
+    ({"time": 300}, "", 'time: 300 is what YAML makes of a bare time; quote it: "72:00:00"'),
+])
+def test_refusal_is_said(options, refuses, said, tmp_path):
+    slurm = FakeSlurm(tmp_path / "out", "", refuses=refuses)
+
+    assert run_job(params(tmp_path, options=options), slurm)["said"] == said
