@@ -18,7 +18,7 @@ from typing import Any, Callable, NamedTuple
 from weakref import ref
 
 from .journal import Differs, Journal, Step, digest, judge
-from .patience import GaveUp, Outage, Patience, in_short, tell
+from .patience import GaveUp, Outage, Patience, tell
 
 # A transaction that the server dies of is not what it should be given again and again.
 MOST_REPEATS = 5
@@ -35,7 +35,8 @@ FUTILE = (
 # Optuna stores heartbeats in the session's time zone without naming it, so two workers that differ in PGTZ would take
 # each other for dead: every session is in UTC.
 FACTS = """
-SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text, current_setting('server_version_num')::int,
+SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text,
+    current_setting('server_version_num')::int,
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
     has_function_privilege('pg_control_system()', 'EXECUTE')
