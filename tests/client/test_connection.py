@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import optuna
 import pytest
 import sqlalchemy
-from cutting_proxy import ANSWER_LOST, REQUEST_LOST, SESSION_LEFT, Proxy
+from cutting_proxy import ANSWER_LOST, CRASHES, REQUEST_LOST, WAYS, Proxy
 from real_server import Server, eventually
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
@@ -37,7 +37,7 @@ def rows(database: Ask) -> Callable[[], list]:
     return lambda: database("SELECT n, word FROM t ORDER BY n")
 
 
-@pytest.mark.parametrize("way", [REQUEST_LOST, ANSWER_LOST, SESSION_LEFT])
+@pytest.mark.parametrize("way", WAYS + CRASHES)
 def test_commit_that_was_cut_is_done_once(
     way: str, engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
 ) -> None:
