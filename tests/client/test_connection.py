@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import optuna
 import pytest
 import sqlalchemy
-from conftest import Server, eventually
-from proxy import ANSWER_LOST, REQUEST_LOST, SESSION_LEFT, Proxy
+from cutting_proxy import ANSWER_LOST, CRASHES, REQUEST_LOST, WAYS, Proxy
+from real_server import Server, eventually
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
@@ -37,7 +37,7 @@ def rows(database: Ask) -> Callable[[], list]:
     return lambda: database("SELECT n, word FROM t ORDER BY n")
 
 
-@pytest.mark.parametrize("way", [REQUEST_LOST, ANSWER_LOST, SESSION_LEFT])
+@pytest.mark.parametrize("way", WAYS + CRASHES)
 def test_commit_that_was_cut_is_done_once(
     way: str, engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
 ) -> None:
@@ -155,10 +155,15 @@ def test_stopped_server_is_waited_for_within_a_transaction_and_told_once(
     with engine.begin() as connection:
         connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
         server.stop("immediate")
-        told: list[str] = []
+        told = ""
+
+        def is_told() -> bool:
+            nonlocal told
+            told += capfd.readouterr().err
+            return "\n" in told
 
         def start_when_told() -> None:
-            eventually(lambda: told.append(capfd.readouterr().err) or "waiting" in "".join(told))
+            eventually(is_told)
             server.start()
 
         starter = threading.Thread(target=start_when_told)
@@ -167,8 +172,9 @@ def test_stopped_server_is_waited_for_within_a_transaction_and_told_once(
         starter.join()
 
     assert len(rows()) == 4
-    assert ("".join(told) + capfd.readouterr().err).count("\n") == 1
-    assert told[-1].startswith("hpc_db: waiting up to 60 s for the database server (host 127.0.0.1): ")
+    told += capfd.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("hpc_db: waiting up to 60 s for the database server (host 127.0.0.1): ")
 
 
 def test_server_that_stays_away_is_an_error_that_says_so(

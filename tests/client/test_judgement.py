@@ -12,13 +12,12 @@ from hpc_db_client import patience
 from hpc_db_client.journal import Journal, Step, digest, judge
 from sqlalchemy.exc import ArgumentError
 
-TRANSACTIONS = "INSERT INTO t VALUES ('a; b'), ('CREATE TEMP')"
-
 
 @pytest.mark.parametrize("text", [
-    "SELECT 1", " \n(SELECT 1) UNION SELECT 2;", "insert into t values (1)", TRANSACTIONS, "WITH x AS (SELECT 1) SELECT 2",
-    "UPDATE t SET a = 1", "DELETE FROM t", "SELECT a FROM t FOR UPDATE", "SAVEPOINT a", "RELEASE a", "ROLLBACK TO a",
-    "SET LOCAL statement_timeout = 1", "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", "LOCK TABLE t", "SHOW timezone",
+    "SELECT 1", " \n(SELECT 1) UNION SELECT 2;", "insert into t values (1)", "WITH x AS (SELECT 1) SELECT 2",
+    "INSERT INTO t VALUES ('a; b'), ('CREATE TEMP')", "UPDATE t SET a = 1", "DELETE FROM t",
+    "SELECT a FROM t FOR UPDATE", "SAVEPOINT a", "RELEASE a", "ROLLBACK TO a", "SET LOCAL statement_timeout = 1",
+    "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", "LOCK TABLE t", "SHOW timezone",
     "select nextval('trials_trial_id_seq')",
 ])
 def test_what_is_all_in_the_transaction_is_repeated(text: str) -> None:
@@ -121,8 +120,8 @@ def test_waiting_gets_longer_is_told_once_and_ends(
         pauses.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr(patience.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(patience.time, "sleep", sleep)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.sleep", sleep)
     outage = patience.Outage(patience.Patience(60, "service a"))
 
     with pytest.raises(patience.GaveUp, match=r"\(service a\) did not come back within 60 s \(hpc_db_patience\): gone"):

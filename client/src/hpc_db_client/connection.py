@@ -18,11 +18,12 @@ from typing import Any, Callable, NamedTuple
 from weakref import ref
 
 from .journal import Differs, Journal, Step, digest, judge
-from .patience import GaveUp, Outage, Patience, in_short, tell
+from .patience import GaveUp, Outage, Patience, tell
 
 # A transaction that the server dies of is not what it should be given again and again.
 MOST_REPEATS = 5
 IN_ERROR = 3  # libpq's PQTRANS_INERROR
+IN_THE_FUTURE = "22023"  # what pg_xact_status says of an id that has not been given yet
 # The server ended the session: shutdown, crash, idle for too long.
 ENDED = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
 # What waiting does not mend. Only the first time: a server that once let us in, and now does not, is another's.
@@ -35,7 +36,8 @@ FUTILE = (
 # Optuna stores heartbeats in the session's time zone without naming it, so two workers that differ in PGTZ would take
 # each other for dead: every session is in UTC.
 FACTS = """
-SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text, current_setting('server_version_num')::int,
+SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text,
+    current_setting('server_version_num')::int,
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
     has_function_privilege('pg_control_system()', 'EXECUTE')
@@ -43,9 +45,10 @@ FROM pg_stat_activity s WHERE s.pid = pg_backend_pid()
 """
 IDENTITY = "SELECT system_identifier::text FROM pg_control_system()"
 # The message makes the transaction's id durable before its commit is asked for: after a crash, an id that never
-# reached the disk is given to somebody else's transaction, and its status would be taken for ours.
+# reached the disk is given to somebody else's transaction, and its status would be taken for ours. (A transactional
+# message would not be flushed, whatever its last argument says; this one carries the transaction's id as well.)
 MARK = """
-SELECT x::text, CASE WHEN x IS NOT NULL THEN pg_logical_emit_message(true, 'hpc_db', '', true) END::text
+SELECT x::text, CASE WHEN x IS NOT NULL THEN pg_logical_emit_message(false, 'hpc_db', '', true) END::text
 FROM pg_current_xact_id_if_assigned() x
 """
 # What there is before PostgreSQL 17: it can prove that a transaction did not happen, but not that it did.
@@ -361,9 +364,12 @@ class Connection:
             try:
                 status = ask(self.real, STATUS.format(xid=xid, lsn=lsn or "0/0"))[0]
             except self._link.dbapi.Error as again:
-                if not self._link.is_lost(self.real, again):
+                if self._link.is_lost(self.real, again):
+                    status = "in progress"  # for all that we know
+                elif sqlstate(again) == IN_THE_FUTURE:
+                    status = "aborted"  # nothing of it was left after a crash
+                else:
                     self._give_up(cannot, error)
-                status = "in progress"  # for all that we know
             if status == "aborted" or (status == "committed" and lsn):
                 if self._bound:
                     self._discard()  # what the session held is gone: let nobody take this one for it
