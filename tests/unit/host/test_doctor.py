@@ -203,10 +203,10 @@ def test_name_that_leads_nowhere(addresses, says, instance, monkeypatch):
             raise addresses
         return [(2, 1, 6, "", (address, 1)) for address in addresses]
 
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     def refuse(*_unused):
         raise OSError("refused")
 
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(socket, "create_connection", refuse)
     report = doctor.Report()
 
