@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from hpc_db_host import engines
+from hpc_db_host import engines, processes
 from hpc_db_host.engines import engines_of, pooler_rules, quoted
 
 # Listens where its configuration says, unless a file "broken" is beside it; writes down the signals that it gets.
@@ -31,6 +31,23 @@ with socket.socket() as server:
     server.listen(5)
     while True:
         server.accept()
+"""
+
+
+# Runs an engine, and says which process that is.
+SERVE = """
+import sys, time
+from hpc_db_host import engines
+
+class Listener(engines.Engine):
+    name = "pooler"
+    def command(self):
+        return [sys.executable, "-c", "import time; time.sleep(600)"]
+
+engine = Listener({"root": sys.argv[1], "service": {}, "pooler": {"port": 0}}, None, "127.0.0.1")
+engine.poll()
+print(engine._child.pid, flush=True)
+time.sleep(600)
 """
 
 
@@ -110,7 +127,7 @@ def test_configuration_lets_in_by_password_over_tls_only_and_nobody_else_reads_i
     databases, parameters = pooler.parameters()
     folder = pooler.root / "socket"
 
-    assert databases == {name: f"host={folder} port=5433" for name in ("mala", "other")}
+    assert databases == dict.fromkeys(("mala", "other"), f"host={folder} port=5433")
     assert (parameters["pool_mode"], parameters["default_pool_size"]) == ("transaction", "7")
     assert (parameters["auth_type"], parameters["client_tls_sslmode"]) == ("hba", "require")
     assert (folder / "pgbouncer.users").read_text() == f'"study" "{FakePostgres.verifier}"\n'
@@ -170,6 +187,21 @@ def test_new_password_is_taken_over_though_the_file_is_written_first(make):
     pooler.poll_until((pooler.root / "bin" / "hup").exists)
 
     assert "bmV3" in (pooler.root / "socket" / "pgbouncer.users").read_text()
+
+
+def test_killed_hosting_program_takes_it_along(start, tmp_path):
+    for name in ("log", "host"):
+        (tmp_path / name).mkdir()
+    process = start(SERVE, tmp_path)
+    pid = int(process.stdout.readline())
+    assert processes.start_time(pid)
+
+    process.kill()
+
+    limit = time.monotonic() + 60
+    while processes.start_time(pid):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
 
 
 def test_all_networks_are_both_families():

@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 EVERYWHERE = ("[::]", "0.0.0.0")
 
 
-class Waiting(grpc.ServerInterceptor):
+class Waiting(grpc.ServerInterceptor):  # type: ignore[misc]
     """Tells clients that postgres has gone as if the proxy had, so that they wait for both."""
 
     def intercept_service(self, continuation: "Callable", details: "grpc.HandlerCallDetails") -> object:
