@@ -21,7 +21,7 @@ SETTINGS = {
     "workers_job_options": {"partition": "work", "time": "00:30:00", "mem": "1500M", "export": "ALL,OMP_NUM_THREADS=1"},
 }
 STATES = """
-SELECT state, count(*) FROM trials JOIN studies USING (study_id) WHERE study_name = 'search' GROUP BY state ORDER BY state
+SELECT state, count(*) FROM trials JOIN studies USING (study_id) WHERE study_name = 'search' GROUP BY state
 """
 
 

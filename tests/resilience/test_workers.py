@@ -21,9 +21,11 @@ NOTES = f"""
 SELECT value_json FROM trial_system_attributes JOIN trials USING (trial_id) JOIN studies USING (study_id)
 WHERE study_name = '{ARRAY}' AND state = 'COMPLETE' AND key = 'hpc_db:worker'
 """
+# The running trials that have all their parameters, with their jobs.
 RUNNING = f"""
-SELECT count(*) FROM trials JOIN trial_params USING (trial_id) JOIN studies USING (study_id)
-WHERE study_name = '{STUDY}' AND state = 'RUNNING' AND param_name = 'layer_activation_00'
+SELECT number, substring(value_json FROM 'hpc_db (\\d+)') FROM trials JOIN trial_params USING (trial_id)
+JOIN studies USING (study_id) JOIN trial_system_attributes USING (trial_id)
+WHERE study_name = '{STUDY}' AND state = 'RUNNING' AND param_name = 'layer_activation_00' AND key = 'hpc_db:worker'
 """
 HANG_UP = """
 SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
@@ -59,19 +61,16 @@ Figure = Callable[[str, str], None]
 
 
 @pytest.fixture
-def held(cluster: MiniCluster) -> Iterator[Callable[..., str]]:
-    """Start workers whose trials last, on a node; return the id of their job. At last they may end."""
-    def start(node: str, number: int) -> str:
-        for name in ("go", "late"):
-            (cluster.home / "workers" / name).unlink(missing_ok=True)
-        before = int(cluster.run(PSQL, RUNNING, "mala"))
-        job = cluster.run('sbatch --parsable --nodelist="$1" --array="1-$2" "$3"', node, str(number), JOB)
-        eventually(lambda: int(cluster.run(PSQL, RUNNING, "mala")) == before + number, 60, 0.5)
-        return job
-
-    yield start
+def no_workers_left(cluster: MiniCluster) -> Iterator[None]:
+    yield
     cluster.run("scancel --name=hpc_db_workers")
     eventually(lambda: not cluster.jobs("hpc_db_workers"), 60, 0.5)
+
+
+def running(cluster: MiniCluster, database: str) -> dict[int, str]:
+    """Return the job of each running trial; empty for one that is tied to none."""
+    lines = cluster.run(PSQL, RUNNING, database).splitlines()
+    return {int(number): job for number, job in (line.split("|") for line in lines)}
 
 
 def write_job(cluster: MiniCluster, **settings: object) -> None:
@@ -101,7 +100,8 @@ def finish(cluster: MiniCluster, database: str) -> list[list]:
 def test_array_of_workers(cluster: MiniCluster) -> None:
     write_job(cluster, workers_number=2, workers_trials=10, workers_study=ARRAY)
 
-    cluster.run('sbatch --wait "$1"', JOB)
+    cluster.run('sbatch "$1"', JOB)
+    eventually(lambda: not cluster.jobs("hpc_db_workers"), 120, 0.5)
 
     said = cluster.run("cat hpc_db/hpc_db/workers/log/*")
     names = cluster.run(PSQL, NOTES, "mala")
@@ -110,16 +110,18 @@ def test_array_of_workers(cluster: MiniCluster) -> None:
     assert len(jobs) in (1, 2) and all(re.fullmatch(r"\d+\.0", job) for job in jobs), said
 
 
-def test_what_dead_workers_leave_is_requeued_once(
-    cluster: MiniCluster, serving: dict, held: Callable[..., str], figure: Figure
-) -> None:
+@pytest.mark.usefixtures("no_workers_left")
+def test_what_dead_workers_leave_is_requeued_once(cluster: MiniCluster, serving: dict, figure: Figure) -> None:
     node = other_node(serving)
+    for name in ("go", "late"):
+        (cluster.home / "workers" / name).unlink(missing_ok=True)
     write_job(cluster, workers_number=2, workers_program="/home/alice/workers/held.py", workers_study=STUDY)
-    held(node, 2)
-    alive = held(serving["host"], 1)
+    alive = cluster.run('sbatch --parsable --nodelist="$1" --array=1 "$2"', serving["host"], JOB)
+    cluster.run('sbatch --nodelist="$1" "$2"', node, JOB)
     untied = cluster.start("login", BY_HAND)
-    eventually(lambda: cluster.run(PSQL, "SELECT to_regclass('trials')", "second"), 60, 0.5)
-    eventually(lambda: cluster.run(PSQL, RUNNING, "second") == "1", 60, 0.5)
+    eventually(lambda: len(running(cluster, "mala")) == 3 and running(cluster, "second") == {0: ""}, 90, 0.5)
+    kept, = [number for number, job in running(cluster, "mala").items() if job == alive]
+    doomed = sorted(set(range(3)) - {kept})
     cluster.verb("kill", node)
     cluster.run("scontrol update nodename=$1 state=down reason=killed", node, host="ctl", user="root")
     connected = f"SELECT count(*) FROM pg_stat_activity WHERE application_name ~ '^hpc_db .* {node} '"
@@ -135,12 +137,12 @@ def test_what_dead_workers_leave_is_requeued_once(
     (cluster.home / "workers" / "late").touch()
     refused = untied.communicate(timeout=60)[0]
 
-    for number in (0, 1):
-        ended = r"requeued( as trial \d)?: job \d+ has ended and has no connection"
-        assert re.fullmatch(f"mala/{STUDY}: trial {number} would be {ended}", foreseen[number])
-        assert re.fullmatch(f"mala/{STUDY}: trial {number} is {ended}", done[number])
+    ended = r"job \d+ has ended and has no connection"
+    for place, number in enumerate(doomed):
+        assert re.fullmatch(f"mala/{STUDY}: trial {number} would be requeued: {ended}", foreseen[place])
+        assert re.fullmatch(f"mala/{STUDY}: trial {number} is requeued as trial {3 + place}: {ended}", done[place])
     assert done[2:] == [
-        f"mala/{STUDY}: trial 2 is left alone: job {alive} has an open connection",
+        f"mala/{STUDY}: trial {kept} is left alone: job {alive} has an open connection",
         f"second/{STUDY}: trial 0 is left alone: job {alive} (hpc_db_workers) may be its worker",
     ]
     assert foreseen[2] == done[2]
@@ -152,9 +154,9 @@ def test_what_dead_workers_leave_is_requeued_once(
     assert untied.returncode == 1 and "ValueError: Cannot tell a FAIL trial." in refused
 
     states, params, marks = finish(cluster, "mala")
-    assert states == ["FAIL", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
-    assert params[3:] == params[:2]
-    assert marks[2:] == [[None, None], [0, [0]], [1, [1]]]
+    assert [states[number] for number in (*doomed, kept, 3, 4)] == [*2 * ["FAIL"], *3 * ["COMPLETE"]]
+    for new, number in zip((3, 4), doomed):
+        assert (params[new], marks[new]) == (params[number], [number, [number]])
     states, params, _marks = finish(cluster, "second")
     assert (states, params[0]) == (["FAIL", "COMPLETE"], params[1])
     figure("Z1", "node killed: its 2 trials requeued once; those of the 9 workers that live left alone")
