@@ -6,11 +6,17 @@
 from __future__ import annotations
 
 # The hosting program prints its queue and its ids as Slurm does.
-from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_jobs, parse_queue, parse_submit
+from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import (
+    parse_jobs,
+    parse_nodes,
+    parse_queue,
+    parse_submit,
+)
 
 __all__ = [
     "all_nodes_command", "cancel_command", "check_command", "check_limit", "check_options", "jobs_command",
-    "limit_command", "nodes_command", "parse_jobs", "parse_queue", "parse_submit", "queue_command", "submit_command",
+    "limit_command", "nodes_command", "parse_jobs", "parse_nodes", "parse_queue", "parse_submit", "queue_command",
+    "submit_command",
 ]
 
 LOCAL_JOB = ["python3", "-m", "hpc_db_host.local_job"]

@@ -222,9 +222,9 @@ def test_info_shows_the_newest_log_in_trouble(queue, state, shown, tmp_path):
 
 @pytest.mark.parametrize("jobs, idle", [
     ("", ["c1", "c2", "c3"]),
-    ("5|\n", ["c1", "c2", "c3"]),  # one that waits
-    ("5|c[1-2]\n6|c1\n", ["c3"]),
-    ("Welcome to Slurm\n5|c3\n", ["c1", "c2"]),
+    ("5|0|PENDING|N/A||train|\n", ["c1", "c2", "c3"]),
+    ("5|0|RUNNING|7|c[1-2]|train|\n6|0|RUNNING|7|c1|hpc_db|\n", ["c3"]),
+    ("Welcome to Slurm\n5|0|COMPLETING|7|c3|train|\n", ["c1", "c2"]),
 ])
 def test_nodes_without_a_job_of_ours(jobs, idle):
     def run(command):
