@@ -157,7 +157,7 @@ def prepare() -> None:
         from sqlalchemy.dialects import plugins
 
         plugins.register("hpc_db", "hpc_db_client.plugin", "HpcDb")
-        hpc_db_client.patience.tell = lambda _text: None  # a thousand times
+        hpc_db_client.patience.tell = lambda text: None  # a thousand times
 
 
 def work(url: str, study_name: str, start: float, end: float, said: dict[str, Any]) -> None:

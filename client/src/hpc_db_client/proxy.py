@@ -33,8 +33,13 @@ OPTIONS = [
 ]
 
 
-class InstanceStorage(GrpcStorageProxy):
+class InstanceStorage(GrpcStorageProxy):  # type: ignore[misc]
     """Optuna's client on a channel that is encrypted, shows who it is, and follows the server."""
+
+    # from Optuna's client
+    _channel: Any
+    _stub: Any
+    _cache: Any
 
     def __init__(self, root: str, patience: float) -> None:
         self._root = root
