@@ -221,6 +221,32 @@ def test_worker_needs_one_connection_and_no_other(
     assert database(used) == [(1,)]
 
 
+def test_workers_take_turns_where_there_is_room_for_a_third_of_them(
+    engine: sqlalchemy.engine.Engine, url: str, server: Server, database: Ask
+) -> None:
+    name = f"turns {url}"
+    optuna.create_study(storage=url, study_name=name)
+
+    def work() -> None:
+        storage = optuna.storages.RDBStorage(url)
+        study = optuna.load_study(storage=storage, study_name=name)
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+        storage.engine.dispose()
+
+    workers = [threading.Thread(target=work) for _number in range(9)]
+    server.ask("ALTER ROLE study CONNECTION LIMIT 5")  # two are this test's own
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+    finally:
+        server.ask("ALTER ROLE study CONNECTION LIMIT -1")
+
+    assert database(f"SELECT state::text, count(*) FROM trials JOIN studies USING (study_id) "
+                    f"WHERE study_name = '{name}' GROUP BY 1") == [("COMPLETE", 18)]
+
+
 def test_sessions_are_in_utc_whatever_the_environment_says(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGTZ", "Asia/Tokyo")
 
