@@ -136,6 +136,18 @@ def test_server_that_cannot_make_sure_is_not_believed(
     assert len(rows()) == 4
 
 
+def test_application_can_ask_for_what_it_inserted(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
+) -> None:
+    table = sqlalchemy.Table("t", sqlalchemy.MetaData(), autoload_with=engine)
+    with engine.begin() as connection:
+        proxy.cut_at(b"INSERT", ANSWER_LOST)
+        answer = connection.execute(table.insert().values(n=3, word="three").returning(table.c.word))
+        assert answer.all() == [("three",)]
+
+    assert len(rows()) == 3
+
+
 def test_connection_at_rest_is_alive_after_a_restart(
     engine: sqlalchemy.engine.Engine, server: Server, capfd: pytest.CaptureFixture
 ) -> None:
