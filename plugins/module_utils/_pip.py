@@ -33,12 +33,14 @@ def source_arguments(wheelhouse: str | None, index_url: str | None) -> list[str]
     return [f"--index-url={index_url}"] if index_url else []
 
 
-def call(module: AnsibleModule, command: list[str]) -> tuple[int, str, str]:
+def call(module: AnsibleModule, command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
     """Run a Python or pip; return its exit code and what it printed, and raise Failed if it is not there."""
     for name in MISLEADING:
         os.environ.pop(name, None)
     try:
-        return module.run_command(command, expand_user_and_vars=False, handle_exceptions=False)
+        return module.run_command(
+            command, expand_user_and_vars=False, handle_exceptions=False, pass_fds=pass_fds
+        )
     except OSError as error:
         raise Failed(f"{command[0]}: {error.strerror}") from None
 
