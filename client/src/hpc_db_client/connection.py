@@ -12,14 +12,18 @@ A transaction that was cut is decided like this, and only like this:
 
 from __future__ import annotations
 
+import select
+import threading
 from typing import Any, Callable, NamedTuple
+from weakref import ref
 
 from .journal import Differs, Journal, Step, digest, judge
-from .patience import GaveUp, Outage, Patience, in_short, tell
+from .patience import GaveUp, Outage, Patience, tell
 
 # A transaction that the server dies of is not what it should be given again and again.
 MOST_REPEATS = 5
 IN_ERROR = 3  # libpq's PQTRANS_INERROR
+IN_THE_FUTURE = "22023"  # what pg_xact_status says of an id that has not been given yet
 # The server ended the session: shutdown, crash, idle for too long.
 ENDED = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
 # What waiting does not mend. Only the first time: a server that once let us in, and now does not, is another's.
@@ -29,8 +33,11 @@ FUTILE = (
     "server does not support SSL", "root certificate file",
 )
 
+# Optuna stores heartbeats in the session's time zone without naming it, so two workers that differ in PGTZ would take
+# each other for dead: every session is in UTC.
 FACTS = """
-SELECT pg_backend_pid(), s.backend_start::text, current_setting('server_version_num')::int,
+SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text,
+    current_setting('server_version_num')::int,
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
     has_function_privilege('pg_control_system()', 'EXECUTE')
@@ -38,9 +45,10 @@ FROM pg_stat_activity s WHERE s.pid = pg_backend_pid()
 """
 IDENTITY = "SELECT system_identifier::text FROM pg_control_system()"
 # The message makes the transaction's id durable before its commit is asked for: after a crash, an id that never
-# reached the disk is given to somebody else's transaction, and its status would be taken for ours.
+# reached the disk is given to somebody else's transaction, and its status would be taken for ours. (A transactional
+# message would not be flushed, whatever its last argument says; this one carries the transaction's id as well.)
 MARK = """
-SELECT x::text, CASE WHEN x IS NOT NULL THEN pg_logical_emit_message(true, 'hpc_db', '', true) END::text
+SELECT x::text, CASE WHEN x IS NOT NULL THEN pg_logical_emit_message(false, 'hpc_db', '', true) END::text
 FROM pg_current_xact_id_if_assigned() x
 """
 # What there is before PostgreSQL 17: it can prove that a transaction did not happen, but not that it did.
@@ -69,12 +77,14 @@ class Link:
     """How to open and prepare one connection."""
 
     def __init__(
-        self, connect: Callable[[], Any], prepare: Callable[[Any], object], dbapi: Any, patience: Patience
+        self, connect: Callable[[], Any], prepare: Callable[[Any], object], dbapi: Any, patience: Patience,
+        others: set[ref[Connection]],
     ) -> None:
         self._connect = connect
         self._prepare = prepare
         self.dbapi = dbapi
         self.patience = patience
+        self.others = others  # connections of the same engine
 
     def open(self, outage: Outage, old: Facts | None, attributes: dict[str, Any]) -> tuple[Any, Facts]:
         """Wait until the server lets us in, end what is left of the old session, and prepare the new one."""
@@ -96,6 +106,11 @@ class Link:
                 close(real)
                 if not lost or (real is None and not self._may_pass(error)):
                     raise
+                # Workers that each hold one connection, and wait for another until somebody lets go of his, wait
+                # for ever.
+                for other in [each() for each in list(self.others)]:
+                    if other:
+                        other.make_room()
                 self.pause(outage, error)
             else:
                 self.patience.is_over()
@@ -121,7 +136,7 @@ class Link:
 
     @staticmethod
     def _facts(real: Any) -> Facts:
-        pid, start, version, can_flush, can_identify = ask(real, FACTS)
+        _zone, pid, start, version, can_flush, can_identify = ask(real, FACTS)
         system = ask(real, IDENTITY)[0] if can_identify else ""
         mark = MARK if can_flush else MARK_WEAKLY if version >= 130000 else ""
         return Facts(pid, start, real.info.backend_pid == pid, system, mark if system else "")
@@ -130,7 +145,9 @@ class Link:
 class Connection:
     """What SQLAlchemy takes for the driver's connection. ``real`` is one, and may become another."""
 
-    __slots__ = ("real", "_link", "_facts", "_old", "_journal", "_attributes", "_bound", "_outage", "__weakref__")
+    __slots__ = (
+        "real", "_link", "_facts", "_old", "_journal", "_attributes", "_bound", "_outage", "_thread", "__weakref__",
+    )
     # What can be read or called without leaving anything behind in the session.
     _HARMLESS = frozenset((
         "adapters", "autocommit", "broken", "closed", "cursor_factory", "deferrable", "dsn", "encoding", "fileno",
@@ -146,7 +163,9 @@ class Connection:
         self._attributes: dict[str, Any] = {}
         self._bound = ""  # why the session cannot be replaced
         self._outage: Outage | None = None
+        self._thread = threading.get_ident()
         self.real, self._facts = link.open(Outage(link.patience), None, {})
+        link.others.add(ref(self, link.others.discard))
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.real, name)
@@ -185,13 +204,25 @@ class Connection:
         return Cursor(self, options)
 
     def ping(self) -> bool:
-        """Tell whether the session is alive."""
+        """Tell whether the session is alive.
+
+        A server that ends a session says so. One that is silent needs no question: the next statement is one.
+        """
         try:
-            ask(self.real, "SELECT 1")
+            news = select.poll()
+            news.register(self.real.fileno(), select.POLLIN)
+            if news.poll(0):
+                ask(self.real, "SELECT 1")
         except self._link.dbapi.Error:
             self._discard()
             return False
         return True
+
+    def make_room(self) -> None:
+        """End the session if the thread that waits for another one has this one as well, and has only read in it."""
+        idle = threading.get_ident() == self._thread and not self.real.closed and not self._bound
+        if idle and not self._journal.why_not and all(step.only_reads for step in self._journal.steps):
+            self._discard()
 
     def close(self) -> None:
         self.real.close()
@@ -213,7 +244,7 @@ class Connection:
             if not self.real.closed:
                 self.real.commit()
             return
-        if self.real.closed or self.real.autocommit or self.real.info.transaction_status == IN_ERROR:
+        if self.real.autocommit or self.real.info.transaction_status == IN_ERROR:
             self.real.commit()  # which is an error, nothing, or a rollback
         else:
             self._commit()
@@ -225,6 +256,7 @@ class Connection:
         if why and lasting:
             self.bind(why)
         self.revive()
+        self._thread = threading.get_ident()
         step = Step(method, text, arguments, options, cursor.options)
         if self.real.autocommit:
             cursor.run(self.real, step)  # whether it happened nobody could tell, so its error goes up
@@ -268,23 +300,21 @@ class Connection:
 
     def _commit_once(self) -> bool:
         """Commit; return False if the transaction had to be repeated and is still to be committed."""
-        marked = False
+        asked = False
         xid = lsn = None
         try:
             if self._facts.mark:
                 xid, lsn = ask(self.real, self._facts.mark, in_transaction=True)
-                marked = True
+            asked = not self.real.closed
             self.real.commit()
         except self._link.dbapi.Error as error:
             if not self._link.is_lost(self.real, error):
                 raise
             before = self._facts
             self._discard()
-            if not before.mark:
-                self._give_up("the server cannot tell whether the transaction was committed", error)
-            if marked and xid is None and not self._bound:
+            if asked and before.mark and xid is None and not self._bound:
                 return True  # nothing was written
-            if marked and self._has_committed(before, xid, lsn, error):
+            if asked and self._has_committed(before, xid, lsn, error):
                 return True
             self._repeat(error, lambda: None)
             return False
@@ -293,6 +323,8 @@ class Connection:
     def _has_committed(self, before: Facts, xid: str | None, lsn: str | None, error: Exception) -> bool:
         """Ask new sessions until one can tell; raise ``error`` if none ever can."""
         cannot = "the server cannot tell whether the transaction was committed"
+        if not before.mark:
+            self._give_up(cannot, error)
         while True:
             self._open()
             if self._facts.system != before.system:
@@ -300,9 +332,12 @@ class Connection:
             try:
                 status = ask(self.real, STATUS.format(xid=xid, lsn=lsn or "0/0"))[0]
             except self._link.dbapi.Error as again:
-                if not self._link.is_lost(self.real, again):
+                if self._link.is_lost(self.real, again):
+                    status = "in progress"  # for all that we know
+                elif sqlstate(again) == IN_THE_FUTURE:
+                    status = "aborted"  # nothing of it was left after a crash
+                else:
                     self._give_up(cannot, error)
-                status = "in progress"  # for all that we know
             if status == "aborted" or (status == "committed" and lsn):
                 if self._bound:
                     self._discard()  # what the session held is gone: let nobody take this one for it

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 from typing import Any, Callable
+from weakref import ref
 
-from .connection import Connection, Link
+from .connection import MOST_REPEATS, Connection, Link
 from .patience import Patience
 
 
@@ -25,12 +26,16 @@ class Waiting:
     def __init__(self, hpc_db_patience: float = 0.0, hpc_db_server: str = "", **options: Any) -> None:
         super().__init__(**options)
         self._patience = Patience(hpc_db_patience, hpc_db_server)
+        self._connections: set[ref[Connection]] = set()
 
     def connect(self, *arguments: Any, **options: Any) -> Connection:
         """Open a connection as soon as the server lets us."""
         base: Any = super()
         prepare = base.on_connect() or (lambda _connection: None)
-        return Connection(Link(lambda: base.connect(*arguments, **options), prepare, self.dbapi, self._patience))
+        link = Link(
+            lambda: base.connect(*arguments, **options), prepare, self.dbapi, self._patience, self._connections
+        )
+        return Connection(link)
 
     def on_connect(self) -> Callable | None:
         """Return what prepares a connection; ours are prepared as often as they are opened."""
@@ -55,7 +60,14 @@ class Waiting:
     def initialize(self, connection: Any) -> None:
         """Look at the server; this uses the driver's own connection, but leaves nothing behind in it."""
         base: Any = super()
-        base.initialize(connection)
-        ours = connection.connection.dbapi_connection
-        if isinstance(ours, Connection):
-            ours.unbind()
+        ours = getattr(connection.connection, "dbapi_connection", connection.connection)  # SQLAlchemy 1.4 has it bare
+        for left in reversed(range(MOST_REPEATS)):
+            try:
+                return base.initialize(connection)
+            except Exception:
+                if not (left and isinstance(ours, Connection) and ours.real.closed):
+                    raise
+                ours.rollback()
+            finally:
+                if isinstance(ours, Connection):
+                    ours.unbind()

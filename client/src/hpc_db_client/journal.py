@@ -32,6 +32,8 @@ _BEYOND = re.compile(
     r"\b((pg_(try_)?advisory_(un)?lock\w*|set_config|setval|dblink\w*|lo_\w+|pg_notify|pg_logical_emit_message"
     r"|pg_\w*(replication|backup|restore_point|terminate|cancel|reload)\w*)\s*\(|into\s+temp)", re.IGNORECASE,
 )
+# It takes no lock, so that nobody could tell whether the transaction was still there.
+_ONLY_READS = re.compile(r"(select|show)\b(?!.*\bfor\s)", re.IGNORECASE | re.DOTALL)
 # SQLAlchemy asks for a key in this way: the value is ours from then on, whatever becomes of the transaction.
 _NEXT_KEY = re.compile(r"select nextval\('[^']+'\)", re.IGNORECASE)
 
@@ -68,6 +70,7 @@ class Step:
         self.options = options
         self.cursor_options = cursor_options
         self.is_next_key = method == "execute" and bool(_NEXT_KEY.fullmatch(text.strip()))
+        self.only_reads = bool(_ONLY_READS.match(text.strip()))
         self.key: int | None = None
         self.outcome = b""
 

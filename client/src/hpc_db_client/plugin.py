@@ -18,7 +18,7 @@ PREFIX = "hpc_db_"
 DRIVERS = ("psycopg2", "psycopg")
 
 
-class HpcDb(CreateEnginePlugin):
+class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
     """The plugin; one object for each call of ``create_engine``."""
 
     def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:
@@ -53,6 +53,8 @@ class HpcDb(CreateEnginePlugin):
         if issubclass(pool_cls, QueuePool):
             pool_args.setdefault("pool_size", 1)
             pool_args.setdefault("max_overflow", 14)
+            # A thread that waits for another one's connection waits for the server, too.
+            pool_args.setdefault("timeout", 30 + self._patience)
 
     def engine_created(self, engine: Engine) -> None:
         """Show users the URL that they know."""

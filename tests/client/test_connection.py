@@ -1,0 +1,254 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Promises of the plugin on one connection, with a real server: what it repeats, and where the error goes up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import optuna
+import pytest
+import sqlalchemy
+from cutting_proxy import ANSWER_LOST, CRASHES, REQUEST_LOST, WAYS, Proxy
+from real_server import Server, eventually
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+
+Ask = Callable[[str], list]
+
+
+@pytest.fixture
+def engine(url: str, database: Ask) -> Iterator[sqlalchemy.engine.Engine]:
+    """An engine that has one connection at rest, and the table t with the rows 1 and 2."""
+    database("DROP TABLE IF EXISTS t")
+    database("CREATE TABLE t (n int PRIMARY KEY, word text); ALTER TABLE t OWNER TO study")
+    database("INSERT INTO t VALUES (1, 'one'), (2, 'two')")
+    engine = sqlalchemy.create_engine(url, future=True)
+    with engine.connect() as connection:
+        connection.execute(text("SELECT 1"))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def rows(database: Ask) -> Callable[[], list]:
+    return lambda: database("SELECT n, word FROM t ORDER BY n")
+
+
+@pytest.mark.parametrize("way", WAYS + CRASHES)
+def test_commit_that_was_cut_is_done_once(
+    way: str, engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
+) -> None:
+    with engine.connect() as connection:
+        connection.execute(text("UPDATE t SET word = word || word WHERE n = 1"))
+        connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
+        proxy.cut_at(b"COMMIT", way)
+        connection.commit()
+
+    assert rows() == [(1, "oneone"), (2, "two"), (3, "three")]
+
+
+def test_transaction_that_would_read_something_else_is_not_repeated(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list], database: Ask,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT word FROM t WHERE n = 1")).scalar() == "one"
+        database("UPDATE t SET word = 'another' WHERE n = 1")
+        proxy.cut_at(b"UPDATE", REQUEST_LOST)
+        with pytest.raises(OperationalError):
+            connection.execute(text("UPDATE t SET word = 'mine' WHERE n = 1"))
+
+    told = capfd.readouterr().err
+    assert "a transaction was cut that cannot be repeated: another result than before" in told
+    assert told.endswith("; the error goes up\n")
+    assert rows() == [(1, "another"), (2, "two")]
+    with engine.connect() as connection:  # and the next one is as good as ever
+        assert connection.execute(text("SELECT count(*) FROM t")).scalar() == 2
+
+
+def test_error_within_a_transaction_is_the_same_when_it_is_repeated(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
+) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
+        with pytest.raises(IntegrityError), connection.begin_nested():
+            connection.execute(text("INSERT INTO t VALUES (1, 'again')"))
+        proxy.cut_at(b"(4,", ANSWER_LOST)
+        connection.execute(text("INSERT INTO t VALUES (4, 'four')"))
+
+    assert rows() == [(1, "one"), (2, "two"), (3, "three"), (4, "four")]
+
+
+@pytest.mark.parametrize("statement", [
+    "SELECT pg_advisory_lock(7)", "CREATE TEMP TABLE mine (n int)", "SET search_path = public",
+])
+def test_what_the_session_held_is_not_forgotten_silently(
+    statement: str, engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list],
+    capfd: pytest.CaptureFixture,
+) -> None:
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+        connection.commit()
+        proxy.cut_at(b"INSERT", REQUEST_LOST)
+        with pytest.raises(DBAPIError):
+            connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
+
+    assert statement in capfd.readouterr().err
+    assert len(rows()) == 2
+
+
+def test_without_a_transaction_nobody_can_tell_and_the_error_goes_up(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
+) -> None:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("SELECT 1"))
+        proxy.cut_at(b"INSERT", ANSWER_LOST)
+        with pytest.raises(OperationalError):
+            connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
+
+    assert len(rows()) == 3
+
+
+def test_server_that_cannot_make_sure_is_not_believed(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list], database: Ask,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    function = "FUNCTION pg_logical_emit_message(boolean, text, text, boolean)"
+    database(f"REVOKE EXECUTE ON {function} FROM PUBLIC")  # as if there were none, like before PostgreSQL 17
+    engine.dispose()
+    try:
+        for number, way in enumerate((REQUEST_LOST, ANSWER_LOST)):
+            with engine.connect() as connection:
+                connection.execute(text(f"INSERT INTO t VALUES ({10 + number}, 'ten')"))
+                proxy.cut_at(b"COMMIT", way)
+                if way == REQUEST_LOST:
+                    connection.commit()
+                else:
+                    with pytest.raises(OperationalError):
+                        connection.commit()
+    finally:
+        database(f"GRANT EXECUTE ON {function} TO PUBLIC")
+
+    assert "the server cannot tell whether the transaction was committed" in capfd.readouterr().err
+    assert len(rows()) == 4
+
+
+def test_connection_at_rest_is_alive_after_a_restart(
+    engine: sqlalchemy.engine.Engine, server: Server, capfd: pytest.CaptureFixture
+) -> None:
+    server.stop()
+    server.start()
+
+    raw = engine.raw_connection()
+    cursor = raw.cursor()
+    cursor.execute("SELECT word FROM t WHERE n = 2")
+    assert cursor.fetchone() == ("two",)
+    raw.close()
+
+
+def test_stopped_server_is_waited_for_within_a_transaction_and_told_once(
+    engine: sqlalchemy.engine.Engine, server: Server, rows: Callable[[], list], capfd: pytest.CaptureFixture
+) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
+        server.stop("immediate")
+        told = ""
+
+        def is_told() -> bool:
+            nonlocal told
+            told += capfd.readouterr().err
+            return "\n" in told
+
+        def start_when_told() -> None:
+            eventually(is_told)
+            server.start()
+
+        starter = threading.Thread(target=start_when_told)
+        starter.start()
+        connection.execute(text("INSERT INTO t VALUES (4, 'four')"))
+        starter.join()
+
+    assert len(rows()) == 4
+    told += capfd.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("hpc_db: waiting up to 60 s for the database server (host 127.0.0.1): ")
+
+
+def test_server_that_stays_away_is_an_error_that_says_so(
+    url: str, server: Server, capfd: pytest.CaptureFixture
+) -> None:
+    engine = sqlalchemy.create_engine(url.replace("hpc_db_patience=60", "hpc_db_patience=0.5"))
+    with engine.connect() as connection:
+        server.stop()
+        began = time.monotonic()
+        with pytest.raises(OperationalError) as told:
+            connection.execute(text("SELECT 1"))
+        waited = time.monotonic() - began
+        server.start()
+
+    assert "the database server (host 127.0.0.1) did not come back within 0.5 s (hpc_db_patience): " in str(told.value)
+    assert waited >= 0.5
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("change, says", [
+    (("/study?", "/elsewhere?"), 'database "elsewhere" does not exist'),
+    (("study@", "stranger@"), 'role "stranger" does not exist'),
+])
+def test_what_waiting_does_not_mend_is_told_at_once(change: tuple[str, str], says: str, url: str) -> None:
+    with pytest.raises(OperationalError, match=says):
+        sqlalchemy.create_engine(url.replace(*change)).connect()
+
+
+def test_worker_needs_one_connection_and_no_other(
+    engine: sqlalchemy.engine.Engine, url: str, server: Server, database: Ask
+) -> None:
+    engine.dispose()
+    optuna.storages.RDBStorage(url).engine.dispose()
+    used = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'study'"
+    eventually(lambda: database(used) == [(0,)])
+    server.ask("ALTER ROLE study CONNECTION LIMIT 1")
+    try:
+        study = optuna.create_study(storage=url)
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    finally:
+        server.ask("ALTER ROLE study CONNECTION LIMIT -1")
+
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+    assert database(used) == [(1,)]
+
+
+def test_workers_take_turns_where_there_is_room_for_a_third_of_them(
+    engine: sqlalchemy.engine.Engine, url: str, server: Server, database: Ask
+) -> None:
+    name = f"turns {url}"
+    optuna.create_study(storage=url, study_name=name)
+
+    def work() -> None:
+        storage = optuna.storages.RDBStorage(url)
+        study = optuna.load_study(storage=storage, study_name=name)
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+        storage.engine.dispose()
+
+    workers = [threading.Thread(target=work) for _number in range(9)]
+    server.ask("ALTER ROLE study CONNECTION LIMIT 5")  # two are this test's own
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+    finally:
+        server.ask("ALTER ROLE study CONNECTION LIMIT -1")
+
+    assert database(f"SELECT state::text, count(*) FROM trials JOIN studies USING (study_id) "
+                    f"WHERE study_name = '{name}' GROUP BY 1") == [("COMPLETE", 18)]
+
+
+def test_sessions_are_in_utc_whatever_the_environment_says(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGTZ", "Asia/Tokyo")
+
+    with sqlalchemy.create_engine(url).connect() as connection:
+        assert connection.execute(text("SHOW timezone")).scalar() == "UTC"
