@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import CLUSTER
-from target import ROOT, Target
+from target import CLUSTER, ROOT, Target
 
 JOB = {"partition": "work", "time": "01:00:00", "mem": "1000M"}
 URL = "postgresql+psycopg2:///?service=hpc_db&plugin=hpc_db"
