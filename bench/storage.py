@@ -9,8 +9,8 @@ Run it as the owner of an instance that serves, with the instance's Python side;
     ~/hpc_db/hpc_db/python/bin/python bench/storage.py --client client/src results.json
 
 Workers are threads with a storage of their own, spread over a few processes that are new for each measurement. All
-start together; each asks, suggests three parameters and tells until the time is over. Like a worker whose
-``study.optimize`` raises, one that meets an error has ended.
+start together; each asks, suggests three parameters and tells until the time is over, and does nothing in between.
+Like a worker whose ``study.optimize`` raises, one that meets an error has ended.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import shutil
 import signal
 import socket
@@ -38,8 +39,14 @@ from typing import Any
 
 WORKERS = [1, 20, 60, 120, 200, 1000]
 # How long a measurement takes, from the start of all workers; the rate is that of the second half.
-SECONDS = {1: 2.0, 2: 1.5, 20: 4.0, 60: 7.0, 120: 9.0, 200: 12.0, 1000: 26.0}
+SECONDS = {1: 2.0, 2: 1.5, 20: 4.0, 60: 6.0, 120: 8.0, 200: 12.0, 1000: 40.0}
 OTHER_SECONDS = 10.0
+# Those that die or wait at once, or are files, have told all that they can in this time.
+SHORT = ("manual", "pooled", "SQLite", "journal")
+SHORT_SECONDS = 12.0
+# Workers' first trials begin this far apart in the mean, as trials that take their time do: else a thousand ask at
+# once, and none of them is served before the time is over.
+APART_SECONDS = 0.02
 # The default of PostgreSQL, which the manual's recipe keeps.
 MANUAL_CONNECTIONS = 100
 # For a process to begin and to end beside its workers' time.
@@ -160,7 +167,7 @@ def prepare() -> None:
         hpc_db_client.patience.tell = lambda text: None  # a thousand times
 
 
-def work(url: str, study_name: str, start: float, end: float, said: dict[str, Any]) -> None:
+def work(url: str, study_name: str, start: float, end: float, apart: float, said: dict[str, Any]) -> None:
     """Be one worker; write down when it got in, and for each trial its end and what ask and tell took."""
     import optuna
 
@@ -170,6 +177,7 @@ def work(url: str, study_name: str, start: float, end: float, said: dict[str, An
             study_name=study_name, storage=open_storage(url), sampler=optuna.samplers.RandomSampler()
         )
         said["in"] = time.time() - start
+        time.sleep(max(0.0, min(random.uniform(0, apart), end - time.time())))
         while time.time() < end:
             began = time.perf_counter()
             trial = study.ask()
@@ -183,12 +191,14 @@ def work(url: str, study_name: str, start: float, end: float, said: dict[str, An
             said["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
 
 
-def be_workers(pipe: Connection, url: str, study_name: str, number: int, start: float, end: float) -> None:
+def be_workers(
+    pipe: Connection, url: str, study_name: str, number: int, start: float, end: float, apart: float
+) -> None:
     """Be some of the workers; send what they have done when the time is over, whatever they wait for then."""
     prepare()
     found: list[dict[str, Any]] = [{"in": None, "trials": [], "error": ""} for _worker in range(number)]
     threads = [
-        threading.Thread(target=work, args=(url, study_name, start, end, said), daemon=True) for said in found
+        threading.Thread(target=work, args=(url, study_name, start, end, apart, said), daemon=True) for said in found
     ]
     for thread in threads:
         thread.start()
@@ -241,7 +251,8 @@ def measure(way: Way, workers: int, seconds: float, processes: int) -> dict[str,
     shares = [workers // processes + (number < workers % processes) for number in range(processes)]
     start = time.time() + 1.0 + workers / 1000
     end = start + seconds
-    started = [run_process(be_workers, way.url, study_name, share, start, end) for share in shares]
+    apart = workers * APART_SECONDS
+    started = [run_process(be_workers, way.url, study_name, share, start, end, apart) for share in shares]
     most = 0
     while way.server and time.time() < end - 0.3:
         with contextlib.suppress(subprocess.SubprocessError):
@@ -371,6 +382,7 @@ def main() -> None:
                 if arguments.ways and way.name not in arguments.ways:
                     continue
                 seconds = SECONDS.get(workers, OTHER_SECONDS)
+                seconds = min(seconds, SHORT_SECONDS) if way.name in SHORT else seconds
                 result = measure(way, workers, seconds, arguments.processes)
                 results.append(result)
                 print(one_line(result), flush=True)
