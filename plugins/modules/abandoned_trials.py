@@ -170,6 +170,7 @@ SELECT %(new)s, 'retry_history', (coalesce(max(value_json), '[]')::jsonb || %(nu
 FROM trial_system_attributes WHERE trial_id = %(id)s AND key = 'retry_history'
 """
 
+
 class Refused(Exception):
     """What is wanted does not fit what is there; the message is for the user."""
 

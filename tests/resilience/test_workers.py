@@ -64,7 +64,7 @@ Figure = Callable[[str, str], None]
 def no_workers_left(cluster: MiniCluster) -> Iterator[None]:
     yield
     cluster.run("scancel --name=hpc_db_workers")
-    eventually(lambda: not cluster.jobs("hpc_db_workers"), 60, 0.5)
+    eventually(lambda: not cluster.jobs("hpc_db_workers"), 180, 0.5)
 
 
 def running(cluster: MiniCluster, database: str) -> dict[int, str]:
@@ -101,7 +101,7 @@ def test_array_of_workers(cluster: MiniCluster) -> None:
     write_job(cluster, workers_number=2, workers_trials=10, workers_study=ARRAY)
 
     cluster.run('sbatch "$1"', JOB)
-    eventually(lambda: not cluster.jobs("hpc_db_workers"), 120, 0.5)
+    eventually(lambda: not cluster.jobs("hpc_db_workers"), 300, 0.5)
 
     said = cluster.run("cat hpc_db/hpc_db/workers/log/*")
     names = cluster.run(PSQL, NOTES, "mala")
@@ -119,23 +119,23 @@ def test_what_dead_workers_leave_is_requeued_once(cluster: MiniCluster, serving:
     alive = cluster.run('sbatch --parsable --nodelist="$1" --array=1 "$2"', serving["host"], JOB)
     cluster.run('sbatch --nodelist="$1" "$2"', node, JOB)
     untied = cluster.start("login", BY_HAND)
-    eventually(lambda: len(running(cluster, "mala")) == 3 and running(cluster, "second") == {0: ""}, 90, 0.5)
+    eventually(lambda: len(running(cluster, "mala")) == 3 and running(cluster, "second") == {0: ""}, 300, 0.5)
     kept, = [number for number, job in running(cluster, "mala").items() if job == alive]
     doomed = sorted(set(range(3)) - {kept})
     cluster.verb("kill", node)
     cluster.run("scontrol update nodename=$1 state=down reason=killed", node, host="ctl", user="root")
     connected = f"SELECT count(*) FROM pg_stat_activity WHERE application_name ~ '^hpc_db .* {node} '"
-    eventually(lambda: cluster.run(PSQL, connected, "mala") == "0", 60, 0.5)
+    eventually(lambda: cluster.run(PSQL, connected, "mala") == "0", 180, 0.5)
 
     foreseen = requeue(cluster, "--check")
     # It lives, but nothing shows it: as if the server had moved while it has no connection, and it is no job's.
     cluster.run(PSQL, HANG_UP, "second")
     done = requeue(cluster)
     (cluster.home / "workers" / "go").touch()
-    eventually(lambda: not cluster.jobs("hpc_db_workers"), 60, 0.5)
+    eventually(lambda: not cluster.jobs("hpc_db_workers"), 180, 0.5)
     again = requeue(cluster)
     (cluster.home / "workers" / "late").touch()
-    refused = untied.communicate(timeout=60)[0]
+    refused = untied.communicate(timeout=180)[0]
 
     ended = r"job \d+ has ended and has no connection"
     for place, number in enumerate(doomed):
