@@ -64,7 +64,8 @@ class Proxy:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
-            thread.join()
+            thread.join(30)
+            assert not thread.is_alive()
         for each in (self._listener, *self._sockets):
             each.close()
 
@@ -80,14 +81,17 @@ class Proxy:
                 self._start(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
-        server = None
-        with contextlib.suppress(OSError, EOFError):
-            server = socket.create_connection(("127.0.0.1", self._server))
-            self._sockets.append(server)
+        server = socket.socket()
+        self._sockets.append(server)
+        ends = [client, server]
+        try:
+            server.connect(("127.0.0.1", self._server))
             if self._talk(client, server):
-                server = None  # it stays open
-        for each in (client, server):
-            if each:
+                ends.remove(server)  # it stays open
+        except (OSError, EOFError):
+            pass
+        finally:
+            for each in ends:
                 with contextlib.suppress(OSError):
                     each.shutdown(socket.SHUT_RDWR)
 
