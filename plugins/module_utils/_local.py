@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 # The hosting program prints its queue and its ids as Slurm does.
-from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_queue, parse_submit
+from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_nodes, parse_queue, parse_submit
 
 __all__ = [
     "all_nodes_command", "cancel_command", "check_command", "check_limit", "check_options", "limit_command",
-    "parse_queue", "parse_submit", "queue_command", "submit_command",
+    "nodes_command", "parse_nodes", "parse_queue", "parse_submit", "queue_command", "submit_command",
+    "used_nodes_command",
 ]
 
 LOCAL_JOB = ["python3", "-m", "hpc_db_host.local_job"]
@@ -40,6 +41,14 @@ def queue_command(name: str) -> list[str]:
 
 def all_nodes_command() -> list[str] | None:
     """Return None: there is one machine, and whatever runs there may be a worker."""
+
+
+def used_nodes_command() -> list[str] | None:
+    """Return None: there are no nodes."""
+
+
+def nodes_command(nodes: str) -> list[str] | None:
+    """Return None: there is one machine."""
 
 
 def cancel_command(job_id: str) -> list[str]:

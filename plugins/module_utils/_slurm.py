@@ -86,7 +86,7 @@ def all_nodes_command() -> list[str] | None:
     return ["sinfo", "--noheader", "--Node", "--format=%t|%N"]
 
 
-def used_nodes_command() -> list[str]:
+def used_nodes_command() -> list[str] | None:
     """Return the call that prints where this user's jobs are, as Slurm's lists of nodes."""
     return ["squeue", "--noheader", "--me", "--format=%i|%N"]
 
