@@ -51,8 +51,8 @@ def nodes_command(nodes: str) -> list[str] | None:
     """Return None: there is one machine."""
 
 
-def cancel_command(job_id: str) -> list[str]:
-    """Return the call that asks the job to stop."""
+def cancel_command(job_id: str, gently: bool) -> list[str]:
+    """Return the call that asks the job to stop, always gently."""
     return [*LOCAL_JOB, "cancel", job_id]
 
 

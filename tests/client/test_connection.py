@@ -55,6 +55,7 @@ def test_transaction_that_would_read_something_else_is_not_repeated(
     capfd: pytest.CaptureFixture,
 ) -> None:
     with engine.connect() as connection:
+        connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
         assert connection.execute(text("SELECT word FROM t WHERE n = 1")).scalar() == "one"
         database("UPDATE t SET word = 'another' WHERE n = 1")
         proxy.cut_at(b"UPDATE", REQUEST_LOST)
@@ -67,6 +68,31 @@ def test_transaction_that_would_read_something_else_is_not_repeated(
     assert rows() == [(1, "another"), (2, "two")]
     with engine.connect() as connection:  # and the next one is as good as ever
         assert connection.execute(text("SELECT count(*) FROM t")).scalar() == 2
+
+
+def test_transaction_that_has_only_read_sees_what_others_have_written_as_ever(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list], database: Ask
+) -> None:
+    with engine.begin() as connection:
+        assert connection.execute(text("SELECT word FROM t WHERE n = 1")).scalar() == "one"
+        database("UPDATE t SET word = 'another' WHERE n = 1")
+        proxy.cut_at(b"n = 2", REQUEST_LOST)
+        assert connection.execute(text("SELECT word FROM t WHERE n = 2")).scalar() == "two"
+        proxy.cut_at(b"UPDATE", ANSWER_LOST)
+        connection.execute(text("UPDATE t SET word = word || '!' WHERE n = 1"))
+
+    assert rows() == [(1, "another!"), (2, "two")]
+
+
+def test_repeatable_read_is_repeated_or_an_error(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, database: Ask
+) -> None:
+    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+        assert connection.execute(text("SELECT word FROM t WHERE n = 1")).scalar() == "one"
+        database("UPDATE t SET word = 'another' WHERE n = 1")
+        proxy.cut_at(b"n = 2", REQUEST_LOST)
+        with pytest.raises(OperationalError):
+            connection.execute(text("SELECT word FROM t WHERE n = 2"))
 
 
 def test_error_within_a_transaction_is_the_same_when_it_is_repeated(
@@ -134,6 +160,18 @@ def test_server_that_cannot_make_sure_is_not_believed(
 
     assert "the server cannot tell whether the transaction was committed" in capfd.readouterr().err
     assert len(rows()) == 4
+
+
+def test_application_can_ask_for_what_it_inserted(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
+) -> None:
+    table = sqlalchemy.Table("t", sqlalchemy.MetaData(), autoload_with=engine)
+    with engine.begin() as connection:
+        proxy.cut_at(b"INSERT", ANSWER_LOST)
+        answer = connection.execute(table.insert().values(n=3, word="three").returning(table.c.word))
+        assert answer.all() == [("three",)]
+
+    assert len(rows()) == 3
 
 
 def test_connection_at_rest_is_alive_after_a_restart(

@@ -17,7 +17,7 @@ Ask = Callable[[str], list]
 
 @pytest.fixture(scope="session", autouse=True)
 def schema(server: Server) -> None:
-    optuna.storages.RDBStorage(f"postgresql+psycopg2://study@127.0.0.1:{server.port}/study")
+    optuna.storages.RDBStorage(f"postgresql+psycopg2://study@127.0.0.1:{server.port}/study?plugin=hpc_db")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import copy
 import pytest
 import sqlalchemy
 from hpc_db_client import patience
-from hpc_db_client.journal import Journal, Step, digest, judge
+from hpc_db_client.journal import Journal, Step, digest, judge, only_reads
 from sqlalchemy.exc import ArgumentError
 
 
@@ -44,12 +44,14 @@ def test_what_leaves_something_behind_binds_the_session(text: str) -> None:
     assert why and lasting
 
 
-def test_what_only_reads_can_make_room() -> None:
-    def only_reads(text: str) -> bool:
-        return Step("execute", text, (), {}, {}).only_reads
-
-    assert only_reads("SELECT a\nFROM t") and only_reads("show timezone")
-    assert not only_reads("SELECT a\nFROM t\nFOR  UPDATE") and not only_reads("INSERT INTO t VALUES (1)")
+def test_what_only_reads_is_told_from_what_may_write() -> None:
+    for text in ("SELECT a\nFROM t", "show timezone", "SELECT count(*) FROM t WHERE n IN (1, 2) AND w = 'f('"):
+        assert only_reads(text), text
+    for text in (
+        "SELECT a\nFROM t\nFOR  UPDATE", "INSERT INTO t VALUES (1)", "SELECT f(a) FROM t", 'SELECT "count"(a) FROM t',
+        "SELECT a INTO b FROM t", "WITH a AS (DELETE FROM t RETURNING n) SELECT n FROM a", "SELECT nextval('t_n_seq')",
+    ):
+        assert not only_reads(text), text
 
 
 def test_parameters_are_those_of_the_moment() -> None:

@@ -4,7 +4,9 @@
 
 A transaction that was cut is decided like this, and only like this:
 
-- The commit was not asked for: the server has rolled it back, or will. It is repeated.
+- The commit was not asked for: the server has rolled it back, or will. It is repeated. What it had read before it
+  wrote or locked anything is not asked again: each statement sees what others have committed meanwhile, so it may
+  differ in any case.
 - The commit was asked for: the server says whether it happened (``pg_xact_status``). If so, it is done; if not, it
   is repeated.
 - It cannot be repeated, one of its results differs, or the server cannot say: the error goes up.
@@ -17,7 +19,7 @@ import threading
 from typing import Any, Callable, NamedTuple
 from weakref import ref
 
-from .journal import Differs, Journal, Step, digest, judge
+from .journal import Differs, Journal, Step, digest, judge, only_reads
 from .patience import GaveUp, Outage, Patience, tell
 
 # A transaction that the server dies of is not what it should be given again and again.
@@ -37,7 +39,7 @@ FUTILE = (
 # each other for dead: every session is in UTC.
 FACTS = """
 SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text,
-    current_setting('server_version_num')::int,
+    current_setting('server_version_num')::int, current_setting('transaction_isolation') = 'read committed',
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
     has_function_privilege('pg_control_system()', 'EXECUTE')
@@ -71,6 +73,7 @@ class Facts(NamedTuple):
     direct: bool  # no pooler between us and that process
     system: str  # the data directory's identity; "" if the server does not tell
     mark: str  # the statement that MARK is about; "" if the server has none
+    read_committed: bool  # by default, each statement sees what others have committed meanwhile
 
 
 class Link:
@@ -136,10 +139,10 @@ class Link:
 
     @staticmethod
     def _facts(real: Any) -> Facts:
-        _zone, pid, start, version, can_flush, can_identify = ask(real, FACTS)
+        _zone, pid, start, version, is_committed, can_flush, can_identify = ask(real, FACTS)
         system = ask(real, IDENTITY)[0] if can_identify else ""
         mark = MARK if can_flush else MARK_WEAKLY if version >= 130000 else ""
-        return Facts(pid, start, real.info.backend_pid == pid, system, mark if system else "")
+        return Facts(pid, start, real.info.backend_pid == pid, system, mark if system else "", is_committed)
 
 
 class Connection:
@@ -221,7 +224,7 @@ class Connection:
     def make_room(self) -> None:
         """End the session if the thread that waits for another one has this one as well, and has only read in it."""
         idle = threading.get_ident() == self._thread and not self.real.closed and not self._bound
-        if idle and not self._journal.why_not and all(step.only_reads for step in self._journal.steps):
+        if idle and not self._journal.why_not and not self._journal.steps:
             self._discard()
 
     def close(self) -> None:
@@ -257,7 +260,7 @@ class Connection:
             self.bind(why)
         self.revive()
         self._thread = threading.get_ident()
-        step = Step(method, text, arguments, options, cursor.options)
+        step = Step(method, text, arguments, options, cursor.options, self._reads_freely() and only_reads(text))
         if self.real.autocommit:
             cursor.run(self.real, step)  # whether it happened nobody could tell, so its error goes up
             return
@@ -275,7 +278,9 @@ class Connection:
                 self._repeat(error, lambda: cursor.run(self.real, step))
         except self._link.dbapi.Error as error:
             step.outcome = _failure(error)
-            if self.real.closed:
+            if not step.kept:
+                journal.give_up("a statement in it failed")
+            elif self.real.closed:
                 journal.give_up("its error went up before")
             raise
         except BaseException:  # interrupted: what the server has done is not known
@@ -289,6 +294,10 @@ class Connection:
         if self.real.closed and not self._journal.began and not self._bound:
             self._outage = None
             self._open()
+
+    def _reads_freely(self) -> bool:
+        """Tell whether a result that was read before any write or lock might as well have changed since."""
+        return self._facts.read_committed and not {"isolation_level", "set_isolation_level"} & self._attributes.keys()
 
     def _commit(self) -> None:
         try:
@@ -514,7 +523,7 @@ def _run(cursor: Any, step: Step) -> tuple[list | None, bytes]:
     rows = cursor.fetchall() if cursor.description is not None else None
     if step.is_next_key and step.key is None and rows:
         step.key = int(rows[0][0])
-    return rows, digest(cursor.description, cursor.statusmessage, rows)
+    return rows, digest(cursor.description, cursor.statusmessage, rows) if step.kept else b""
 
 
 def _run_again(real: Any, step: Step, link: Link) -> None:
