@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Needs Python 3.9 or newer and nothing else; everything it makes is below .venv and .cache.
 
-.PHONY: help setup demo lint sanity unit molecule integration test soak bench clean
+.PHONY: help setup demo lint sanity unit client molecule integration test soak bench clean
 
 help:  ## show these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -14,19 +14,20 @@ demo:  ## a database server, a study and its workers on this machine
 	@tools/setup controller
 	@.venv/bin/python examples/demo.py
 
-lint sanity unit molecule integration soak: setup
+lint sanity unit client molecule integration soak: setup
 	@tools/test $@
 
 lint:  ## style, types and documentation
 sanity:  ## ansible-test sanity, on the working tree
 unit:  ## unit tests
+client:  ## the client package, with servers that go away, on the newest and the oldest libraries
 molecule:  ## the playbooks, on this machine and on the mini Slurm cluster
 integration:  ## the mini Slurm cluster, the conda channel and the hosting program under faults
 
 test: setup  ## all of the above
-	@tools/test lint sanity unit molecule integration
+	@tools/test lint sanity unit client molecule integration
 
-soak:  ## tests/resilience as often as the targets in docs/reliability.md say: about an hour
+soak:  ## tests/client and tests/resilience as often as the targets in docs/reliability.md say: about two hours
 
 bench:  ## Optuna on every storage, with 1 to 1,000 workers: ten minutes, for docs/many_workers.md
 	@tools/setup bench

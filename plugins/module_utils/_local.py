@@ -38,8 +38,8 @@ def queue_command(name: str) -> list[str]:
     return [*LOCAL_JOB, "queue"]
 
 
-def cancel_command(job_id: str) -> list[str]:
-    """Return the call that asks the job to stop."""
+def cancel_command(job_id: str, gently: bool) -> list[str]:
+    """Return the call that asks the job to stop, always gently."""
     return [*LOCAL_JOB, "cancel", job_id]
 
 

@@ -81,9 +81,13 @@ def parse_queue(text: str) -> list[dict]:
     return jobs
 
 
-def cancel_command(job_id: str) -> list[str]:
-    """Return the scancel call. Slurm answers 0 for a job that has gone already."""
-    return ["scancel", job_id]
+def cancel_command(job_id: str, gently: bool) -> list[str]:
+    """Return the scancel call. Slurm answers 0 for a job that has gone already.
+
+    It tells every process of the job to end, postgres and each of its sessions as well; ``gently`` only the script of
+    a running job, which is the hosting program.
+    """
+    return ["scancel", *(["--batch", "--signal=TERM"] if gently else []), job_id]
 
 
 def check_options(options: dict) -> None:

@@ -148,6 +148,9 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
 )
 
+# How long a job that was asked to end has for it, running transactions and a checkpoint included.
+GENTLE_SECONDS = 30
+
 
 def ensure_job(params: dict, run: Run, check_mode: bool) -> dict:
     """Bring the job to the wanted state. ``run`` takes an argument list and returns its stdout."""
@@ -192,13 +195,17 @@ def _ask(run: Run, command: list) -> str:
 
 def _clear_queue(params: dict, run: Run, jobs: list[dict]) -> list[dict]:
     """Cancel every job of the name, also one that a running job submits meanwhile, and wait for their end."""
-    deadline = time.monotonic() + params["timeout"]
+    began = time.monotonic()
+    deadline = began + params["timeout"]
     pause = 0.1
+    asked = set()
     while jobs:
         # The last in the line first, or a successor starts when its predecessor goes.
         for job in reversed(jobs):
-            if job["state"] != LEAVING:
-                run(SCHEDULERS[params["scheduler"]].cancel_command(job["id"]))
+            gently = job["state"] == "RUNNING" and time.monotonic() < began + GENTLE_SECONDS
+            if job["state"] != LEAVING and not (gently and job["id"] in asked):
+                run(SCHEDULERS[params["scheduler"]].cancel_command(job["id"], gently))
+                asked.add(job["id"])
         if time.monotonic() >= deadline:
             rest = ", ".join(f"{job['id']} {job['state']}" for job in jobs)
             raise SchedulerError(f"{params['name']} has not ended after {params['timeout']} s: {rest}")

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import optuna
 import pytest
 import sqlalchemy
-from conftest import Server, eventually
-from proxy import ANSWER_LOST, REQUEST_LOST, SESSION_LEFT, Proxy
+from cutting_proxy import ANSWER_LOST, CRASHES, REQUEST_LOST, WAYS, Proxy
+from real_server import Server, eventually
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
@@ -37,7 +37,7 @@ def rows(database: Ask) -> Callable[[], list]:
     return lambda: database("SELECT n, word FROM t ORDER BY n")
 
 
-@pytest.mark.parametrize("way", [REQUEST_LOST, ANSWER_LOST, SESSION_LEFT])
+@pytest.mark.parametrize("way", WAYS + CRASHES)
 def test_commit_that_was_cut_is_done_once(
     way: str, engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
 ) -> None:
@@ -55,6 +55,7 @@ def test_transaction_that_would_read_something_else_is_not_repeated(
     capfd: pytest.CaptureFixture,
 ) -> None:
     with engine.connect() as connection:
+        connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
         assert connection.execute(text("SELECT word FROM t WHERE n = 1")).scalar() == "one"
         database("UPDATE t SET word = 'another' WHERE n = 1")
         proxy.cut_at(b"UPDATE", REQUEST_LOST)
@@ -67,6 +68,31 @@ def test_transaction_that_would_read_something_else_is_not_repeated(
     assert rows() == [(1, "another"), (2, "two")]
     with engine.connect() as connection:  # and the next one is as good as ever
         assert connection.execute(text("SELECT count(*) FROM t")).scalar() == 2
+
+
+def test_transaction_that_has_only_read_sees_what_others_have_written_as_ever(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list], database: Ask
+) -> None:
+    with engine.begin() as connection:
+        assert connection.execute(text("SELECT word FROM t WHERE n = 1")).scalar() == "one"
+        database("UPDATE t SET word = 'another' WHERE n = 1")
+        proxy.cut_at(b"n = 2", REQUEST_LOST)
+        assert connection.execute(text("SELECT word FROM t WHERE n = 2")).scalar() == "two"
+        proxy.cut_at(b"UPDATE", ANSWER_LOST)
+        connection.execute(text("UPDATE t SET word = word || '!' WHERE n = 1"))
+
+    assert rows() == [(1, "another!"), (2, "two")]
+
+
+def test_repeatable_read_is_repeated_or_an_error(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, database: Ask
+) -> None:
+    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+        assert connection.execute(text("SELECT word FROM t WHERE n = 1")).scalar() == "one"
+        database("UPDATE t SET word = 'another' WHERE n = 1")
+        proxy.cut_at(b"n = 2", REQUEST_LOST)
+        with pytest.raises(OperationalError):
+            connection.execute(text("SELECT word FROM t WHERE n = 2"))
 
 
 def test_error_within_a_transaction_is_the_same_when_it_is_repeated(
@@ -136,6 +162,18 @@ def test_server_that_cannot_make_sure_is_not_believed(
     assert len(rows()) == 4
 
 
+def test_application_can_ask_for_what_it_inserted(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
+) -> None:
+    table = sqlalchemy.Table("t", sqlalchemy.MetaData(), autoload_with=engine)
+    with engine.begin() as connection:
+        proxy.cut_at(b"INSERT", ANSWER_LOST)
+        answer = connection.execute(table.insert().values(n=3, word="three").returning(table.c.word))
+        assert answer.all() == [("three",)]
+
+    assert len(rows()) == 3
+
+
 def test_connection_at_rest_is_alive_after_a_restart(
     engine: sqlalchemy.engine.Engine, server: Server, capfd: pytest.CaptureFixture
 ) -> None:
@@ -155,10 +193,15 @@ def test_stopped_server_is_waited_for_within_a_transaction_and_told_once(
     with engine.begin() as connection:
         connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
         server.stop("immediate")
-        told: list[str] = []
+        told = ""
+
+        def is_told() -> bool:
+            nonlocal told
+            told += capfd.readouterr().err
+            return "\n" in told
 
         def start_when_told() -> None:
-            eventually(lambda: told.append(capfd.readouterr().err) or "waiting" in "".join(told))
+            eventually(is_told)
             server.start()
 
         starter = threading.Thread(target=start_when_told)
@@ -167,8 +210,9 @@ def test_stopped_server_is_waited_for_within_a_transaction_and_told_once(
         starter.join()
 
     assert len(rows()) == 4
-    assert ("".join(told) + capfd.readouterr().err).count("\n") == 1
-    assert told[-1].startswith("hpc_db: waiting up to 60 s for the database server (host 127.0.0.1): ")
+    told += capfd.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("hpc_db: waiting up to 60 s for the database server (host 127.0.0.1): ")
 
 
 def test_server_that_stays_away_is_an_error_that_says_so(
@@ -213,6 +257,32 @@ def test_worker_needs_one_connection_and_no_other(
 
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
     assert database(used) == [(1,)]
+
+
+def test_workers_take_turns_where_there_is_room_for_a_third_of_them(
+    engine: sqlalchemy.engine.Engine, url: str, server: Server, database: Ask
+) -> None:
+    name = f"turns {url}"
+    optuna.create_study(storage=url, study_name=name)
+
+    def work() -> None:
+        storage = optuna.storages.RDBStorage(url)
+        study = optuna.load_study(storage=storage, study_name=name)
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+        storage.engine.dispose()
+
+    workers = [threading.Thread(target=work) for _number in range(9)]
+    server.ask("ALTER ROLE study CONNECTION LIMIT 5")  # two are this test's own
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+    finally:
+        server.ask("ALTER ROLE study CONNECTION LIMIT -1")
+
+    assert database(f"SELECT state::text, count(*) FROM trials JOIN studies USING (study_id) "
+                    f"WHERE study_name = '{name}' GROUP BY 1") == [("COMPLETE", 18)]
 
 
 def test_sessions_are_in_utc_whatever_the_environment_says(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

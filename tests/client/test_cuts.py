@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import optuna
 import pytest
-from conftest import Server
-from proxy import Proxy
+from cutting_proxy import WAYS, Proxy
+from real_server import Server
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 Ask = Callable[[str], list]
@@ -17,11 +17,11 @@ Ask = Callable[[str], list]
 
 @pytest.fixture(scope="session", autouse=True)
 def schema(server: Server) -> None:
-    optuna.storages.RDBStorage(f"postgresql+psycopg2://study@127.0.0.1:{server.port}/study")
+    optuna.storages.RDBStorage(f"postgresql+psycopg2://study@127.0.0.1:{server.port}/study?plugin=hpc_db")
 
 
 @pytest.fixture
-def at_every_request(proxy: Proxy, ways: tuple[str, ...], soak: bool) -> Callable[[Callable[[int], None]], int]:
+def at_every_request(proxy: Proxy, ways: list[str], soak: bool) -> Callable[[Callable[[int], None]], int]:
     """Do some work until each of its requests was cut; return how often it was done."""
 
     def repeat(work: Callable[[int], None]) -> int:
@@ -30,7 +30,7 @@ def at_every_request(proxy: Proxy, ways: tuple[str, ...], soak: bool) -> Callabl
         requests = len(proxy.requests)
         print(requests, "requests")
         # More come by what is repeated. One cut at a time is the pure case, but takes its time.
-        step = requests * 2 if soak else 30
+        step = requests * 2 if soak and ways[0] in WAYS else 30
         for first in range(1, step):
             chosen = range(first, requests * 2, step)
             proxy.cut({number: ways[(first + turn) % len(ways)] for turn, number in enumerate(chosen)})
@@ -40,7 +40,7 @@ def at_every_request(proxy: Proxy, ways: tuple[str, ...], soak: bool) -> Callabl
     return repeat
 
 
-def test_trials(url: str, ways: tuple[str, ...], at_every_request: Callable, database: Ask) -> None:
+def test_trials(url: str, ways: list[str], at_every_request: Callable, database: Ask) -> None:
     name = f"trials {url} {ways[0]}"
     study = optuna.create_study(storage=url, study_name=name)
 
@@ -65,7 +65,7 @@ def test_trials(url: str, ways: tuple[str, ...], at_every_request: Callable, dat
     """) == expected
 
 
-def test_studies(url: str, ways: tuple[str, ...], at_every_request: Callable, database: Ask) -> None:
+def test_studies(url: str, ways: list[str], at_every_request: Callable, database: Ask) -> None:
     begin = f"study {url} {ways[0]}"
 
     def work(number: int) -> None:

@@ -9,16 +9,15 @@ import copy
 import pytest
 import sqlalchemy
 from hpc_db_client import patience
-from hpc_db_client.journal import Journal, Step, digest, judge
+from hpc_db_client.journal import Journal, Step, digest, judge, only_reads
 from sqlalchemy.exc import ArgumentError
-
-TRANSACTIONS = "INSERT INTO t VALUES ('a; b'), ('CREATE TEMP')"
 
 
 @pytest.mark.parametrize("text", [
-    "SELECT 1", " \n(SELECT 1) UNION SELECT 2;", "insert into t values (1)", TRANSACTIONS, "WITH x AS (SELECT 1) SELECT 2",
-    "UPDATE t SET a = 1", "DELETE FROM t", "SELECT a FROM t FOR UPDATE", "SAVEPOINT a", "RELEASE a", "ROLLBACK TO a",
-    "SET LOCAL statement_timeout = 1", "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", "LOCK TABLE t", "SHOW timezone",
+    "SELECT 1", " \n(SELECT 1) UNION SELECT 2;", "insert into t values (1)", "WITH x AS (SELECT 1) SELECT 2",
+    "INSERT INTO t VALUES ('a; b'), ('CREATE TEMP')", "UPDATE t SET a = 1", "DELETE FROM t",
+    "SELECT a FROM t FOR UPDATE", "SAVEPOINT a", "RELEASE a", "ROLLBACK TO a", "SET LOCAL statement_timeout = 1",
+    "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", "LOCK TABLE t", "SHOW timezone",
     "select nextval('trials_trial_id_seq')",
 ])
 def test_what_is_all_in_the_transaction_is_repeated(text: str) -> None:
@@ -45,12 +44,14 @@ def test_what_leaves_something_behind_binds_the_session(text: str) -> None:
     assert why and lasting
 
 
-def test_what_only_reads_can_make_room() -> None:
-    def only_reads(text: str) -> bool:
-        return Step("execute", text, (), {}, {}).only_reads
-
-    assert only_reads("SELECT a\nFROM t") and only_reads("show timezone")
-    assert not only_reads("SELECT a\nFROM t\nFOR  UPDATE") and not only_reads("INSERT INTO t VALUES (1)")
+def test_what_only_reads_is_told_from_what_may_write() -> None:
+    for text in ("SELECT a\nFROM t", "show timezone", "SELECT count(*) FROM t WHERE n IN (1, 2) AND w = 'f('"):
+        assert only_reads(text), text
+    for text in (
+        "SELECT a\nFROM t\nFOR  UPDATE", "INSERT INTO t VALUES (1)", "SELECT f(a) FROM t", 'SELECT "count"(a) FROM t',
+        "SELECT a INTO b FROM t", "WITH a AS (DELETE FROM t RETURNING n) SELECT n FROM a", "SELECT nextval('t_n_seq')",
+    ):
+        assert not only_reads(text), text
 
 
 def test_parameters_are_those_of_the_moment() -> None:
@@ -121,8 +122,8 @@ def test_waiting_gets_longer_is_told_once_and_ends(
         pauses.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr(patience.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(patience.time, "sleep", sleep)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.sleep", sleep)
     outage = patience.Outage(patience.Patience(60, "service a"))
 
     with pytest.raises(patience.GaveUp, match=r"\(service a\) did not come back within 60 s \(hpc_db_patience\): gone"):

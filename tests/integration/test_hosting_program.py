@@ -320,6 +320,54 @@ def test_signal_ends_it_cleanly_though_clients_are_idle(number: signal.Signals, 
     assert with_cwd(instance.root / "data") == []
 
 
+@contextlib.contextmanager
+def transaction(instance: Instance, number: int) -> Iterator[subprocess.Popen[str]]:
+    """A client that has written a number, and has not said yet whether that shall stay."""
+    with instance.idle_client() as client:
+        assert client.stdin and client.stdout
+        client.stdin.write(f"BEGIN; INSERT INTO t VALUES ({number}) RETURNING n;\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == f"{number}\n"
+        yield client
+
+
+def test_running_transaction_is_awaited_and_nobody_else(instance: Instance) -> None:
+    instance.configure(drain_seconds=60)
+    process = instance.serve()
+    instance.psql("CREATE TABLE t (n int)")
+    said = instance.said("endpoint")
+    psql = [instance.bindir / "psql", "-X", "-h", said["socket"], "-p", said["port"], "-d", "postgres", "-c", ""]
+    with instance.idle_client(), transaction(instance, 1) as running:
+        idle = instance.psql("SELECT pid FROM pg_stat_activity WHERE query = 'SELECT ''here'';'")
+        process.terminate()
+
+        eventually(lambda: "the database system is shutting down" in run(*psql).stdout)
+        eventually(lambda: not Path("/proc", idle).exists())
+        assert not (instance.root / "run" / "endpoint.json").exists()
+        assert process.poll() is None
+        running.communicate("COMMIT;\n", timeout=20)
+        assert running.returncode == 0
+
+        assert process.wait(20) == 0, instance.log()
+    assert "are cut" not in instance.log()
+    instance.serve()
+    assert instance.psql("SELECT n FROM t") == "1"
+
+
+def test_transaction_that_takes_long_is_cut(instance: Instance) -> None:
+    instance.configure(drain_seconds=1)
+    process = instance.serve()
+    instance.psql("CREATE TABLE t (n int)")
+    with transaction(instance, 1):
+        process.terminate()
+
+        assert process.wait(20) == 0, instance.log()
+    assert "transactions that take longer than 1 s and are cut: 1" in instance.log()
+    assert instance.cluster_state() == "shut down"
+    instance.serve()
+    assert instance.psql("SELECT count(*) FROM t") == "0"
+
+
 def test_successor_goes_on_where_a_clean_stop_left_off(instance: Instance) -> None:
     first = instance.serve()
     instance.psql("CREATE TABLE t AS SELECT 1 AS n")

@@ -21,6 +21,8 @@ CLUSTER = ROOT / "tests" / "cluster" / "cluster"
 SCENARIOS = ROOT / "molecule"
 NAME = "hpc_db"
 URL = f"postgresql+psycopg2:///?service={NAME}"
+PLUGIN_URL = f"{URL}&plugin=hpc_db"
+WORKER = f'hpc_db/{NAME}/python/bin/python workers/worker.py "$1" beryllium "$2" "workers/log.$3" $4 $5'
 COMPARE = f"hpc_db/{NAME}/python/bin/python workers/compare.py $1 beryllium workers/log.*"
 
 

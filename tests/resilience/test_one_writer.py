@@ -137,6 +137,8 @@ def test_node_is_cut_off(cluster: MiniCluster, serving: dict, watch: Watch, figu
 
     cluster.mend(node)
     cluster.wait_for_another(serving, 120)
+    watch.wait_for_acknowledgement(60)
+    figure("L5", f"8 workers wait up to {watch.gap(cut):.0f} s and go on, two of them with heartbeats (L7)")
     figure("D6", f"1 writer during {whole:.0f} s; the job was elsewhere after {elsewhere:.0f} s")
 
 

@@ -27,7 +27,11 @@ def main() -> int:
     lost = [number for number, (value, _host) in acknowledged.items() if complete.get(number) != value]
     doubled = len(trials) - len({trial.number for trial in trials})
     hosts = sorted({host for _value, host in acknowledged.values()})
-    print(f"acknowledged={len(acknowledged)} complete={len(complete)} lost={len(lost)} doubled={doubled} hosts={hosts}")
+    others = [trial.state.name for trial in trials if trial.state.name != "COMPLETE"]
+    print(
+        f"acknowledged={len(acknowledged)} complete={len(complete)} lost={len(lost)} doubled={doubled} "
+        f"running={others.count('RUNNING')} failed={others.count('FAIL')} hosts={hosts}"
+    )
     return 1 if lost or doubled else 0
 
 

@@ -15,10 +15,10 @@ def main() -> None:
     for name in ("url", "study", "trials", "log"):
         parser.add_argument(name)
     parser.add_argument("--seconds", type=float, default=0.0, help="how long a trial takes")
-    parser.add_argument("--retry", action="store_true", help="when the server is gone, try again until it is back")
+    parser.add_argument("--pause", type=float, default=0.0, help="how long it waits after a trial")
+    parser.add_argument("--heartbeat", action="store_true", help="have others fail its trials if it seems to be dead")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    left = int(arguments.trials)
 
     def objective(trial: optuna.Trial) -> float:
         x = trial.suggest_float("x", -1, 1)
@@ -26,21 +26,15 @@ def main() -> None:
         return x**2
 
     def write_down(_study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        nonlocal left
-        left -= 1
         print(trial.number, repr(trial.value), socket.gethostname(), file=log, flush=True)
+        time.sleep(arguments.pause)
 
+    storage = arguments.url
+    if arguments.heartbeat:
+        storage = optuna.storages.RDBStorage(arguments.url, heartbeat_interval=10, grace_period=300)
     with open(arguments.log, "a", encoding="utf-8") as log:
-        while left:
-            try:
-                storage = optuna.storages.RDBStorage(arguments.url, engine_kwargs={"pool_pre_ping": True})
-                study = optuna.load_study(storage=storage, study_name=arguments.study)
-                study.optimize(objective, n_trials=left, callbacks=[write_down])
-            except Exception as error:  # a server that is gone shows as UnboundLocalError, too (Optuna's issue 5280)
-                if not arguments.retry:
-                    raise
-                print(f"again after {type(error).__name__}: {error}".partition("\n")[0], flush=True)
-                time.sleep(1)
+        study = optuna.load_study(storage=storage, study_name=arguments.study)
+        study.optimize(objective, n_trials=int(arguments.trials), callbacks=[write_down])
 
 
 if __name__ == "__main__":

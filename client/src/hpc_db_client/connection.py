@@ -4,7 +4,9 @@
 
 A transaction that was cut is decided like this, and only like this:
 
-- The commit was not asked for: the server has rolled it back, or will. It is repeated.
+- The commit was not asked for: the server has rolled it back, or will. It is repeated. What it had read before it
+  wrote or locked anything is not asked again: each statement sees what others have committed meanwhile, so it may
+  differ in any case.
 - The commit was asked for: the server says whether it happened (``pg_xact_status``). If so, it is done; if not, it
   is repeated.
 - It cannot be repeated, one of its results differs, or the server cannot say: the error goes up.
@@ -17,12 +19,13 @@ import threading
 from typing import Any, Callable, NamedTuple
 from weakref import ref
 
-from .journal import Differs, Journal, Step, digest, judge
-from .patience import GaveUp, Outage, Patience, in_short, tell
+from .journal import Differs, Journal, Step, digest, judge, only_reads
+from .patience import GaveUp, Outage, Patience, tell
 
 # A transaction that the server dies of is not what it should be given again and again.
 MOST_REPEATS = 5
 IN_ERROR = 3  # libpq's PQTRANS_INERROR
+IN_THE_FUTURE = "22023"  # what pg_xact_status says of an id that has not been given yet
 # The server ended the session: shutdown, crash, idle for too long.
 ENDED = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
 # What waiting does not mend. Only the first time: a server that once let us in, and now does not, is another's.
@@ -35,7 +38,8 @@ FUTILE = (
 # Optuna stores heartbeats in the session's time zone without naming it, so two workers that differ in PGTZ would take
 # each other for dead: every session is in UTC.
 FACTS = """
-SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text, current_setting('server_version_num')::int,
+SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text,
+    current_setting('server_version_num')::int, current_setting('transaction_isolation') = 'read committed',
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
     has_function_privilege('pg_control_system()', 'EXECUTE')
@@ -43,9 +47,10 @@ FROM pg_stat_activity s WHERE s.pid = pg_backend_pid()
 """
 IDENTITY = "SELECT system_identifier::text FROM pg_control_system()"
 # The message makes the transaction's id durable before its commit is asked for: after a crash, an id that never
-# reached the disk is given to somebody else's transaction, and its status would be taken for ours.
+# reached the disk is given to somebody else's transaction, and its status would be taken for ours. (A transactional
+# message would not be flushed, whatever its last argument says; this one carries the transaction's id as well.)
 MARK = """
-SELECT x::text, CASE WHEN x IS NOT NULL THEN pg_logical_emit_message(true, 'hpc_db', '', true) END::text
+SELECT x::text, CASE WHEN x IS NOT NULL THEN pg_logical_emit_message(false, 'hpc_db', '', true) END::text
 FROM pg_current_xact_id_if_assigned() x
 """
 # What there is before PostgreSQL 17: it can prove that a transaction did not happen, but not that it did.
@@ -68,6 +73,7 @@ class Facts(NamedTuple):
     direct: bool  # no pooler between us and that process
     system: str  # the data directory's identity; "" if the server does not tell
     mark: str  # the statement that MARK is about; "" if the server has none
+    read_committed: bool  # by default, each statement sees what others have committed meanwhile
 
 
 class Link:
@@ -142,10 +148,10 @@ class Link:
 
     @staticmethod
     def _facts(real: Any) -> Facts:
-        _zone, pid, start, version, can_flush, can_identify = ask(real, FACTS)
+        _zone, pid, start, version, is_committed, can_flush, can_identify = ask(real, FACTS)
         system = ask(real, IDENTITY)[0] if can_identify else ""
         mark = MARK if can_flush else MARK_WEAKLY if version >= 130000 else ""
-        return Facts(pid, start, real.info.backend_pid == pid, system, mark if system else "")
+        return Facts(pid, start, real.info.backend_pid == pid, system, mark if system else "", is_committed)
 
 
 class Connection:
@@ -246,7 +252,7 @@ class Connection:
 
     def _can_be_cut(self) -> bool:
         idle = threading.get_ident() == self._thread and not self._bound
-        return idle and not self._journal.why_not and all(step.only_reads for step in self._journal.steps)
+        return idle and not self._journal.why_not and not self._journal.steps
 
     def close(self) -> None:
         self.real.close()
@@ -284,13 +290,12 @@ class Connection:
             self.bind(why)
         self.revive()
         self._thread = threading.get_ident()
-        step = Step(method, text, arguments, options, cursor.options)
+        step = Step(method, text, arguments, options, cursor.options, self._reads_freely() and only_reads(text))
         if self.real.autocommit:
             cursor.run(self.real, step)  # whether it happened nobody could tell, so its error goes up
             return
         journal = self._journal
-        if self._parked:
-            self._unpark()
+        self._parked = False  # what it had read need not be read again
         journal.begin(step)
         if why:
             journal.give_up(why)
@@ -304,7 +309,9 @@ class Connection:
                 self._repeat(error, lambda: cursor.run(self.real, step))
         except self._link.dbapi.Error as error:
             step.outcome = _failure(error)
-            if self.real.closed:
+            if not step.kept:
+                journal.give_up("a statement in it failed")
+            elif self.real.closed:
                 journal.give_up("its error went up before")
             raise
         except BaseException:  # interrupted: what the server has done is not known
@@ -318,6 +325,10 @@ class Connection:
         if self.real.closed and not self._journal.began and not self._bound:
             self._outage = None
             self._open()
+
+    def _reads_freely(self) -> bool:
+        """Tell whether a result that was read before any write or lock might as well have changed since."""
+        return self._facts.read_committed and not {"isolation_level", "set_isolation_level"} & self._attributes.keys()
 
     def _commit(self) -> None:
         try:
@@ -361,9 +372,12 @@ class Connection:
             try:
                 status = ask(self.real, STATUS.format(xid=xid, lsn=lsn or "0/0"))[0]
             except self._link.dbapi.Error as again:
-                if not self._link.is_lost(self.real, again):
+                if self._link.is_lost(self.real, again):
+                    status = "in progress"  # for all that we know
+                elif sqlstate(again) == IN_THE_FUTURE:
+                    status = "aborted"  # nothing of it was left after a crash
+                else:
                     self._give_up(cannot, error)
-                status = "in progress"  # for all that we know
             if status == "aborted" or (status == "committed" and lsn):
                 if self._bound:
                     self._discard()  # what the session held is gone: let nobody take this one for it
@@ -399,13 +413,6 @@ class Connection:
                     raise
                 self._discard()
                 self._link.pause(self._current_outage(), another)
-
-    def _unpark(self) -> None:
-        """Go on with a parked transaction where it was."""
-        self._parked = False
-        repeats = self._journal.repeats
-        self._repeat(self._link.dbapi.OperationalError("what it had read is not the same any more"), lambda: None)
-        self._journal.repeats = repeats
 
     def _open(self) -> None:
         self.real, self._facts = self._link.open(self._current_outage(), self._old, self._attributes)
@@ -549,7 +556,7 @@ def _run(cursor: Any, step: Step) -> tuple[list | None, bytes]:
     rows = cursor.fetchall() if cursor.description is not None else None
     if step.is_next_key and step.key is None and rows:
         step.key = int(rows[0][0])
-    return rows, digest(cursor.description, cursor.statusmessage, rows)
+    return rows, digest(cursor.description, cursor.statusmessage, rows) if step.kept else b""
 
 
 def _run_again(real: Any, step: Step, link: Link) -> None:

@@ -32,8 +32,16 @@ _BEYOND = re.compile(
     r"\b((pg_(try_)?advisory_(un)?lock\w*|set_config|setval|dblink\w*|lo_\w+|pg_notify|pg_logical_emit_message"
     r"|pg_\w*(replication|backup|restore_point|terminate|cancel|reload)\w*)\s*\(|into\s+temp)", re.IGNORECASE,
 )
-# It takes no lock, so that nobody could tell whether the transaction was still there.
-_ONLY_READS = re.compile(r"(select|show)\b(?!.*\bfor\s)", re.IGNORECASE | re.DOTALL)
+# It writes nothing and takes no lock, so that nobody could tell whether the transaction was still there.
+_ONLY_READS = re.compile(r"(select|show)\b(?!.*\b(for|into)\s)", re.IGNORECASE | re.DOTALL)
+_CALL = re.compile(r"""([\w"]+)\s*\(""")
+# What may stand before a parenthesis there: a function that is not known may write.
+_READING = frozenset((
+    "all", "and", "any", "as", "avg", "by", "case", "cast", "coalesce", "count", "current_setting", "distinct", "else",
+    "exists", "extract", "filter", "from", "greatest", "having", "in", "join", "least", "length", "lower", "max", "min",
+    "not", "now", "numeric", "on", "or", "over", "select", "sum", "then", "union", "upper", "using", "varchar",
+    "version", "when", "where",
+))
 # SQLAlchemy asks for a key in this way: the value is ours from then on, whatever becomes of the transaction.
 _NEXT_KEY = re.compile(r"select nextval\('[^']+'\)", re.IGNORECASE)
 
@@ -48,10 +56,8 @@ class Differs(Exception):
 
 def judge(text: str) -> tuple[str, bool]:
     """Return why a statement cannot be repeated ("" if it can), and whether that outlasts its transaction."""
-    body = text.strip(" \t\r\n;").lstrip("( \t\r\n")
-    shown = body[:40].split("\n")[0]
-    if "\\" not in body:
-        body = _LITERAL.sub("''", body)
+    body = _body(text)
+    shown = text.strip()[:40].split("\n")[0]
     if ";" in body:
         return f"several statements in one ({shown}...)", True
     if _BEYOND.search(body):
@@ -61,16 +67,30 @@ def judge(text: str) -> tuple[str, bool]:
     return f"a statement that is not repeated ({shown}...)", not _DEFINITION.match(body)
 
 
+def only_reads(text: str) -> bool:
+    """Tell whether a statement certainly leaves nothing that a transaction could lose."""
+    body = _body(text)
+    return bool(_ONLY_READS.match(body)) and all(name.lower() in _READING for name in _CALL.findall(body))
+
+
+def _body(text: str) -> str:
+    body = text.strip(" \t\r\n;").lstrip("( \t\r\n")
+    return body if "\\" in body else _LITERAL.sub("''", body)
+
+
 class Step:
     """One statement and what came of it."""
 
-    def __init__(self, method: str, text: str, arguments: tuple, options: dict, cursor_options: dict) -> None:
+    def __init__(
+        self, method: str, text: str, arguments: tuple, options: dict, cursor_options: dict, free: bool = False
+    ) -> None:
         self.method = method
         self.arguments = arguments
         self.options = options
         self.cursor_options = cursor_options
         self.is_next_key = method == "execute" and bool(_NEXT_KEY.fullmatch(text.strip()))
-        self.only_reads = bool(_ONLY_READS.match(text.strip()))
+        self.free = free  # need not come out the same, unless others depend on it
+        self.kept = False
         self.key: int | None = None
         self.outcome = b""
 
@@ -93,7 +113,8 @@ class Journal:
     def begin(self, step: Step) -> None:
         """Take note of a statement before it is sent."""
         self.began = True
-        if self.why_not:
+        step.kept = not self.why_not and not (step.free and not self.steps)
+        if not step.kept:
             return
         try:
             self._bytes += step.keep()
@@ -104,7 +125,7 @@ class Journal:
 
     def add(self, step: Step) -> None:
         """Take note of what came back."""
-        if not self.why_not:
+        if step.kept and not self.why_not:
             self.steps.append(step)
 
     def give_up(self, why: str) -> None:

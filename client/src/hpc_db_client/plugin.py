@@ -18,7 +18,7 @@ PREFIX = "hpc_db_"
 DRIVERS = ("psycopg2", "psycopg")
 
 
-class HpcDb(CreateEnginePlugin):
+class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
     """The plugin; one object for each call of ``create_engine``."""
 
     def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from sqlalchemy.dialects.postgresql import psycopg
 from .dialect import Waiting
 
 
-class Dialect(Waiting, psycopg.dialect):  # type: ignore[misc, name-defined]
+class Dialect(Waiting, psycopg.dialect):  # type: ignore[misc]
     """SQLAlchemy's own, on connections that wait."""
 
     supports_statement_cache = True

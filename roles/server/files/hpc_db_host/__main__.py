@@ -32,6 +32,9 @@ SERVING = "it accepts writes"
 DEATHS_COUNT_SECONDS = 600.0
 # Seconds between a death and the next start, doubled up to this: workers wait meanwhile.
 LONGEST_PAUSE = 4.0
+# How long running transactions are awaited before a stop: Optuna's take milliseconds, and a job that is cancelled may
+# have only ten seconds.
+DRAIN_SECONDS = 5
 # How often to look whether the successor is still in the queue.
 FOLLOW_SECONDS = 900.0
 
@@ -193,6 +196,8 @@ class Host:
             self.tell("stopping", "postgres is stopping")
             if lease.is_ours():  # else the endpoint is the next holder's
                 self._withdraw()
+                if postgres:
+                    drain(postgres, float(self.settings.get("drain_seconds", DRAIN_SECONDS)))
         finally:
             for engine in self._engines:
                 engine.stop()
@@ -325,6 +330,17 @@ def read_settings(root: str) -> dict:
     if "bindir" not in settings:
         raise Failed("%s/host/settings.json is missing; run the playbook hpc_db.yml first" % root)
     return settings
+
+
+def drain(postgres: Postgres, seconds: float) -> None:
+    """Await running transactions; say so if that was in vain."""
+    try:
+        cut = postgres.drain(seconds)
+        told = "transactions that take longer than %d s and are cut: %d" % (seconds, cut) if cut else ""
+    except (Failed, OSError) as failed:
+        told = "running transactions are not awaited: %s" % failed
+    if told:
+        print(told, file=sys.stderr, flush=True)
 
 
 def in_job() -> bool:

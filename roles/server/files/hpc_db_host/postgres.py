@@ -34,6 +34,27 @@ SELECT count(*), current_setting('max_connections')::int - current_setting('supe
 FROM pg_stat_activity WHERE backend_type = 'client backend';
 """
 
+# psql is connected when it sends the postmaster SIGTERM, PostgreSQL's smart shutdown: nobody else is let in, those who
+# are in may go on. All of that ends with the server, however that ends.
+DRAIN = """
+\\! kill -TERM %d
+DO $$
+DECLARE
+    over timestamptz := clock_timestamp() + '%f s';
+BEGIN
+    LOOP
+        PERFORM pg_stat_clear_snapshot();
+        PERFORM pg_terminate_backend(pid) FROM pg_stat_activity
+            WHERE backend_type = 'client backend' AND state = 'idle' AND pid <> pg_backend_pid();
+        EXIT WHEN clock_timestamp() > over OR NOT EXISTS (
+            SELECT FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
+        );
+        PERFORM pg_sleep(0.02);
+    END LOOP;
+END $$;
+SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid();
+"""
+
 
 class Failed(Exception):
     """postgres cannot run; the message says why, in one line."""
@@ -150,6 +171,15 @@ class Postgres:
             self._child.send_signal(signal.SIGQUIT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(10)
+
+    def drain(self, seconds: float) -> int:
+        """Let nobody in, end idle sessions, await running transactions; return how many of them take longer.
+
+        Only ``stop`` may follow.
+        """
+        if not self._child or self.returncode() is not None:
+            return 0
+        return int(self.query(DRAIN % (self._child.pid, seconds), seconds + 5))
 
     def stop(self, patience: float) -> bool:
         """Stop fast (SIGINT): clients are disconnected, everything acknowledged is on disk. True if clean."""

@@ -160,7 +160,7 @@ def test_local_commands():
     call = ["python3", "-m", "hpc_db_host.local_job"]
 
     assert _local.queue_command("hpc-db") == [*call, "queue"]
-    assert _local.cancel_command("12") == [*call, "cancel", "12"]
+    assert _local.cancel_command("12", True) == [*call, "cancel", "12"]
     assert _local.submit_command("hpc-db", "/a b/job.sh", {"mem": "1G"}, "/a b/job.log") == [
         *call, "submit", "--name=hpc-db", "--script=/a b/job.sh", "--output=/a b/job.log",
     ]

@@ -7,6 +7,7 @@ import os
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError
+from ansible_collections.mala.hpc_db.plugins.modules import hosting_job
 from ansible_collections.mala.hpc_db.plugins.modules.hosting_job import ensure_job
 from ansible_collections.mala.hpc_db.plugins.modules.hosting_job_info import look
 
@@ -15,6 +16,7 @@ class FakeSlurm:
     """Answers as sbatch, squeue, sinfo and scancel do. A cancelled job takes ``lingers`` looks to go."""
 
     last_id = 0
+    deaf = False  # jobs' scripts ignore signals
 
     def __init__(self, *jobs, lingers=1):
         self.jobs = []
@@ -55,7 +57,9 @@ class FakeSlurm:
         return "defq|1-00:00:00\n"
 
     def scancel(self, arguments):
-        for job in [job for job in self.jobs if job["id"] == arguments[0]]:
+        for job in [job for job in self.jobs if job["id"] == arguments[-1]]:
+            if self.deaf and "batch" in arguments:
+                continue
             if job["state"] == "PENDING":
                 self.jobs.remove(job)
             job["state"] = "COMPLETING"
@@ -127,7 +131,17 @@ def test_successor_is_cancelled_before_it_could_start():
 
     ensure_job(params("absent"), slurm, check_mode=False)
 
-    assert [call[1] for call in slurm.called("scancel")] == ["2", "1"]
+    assert [call[1:] for call in slurm.called("scancel")] == [["2"], ["--batch", "--signal=TERM", "1"]]
+
+
+def test_job_that_is_not_ended_by_its_script_is_ended_by_slurm(monkeypatch):
+    slurm = FakeSlurm(RUNNING)
+    slurm.deaf = True
+    monkeypatch.setattr(hosting_job, "GENTLE_SECONDS", 0.5)
+
+    ensure_job(params("absent"), slurm, check_mode=False)
+
+    assert [call[1:] for call in slurm.called("scancel")] == [["--batch", "--signal=TERM", "1"], ["1"]]
 
 
 def test_absent_waits_for_the_real_end():
