@@ -50,12 +50,12 @@ def setting(machine: dict[str, Any]) -> str:
 
 
 def errors(results: list[dict[str, Any]]) -> str:
-    """Return what those that died said, each once."""
+    """Return what most of those that died said."""
     lines = [
         f"- {result['workers']:,} workers, {result['way']}: {count:,} × `{text.replace('`', '')}`\n"
-        for result in results for text, count in result["errors"]
+        for result in results for text, count in result["errors"][:1]
     ]
-    return "\nWhat those that died said:\n\n" + "".join(lines) if lines else ""
+    return "\nWhat most of those that died said:\n\n" + "".join(lines) if lines else ""
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
