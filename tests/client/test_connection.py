@@ -101,7 +101,10 @@ def test_keys_that_count_are_not_kept_when_others_were_given_some(
 ) -> None:
     database("DROP TABLE IF EXISTS numbered")
     database("CREATE TABLE numbered (id serial PRIMARY KEY, n int); ALTER TABLE numbered OWNER TO study")
-    numbered = sqlalchemy.Table("numbered", sqlalchemy.MetaData(), autoload_with=engine)
+    numbered = sqlalchemy.Table(
+        "numbered", sqlalchemy.MetaData(),
+        sqlalchemy.Column("id", sqlalchemy.Integer, primary_key=True), sqlalchemy.Column("n", sqlalchemy.Integer),
+    )
     count = text("SELECT count(*) FROM numbered WHERE id < :key")
 
     def number(connection: sqlalchemy.engine.Connection) -> None:

@@ -43,7 +43,7 @@ _READING = frozenset((
     "version", "when", "where",
 ))
 # SQLAlchemy asks for a key in this way: the value is ours from then on, whatever becomes of the transaction.
-_NEXT_KEY = re.compile(r"""select nextval\('([^']*?)(\w+)("?)'\)""", re.IGNORECASE)
+_NEXT_KEY = re.compile(r"""select nextval\('([^']*?)(\w+)"?'(?:::regclass)?\)""", re.IGNORECASE)
 
 
 _ONLY_INSERTS = re.compile(r"(insert\s(?!.*\bselect\b)|select nextval\()", re.IGNORECASE | re.DOTALL)
