@@ -36,6 +36,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._lock = threading.Lock()
+        self._then: Callable[[], object] = lambda: None
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._chosen: dict[int, str] = {}
@@ -49,9 +50,10 @@ class Proxy:
             self._text = (b"", "")
             self.requests = []
 
-    def cut_at(self, text: bytes, way: str) -> None:
-        """Cut the next request that holds this text."""
+    def cut_at(self, text: bytes, way: str, then: Callable[[], object] = lambda: None) -> None:
+        """Cut the next request that holds this text; do something before anybody notices."""
         self.cut({})
+        self._then = then
         self._text = (text, way)
 
     def __enter__(self) -> Proxy:
@@ -127,6 +129,9 @@ class Proxy:
             if way == TERMINATED:
                 self._terminate(pid)
                 client.sendall(message(server)[1])
+            if way == REQUEST_LOST:
+                server.shutdown(socket.SHUT_RDWR)
+            self._then()
             return way == SESSION_LEFT
 
 
