@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import platform
+import pwd
 import random
 import shutil
 import signal
@@ -60,15 +61,14 @@ POOLER = f"client_addr IS NULL AND usename = 'study' AND NOT {PROXY}"
 class Server:
     """A PostgreSQL server, as whoever owns it sees it."""
 
-    def __init__(self, bindir: Path, folder: str, port: int) -> None:
+    def __init__(self, bindir: Path, conninfo: str, port: int) -> None:
         self.port = port
-        self._psql = [str(bindir / "psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-h", folder, "-p", str(port)]
+        self._psql = [str(bindir / "psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", conninfo, "-c"]
 
-    def ask(self, statement: str, database: str = "postgres") -> str:
-        command = [*self._psql, "-d", database, "-c", statement]
+    def ask(self, statement: str) -> str:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
         return subprocess.run(
-            command, env=environment, check=True, capture_output=True, text=True, timeout=60
+            [*self._psql, statement], env=environment, check=True, capture_output=True, text=True, timeout=60
         ).stdout.strip()
 
     def connections(self, which: str) -> int:
@@ -105,7 +105,7 @@ def manual_server(bindir: Path, folder: Path, shared_buffers: str) -> Iterator[S
     command += [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
     with open(folder / "manual.log", "wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as postgres:
         try:
-            server = Server(bindir, sockets, port)
+            server = Server(bindir, f"host={sockets} port={port} dbname=postgres", port)
             wait_for(server)
             server.ask("CREATE ROLE study LOGIN")
             server.ask("CREATE DATABASE studies OWNER study")
@@ -291,7 +291,7 @@ def ways_of(root: Path, folder: Path, manual: Server, plugin: bool) -> list[Way]
     """Return every storage that there is."""
     endpoint = published(root)
     name = endpoint["instance"]
-    server = Server(bindir_of(root), endpoint["socket"], endpoint["port"])
+    server = server_of(root, endpoint)
     direct, pooled = (f"postgresql+psycopg2:///?service={service}" for service in (name, f"{name}-pooled"))
     ways = [
         Way("manual", f"postgresql+psycopg2://study@127.0.0.1:{manual.port}/studies", manual),
@@ -320,6 +320,12 @@ def published(root: Path) -> dict[str, Any]:
         if time.monotonic() > limit:
             sys.exit(f"{root}: no server, pooler or proxy as its settings say")
         time.sleep(0.2)
+
+
+def server_of(root: Path, endpoint: dict[str, Any]) -> Server:
+    """Return the instance's server, as its owner reaches it from any node."""
+    owner = pwd.getpwuid(os.geteuid()).pw_name
+    return Server(bindir_of(root), f"service={endpoint['instance']} user={owner} dbname={owner}", endpoint["port"])
 
 
 def bindir_of(root: Path) -> Path:
@@ -364,7 +370,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=root / "log")))
         endpoint = published(root)
-        server = Server(bindir_of(root), endpoint["socket"], endpoint["port"])
+        server = server_of(root, endpoint)
         buffers = server.ask("SHOW shared_buffers")
         manual = stack.enter_context(manual_server(bindir_of(root), folder, buffers))
         ways = ways_of(root, folder, manual, plugin)

@@ -14,9 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from target import ROOT, Target
-
-CLUSTER = ROOT / "tests" / "cluster" / "cluster"
+from target import CLUSTER, ROOT, Target
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "tests" / "cluster" / "cluster"
 
 
 class Target:

@@ -12,8 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import CLUSTER
-from target import Target
+from target import CLUSTER, Target
 
 LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 JOB = {"partition": "work", "time": "01:00:00", "mem": "1000M", "nodelist": "c1"}
