@@ -164,7 +164,7 @@ def prepare() -> None:
         from sqlalchemy.dialects import plugins
 
         plugins.register("hpc_db", "hpc_db_client.plugin", "HpcDb")
-        hpc_db_client.patience.tell = lambda _text: None  # a thousand times
+        hpc_db_client.patience.tell = lambda text: None  # a thousand times
 
 
 def work(url: str, study_name: str, start: float, end: float, apart: float, said: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ def work(url: str, study_name: str, start: float, end: float, apart: float, said
         )
         said["in"] = time.time() - start
         time.sleep(max(0.0, min(random.uniform(0, apart), end - time.time())))
-        while time.time() < end:
+        while not said["trials"] or time.time() < end:
             began = time.perf_counter()
             trial = study.ask()
             asked = time.perf_counter()
@@ -192,7 +192,7 @@ def work(url: str, study_name: str, start: float, end: float, apart: float, said
 
 
 def be_workers(
-    pipe: Connection, url: str, study_name: str, number: int, start: float, end: float, apart: float
+    pipe: Connection, url: str, study_name: str, number: int, start: float, end: float, apart: float, patience: float
 ) -> None:
     """Be some of the workers; send what they have done when the time is over, whatever they wait for then."""
     prepare()
@@ -203,7 +203,7 @@ def be_workers(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(max(0.0, end + 1 - time.time()))
+        thread.join(max(0.0, end + patience - time.time()))
     pipe.send(found)
     pipe.close()
     os._exit(0)  # some threads may wait for ever
@@ -242,7 +242,7 @@ def receive(process: Any, pipe: Connection, limit: float) -> Any:
         process.join()
 
 
-def measure(way: Way, workers: int, seconds: float, processes: int) -> dict[str, Any]:
+def measure(way: Way, workers: int, seconds: float, processes: int, patience: float) -> dict[str, Any]:
     """Have this many workers start together; return the figures."""
     study_name = f"bench-{os.getpid()}-{time.time()}"
     made = run_process(create_study, way.url, study_name)
@@ -252,13 +252,13 @@ def measure(way: Way, workers: int, seconds: float, processes: int) -> dict[str,
     start = time.time() + 1.0 + workers / 1000
     end = start + seconds
     apart = workers * APART_SECONDS
-    started = [run_process(be_workers, way.url, study_name, share, start, end, apart) for share in shares]
+    started = [run_process(be_workers, way.url, study_name, share, start, end, apart, patience) for share in shares]
     most = 0
     while way.server and time.time() < end - 0.3:
         with contextlib.suppress(subprocess.SubprocessError):
             most = max(most, way.server.connections(way.connections))
         time.sleep(min(0.5, seconds / 4))
-    found = [said for process, pipe in started for said in receive(process, pipe, end + SPARE_SECONDS)]
+    found = [said for process, pipe in started for said in receive(process, pipe, end + patience + SPARE_SECONDS)]
     return {"way": way.name, "workers": workers, "connections": most if way.server else None,
             **figures(found, start, seconds)}
 
@@ -389,7 +389,8 @@ def main() -> None:
                     continue
                 seconds = SECONDS.get(workers, OTHER_SECONDS)
                 seconds = min(seconds, SHORT_SECONDS) if way.name in SHORT else seconds
-                result = measure(way, workers, seconds, arguments.processes)
+                # One trial each is all that a quick look wants, however slow the machine is.
+                result = measure(way, workers, seconds, arguments.processes, 60.0 if arguments.quick else 1.0)
                 results.append(result)
                 print(one_line(result), flush=True)
     arguments.out.write_text(json.dumps({"machine": told, "results": results}, indent=1) + "\n")

@@ -33,8 +33,13 @@ OPTIONS = [
 ]
 
 
-class InstanceStorage(GrpcStorageProxy):
+class InstanceStorage(GrpcStorageProxy):  # type: ignore[misc]
     """Optuna's client on a channel that is encrypted, shows who it is, and follows the server."""
+
+    # from Optuna's client
+    _channel: Any
+    _stub: Any
+    _cache: Any
 
     def __init__(self, root: str, patience: float) -> None:
         self._root = root
@@ -68,7 +73,7 @@ class _Channel:
         self.patience = Patience(patience, f"storage proxy of {root}")
         self._make_stub = stub
         self._address = ""
-        self._channel: grpc.Channel | None = None
+        self._channel: Any = None
         self._stub: Any = None
 
     def stub(self) -> Any:
