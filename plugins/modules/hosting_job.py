@@ -33,7 +33,7 @@ options:
     description:
       - V(present) means that one job is queued or runs.
       - V(absent) cancels all jobs of this name, a successor that waits in the queue included, and waits until
-        they have ended.
+        they have ended. A running job's script has 30 s to end by itself before the scheduler ends all its processes.
     type: str
     choices: [present, absent]
     default: present

@@ -36,6 +36,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._lock = threading.Lock()
+        self._then: Callable[[], object] = lambda: None
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._chosen: dict[int, str] = {}
@@ -49,9 +50,10 @@ class Proxy:
             self._text = (b"", "")
             self.requests = []
 
-    def cut_at(self, text: bytes, way: str) -> None:
-        """Cut the next request that holds this text."""
+    def cut_at(self, text: bytes, way: str, then: Callable[[], object] = lambda: None) -> None:
+        """Cut the next request that holds this text; do something before anybody notices."""
         self.cut({})
+        self._then = then
         self._text = (text, way)
 
     def __enter__(self) -> Proxy:
@@ -64,7 +66,8 @@ class Proxy:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
-            thread.join()
+            thread.join(30)
+            assert not thread.is_alive()
         for each in (self._listener, *self._sockets):
             each.close()
 
@@ -80,14 +83,17 @@ class Proxy:
                 self._start(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
-        server = None
-        with contextlib.suppress(OSError, EOFError):
-            server = socket.create_connection(("127.0.0.1", self._server))
-            self._sockets.append(server)
+        server = socket.socket()
+        self._sockets.append(server)
+        ends = [client, server]
+        try:
+            server.connect(("127.0.0.1", self._server))
             if self._talk(client, server):
-                server = None  # it stays open
-        for each in (client, server):
-            if each:
+                ends.remove(server)  # it stays open
+        except (OSError, EOFError):
+            pass
+        finally:
+            for each in ends:
                 with contextlib.suppress(OSError):
                     each.shutdown(socket.SHUT_RDWR)
 
@@ -123,6 +129,9 @@ class Proxy:
             if way == TERMINATED:
                 self._terminate(pid)
                 client.sendall(message(server)[1])
+            if way == REQUEST_LOST:
+                server.shutdown(socket.SHUT_RDWR)
+            self._then()
             return way == SESSION_LEFT
 
 

@@ -63,8 +63,18 @@ class Server:
         self._run("pg_ctl", "stop", "-w", "-m", mode)
 
     def ask(self, statement: str, database: str = "postgres") -> list:
-        """Run a statement as the owner of everything."""
-        connection = psycopg2.connect(host="127.0.0.1", port=self.port, user="owner", dbname=database)
+        """Run a statement as the owner of everything, if need be after a crash's recovery."""
+        limit = time.monotonic() + 30
+        while True:
+            try:
+                connection = psycopg2.connect(
+                    host="127.0.0.1", port=self.port, user="owner", dbname=database, options="-c lock_timeout=30s"
+                )
+                break
+            except psycopg2.OperationalError:
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(0.1)
         try:
             connection.autocommit = True
             cursor = connection.cursor()

@@ -95,6 +95,40 @@ def test_repeatable_read_is_repeated_or_an_error(
             connection.execute(text("SELECT word FROM t WHERE n = 2"))
 
 
+@pytest.mark.parametrize("cut_at", ["INSERT", "count"])
+def test_keys_that_count_are_not_kept_when_others_were_given_some(
+    cut_at: str, engine: sqlalchemy.engine.Engine, proxy: Proxy, database: Ask, rows: Callable[[], list]
+) -> None:
+    database("DROP TABLE IF EXISTS numbered")
+    database("CREATE TABLE numbered (id serial PRIMARY KEY, n int); ALTER TABLE numbered OWNER TO study")
+    numbered = sqlalchemy.Table(
+        "numbered", sqlalchemy.MetaData(),
+        sqlalchemy.Column("id", sqlalchemy.Integer, primary_key=True), sqlalchemy.Column("n", sqlalchemy.Integer),
+    )
+    count = text("SELECT count(*) FROM numbered WHERE id < :key")
+
+    def number(connection: sqlalchemy.engine.Connection) -> None:
+        """Number the rows as Optuna numbers its trials."""
+        connection.execute(text("SELECT 1 FROM t WHERE n = 1 FOR UPDATE"))
+        (key,) = connection.execute(numbered.insert()).inserted_primary_key
+        connection.execute(text("UPDATE numbered SET n = :n WHERE id = :key"), {
+            "n": connection.execute(count, {"key": key}).scalar(), "key": key,
+        })
+
+    def other() -> None:
+        with other_engine.begin() as connection:
+            number(connection)
+
+    other_engine = sqlalchemy.create_engine(engine.url)
+    proxy.cut_at(cut_at.encode(), REQUEST_LOST, other)
+    with pytest.raises(OperationalError), engine.begin() as connection:
+        number(connection)
+    other()
+    other_engine.dispose()
+
+    assert database("SELECT n FROM numbered ORDER BY id") == [(0,), (1,)]
+
+
 def test_error_within_a_transaction_is_the_same_when_it_is_repeated(
     engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
 ) -> None:

@@ -26,6 +26,7 @@ from .patience import GaveUp, Outage, Patience, tell
 MOST_REPEATS = 5
 IN_ERROR = 3  # libpq's PQTRANS_INERROR
 IN_THE_FUTURE = "22023"  # what pg_xact_status says of an id that has not been given yet
+CANNOT = "a transaction was cut that cannot be repeated"
 # The server ended the session: shutdown, crash, idle for too long.
 ENDED = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
 # What waiting does not mend. Only the first time: a server that once let us in, and now does not, is another's.
@@ -301,12 +302,14 @@ class Connection:
             journal.give_up(why)
         try:
             try:
-                cursor.run(self.real, step)
+                self._run_in_order(cursor, step)
+            except Differs as differs:
+                self._give_up(f"{CANNOT}: {differs}", self._link.dbapi.OperationalError(f"hpc_db: {CANNOT}: {differs}"))
             except self._link.dbapi.Error as error:
                 if not self._link.is_lost(self.real, error):
                     raise
                 self._discard()
-                self._repeat(error, lambda: cursor.run(self.real, step))
+                self._repeat(error, lambda: self._run_in_order(cursor, step))
         except self._link.dbapi.Error as error:
             step.outcome = _failure(error)
             if not step.kept:
@@ -319,6 +322,10 @@ class Connection:
             raise
         finally:
             journal.add(step)
+
+    def _run_in_order(self, cursor: Cursor, step: Step) -> None:
+        self._journal.check_order(step)
+        cursor.run(self.real, step)
 
     def revive(self) -> None:
         """Between transactions, and if nothing binds us to the old session, take another one for a lost one."""
@@ -396,18 +403,18 @@ class Connection:
             if not why and journal.repeats >= MOST_REPEATS:
                 why = f"{MOST_REPEATS} connections lost in it"
             if why:
-                self._give_up(f"a transaction was cut that cannot be repeated: {why}", error)
+                self._give_up(f"{CANNOT}: {why}", error)
             journal.repeats += 1
             if self.real.closed:
                 self._open()
             try:
                 for step in journal.steps:
-                    _run_again(self.real, step, self._link)
+                    _run_again(self.real, step, self._link, journal)
                 again()
                 self._outage = None
                 return
             except Differs as differs:
-                self._give_up(f"a transaction was cut that cannot be repeated: {differs}", error)
+                self._give_up(f"{CANNOT}: {differs}", error)
             except self._link.dbapi.Error as another:
                 if not self._link.is_lost(self.real, another):
                     raise
@@ -554,22 +561,26 @@ def sqlstate(error: BaseException) -> str | None:
 def _run(cursor: Any, step: Step) -> tuple[list | None, bytes]:
     getattr(cursor, step.method)(*step.arguments, **step.options)
     rows = cursor.fetchall() if cursor.description is not None else None
-    if step.is_next_key and step.key is None and rows:
+    if step.sequence and step.key is None and rows:
         step.key = int(rows[0][0])
     return rows, digest(cursor.description, cursor.statusmessage, rows) if step.kept else b""
 
 
-def _run_again(real: Any, step: Step, link: Link) -> None:
+def _run_again(real: Any, step: Step, link: Link, journal: Journal) -> None:
     """Run a statement again; raise Differs if its result is another one, unless it is a key that we have."""
+    journal.check_order(step)
     cursor = real.cursor(**step.cursor_options)
     try:
         rows, outcome = _run(cursor, step)
+        while step.key is not None and rows and int(rows[0][0]) < step.key:  # a crash has set the sequence back
+            rows, outcome = _run(cursor, step)
     except link.dbapi.Error as error:
         if link.is_lost(real, error):
             raise
         outcome = _failure(error)
     else:
-        if step.key is not None and rows and int(rows[0][0]) > step.key:
+        if step.key is not None and rows:
+            journal.check_key(step, int(rows[0][0]))
             return  # nobody else was given our key, nor will be
     if outcome != step.outcome:
         raise Differs(f"another result than before ({str(step.arguments[0])[:60]!r})")

@@ -43,9 +43,10 @@ _READING = frozenset((
     "version", "when", "where",
 ))
 # SQLAlchemy asks for a key in this way: the value is ours from then on, whatever becomes of the transaction.
-_NEXT_KEY = re.compile(r"select nextval\('[^']+'\)", re.IGNORECASE)
+_NEXT_KEY = re.compile(r"""select nextval\('([^']*?)(\w+)"?'(?:::regclass)?\)""", re.IGNORECASE)
 
 
+_ONLY_INSERTS = re.compile(r"(insert\s(?!.*\bselect\b)|select nextval\()", re.IGNORECASE | re.DOTALL)
 # What stands in a literal is data. Where a backslash may end one or not, nothing is taken for a literal.
 _LITERAL = re.compile(r"'[^'\\]*'")
 
@@ -88,7 +89,9 @@ class Step:
         self.arguments = arguments
         self.options = options
         self.cursor_options = cursor_options
-        self.is_next_key = method == "execute" and bool(_NEXT_KEY.fullmatch(text.strip()))
+        self.text = text
+        next_key = _NEXT_KEY.fullmatch(text.strip()) if method == "execute" else None
+        self.sequence = next_key.group(2) if next_key else ""
         self.free = free  # need not come out the same, unless others depend on it
         self.kept = False
         self.key: int | None = None
@@ -108,6 +111,7 @@ class Journal:
         self.began = False
         self.why_not = ""
         self.repeats = 0
+        self._late: set[str] = set()  # sequences that others were given keys of after ours, before our rows were there
         self._bytes = 0
 
     def begin(self, step: Step) -> None:
@@ -127,6 +131,21 @@ class Journal:
         """Take note of what came back."""
         if step.kept and not self.why_not:
             self.steps.append(step)
+
+    def check_key(self, step: Step, key: int) -> None:
+        """Take note of a key that is given now, when the statement is repeated."""
+        if step.key is not None and key > step.key + 1:
+            self._late.add(step.sequence)
+
+    def check_order(self, step: Step) -> None:
+        """Raise Differs if a statement looks at a table where our row comes later than its key says.
+
+        Others may have counted the rows with smaller keys meanwhile: Optuna numbers its trials so.
+        """
+        words = set() if _ONLY_INSERTS.match(step.text.strip()) else set(re.findall(r"\w+", step.text))
+        for sequence in self._late:
+            if any(sequence.startswith(f"{word}_") for word in words):
+                raise Differs(f"others were given keys of {sequence} meanwhile")
 
     def give_up(self, why: str) -> None:
         """Drop the statements: from now on they are not complete."""
