@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import platform
+import pwd
 import random
 import shutil
 import signal
@@ -60,15 +61,14 @@ POOLER = f"client_addr IS NULL AND usename = 'study' AND NOT {PROXY}"
 class Server:
     """A PostgreSQL server, as whoever owns it sees it."""
 
-    def __init__(self, bindir: Path, folder: str, port: int) -> None:
+    def __init__(self, bindir: Path, conninfo: str, port: int) -> None:
         self.port = port
-        self._psql = [str(bindir / "psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-h", folder, "-p", str(port)]
+        self._psql = [str(bindir / "psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", conninfo, "-c"]
 
-    def ask(self, statement: str, database: str = "postgres") -> str:
-        command = [*self._psql, "-d", database, "-c", statement]
+    def ask(self, statement: str) -> str:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
         return subprocess.run(
-            command, env=environment, check=True, capture_output=True, text=True, timeout=60
+            [*self._psql, statement], env=environment, check=True, capture_output=True, text=True, timeout=60
         ).stdout.strip()
 
     def connections(self, which: str) -> int:
@@ -105,7 +105,7 @@ def manual_server(bindir: Path, folder: Path, shared_buffers: str) -> Iterator[S
     command += [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
     with open(folder / "manual.log", "wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as postgres:
         try:
-            server = Server(bindir, sockets, port)
+            server = Server(bindir, f"host={sockets} port={port} dbname=postgres", port)
             wait_for(server)
             server.ask("CREATE ROLE study LOGIN")
             server.ask("CREATE DATABASE studies OWNER study")
@@ -178,7 +178,7 @@ def work(url: str, study_name: str, start: float, end: float, apart: float, said
         )
         said["in"] = time.time() - start
         time.sleep(max(0.0, min(random.uniform(0, apart), end - time.time())))
-        while time.time() < end:
+        while not said["trials"] or time.time() < end:
             began = time.perf_counter()
             trial = study.ask()
             asked = time.perf_counter()
@@ -192,7 +192,7 @@ def work(url: str, study_name: str, start: float, end: float, apart: float, said
 
 
 def be_workers(
-    pipe: Connection, url: str, study_name: str, number: int, start: float, end: float, apart: float
+    pipe: Connection, url: str, study_name: str, number: int, start: float, end: float, apart: float, patience: float
 ) -> None:
     """Be some of the workers; send what they have done when the time is over, whatever they wait for then."""
     prepare()
@@ -203,7 +203,7 @@ def be_workers(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(max(0.0, end + 1 - time.time()))
+        thread.join(max(0.0, end + patience - time.time()))
     pipe.send(found)
     pipe.close()
     os._exit(0)  # some threads may wait for ever
@@ -242,7 +242,7 @@ def receive(process: Any, pipe: Connection, limit: float) -> Any:
         process.join()
 
 
-def measure(way: Way, workers: int, seconds: float, processes: int) -> dict[str, Any]:
+def measure(way: Way, workers: int, seconds: float, processes: int, patience: float) -> dict[str, Any]:
     """Have this many workers start together; return the figures."""
     study_name = f"bench-{os.getpid()}-{time.time()}"
     made = run_process(create_study, way.url, study_name)
@@ -252,13 +252,13 @@ def measure(way: Way, workers: int, seconds: float, processes: int) -> dict[str,
     start = time.time() + 1.0 + workers / 1000
     end = start + seconds
     apart = workers * APART_SECONDS
-    started = [run_process(be_workers, way.url, study_name, share, start, end, apart) for share in shares]
+    started = [run_process(be_workers, way.url, study_name, share, start, end, apart, patience) for share in shares]
     most = 0
     while way.server and time.time() < end - 0.3:
         with contextlib.suppress(subprocess.SubprocessError):
             most = max(most, way.server.connections(way.connections))
         time.sleep(min(0.5, seconds / 4))
-    found = [said for process, pipe in started for said in receive(process, pipe, end + SPARE_SECONDS)]
+    found = [said for process, pipe in started for said in receive(process, pipe, end + patience + SPARE_SECONDS)]
     return {"way": way.name, "workers": workers, "connections": most if way.server else None,
             **figures(found, start, seconds)}
 
@@ -291,7 +291,7 @@ def ways_of(root: Path, folder: Path, manual: Server, plugin: bool) -> list[Way]
     """Return every storage that there is."""
     endpoint = published(root)
     name = endpoint["instance"]
-    server = Server(bindir_of(root), endpoint["socket"], endpoint["port"])
+    server = server_of(root, endpoint)
     direct, pooled = (f"postgresql+psycopg2:///?service={service}" for service in (name, f"{name}-pooled"))
     ways = [
         Way("manual", f"postgresql+psycopg2://study@127.0.0.1:{manual.port}/studies", manual),
@@ -320,6 +320,12 @@ def published(root: Path) -> dict[str, Any]:
         if time.monotonic() > limit:
             sys.exit(f"{root}: no server, pooler or proxy as its settings say")
         time.sleep(0.2)
+
+
+def server_of(root: Path, endpoint: dict[str, Any]) -> Server:
+    """Return the instance's server, as its owner reaches it from any node."""
+    owner = pwd.getpwuid(os.geteuid()).pw_name
+    return Server(bindir_of(root), f"service={endpoint['instance']} user={owner} dbname={owner}", endpoint["port"])
 
 
 def bindir_of(root: Path) -> Path:
@@ -364,7 +370,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=root / "log")))
         endpoint = published(root)
-        server = Server(bindir_of(root), endpoint["socket"], endpoint["port"])
+        server = server_of(root, endpoint)
         buffers = server.ask("SHOW shared_buffers")
         manual = stack.enter_context(manual_server(bindir_of(root), folder, buffers))
         ways = ways_of(root, folder, manual, plugin)
@@ -383,7 +389,8 @@ def main() -> None:
                     continue
                 seconds = SECONDS.get(workers, OTHER_SECONDS)
                 seconds = min(seconds, SHORT_SECONDS) if way.name in SHORT else seconds
-                result = measure(way, workers, seconds, arguments.processes)
+                # One trial each is all that a quick look wants, however slow the machine is.
+                result = measure(way, workers, seconds, arguments.processes, 60.0 if arguments.quick else 1.0)
                 results.append(result)
                 print(one_line(result), flush=True)
     arguments.out.write_text(json.dumps({"machine": told, "results": results}, indent=1) + "\n")

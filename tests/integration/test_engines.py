@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import CLUSTER
-from target import Target
+from target import CLUSTER, Target
 
 JOB = {"partition": "work", "time": "01:00:00", "mem": "1000M", "nodelist": "c1"}
 SETTINGS = {
@@ -189,9 +188,9 @@ def test_trials_go_on_when_the_engines_were_killed(instance: Target) -> None:
 
 
 def test_benchmark_measures_every_storage(instance: Target) -> None:
-    said = instance.run(f"PYTHONPATH= {PYTHON} /srv/bench/storage.py --client /srv/client --quick figures.json 2>&1")
+    said = instance.run(f"{PYTHON} /srv/bench/storage.py --client /srv/client --quick figures.json 2>&1 || true")
 
-    results = json.loads(instance.run("cat figures.json"))["results"]
+    results = json.loads(instance.run("cat figures.json || echo '{\"results\": []}'"))["results"]
     assert [result["way"] for result in results] == [
         "manual", "direct", "direct, plugin", "pooled", "pooled, plugin", "proxy", "SQLite", "journal"
     ], said

@@ -19,6 +19,7 @@ from target import CLUSTER, ROOT, Target
 JOB = {"partition": "work", "time": "01:00:00", "mem": "1000M"}
 URL = "postgresql+psycopg2:///?service=hpc_db&plugin=hpc_db"
 ASK = '~/hpc_db/hpc_db/postgresql-17/bin/psql "service=hpc_db user=alice dbname=mala" -Atc "show server_version"'
+ENDPOINT = "hpc_db/hpc_db/run/endpoint.json"
 
 
 def test_workstation_brings_everything(mini: Target, tmp_path: Path) -> None:
@@ -34,6 +35,7 @@ def test_workstation_brings_everything(mini: Target, tmp_path: Path) -> None:
         "postgres_python_wheelhouse": str(workstation / "wheels"),
         "databases_studies": [{"name": "mala", "studies": [{"name": "beryllium"}]}],
         "client_environment": "~/env",
+        "server_pooler": True, "server_proxy": True,
     }
     for folder in ("channel/linux-64", "wheels"):
         assert mini.run(f"ls '{workstation}/{folder}' 2>/dev/null || echo unreadable") == "unreadable"
@@ -47,6 +49,8 @@ def test_workstation_brings_everything(mini: Target, tmp_path: Path) -> None:
     played = mini.play("hpc_db", {**settings, "postgres_lock_file": str(lock_file)})
     assert played.returncode == 0, played.stdout
     assert mini.run(ASK) == "17.10"
+    mini.run(f"until grep -q pooler {ENDPOINT} && grep -q proxy {ENDPOINT}; do sleep 0.2; done")
+    assert mini.run(ASK.replace("service=hpc_db user=alice", "service=hpc_db-pooled")) == "17.10"
     assert mini.run("cd ~/hpc_db/hpc_db; ls -d staged */*.packages 2>/dev/null || :") == ""
     locked = re.findall(r"^\S+(?=#sha256:)", lock_file.read_text(), re.MULTILINE)
     begin = f"{(workstation / 'channel').as_uri()}/linux-64"

@@ -73,7 +73,7 @@ class _Channel:
         self.patience = Patience(patience, f"storage proxy of {root}")
         self._make_stub = stub
         self._address = ""
-        self._channel: grpc.Channel | None = None
+        self._channel: Any = None
         self._stub: Any = None
 
     def stub(self) -> Any:
