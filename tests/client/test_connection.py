@@ -12,6 +12,7 @@ import optuna
 import pytest
 import sqlalchemy
 from cutting_proxy import ANSWER_LOST, CRASHES, REQUEST_LOST, WAYS, Proxy
+from hpc_db_client import patience
 from real_server import Server, eventually
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
@@ -222,29 +223,31 @@ def test_connection_at_rest_is_alive_after_a_restart(
 
 
 def test_stopped_server_is_waited_for_within_a_transaction_and_told_once(
-    engine: sqlalchemy.engine.Engine, server: Server, rows: Callable[[], list], capfd: pytest.CaptureFixture
+    engine: sqlalchemy.engine.Engine, server: Server, rows: Callable[[], list], capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Looking at capfd meanwhile would lose what is written while it is emptied.
+    is_told, tell = threading.Event(), patience.tell
+
+    def tell_and_note(line: str) -> None:
+        tell(line)
+        is_told.set()
+
+    def start_when_told() -> None:
+        assert is_told.wait(30)
+        server.start()
+
+    monkeypatch.setattr(patience, "tell", tell_and_note)
+    starter = threading.Thread(target=start_when_told)
     with engine.begin() as connection:
         connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
         server.stop("immediate")
-        told = ""
-
-        def is_told() -> bool:
-            nonlocal told
-            told += capfd.readouterr().err
-            return "\n" in told
-
-        def start_when_told() -> None:
-            eventually(is_told)
-            server.start()
-
-        starter = threading.Thread(target=start_when_told)
         starter.start()
         connection.execute(text("INSERT INTO t VALUES (4, 'four')"))
         starter.join()
 
     assert len(rows()) == 4
-    told += capfd.readouterr().err
+    told = capfd.readouterr().err
     assert told.count("\n") == 1
     assert told.startswith("hpc_db: waiting up to 60 s for the database server (host 127.0.0.1): ")
 
