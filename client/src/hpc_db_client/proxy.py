@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 from optuna.storages import GrpcStorageProxy
+from optuna.storages._grpc.auto_generated import api_pb2
 
 from .patience import GaveUp, Outage, Patience
 
@@ -123,7 +124,7 @@ class _Stub:
                 self._channel.patience.is_over()
                 return answer
             except (LookupError, grpc.RpcError) as error:
-                if outage and name == "SetTrialStateValues" and _code(error) == grpc.StatusCode.FAILED_PRECONDITION:
+                if outage and _code(error) == grpc.StatusCode.FAILED_PRECONDITION and self._is_so(name, request):
                     return _Finished()  # by us, before the answer was cut
                 if not _is_away(error):
                     raise
@@ -133,6 +134,13 @@ class _Stub:
                 except GaveUp as gave_up:
                     raise ConnectionError(str(gave_up)) from error
                 self._stub = None  # it may be elsewhere now
+
+    def _is_so(self, name: str, request: Any) -> bool:
+        """Tell whether a trial has ended just as the request wants it to."""
+        if name != "SetTrialStateValues":
+            return False
+        trial = self._send("GetTrial", api_pb2.GetTrialRequest(trial_id=request.trial_id)).trial
+        return (trial.state, list(trial.values)) == (request.state, list(request.values))
 
 
 def _code(error: BaseException) -> grpc.StatusCode:
