@@ -86,7 +86,8 @@ def requeue(cluster: MiniCluster, *options: str) -> list[str]:
     assert played.returncode == 0, played.stdout
     said = re.findall(r"^(\w+/\w+: trial \d+ .*)", played.stdout, re.MULTILINE)
     others = [line for line in said if line.startswith("mala/beryllium")]
-    assert all("is left alone: a connection from " in line for line in others), others
+    alive = re.compile(r" is left alone: (a connection from|its worker sent a heartbeat) ")
+    assert all(alive.search(line) for line in others), others
     return [line for line in said if STUDY in line]
 
 
