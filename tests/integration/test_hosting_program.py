@@ -249,7 +249,7 @@ def test_first_client_can_write_as_soon_as_the_endpoint_is_there(instance: Insta
     assert instance.psql("CREATE TABLE t (n int); INSERT INTO t VALUES (1) RETURNING n") == "1"
     endpoint = instance.said("endpoint")
     assert (endpoint["host"], endpoint["job"], endpoint["cluster"]) == ("127.0.0.1", "7", "here")
-    assert instance.state() == "serving"
+    eventually(lambda: instance.state() == "serving")
     lines = instance.service.read_text().splitlines()
     assert lines[:4] == ["[other]", "host=elsewhere", "[hpc_db]", "dbname=postgres"]
     assert f"port={endpoint['port']}" in lines
@@ -398,6 +398,7 @@ def test_kill_of_the_hosting_program_ends_postgres_and_the_next_one_starts(insta
 
 def test_second_one_is_refused_and_changes_nothing(instance: Instance) -> None:
     first = instance.serve()
+    eventually(lambda: instance.state() == "serving")  # it says where the server is a moment before
     files = {path: path.read_bytes() for path in (instance.root / "run").glob("*.json")}
 
     second = instance.start(job="8")
