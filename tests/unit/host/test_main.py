@@ -54,6 +54,10 @@ class FakePostgres:
     def abort(self):
         self.note("abort")
 
+    def drain(self, seconds):
+        self.note(f"drain {seconds}")
+        return 0
+
     def stop(self, patience):
         self.note("stop")
         return self.clean
@@ -113,7 +117,7 @@ def test_endpoint_is_there_only_between_the_first_write_and_the_stop(host):
     assert host.run("serve") == 0
 
     assert host.events == [
-        "made listen=True []", "start", "write", "serving published", "stop",
+        "made listen=True []", "start", "write", "serving published", "drain 5.0", "stop",
     ]
     assert host.state() == ("ended", "told to by SIGTERM")
     assert host.service.read_text() == ""
