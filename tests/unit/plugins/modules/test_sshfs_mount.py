@@ -203,7 +203,7 @@ def test_changes_only_what_differs(fake, before, found, state, check_mode):
         assert not fake.calls and (fake.mounts, fake.processes()) == tables
         return
     there = state != "unmounted"
-    assert [each[:2] for each in fake.mounts] == [(result["path"], SOURCE)] * there
+    assert [each[:2] for each in fake.mounts] == [(result["mount_point"], SOURCE)] * there
     assert len(fake.processes()) == there
     again = ensure(fake, state="unmounted" if state == "unmounted" else "mounted")
     assert again["changed"] is (fake.answer == "hung" and there)  # it would still hang: the fake knows no better
