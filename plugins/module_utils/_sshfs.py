@@ -194,7 +194,10 @@ def plan(params: dict) -> Wanted:
         if value is not None:
             ssh_options[name] = check(setting, name, value, SSH_OPTIONS)
     config = params["ssh_config"] or config
-    if config and not (config.isprintable() and os.path.isfile(config)):
+    # To get to another host first, ssh writes this name into a command of a shell, as it is.
+    if config and not re.fullmatch(r"[\w./+@=,:-]+", config):
+        raise Refused(f"ssh_config: {config!r} is none that ssh can pass on; allowed are letters, digits and ./+@=,:_-")
+    if config and not os.path.isfile(config):
         raise Refused(f"ssh_config: there is no file {config!r}")
     file = ["-F", os.path.abspath(config)] if config else []
 
