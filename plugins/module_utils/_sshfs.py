@@ -197,7 +197,7 @@ def plan(params: dict) -> Wanted:
     # To get to another host first, ssh writes this name into a command of a shell, as it is.
     if config and not re.fullmatch(r"[\w./+@=,:-]+", config):
         raise Refused(f"ssh_config: {config!r} is none that ssh can pass on; allowed are letters, digits and ./+@=,:_-")
-    if config and not os.path.isfile(config):
+    if config and (not os.path.exists(config) or os.path.isdir(config)):
         raise Refused(f"ssh_config: there is no file {config!r}")
     file = ["-F", os.path.abspath(config)] if config else []
 
