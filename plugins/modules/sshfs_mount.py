@@ -228,7 +228,7 @@ import os, sys
 try:
     os.statvfs(sys.argv[1])
 except OSError as error:
-    sys.exit(f"{error.errno} {error.strerror}")
+    raise SystemExit(f"{error.errno} {error.strerror}")
 """
 # Seconds in which an sshfs ends that has nothing to do any more, or was told to.
 PATIENCE = 3
