@@ -4,16 +4,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from browser import Browser, chromium
 from target import CLUSTER, ROOT, Target
 
 
@@ -76,3 +78,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         subprocess.run(["userdel", "--remove", user], check=True, capture_output=True)
         with pytest.raises(KeyError):
             pwd.getpwnam(user)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Callable[..., Browser]]:
+    """Start Chromium: ``browser()`` on this machine, or by a command that leads elsewhere, such as ``cluster exec``."""
+    with contextlib.ExitStack() as started:
+        yield lambda *within: started.enter_context(chromium(list(within)))
