@@ -32,6 +32,7 @@ def be_workstation(state: State) -> NoReturn:
     mount("proc", Path("/proc"))
     mount_devices(Path("/dev"))
     mount("overlay", Path("/etc"), f"lowerdir={state.workstation}/etc:/etc")
+    mount_folders(state)
     network.set_up_switches()
     reap_for_ever()
 
@@ -82,6 +83,17 @@ def mount_devices(dev: Path) -> None:
     mount("devpts", dev / "pts", "newinstance,ptmxmode=0666,mode=0620,gid=5")
     (dev / "shm").mkdir()
     mount("tmpfs", dev / "shm", "mode=1777")
+
+
+def mount_folders(state: State) -> None:
+    """Show the workstation what ``--mount`` shows the hosts; the mount points are in overlays, not on this machine."""
+    points = state.workstation / "mounts"
+    for _source, target in state.settings["mounts"]:
+        (points / target.lstrip("/")).mkdir(parents=True, exist_ok=True)
+    for top in points.iterdir() if points.exists() else ():
+        mount("overlay", Path("/", top.name), f"lowerdir={top}:/{top.name}")
+    for source, target in state.settings["mounts"]:
+        bind(Path(source), Path(target), "bind,ro")
 
 
 def mount_root(state: State, name: str) -> Path:

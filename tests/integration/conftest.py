@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pwd
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, chromium
-from target import CLUSTER, ROOT, Target
+from target import CHECKOUT, CLUSTER, ROOT, Target, Workstation
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     build = [str(ROOT / ".venv/bin/python"), "tests/channel/build.py", "--if-needed", str(cache / "channel")]
     subprocess.run(build, cwd=ROOT, check=True)
     brought = {"wheels": cache / "wheels", "channel": cache / "channel", "client": ROOT / "client" / "src",
-               "bench": ROOT / "bench"}
+               "bench": ROOT / "bench", Path(CHECKOUT).name: ROOT}
     mounts = [f"--mount={folder}:/srv/{name}" for name, folder in brought.items()]
     subprocess.run([str(CLUSTER), "up", "--state", state, "--nodes", "2", *mounts], check=True)
     yield Target(
@@ -38,6 +39,19 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         {"HPC_DB_CLUSTER": state},
     )
     subprocess.run([str(CLUSTER), "down", "--state", state], check=True)
+
+
+@pytest.fixture(scope="module")
+def workstation(mini: Target) -> Workstation:
+    """The workstation of that mini cluster, as alice: ``ssh login`` needs no options there, and pip has the wheels."""
+    alice = [str(CLUSTER), "exec", "workstation", "--user", "alice", "--", "sh", "-c"]
+    target = Workstation([Path("molecule/default/inventory"), Path("~/inventory.json")], alice, mini.environment)
+    settings = {"ansible_ssh_common_args": "", "ansible_control_path_dir": "~/.ansible/cp"}
+    inventory = json.dumps({"hpc_db": {"hosts": {"mini": settings}}})
+    pip = "[global]\\nno-index = true\\nfind-links = /srv/wheels\\n"
+    target.run(f"echo {shlex.quote(inventory)} > inventory.json")
+    target.run(f"mkdir -p .config/pip; printf '{pip}' > .config/pip/pip.conf")
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+CHECKOUT = "/srv/checkout"  # the same folder, on the mini cluster
 CLUSTER = ROOT / "tests" / "cluster" / "cluster"
 
 
@@ -47,3 +49,18 @@ class Target:
     def files(self) -> str:
         """List the owner's files, apart from what Ansible keeps for itself."""
         return self.run("cd; find . -path ./.ansible -prune -o -printf '%p %m %s %T@\\n' | sort")
+
+
+class Workstation(Target):
+    """The mini cluster's workstation, where alice runs the playbooks of this checkout: it is in ``CHECKOUT`` there."""
+
+    def command(self, name: str, settings: dict | None = None, *options: str) -> list[str]:
+        """Return the call that enters the workstation and runs ansible-playbook there."""
+        return [*self._shell, self.ansible(super().command(name, settings, *options))]
+
+    def ansible(self, command: list[str]) -> str:
+        """Return the shell command that runs one of Ansible's programs of this checkout, ``ansible-…``, there."""
+        program, *arguments = command
+        # Its own first line names this machine's folder of the checkout, which alice may not be able to read.
+        tool = [".venv/bin/python", "-m", "ansible", program.partition("-")[2] or "adhoc", *arguments]
+        return f"cd {CHECKOUT} && COLUMNS=4000 ANSIBLE_FORCE_COLOR=0 exec {shlex.join(tool)}"
