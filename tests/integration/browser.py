@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from selenium import webdriver
 from selenium.webdriver.common.proxy import Proxy
 from selenium.webdriver.remote.client_config import ClientConfig
-from target import ROOT
+from target import ROOT, Target
 
 SCREENSHOTS = ROOT / ".cache" / "test" / "screenshots"
 DOOR = Path(__file__).with_name("chromedriver_door.py")
@@ -120,12 +120,12 @@ class Browser:
 
 
 @contextlib.contextmanager
-def chromium(within: list[str]) -> Iterator[Browser]:
-    """Start a browser by the command ``within``, such as ``cluster exec``; without one, on this machine."""
+def chromium(place: Target) -> Iterator[Browser]:
+    """Start a browser in a place, whose 127.0.0.1 it then has."""
     with socket.create_server(("127.0.0.1", 0)) as door:
         address = f"http://127.0.0.1:{door.getsockname()[1]}"
-        command = [*within, "/usr/bin/python3", "-c", DOOR.read_text(), str(door.fileno())]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[door.fileno()])
+        command = shlex.join(["/usr/bin/python3", "-c", DOOR.read_text(), str(door.fileno())])
+        process = place.start(f"exec {command}", door.fileno())
     try:
         with drive(address) as driver:
             yield Browser(driver)
