@@ -1,0 +1,128 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a job on a compute node writes, as TensorBoard on the workstation shows it, copied and mounted."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from urllib.parse import quote
+
+import pytest
+from browser import Browser
+from target import Target, Workstation
+
+# For whatever a job, TensorBoard or a page does: a loaded machine takes ten times as long as a quiet one.
+SECONDS = 120
+# Writes five values a turn, and waits for the next one.
+WRITE = """
+import os, sys, time
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+writers = [EventFileWriter(folder) for folder in sys.argv[1:]]
+for turn in range(1, 10):
+    while not os.path.exists(f"turn {turn}"):
+        time.sleep(0.1)
+    for step in range(5 * turn - 5, 5 * turn):
+        for number, writer in enumerate(writers):
+            value = Summary.Value(tag="loss", simple_value=1 / (step + 1 + number))
+            writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
+    for writer in writers:
+        writer.flush()
+"""
+# No shell and no option parser may take it for anything but a name.
+BERYLLIUM = "-x it's \"be\" $(touch canary) ;&"
+LOGS = [{"name": "beryllium", "path": f"~/{BERYLLIUM}/logs"}, {"name": "aluminium", "path": "~/aluminium"}]
+ASK = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=60).read().decode())"
+
+
+@pytest.fixture(scope="module")
+def job(mini: Target) -> Iterator[Callable[[int], None]]:
+    """A job that writes into both folders; call it to have its next values written."""
+    packages = "tensorboard protobuf numpy absl-py packaging typing-extensions"
+    mini.run(f"pip3 install --quiet --no-index --find-links=/srv/wheels --no-deps --no-compile --target=lib {packages}")
+    folders = shlex.join([f"./{BERYLLIUM}/logs", "aluminium/first", "aluminium/second"])
+    mini.run(f"cat > write.py <<'EOF'\n{WRITE}\nEOF")
+    command = shlex.quote(f"PYTHONPATH=lib exec python3 write.py {folders}")
+    number = mini.run(f"sbatch --parsable --partition=work --mem=500M --output=write.log --wrap={command}")
+    yield lambda turn: mini.run(f"touch 'turn {turn}'") and None
+    mini.run(f"scancel {number}; cat write.log >&2")
+
+
+class Page:
+    """TensorBoard's own interface for programs, on the workstation."""
+
+    def __init__(self, workstation: Workstation, played: str) -> None:
+        found = re.search(r"^TensorBoard shows beryllium, aluminium: (http://127\.0\.0\.1:\d+/)$", played, re.MULTILINE)
+        assert found, played
+        self.address = found[1]
+        self._workstation = workstation
+
+    def ask(self, path: str) -> dict:
+        return json.loads(self._workstation.run(shlex.join(["/usr/bin/python3", "-c", ASK, self.address + path])))
+
+    def runs(self) -> set[str]:
+        return {run for run, tags in self.ask("data/plugin/scalars/tags").items() if "loss" in tags}
+
+    def values(self, run: str) -> list[float]:
+        if run not in self.runs():
+            return []
+        found = self.ask(f"data/plugin/scalars/scalars?tag=loss&run={quote(run, safe='')}")
+        assert [step for _time, step, _value in found] == list(range(len(found)))
+        return [round(value, 4) for _time, _step, value in found]
+
+    def wait_for(self, turns: int) -> None:
+        """Wait until what the job has written in these turns is there, in each run."""
+        wanted = {
+            run: [round(1 / (step + 1 + number), 4) for step in range(5 * turns)]
+            for number, run in enumerate(["beryllium", "aluminium/first", "aluminium/second"])
+        }
+        deadline = time.monotonic() + SECONDS
+        while (shown := {run: self.values(run) for run in wanted}) != wanted:
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.3)
+        assert self.runs() == set(wanted)
+
+
+def play(workstation: Workstation, method: str, *options: str) -> str:
+    """Show the logs; return what was printed."""
+    settings = {"tensorboard_logs": LOGS, "tensorboard_method": method, "tensorboard_reload_interval": 1}
+    played = workstation.play("tensorboard", settings, *options)
+    assert played.returncode == 0, played.stdout
+    return played.stdout
+
+
+def left(workstation: Workstation) -> str:
+    """Return the processes and mounts of alice's there that should have gone."""
+    return workstation.run(
+        "ps -o pid=,args= -u alice | grep -E '[t]ensorboard|[s]shfs|[r]sync' || :; grep sshfs /proc/self/mountinfo || :"
+    )
+
+
+def test_copy_brings_what_is_new(mini: Target, workstation: Workstation, job: Callable[[int], None]) -> None:
+    job(1)
+    mini.run(f"until ls ./{shlex.quote(BERYLLIUM)}/logs/*tfevents* aluminium/second/*tfevents*; do sleep 0.2; done")
+    before = workstation.files()
+
+    assert "failed=0" in play(workstation, "copy", "--check")
+    assert workstation.files() == before
+    shown = play(workstation, "copy")
+
+    assert re.search(r"^\[mini\] beryllium: 1 files, 0\.0 MB in \d+ s\n\[mini\] aluminium: 2 files", shown, re.MULTILINE)
+    page = Page(workstation, shown)
+    again = page.ask("data/environment")
+    assert "changed=0" not in shown and again["window_title"] == "hpc_db on mini"
+    while len(page.values("beryllium")) < 5:  # the copy may have been made too early
+        play(workstation, "copy")
+    page.wait_for(1)
+
+    job(2)
+    mini.run(f"until [ $(cat ./{shlex.quote(BERYLLIUM)}/logs/* aluminium/*/* | wc -c) -gt 900 ]; do sleep 0.2; done")
+    assert Page(workstation, play(workstation, "copy")).address == page.address
+    page.wait_for(2)
+    assert re.search(r"^mini .* changed=0 ", play(workstation, "copy"), re.MULTILINE)
+    assert mini.run("find . -name canary") == workstation.run("find . -name canary") == ""
