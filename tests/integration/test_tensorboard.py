@@ -33,6 +33,7 @@ for turn in range(1, 10):
             writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
     for writer in writers:
         writer.flush()
+    open(f"done {turn}", "w").close()
 """
 # No shell and no option parser may take it for anything but a name.
 BERYLLIUM = "-x it's \"be\" $(touch canary) ;&"
@@ -42,15 +43,28 @@ ASK = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], tim
 
 @pytest.fixture(scope="module")
 def job(mini: Target) -> Iterator[Callable[[int], None]]:
-    """A job that writes into both folders; call it to have its next values written."""
+    """A job that writes into both folders; call it with 1, 2 and so on to have its next values written."""
     packages = "tensorboard protobuf numpy absl-py packaging typing-extensions"
     mini.run(f"pip3 install --quiet --no-index --find-links=/srv/wheels --no-deps --no-compile --target=lib {packages}")
     folders = shlex.join([f"./{BERYLLIUM}/logs", "aluminium/first", "aluminium/second"])
     mini.run(f"cat > write.py <<'EOF'\n{WRITE}\nEOF")
     command = shlex.quote(f"PYTHONPATH=lib exec python3 write.py {folders}")
     number = mini.run(f"sbatch --parsable --partition=work --mem=500M --output=write.log --wrap={command}")
-    yield lambda turn: mini.run(f"touch 'turn {turn}'") and None
-    mini.run(f"scancel {number}; cat write.log >&2")
+
+    def write(turn: int) -> None:
+        mini.run(f"touch 'turn {turn}'")
+        wait_for(lambda: mini.run(f"ls 'done {turn}' || cat write.log") == f"done {turn}")
+
+    yield write
+    mini.run(f"scancel {number}")
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
 
 
 class Page:
@@ -81,10 +95,7 @@ class Page:
             run: [round(1 / (step + 1 + number), 4) for step in range(5 * turns)]
             for number, run in enumerate(["beryllium", "aluminium/first", "aluminium/second"])
         }
-        deadline = time.monotonic() + SECONDS
-        while (shown := {run: self.values(run) for run in wanted}) != wanted:
-            assert time.monotonic() < deadline, shown
-            time.sleep(0.3)
+        wait_for(lambda: {run: self.values(run) for run in wanted} == wanted)
         assert self.runs() == set(wanted)
 
 
@@ -105,24 +116,53 @@ def left(workstation: Workstation) -> str:
 
 def test_copy_brings_what_is_new(mini: Target, workstation: Workstation, job: Callable[[int], None]) -> None:
     job(1)
-    mini.run(f"until ls ./{shlex.quote(BERYLLIUM)}/logs/*tfevents* aluminium/second/*tfevents*; do sleep 0.2; done")
     before = workstation.files()
 
-    assert "failed=0" in play(workstation, "copy", "--check")
+    assert " failed=0 " in play(workstation, "copy", "--check")
     assert workstation.files() == before
     shown = play(workstation, "copy")
 
-    assert re.search(r"^\[mini\] beryllium: 1 files, 0\.0 MB in \d+ s\n\[mini\] aluminium: 2 files", shown, re.MULTILINE)
+    assert re.search(r"^\[mini\] beryllium: 1 files, 0\.0 MB in \d+ s$", shown, re.MULTILINE), shown
+    assert re.search(r"^\[mini\] aluminium: 2 files, 0\.0 MB in \d+ s$", shown, re.MULTILINE), shown
     page = Page(workstation, shown)
-    again = page.ask("data/environment")
-    assert "changed=0" not in shown and again["window_title"] == "hpc_db on mini"
-    while len(page.values("beryllium")) < 5:  # the copy may have been made too early
-        play(workstation, "copy")
     page.wait_for(1)
+    assert page.ask("data/environment")["window_title"] == "hpc_db on mini"
 
     job(2)
-    mini.run(f"until [ $(cat ./{shlex.quote(BERYLLIUM)}/logs/* aluminium/*/* | wc -c) -gt 900 ]; do sleep 0.2; done")
     assert Page(workstation, play(workstation, "copy")).address == page.address
     page.wait_for(2)
     assert re.search(r"^mini .* changed=0 ", play(workstation, "copy"), re.MULTILINE)
     assert mini.run("find . -name canary") == workstation.run("find . -name canary") == ""
+
+
+def test_mount_shows_what_is_written(
+    workstation: Workstation, job: Callable[[int], None], browser: Callable[..., Browser]
+) -> None:
+    job(1)
+    job(2)
+    page = Page(workstation, play(workstation, "mount"))
+    page.wait_for(2)
+    chromium = browser(workstation)
+    chromium.open(page.address)
+    for text in ("beryllium", "aluminium/first", "loss"):
+        chromium.wait_for_text(text)
+
+    job(3)
+    page.wait_for(3)
+    again = play(workstation, "mount")
+    assert re.search(r"^mini .* changed=0 ", again, re.MULTILINE), again
+
+    assert all(address.startswith((page.address, "data:", "blob:")) for address in chromium.requests())
+    chromium.screenshot("tensorboard")
+
+
+def test_stop_leaves_nothing(workstation: Workstation) -> None:
+    assert len(left(workstation).splitlines()) > 2
+
+    stopped = workstation.play("tensorboard", {"tensorboard_state": "stopped"})
+
+    assert stopped.returncode == 0, stopped.stdout
+    assert left(workstation) == ""
+    assert workstation.run("cd .local/share/mala.hpc_db/mini/hpc_db/tensorboard; find logs mounts || :") == "logs"
+    again = workstation.play("tensorboard", {"tensorboard_state": "stopped"})
+    assert re.search(r"^mini .* changed=0 .* failed=0 ", again.stdout, re.MULTILINE), again.stdout

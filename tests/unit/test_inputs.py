@@ -77,7 +77,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "postgres_info": {"bindir": "FOLDER/bin"},
     "python_env": {
         "path": "FOLDER/new/python", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"],
-        "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels",
+        "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels", "advice": "none",
     },
     "python_env wheels": {
         "path": "FOLDER/new/wheels", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"], "layout": "wheels",
