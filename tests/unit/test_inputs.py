@@ -32,8 +32,7 @@ MODULES: dict[str, dict[str, Any]] = {
         **JOB, **SERVER, "database": "postgres", "cluster": "mini", "studies": ["mala/be"], "other_jobs": ["mine"],
     },
     "background_program": {
-        "name": "logs", "root": "FOLDER/new", "command": ["FOLDER/bin/python", "-x"], "environment": {"A": "b"},
-        "port_option": "--port", "timeout": 5,
+        "name": "logs", "root": "FOLDER/new", "command": ["FOLDER/bin/python", "-x"], "port_option": "--port",
     },
     "bootstrap_server": {"root": "FOLDER/root", "timeout": 1},
     "client_package": {
