@@ -188,7 +188,7 @@ def plan(params: dict) -> Wanted:
     given = {
         "User": ("user", params["user"]), "Port": ("port", params["port"]),
         "IdentityFile": ("identity_file", params["identity_file"]),
-        "ProxyJump": ("proxy_jump", ",".join(params["proxy_jump"]) or None),
+        "ProxyJump": ("proxy_jump", ",".join(params["proxy_jump"]) if params["proxy_jump"] else None),
     }
     for name, (setting, value) in given.items():
         if value is not None:
@@ -272,7 +272,8 @@ def is_served_by(arguments: list[str], source: str | None, path: str) -> bool:
     """Tell whether these are the arguments of an sshfs that serves ``path``; one that was started by hand, too."""
     if not arguments or os.path.basename(arguments[0]) != "sshfs":
         return False
-    if path in arguments:
+    # Where a space ends an argument and where it is in one is not known on macOS.
+    if path in arguments or f" {path} -" in " ".join(arguments):
         return True
     # A mount point without its slash in front is relative to a folder that nobody knows any more.
     relative = [os.path.normpath(each).lstrip("./") for each in arguments[1:] if not each.startswith(("/", "-"))]

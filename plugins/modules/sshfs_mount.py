@@ -156,7 +156,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-path:
+mount_point:
   description: The mount point without symbolic links, as the tables of mounts have it.
   returned: success
   type: str
@@ -403,6 +403,7 @@ def take_away(path: str, params: dict, machine: Machine, by_force: bool) -> None
     """Unmount everything at ``path``, and see that no process of it is left: it might take the next mount away."""
     program = find_unmount(machine)
     found = look(path, None, machine)
+    lazily = False
     for _layer in found.mounts:
         try:
             returncode, said = machine.run(unmount_command(program, path, lazily=False), 10)
@@ -412,17 +413,18 @@ def take_away(path: str, params: dict, machine: Machine, by_force: bool) -> None
             held = ", ".join(users(path, machine.proc)) or "programs"
             raise Failed(f"path: {held} still use {path}; end that first, or unmount with force")
         if returncode:
-            returncode, said = machine.run(unmount_command(program, path, lazily=True), 10)
+            lazily = True
+            returncode, said = machine.run(unmount_command(program, path, lazily), 10)
         if returncode:
             raise Failed(f"path: {path} cannot be unmounted: {' '.join(said.split())}")
-    end(found.servers, machine)
+    end(found.servers, machine, at_once=lazily or not found.mounts)
     if look(path, None, machine).state != "none":
         raise Failed(f"path: {path} is still mounted after it was unmounted")
 
 
-def end(servers: list[Process], machine: Machine) -> None:
-    """End these processes: first they may by themselves, then they are asked to, then they are made to."""
-    for number in (0, signal.SIGTERM, signal.SIGKILL):
+def end(servers: list[Process], machine: Machine, at_once: bool) -> None:
+    """End these processes: first they may by themselves, unless ``at_once``, then they are asked, then made to."""
+    for number in (*([] if at_once else [0]), signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + PATIENCE
         left = still(servers, machine)
         for each in left:
@@ -498,7 +500,7 @@ def ensure_mount(params: dict, machine: Machine, check_mode: bool) -> dict:
             bring(path, wanted, params, found, machine)
     return {
         "changed": changed,
-        "path": path,
+        "mount_point": path,  # not "path", of which Ansible adds what a stat() says
         "source": wanted.source if wanted else None,
         "found": found.state,
         "answers": not trouble if wanted else None,
