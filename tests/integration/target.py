@@ -49,7 +49,7 @@ class Target:
     def start(self, script: str, *descriptors: int) -> subprocess.Popen[str]:
         """Start a shell script as the owner, with these file descriptors open and a pipe to its standard input."""
         return subprocess.Popen(
-            [*self._shell, script], env=self.environment, stdin=subprocess.PIPE, text=True, pass_fds=descriptors
+            [*self.shell, script], env=self.environment, stdin=subprocess.PIPE, text=True, pass_fds=descriptors
         )
 
     def files(self) -> str:
