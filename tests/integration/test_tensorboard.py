@@ -40,6 +40,21 @@ BERYLLIUM = "-x it's \"be\" $(touch canary) ;&"
 LOGS = [{"name": "beryllium", "path": f"~/{BERYLLIUM}/logs"}, {"name": "aluminium", "path": "~/aluminium"}]
 ASK = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=60).read().decode())"
 
+# How many colours there are in what was drawn last on each canvas, each of them at least a short line.
+COLOURS = """
+const most = canvas => {
+  const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext('2d');
+  copy.drawImage(canvas, 0, 0);
+  const {data} = copy.getImageData(0, 0, canvas.width, canvas.height), counts = {};
+  for (let i = 0; i < data.length; i += 4) {
+    const colour = [0, 1, 2].map(part => data[i + part] >> 5);
+    if (data[i + 3] > 200) counts[colour] = (counts[colour] || 0) + 1;
+  }
+  return Object.values(counts).filter(count => count > 30).length;
+};
+return Math.max(0, ...[...arguments].map(canvas => canvas.width && canvas.height ? most(canvas) : 0));
+"""
+
 
 @pytest.fixture(scope="module")
 def job(mini: Target) -> Iterator[Callable[[int], None]]:
@@ -107,10 +122,15 @@ def play(workstation: Workstation, method: str, *options: str) -> str:
     return played.stdout
 
 
+def colours(chromium: Browser) -> int:
+    """Return how many lines of different colours a plot shows."""
+    return chromium.driver.execute_script(COLOURS, *chromium.find("line-chart canvas"))
+
+
 def left(workstation: Workstation) -> str:
     """Return the processes and mounts of alice's there that should have gone."""
     return workstation.run(
-        "ps -o pid=,args= -u alice | grep -E '[t]ensorboard|[s]shfs|[r]sync' || :; grep sshfs /proc/self/mountinfo || :"
+        "ps -o pid=,args= -u alice | grep -E 'tensorboard|sshfs|rsync' | grep -v grep; grep sshfs /proc/self/mountinfo || :"
     )
 
 
@@ -145,14 +165,17 @@ def test_mount_shows_what_is_written(
     chromium.open(page.address)
     for text in ("beryllium", "aluminium/first", "loss"):
         chromium.wait_for_text(text)
+    chromium.wait_for(lambda: colours(chromium) >= 3)
 
     job(3)
     page.wait_for(3)
     again = play(workstation, "mount")
     assert re.search(r"^mini .* changed=0 ", again, re.MULTILINE), again
 
+    chromium.open(page.address)
+    chromium.wait_for(lambda: colours(chromium) >= 3 and "0.0667" in chromium.text())  # of beryllium's step 14
+    chromium.screenshot("tensorboard", 800)
     assert all(address.startswith((page.address, "data:", "blob:")) for address in chromium.requests())
-    chromium.screenshot("tensorboard")
 
 
 def test_stop_leaves_nothing(workstation: Workstation) -> None:
