@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 import time
+from pathlib import Path
 from typing import Any, Callable
 
 from ansible.module_utils.common.text.converters import to_text
@@ -62,7 +63,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             ssh, host = self._ssh()
             command = pull_command(ssh, host, params["src"], params["dest"], self._task.check_mode)
             if not self._task.check_mode:
-                os.makedirs(params["dest"], 0o700, exist_ok=True)
+                make_folder(Path(params["dest"]))
             transfer = copy(command, say)
         except (CopyFailed, OSError, ValueError) as error:
             return dict(result, failed=True, msg=f"{label}: {' '.join(str(error).split())}")
@@ -78,6 +79,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         # not kept: it would hold rsync's output open. What sshpass brings comes before the program.
         alone = ["-o", "ControlMaster=no", "-o", "BatchMode=yes"]
         return [program, *alone, *words[words.index(program) + 1:]], self._connection.get_option("host")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, for the user alone."""
+    for folder in [*reversed(path.parents), path]:
+        folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def check_rsync() -> None:
