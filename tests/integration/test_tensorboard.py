@@ -87,7 +87,7 @@ class Page:
     """TensorBoard's own interface for programs, on the workstation."""
 
     def __init__(self, workstation: Workstation, played: str) -> None:
-        found = re.search(r"^TensorBoard shows beryllium, aluminium: (http://127\.0\.0\.1:\d+/)$", played, re.MULTILINE)
+        found = re.search(r"^TensorBoard shows [\w, ]+: (http://127\.0\.0\.1:\d+/)$", played, re.MULTILINE)
         assert found, played
         self.address = found[1]
         self._workstation = workstation
@@ -115,10 +115,10 @@ class Page:
         assert self.runs() == set(wanted)
 
 
-def play(workstation: Workstation, method: str, *options: str) -> str:
+def play(workstation: Workstation, method: str, *options: str, **settings: object) -> str:
     """Show the logs; return what was printed."""
-    settings = {"tensorboard_logs": LOGS, "tensorboard_method": method, "tensorboard_reload_interval": 1}
-    played = workstation.play("tensorboard", settings, *options)
+    usual = {"tensorboard_logs": LOGS, "tensorboard_method": method, "tensorboard_reload_interval": 1}
+    played = workstation.play("tensorboard", {**usual, **settings}, *options)
     assert played.returncode == 0, played.stdout
     return played.stdout
 
@@ -155,6 +155,16 @@ def test_copy_brings_what_is_new(mini: Target, workstation: Workstation, job: Ca
     assert mini.run("find . -name canary") == workstation.run("find . -name canary") == ""
 
 
+def test_folders_of_this_machine_are_shown_where_they_are(workstation: Workstation) -> None:
+    workstation.run(f"mkdir own; cp -r {FOLDER}/copies/aluminium/first own")
+    logs = [{"name": "own", "path": "~/own"}]
+
+    page = Page(workstation, play(workstation, "mount", ansible_connection="local", tensorboard_logs=logs))
+
+    wait_for(lambda: page.runs() == {"own/first"})
+    assert "sshfs" not in left(workstation)
+
+
 def test_mount_shows_what_is_written(
     workstation: Workstation, job: Callable[[int], None], browser: Callable[..., Browser]
 ) -> None:
@@ -180,7 +190,10 @@ def test_mount_shows_what_is_written(
 
 
 def test_stop_leaves_nothing(workstation: Workstation) -> None:
-    assert len(left(workstation).splitlines()) > 2
+    play(workstation, "mount", tensorboard_logs=LOGS[:1])
+    found = left(workstation)
+    assert "/mounts/beryllium " in found and "tensorboard.main" in found
+    assert "/mounts/aluminium " not in found, found
 
     stopped = workstation.play("tensorboard", {"tensorboard_state": "stopped"})
 
