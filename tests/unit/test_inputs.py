@@ -31,6 +31,10 @@ MODULES: dict[str, dict[str, Any]] = {
     "abandoned_trials": {
         **JOB, **SERVER, "database": "postgres", "cluster": "mini", "studies": ["mala/be"], "other_jobs": ["mine"],
     },
+    "background_program": {
+        "name": "logs", "root": "FOLDER/new", "command": ["FOLDER/bin/python", "-x"], "environment": {"A": "b"},
+        "port_option": "--port", "timeout": 5,
+    },
     "bootstrap_server": {"root": "FOLDER/root", "timeout": 1},
     "client_package": {
         "environment": "FOLDER/bin/python", "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels", "project":

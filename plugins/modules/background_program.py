@@ -1,0 +1,380 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: background_program
+short_description: Keep a program that serves on a port of this machine in the background
+author: mala.hpc_db contributors (@mala-project)
+description:
+  - Starts a program that goes on when the playbook has ended, and waits until it answers on its port of 127.0.0.1.
+  - The program is found again by its PID and start time, never by its name. It is started anew if its command, its
+    environment or its port is to be another one, or if it has ceased to answer.
+  - For a user's own programs on the workstation, on Linux or macOS. It does not come back after a reboot by itself,
+    but with the next run.
+  - A program that ends at its start, or does not answer in time, is an error with the last lines of its log.
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+    description: Shows command and port, but not the environment.
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
+options:
+  name:
+    description: What its files are called; a letter or digit, then letters, digits, C(.), C(_) and C(-).
+    type: str
+    required: true
+  root:
+    description:
+      - The folder, an absolute path, that keeps I(name)C(.json), the record of the process, and I(name)C(.log), its
+        output since its start. It is made if need be, and closed to everybody else.
+      - The program's working directory, too.
+    type: path
+    required: true
+  command:
+    description:
+      - The program, as an absolute path, and its arguments. No shell sees them, but everybody on this machine does, so
+        no password belongs here.
+      - The program must stay in the foreground. Needed for O(state=started).
+    type: list
+    elements: str
+  environment:
+    description:
+      - Variables that the program gets beside those of the playbook's own run.
+      - Name the file of a password here, not the password itself, which Ansible would show with C(-vvv).
+    type: dict
+    default: {}
+  port:
+    description:
+      - The port of 127.0.0.1 that the program serves on.
+      - V(0) keeps the port of the last run if that is free, so that bookmarks stay valid, and takes any free one else.
+    type: int
+    default: 0
+  port_option:
+    description:
+      - The option that tells the program its port. V(--port) appends C(--port=N) to the O(command), and an empty one
+        the number alone.
+    type: str
+    default: --port
+  state:
+    description:
+      - V(started) means that it runs and answers.
+      - V(stopped) ends it with whatever it has started itself and is still in its process group. It has 10 seconds to
+        end by itself.
+    type: str
+    choices: [started, stopped]
+    default: started
+  timeout:
+    description: How many seconds the program has until it answers.
+    type: int
+    default: 60
+"""
+
+EXAMPLES = r"""
+- name: Keep a web server for the logs
+  mala.hpc_db.background_program:
+    name: logs
+    root: ~/.local/share/logs
+    command: [/usr/bin/python3, -m, http.server, --bind=127.0.0.1, --directory=/home/alice/logs]
+    port_option: ""
+  register: logs
+
+- name: End it
+  mala.hpc_db.background_program:
+    name: logs
+    root: ~/.local/share/logs
+    state: stopped
+"""
+
+RETURN = r"""
+running:
+  description: Whether it runs after the module has done its work; in check mode whether it runs now.
+  returned: success
+  type: bool
+pid:
+  description: Its PID; V(0) if it does not run.
+  returned: success
+  type: int
+port:
+  description: Its port, or the last one; V(0) if none is chosen yet.
+  returned: success
+  type: int
+address:
+  description: Where a browser finds it; empty if no port is chosen yet.
+  returned: success
+  type: str
+  sample: http://127.0.0.1:6006/
+log:
+  description: The file with its output.
+  returned: success
+  type: str
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._marker import alone_at
+from ansible_collections.mala.hpc_db.plugins.module_utils._processes import detach_command, start_time, this_boot
+
+HERE = "127.0.0.1"
+POLL_SECONDS = 0.05
+# Seconds for a program to end by itself, and then to be gone after SIGKILL.
+GRACE = 10
+DEATH = 10
+RECORDED = {"pid", "started", "boot", "port", "command", "environment"}
+
+Run = Callable[..., str]
+
+
+class Failed(Exception):
+    """The program cannot be had, or not be ended; the message is for the user."""
+
+
+def check_params(params: dict) -> None:
+    """Refuse what cannot be meant."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", params["name"]):
+        raise Failed(f"name: {params['name']!r} is not a letter or digit, then letters, digits, '.', '_' and '-'")
+    if not os.path.isabs(params["root"]):
+        raise Failed(f"root: {params['root']!r} is not absolute; give a path that begins with / or ~")
+    if not 0 <= params["port"] <= 65535:
+        raise Failed(f"port: {params['port']} is not a port; allowed are 1 to 65535, and 0 for any free one")
+    if not re.fullmatch(r"(--?[A-Za-z][A-Za-z0-9_-]*)?", params["port_option"]):
+        raise Failed(f"port_option: {params['port_option']!r} is not an option such as --port")
+    for name in params["environment"]:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise Failed(f"environment: {name!r} is no name of a variable; allowed are letters, digits and _")
+    command = params["command"] or []
+    if params["state"] == "started" and not (command and os.path.isabs(command[0])):
+        raise Failed(f"command: {' '.join(command)!r} does not begin with a program's absolute path")
+
+
+def paths(params: dict) -> tuple[Path, Path]:
+    """Return where the record and the log are."""
+    root = Path(params["root"])
+    return root / f"{params['name']}.json", root / f"{params['name']}.log"
+
+
+def read_record(path: Path) -> dict:
+    """Return what the last run has left; nothing if it has left nothing that can be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and RECORDED <= set(record) else {}
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write the record at once as a whole."""
+    new = path.with_name(f".{path.name}")
+    new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(new, path)
+
+
+def runs(record: dict, run: Run) -> bool:
+    """Tell whether the recorded process is still the one that was started."""
+    here = record.get("boot") == this_boot()
+    return here and bool(record["started"]) and start_time(record["pid"], run) == record["started"]
+
+
+def answers(port: int) -> bool:
+    """Tell whether anybody listens there."""
+    try:
+        socket.create_connection((HERE, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def why_not_free(port: int) -> str:
+    """Return what keeps a program from the port; nothing if it can have it, or any if it is 0."""
+    if port and answers(port):
+        return "another program serves there"
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, for what is left of the last one
+        try:
+            probe.bind((HERE, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""
+
+
+def choose_port(wanted: int, last: int) -> int:
+    """Return the wanted port, or for 0 the last one if it is free, or else any that is."""
+    trouble = why_not_free(wanted)
+    if trouble:
+        raise Failed(f"port: {wanted} cannot be had: {trouble}; give a free one, or 0 for any")
+    if wanted or (last and not why_not_free(last)):
+        return wanted or last
+    with socket.socket() as probe:
+        probe.bind((HERE, 0))
+        return probe.getsockname()[1]
+
+
+def whole_command(params: dict, port: int) -> list[str]:
+    """Return the command with the port."""
+    return [*params["command"], f"{params['port_option']}={port}".lstrip("=")]
+
+
+def digest_of(environment: dict) -> str:
+    """Return what tells another environment, without its values."""
+    return hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()
+
+
+def is_wanted(params: dict, record: dict) -> bool:
+    """Tell whether the recorded process was started as it would be now."""
+    port = params["port"] or record["port"]
+    wanted = whole_command(params, port), digest_of(params["environment"])
+    return wanted == (record["command"], record["environment"])
+
+
+def has_come_up(record: dict, timeout: int, run: Run) -> bool:
+    """Wait until the process answers; return whether it has done so before it ended, and in time."""
+    deadline = time.monotonic() + timeout
+    while runs(record, run):
+        if answers(record["port"]):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return False
+
+
+def start(params: dict, last_port: int, run: Run) -> dict:
+    """Start the program, wait until it answers, and return its record."""
+    path, log = paths(params)
+    port = choose_port(params["port"], last_port)
+    command = whole_command(params, port)
+    pid = int(run(detach_command(sys.executable, str(log), params["root"], command), params["environment"]))
+    record = {
+        "pid": pid, "started": start_time(pid, run), "boot": this_boot(), "port": port, "command": command,
+        "environment": digest_of(params["environment"]),
+    }
+    write_record(path, record)  # before the wait: when that is interrupted, the next run goes on with it
+    if not has_come_up(record, params["timeout"], run):
+        alive = runs(record, run)
+        end(record, run)
+        reason = f"did not answer on port {port} within {params['timeout']} s" if alive else "has ended at once"
+        raise Failed(f"{params['name']} {reason}: {last_words(log)}")
+    return record
+
+
+def end(record: dict, run: Run) -> None:
+    """End the process and what is left of its group."""
+    for sign, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, DEATH)):
+        # What the process has started may outlive it; as long as it does, nobody else gets the group's number.
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says the latter of zombies
+            os.killpg(record["pid"], sign)
+        deadline = time.monotonic() + patience
+        while runs(record, run) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+    if runs(record, run):
+        raise Failed(f"PID {record['pid']} does not end, even after SIGKILL; it may wait for a disk or a mount")
+
+
+def last_words(log: Path) -> str:
+    """Return the end of the log in one line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    return "; ".join([line for line in lines if line][-5:]) or f"{log} is empty"
+
+
+def act(params: dict, run: Run, check_mode: bool) -> dict:
+    """Bring the program to the wanted state."""
+    path, log = paths(params)
+    record = read_record(path)
+    running = bool(record) and runs(record, run)
+    wanted = params["state"] == "started"
+    good = running and wanted and is_wanted(params, record)
+    if good and not check_mode:
+        good = has_come_up(record, params["timeout"], run)
+    changed = not good if wanted else running
+    before = shown(record) if running else {}
+    after: dict = {}
+    if wanted:
+        port = params["port"] or record.get("port", 0)
+        after = {"command": whole_command(params, port)[:-1], "port": port}
+    if changed and not check_mode:
+        if running:
+            end(record, run)
+        record = start(params, record.get("port", 0), run) if wanted else record
+        running = wanted
+        after = shown(record) if wanted else {}
+    port = record.get("port", 0)
+    return {
+        "changed": changed, "running": running, "pid": record["pid"] if running else 0, "port": port,
+        "address": f"http://{HERE}:{port}/" if port else "", "log": str(log),
+        "diff": {"before": before, "after": after},
+    }
+
+
+def shown(record: dict) -> dict:
+    """Return what a diff shows of a program."""
+    return {"command": record["command"][:-1], "port": record["port"]}
+
+
+def ensure_program(params: dict, run: Run, check_mode: bool) -> dict:
+    """Bring the program to the wanted state; only one run at a time does.
+
+    ``run`` takes an argument list and further variables, and returns its stdout.
+    """
+    check_params(params)
+    path = paths(params)[0]
+    if check_mode or (params["state"] == "stopped" and not path.exists()):
+        return act(params, run, check_mode)
+    os.makedirs(params["root"], 0o700, exist_ok=True)
+    os.chmod(params["root"], 0o700)
+    with alone_at(path.with_suffix(".lock"), params["timeout"] + 2 * (GRACE + DEATH), "root"):
+        return act(params, run, check_mode)
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "name": {"type": "str", "required": True},
+            "root": {"type": "path", "required": True},
+            "command": {"type": "list", "elements": "str"},
+            "environment": {"type": "dict", "default": {}},
+            "port": {"type": "int", "default": 0},
+            "port_option": {"type": "str", "default": "--port"},
+            "state": {"type": "str", "choices": ["started", "stopped"], "default": "started"},
+            "timeout": {"type": "int", "default": 60},
+        },
+        required_if=[("state", "started", ["command"])],
+        supports_check_mode=True,
+    )
+    os.umask(0o077)
+
+    def run(command: list[str], environment: dict | None = None) -> str:
+        variables = {name: str(value) for name, value in (environment or {}).items()}
+        rc, stdout, stderr = module.run_command(
+            command, environ_update=variables, expand_user_and_vars=False, handle_exceptions=False
+        )
+        if rc and stderr.strip():
+            raise Failed(f"{module.params['name']} cannot be started: {stderr.strip()}")
+        return stdout
+
+    try:
+        result = ensure_program(module.params, run, module.check_mode)
+    except (Failed, OSError) as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()
