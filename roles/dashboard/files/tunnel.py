@@ -39,7 +39,10 @@ QUIET = {
     "BatchMode": "yes", "ExitOnForwardFailure": "yes", "ClearAllForwardings": "yes", "PermitLocalCommand": "no",
     "RemoteCommand": "none", "RequestTTY": "no", "ForwardAgent": "no", "ForwardX11": "no",
 }
+# Seconds until the login node has let us in, or never will.
+LOGIN_SECONDS = 90.0
 DIE_WITH_PARENT = 1  # Linux' PR_SET_PDEATHSIG
+LIBC = ctypes.CDLL(None)
 
 # Whatever the login shell prints of its own comes before the first mark.
 MARK = "hpc_db-tunnel:"
@@ -144,7 +147,7 @@ def write_service(settings: dict[str, Any], port: int) -> None:
 def die_with_parent() -> None:
     """Have ssh end when this program is killed. Where there is no such thing (macOS) its process group is ended."""
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
+        LIBC.prctl(DIE_WITH_PARENT, signal.SIGTERM)
 
 
 class Connection:
@@ -157,9 +160,12 @@ class Connection:
 
     def wait_until_there(self) -> None:
         """Wait until the login node has let us in."""
+        deadline = time.monotonic() + LOGIN_SECONDS
         while not os.path.exists(self._control):
             if self._ssh.poll() is not None:
                 raise Lost(f"ssh to {self._settings['host']} has ended with {self._ssh.returncode}")
+            if time.monotonic() > deadline:
+                raise Lost(f"{self._settings['host']} has not let us in for {LOGIN_SECONDS:.0f} s")
             time.sleep(0.05)
 
     def _ask(self, command: list[str]) -> str:
