@@ -13,6 +13,7 @@ with a node that has vanished: seen from here, the other end of each is this mac
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -27,10 +28,9 @@ import tempfile
 import time
 from typing import Any, NamedTuple, NoReturn
 
-POLL_SECONDS = 3.0
 # Longer than ssh itself takes to notice that the other end has gone.
 ANSWER_SECONDS = 30.0
-FIRST_PAUSE = 1.0
+FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 60.0
 # The other end has gone when it is silent for so long.
 ALIVE = {"ServerAliveInterval": "5", "ServerAliveCountMax": "3", "ConnectTimeout": "15"}
@@ -155,6 +155,8 @@ class Connection:
 
     def __init__(self, settings: dict[str, Any], port: int, control: str) -> None:
         self._settings, self._port, self._control = settings, port, control
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(control)  # of one that was killed
         command = master_command(settings, control)
         self._ssh = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
 
@@ -171,8 +173,8 @@ class Connection:
     def _ask(self, command: list[str]) -> str:
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-                errors="replace", timeout=ANSWER_SECONDS, preexec_fn=die_with_parent,
+                command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
+                timeout=ANSWER_SECONDS, preexec_fn=die_with_parent,
             )
         except subprocess.TimeoutExpired:
             raise Lost(f"{self._settings['host']} has not answered for {ANSWER_SECONDS:.0f} s") from None
@@ -223,7 +225,7 @@ def follow(settings: dict[str, Any], connection: Connection) -> NoReturn:
         elif not place and not waited:
             waited = True
             say("the server is nowhere now; waits until it serves")
-        time.sleep(POLL_SECONDS)
+        time.sleep(settings["poll"])
 
 
 def keep_on(settings: dict[str, Any], port: int, folder: str) -> NoReturn:
