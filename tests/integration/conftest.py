@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -11,10 +12,11 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from browser import Browser, chromium
 from target import CHECKOUT, CLUSTER, ROOT, Target, Workstation
 
 
@@ -90,3 +92,11 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         subprocess.run(["userdel", "--remove", user], check=True, capture_output=True)
         with pytest.raises(KeyError):
             pwd.getpwnam(user)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Callable[..., Browser]]:
+    """Start Chromium: ``browser()`` on this machine, ``browser(workstation)`` with that host's 127.0.0.1."""
+    this_machine = Target([], ["sh", "-c"], {})
+    with contextlib.ExitStack() as started:
+        yield lambda place=this_machine: started.enter_context(chromium(place))

@@ -46,6 +46,12 @@ class Target:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
+    def start(self, script: str, *descriptors: int) -> subprocess.Popen[str]:
+        """Start a shell script as the owner, with these file descriptors open and a pipe to its standard input."""
+        return subprocess.Popen(
+            [*self._shell, script], env=self.environment, stdin=subprocess.PIPE, text=True, pass_fds=descriptors
+        )
+
     def files(self) -> str:
         """List the owner's files, apart from what Ansible keeps for itself."""
         return self.run("cd; find . -path ./.ansible -prune -o -printf '%p %m %s %T@\\n' | sort")

@@ -1,0 +1,66 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Run chromedriver here, for a selenium that may be in another network: chromedriver_door.py LISTENING_SOCKET.
+
+The socket belongs to the network where it was made, so whoever connects there, speaks to the chromedriver here.
+It ends when its standard input does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+
+def start() -> tuple[subprocess.Popen[str], int]:
+    """Start chromedriver on a free port; return it and the port."""
+    process = subprocess.Popen(
+        ["chromedriver", "--port=0"], text=True, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        found = re.search(r"started successfully on port (\d+)", line)
+        if found:
+            threading.Thread(target=process.stdout.read, daemon=True).start()  # else it stops when the pipe is full
+            return process, int(found.group(1))
+    sys.exit(f"chromedriver has ended: {said}")
+
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    """Bring everything from one socket to the other."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+def serve(door: socket.socket, port: int) -> None:
+    """Let callers in, one thread for each direction."""
+    while True:
+        caller, _address = door.accept()
+        driver = socket.create_connection(("127.0.0.1", port))
+        for pair in [(caller, driver), (driver, caller)]:
+            threading.Thread(target=pump, args=pair, daemon=True).start()
+
+
+def main() -> None:
+    """Run until nobody wants it any more."""
+    door = socket.socket(fileno=int(sys.argv[1]))
+    process, port = start()
+    threading.Thread(target=serve, args=(door, port), daemon=True).start()
+    sys.stdin.read()
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+
+
+if __name__ == "__main__":
+    main()
