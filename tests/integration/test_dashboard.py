@@ -114,7 +114,8 @@ class Dashboard:
         played = self.workstation.play(name, settings, *options)
         assert played.returncode == 0, played.stdout + self.log("tunnel")
         self.said.append(played.stdout)
-        self.addresses.update(re.findall(r"^optuna-dashboard shows (\w+): (http://\S+:\d+/)$", played.stdout, re.MULTILINE))
+        shown = r"^optuna-dashboard shows (\w+): (http://\S+:\d+/)$"
+        self.addresses.update(re.findall(shown, played.stdout, re.MULTILINE))
         return played.stdout
 
     def work(self, trials: int) -> None:
