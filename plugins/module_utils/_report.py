@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from ansible_collections.mala.hpc_db.plugins.module_utils._figures import Figure, as_script, best_first, objectives
+from ansible_collections.mala.hpc_db.plugins.module_utils._figures import Figure, as_script, best_first
 
 MOST_BEST = 5
 LONGEST_TEXT = 200
