@@ -66,7 +66,7 @@ def check_limit(text: str, options: dict) -> None:
 
 def queue_command(name: str) -> list[str]:
     """Return the squeue call. It compares names without regard to case, so compare them again."""
-    return ["squeue", "--noheader", "--me", f"--name={name}", "--format=%i|%T|%N|%L|%j|%r"]
+    return ["squeue", "--noheader", "--me", f"--name={name}", "--format=%i|%T|%N|%L/%l|%j|%r"]
 
 
 def parse_queue(text: str) -> list[dict]:
@@ -76,14 +76,15 @@ def parse_queue(text: str) -> list[dict]:
         if line.count("|") < 5:  # a site's own message
             continue
         job_id, state, node, left, name, reason = line.strip().split("|", 5)
-        seconds = parse_time(left)
+        left, _slash, limit = left.partition("/")
         jobs.append({
             "id": job_id,
             "name": name,
             "state": state.upper(),
             "node": node,
             "reason": "" if reason == "None" else reason,
-            "time_left": None if seconds is None or math.isinf(seconds) else int(seconds),
+            "time_left": whole_seconds(left),
+            "time_limit": whole_seconds(limit),
         })
     return jobs
 
@@ -167,6 +168,12 @@ def parse_time(text: str) -> float | None:
         fields.insert(0, 0)
     hours, minutes, seconds = (fields + [0, 0])[:3]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def whole_seconds(text: str) -> int | None:
+    """Return the seconds of a time as Slurm writes it, None for no limit and for anything else."""
+    seconds = parse_time(text)
+    return None if seconds is None or math.isinf(seconds) else int(seconds)
 
 
 def flags(options: dict) -> list[str]:

@@ -124,6 +124,9 @@ job:
     time_left:
       description: The seconds left of its walltime, all of it before the start; V(null) without a limit.
       type: int
+    time_limit:
+      description: The seconds of its whole walltime; V(null) without a limit.
+      type: int
   sample:
     id: "4711"
     name: hpc-db
@@ -131,6 +134,7 @@ job:
     node: ""
     reason: Resources
     time_left: 259200
+    time_limit: 259200
 """
 
 import os

@@ -48,7 +48,7 @@ job:
   description: The job, as M(mala.hpc_db.hosting_job) returns it; V(null) if there is none.
   returned: success
   type: dict
-  sample: {id: "4711", name: hpc-db, state: RUNNING, node: c1, reason: "", time_left: 86000}
+  sample: {id: "4711", name: hpc-db, state: RUNNING, node: c1, reason: "", time_left: 86000, time_limit: 259200}
 endpoint:
   description: Where the server answers, from C(run/endpoint.json); V(null) while it does not serve.
   returned: success
@@ -101,6 +101,17 @@ state:
     since:
       description: Since when, in seconds since 1970.
       type: float
+disk:
+  description: The file system of O(root) in bytes; V(null) if that is not there.
+  returned: success
+  type: dict
+  contains:
+    total:
+      description: All of it.
+      type: int
+    free:
+      description: What is left for ordinary users. A quota, of which the file system knows nothing, may be less.
+      type: int
 idle_nodes:
   description:
     - The nodes on which no job of this user is, with O(nodes=true); V(null) without.
@@ -119,6 +130,7 @@ log_tail:
 
 import json
 import os
+import shutil
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
@@ -149,6 +161,7 @@ def look(params: dict, run: Run) -> dict:
         "endpoint": endpoint,
         "state": state,
         "idle_nodes": find_idle_nodes(params, run) if params["nodes"] else None,
+        "disk": _disk(params["root"]),
         "log_tail": _log_tail(os.path.join(params["root"], "log")) if troubled else None,
     }
 
@@ -160,6 +173,14 @@ def _read_json(path: str) -> dict | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _disk(path: str) -> dict | None:
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError:
+        return None
+    return {"total": usage.total, "free": usage.free}
 
 
 def _log_tail(folder: str) -> list[str] | None:

@@ -17,6 +17,7 @@ from selenium import webdriver
 from selenium.webdriver.common.proxy import Proxy
 from selenium.webdriver.remote.client_config import ClientConfig
 from target import ROOT, Target
+from urllib3.exceptions import HTTPError
 
 SCREENSHOTS = ROOT / ".cache" / "test" / "screenshots"
 DOOR = Path(__file__).with_name("chromedriver_door.py")
@@ -127,8 +128,10 @@ def chromium(place: Target) -> Iterator[Browser]:
         command = shlex.join(["/usr/bin/python3", "-c", DOOR.read_text(), str(door.fileno())])
         process = place.start(f"exec {command}", door.fileno())
     try:
-        with drive(address) as driver:
-            yield Browser(driver)
+        driver = drive(address)
+        yield Browser(driver)
+        with contextlib.suppress(HTTPError):  # the place may have gone, and the browser with it
+            driver.quit()
     finally:
         process.communicate(timeout=SECONDS)
 

@@ -9,7 +9,6 @@ It ends when its standard input does.
 from __future__ import annotations
 
 import contextlib
-import re
 import signal
 import socket
 import subprocess
@@ -18,20 +17,24 @@ import threading
 
 
 def start() -> tuple[subprocess.Popen[str], int]:
-    """Start chromedriver on a free port; return it and the port."""
-    process = subprocess.Popen(
-        ["chromedriver", "--port=0"], text=True, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )
-    assert process.stdout is not None
+    """Start chromedriver; return it and its port, which it cannot choose itself where there is no IPv6."""
     said = ""
-    for line in process.stdout:
-        said += line
-        found = re.search(r"started successfully on port (\d+)", line)
-        if found:
-            threading.Thread(target=process.stdout.read, daemon=True).start()  # else it stops when the pipe is full
-            return process, int(found.group(1))
-    sys.exit(f"chromedriver has ended: {said}")
+    for _each in range(5):  # somebody else may take the port meanwhile
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        process = subprocess.Popen(
+            ["chromedriver", f"--port={port}"], text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            said += line
+            if f"started successfully on port {port}" in line:
+                # else it stops when the pipe is full
+                threading.Thread(target=process.stdout.read, daemon=True).start()
+                return process, port
+        process.wait()
+    sys.exit(f"chromedriver does not start: {said}")
 
 
 def pump(source: socket.socket, target: socket.socket) -> None:

@@ -41,7 +41,9 @@ def test_built_and_installed(here: Target, tmp_path: Path) -> None:
     stopped = run("ansible-playbook", *inventories, "mala.hpc_db.stop")
 
     assert connected == "so"  # the package came with the collection
-    assert re.search(r"^  connections  \d of 60$", status, re.MULTILINE)  # 2 for each of 20 workers with the plugin
+    # 2 for each of 20 workers with the plugin
+    assert re.search(r"^  connections  \d of 60 +\[#?-{19,20}\]$", status, re.MULTILINE)
+    assert re.search(r"^  disk         \S+ \wB free of \S+ \wB +\[#+-*\]$", status, re.MULTILINE)
     assert re.search(r"^  URL          postgresql\+psycopg2:///\?service=\w+$", status, re.MULTILINE)
     assert re.search(r"^\w+ on localhost: nothing found$", examined, re.MULTILINE)
     assert "changed=1" in stopped

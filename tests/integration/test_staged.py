@@ -156,7 +156,7 @@ def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_jo
 
     clock = r"00:\d\d:\d\d"
     for line in (
-        r"connections  5\d of 60\n  from +c2 +5\d  study",
+        r"connections  5\d of 60 +\[#{17,19}-{1,3}\]\n  from +c2 +5\d  study",
         rf"stuck +c2 +1  study: idle in transaction on mala for {clock} \(PID \d+\)",
         rf"orphaned +c2 +5\d  study: no job of yours is there; silent for {clock}",
         rf"URL +{re.escape(URL)}",

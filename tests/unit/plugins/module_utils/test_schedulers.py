@@ -46,14 +46,19 @@ def test_submission_without_an_id_is_an_error(text):
         _slurm.parse_submit(text)
 
 
-def job(job_id, state, node="", left=None, reason=""):
-    return {"id": job_id, "name": "hpc-db", "state": state, "node": node, "reason": reason, "time_left": left}
+def job(job_id, state, node="", left=None, reason="", limit=None):
+    return {
+        "id": job_id, "name": "hpc-db", "state": state, "node": node, "reason": reason, "time_left": left,
+        "time_limit": limit,
+    }
 
 
 @pytest.mark.parametrize("line, expected", [
-    ("3|RUNNING|c1|59:58|hpc-db|None", job("3", "RUNNING", "c1", 3598)),
-    ("4|PENDING||3-00:00:00|hpc-db|Resources", job("4", "PENDING", "", 259200, reason="Resources")),
-    ("5|COMPLETING|c1|UNLIMITED|hpc-db|None", job("5", "COMPLETING", "c1")),
+    ("3|RUNNING|c1|59:58/1:00:00|hpc-db|None", job("3", "RUNNING", "c1", 3598, limit=3600)),
+    ("4|PENDING||3-00:00:00/3-00:00:00|hpc-db|Resources",
+     job("4", "PENDING", "", 259200, reason="Resources", limit=259200)),
+    ("5|COMPLETING|c1|UNLIMITED/UNLIMITED|hpc-db|None", job("5", "COMPLETING", "c1")),
+    ("9|RUNNING|c1|UNLIMITED|hpc-db|None", job("9", "RUNNING", "c1")),  # of the hosting program's own queue
     ("6|CONFIGURING|c2|INVALID|hpc-db|None", job("6", "CONFIGURING", "c2")),
     ("7|Teleporting|c2|NOT_SET|hpc-db|None", job("7", "TELEPORTING", "c2")),
     ("8|PENDING||1:00|hpc-db|ReqNodeNotAvail, UnavailableNodes:c[1|2]",

@@ -4,6 +4,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError, find_idle_nodes
@@ -199,8 +200,15 @@ def test_info_of_nothing(tmp_path):
     found = look(params(root=tmp_path), FakeSlurm())
 
     assert found == {
-        "changed": False, "job": None, "endpoint": None, "state": None, "idle_nodes": None, "log_tail": None,
+        "changed": False, "job": None, "endpoint": None, "state": None, "idle_nodes": None, "disk": None,
+        "log_tail": None,
     }
+
+
+def test_info_knows_the_disk(tmp_path):
+    disk = look(params(root=tmp_path), FakeSlurm())["disk"]
+
+    assert 0 < disk["free"] < disk["total"] == shutil.disk_usage(tmp_path).total
 
 
 @pytest.mark.parametrize("text, expected", [
