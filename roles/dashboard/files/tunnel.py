@@ -33,7 +33,7 @@ ANSWER_SECONDS = 30.0
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 60.0
 # The other end has gone when it is silent for so long.
-ALIVE = {"ServerAliveInterval": "5", "ServerAliveCountMax": "3", "ConnectTimeout": "15"}
+ALIVE = {"ServerAliveInterval": "5", "ServerAliveCountMax": "2", "ConnectTimeout": "15"}
 # Nobody is there to be asked, and nothing of the user's own configuration that would do more than connect.
 QUIET = {
     "BatchMode": "yes", "ExitOnForwardFailure": "yes", "ClearAllForwardings": "yes", "PermitLocalCommand": "no",
