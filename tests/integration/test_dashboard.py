@@ -227,7 +227,7 @@ def test_password_is_in_its_files_only(dashboard: Dashboard) -> None:
 
     assert len(password) > 40
     lines = dashboard.command_lines
-    assert any(b"optuna-dashboard" in line for line in lines) and any(b"tunnel.py" in line for line in lines)
+    assert any(b"optuna_dashboard" in line for line in lines) and any(b"tunnel.py" in line for line in lines)
     assert not any(password.encode() in line for line in lines)
     assert not any(password in said for said in dashboard.said)
     found = dashboard.workstation.run(f"grep -rl --exclude-dir=python {password} .local .ansible .config || :")
@@ -304,5 +304,5 @@ def test_stop_leaves_nothing_that_runs(dashboard: Dashboard) -> None:
     left = dashboard.workstation.run("ps -u alice -o args=")
     assert "dashboard" not in left.replace("ps -u", "") and "BatchMode" not in left, left
     assert dashboard.ask("api/studies")[0] == 0
-    assert dashboard.workstation.run("ls -d /tmp/hpc_db-* 2>/dev/null || :") == ""
+    assert dashboard.workstation.run("find /tmp -maxdepth 1 -user alice -name 'hpc_db-tunnel-*'") == ""
     assert dashboard.workstation.run(f"ls {FOLDER}/pgpass 2>/dev/null || :") == ""

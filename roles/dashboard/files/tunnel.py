@@ -261,7 +261,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
     # A socket's path holds about 100 bytes, so it cannot be in a folder of the user's choice.
-    folder = tempfile.mkdtemp(prefix="hpc_db-")
+    folder = tempfile.mkdtemp(prefix="hpc_db-tunnel-")
     try:
         write_service(given.settings, given.port)
         keep_on(given.settings, given.port, folder)
