@@ -119,8 +119,11 @@ def main() -> None:
     url = provision()
     print(f"{WORKERS} workers share {TRIALS} trials of one study through {url}", flush=True)
     optimise(user, url)
-    look, stop = (" ".join([".venv/bin/ansible-playbook", *playbook(name)[1:]]) for name in ("status", "stop"))
-    print(f"\nlook further:  {look}\nstop it:       {stop}\nonce more:     make demo   (reuses all of it)")
+    look, see, stop = (
+        " ".join([".venv/bin/ansible-playbook", *playbook(name)[1:]]) for name in ("status", "dashboard", "stop")
+    )
+    print(f"\nlook further:  {look}\nin a browser:  {see}\nstop it:       {stop}")
+    print("once more:     make demo   (reuses all of it)")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote, urlencode
 
 CONNECTION_OPTIONS: dict[str, Any] = {
     "host": {"type": "str", "required": True},
@@ -43,6 +44,12 @@ def parameters(params: dict, database: str) -> dict[str, Any]:
         "connect_timeout": 10,
         "application_name": "mala.hpc_db",
     }
+
+
+def storage_url(params: dict, database: str) -> str:
+    """Return SQLAlchemy's URL of ``database``. The password comes from the password file."""
+    query = {name: params[name] for name in ("host", "port", "passfile")}
+    return f"postgresql+psycopg2://{quote(params['user'], safe='')}@/{quote(database, safe='')}?{urlencode(query)}"
 
 
 @contextlib.contextmanager

@@ -101,7 +101,6 @@ schema:
 
 import json
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlencode
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
@@ -170,13 +169,6 @@ def by_study(attributes: list[tuple]) -> dict[str, dict[str, Any]]:
     return held
 
 
-def storage_url(params: dict) -> str:
-    """Return the URL for SQLAlchemy. The password comes from the password file."""
-    user, database = quote(params["user"], safe=""), quote(params["database"], safe="")
-    query = {name: params[name] for name in ("host", "port", "passfile")}
-    return f"postgresql+psycopg2://{user}@/{database}?{urlencode(query)}"
-
-
 def let_optuna(params: dict, upgrade: bool, studies: list[dict], attributes: dict[str, dict]) -> None:
     """Let Optuna make or upgrade its schema, make the studies, and set attributes."""
     try:
@@ -184,7 +176,8 @@ def let_optuna(params: dict, upgrade: bool, studies: list[dict], attributes: dic
     except ImportError as error:
         raise Refused(_connection.not_importable("optuna", error)) from None
     try:
-        storage = optuna.storages.RDBStorage(storage_url(params), skip_compatibility_check=upgrade)
+        url = _connection.storage_url(params, params["database"])
+        storage = optuna.storages.RDBStorage(url, skip_compatibility_check=upgrade)
         if upgrade:
             storage.upgrade()
         for study in studies:

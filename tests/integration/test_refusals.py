@@ -7,10 +7,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
-from target import Target
+from target import ROOT, Target
 
 JOB = {"partition": "work", "time": "01:00:00", "mem": "1000M"}
 
@@ -142,7 +144,9 @@ def test_hostile_settings_are_refused(here: Target, tmp_path: Path) -> None:
     assert here.files() == before  # and no canary
 
 
-def test_unusual_names_are_used_as_they_are(here: Target) -> None:
+def test_unusual_names_are_used_as_they_are(
+    here: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     studies = ["it's", 'say "hi"', "$(touch ~/canary)", "a\nb", "-x", "{x}", "a,b", "\u03a9", "%s", "a\\"]
     settings = {
         "instance_root": "~/a b, \u03a9=+@/-x", "server_socket_parent": "/tmp/-a b \u03a9",
@@ -153,9 +157,23 @@ def test_unusual_names_are_used_as_they_are(here: Target) -> None:
     played = here.play("hpc_db", settings)
     assert played.returncode == 0, played.stdout
     again = here.play("hpc_db", settings)
+    monkeypatch.setitem(here.environment, "PIP_NO_INDEX", "1")
+    monkeypatch.setitem(here.environment, "PIP_FIND_LINKS", str(ROOT / ".cache" / "wheels"))
+    workstation = {**settings, "dashboard_root": str(tmp_path / "it's $(touch ~/canary), %s")}
+    shown = here.play("dashboard", workstation)
+    address = re.search(r"^optuna-dashboard shows mala: (http://\S+/)$", shown.stdout, re.MULTILINE)
+    assert address, shown.stdout
+    ask = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with ask.open(f"{address.group(1)}api/studies", timeout=100) as answer:
+        page = json.load(answer)
+    ended = here.play("dashboard", {**workstation, "dashboard_state": "stopped"})
     stopped = here.play("stop", settings)
 
     assert re.search(r"localhost .* changed=0 .* failed=0", again.stdout), again.stdout
+    assert [study["study_name"] for study in page["study_summaries"]] == studies
+    assert re.search(r"localhost .* changed=1 .* failed=0", ended.stdout), ended.stdout
+    with pytest.raises(urllib.error.URLError):
+        ask.open(address.group(1), timeout=100)
     assert stopped.returncode == 0, stopped.stdout
     here.run("cd; test ! -e canary && rm -r 'a b, \u03a9=+@' && rmdir '/tmp/-a b \u03a9'")
 

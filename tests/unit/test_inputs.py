@@ -82,6 +82,7 @@ MODULES: dict[str, dict[str, Any]] = {
         "path": "FOLDER/new/wheels", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"], "layout": "wheels",
         "host": {"python": "3.9.2", "machine": "x86_64", "glibc": "2.28"},
     },
+    "reading_role": {**SERVER, "role": "reader", "writer": "study", "databases": ["mala"]},
     "role_passwords": {**SERVER, "database": "postgres", "roles": ["study"]},
     "server_info": {**SERVER, "database": "postgres"},
     "short_job": {

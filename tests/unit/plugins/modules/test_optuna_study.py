@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
-from ansible_collections.mala.hpc_db.plugins.modules.optuna_study import Refused, ensure_studies, storage_url
+from ansible_collections.mala.hpc_db.plugins.modules.optuna_study import Refused, ensure_studies
 
 PARAMS = {"host": "/tmp/hpc_db-x", "port": 5432, "user": "study", "passfile": "/home/a b/pgpass", "database": "mala"}
 URL = "postgresql+psycopg2://study@/mala?host=%2Ftmp%2Fhpc_db-x&port=5432&passfile=%2Fhome%2Fa+b%2Fpgpass"
@@ -230,4 +230,4 @@ def test_study_with_other_directions_is_refused_before_anything_is_made(directio
 
 
 def test_url_takes_any_path():
-    assert storage_url(PARAMS) == URL
+    assert _connection.storage_url(PARAMS, "mala") == URL

@@ -1,0 +1,332 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The plots of studies that the module study_trials has exported, by optuna.visualization and plotly.
+
+Both are imported only where they are used: the workstation's Ansible has neither.
+"""
+
+from __future__ import annotations
+
+import datetime
+import html
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from itertools import accumulate
+from typing import Any, Callable, NamedTuple
+
+# What a browser draws without stuttering; a line of parallel coordinates costs more than a point.
+MOST_POINTS = 5000
+MOST_LINES = 500
+MOST_CURVES = 100
+MOST_PARAMETERS = 12
+
+STATES = {"COMPLETE": "#2a7f62", "PRUNED": "#d08c1d", "FAIL": "#b3373c"}
+COLOURS = ["#2f6db3", "#c4682b", "#3d8f5f", "#8a5aa8", "#b3373c", "#5f6b76"]
+OUTAGE = "#b3373c"
+
+
+class Figure(NamedTuple):
+    """A plot as plotly.js takes it, and what one has to know of it."""
+
+    title: str
+    content: str
+    note: str
+
+
+def literal(text: str) -> str:
+    """Return a text so that plotly shows just this: it takes texts for HTML."""
+    return html.escape(text, quote=False)
+
+
+def stamp(seconds: float) -> str:
+    """Return a time as plotly takes it, in UTC."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+# --- studies
+
+
+def literal_distribution(text: str) -> Any:
+    """Return a distribution whose choices plotly shows as they are."""
+    from optuna import distributions
+
+    distribution = distributions.json_to_distribution(text)
+    if isinstance(distribution, distributions.CategoricalDistribution):
+        choices = [literal(choice) if isinstance(choice, str) else choice for choice in distribution.choices]
+        return distributions.CategoricalDistribution(choices)
+    return distribution
+
+
+def rebuild(exported: dict[str, Any], trials: Iterable[dict[str, Any]]) -> Any:
+    """Return a study in memory with these trials of the exported one, and their numbers if these are all."""
+    import optuna
+
+    study = optuna.create_study(directions=exported["directions"])
+    study.add_trials(rebuild_trial(trial, [literal_distribution(text) for text in exported["distributions"]])
+                     for trial in trials)
+    return study
+
+
+def rebuild_trial(exported: dict[str, Any], distributions: list[Any]) -> Any:
+    """Return a trial as Optuna has it."""
+    import optuna
+
+    state = optuna.trial.TrialState[exported["state"]]
+    held = {literal(name): (distributions[index], value) for name, (index, value) in exported["params"].items()}
+    trial = optuna.trial.create_trial(
+        state=state,
+        values=exported["values"] if state == optuna.trial.TrialState.COMPLETE else None,
+        params={name: distribution.to_external_repr(value) for name, (distribution, value) in held.items()},
+        distributions={name: distribution for name, (distribution, _value) in held.items()},
+        intermediate_values=dict(exported["intermediate"]),
+        constraints=exported["constraints"] or None,
+    )
+    for name, seconds in (("datetime_start", exported["start"]), ("datetime_complete", exported["complete"])):
+        if seconds is not None:
+            setattr(trial, name, datetime.datetime.fromtimestamp(seconds))
+    return trial
+
+
+def complete_trials(exported: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the complete trials with finite values."""
+    complete = [trial for trial in exported["trials"] if trial["state"] == "COMPLETE"]
+    return [trial for trial in complete if all(math.isfinite(value) for value in trial["values"])]
+
+
+def is_feasible(trial: dict[str, Any]) -> bool:
+    """Tell whether all constraints of a trial are met."""
+    return all(value <= 0 for value in trial["constraints"].values())
+
+
+def best_first(exported: dict[str, Any], objective: int = 0) -> list[dict[str, Any]]:
+    """Return the complete trials, those that break a constraint last."""
+    sign = 1 if exported["directions"][objective] == "minimize" else -1
+    found = complete_trials(exported)
+    return sorted(found, key=lambda trial: (not is_feasible(trial), sign * trial["values"][objective]))
+
+
+def objectives(exported: dict[str, Any]) -> list[str]:
+    """Return the objectives' names."""
+    several = len(exported["directions"]) > 1
+    names = exported["metrics"] or [f"objective {number}" for number in range(len(exported["directions"]))]
+    return [literal(name) for name in names] if several or exported["metrics"] else ["objective value"]
+
+
+def evenly(items: list, most: int) -> list:
+    """Return at most so many items, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+# --- the plots
+
+
+def figures_of(exported: dict[str, Any]) -> list[Figure]:
+    """Return the plots of a study; one that cannot be drawn says why."""
+    if not exported["trials"]:
+        return []
+    study = rebuild(exported, exported["trials"])
+    wanted: list[tuple[str, Callable[[], tuple[Any, str]]]] = [
+        ("Trials over time", lambda: trials_over_time(exported)),
+    ]
+    if complete_trials(exported):
+        several = len(exported["directions"]) > 1
+        for number, name in enumerate(objectives(exported)):
+            of = f" of {html.unescape(name)}" if several else ""
+            wanted += [
+                (f"Optimization history{of}", lambda number=number: history(exported, study, number)),
+                (f"Parameter importances{of}", lambda number=number: importances(exported, study, number)),
+            ]
+        wanted.append(("Parallel coordinates", lambda: parallel_coordinates(exported)))
+        if len(exported["directions"]) in (2, 3):
+            wanted.append(("Pareto front", lambda: pareto_front(exported)))
+    if any(trial["intermediate"] for trial in exported["trials"]):
+        wanted.append(("Intermediate values", lambda: intermediate_values(exported)))
+    return [draw(title, plot) for title, plot in wanted]
+
+
+def draw(title: str, plot: Callable[[], tuple[Any, str]]) -> Figure:
+    """Return a plot; what Optuna cannot draw must not cost the report."""
+    try:
+        figure, note = plot()
+    except Exception as error:  # whatever Optuna and plotly raise
+        return Figure(title, "", f"This cannot be drawn: {type(error).__name__}: {error}")
+    figure.update_layout(title=None, template="plotly_white", margin={"l": 60, "r": 20, "t": 20, "b": 50})
+    return Figure(title, figure.to_json(), note)
+
+
+def trials_over_time(exported: dict[str, Any]) -> tuple[Any, str]:
+    """How many trials had ended, by state."""
+    from plotly import graph_objects
+
+    figure = graph_objects.Figure()
+    thinned = False
+    for state, colour in STATES.items():
+        ended = sorted(trial["complete"] for trial in exported["trials"] if trial["state"] == state)
+        points = evenly(list(enumerate(ended, 1)), MOST_POINTS)
+        thinned = thinned or len(points) < len(ended)
+        figure.add_scatter(
+            x=[stamp(when) for _count, when in points], y=[count for count, _when in points], name=state.lower(),
+            mode="lines+markers" if len(points) < 50 else "lines", line={"shape": "hv", "color": colour},
+        )
+    figure.update_layout(xaxis_title="UTC", yaxis_title="trials that have ended", showlegend=True)
+    return figure, f"Of each state {MOST_POINTS} steps are drawn, evenly spaced." if thinned else ""
+
+
+def history(exported: dict[str, Any], study: Any, objective: int) -> tuple[Any, str]:
+    """The values of the trials, and the best until then."""
+    import optuna
+
+    name = objectives(exported)[objective]
+    target = (lambda trial: trial.values[objective]) if len(exported["directions"]) > 1 else None
+    figure = optuna.visualization.plot_optimization_history(study, target=target, target_name=name)
+    notes = []
+    for trace in figure.data:
+        points = list(zip(trace.x, trace.y))
+        if len(points) > MOST_POINTS:
+            notes.append(f"{MOST_POINTS} of {len(points)} points are drawn, evenly spaced, and each new best value.")
+            kept = {points[0][0], *(x for x, _y in evenly(points, MOST_POINTS)), *new_best(points, exported, objective)}
+            points = [point for point in points if point[0] in kept]
+        trace.x, trace.y = [x for x, _y in points], [y for _x, y in points]
+    complete = [trial for trial in exported["trials"] if trial["state"] == "COMPLETE"]
+    infinite = len(complete) - len(complete_trials(exported))
+    notes += [f"Trials that are complete with an infinite value, and not drawn: {infinite}."] if infinite else []
+    return figure, " ".join(dict.fromkeys(notes))
+
+
+def new_best(points: list[tuple], exported: dict[str, Any], objective: int) -> set:
+    """Return where the best value so far changes."""
+    best = min if exported["directions"][objective] == "minimize" else max
+    until = list(accumulate((y for _x, y in points), best))
+    return {points[index][0] for index in range(1, len(points)) if until[index] != until[index - 1]}
+
+
+def importances(exported: dict[str, Any], study: Any, objective: int) -> tuple[Any, str]:
+    """How much each parameter matters for the best tenth of the trials."""
+    import optuna
+
+    sign = 1 if exported["directions"][objective] == "minimize" else -1
+    several = len(exported["directions"]) > 1
+    figure = optuna.visualization.plot_param_importances(
+        study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
+        target=(lambda trial: sign * trial.values[objective]) if several else None,
+        target_name=objectives(exported)[objective],
+    )
+    return figure, "By PED-ANOVA: how much a parameter decides whether a trial is among the best tenth."
+
+
+def parallel_coordinates(exported: dict[str, Any]) -> tuple[Any, str]:
+    """A line for each trial."""
+    import optuna
+
+    ranked = best_first(exported)
+    chosen = evenly(ranked, MOST_LINES)
+    used = Counter(literal(name) for trial in chosen for name in trial["params"])
+    names = [name for name, _count in used.most_common(MOST_PARAMETERS)]
+    # What comes last is drawn on top.
+    figure = optuna.visualization.plot_parallel_coordinate(
+        rebuild(exported, chosen[::-1]), params=names or None,
+        target_name=objectives(exported)[0],
+    )
+    notes = [f"{len(chosen)} of {len(ranked)} trials are drawn, evenly from the best to the worst."]
+    if len(chosen) == len(ranked):
+        notes = []
+    if len(used) > len(names):
+        notes.append(f"Of {len(used)} parameters these {len(names)} are those that most trials have.")
+    return figure, " ".join(notes)
+
+
+def pareto_front(exported: dict[str, Any]) -> tuple[Any, str]:
+    """The trials between which there is no better one, among the others."""
+    import optuna
+
+    complete = complete_trials(exported)
+    chosen = evenly(complete, MOST_POINTS)
+    note = f"{len(chosen)} of {len(complete)} trials are drawn, evenly spaced."
+    figure = optuna.visualization.plot_pareto_front(rebuild(exported, chosen), target_names=objectives(exported))
+    figure.update_traces(hoverinfo="x+y", hovertemplate=None)
+    return figure, note if len(chosen) < len(complete) else ""
+
+
+def intermediate_values(exported: dict[str, Any]) -> tuple[Any, str]:
+    """What the trials have reported on their way."""
+    import optuna
+
+    reported = [trial for trial in exported["trials"] if trial["intermediate"]]
+    chosen = evenly(reported, MOST_CURVES)
+    figure = optuna.visualization.plot_intermediate_values(rebuild(exported, chosen))
+    for trace, trial in zip(figure.data, chosen):
+        trace.name = f"Trial{trial['number']}"
+    figure.update_layout(showlegend=False)
+    note = f"{len(chosen)} of {len(reported)} trials are drawn, evenly spaced."
+    return figure, note if len(chosen) < len(reported) else ""
+
+
+# --- workers and outages
+
+
+def running_over_time(studies: list[dict[str, Any]], log: dict[str, Any], until: float) -> Figure:
+    """How many trials ran at once, with the outages; a trial that has not ended runs until the last moment known."""
+    from plotly import graph_objects
+
+    def plot() -> tuple[Any, str]:
+        figure = graph_objects.Figure()
+        notes = []
+        for study, colour in zip(studies, COLOURS * len(studies)):
+            steps = running_steps(study["trials"], until)
+            if len(steps) > MOST_POINTS:
+                notes.append(f"Of a study's {len(steps)} steps {MOST_POINTS} are drawn, each the highest of several.")
+            points = highest(steps, MOST_POINTS)
+            name = literal(f"{study['database']}/{study['name']}")
+            figure.add_scatter(
+                x=[stamp(when) for when, _number in points], y=[number for _when, number in points], name=name,
+                mode="lines", line={"shape": "hv", "color": colour},
+            )
+        for outage in log["outages"]:
+            ends = stamp(until if outage["ended"] is None else outage["ended"])
+            figure.add_vrect(x0=stamp(outage["began"]), x1=ends, fillcolor=OUTAGE, opacity=0.25, line_width=1,
+                             line_color=OUTAGE)
+        figure.update_layout(xaxis_title="UTC", yaxis_title="trials that run", showlegend=True)
+        notes.append("As the trials' own times say. Outages of the server are red.")
+        return figure, " ".join(dict.fromkeys(notes))
+
+    return draw("Running trials, and outages", plot)
+
+
+def running_steps(trials: list[dict[str, Any]], until: float) -> list[tuple[float, int]]:
+    """Return from when on how many trials ran."""
+    changes: Counter[float] = Counter()
+    for trial in trials:
+        if trial["start"] is not None:
+            changes[trial["start"]] += 1
+            if trial["complete"] is not None:
+                changes[max(trial["start"], trial["complete"])] -= 1
+    times = sorted(changes)
+    steps = list(zip(times, accumulate(changes[when] for when in times)))
+    return [*steps, (until, steps[-1][1])] if steps and steps[-1][0] < until else steps
+
+
+def highest(steps: list[tuple[float, int]], most: int) -> list[tuple[float, int]]:
+    """Return at most so many steps, each the highest of those next to it, and the last."""
+    size = math.ceil(len(steps) / most)
+    if size <= 1:
+        return steps
+    groups = (steps[start:start + size] for start in range(0, len(steps) - 1, size))
+    return [*(max(group, key=lambda step: step[1]) for group in groups), steps[-1]]
+
+
+def plotly_script() -> str:
+    """Return plotly.js."""
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()
+
+
+def as_script(value: Any) -> str:
+    """Return JSON that can stand in a script element."""
+    return (value if isinstance(value, str) else json.dumps(value)).replace("<", "\\u003c")

@@ -1,0 +1,198 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: reading_role
+short_description: Keep a PostgreSQL role that reads databases and changes nothing
+description:
+  - Keeps a role that may log in and read all tables of some databases, those that are made later too.
+  - It owns nothing, makes nothing (no tables, no temporary ones either), and sees no password's hash. Its transactions
+    are read-only of themselves, so that a program that tries to write is told so in clear words.
+  - What it may do, it is given directly. It has no part in C(pg_read_all_data), which reads passwords' hashes, too.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  role:
+    description: The role. Its password is left to M(mala.hpc_db.role_passwords).
+    type: str
+    required: true
+  writer:
+    description: The role that owns the databases. It goes on making tables in them, and O(role) reads those, too.
+    type: str
+    required: true
+  databases:
+    description: The databases, which exist already.
+    type: list
+    elements: str
+    required: true
+  connections:
+    description: The largest number of connections that the role may have at once.
+    type: int
+    default: 10
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
+  - mala.hpc_db.connection
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+seealso:
+  - module: mala.hpc_db.role_passwords
+"""
+
+EXAMPLES = r"""
+- name: Let the reader read the studies
+  mala.hpc_db.reading_role:
+    host: /tmp/hpc_db-x1y2z3
+    port: 5432
+    user: alice
+    passfile: ~/hpc_db/hpc_db/secrets/pgpass
+    role: reader
+    writer: study
+    databases: [mala]
+"""
+
+RETURN = r"""
+statements:
+  description: What was, or would be, told to the server, each after the database that it is about.
+  returned: success
+  type: list
+  elements: str
+  sample: ['mala: GRANT SELECT ON ALL TABLES IN SCHEMA public TO "reader"']
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+
+# The database in which roles are made.
+MAINTENANCE = "postgres"
+READ_ONLY = "default_transaction_read_only"
+
+ROLE = """
+SELECT rolcanlogin AND NOT (rolsuper OR rolcreatedb OR rolcreaterole OR rolreplication OR rolbypassrls),
+       rolconnlimit, coalesce(rolconfig, '{}')
+FROM pg_roles WHERE rolname = %s
+"""
+# What the role may do in a database, and which of those who make tables do not let it read them.
+RIGHTS = """
+SELECT has_database_privilege(rolname, current_database(), 'CONNECT'),
+       has_database_privilege(rolname, current_database(), 'TEMPORARY'),
+       has_schema_privilege(rolname, 'public', 'USAGE'),
+       has_schema_privilege(rolname, 'public', 'CREATE'),
+       EXISTS (
+           SELECT FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v', 'm')
+           AND NOT has_table_privilege(rolname, pg_class.oid, 'SELECT')
+       ),
+       ARRAY(
+           SELECT maker.rolname::text FROM pg_roles maker WHERE maker.rolname = ANY(%s) AND NOT EXISTS (
+               SELECT FROM pg_default_acl, aclexplode(defaclacl) granted
+               WHERE defaclrole = maker.oid AND defaclnamespace = 'public'::regnamespace AND defaclobjtype = 'r'
+               AND grantee = reader.oid AND privilege_type = 'SELECT'
+           ) ORDER BY 1
+       )
+FROM pg_roles reader WHERE rolname = %s
+"""
+
+# SQL with a place for each name, and the names.
+Statement = tuple[str, list[str]]
+ALTER = "ALTER ROLE {{}} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS CONNECTION LIMIT {}"
+
+
+def for_role(params: dict, found: list[tuple]) -> list[Statement]:
+    """Return what makes the role, or brings it to what it should be. ``found`` are the rows of ROLE."""
+    role, limit = params["role"], params["connections"]
+    harmless, connections, settings = found[0] if found else (False, None, [])
+    statements: list[Statement] = [] if found else [("CREATE ROLE {}", [role])]
+    if not harmless or connections != limit:
+        statements.append((ALTER.format(int(limit)), [role]))
+    if f"{READ_ONLY}=on" not in settings:
+        statements.append((f"ALTER ROLE {{}} SET {READ_ONLY} = on", [role]))
+    return statements
+
+
+def for_database(params: dict, database: str, found: list[tuple]) -> list[Statement]:
+    """Return what lets the role read the database, and nothing else. ``found`` are the rows of RIGHTS."""
+    role, writer = params["role"], params["writer"]
+    # In check mode the role may not be there yet; then it would have what everybody has.
+    connects, makes_temporary, uses, makes, lacks, makers = (
+        found[0] if found else (True, True, True, False, True, sorted({params["user"], writer}))
+    )
+    statements: list[Statement] = []
+    if not connects:
+        statements.append(("GRANT CONNECT ON DATABASE {} TO {}", [database, role]))
+    if makes_temporary:
+        statements.append(("REVOKE TEMPORARY ON DATABASE {} FROM PUBLIC, {}", [database, role]))
+    if not uses:
+        statements.append(("GRANT USAGE ON SCHEMA public TO {}", [role]))
+    if makes:
+        statements.append(("GRANT USAGE, CREATE ON SCHEMA public TO {}", [writer]))
+        statements.append(("REVOKE CREATE ON SCHEMA public FROM PUBLIC, {}", [role]))
+    if lacks:
+        statements.append(("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {}", [role]))
+    for maker in makers:
+        granted = "ALTER DEFAULT PRIVILEGES FOR ROLE {} IN SCHEMA public GRANT SELECT ON TABLES TO {}"
+        statements.append((granted, [maker, role]))
+    return statements
+
+
+def bring(params: dict, database: str, check_mode: bool) -> list[str]:
+    """Do what is left to do in a database, for the role itself in the one of maintenance; return what that is."""
+    from psycopg2 import sql
+
+    with _connection.connect(params, database) as connection:
+        if database == MAINTENANCE:
+            statements = for_role(params, _connection.rows(connection, ROLE, (params["role"],)))
+        else:
+            makers = [params["user"], params["writer"]]
+            found = _connection.rows(connection, RIGHTS, (makers, params["role"]))
+            if not found and not check_mode:
+                raise _connection.Unreachable(f"database {database}: there is no role {params['role']}")
+            statements = for_database(params, database, found)
+        for text, names in [] if check_mode else statements:
+            with connection.cursor() as cursor:
+                cursor.execute(sql.SQL(text).format(*map(sql.Identifier, names)))
+    return [text.format(*(f'"{name}"' for name in names)) for text, names in statements]
+
+
+def ensure_reader(params: dict, check_mode: bool) -> dict:
+    """Bring the role and its rights to the wanted state."""
+    if params["connections"] < 1:
+        raise ValueError(f"connections: {params['connections']} is not allowed; 1 or more")
+    said = [
+        f"{database}: {statement}"
+        for database in [MAINTENANCE, *params["databases"]]
+        for statement in bring(params, database, check_mode)
+    ]
+    return {
+        "changed": bool(said),
+        "statements": said,
+        "diff": {"before": "", "after": "".join(f"{line}\n" for line in said)},
+    }
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "role": {"type": "str", "required": True},
+            "writer": {"type": "str", "required": True},
+            "databases": {"type": "list", "elements": "str", "required": True},
+            "connections": {"type": "int", "default": 10},
+            **_connection.CONNECTION_OPTIONS,
+        },
+        supports_check_mode=True,
+    )
+    try:
+        result = ensure_reader(module.params, module.check_mode)
+    except (_connection.Unreachable, ValueError) as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

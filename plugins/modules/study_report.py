@@ -1,0 +1,195 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: study_report
+short_description: Write a report of studies and their server as one HTML file
+description:
+  - Draws what M(mala.hpc_db.study_trials) has exported by C(optuna.visualization), into one file with all that it
+    needs, so that it can be opened without a network, and mailed.
+  - Of many trials it draws some, and says how many. Importances are those of PED-ANOVA, which needs no scikit-learn.
+  - The file is left as it is while nothing has changed but the time that is left and the free disk space.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  path:
+    description: The file. One that is there and is no report is refused.
+    type: path
+    required: true
+  trials:
+    description: What M(mala.hpc_db.study_trials) has written. Where it is missing, the report has no studies.
+    type: path
+    required: true
+  status:
+    description:
+      - What else is told. RV(ignore:instance), RV(ignore:cluster), RV(ignore:url) and RV(ignore:source) are texts, the
+        last one says where the studies are from; RV(ignore:read) is when they were read, in seconds since 1970.
+      - RV(ignore:job), RV(ignore:endpoint), RV(ignore:state) and RV(ignore:disk) are as
+        M(mala.hpc_db.hosting_job_info) returns them, RV(ignore:server) is all that M(mala.hpc_db.server_info) returns,
+        or null, and RV(ignore:log) all that M(mala.hpc_db.server_log_info) returns.
+    type: dict
+    required: true
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: none
+requirements:
+  - optuna
+  - plotly
+"""
+
+EXAMPLES = r"""
+- name: Write the report
+  mala.hpc_db.study_report:
+    path: ~/report.html
+    trials: ~/trials.json.gz
+    status:
+      instance: hpc_db
+      cluster: hemera5
+      url: postgresql+psycopg2:///?service=hpc_db
+      source: Nothing more.
+      read: 1795392835
+      job: null
+      endpoint: null
+      state: null
+      disk: null
+      server: null
+      log: {since: null, serving: false, outages: [], troubles: []}
+"""
+
+RETURN = r"""
+path:
+  description: The file.
+  returned: success
+  type: str
+studies:
+  description: How many studies it shows.
+  returned: success
+  type: int
+"""
+
+import gzip
+import hashlib
+import inspect
+import json
+import os
+import re
+import tempfile
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _figures, _report
+
+# At the head of every report.
+MARK = re.compile(r'<meta name="mala\.hpc_db" content="([0-9a-f]{64})">')
+HEAD_BYTES = 1000
+
+
+class Refused(Exception):
+    """The file cannot be written; the message is for the user."""
+
+
+def read_trials(path: str) -> dict[str, Any]:
+    """Return what was exported; nothing if it never was."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as stream:
+            return json.load(stream)
+    except FileNotFoundError:
+        return {"studies": [], "problems": []}
+    except (OSError, EOFError, ValueError) as error:
+        raise Refused(f"trials: {path} cannot be read: {error}") from None
+
+
+def present_mark(path: str) -> str:
+    """Return the mark of the report that is there; empty if nothing is."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            found = MARK.search(stream.read(HEAD_BYTES))
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise Refused(f"path: {path}: {error.strerror}") from None
+    if not found:
+        raise Refused(f"path: {path} is there and is no report; move it away, or choose another report_file")
+    return found[1]
+
+
+def digest_of(status: dict[str, Any], held: dict[str, Any]) -> str:
+    """Return what tells one report from another: all but what passes by itself, and how it is drawn."""
+    lasting = {**status, "read": None, "disk": None}
+    if status["job"]:
+        lasting["job"] = {**status["job"], "time_left": None}
+    if status["server"]:
+        connections = {name: status["server"]["connections"][name] for name in ("used", "max", "clients")}
+        lasting["server"] = {**status["server"], "connections": connections}
+    parts = [inspect.getsource(_figures), inspect.getsource(_report), json.dumps([lasting, held], sort_keys=True)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def render(status: dict[str, Any], held: dict[str, Any], digest: str) -> str:
+    """Return the report."""
+    try:
+        import optuna
+
+        plotly = _figures.plotly_script()
+    except ImportError as error:
+        raise Refused(f"this Python has no optuna or plotly: {error}") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    figures = [_figures.figures_of(study) for study in held["studies"]]
+    running = None
+    if held["studies"]:
+        running = _figures.running_over_time(held["studies"], status["log"], status["read"])
+    return _report.page(status, held, running, figures, digest, plotly)
+
+
+def write(path: str, content: str) -> None:
+    """Replace the file by one that nobody else can read."""
+    folder = os.path.dirname(path)
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=folder, encoding="utf-8", delete=False) as stream:
+            stream.write(content)
+        os.rename(stream.name, path)
+    except OSError as error:
+        raise Refused(f"path: {path}: {error.strerror}; choose another report_file") from None
+
+
+def ensure_report(params: dict, check_mode: bool) -> dict[str, Any]:
+    """Bring the file to what is known."""
+    path = params["path"]
+    if not os.path.isabs(path):
+        raise Refused(f"path: {path!r} is not absolute; give a path that begins with / or ~")
+    before = present_mark(path)
+    held = read_trials(params["trials"])
+    digest = digest_of(params["status"], held)
+    changed = digest != before
+    if changed and not check_mode:
+        write(path, render(params["status"], held, digest))
+    return {"changed": changed, "path": path, "studies": len(held["studies"])}
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "path": {"type": "path", "required": True},
+            "trials": {"type": "path", "required": True},
+            "status": {"type": "dict", "required": True},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        result = ensure_report(module.params, module.check_mode)
+    except Refused as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: study_trials
+short_description: Export all trials of all studies into one file
+description:
+  - Has the installed Optuna read every study of every database, and writes them as JSON, compressed by gzip, for
+    M(mala.hpc_db.study_report). Nothing in a database is changed.
+  - Times are seconds since 1970. Optuna before 5 keeps the workers' local time, which is taken for that of this host.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  database:
+    description: A database to connect to. O(user) must be a superuser.
+    type: str
+    required: true
+  path:
+    description: The file, readable for nobody else. It is written only if something has changed.
+    type: path
+    required: true
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
+  - mala.hpc_db.connection
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: none
+seealso:
+  - module: mala.hpc_db.study_report
+requirements:
+  - optuna
+"""
+
+EXAMPLES = r"""
+- name: Export the studies
+  mala.hpc_db.study_trials:
+    host: c1
+    port: 5432
+    user: alice
+    passfile: ~/hpc_db/hpc_db/secrets/pgpass
+    database: alice
+    path: ~/trials.json.gz
+"""
+
+RETURN = r"""
+studies:
+  description: How many studies there are.
+  returned: success
+  type: int
+trials:
+  description: How many trials they have.
+  returned: success
+  type: int
+problems:
+  description: Why a database could not be read, such as a schema that is newer than the installed Optuna.
+  returned: success
+  type: list
+  elements: str
+"""
+
+import datetime
+import gzip
+import json
+import os
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+
+DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
+
+
+def seconds(time: datetime.datetime | None) -> float | None:
+    """Return a time of Optuna's, which is local without a time zone, in seconds since 1970."""
+    return None if time is None else time.timestamp()
+
+
+def constraints_of(trial: Any) -> dict[str, float]:
+    """Return the values of a trial's constraints, none of which is above 0 in a feasible one."""
+    held = getattr(trial, "constraints", None) or trial.system_attrs.get("constraints") or {}
+    return dict(held) if isinstance(held, dict) else {str(number): value for number, value in enumerate(held)}
+
+
+def export_study(database: str, study: Any) -> dict[str, Any]:
+    """Return all of a study as JSON can hold it.
+
+    A parameter's value is the number that stands for it in its distribution, whatever the choices are.
+    """
+    from optuna.distributions import distribution_to_json
+
+    numbers: dict[str, int] = {}
+
+    def number_of(distribution: Any) -> int:
+        return numbers.setdefault(distribution_to_json(distribution), len(numbers))
+
+    trials = [
+        {
+            "number": trial.number,
+            "state": trial.state.name,
+            "start": seconds(trial.datetime_start),
+            "complete": seconds(trial.datetime_complete),
+            "values": trial.values,
+            "params": {
+                name: [number_of(trial.distributions[name]), trial.distributions[name].to_internal_repr(value)]
+                for name, value in trial.params.items()
+            },
+            "intermediate": list(trial.intermediate_values.items()),
+            "attributes": trial.user_attrs,
+            "constraints": constraints_of(trial),
+        }
+        for trial in study.get_trials(deepcopy=False)
+    ]
+    return {
+        "database": database,
+        "name": study.study_name,
+        "directions": [direction.name.lower() for direction in study.directions],
+        "metrics": study.metric_names,
+        "attributes": study.user_attrs,
+        "distributions": list(numbers),
+        "trials": trials,
+    }
+
+
+def problem_with(params: dict, database: str) -> str | None:
+    """Return why Optuna cannot read a database, empty if it can; None if there are no studies.
+
+    Optuna would make its tables where there are none.
+    """
+    with _connection.connect(params, database) as connection:
+        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+            return None
+        versions = _connection.rows(connection, _optuna.SCHEMA)
+    optuna = _optuna.installed_optuna()
+    if optuna is None:
+        raise _connection.Unreachable(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
+    return _optuna.mismatch(database, _optuna.Schema(*versions[0]), optuna) if versions else None
+
+
+def read_database(params: dict, database: str) -> list[dict[str, Any]]:
+    """Return all studies of a database."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise _connection.Unreachable(_connection.not_importable("optuna", error)) from None
+    try:
+        storage = optuna.storages.RDBStorage(_connection.storage_url(params, database))
+        names = sorted(optuna.get_all_study_names(storage))
+        return [export_study(database, optuna.load_study(study_name=name, storage=storage)) for name in names]
+    except Exception as error:  # whatever Optuna, SQLAlchemy and psycopg2 raise
+        raise _connection.Unreachable(f"database {database}: Optuna says: {' '.join(str(error).split())}") from None
+
+
+def read_all(params: dict) -> dict[str, Any]:
+    """Return all studies, and why some are missing."""
+    with _connection.connect(params, params["database"]) as connection:
+        databases = [name for name, in _connection.rows(connection, DATABASES)]
+    problems = {database: problem_with(params, database) for database in databases}
+    readable = [database for database, problem in problems.items() if problem == ""]
+    return {
+        "studies": [study for database in readable for study in read_database(params, database)],
+        "problems": [problem for problem in problems.values() if problem],
+    }
+
+
+def ensure_exported(params: dict, check_mode: bool) -> dict[str, Any]:
+    """Bring the file to what the databases hold."""
+    held = read_all(params)
+    content = gzip.compress(json.dumps(held).encode(), mtime=0)
+    changed = content != read_bytes(params["path"])
+    if changed and not check_mode:
+        with open(params["path"] + ".new", "wb") as stream:
+            stream.write(content)
+        os.rename(params["path"] + ".new", params["path"])
+    return {
+        "changed": changed,
+        "studies": len(held["studies"]),
+        "trials": sum(len(study["trials"]) for study in held["studies"]),
+        "problems": held["problems"],
+    }
+
+
+def read_bytes(path: str) -> bytes:
+    """Return what is in a file; nothing if it is not there."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except FileNotFoundError:
+        return b""
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "database": {"type": "str", "required": True},
+            "path": {"type": "path", "required": True},
+            **_connection.CONNECTION_OPTIONS,
+        },
+        supports_check_mode=True,
+    )
+    os.umask(0o077)
+    try:
+        result = ensure_exported(module.params, module.check_mode)
+    except (_connection.Unreachable, OSError) as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

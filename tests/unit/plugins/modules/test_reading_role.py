@@ -1,0 +1,126 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""reading_role against a server that keeps what it is told; tests/integration has the real one."""
+
+import contextlib
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.modules.reading_role import MAINTENANCE, ROLE, ensure_reader, for_database
+
+PARAMS = {"role": "reader", "writer": "study", "user": "alice", "databases": ["mala", "second"], "connections": 10}
+ATTRIBUTES = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS CONNECTION LIMIT 10"
+GRANTED = [
+    'REVOKE TEMPORARY ON DATABASE "mala" FROM PUBLIC, "reader"',
+    'GRANT SELECT ON ALL TABLES IN SCHEMA public TO "reader"',
+    'ALTER DEFAULT PRIVILEGES FOR ROLE "alice" IN SCHEMA public GRANT SELECT ON TABLES TO "reader"',
+    'ALTER DEFAULT PRIVILEGES FOR ROLE "study" IN SCHEMA public GRANT SELECT ON TABLES TO "reader"',
+]
+MADE = ['CREATE ROLE "reader"', f'ALTER ROLE "reader" {ATTRIBUTES}',
+        'ALTER ROLE "reader" SET default_transaction_read_only = on']
+
+
+class FakeServer:
+    """Keeps a role, and what it may do in each database, which has tables."""
+
+    def __init__(self, *databases, role=None):
+        self.role = role and {**role, "settings": [*role["settings"]]}
+        self.rights = {name: {"temporary": True, "lacks": True, "makers": {"alice", "study"}} for name in databases}
+        self.sent = []
+
+    @contextlib.contextmanager
+    def connect(self, _params, database):
+        self.database = database
+        yield self
+
+    def rows(self, _connection, query, _values):
+        if self.role is None:
+            return []
+        if query == ROLE:
+            return [(self.role["harmless"], self.role["limit"], self.role["settings"])]
+        rights = self.rights[self.database]
+        return [(True, rights["temporary"], True, False, rights["lacks"], sorted(rights["makers"]))]
+
+    def cursor(self):
+        return contextlib.nullcontext(self)
+
+    def execute(self, statement):
+        self.sent.append(statement)
+        if statement.startswith("CREATE ROLE"):
+            self.role = {"harmless": False, "limit": -1, "settings": []}
+        elif statement.endswith(ATTRIBUTES):
+            self.role.update(harmless=True, limit=10)
+        elif " SET " in statement:
+            self.role["settings"].append(re.sub(r".* SET (\w+) = (\w+)", r"\1=\2", statement))
+        elif statement.startswith("REVOKE TEMPORARY"):
+            self.rights[self.database]["temporary"] = False
+        elif "ON ALL TABLES" in statement:
+            self.rights[self.database]["lacks"] = False
+        else:
+            self.rights[self.database]["makers"].remove(re.search(r'FOR ROLE "(\w+)"', statement).group(1))
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    sql = SimpleNamespace(SQL=str, Identifier='"{}"'.format)
+    monkeypatch.setitem(sys.modules, "psycopg2", SimpleNamespace(sql=sql))
+
+    def serve(server):
+        monkeypatch.setattr(_connection, "connect", server.connect)
+        monkeypatch.setattr(_connection, "rows", server.rows)
+        return server
+
+    return serve
+
+
+def harmless(**changes):
+    return {"harmless": True, "limit": 10, "settings": ["default_transaction_read_only=on"], **changes}
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize("role, says", [
+    (None, MADE),
+    (harmless(harmless=False), MADE[1:2]),
+    (harmless(limit=-1), MADE[1:2]),
+    (harmless(settings=["work_mem=1MB"]), MADE[2:]),
+    (harmless(), []),
+])
+def test_role_is_harmless(role, says, check_mode, serve):
+    server = serve(FakeServer(role=role))
+
+    done = ensure_reader({**PARAMS, "databases": []}, check_mode)
+
+    assert done["statements"] == [f"{MAINTENANCE}: {statement}" for statement in says]
+    assert done["changed"] is bool(says)
+    assert server.sent == ([] if check_mode else says)
+
+
+def test_each_database_is_opened_once(serve):
+    server = serve(FakeServer("mala", "second"))
+
+    planned = ensure_reader(PARAMS, check_mode=True)
+    assert server.sent == []
+    done = ensure_reader(PARAMS, check_mode=False)
+    again = ensure_reader(PARAMS, check_mode=False)
+
+    assert planned == done
+    assert server.sent == MADE + GRANTED + [each.replace("mala", "second") for each in GRANTED]
+    assert (again["changed"], again["statements"], again["diff"]["after"]) == (False, [], "")
+
+
+def test_what_others_have_taken_or_left_open_is_mended():
+    assert for_database(PARAMS, "mala", [(False, False, False, True, False, [])]) == [
+        ("GRANT CONNECT ON DATABASE {} TO {}", ["mala", "reader"]),
+        ("GRANT USAGE ON SCHEMA public TO {}", ["reader"]),
+        # PostgreSQL 14 lets everybody make tables there, and the study role must go on.
+        ("GRANT USAGE, CREATE ON SCHEMA public TO {}", ["study"]),
+        ("REVOKE CREATE ON SCHEMA public FROM PUBLIC, {}", ["reader"]),
+    ]
+
+
+def test_no_connection_at_all_is_refused():
+    with pytest.raises(ValueError, match="connections: 0 is not allowed; 1 or more"):
+        ensure_reader({**PARAMS, "connections": 0}, check_mode=False)
