@@ -15,6 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from itertools import accumulate
 from typing import Any, Callable, NamedTuple
 
@@ -134,21 +135,21 @@ def figures_of(exported: dict[str, Any]) -> list[Figure]:
         return []
     study = rebuild(exported, exported["trials"])
     wanted: list[tuple[str, Callable[[], tuple[Any, str]]]] = [
-        ("Trials over time", lambda: trials_over_time(exported)),
+        ("Trials over time", partial(trials_over_time, exported)),
     ]
     if complete_trials(exported):
         several = len(exported["directions"]) > 1
         for number, name in enumerate(objectives(exported)):
             of = f" of {html.unescape(name)}" if several else ""
             wanted += [
-                (f"Optimisation history{of}", lambda number=number: history(exported, study, number)),
-                (f"Parameter importances{of}", lambda number=number: importances(exported, number)),
+                (f"Optimisation history{of}", partial(history, exported, study, number)),
+                (f"Parameter importances{of}", partial(importances, exported, number)),
             ]
-        wanted.append(("Parallel coordinates", lambda: parallel_coordinates(exported)))
+        wanted.append(("Parallel coordinates", partial(parallel_coordinates, exported)))
         if len(exported["directions"]) in (2, 3):
-            wanted.append(("Pareto front", lambda: pareto_front(exported)))
+            wanted.append(("Pareto front", partial(pareto_front, exported)))
     if any(trial["intermediate"] for trial in exported["trials"]):
-        wanted.append(("Intermediate values", lambda: intermediate_values(exported)))
+        wanted.append(("Intermediate values", partial(intermediate_values, exported)))
     return [draw(title, plot) for title, plot in wanted]
 
 
