@@ -135,6 +135,20 @@ def left(workstation: Workstation) -> str:
     )
 
 
+def test_bad_input_is_refused(workstation: Workstation) -> None:
+    bad = {"tensorboard_logs": [{"name": "a b", "path": "runs"}], "tensorboard_reload_interval": 0}
+    absent = {"tensorboard_logs": [{"name": "absent", "path": "~/$(touch canary)"}]}
+
+    refused = " ".join(workstation.play("tensorboard", bad).stdout.split())
+    missed = " ".join(workstation.play("tensorboard", absent).stdout.split())
+
+    assert "tensorboard_logs: a b is not allowed; each name is another one, a letter or digit before" in refused
+    assert "tensorboard_logs: runs is not allowed; each path begins with / or ~/" in refused
+    assert "tensorboard_reload_interval: 0 is not allowed; a number of seconds from 1 on" in refused
+    assert "tensorboard_logs: ~/$(touch canary) is no folder on mini; give one that is there" in missed
+    assert workstation.run("ls -d .local || :") == ""
+
+
 def test_copy_brings_what_is_new(mini: Target, workstation: Workstation, job: Callable[[int], None]) -> None:
     job(1)
 
