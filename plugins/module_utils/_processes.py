@@ -60,5 +60,5 @@ def start_time(pid: int, run: Callable[[list[str]], str]) -> str:
             fields = stream.read().rpartition(b")")[2].decode().split()
     except OSError:
         return ""
-    # A zombie has ended: it only waits for its parent to look.
-    return "" if fields[0] in "ZX" else fields[19]
+    # A zombie has ended, as soon as its last thread has: it only waits for its parent to look.
+    return "" if fields[0] in "ZX" and int(fields[17]) < 2 else fields[19]

@@ -182,6 +182,7 @@ def read_record(path: Path) -> dict:
 def write_record(path: Path, record: dict) -> None:
     """Write the record at once as a whole."""
     new = path.with_name(f".{path.name}")
+    new.touch(mode=0o600)
     new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(new, path)
 

@@ -66,6 +66,9 @@ options:
   wheelhouse:
     description: A folder with all packages needed, for hosts without internet. No index is asked then.
     type: path
+  advice:
+    description: What the message says that can be done when pip has failed, instead of settings of the role postgres.
+    type: str
 extends_documentation_fragment:
   - mala.hpc_db.attributes
 attributes:
@@ -327,6 +330,8 @@ def run_command(module: AnsibleModule, command: list[str], pass_fds: tuple[int, 
         said, hint = " ".join(command[:4]), ""
         if "ensurepip" in stdout + stderr:
             hint = f" ({command[0]} cannot make environments with pip: set postgres_python to one that can)"
+        elif module.params["advice"]:
+            hint = f" ({module.params['advice']})"
         elif "pip" in command[:4]:
             settings = "postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"
             hint = f" (without internet there: set {settings})"
@@ -351,6 +356,7 @@ def main() -> None:
             },
             "index_url": {"type": "str"},
             "wheelhouse": {"type": "path"},
+            "advice": {"type": "str"},
         },
         required_if=[("layout", "wheels", ["host"])],
         supports_check_mode=True,

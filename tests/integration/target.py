@@ -20,7 +20,7 @@ class Target:
 
     def __init__(self, inventories: list[Path], shell: list[str], environment: dict[str, str]) -> None:
         self._inventories = inventories
-        self._shell = shell
+        self.shell = shell
         self.variables: dict[str, object] = {}  # what tells the owner from whoever runs the tests
         self.environment = {**os.environ, **environment, "ANSIBLE_FORCE_COLOR": "0", "COLUMNS": "4000"}
 
@@ -41,7 +41,7 @@ class Target:
     def run(self, script: str) -> str:
         """Run a shell script as the owner, in their home; return its output."""
         done = subprocess.run(
-            [*self._shell, script], capture_output=True, text=True, timeout=120, env=self.environment, check=False
+            [*self.shell, script], capture_output=True, text=True, timeout=120, env=self.environment, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -49,7 +49,7 @@ class Target:
     def start(self, script: str, *descriptors: int) -> subprocess.Popen[str]:
         """Start a shell script as the owner, with these file descriptors open and a pipe to its standard input."""
         return subprocess.Popen(
-            [*self._shell, script], env=self.environment, stdin=subprocess.PIPE, text=True, pass_fds=descriptors
+            [*self.shell, script], env=self.environment, stdin=subprocess.PIPE, text=True, pass_fds=descriptors
         )
 
     def files(self) -> str:
@@ -62,7 +62,7 @@ class Workstation(Target):
 
     def command(self, name: str, settings: dict | None = None, *options: str) -> list[str]:
         """Return the call that enters the workstation and runs ansible-playbook there."""
-        return [*self._shell, self.ansible(super().command(name, settings, *options))]
+        return [*self.shell, self.ansible(super().command(name, settings, *options))]
 
     def ansible(self, command: list[str]) -> str:
         """Return the shell command that runs one of Ansible's programs of this checkout, ``ansible-…``, there."""

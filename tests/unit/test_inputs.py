@@ -32,8 +32,7 @@ MODULES: dict[str, dict[str, Any]] = {
         **JOB, **SERVER, "database": "postgres", "cluster": "mini", "studies": ["mala/be"], "other_jobs": ["mine"],
     },
     "background_program": {
-        "name": "logs", "root": "FOLDER/new", "command": ["FOLDER/bin/python", "-x"], "environment": {"A": "b"},
-        "port_option": "--port", "timeout": 5,
+        "name": "logs", "root": "FOLDER/new", "command": ["FOLDER/bin/python", "-x"], "port_option": "--port",
     },
     "bootstrap_server": {"root": "FOLDER/root", "timeout": 1},
     "client_package": {
@@ -69,6 +68,7 @@ MODULES: dict[str, dict[str, Any]] = {
         "root": "FOLDER/new", "directories": ["conf"],
         "files": [{"path": "conf/a", "content": "a", "mode": "0600", "validate": ["FOLDER/bin/postgres", "{file}"]}],
     },
+    "link_folder": {"path": "FOLDER/new/logs", "links": {"mine": "FOLDER/x"}},
     "optuna_study": {
         **SERVER, "database": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}],
     },
@@ -76,7 +76,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "postgres_info": {"bindir": "FOLDER/bin"},
     "python_env": {
         "path": "FOLDER/new/python", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"],
-        "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels",
+        "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels", "advice": "none",
     },
     "python_env wheels": {
         "path": "FOLDER/new/wheels", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"], "layout": "wheels",

@@ -29,8 +29,14 @@ if what == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print(child.pid if child else os.environ.get("WHAT"), os.getcwd(), sys.stdin.read() == "", flush=True)
 listener = socket.create_server(("127.0.0.1", port))
-while True:
-    listener.accept()[0].close()
+def serve():
+    while True:
+        listener.accept()[0].close()
+if what == "headless":
+    import ctypes, threading
+    threading.Thread(target=serve).start()
+    ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)  # exit, of this thread alone
+serve()
 """
 
 
@@ -239,6 +245,15 @@ def test_stop_ends_one_that_does_not_want_to(params, monkeypatch):
 
     assert ensure_program({**params, "state": "stopped"}, run, check_mode=False)["changed"] is True
     assert not lives(first["pid"])
+
+
+def test_process_runs_as_long_as_a_thread_of_it_does(params):
+    first = ensure_program({**params, "command": serve("headless")}, run, check_mode=False)
+    wait_for(lambda: ") Z " in Path(f"/proc/{first['pid']}/stat").read_text())
+
+    assert lives(first["pid"]) and answers(first["port"])
+    assert ensure_program({**params, "state": "stopped"}, run, check_mode=False)["changed"] is True
+    assert not lives(first["pid"]) and not answers(first["port"])
 
 
 def test_two_runs_at_once_start_one(params):

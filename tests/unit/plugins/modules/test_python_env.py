@@ -352,6 +352,9 @@ def test_pip_is_old(text, old):
 class FakeModule:
     """AnsibleModule's run_command, as far as it is used."""
 
+    def __init__(self, advice=None):
+        self.params = {"advice": advice}
+
     def run_command(self, command, **_options):
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
         return done.returncode, done.stdout, done.stderr
@@ -369,6 +372,11 @@ def test_failure_is_one_line_with_what_to_do(command, message):
     with pytest.raises(Failed, match=message) as failed:
         run_command(FakeModule(), command)
     assert "\n" not in str(failed.value)
+
+
+def test_failure_may_have_advice_of_its_own():
+    with pytest.raises(Failed, match=r"failed: ERROR: x \(look into pip's configuration\)$"):
+        run_command(FakeModule("look into pip's configuration"), ["sh", "-c", "echo ERROR: x; exit 1", "pip"])
 
 
 def test_settings_that_would_lead_pip_astray_are_left_out(monkeypatch):

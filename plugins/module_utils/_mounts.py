@@ -1,0 +1,144 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What is mounted, and who keeps it alive: read from tables, since to look at a mount itself may hang."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Mount(NamedTuple):
+    """One mount; several may be stacked at one path, the last of them on top."""
+
+    path: str
+    kind: str  # such as fuse.sshfs; macfuse, on macOS, whatever program is behind it
+    source: str
+    owner: str  # who mounted it: a user's number on Linux, a name on macOS; empty if that is not told
+
+    @property
+    def is_sshfs(self) -> bool:
+        """Tell whether sshfs made it; on macOS only that it names a host and a folder as sshfs does."""
+        return self.kind == "fuse.sshfs" or (self.kind in ("macfuse", "osxfuse") and ":" in self.source)
+
+
+class Process(NamedTuple):
+    """A process that runs, and has not ended."""
+
+    pid: int
+    uid: int
+    started: str  # tells it from a later one with the same PID
+    stopped: bool
+    arguments: list[str]  # on macOS split at spaces, wherever they are
+
+
+def parse_mountinfo(text: str) -> list[Mount]:
+    """Return what ``/proc/self/mountinfo`` lists; see proc_pid_mountinfo(5)."""
+    mounts = []
+    for line in text.splitlines():
+        first, separator, last = line.partition(" - ")
+        fields, about = first.split(" "), last.split(" ")
+        if not separator or len(fields) < 6 or len(about) < 3:
+            continue
+        owner = re.search(r"(?:^|,)user_id=(\d+)", about[-1])
+        path, source = unescape(fields[4]), unescape(about[1])
+        mounts.append(Mount(path, about[0], source, owner.group(1) if owner else ""))
+    return mounts
+
+
+def unescape(text: str) -> str:
+    r"""Return a field of mountinfo as it is: there a space is written ``\040``."""
+    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code.group(1), 8)), text)
+
+
+def parse_mount(text: str) -> list[Mount]:
+    """Return what the program ``mount`` of macOS prints."""
+    found = (re.fullmatch(r"(.+?) on (/.*) \(([^,()]+)((?:, [^,()]+)*)\)", line) for line in text.splitlines())
+    mounts = []
+    for each in found:
+        if each:
+            owner = re.search(r", mounted by ([^,]+)", each.group(4))
+            mounts.append(Mount(each.group(2), each.group(3), each.group(1), owner.group(1) if owner else ""))
+    return mounts
+
+
+def real_path(path: str, mounts: list[Mount]) -> str:
+    """Return ``path`` without symbolic links, as tables of mounts have it; what may hang is not looked at.
+
+    That is every mount of FUSE, and what is behind it. Raise OSError for links that lead nowhere but to one another.
+    """
+    may_hang = {mount.path for mount in mounts if "fuse" in mount.kind}
+    done, rest, links = "/", os.path.normpath(path).split("/")[::-1], 0
+    while rest:
+        name = rest.pop()
+        here = os.path.join(done, name)
+        if here in may_hang:
+            return os.path.normpath(os.path.join(here, *rest[::-1]))
+        if name == "..":
+            done = os.path.dirname(done)
+        elif name not in ("", ".") and os.path.islink(here):
+            links += 1
+            if links > 40:
+                raise OSError(f"{path}: its symbolic links lead nowhere")
+            target = os.readlink(here)
+            done = "/" if target.startswith("/") else done
+            rest += target.split("/")[::-1]
+        else:
+            done = os.path.normpath(here)
+    return done
+
+
+def read_processes(proc: Path) -> list[Process]:
+    """Return what runs, from Linux's ``/proc``; a zombie has ended and only waits for its parent to look."""
+    processes = []
+    for folder in proc.glob("[0-9]*"):
+        try:
+            # A process may call itself anything, parentheses and line breaks included.
+            fields = (folder / "stat").read_bytes().rpartition(b")")[2].decode().split()
+            arguments = (folder / "cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
+            uid = folder.stat().st_uid
+        except OSError:  # it has ended
+            continue
+        if arguments and fields[0] not in "ZX":
+            processes.append(Process(int(folder.name), uid, fields[19], fields[0] in "Tt", arguments))
+    return processes
+
+
+def processes_command() -> list[str]:
+    """Return the call that lists what runs, where there is no ``/proc``."""
+    return ["ps", "-axww", "-o", "pid=,uid=,stat=,lstart=,command="]
+
+
+def parse_processes(text: str) -> list[Process]:
+    """Return what the command above prints."""
+    processes = []
+    for line in text.splitlines():
+        fields = line.split()
+        if len(fields) >= 9 and "Z" not in fields[2]:
+            pid, uid, state = int(fields[0]), int(fields[1]), fields[2]
+            processes.append(Process(pid, uid, " ".join(fields[3:8]), "T" in state, fields[8:]))
+    return processes
+
+
+def users(path: str, proc: Path) -> list[str]:
+    """Return which of the user's processes are in ``path`` or have files open there, such as ``python3 (PID 7)``."""
+    found = []
+    for folder in proc.glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is somebody else's
+            held = [leads_to(link) for link in [folder / "cwd", *(folder / "fd").iterdir()]]
+            if any(each == path or each.startswith(f"{path}/") for each in held):
+                found.append(f"{(folder / 'comm').read_text(errors='replace').strip()} (PID {folder.name})")
+    return sorted(found)
+
+
+def leads_to(link: Path) -> str:
+    """Return what a link in ``/proc`` leads to, which is not touched; nothing if it is gone."""
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""

@@ -1,0 +1,115 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: link_folder
+short_description: Keep a folder of symbolic links, and nothing else in it
+author: mala.hpc_db contributors (@mala-project)
+description:
+  - Makes the links that are missing, corrects those that lead elsewhere, and removes the others.
+  - Never looks at what a link leads to, which may be a mount that hangs.
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
+options:
+  path:
+    description:
+      - The folder, an absolute path. It is made if need be, for the user alone.
+      - One that holds anything but links is refused.
+    type: path
+    required: true
+  links:
+    description: Where each link leads, an absolute path, by its name.
+    type: dict
+    required: true
+"""
+
+EXAMPLES = r"""
+- name: Show two folders as one
+  mala.hpc_db.link_folder:
+    path: ~/logs
+    links:
+      beryllium: /home/alice/be/logs
+      aluminium: /home/alice/al/logs
+"""
+
+RETURN = r"""
+before:
+  description: Where the links led before, by their names.
+  returned: success
+  type: dict
+"""
+
+import os
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+
+class Failed(Exception):
+    """The folder cannot be had; the message is for the user."""
+
+
+def look(folder: Path) -> dict[str, str]:
+    """Return where the links lead now."""
+    try:
+        return {name: os.readlink(folder / name) for name in sorted(os.listdir(folder))}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise Failed(f"path: {error.filename} is no link; give a folder of links, or a new one") from None
+
+
+def check_params(params: dict) -> None:
+    """Refuse what cannot be meant."""
+    if not os.path.isabs(params["path"]):
+        raise Failed(f"path: {params['path']!r} is not absolute; give a path that begins with / or ~")
+    for name, target in params["links"].items():
+        if "/" in name or name in ("", ".", ".."):
+            raise Failed(f"links: {name!r} cannot be the name of a link; allowed is a name without /")
+        if not os.path.isabs(str(target)):
+            raise Failed(f"links: {name} leads to {target!r}, which is not absolute; give a path that begins with /")
+
+
+def ensure_links(params: dict, check_mode: bool) -> dict:
+    """Bring the folder to the wanted state."""
+    check_params(params)
+    folder, wanted = Path(params["path"]), params["links"]
+    before = look(folder)
+    changed = before != wanted
+    if changed and not check_mode:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in before:
+            if before[name] != wanted.get(name):
+                (folder / name).unlink()
+        for name in wanted:
+            if before.get(name) != wanted[name]:
+                (folder / name).symlink_to(wanted[name])
+    return {"changed": changed, "before": before, "diff": {"before": before, "after": dict(sorted(wanted.items()))}}
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={"path": {"type": "path", "required": True}, "links": {"type": "dict", "required": True}},
+        supports_check_mode=True,
+    )
+    os.umask(0o077)
+    try:
+        result = ensure_links(module.params, module.check_mode)
+    except (Failed, OSError) as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

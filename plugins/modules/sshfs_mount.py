@@ -1,0 +1,607 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: sshfs_mount
+short_description: Keep a folder of a cluster mounted on the workstation
+description:
+  - Mounts a folder of another host with sshfs, for the user who runs the module and nobody else, and without root.
+  - A mount that was made here comes back by itself after the network was away. Meanwhile programs that use it get an
+    error after O(alive_interval) times (O(alive_count) + 1) + O(connect_timeout) seconds at most, so 14 s by default,
+    instead of hanging.
+  - A mount that is dead since sshfs was killed, that hangs, that is stacked upon another one or has other options than
+    wanted is taken away and made anew. What it is can be told without touching it, from the tables of mounts and of
+    processes; only a mount that was found to have all of these options is also asked, by a process of its own that
+    may be left behind.
+  - A folder that holds anything, and a mount of another kind or of another user, is refused, since the mount would hide
+    it. The mount point, and the folders above it, that the module has made are removed after unmounting.
+  - ssh is not asked for passwords, and refuses a host whose key is unknown or has changed, whatever its configuration
+    says. Otherwise C(~/.ssh/config) holds.
+  - What the options are given is used as it is or refused; no part of it can become another option or a command.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  path:
+    description: The mount point. It is made, with mode 0700, if it is not there. A leading C(~) is the user's home.
+    type: path
+    required: true
+  state:
+    description:
+      - V(mounted) mounts if need be.
+      - V(unmounted) unmounts, whatever is mounted there by sshfs.
+      - V(remounted) unmounts and mounts.
+    type: str
+    choices: [mounted, unmounted, remounted]
+    default: mounted
+  host:
+    description:
+      - The name or address of the host, or a name that C(~/.ssh/config) knows, as C(ansible_host) is.
+      - Needed unless O(state=unmounted).
+    type: str
+  folder:
+    description: The folder there, from the home directory if it does not begin with C(/).
+    type: str
+    default: "."
+  user:
+    description: The user there, as C(ansible_user) is; by default whom ssh takes.
+    type: str
+  port:
+    description: The port of sshd there, as C(ansible_port) is; by default what ssh takes.
+    type: int
+  identity_file:
+    description: The private key, as C(ansible_ssh_private_key_file) is; by default what ssh takes.
+    type: path
+  ssh_config:
+    description: A file that is read instead of C(~/.ssh/config).
+    type: path
+  proxy_jump:
+    description: The hosts to go through, the first one first, each as C([user@]host[:port]).
+    type: list
+    elements: str
+    default: []
+  ssh_arguments:
+    description:
+      - Further arguments of ssh in one line, as C(ansible_ssh_common_args) has them. The options above come before.
+      - Known are C(-F), C(-J), C(-i), C(-l), C(-p), C(-4), C(-6), C(-C), and C(-o) with C(AddressFamily),
+        C(CertificateFile), C(Compression), C(GlobalKnownHostsFile), C(GSSAPIAuthentication),
+        C(GSSAPIDelegateCredentials), C(HostKeyAlias), C(HostName), C(IdentitiesOnly), C(IdentityAgent),
+        C(IdentityFile), C(Port), C(PreferredAuthentications), C(ProxyJump), C(PubkeyAuthentication), C(User) and
+        C(UserKnownHostsFile).
+      - Left out is what a mount has its own values of, such as C(ServerAliveInterval) and C(StrictHostKeyChecking), or
+        has no use for, such as C(ControlPath) and C(-A).
+      - All others are refused, C(ProxyCommand) too. In O(ssh_config) it may be.
+    type: str
+    default: ""
+  share_connection:
+    description:
+      - Let ssh use a connection that it keeps open already (C(ControlMaster) in its configuration), as where each login
+        takes a one-time password.
+      - The mount then hangs, and ends, as that connection does.
+    type: bool
+    default: false
+  read_only:
+    description: Whether nothing can be changed through the mount.
+    type: bool
+    default: true
+  idmap:
+    description: V(user) shows the files of the user there as files of the user here, V(none) the numbers as they are.
+    type: str
+    choices: [user, none]
+    default: user
+  options:
+    description:
+      - Further options of sshfs. Known are C(auto_cache), C(follow_symlinks), C(noexec) and C(transform_symlinks),
+        which are true or false, C(compression) and C(dir_cache), which are yes or no, and C(dcache_timeout) in seconds.
+    type: dict
+    default: {}
+  alive_interval:
+    description: Seconds without a word from the host after which ssh asks whether it is there.
+    type: int
+    default: 3
+  alive_count:
+    description: How often in a row that may go unanswered before the connection is given up.
+    type: int
+    default: 2
+  connect_timeout:
+    description: Seconds that connecting may take, at first and again.
+    type: int
+    default: 5
+  timeout:
+    description: Seconds that mounting may take.
+    type: int
+    default: 30
+  force:
+    description:
+      - Unmount also while programs use the mount; what they have open there is lost to them.
+      - One that hangs is always taken away.
+    type: bool
+    default: false
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+requirements:
+  - sshfs 2.10 or newer (3.7.3 is tested), and FUSE
+"""
+
+EXAMPLES = r"""
+- name: See the logs of the runs on the cluster
+  mala.hpc_db.sshfs_mount:
+    path: ~/hemera5/logs
+    host: hemera5.fz-rossendorf.de
+    user: alice
+    folder: mala/logs
+  delegate_to: localhost
+
+- name: The same, by way of a gateway, as the inventory has it
+  mala.hpc_db.sshfs_mount:
+    path: ~/hemera5/logs
+    host: "{{ ansible_host | default(inventory_hostname) }}"
+    folder: mala/logs
+    ssh_arguments: "{{ ansible_ssh_common_args | default('') }}"  # such as -J alice@gate.example.org
+  delegate_to: localhost
+
+- name: See them no more
+  mala.hpc_db.sshfs_mount:
+    path: ~/hemera5/logs
+    state: unmounted
+  delegate_to: localhost
+"""
+
+RETURN = r"""
+mount_point:
+  description: The mount point without symbolic links, as the tables of mounts have it.
+  returned: success
+  type: str
+source:
+  description: What is, or would be, mounted there; null if nothing is.
+  returned: success
+  type: str
+found:
+  description:
+    - What there was before. V(none), V(mounted) as wanted, V(other) for a mount of something else or with other
+      options, V(dead) for one without its sshfs, V(hung), V(stacked) for several at once, V(leftover) for an sshfs
+      without its mount.
+  returned: success
+  type: str
+answers:
+  description:
+    - Whether the host answers through the mount. False if it does not just now, though the mount is there; it will
+      again by itself as soon as the host can be reached. Null if nothing is mounted.
+  returned: success
+  type: bool
+"""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import pwd
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from subprocess import DEVNULL, Popen, TimeoutExpired
+from typing import Callable, NamedTuple
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._mounts import (
+    Mount,
+    Process,
+    parse_mount,
+    parse_mountinfo,
+    parse_processes,
+    processes_command,
+    read_processes,
+    real_path,
+    users,
+)
+from ansible_collections.mala.hpc_db.plugins.module_utils._sshfs import (
+    Failed,
+    Refused,
+    Wanted,
+    check_path,
+    explain,
+    is_served_by,
+    mount_command,
+    plan,
+    try_command,
+    unmount_command,
+)
+
+# In a folder that this module made: which ones it made. The mount hides it.
+MARKER = ".made-by-mala.hpc_db"
+# Asks the host behind a mount; nothing between keeps an answer to this question.
+ASK = """
+import os, sys
+try:
+    os.statvfs(sys.argv[1])
+except OSError as error:
+    sys.exit(f"{error.errno} {error.strerror}")
+"""
+# Seconds in which an sshfs ends that has nothing to do any more, or was told to.
+PATIENCE = 3
+
+
+class Hung(Exception):
+    """A command did not end in time."""
+
+
+Run = Callable[[list[str], float], tuple[int, str]]
+
+
+class Machine(NamedTuple):
+    """This machine, as far as a mount is concerned."""
+
+    run: Run
+    find: Callable[[str], str | None]  # a program's path
+    kill: Callable[[int, int], None]
+    proc: Path  # there is none on macOS
+    fuse: Path
+    uid: int
+    user: str
+
+    def mounts(self) -> list[Mount]:
+        """Return everything that is mounted."""
+        table = self.proc / "self" / "mountinfo"
+        if table.exists():
+            return parse_mountinfo(table.read_text(errors="surrogateescape"))
+        return parse_mount(self.run(["mount"], 10)[1])
+
+    def processes(self) -> list[Process]:
+        """Return the user's processes."""
+        if self.proc.exists():
+            found = read_processes(self.proc)
+        else:
+            found = parse_processes(self.run(processes_command(), 10)[1])
+        return [each for each in found if each.uid == self.uid]
+
+
+class Found(NamedTuple):
+    """What is at a mount point."""
+
+    state: str
+    mounts: list[Mount]
+    servers: list[Process]
+
+
+def look(path: str, wanted: Wanted | None, machine: Machine) -> Found:
+    """Return what is at ``path``, from the tables only; raise Refused if it is nothing of ours."""
+    mounts = machine.mounts()
+    for mount in mounts:
+        if mount.is_sshfs and path.startswith(f"{mount.path}/"):
+            raise Refused(f"path: {path} lies inside of the mount {mount.path}; choose a folder outside of it")
+    here = [mount for mount in mounts if mount.path == path]
+    for mount in here:
+        if not mount.is_sshfs:
+            raise Refused(f"path: {mount.source} ({mount.kind}) is mounted at {path} already; choose another folder")
+        if mount.owner not in ("", str(machine.uid), machine.user):
+            raise Refused(f"path: another user has mounted {mount.source} at {path}; choose another folder")
+    sources: list[str | None] = [mount.source for mount in here] or [None]
+    servers = [
+        each for each in machine.processes() if any(is_served_by(each.arguments, source, path) for source in sources)
+    ]
+    return Found(judge(here, servers, wanted, path), here, servers)
+
+
+def judge(mounts: list[Mount], servers: list[Process], wanted: Wanted | None, path: str) -> str:
+    """Return the one word for mounts at a path and the processes that serve them."""
+    if not mounts:
+        return "leftover" if servers else "none"
+    if len(mounts) > 1 or len(servers) > 1:
+        return "stacked"
+    if not servers:
+        return "dead"
+    if servers[0].stopped:
+        return "hung"
+    as_wanted = wanted is None or arguments_of(servers[0]) == " ".join(mount_command("", wanted, path)[1:])
+    return "mounted" if as_wanted else "other"
+
+
+def arguments_of(server: Process) -> str:
+    """Return the arguments as one text: where they end is not known everywhere."""
+    return " ".join(server.arguments[1:])
+
+
+def ask(path: str, params: dict, machine: Machine) -> str:
+    """Return nothing if the host answers through the mount, ``hung``, ``dead``, or in other words why it does not."""
+    patience = params["alive_interval"] * (params["alive_count"] + 1) + params["connect_timeout"] + 10
+    try:
+        returncode, said = machine.run([sys.executable, "-c", ASK, path], patience)
+    except Hung:
+        return "hung"
+    code, _blank, words = said.strip().partition(" ")
+    if returncode and code == str(errno.ENOTCONN):
+        return "dead"
+    return words if returncode else ""
+
+
+# --- the folder
+
+
+def check_folder(path: str) -> None:
+    """Refuse a mount point that is no folder, or holds what a mount would hide."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise Refused(f"path: {path} is no folder")
+    names = sorted(set(os.listdir(path)) - {MARKER}) if os.path.isdir(path) else []
+    if names:
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        raise Refused(
+            f"path: {path} is not empty, and a mount would hide what is in it ({some}); "
+            "move that away or choose another folder"
+        )
+
+
+def make_folder(path: str) -> None:
+    """Make the mount point if it is not there, and remember which folders that took."""
+    missing, folder = [], path
+    while not os.path.isdir(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    if missing:
+        os.makedirs(path, mode=0o700)
+        Path(path, MARKER).write_text(json.dumps(missing), encoding="utf-8")
+
+
+def remove_folder(path: str) -> None:
+    """Remove what ``make_folder`` made, as far as nothing else has come there."""
+    try:
+        made = json.loads(Path(path, MARKER).read_text(encoding="utf-8"))
+    except OSError:
+        return
+    os.unlink(os.path.join(path, MARKER))
+    with suppress(OSError):
+        for folder in made:
+            os.rmdir(folder)
+
+
+@contextmanager
+def alone(path: str) -> Iterator[None]:
+    """Let only one run at a time work on the mount points in a folder: two at once would stack their mounts."""
+    folder = os.path.dirname(path)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems have no locks for folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# --- acting
+
+
+def mount(path: str, wanted: Wanted, params: dict, machine: Machine) -> None:
+    """Mount, and see that it is there."""
+    command = mount_command(find_sshfs(machine), wanted, path)
+    try:
+        returncode, said = machine.run(command, params["timeout"])
+        if returncode:
+            refused, words = machine.run(try_command(wanted), params["timeout"])
+            raise Failed(explain(words if refused else said, params["host"], wanted.source))
+    except Hung:
+        take_away(path, params, machine, by_force=True)
+        raise Failed(f"timeout: {params['host']} has not let sshfs in within {params['timeout']} s") from None
+    if look(path, wanted, machine).state != "mounted":
+        raise Failed(f"path: sshfs ended well, but {wanted.source} is not mounted at {path}")
+
+
+def take_away(path: str, params: dict, machine: Machine, by_force: bool) -> None:
+    """Unmount everything at ``path``, and see that no process of it is left: it might take the next mount away."""
+    program = find_unmount(machine)
+    found = look(path, None, machine)
+    lazily = False
+    for _layer in found.mounts:
+        try:
+            returncode, said = machine.run(unmount_command(program, path, lazily=False), 10)
+        except Hung:
+            returncode, said = 1, "busy"
+        if returncode and "busy" in said.lower() and not by_force and ask(path, params, machine) != "hung":
+            held = ", ".join(users(path, machine.proc)) or "programs"
+            raise Failed(f"path: {held} still use {path}; end that first, or unmount with force")
+        if returncode:
+            lazily = True
+            returncode, said = machine.run(unmount_command(program, path, lazily), 10)
+        if returncode:
+            raise Failed(f"path: {path} cannot be unmounted: {' '.join(said.split())}")
+    end(found.servers, machine, at_once=lazily or not found.mounts)
+    if look(path, None, machine).state != "none":
+        raise Failed(f"path: {path} is still mounted after it was unmounted")
+
+
+def end(servers: list[Process], machine: Machine, at_once: bool) -> None:
+    """End these processes: first they may by themselves, unless ``at_once``, then they are asked, then made to."""
+    for number in (*([] if at_once else [0]), signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + PATIENCE
+        left = still(servers, machine)
+        for each in left:
+            with suppress(ProcessLookupError):
+                machine.kill(each.pid, number)
+        while left and time.monotonic() < deadline:
+            time.sleep(0.05)
+            left = still(servers, machine)
+        if not left:
+            return
+    raise Failed(f"path: sshfs (PID {left[0].pid}) does not end")
+
+
+def still(servers: list[Process], machine: Machine) -> list[Process]:
+    """Return those that still run."""
+    known = {(each.pid, each.started) for each in servers}
+    return [each for each in machine.processes() if (each.pid, each.started) in known] if known else []
+
+
+def find_sshfs(machine: Machine) -> str:
+    """Return the path of sshfs; raise Refused if it, or what it needs, is missing."""
+    path = machine.find("sshfs")
+    copy = "; copying instead of mounting needs neither sshfs nor FUSE"
+    if not path:
+        raise Refused(
+            f"sshfs is not installed on {platform.node()}: install the package sshfs (on Fedora and RHEL fuse-sshfs, "
+            f"on macOS macFUSE and sshfs){copy}"
+        )
+    if machine.proc.exists() and not machine.fuse.exists():
+        raise Refused(
+            f"FUSE is missing on {platform.node()}, there is no {machine.fuse}: install the package fuse3; a container "
+            f"has to be given that device{copy}"
+        )
+    find_unmount(machine)
+    return path
+
+
+def find_unmount(machine: Machine) -> str:
+    """Return the path of the program that unmounts for a user."""
+    names = ["fusermount3", "fusermount"] if machine.proc.exists() else ["umount"]
+    found = [path for path in map(machine.find, names) if path]
+    if not found:
+        raise Refused(
+            f"{names[0]} is not installed on {platform.node()}: install the package fuse3; copying instead of mounting "
+            "needs neither sshfs nor FUSE"
+        )
+    return found[0]
+
+
+def ensure_mount(params: dict, machine: Machine, check_mode: bool) -> dict:
+    """Bring the mount to the wanted state."""
+    check_path(params["path"])
+    wanted = None if params["state"] == "unmounted" else plan(params)
+    path = real_path(params["path"], machine.mounts())
+    found = look(path, wanted, machine)
+    trouble = ""
+    if wanted:
+        find_sshfs(machine)
+        if not found.mounts:
+            check_folder(path)
+        if found.state == "mounted":
+            trouble = ask(path, params, machine)
+            found = found._replace(state=trouble if trouble in ("hung", "dead") else "mounted")
+    if params["state"] == "mounted":
+        changed = found.state != "mounted"
+    else:
+        # Left behind by a mount that a restart of the machine ended.
+        made = not found.mounts and os.path.exists(os.path.join(path, MARKER))
+        changed = bool(wanted) or found.state != "none" or made
+    if changed:
+        trouble = ""
+        if not check_mode:
+            bring(path, wanted, params, found, machine)
+    return {
+        "changed": changed,
+        "mount_point": path,  # not "path", of which Ansible adds what a stat() says
+        "source": wanted.source if wanted else None,
+        "found": found.state,
+        "answers": not trouble if wanted else None,
+        "warning": f"{path} is mounted, but {params['host']} does not answer just now: {trouble}" if trouble else None,
+        "diff": {
+            "before": "".join(
+                as_text(mount.source, path, arguments_of(found.servers[0]) if found.servers else "", found.state)
+                for mount in found.mounts
+            ),
+            "after": as_text(wanted.source, path, " ".join(mount_command("", wanted, path)[1:]), "mounted")
+            if wanted else "",
+        },
+    }
+
+
+def bring(path: str, wanted: Wanted | None, params: dict, found: Found, machine: Machine) -> None:
+    """Take away what is there and, if something is wanted, mount that."""
+    if wanted and not found.mounts:
+        make_folder(path)
+    try:
+        with alone(path):
+            now = look(path, wanted, machine)
+            if now.state == "mounted" and now.servers != found.servers and params["state"] == "mounted":
+                return  # another run has done it just now
+            take_away(path, params, machine, by_force=params["force"] or found.state in ("hung", "dead"))
+            if wanted:
+                check_folder(path)
+                make_folder(path)
+                mount(path, wanted, params, machine)
+    finally:
+        if not look(path, wanted, machine).mounts:
+            remove_folder(path)
+
+
+def as_text(source: str, path: str, arguments: str, state: str) -> str:
+    """Return a mount as text for a diff."""
+    options = [each.strip() for each in arguments.partition(f" {path}")[2].split(" -o ")]
+    return "".join(f"{line}\n" for line in [f"{source} on {path}: {state}", *(f"  {each}" for each in options if each)])
+
+
+def run_command(command: list[str], seconds: float) -> tuple[int, str]:
+    """Run a command; return its exit code and what it printed. Raise Hung if it has not ended in time.
+
+    Neither a program that stays in the background nor one that cannot even be killed is waited for.
+    """
+    environment = {**os.environ, "LC_ALL": "C", "SSH_ASKPASS_REQUIRE": "never"}
+    environment.pop("DISPLAY", None)  # where an older ssh would ask
+    with tempfile.TemporaryFile() as output:
+        process = Popen(
+            command, stdin=DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environment, cwd="/"
+        )
+        try:
+            returncode = process.wait(seconds)
+        except TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise Hung(f"{command[0]} has not ended within {seconds} s") from None
+        output.seek(0)
+        return returncode, output.read().decode(errors="replace")
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "path": {"type": "path", "required": True},
+            "state": {"type": "str", "choices": ["mounted", "unmounted", "remounted"], "default": "mounted"},
+            "host": {"type": "str"},
+            "folder": {"type": "str", "default": "."},
+            "user": {"type": "str"},
+            "port": {"type": "int"},
+            "identity_file": {"type": "path"},
+            "ssh_config": {"type": "path"},
+            "proxy_jump": {"type": "list", "elements": "str", "default": []},
+            "ssh_arguments": {"type": "str", "default": ""},
+            "share_connection": {"type": "bool", "default": False},
+            "read_only": {"type": "bool", "default": True},
+            "idmap": {"type": "str", "choices": ["user", "none"], "default": "user"},
+            "options": {"type": "dict", "default": {}},
+            "alive_interval": {"type": "int", "default": 3},
+            "alive_count": {"type": "int", "default": 2},
+            "connect_timeout": {"type": "int", "default": 5},
+            "timeout": {"type": "int", "default": 30},
+            "force": {"type": "bool", "default": False},
+        },
+        required_if=[("state", "mounted", ["host"]), ("state", "remounted", ["host"])],
+        supports_check_mode=True,
+    )
+    os.umask(0o077)
+    user = pwd.getpwuid(os.geteuid())
+    machine = Machine(
+        run_command, module.get_bin_path, os.kill, Path("/proc"), Path("/dev/fuse"), user.pw_uid, user.pw_name
+    )
+    try:
+        result = ensure_mount(module.params, machine, module.check_mode)
+    except (Refused, Failed, Hung, OSError) as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    warning = result.pop("warning")
+    if warning:
+        module.warn(warning)
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a job on a compute node writes, as TensorBoard on the workstation shows it, copied and mounted."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from urllib.parse import quote
+
+import pytest
+from browser import Browser
+from target import Target, Workstation
+
+# For whatever a job, TensorBoard or a page does: a loaded machine takes ten times as long as a quiet one.
+SECONDS = 120
+# Writes five values a turn, and waits for the next one.
+WRITE = """
+import os, sys, time
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+writers = [EventFileWriter(folder) for folder in sys.argv[1:]]
+for turn in range(1, 10):
+    while not os.path.exists(f"turn {turn}"):
+        time.sleep(0.1)
+    for step in range(5 * turn - 5, 5 * turn):
+        for number, writer in enumerate(writers):
+            value = Summary.Value(tag="loss", simple_value=1 / (step + 1 + number))
+            writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
+    for writer in writers:
+        writer.flush()
+    open(f"done {turn}", "w").close()
+"""
+# No shell and no option parser may take it for anything but a name.
+BERYLLIUM = "-x it's \"be\" $(touch canary) ;&"
+LOGS = [{"name": "beryllium", "path": f"~/{BERYLLIUM}/logs"}, {"name": "aluminium", "path": "~/aluminium"}]
+FOLDER = ".local/share/mala.hpc_db/mini/hpc_db/tensorboard"
+ASK = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=60).read().decode())"
+
+# How many colours there are in what was drawn last on each canvas, each of them at least a short line.
+COLOURS = """
+const most = canvas => {
+  const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext('2d');
+  copy.drawImage(canvas, 0, 0);
+  const {data} = copy.getImageData(0, 0, canvas.width, canvas.height), counts = {};
+  for (let i = 0; i < data.length; i += 4) {
+    const colour = [0, 1, 2].map(part => data[i + part] >> 5);
+    if (data[i + 3] > 200) counts[colour] = (counts[colour] || 0) + 1;
+  }
+  return Object.values(counts).filter(count => count > 30).length;
+};
+return Math.max(0, ...[...arguments].map(canvas => canvas.width && canvas.height ? most(canvas) : 0));
+"""
+
+
+@pytest.fixture(scope="module")
+def job(mini: Target) -> Iterator[Callable[[int], None]]:
+    """A job that writes into both folders; call it with 1, 2 and so on to have its next values written."""
+    packages = "tensorboard protobuf numpy absl-py packaging typing-extensions"
+    mini.run(f"pip3 install --quiet --no-index --find-links=/srv/wheels --no-deps --no-compile --target=lib {packages}")
+    folders = shlex.join([f"./{BERYLLIUM}/logs", "aluminium/first", "aluminium/second"])
+    mini.run(f"cat > write.py <<'EOF'\n{WRITE}\nEOF")
+    command = shlex.quote(f"PYTHONPATH=lib exec python3 write.py {folders}")
+    number = mini.run(f"sbatch --parsable --partition=work --mem=500M --output=write.log --wrap={command}")
+
+    def write(turn: int) -> None:
+        mini.run(f"touch 'turn {turn}'")
+        wait_for(lambda: mini.run(f"ls 'done {turn}' || ! cat write.log | grep Error") == f"done {turn}")
+
+    yield write
+    mini.run(f"scancel {number}")
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+
+
+class Page:
+    """TensorBoard's own interface for programs, on the workstation."""
+
+    def __init__(self, workstation: Workstation, played: str) -> None:
+        found = re.search(r"^TensorBoard shows [\w, ]+: (http://127\.0\.0\.1:\d+/)$", played, re.MULTILINE)
+        assert found, played
+        self.address = found[1]
+        self._workstation = workstation
+
+    def ask(self, path: str) -> dict:
+        return json.loads(self._workstation.run(shlex.join(["/usr/bin/python3", "-c", ASK, self.address + path])))
+
+    def runs(self) -> set[str]:
+        return {run for run, tags in self.ask("data/plugin/scalars/tags").items() if "loss" in tags}
+
+    def values(self, run: str) -> list[float]:
+        if run not in self.runs():
+            return []
+        found = self.ask(f"data/plugin/scalars/scalars?tag=loss&run={quote(run, safe='')}")
+        assert [step for _time, step, _value in found] == list(range(len(found)))
+        return [round(value, 4) for _time, _step, value in found]
+
+    def wait_for(self, turns: int) -> None:
+        """Wait until what the job has written in these turns is there, in each run."""
+        wanted = {
+            run: [round(1 / (step + 1 + number), 4) for step in range(5 * turns)]
+            for number, run in enumerate(["beryllium", "aluminium/first", "aluminium/second"])
+        }
+        wait_for(lambda: {run: self.values(run) for run in wanted} == wanted)
+        assert self.runs() == set(wanted)
+
+
+def play(workstation: Workstation, method: str, *options: str, **settings: object) -> str:
+    """Show the logs; return what was printed."""
+    usual = {"tensorboard_logs": LOGS, "tensorboard_method": method, "tensorboard_reload_interval": 1}
+    played = workstation.play("tensorboard", {**usual, **settings}, *options)
+    assert played.returncode == 0, played.stdout
+    return played.stdout
+
+
+def colours(chromium: Browser) -> int:
+    """Return how many lines of different colours a plot shows."""
+    return chromium.driver.execute_script(COLOURS, *chromium.find("line-chart canvas"))
+
+
+def left(workstation: Workstation) -> str:
+    """Return the processes and mounts of alice's there that should have gone."""
+    return workstation.run(
+        "ps -o args= -u alice | grep -E 'tensorboard|sshfs|rsync' | grep -v grep; grep sshfs /proc/self/mountinfo || :"
+    )
+
+
+def test_copy_brings_what_is_new(mini: Target, workstation: Workstation, job: Callable[[int], None]) -> None:
+    job(1)
+
+    assert " failed=0 " in play(workstation, "copy", "--check")
+    assert workstation.run("ls -d .local || :") == ""
+    shown = play(workstation, "copy")
+
+    assert re.search(r"^\[mini\] beryllium: 1 files, 0\.0 MB in \d+ s$", shown, re.MULTILINE), shown
+    assert re.search(r"^\[mini\] aluminium: 2 files, 0\.0 MB in \d+ s$", shown, re.MULTILINE), shown
+    page = Page(workstation, shown)
+    page.wait_for(1)
+    assert page.ask("data/environment")["window_title"] == "hpc_db on mini"
+
+    job(2)
+    assert Page(workstation, play(workstation, "copy")).address == page.address
+    page.wait_for(2)
+    assert re.search(r"^mini .* changed=0 ", play(workstation, "copy"), re.MULTILINE)
+    assert mini.run("find . -name canary") == workstation.run("find . -name canary") == ""
+
+
+def test_folders_of_this_machine_are_shown_where_they_are(workstation: Workstation) -> None:
+    workstation.run(f"mkdir own; cp -r {FOLDER}/copies/aluminium/first own")
+    logs = [{"name": "own", "path": "~/own"}]
+
+    page = Page(workstation, play(workstation, "mount", ansible_connection="local", tensorboard_logs=logs))
+
+    wait_for(lambda: page.runs() == {"own/first"})
+    assert "sshfs" not in left(workstation)
+
+
+def test_mount_shows_what_is_written(
+    workstation: Workstation, job: Callable[[int], None], browser: Callable[..., Browser]
+) -> None:
+    job(1)
+    job(2)
+    page = Page(workstation, play(workstation, "mount"))
+    page.wait_for(2)
+    chromium = browser(workstation)
+    chromium.open(page.address)
+    for text in ("beryllium", "aluminium/first", "loss"):
+        chromium.wait_for_text(text)
+    chromium.wait_for(lambda: colours(chromium) >= 3)
+
+    job(3)
+    page.wait_for(3)
+    again = play(workstation, "mount")
+    assert re.search(r"^mini .* changed=0 ", again, re.MULTILINE), again
+
+    chromium.open(page.address)
+    chromium.wait_for(lambda: colours(chromium) >= 3 and "0.0667" in chromium.text())  # of beryllium's step 14
+    chromium.screenshot("tensorboard")
+    assert all(address.startswith((page.address, "data:", "blob:")) for address in chromium.requests())
+
+
+def test_stop_leaves_nothing(workstation: Workstation) -> None:
+    play(workstation, "mount", tensorboard_logs=LOGS[:1])
+    found = left(workstation)
+    assert "/mounts/beryllium " in found and "tensorboard.main" in found
+    assert "/mounts/aluminium " not in found, found
+
+    stopped = workstation.play("tensorboard", {"tensorboard_state": "stopped"})
+
+    assert stopped.returncode == 0, stopped.stdout
+    assert left(workstation) == ""
+    kept = workstation.run(f"ls {FOLDER}; find {FOLDER}/logs -mindepth 1; find {FOLDER} ! -type l -perm /077")
+    # The last is TensorBoard's own, open to all inside of a folder that is closed.
+    wanted = ["copies", "logs", "python", "tensorboard.json", "tensorboard.log", f"{FOLDER}/.tensorboard-info"]
+    assert kept.split() == wanted
+    again = workstation.play("tensorboard", {"tensorboard_state": "stopped"})
+    assert re.search(r"^mini .* changed=0 .* failed=0 ", again.stdout, re.MULTILINE), again.stdout
