@@ -15,6 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from itertools import accumulate
 from typing import Any, Callable, NamedTuple
 
@@ -22,6 +23,8 @@ from typing import Any, Callable, NamedTuple
 MOST_POINTS = 5000
 MOST_LINES = 500
 MOST_CURVES = 100
+# Optuna copies all of a study once for each parameter whose importance it draws.
+MOST_COMPARED = 2000
 MOST_PARAMETERS = 12
 
 STATES = {"COMPLETE": "#2a7f62", "PRUNED": "#d08c1d", "FAIL": "#b3373c"}
@@ -65,9 +68,9 @@ def rebuild(exported: dict[str, Any], trials: Iterable[dict[str, Any]]) -> Any:
     """Return a study in memory with these trials of the exported one, and their numbers if these are all."""
     import optuna
 
+    distributions = [literal_distribution(text) for text in exported["distributions"]]
     study = optuna.create_study(directions=exported["directions"])
-    study.add_trials(rebuild_trial(trial, [literal_distribution(text) for text in exported["distributions"]])
-                     for trial in trials)
+    study.add_trials(rebuild_trial(trial, distributions) for trial in trials)
     return study
 
 
@@ -132,21 +135,21 @@ def figures_of(exported: dict[str, Any]) -> list[Figure]:
         return []
     study = rebuild(exported, exported["trials"])
     wanted: list[tuple[str, Callable[[], tuple[Any, str]]]] = [
-        ("Trials over time", lambda: trials_over_time(exported)),
+        ("Trials over time", partial(trials_over_time, exported)),
     ]
     if complete_trials(exported):
         several = len(exported["directions"]) > 1
         for number, name in enumerate(objectives(exported)):
             of = f" of {html.unescape(name)}" if several else ""
             wanted += [
-                (f"Optimization history{of}", lambda number=number: history(exported, study, number)),
-                (f"Parameter importances{of}", lambda number=number: importances(exported, study, number)),
+                (f"Optimisation history{of}", partial(history, exported, study, number)),
+                (f"Parameter importances{of}", partial(importances, exported, number)),
             ]
-        wanted.append(("Parallel coordinates", lambda: parallel_coordinates(exported)))
+        wanted.append(("Parallel coordinates", partial(parallel_coordinates, exported)))
         if len(exported["directions"]) in (2, 3):
-            wanted.append(("Pareto front", lambda: pareto_front(exported)))
+            wanted.append(("Pareto front", partial(pareto_front, exported)))
     if any(trial["intermediate"] for trial in exported["trials"]):
-        wanted.append(("Intermediate values", lambda: intermediate_values(exported)))
+        wanted.append(("Intermediate values", partial(intermediate_values, exported)))
     return [draw(title, plot) for title, plot in wanted]
 
 
@@ -206,18 +209,23 @@ def new_best(points: list[tuple], exported: dict[str, Any], objective: int) -> s
     return {points[index][0] for index in range(1, len(points)) if until[index] != until[index - 1]}
 
 
-def importances(exported: dict[str, Any], study: Any, objective: int) -> tuple[Any, str]:
+def importances(exported: dict[str, Any], objective: int) -> tuple[Any, str]:
     """How much each parameter matters for the best tenth of the trials."""
     import optuna
 
     sign = 1 if exported["directions"][objective] == "minimize" else -1
     several = len(exported["directions"]) > 1
+    ranked = best_first(exported, objective)
+    chosen = evenly(ranked, MOST_COMPARED)
     figure = optuna.visualization.plot_param_importances(
-        study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
+        rebuild(exported, chosen), evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
         target=(lambda trial: sign * trial.values[objective]) if several else None,
         target_name=objectives(exported)[objective],
     )
-    return figure, "By PED-ANOVA: how much a parameter decides whether a trial is among the best tenth."
+    note = "By PED-ANOVA: how much a parameter decides whether a trial is among the best tenth."
+    if len(chosen) < len(ranked):
+        note += f" {len(chosen)} of {len(ranked)} trials are compared, evenly from the best to the worst."
+    return figure, note
 
 
 def parallel_coordinates(exported: dict[str, Any]) -> tuple[Any, str]:

@@ -147,7 +147,7 @@ def outages(log: dict[str, Any], until: float) -> str:
     told = f"As log/job.log of the instance tells since {when(log['since'])}. "
     told += "A server that is killed says nothing: then only its successor's first line is known."
     if not rows:
-        return note(told) + note("None.")
+        return note(f"{told} It tells of no outage.")
     return note(told) + table(sorted(rows), ("from", "until", "for", "", "what the server said"))
 
 

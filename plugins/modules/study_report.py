@@ -13,7 +13,7 @@ description:
   - Draws what M(mala.hpc_db.study_trials) has exported by C(optuna.visualization), into one file with all that it
     needs, so that it can be opened without a network, and mailed.
   - Of many trials it draws some, and says how many. Importances are those of PED-ANOVA, which needs no scikit-learn.
-  - The file is left as it is while nothing has changed but the time that is left and the free disk space.
+  - The file is left as it is while nothing has changed but the time that is left and the space that is used.
 author: mala.hpc_db contributors (@mala-project)
 options:
   path:
@@ -122,13 +122,13 @@ def present_mark(path: str) -> str:
 
 
 def digest_of(status: dict[str, Any], held: dict[str, Any]) -> str:
-    """Return what tells one report from another: all but what passes by itself, and how it is drawn."""
+    """Return what tells one report from another: all but what changes by itself, and how it is drawn."""
     lasting = {**status, "read": None, "disk": None}
     if status["job"]:
         lasting["job"] = {**status["job"], "time_left": None}
     if status["server"]:
         connections = {name: status["server"]["connections"][name] for name in ("used", "max", "clients")}
-        lasting["server"] = {**status["server"], "connections": connections}
+        lasting["server"] = connections
     parts = [inspect.getsource(_figures), inspect.getsource(_report), json.dumps([lasting, held], sort_keys=True)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 

@@ -74,6 +74,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
 
 DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
+STUDIES = "SELECT study_name FROM studies ORDER BY study_name"
 
 
 def seconds(time: datetime.datetime | None) -> float | None:
@@ -120,37 +121,37 @@ def export_study(database: str, study: Any) -> dict[str, Any]:
         "database": database,
         "name": study.study_name,
         "directions": [direction.name.lower() for direction in study.directions],
-        "metrics": study.metric_names,
+        "metrics": getattr(study, "metric_names", None),  # since Optuna 3.4
         "attributes": study.user_attrs,
         "distributions": list(numbers),
         "trials": trials,
     }
 
 
-def problem_with(params: dict, database: str) -> str | None:
-    """Return why Optuna cannot read a database, empty if it can; None if there are no studies.
+def look_into(params: dict, database: str) -> tuple[list[str], str]:
+    """Return the names of the studies in a database, and why Optuna cannot read them; empty if it can.
 
     Optuna would make its tables where there are none.
     """
     with _connection.connect(params, database) as connection:
         if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
-            return None
-        versions = _connection.rows(connection, _optuna.SCHEMA)
+            return [], ""
+        schemas = [_optuna.Schema(*row) for row in _connection.rows(connection, _optuna.SCHEMA)]
+        names = [name for name, in _connection.rows(connection, STUDIES)]
     optuna = _optuna.installed_optuna()
     if optuna is None:
         raise _connection.Unreachable(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
-    return _optuna.mismatch(database, _optuna.Schema(*versions[0]), optuna) if versions else None
+    return names, _optuna.mismatch(database, schemas[0], optuna) if schemas else ""
 
 
-def read_database(params: dict, database: str) -> list[dict[str, Any]]:
-    """Return all studies of a database."""
+def read_studies(params: dict, database: str, names: list[str]) -> list[dict[str, Any]]:
+    """Return studies of a database."""
     try:
         import optuna
     except ImportError as error:
         raise _connection.Unreachable(_connection.not_importable("optuna", error)) from None
     try:
         storage = optuna.storages.RDBStorage(_connection.storage_url(params, database))
-        names = sorted(optuna.get_all_study_names(storage))
         return [export_study(database, optuna.load_study(study_name=name, storage=storage)) for name in names]
     except Exception as error:  # whatever Optuna, SQLAlchemy and psycopg2 raise
         raise _connection.Unreachable(f"database {database}: Optuna says: {' '.join(str(error).split())}") from None
@@ -160,12 +161,15 @@ def read_all(params: dict) -> dict[str, Any]:
     """Return all studies, and why some are missing."""
     with _connection.connect(params, params["database"]) as connection:
         databases = [name for name, in _connection.rows(connection, DATABASES)]
-    problems = {database: problem_with(params, database) for database in databases}
-    readable = [database for database, problem in problems.items() if problem == ""]
-    return {
-        "studies": [study for database in readable for study in read_database(params, database)],
-        "problems": [problem for problem in problems.values() if problem],
-    }
+    studies: list[dict[str, Any]] = []
+    problems = []
+    for database in databases:
+        names, problem = look_into(params, database)
+        if problem:
+            problems.append(f"{problem}; its studies are not shown: {', '.join(names)}")
+        elif names:
+            studies += read_studies(params, database, names)
+    return {"studies": studies, "problems": problems}
 
 
 def ensure_exported(params: dict, check_mode: bool) -> dict[str, Any]:

@@ -85,9 +85,18 @@ MODULES: dict[str, dict[str, Any]] = {
     "reading_role": {**SERVER, "role": "reader", "writer": "study", "databases": ["mala"]},
     "role_passwords": {**SERVER, "database": "postgres", "roles": ["study"]},
     "server_info": {**SERVER, "database": "postgres"},
+    "server_log_info": {"root": "FOLDER/root"},
     "short_job": {
         **JOB, "script": "FOLDER/root/job.sh", "output": "FOLDER/root/out", "options": {"partition": "work"},
     },
+    "study_report": {
+        "path": "FOLDER/report.html", "trials": "FOLDER/trials.json.gz", "status": {
+            "instance": "mine", "cluster": "mini", "url": "postgresql://", "source": "", "read": 0, "job": None,
+            "endpoint": None, "state": None, "disk": None, "server": None,
+            "log": {"since": None, "serving": False, "outages": [], "troubles": []},
+        },
+    },
+    "study_trials": {**SERVER, "database": "postgres", "path": "FOLDER/trials.json.gz"},
     "upgrade_data": {"root": "FOLDER/root", "major": 18, "patience": 1},
 }
 

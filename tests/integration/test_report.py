@@ -1,0 +1,154 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The report of real studies, in a real browser without a network. PostgreSQL is Debian's."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from browser import Browser
+from selenium.common.exceptions import NoAlertPresentException
+from target import ROOT, Target
+
+NAME = f"it{os.getpid()}"
+HOSTILE = "<script>alert(1)</script>"
+
+WORK = """
+import optuna
+storage = "postgresql+psycopg2:///?service={name}"
+hostile = {hostile!r}
+
+def objective(trial):
+    x = trial.suggest_float("x<b>", -1, 1)
+    kind = trial.suggest_categorical("kind", ["plain", hostile, None, 3])
+    if kind == "plain":
+        trial.suggest_int("only plain", 1, 9, log=True)
+    trial.set_user_attr("note", hostile)
+    for step in range(3):
+        trial.report(float("nan") if step == 1 else x, step)
+    if trial.number % 5 == 4:
+        raise optuna.TrialPruned
+    if trial.number % 7 == 6:
+        raise RuntimeError("no")
+    return float("inf") if trial.number == 7 else x ** 2
+
+study = optuna.create_study(storage=storage, study_name=hostile)
+study.optimize(objective, n_trials=40, catch=RuntimeError)
+study.ask().suggest_float("x<b>", -1, 1)
+study.enqueue_trial({{"x<b>": 0.5}})
+both = optuna.create_study(storage=storage, study_name="both", directions=["minimize", "maximize"])
+both.optimize(lambda trial: (trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)), n_trials=12)
+only = optuna.create_study(storage=storage, study_name="only failed")
+only.optimize(lambda trial: float("nan"), n_trials=2)
+optuna.create_study(storage=storage, study_name="empty")
+"""
+COUNTS = "42 trials: 28 complete, 4 fail, 8 pruned, 1 running, 1 waiting"
+
+
+@pytest.fixture(scope="module")
+def settings(bindir: Path, open_folder: Path) -> dict:
+    """Those of an instance with PostgreSQL of the system, and a workstation whose pip has a folder of wheels."""
+    (open_folder / "wheels").mkdir()
+    for wheel in (ROOT / ".cache" / "wheels").glob("*.whl"):
+        (open_folder / "wheels" / wheel.name).hardlink_to(wheel)
+    (open_folder / "bin").symlink_to(bindir)
+    return {
+        "server_dump_minutes": 0, "postgres_python_wheelhouse": str(open_folder / "wheels"),
+        "postgres_provider": "system", "postgres_bindir": str(open_folder / "bin"),
+        "postgres_major": int(bindir.parts[-2]), "report_root": str(open_folder / "work station"),
+    }
+
+
+@pytest.fixture(scope="module")
+def studies(here: Target, settings: dict) -> Target:
+    """A server with studies of all kinds."""
+    here.environment.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(ROOT / ".cache" / "wheels"))
+    played = here.play("hpc_db", settings)
+    assert played.returncode == 0, played.stdout
+    script = WORK.format(name=NAME, hostile=HOSTILE)
+    here.run(f"~/hpc_db/{NAME}/python/bin/python - 2>/dev/null <<'EOF'\n{script}\nEOF")
+    return here
+
+
+def report(target: Target, settings: dict, *options: str) -> tuple[Path, int]:
+    """Run the playbook; return the file that it names, and how many tasks have changed something."""
+    played = target.play("report", settings, *options)
+    assert played.returncode == 0, played.stdout
+    (file,) = re.findall(r"^(/.*\.html)$", played.stdout, re.MULTILINE)
+    return Path(file), int(re.findall(r" changed=(\d+) ", played.stdout)[-1])
+
+
+def look(browser: Browser, file: Path) -> str:
+    """Open the report without a network; return its text after a look that nothing else happened."""
+    browser.requests()
+    browser.complaints()
+    browser.go_offline()
+    browser.open(file.as_uri())
+    browser.wait_for_text("Running trials")
+    places = browser.driver.find_elements("css selector", ".plot")
+    for place in places:
+        browser.driver.execute_script("arguments[0].scrollIntoView()", place)
+        browser.wait_for_element(f"#{place.get_attribute('id')} .main-svg .trace")
+    with pytest.raises(NoAlertPresentException):
+        browser.driver.switch_to.alert  # noqa: B018
+    assert {address.partition(":")[0] for address in browser.requests()} <= {"file", "data", "blob"}
+    assert browser.complaints() == []
+    assert "cannot be drawn" not in browser.text()
+    return browser.text()
+
+
+@pytest.fixture(scope="module")
+def page(browser: Callable[..., Browser]) -> Browser:
+    return browser()
+
+
+def test_a_report_of_all_studies(studies: Target, settings: dict, page: Browser) -> None:
+    file, _changed = report(studies, settings)
+    text = look(page, file)
+
+    for said in (
+        f"studies/{HOSTILE}", COUNTS, "Trials that are complete with an infinite value, and not drawn: 1.",
+        "studies/both", "12 trials: 12 complete", "Pareto front", "Optimisation history of objective 1",
+        "studies/only failed", "2 trials: 2 fail", "No trial is complete with a finite value",
+        "studies/empty", "no trials yet", f"note = {HOSTILE}", "connections", "The studies are those of the server",
+    ):
+        assert said in text, (said, text)
+    assert len(page.driver.find_elements("css selector", "#plot-0-1 .point")) > 20
+    assert len(page.driver.find_elements("css selector", ".plot")) == 14
+    page.driver.execute_script("scrollTo(0, 0)")
+    page.screenshot("report", 1500)
+
+
+def test_the_report_is_the_user_s_and_without_a_password(studies: Target, settings: dict) -> None:
+    file = Path(settings["report_root"], f"{NAME}-report.html")
+    passwords = {line.rsplit(":", 1)[1] for line in studies.run(f"cat ~/hpc_db/{NAME}/secrets/pgpass").splitlines()}
+
+    assert (stat.S_IMODE(file.stat().st_mode), stat.S_IMODE(file.parent.stat().st_mode)) == (0o600, 0o700)
+    assert passwords and not any(password in file.read_text() for password in passwords)
+    assert studies.run(f"cd ~/hpc_db/{NAME}; ls -d .trials-* 2>/dev/null || echo none") == "none"
+
+
+def test_the_report_stays_as_it_is_while_nothing_changes(studies: Target, settings: dict) -> None:
+    file = Path(settings["report_root"], f"{NAME}-report.html")
+    before = file.stat().st_mtime_ns
+
+    assert report(studies, settings, "--check") == (file, 0)
+    assert file.stat().st_mtime_ns == before
+
+
+def test_without_a_server_the_studies_are_read_all_the_same(
+    studies: Target, settings: dict, page: Browser, tmp_path: Path
+) -> None:
+    assert studies.play("stop", settings).returncode == 0
+
+    text = look(page, report(studies, {**settings, "report_file": str(tmp_path / "mine.html")})[0])
+
+    assert "none in the queue: no server runs" in text
+    assert COUNTS in text
+    assert re.search(r"UTC not until now [\d:]+ away told to by SIGTERM", text), text
+
