@@ -192,7 +192,7 @@ def test_newest_dump_brings_back_what_was_there(studies: Studies, fetched: Path)
     kept = re.findall(r"^studies: 20 trials from newest; .* kept as the database (studies-\w+)$", said, re.MULTILINE)
     names = studies.psql("SELECT datname FROM pg_database WHERE datname LIKE 'studies%' ORDER BY 1").split()
     assert names == ["studies", *kept]
-    assert studies.psql("SELECT count(*) FROM trials") == "20"
+    assert studies.psql("SELECT count(*), has_table_privilege('reader', 'trials', 'SELECT') FROM trials") == "20|t"
     count = "psql -d \"service=$name user=$USER dbname={}\" -c 'SELECT count(*) FROM trials'"
     assert studies.shell(f"name={FIRST}; {count.format(kept[0])}") == "25"
 

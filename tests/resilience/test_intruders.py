@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 PROGRAMS = "/home/mallory/programs"
 RUN = f"PYTHONPATH={PROGRAMS} exec python3 -u {PROGRAMS}/"
 REFUSED = re.compile("no password supplied|no pg_hba.conf entry|server does not support SSL|Permission denied")
-ROLES = ["alice", "study", "postgres", "mallory"]
+ROLES = ["alice", "study", "reader", "postgres", "mallory"]
 DATABASES = ["alice", "mala", "second", "postgres", "template1"]
 
 

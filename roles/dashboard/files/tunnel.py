@@ -174,7 +174,7 @@ class Connection:
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
-                timeout=ANSWER_SECONDS, preexec_fn=die_with_parent,
+                timeout=ANSWER_SECONDS, preexec_fn=die_with_parent, check=False,
             )
         except subprocess.TimeoutExpired:
             raise Lost(f"{self._settings['host']} has not answered for {ANSWER_SECONDS:.0f} s") from None
