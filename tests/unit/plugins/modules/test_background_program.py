@@ -41,7 +41,8 @@ serve()
 
 
 def run(command, environment=None):
-    done = subprocess.run(command, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
+    variables = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if done.returncode and done.stderr:
         raise Failed(done.stderr.strip())
     return done.stdout

@@ -37,7 +37,7 @@ def trial(number, value=None, state="COMPLETE", start=0, complete=1, **held):
 
 @pytest.fixture
 def params(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_report, "render", lambda status, held, digest: page(status, held, digest))
+    monkeypatch.setattr(study_report, "render", page)
     return {"path": str(tmp_path / "report.html"), "trials": str(tmp_path / "trials"), "status": STATUS}
 
 

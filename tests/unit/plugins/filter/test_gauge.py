@@ -3,7 +3,7 @@
 """Bars that survive a log."""
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.filter.bar import bar
+from ansible_collections.mala.hpc_db.plugins.filter.gauge import gauge
 
 
 @pytest.mark.parametrize("parts, total, expected", [
@@ -17,8 +17,8 @@ from ansible_collections.mala.hpc_db.plugins.filter.bar import bar
     ({"#": 1, ">": 1}, 100, "[#>--------]"),
 ])
 def test_bar(parts, total, expected):
-    assert bar(parts, total, 10) == expected
+    assert gauge(parts, total, 10) == expected
 
 
 def test_a_bar_is_twenty_wide_unless_told():
-    assert bar(55, 100) == "[###########---------]"
+    assert gauge(55, 100) == "[###########---------]"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 DOCUMENTATION = r"""
-name: bar
+name: gauge
 short_description: A part of a whole as a bar of plain characters
 version_added: 0.1.0
 description:
@@ -31,11 +31,11 @@ options:
 EXAMPLES = r"""
 - name: Show how many connections are used
   ansible.builtin.debug:
-    msg: "{{ 55 | mala.hpc_db.bar(100) }}"  # [###########---------]
+    msg: "{{ 55 | mala.hpc_db.gauge(100) }}"  # [###########---------]
 
 - name: Show trials by state
   ansible.builtin.debug:
-    msg: "{{ {'#': 30, '>': 9, 'x': 1} | mala.hpc_db.bar(40) }}"  # [###############>>>>x]
+    msg: "{{ {'#': 30, '>': 9, 'x': 1} | mala.hpc_db.gauge(40) }}"  # [###############>>>>x]
 """
 
 RETURN = r"""
@@ -47,7 +47,7 @@ _value:
 EMPTY = "-"
 
 
-def bar(parts: float | dict[str, float], total: float, width: int = 20) -> str:
+def gauge(parts: float | dict[str, float], total: float, width: int = 20) -> str:
     """Return the bar."""
     counts = parts if isinstance(parts, dict) else {"#": parts}
     counts = {mark: min(count, total) for mark, count in counts.items() if count > 0 and total > 0}
@@ -65,4 +65,4 @@ class FilterModule:
 
     def filters(self) -> dict:
         """Return each filter by its name."""
-        return {"bar": bar}
+        return {"gauge": gauge}
