@@ -194,7 +194,10 @@ def plan(params: dict) -> Wanted:
         if value is not None:
             ssh_options[name] = check(setting, name, value, SSH_OPTIONS)
     config = params["ssh_config"] or config
-    if config and not (config.isprintable() and os.path.isfile(config)):
+    # To get to another host first, ssh writes this name into a command of a shell, as it is.
+    if config and not re.fullmatch(r"[\w./+@=,:-]+", config):
+        raise Refused(f"ssh_config: {config!r} is none that ssh can pass on; allowed are letters, digits and ./+@=,:_-")
+    if config and (not os.path.exists(config) or os.path.isdir(config)):
         raise Refused(f"ssh_config: there is no file {config!r}")
     file = ["-F", os.path.abspath(config)] if config else []
 
@@ -217,7 +220,11 @@ def remote_folder(folder: str) -> str:
 
 
 def connection(params: dict) -> dict[str, str]:
-    """Return the options of ssh that keep a mount from hanging, from asking, and from trusting a stranger."""
+    """Return the options of ssh that keep a mount from hanging, from asking, and from trusting a stranger.
+
+    Without the first three, and sshfs's ``reconnect``, a mount whose link was down hangs, also 40 s after the link is
+    back. With 3, 2 and 5 there is an error after 6.7 to 8.5 s, and it works 0.4 to 1.1 s after the link (sshfs 3.7.3).
+    """
     shared = {} if params["share_connection"] else {"ControlMaster": "no", "ControlPath": "none"}
     return {
         "ServerAliveInterval": str(params["alive_interval"]), "ServerAliveCountMax": str(params["alive_count"]),

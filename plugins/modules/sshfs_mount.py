@@ -228,7 +228,7 @@ import os, sys
 try:
     os.statvfs(sys.argv[1])
 except OSError as error:
-    sys.exit(f"{error.errno} {error.strerror}")
+    raise SystemExit(f"{error.errno} {error.strerror}")
 """
 # Seconds in which an sshfs ends that has nothing to do any more, or was told to.
 PATIENCE = 3
@@ -424,18 +424,16 @@ def take_away(path: str, params: dict, machine: Machine, by_force: bool) -> None
 
 def end(servers: list[Process], machine: Machine, at_once: bool) -> None:
     """End these processes: first they may by themselves, unless ``at_once``, then they are asked, then made to."""
+    left = servers
     for number in (*([] if at_once else [0]), signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + PATIENCE
-        left = still(servers, machine)
-        for each in left:
+        for each in still(left, machine):
             with suppress(ProcessLookupError):
                 machine.kill(each.pid, number)
-        while left and time.monotonic() < deadline:
+        deadline = time.monotonic() + PATIENCE
+        while (left := still(left, machine)) and time.monotonic() < deadline:
             time.sleep(0.05)
-            left = still(servers, machine)
-        if not left:
-            return
-    raise Failed(f"path: sshfs (PID {left[0].pid}) does not end")
+    if left:
+        raise Failed(f"path: sshfs (PID {left[0].pid}) does not end")
 
 
 def still(servers: list[Process], machine: Machine) -> list[Process]:

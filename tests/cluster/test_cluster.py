@@ -166,6 +166,9 @@ def test_down_leaves_nothing(another: Cluster) -> None:
             another("exec", host, "--", "readlink", *NAMESPACES).splitlines()}
     assert len(used - namespaces(Path("/proc/self"))) == 4 * len(NAMESPACES)
     assert machine() == before
+    there = set(os.listdir("/usr/share"))
+    assert all(set(another("exec", host, "--", "ls", "-A", "/srv/share").splitlines()) == there
+               for host in ("login", "c1", "workstation"))
     session = subprocess.Popen(["ssh", "-F", another.state / "ssh_config", "login", "echo in; sleep 60"],
                                stdout=subprocess.PIPE)
     assert session.stdout and session.stdout.readline() == b"in\n"

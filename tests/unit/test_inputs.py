@@ -89,6 +89,11 @@ MODULES: dict[str, dict[str, Any]] = {
     "short_job": {
         **JOB, "script": "FOLDER/root/job.sh", "output": "FOLDER/root/out", "options": {"partition": "work"},
     },
+    "sshfs_mount": {
+        "path": "FOLDER/new/mount", "host": "127.0.0.1", "port": 1, "folder": "logs", "user": "alice", "timeout": 5,
+        "identity_file": "FOLDER/key", "ssh_config": "/dev/null", "proxy_jump": ["gate"],
+        "ssh_arguments": "-4", "options": {"dcache_timeout": "5"},
+    },
     "study_report": {
         "path": "FOLDER/report.html", "trials": "FOLDER/trials.json.gz", "status": {
             "instance": "mine", "cluster": "mini", "url": "postgresql://", "source": "", "read": 0, "job": None,
@@ -107,9 +112,11 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="inputs-"))
     for name in ("bin", "cwd", "root/host/hpc_db_host", "root/log"):
         (folder / name).mkdir(parents=True)
-    for name in ("conda", "initdb", "postgres", "python", "sbatch", "scancel", "sinfo", "squeue"):
+    programs = "conda fusermount3 initdb postgres python sbatch scancel sinfo squeue ssh sshfs"
+    for name in programs.split():
         (folder / "bin" / name).write_text("#!/bin/sh\necho 'not\ntoday' >&2\nexit 1\n")
         (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
     monkeypatch.chdir(folder / "cwd")
     was_root = os.geteuid() == 0
     if was_root:

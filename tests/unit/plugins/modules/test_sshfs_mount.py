@@ -413,10 +413,10 @@ def test_follows_the_inventory(fake, given, source, options, ssh):
 
 
 def test_reads_the_configuration_that_the_inventory_names(fake):
-    config = fake.folder / "ssh config,x"
+    config = fake.folder / "ssh_config,x"
     config.touch()
 
-    for given in ({"ssh_arguments": f"-F '{config}'"}, {"ssh_config": str(config), "ssh_arguments": "-F /nowhere"}):
+    for given in ({"ssh_arguments": f"-F {config}"}, {"ssh_config": str(config), "ssh_arguments": "-F /nowhere"}):
         wanted = plan(settings(fake, **given))
         assert wanted.options[:2] == ["-F", str(config)] and wanted.ssh[:2] == ["-F", str(config)]
 
@@ -441,6 +441,7 @@ def test_refuses_what_could_be_an_option_or_a_command(fake, name, text):
     ({"identity_file": '/a",ProxyCommand=x'}, "^identity_file: "),
     ({"identity_file": "/a%h"}, "^identity_file: "),
     ({"ssh_config": "/nowhere"}, "^ssh_config: there is no file '/nowhere'"),
+    ({"ssh_config": "/etc/passwd; touch x"}, "^ssh_config: .* is none that ssh can pass on"),
     ({"port": 0}, "^port: .*1 to 65535"),
     ({"timeout": 0}, "^timeout: 0 is too little"),
     ({"options": {"allow_other": True}}, "^options: 'allow_other' is not among .* auto_cache, compression,"),
