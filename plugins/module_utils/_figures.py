@@ -285,11 +285,13 @@ def running_over_time(studies: list[dict[str, Any]], log: dict[str, Any], until:
     def plot() -> tuple[Any, str]:
         figure = graph_objects.Figure()
         notes = []
+        most = 0
         for study, colour in zip(studies, COLOURS * len(studies)):
             steps = running_steps(study["trials"], until)
             if len(steps) > MOST_POINTS:
                 notes.append(f"Of a study's {len(steps)} steps {MOST_POINTS} are drawn, each the highest of several.")
             points = highest(steps, MOST_POINTS)
+            most = max([most, *(number for _when, number in points)])
             name = literal(f"{study['database']}/{study['name']}")
             figure.add_scatter(
                 x=[stamp(when) for when, _number in points], y=[number for _when, number in points], name=name,
@@ -300,6 +302,7 @@ def running_over_time(studies: list[dict[str, Any]], log: dict[str, Any], until:
             figure.add_vrect(x0=stamp(outage["began"]), x1=ends, fillcolor=OUTAGE, opacity=0.25, line_width=1,
                              line_color=OUTAGE)
         figure.update_layout(xaxis_title="UTC", yaxis_title="trials that run", showlegend=True)
+        figure.update_yaxes(rangemode="tozero", dtick=1 if most < 10 else None)
         notes.append("As the trials' own times say. Outages of the server are red.")
         return figure, " ".join(dict.fromkeys(notes))
 

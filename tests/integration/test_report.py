@@ -93,7 +93,7 @@ def look(browser: Browser, file: Path) -> str:
     places = browser.driver.find_elements("css selector", ".plot")
     for place in places:
         browser.driver.execute_script("arguments[0].scrollIntoView()", place)
-        browser.wait_for_element(f"#{place.get_attribute('id')} .main-svg .trace")
+        browser.wait_for(lambda place=place: place.find_elements("css selector", ".main-svg .trace"))
     with pytest.raises(NoAlertPresentException):
         browser.driver.switch_to.alert  # noqa: B018
     assert {address.partition(":")[0] for address in browser.requests()} <= {"file", "data", "blob"}

@@ -197,7 +197,7 @@ def test_local_scheduler_that_is_not_installed_yet_has_no_job(state, changed, tm
 
 
 def test_info_of_nothing(tmp_path):
-    found = look(params(root=tmp_path), FakeSlurm())
+    found = look(params(root=tmp_path / "none"), FakeSlurm())
 
     assert found == {
         "changed": False, "job": None, "endpoint": None, "state": None, "idle_nodes": None, "disk": None,

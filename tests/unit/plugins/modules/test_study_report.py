@@ -48,7 +48,8 @@ def page(status, held, digest="0" * 64):
 @pytest.mark.parametrize("check_mode", [False, True])
 def test_written_only_if_something_has_changed(check_mode, params, tmp_path):
     first = ensure_report(params, check_mode)
-    later = {**STATUS, "read": 2000, "disk": None, "job": {**JOB, "time_left": 1}}
+    held = {**SERVER, "databases": [], "connections": {**SERVER["connections"], "used": 3}}
+    later = {**STATUS, "read": 2000, "disk": None, "job": {**JOB, "time_left": 1}, "server": held}
     again = ensure_report({**params, "status": later}, check_mode)
 
     assert (first["changed"], again["changed"]) == (True, check_mode)
