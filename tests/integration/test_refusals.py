@@ -104,6 +104,7 @@ HOSTILE = [
     *[("instance_root", name) for name in ("relative", "-x")],
     *[("instance_cluster", name) for name in ("a\nb", "$(touch CANARY)", "")],
     *[("instance_study_role", name) for name in ("a\n", 'a"b', "pg_a", "\u03a9")],
+    *[("databases_reader_role", name) for name in ("a\n", 'a"b', "pg_a", "study", "")],
     *[("server_job_name", name) for name in ("a b", "-x", "a\n", "$(touch CANARY)", "\u03a9", "")],
     *[("server_python", name) for name in ("-c", "a\ntouch CANARY", "$(touch CANARY)", "")],
     *[("server_address", name) for name in ("a b", "c1\n[other]", "-x", "a,b")],
