@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from target import ROOT, Target
 
 WORK = """
@@ -51,6 +55,17 @@ def play_until(target: Target, task: int, end_with: signal.Signals) -> bool:
     return seen == task
 
 
+@pytest.fixture
+def nothing_left(here: Target) -> Iterator[None]:
+    """Ansible's own processes, in sessions of their own, may outlive a run that is killed, and wait for it for ever."""
+    yield
+    own = here.command("hpc_db")[2].encode()  # the option that names the test's inventory
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if own in (folder / "cmdline").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
+
+
 def run_python(target: Target, script: str) -> str:
     """Run a script with the instance's Python."""
     instance = target.variables["instance_name"]
@@ -58,6 +73,7 @@ def run_python(target: Target, script: str) -> str:
     return target.run(f"~/hpc_db/{instance}/python/bin/python - 2>/dev/null <<'EOF'\n{text}\nEOF")
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_interrupted_at_each_task_and_run_again(here: Target) -> None:
     before = here.files()
     checked = here.play("hpc_db", None, "--check")

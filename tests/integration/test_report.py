@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -53,9 +54,7 @@ COUNTS = "42 trials: 28 complete, 4 fail, 8 pruned, 1 running, 1 waiting"
 @pytest.fixture(scope="module")
 def settings(bindir: Path, open_folder: Path) -> dict:
     """Those of an instance with PostgreSQL of the system, and a workstation whose pip has a folder of wheels."""
-    (open_folder / "wheels").mkdir()
-    for wheel in (ROOT / ".cache" / "wheels").glob("*.whl"):
-        (open_folder / "wheels" / wheel.name).hardlink_to(wheel)
+    shutil.copytree(ROOT / ".cache" / "wheels", open_folder / "wheels")
     (open_folder / "bin").symlink_to(bindir)
     return {
         "server_dump_minutes": 0, "postgres_python_wheelhouse": str(open_folder / "wheels"),
