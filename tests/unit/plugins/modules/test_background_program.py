@@ -146,7 +146,7 @@ def test_check_mode_only_tells(state, running, changed, params):
 
 
 @pytest.mark.parametrize("command, message", [
-    ([sys.executable, "-S", "-c", "print('one\\n\\ntwo'); raise SystemExit('three')"],
+    ([sys.executable, "-S", "-c", "print('one\\n\\ntwo', flush=True); raise SystemExit('three')"],
      "^logs has ended at once: one; two; three$"),
     ([sys.executable, "-S", "-c", "pass"], "^logs has ended at once: .*logs.log is empty$"),
     (["/nowhere/program"], "^/nowhere/program: No such file or directory$"),
