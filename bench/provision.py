@@ -45,10 +45,11 @@ LONGEST = 600
 PARTITION = "work"
 STUDIES = [{"name": "studies", "studies": [{"name": "bench"}]}]
 # What is measured, in this order: what it is called in the page, and the playbook with its arguments.
-MANUAL, NEW, AGAIN, FACTS, START_UP = "manual", "new", "again", "facts", "start_up"
+MANUAL, NEW, AGAIN, CLOSELY, FACTS, START_UP = "manual", "new", "again", "closely", "facts", "start_up"
 PLAYS = {
     NEW: ("`hpc_db.yml` from nothing", ["hpc_db.yml"]),
     AGAIN: ("`hpc_db.yml` with nothing to do", ["hpc_db.yml"]),
+    CLOSELY: ("the same at every step (`server_look_closely`)", ["hpc_db.yml", "-e", "server_look_closely=true"]),
     "check": ("`hpc_db.yml --check`", ["hpc_db.yml", "--check"]),
     "status": ("`status.yml`", ["status.yml"]),
     FACTS: ("a play that gathers two facts", [str(BENCH / "facts.yml")]),
@@ -153,7 +154,7 @@ class Mini(Place):
         self.name, self.delay, self.state = f"mini+{delay}", delay, state
         self.inventories = [REPOSITORY / "molecule" / "default" / "inventory", folder / "mini.json"]
         self.inventories[1].write_text(json.dumps({"hpc_db": {"hosts": {"mini": {
-            "instance_name": "bench", "databases_studies": STUDIES,
+            "instance_name": "bench", "databases_studies": STUDIES, "server_look_closely": False,
         }}}}))
         self.environment["HPC_DB_CLUSTER"] = str(state)
         self.home = Path("/home/alice")
@@ -378,7 +379,7 @@ def profiles(results: dict[str, list[dict[str, Any]]]) -> str:
     """Return what most of the time goes to, in the last round at the last place."""
     place, rounds = list(results.items())[-1]
     text = ""
-    for name in (NEW, AGAIN):
+    for name in (NEW, CLOSELY):
         tasks = rounds[-1]["profiles"][name]
         there = [task for task in tasks if task["there"]]
         here = sum(task["wall"] for task in tasks if not task["there"])
