@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Needs Python 3.9 or newer and nothing else; everything it makes is below .venv and .cache.
 
-.PHONY: help setup demo lint sanity unit client molecule integration test soak bench mala clean
+.PHONY: help setup demo lint sanity unit client molecule integration test soak bench storage provision mala clean
 
 help:  ## show these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,9 +29,16 @@ test: setup  ## all of the above
 
 soak:  ## tests/client and tests/resilience as often as the targets in docs/reliability.md say: about two hours
 
-bench:  ## Optuna on every storage, with 1 to 1,000 workers: ten minutes, for docs/many_workers.md
+bench: storage provision  ## what the figures in docs/ come from: half an hour
+
+storage:  ## Optuna on every storage, with 1 to 1,000 workers: ten minutes, for docs/many_workers.md
 	@tools/setup bench
 	@tools/bench
+
+provision:  ## the playbooks beside the bare commands, for docs/performance.md
+	@tools/setup cluster
+	@[ "$$(id -u)" != 0 ] || tests/cluster/install-packages
+	@.venv/bin/python bench/provision.py docs/performance.md
 
 mala:  ## MALA itself, through a move of the server: some minutes, and 1.5 GB to install
 

@@ -84,6 +84,12 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def write_page(path: Path, text: str) -> None:
+    """Put a text between the marks of a page."""
+    page = path.read_text()
+    path.write_text(re.sub(f"{FROM}.*?{TO}", lambda _marks: f"{FROM}\n{text}{TO}", page, flags=re.DOTALL))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("figures", type=Path, help="what bench/storage.py has written")
@@ -97,8 +103,7 @@ def main() -> None:
         setting(content["machine"]), f"![Trials per second, workers that got in, and latency]({image.name})\n",
         table(results) + errors(results), "",
     ])
-    page = arguments.page.read_text()
-    arguments.page.write_text(re.sub(f"{FROM}.*?{TO}", lambda _marks: f"{FROM}\n{text}{TO}", page, flags=re.DOTALL))
+    write_page(arguments.page, text)
 
 
 if __name__ == "__main__":

