@@ -29,9 +29,10 @@ options:
     description: A checksum of everything that the last run was told.
     type: str
     required: true
-  study_role:
-    description: The role that owns the study databases.
-    type: str
+  roles:
+    description: The roles that the server has for studies, beside the owner's.
+    type: list
+    elements: str
     required: true
   databases:
     description: The study databases, with their studies.
@@ -81,7 +82,7 @@ EXAMPLES = r"""
     name: hpc_db
     root: ~/hpc_db/hpc_db
     fingerprint: "{{ settings | mala.hpc_db.fingerprint }}"
-    study_role: study
+    roles: [study, reader]
     databases:
       - name: studies
   register: seen
@@ -200,10 +201,12 @@ def served(params: dict, run: Run) -> dict | None:
 def questions(params: dict) -> str:
     """Return what psql is to ask: whatever the roles keep in the server."""
     names = ", ".join(literal(database["name"]) for database in params["databases"])
+    roles = ", ".join(literal(role) for role in params["roles"])
     asked = [
-        "SELECT rolname, rolsuper, rolcreatedb, rolcreaterole, rolcanlogin, rolreplication, rolbypassrls, rolpassword"
-        f" FROM pg_authid WHERE rolname IN ({literal(params['study_role'])}, current_user) ORDER BY 1",
-        "SELECT datname, pg_get_userbyid(datdba) FROM pg_database"
+        "SELECT rolname, rolsuper, rolcreatedb, rolcreaterole, rolcanlogin, rolreplication, rolbypassrls, rolconnlimit,"
+        " rolpassword, setconfig FROM pg_authid LEFT JOIN pg_db_role_setting ON setrole = pg_authid.oid"
+        f" WHERE rolname IN ({roles}, current_user) ORDER BY 1, setconfig",
+        "SELECT datname, pg_get_userbyid(datdba), datacl FROM pg_database"
         f" WHERE datname IN ({names}, current_user) ORDER BY 1",
     ]
     for database in params["databases"]:
@@ -211,6 +214,10 @@ def questions(params: dict) -> str:
             f"\\connect {database['name']}",
             "SELECT library_version, version_num FROM version_info, alembic_version",
             NOTES.strip(),
+            "SELECT nspacl FROM pg_namespace WHERE nspname = 'public'",
+            "SELECT defaclrole, defaclacl FROM pg_default_acl ORDER BY 1, defaclobjtype",
+            "SELECT relname, relacl FROM pg_class"
+            " WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' ORDER BY 1",
         ]
         studies = ", ".join(literal(study["name"]) for study in database["studies"])
         keys = ", ".join(sorted({literal(key) for study in database["studies"] for key in study["user_attributes"]}))
@@ -311,7 +318,7 @@ def main() -> None:
             ARGUMENT_SPEC,
             state={"type": "str", "choices": ["compared", "noted"], "default": "compared"},
             fingerprint={"type": "str", "required": True},
-            study_role={"type": "str", "required": True},
+            roles={"type": "list", "elements": "str", "required": True},
             databases={"type": "list", "elements": "dict", "required": True, "options": {
                 "name": {"type": "str", "required": True},
                 "studies": {"type": "list", "elements": "dict", "default": [], "options": study_options},

@@ -10,7 +10,7 @@ import pytest
 from ansible_collections.mala.hpc_db.plugins.modules.last_run import psql_command, questions, see_last_run
 
 PARAMS = {
-    "name": "hpc_db", "scheduler": "slurm", "bin_dir": None, "fingerprint": "one", "study_role": "study",
+    "name": "hpc_db", "scheduler": "slurm", "bin_dir": None, "fingerprint": "one", "roles": ["study", "reader"],
     "environment": None, "databases": [{"name": "studies", "studies": []}],
 }
 
