@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from ansible_collections.mala.hpc_db.plugins.module_utils._processes import stat_fields
+
 
 class Mount(NamedTuple):
     """One mount; several may be stacked at one path, the last of them on top."""
@@ -98,8 +100,7 @@ def read_processes(proc: Path) -> list[Process]:
     processes = []
     for folder in proc.glob("[0-9]*"):
         try:
-            # A process may call itself anything, parentheses and line breaks included.
-            fields = (folder / "stat").read_bytes().rpartition(b")")[2].decode().split()
+            fields = stat_fields((folder / "stat").read_bytes())
             arguments = (folder / "cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
             uid = folder.stat().st_uid
         except OSError:  # it has ended

@@ -48,6 +48,11 @@ def this_boot() -> str:
         return socket.gethostname()
 
 
+def stat_fields(stat: bytes) -> list[str]:
+    """Return what ``/proc/PID/stat`` has after the name: a process may call itself anything, parentheses included."""
+    return stat.rpartition(b")")[2].decode().split()
+
+
 def start_time(pid: int, run: Callable[[list[str]], str]) -> str:
     """Return when ``pid`` started, as a word to compare; nothing if it does not run.
 
@@ -56,8 +61,8 @@ def start_time(pid: int, run: Callable[[list[str]], str]) -> str:
     if not os.path.exists("/proc/self/stat"):  # macOS
         return run(["ps", "-o", "lstart=", "-p", str(pid)]).strip()
     try:
-        with open(f"/proc/{pid}/stat", "rb") as stream:  # a process may call itself anything
-            fields = stream.read().rpartition(b")")[2].decode().split()
+        with open(f"/proc/{pid}/stat", "rb") as stream:
+            fields = stat_fields(stream.read())
     except OSError:
         return ""
     # A zombie has ended, as soon as its last thread has: it only waits for its parent to look.

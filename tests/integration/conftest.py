@@ -70,6 +70,18 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
+def quick_settings(bindir: Path, open_folder: Path) -> dict:
+    """Those of an instance with PostgreSQL of the system, packages of a folder, and no dumps of its own."""
+    shutil.copytree(ROOT / ".cache" / "wheels", open_folder / "wheels")
+    (open_folder / "bin").symlink_to(bindir)
+    return {
+        "server_dump_minutes": 0, "postgres_python_wheelhouse": str(open_folder / "wheels"),
+        "postgres_provider": "system", "postgres_bindir": str(open_folder / "bin"),
+        "postgres_major": int(bindir.parts[-2]),
+    }
+
+
+@pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     """This machine, as an ordinary user: as root, one that is made for the tests."""
     settings: dict[str, object] = {"instance_name": f"it{os.getpid()}"}

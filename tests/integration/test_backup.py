@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
 import subprocess
 import zipfile
@@ -141,21 +140,9 @@ class Studies:
 
 
 @pytest.fixture(scope="module")
-def settings(bindir: Path, open_folder: Path) -> dict:
-    """Those of an instance without dumps but those that the tests make."""
-    shutil.copytree(ROOT / ".cache" / "wheels", open_folder / "wheels")
-    (open_folder / "bin").symlink_to(bindir)
-    return {
-        "server_dump_minutes": 0, "postgres_python_wheelhouse": str(open_folder / "wheels"),
-        "postgres_provider": "system", "postgres_bindir": str(open_folder / "bin"),
-        "postgres_major": int(bindir.parts[-2]),
-    }
-
-
-@pytest.fixture(scope="module")
-def studies(settings: dict, here: Target) -> Studies:
+def studies(quick_settings: dict, here: Target) -> Studies:
     # The folder of the settings is made first, so that the server ends before its programs go.
-    studies = Studies(here, FIRST, {**settings, "databases_studies": [{"name": "studies"}, {"name": "older"}]})
+    studies = Studies(here, FIRST, {**quick_settings, "databases_studies": [{"name": "studies"}, {"name": "older"}]})
     studies.work(20)
     return studies
 
@@ -198,11 +185,11 @@ def test_newest_dump_brings_back_what_was_there(studies: Studies, fetched: Path)
 
 
 def test_fetched_dump_brings_the_study_to_another_instance(
-    studies: Studies, here: Target, settings: dict, fetched: Path
+    studies: Studies, here: Target, quick_settings: dict, fetched: Path
 ) -> None:
     # What is installed is the same for both.
     here.run(f"cd ~/hpc_db; mkdir -m 700 {SECOND} {SECOND}/run; ln -s ../{FIRST}/python {SECOND}")
-    second = Studies(here, SECOND, settings)
+    second = Studies(here, SECOND, quick_settings)
     try:
         second.play("restore", restore_from=str(fetched))
 

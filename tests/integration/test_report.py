@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -52,15 +51,9 @@ COUNTS = "42 trials: 28 complete, 4 fail, 8 pruned, 1 running, 1 waiting"
 
 
 @pytest.fixture(scope="module")
-def settings(bindir: Path, open_folder: Path) -> dict:
-    """Those of an instance with PostgreSQL of the system, and a workstation whose pip has a folder of wheels."""
-    shutil.copytree(ROOT / ".cache" / "wheels", open_folder / "wheels")
-    (open_folder / "bin").symlink_to(bindir)
-    return {
-        "server_dump_minutes": 0, "postgres_python_wheelhouse": str(open_folder / "wheels"),
-        "postgres_provider": "system", "postgres_bindir": str(open_folder / "bin"),
-        "postgres_major": int(bindir.parts[-2]), "report_root": str(open_folder / "work station"),
-    }
+def settings(quick_settings: dict, open_folder: Path) -> dict:
+    """Those of the instance, and of a workstation whose folder has an unusual name."""
+    return {**quick_settings, "report_root": str(open_folder / "work station")}
 
 
 @pytest.fixture(scope="module")
