@@ -1,0 +1,67 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: ssh_settings
+short_description: What an inventory says of the connection to a host
+version_added: 0.1.0
+description:
+  - Gathers the settings of Ansible's own ssh connection, under whichever of their names they are given, for whatever
+    else on the workstation connects to that host.
+  - In a task that runs on the workstation these are the host's only in C(hostvars).
+author: mala.hpc_db contributors (@mala-project)
+options:
+  _input:
+    description: The host's variables, C(hostvars[inventory_hostname]).
+    type: dict
+    required: true
+"""
+
+EXAMPLES = r"""
+- name: Show how the host is reached
+  ansible.builtin.debug:
+    msg: "{{ hostvars[inventory_hostname] | mala.hpc_db.ssh_settings }}"
+"""
+
+RETURN = r"""
+_value:
+  description:
+    - C(local), whether it is this machine, without ssh; C(program), the ssh to call; C(host), its name or address.
+    - C(user), C(port) and C(identity_file), each V(null) where ssh is to choose; C(arguments), further ones, in one
+      line.
+  type: dict
+"""
+
+from collections.abc import Mapping
+
+LOCAL = ("local", "ansible.builtin.local")
+ARGUMENTS = ("ansible_ssh_args", "ansible_ssh_common_args", "ansible_ssh_extra_args")
+
+
+def ssh_settings(variables: Mapping) -> dict:
+    """Return the settings by what they are."""
+
+    def given(*names: str) -> object:
+        return next((variables[name] for name in names if variables.get(name) not in (None, "")), None)
+
+    return {
+        "local": given("ansible_connection") in LOCAL,
+        "program": given("ansible_ssh_executable") or "ssh",
+        "host": given("ansible_host", "ansible_ssh_host") or variables["inventory_hostname"],
+        "user": given("ansible_user", "ansible_ssh_user"),
+        "port": given("ansible_port", "ansible_ssh_port"),
+        "identity_file": given("ansible_private_key_file", "ansible_ssh_private_key_file"),
+        "arguments": " ".join(str(variables[name]).strip() for name in ARGUMENTS if variables.get(name)),
+    }
+
+
+class FilterModule:
+    """The filters of this file."""
+
+    def filters(self) -> dict:
+        """Return each filter by its name."""
+        return {"ssh_settings": ssh_settings}
