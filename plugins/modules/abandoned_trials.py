@@ -78,10 +78,10 @@ requeued:
   type: list
   elements: dict
   contains:
-    study:
+    study: &study
       description: The database and the study, with a slash between them.
       type: str
-    number:
+    number: &number
       description: The trial's number.
       type: int
     why:
@@ -96,12 +96,8 @@ left:
   type: list
   elements: dict
   contains:
-    study:
-      description: The database and the study, with a slash between them.
-      type: str
-    number:
-      description: The trial's number.
-      type: int
+    study: *study
+    number: *number
     why:
       description: Why it is left alone.
       type: str

@@ -93,7 +93,6 @@ kept:
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import time
@@ -103,6 +102,7 @@ from typing import Any, Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
 
 # The database in which others are created and renamed.
 MAINTENANCE = "postgres"
@@ -123,16 +123,6 @@ class Refused(Exception):
 
 class Failed(Exception):
     """It went wrong; the message is for the user."""
-
-
-def bindir_of(root: str) -> str:
-    """Return the folder of PostgreSQL's programs, as the hosting program has it."""
-    path = os.path.join(root, "host", "settings.json")
-    try:
-        with open(path, encoding="utf-8") as stream:
-            return json.load(stream)["bindir"]
-    except (OSError, ValueError, KeyError):
-        raise Refused(f"{path} is missing; run the playbook hpc_db.yml first") from None
 
 
 def conninfo(params: dict, database: str) -> str:
@@ -222,7 +212,7 @@ def now() -> str:
 
 def ensure_dumped(params: dict, run: Run, check_mode: bool) -> dict:
     """Make a dump. ``run`` takes an argument list and returns its stdout."""
-    bindir = bindir_of(params["root"])
+    bindir = read_settings(params["root"])["bindir"]
     folder = os.path.join(params["root"], "dumps")
     path = os.path.join(folder, f"{params['database']}-{now()}.dump")
     trials = None
@@ -270,7 +260,7 @@ def count(params: dict, database: str) -> tuple[int, int]:
 
 def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
     """Put a dump in the place of the database. ``run`` takes an argument list and returns its stdout."""
-    bindir, database = bindir_of(params["root"]), params["database"]
+    bindir, database = read_settings(params["root"])["bindir"], params["database"]
     path = params["file"]
     if path == "newest":
         path = newest_dump(os.path.join(params["root"], "dumps"), database)

@@ -90,6 +90,7 @@ import sys
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
 
 # What the old installation must still have.
 PROGRAMS = ["postgres", "psql", "pg_dump", "pg_restore"]
@@ -105,16 +106,6 @@ class Refused(Exception):
 
 class Failed(Exception):
     """It went wrong; the message is for the user."""
-
-
-def read_settings(root: str) -> dict:
-    """Return what the hosting program goes by."""
-    path = os.path.join(root, "host", "settings.json")
-    try:
-        with open(path, encoding="utf-8") as stream:
-            return json.load(stream)
-    except (OSError, ValueError):
-        raise Refused(f"{path} is missing; run the playbook hpc_db.yml first") from None
 
 
 def major_of(data: str) -> int | None:

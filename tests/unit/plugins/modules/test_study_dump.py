@@ -194,7 +194,7 @@ def test_instance_that_is_not_there_is_named(params, tmp_path):
     (tmp_path / "host" / "settings.json").unlink()
 
     for act in (ensure_dumped, ensure_restored):
-        with pytest.raises(Refused, match="settings.json is missing; run the playbook hpc_db.yml first"):
+        with pytest.raises(FileNotFoundError, match="settings.json is missing; run the playbook hpc_db.yml first"):
             act(params, lambda command: "", False)
 
 
