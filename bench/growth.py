@@ -26,8 +26,9 @@ from report import write_page
 
 NEW, MORE, AGAIN = STEPS = ("from nothing", "one more", "nothing to do")
 STUDIES, DATABASES, INSTANCES, WORKERS = "studies", "databases", "instances", "workers"
-QUICK = {STUDIES: (1, 10), DATABASES: (1, 2), INSTANCES: (1, 2), WORKERS: (10, 100)}
-WHOLE = {STUDIES: (1, 10, 100), DATABASES: (1, 10), INSTANCES: (1, 4, 8), WORKERS: (10, 100, 1000)}
+Counts = dict[str, tuple[int, ...]]
+QUICK: Counts = {STUDIES: (1, 10), DATABASES: (1, 2), INSTANCES: (1, 2), WORKERS: (10, 100)}
+WHOLE: Counts = {STUDIES: (1, 10, 100), DATABASES: (1, 10), INSTANCES: (1, 4, 8), WORKERS: (10, 100, 1000)}
 # What the time for more of a thing goes to.
 BOUNDS = {
     STUDIES: "one process makes them one after another, through Optuna, with a few commits each",
@@ -47,7 +48,7 @@ class Case(NamedTuple):
     """
 
     unit: str
-    count: int
+    number: int
     before: list[dict[str, Any]]
     after: list[dict[str, Any]]
 
@@ -64,7 +65,7 @@ def in_one_database(number: int) -> dict[str, Any]:
     return {"databases_studies": [{"name": "studies", "studies": studies(number)}]}
 
 
-def cases(counts: dict[str, tuple[int, ...]]) -> list[Case]:
+def cases(counts: Counts) -> list[Case]:
     """Return what is measured. One study is one database and one instance, too."""
     one = in_one_database(1)
     # Enough for as many workers as there may be, without a word about it.
@@ -87,7 +88,7 @@ def measure_case(place: Place, case: Case) -> dict[str, Figures]:
     place.describe(*case.after)
     figures[MORE], figures[AGAIN] = play(place), play(place)
     for step, figure in figures.items():
-        print(f"{case.count:5} {case.unit:9} {step:13} {figure.wall:7.2f} s  {figure.cpu:6.2f} s of CPU"
+        print(f"{case.number:5} {case.unit:9} {step:13} {figure.wall:7.2f} s  {figure.cpu:6.2f} s of CPU"
               f"  {figure[2:]}", flush=True)
     return figures
 
@@ -109,10 +110,10 @@ def round_of(place: Place, wanted: list[Case]) -> list[dict[str, Any]]:
     for case in wanted:
         figures = {step: figure._asdict() for step, figure in measure_case(place, case).items()}
         more = {"sizes": sizes(place)} if case.unit == WORKERS else {}
-        results.append({"unit": case.unit, "count": case.count, "figures": figures, **more})
+        results.append({"unit": case.unit, "number": case.number, "figures": figures, **more})
     place.clear()
     # What is first of its kind is all of them.
-    one = next(result for result in results if result["count"] == 1)
+    one = next(result for result in results if result["number"] == 1)
     return results + [{**one, "unit": unit} for unit in (DATABASES, INSTANCES)]
 
 
@@ -122,14 +123,14 @@ def round_of(place: Place, wanted: list[Case]) -> list[dict[str, Any]]:
 def median(rounds: list[list[dict[str, Any]]], unit: str, count: int, step: str, figure: str) -> float | None:
     values = [
         result["figures"][step][figure] for each in rounds for result in each
-        if (result["unit"], result["count"]) == (unit, count) and step in result["figures"]
+        if (result["unit"], result["number"]) == (unit, count) and step in result["figures"]
     ]
     return None if not values or None in values else statistics.median(values)
 
 
-def text_of(rounds: list[list[dict[str, Any]]], counts: dict[str, tuple[int, ...]], place: str, where: str) -> str:
+def text_of(rounds: list[list[dict[str, Any]]], counts: Counts, place: str, where: str) -> str:
     """Return the tables, as Markdown."""
-    often = "Medians of {}".format(len(rounds)) if len(rounds) > 1 else "Once"
+    often = f"Medians of {len(rounds)}" if len(rounds) > 1 else "Once"
     return "\n".join([
         f"{often}, at {place}, on {where}. In each cell: seconds, then CPU seconds on the workstation"
         f"{' + on the login node' if place != PLACES[0] else ', which is all of it'}.\n",
@@ -137,8 +138,8 @@ def text_of(rounds: list[list[dict[str, Any]]], counts: dict[str, tuple[int, ...
     ])
 
 
-def figures_table(rounds: list[list[dict[str, Any]]], counts: dict[str, tuple[int, ...]]) -> str:
-    lines = [("what there is", *STEPS), ("---", "---:", "---:", "---:")]
+def figures_table(rounds: list[list[dict[str, Any]]], counts: Counts) -> str:
+    lines: list[tuple[str, ...]] = [("what there is", *STEPS), ("---", "---:", "---:", "---:")]
     for unit, numbers in counts.items():
         for count in numbers:
             cells = [
@@ -156,9 +157,11 @@ def cell(values: list[float | None], digits: int) -> str:
     return f"{shown(wall, digits)} ({shown(here, digits)}{'' if there is None else f' + {shown(there, digits)}'})"
 
 
-def units_table(rounds: list[list[dict[str, Any]]], counts: dict[str, tuple[int, ...]]) -> str:
+def units_table(rounds: list[list[dict[str, Any]]], counts: Counts) -> str:
     """Return what the last of many costs more than the first: the cost a unit."""
-    lines = [("one more of", *STEPS, "what bounds it"), ("---", "---:", "---:", "---:", "---")]
+    lines: list[tuple[str, ...]] = [
+        ("one more of", *STEPS, "what bounds it"), ("---", "---:", "---:", "---:", "---"),
+    ]
     for unit, numbers in counts.items():
         cells = []
         for step in STEPS:
@@ -179,7 +182,7 @@ def workers_table(results: list[dict[str, Any]]) -> str:
     found = [result for result in results if result["unit"] == WORKERS]
     names = list(found[0]["sizes"])
     lines = [("`databases_workers`", *(f"`{name}`" for name in names)), ("---:", *("---:" for _name in names))]
-    lines += [(f"{result['count']:,}", *result["sizes"].values()) for result in found]
+    lines += [(f"{result['number']:,}", *result["sizes"].values()) for result in found]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -68,6 +68,11 @@ MODULES: dict[str, dict[str, Any]] = {
         "root": "FOLDER/new", "directories": ["conf"],
         "files": [{"path": "conf/a", "content": "a", "mode": "0600", "validate": ["FOLDER/bin/postgres", "{file}"]}],
     },
+    "last_run": {
+        **JOB, "state": "noted", "fingerprint": "a1", "roles": ["study"], "environment": "FOLDER/new", "databases": [
+            {"name": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}]},
+        ],
+    },
     "link_folder": {"path": "FOLDER/new/logs", "links": {"mine": "FOLDER/x"}},
     "optuna_study": {
         **SERVER, "database": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}],
