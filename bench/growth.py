@@ -105,8 +105,10 @@ def sizes(place: Place) -> dict[str, str]:
 
 
 def round_of(place: Place, wanted: list[Case]) -> list[dict[str, Any]]:
-    """Measure everything once."""
+    """Measure everything once; what is only read from the disk the first time is before that."""
     results = []
+    place.describe({})
+    play(place)
     for case in wanted:
         figures = {step: figure._asdict() for step, figure in measure_case(place, case).items()}
         more = {"sizes": sizes(place)} if case.unit == WORKERS else {}
@@ -146,7 +148,7 @@ def figures_table(rounds: list[list[dict[str, Any]]], counts: Counts) -> str:
                 cell([median(rounds, unit, count, step, figure) for figure in ("wall", "cpu", "cpu_there")], 1)
                 for step in STEPS
             ]
-            lines.append((f"{count:,} {unit}", *cells))
+            lines.append((f"{unit}: {count:,}", *cells))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -75,7 +75,9 @@ MODULES: dict[str, dict[str, Any]] = {
     },
     "link_folder": {"path": "FOLDER/new/logs", "links": {"mine": "FOLDER/x"}},
     "optuna_study": {
-        **SERVER, "database": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}],
+        **SERVER, "databases": [
+            {"name": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}]},
+        ],
     },
     "optuna_study_info": {**SERVER, "database": "mala"},
     "postgres_info": {"bindir": "FOLDER/bin"},
