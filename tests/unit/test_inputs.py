@@ -84,6 +84,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "python_env": {
         "path": "FOLDER/new/python", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"],
         "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels", "advice": "none",
+        "beside": [{"path": "FOLDER/new/rattler", "requirements": ["py-rattler"]}],
     },
     "python_env wheels": {
         "path": "FOLDER/new/wheels", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"], "layout": "wheels",
