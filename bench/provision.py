@@ -23,6 +23,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -236,7 +237,11 @@ def until(condition: Any) -> None:
 
 
 def bury_children_of_others() -> None:
-    """Have the processes that a run leaves behind become ours, so that what they have used is counted."""
+    """Have the processes that a run leaves behind become ours, so that what they have used is counted.
+
+    Whoever ends us has everything put away that was made.
+    """
+    signal.signal(signal.SIGTERM, lambda *_unused: sys.exit(1))
     if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         sys.exit(f"{Path(sys.argv[0]).name}: the kernel does not let it count what its children have left")
 
