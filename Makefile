@@ -29,7 +29,7 @@ test: setup  ## all of the above
 
 soak:  ## tests/client and tests/resilience as often as the targets in docs/reliability.md say: about two hours
 
-bench: storage provision  ## what the figures in docs/ come from: half an hour
+bench: storage provision  ## what the figures in docs/ come from: an hour
 
 storage:  ## Optuna on every storage, with 1 to 1,000 workers: ten minutes, for docs/many_workers.md
 	@tools/setup bench
@@ -39,6 +39,8 @@ provision:  ## the playbooks beside the bare commands, for docs/performance.md
 	@tools/setup cluster
 	@[ "$$(id -u)" != 0 ] || tests/cluster/install-packages
 	@.venv/bin/python bench/provision.py docs/performance.md
+	@.venv/bin/python bench/growth.py docs/performance.md
+	@.venv/bin/python bench/at_rest.py docs/performance.md
 
 mala:  ## MALA itself, through a move of the server: some minutes, and 1.5 GB to install
 

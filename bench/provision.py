@@ -23,6 +23,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -82,25 +83,36 @@ class Counters(NamedTuple):
 
 
 class Place:
-    """Where an instance is made: this machine, as a user who has nothing else."""
+    """Where instances are made: this machine, as a user who has nothing else."""
 
     name = "local"
     delay = 0
+    host = "localhost"
 
     def __init__(self, folder: Path, user: pwd.struct_passwd) -> None:
         self.user = user
         self.home = Path(user.pw_dir)
         self.inventories = [REPOSITORY / "inventories" / "local", folder / "local.json"]
-        self.inventories[1].write_text(json.dumps({"hpc_db": {"hosts": {"localhost": {
-            "instance_name": "bench", "databases_studies": STUDIES,
+        self.settings: dict[str, Any] = {
+            "ansible_connection": "local", "ansible_python_interpreter": "{{ ansible_playbook_python }}",
             "postgres_python_wheelhouse": str(CACHE / "wheels"),
-        }}}}))
+        }
         self.environment = {
             "HOME": user.pw_dir, "USER": user.pw_name, "PATH": PATH, "LANG": "C.UTF-8",
             "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_COLLECTIONS_PATH": str(CACHE / "collections"),
             "ANSIBLE_CALLBACK_PLUGINS": str(BENCH / "callback_plugins"), "ANSIBLE_CALLBACKS_ENABLED": "profile",
         }
+
+    def describe(self, *instances: dict[str, Any]) -> None:
+        """Have an inventory with one instance for each of these settings."""
+        hosts = {
+            f"{self.host}{number or ''}": {
+                **self.settings, "instance_name": f"bench{number or ''}", "databases_studies": STUDIES, **settings,
+            }
+            for number, settings in enumerate(instances)
+        }
+        self.inventories[1].write_text(json.dumps({"hpc_db": {"hosts": hosts}}))
 
     def manual(self) -> list[str]:
         return ["sh", str(BENCH / "manual.sh"), str(self.home / "manual"), str(CACHE / "wheels")]
@@ -120,7 +132,7 @@ class Place:
             extra_groups=None if mine else [],
         )
         if done.returncode:
-            sys.exit(f"provision.py: {shlex.join(command)} failed on {self.name}\n{done.stdout}")
+            sys.exit(f"{Path(sys.argv[0]).name}: {shlex.join(command)} failed on {self.name}\n{done.stdout}")
         return done.stdout
 
     def clear(self) -> None:
@@ -130,10 +142,15 @@ class Place:
             pid = (manual / "data" / "postmaster.pid").read_text().split()[0]
             os.kill(int(pid), 2)
             until(lambda: not Path("/proc", pid).exists() or reap())
-        if (self.home / "hpc_db" / "bench").exists():
+        instances = list((self.home / "hpc_db").glob("bench*"))
+        if instances:
             self.run(self.play(["stop.yml"]), HPC_DB_PROFILE=os.devnull)
-        for folder in (manual, self.home / "hpc_db" / "bench"):
+        for folder in (manual, *instances):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def shell(self, script: str) -> str:
+        """Run a shell script in the user's home directory there; return what it printed."""
+        return self.run(["sh", "-c", f"cd; {script}"])
 
     def disconnect(self) -> None:
         """End what an earlier run has left for the next one."""
@@ -149,13 +166,17 @@ class Place:
 class Mini(Place):
     """The mini cluster over ssh, with a cable of some length."""
 
+    host = "mini"
+
     def __init__(self, folder: Path, user: pwd.struct_passwd, state: Path, delay: int) -> None:
         super().__init__(folder, user)
         self.name, self.delay, self.state = f"mini+{delay}", delay, state
         self.inventories = [REPOSITORY / "molecule" / "default" / "inventory", folder / "mini.json"]
-        self.inventories[1].write_text(json.dumps({"hpc_db": {"hosts": {"mini": {
-            "instance_name": "bench", "databases_studies": STUDIES, "server_look_closely": False,
-        }}}}))
+        self.settings = {
+            "ansible_host": "login", "ansible_user": "alice", "ansible_python_interpreter": "/usr/bin/python3",
+            "ansible_ssh_common_args": f"-F {state}/ssh_config", "ansible_control_path_dir": f"{state}/control",
+            "server_look_closely": False,
+        }
         self.environment["HPC_DB_CLUSTER"] = str(state)
         self.home = Path("/home/alice")
 
@@ -171,9 +192,9 @@ class Mini(Place):
 
     def clear(self) -> None:
         empty = "scancel --me; while squeue --me -h | grep -q .; do sleep 0.1; done"
-        self._there(f"{empty}; rm -rf manual hpc_db .pg_service.conf")
+        self.shell(f"{empty}; rm -rf manual hpc_db .pg_service.conf")
 
-    def _there(self, script: str) -> str:
+    def shell(self, script: str) -> str:
         return self._cluster("exec", "login", "--user", "alice", "--", "sh", "-c", script)
 
     def disconnect(self) -> None:
@@ -201,8 +222,8 @@ class Mini(Place):
     def start_up(self) -> tuple[float, float] | None:
         if self.delay:
             return None
-        self._there("scancel --me; while squeue --me -h | grep -q .; do sleep 0.1; done")
-        said = self._there(f"python3 /srv/bench/start_up.py hpc_db/bench {PARTITION}")
+        self.shell("scancel --me; while squeue --me -h | grep -q .; do sleep 0.1; done")
+        said = self.shell(f"python3 /srv/bench/start_up.py hpc_db/bench {PARTITION}")
         empty, server = said.split()
         return float(empty), float(server)
 
@@ -211,8 +232,18 @@ def until(condition: Any) -> None:
     limit = time.monotonic() + 60
     while not condition():
         if time.monotonic() > limit:
-            sys.exit("provision.py: a server does not end")
+            sys.exit(f"{Path(sys.argv[0]).name}: a server does not end")
         time.sleep(0.05)
+
+
+def bury_children_of_others() -> None:
+    """Have the processes that a run leaves behind become ours, so that what they have used is counted.
+
+    Whoever ends us has everything put away that was made.
+    """
+    signal.signal(signal.SIGTERM, lambda *_unused: sys.exit(1))
+    if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        sys.exit(f"{Path(sys.argv[0]).name}: the kernel does not let it count what its children have left")
 
 
 def reap() -> bool:
@@ -246,6 +277,7 @@ def cpu() -> float:
 
 def measure_place(place: Place, profile: Path) -> dict[str, Any]:
     """Measure everything there once."""
+    place.describe({})
     place.clear()
     figures = {MANUAL: measure(place, place.manual())}
     place.clear()
@@ -404,8 +436,7 @@ def main() -> None:
     for place in arguments.places:
         if not re.fullmatch(r"local|mini\+[0-9]{1,4}", place):
             parser.error(f"--places: {place} is none; allowed are local and mini+N, with N milliseconds")
-    if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        sys.exit("provision.py: the kernel does not let it count what its children have left")
+    bury_children_of_others()
     results: dict[str, list[dict[str, Any]]] = {place: [] for place in arguments.places}
     with tempfile.TemporaryDirectory(prefix="hpc-db-bench-") as folder:
         with places(arguments.places, Path(folder)) as found:
@@ -416,7 +447,7 @@ def main() -> None:
     (CACHE / "provision.json").write_text(json.dumps(results, indent=1) + "\n")
     text = text_of(results, machine())
     if arguments.page:
-        write_page(arguments.page, text)
+        write_page(arguments.page, "provision.py", text)
     else:
         print(text)
 

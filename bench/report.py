@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-FROM, TO = "<!-- bench/report.py writes from here -->\n", "<!-- to here -->\n"
+FROM, TO = "<!-- bench/{} writes from here -->\n", "<!-- to here -->\n"
 COLUMNS = (
     "workers", "storage", "trials/s", "of the manual's", "ask, ms", "tell, ms", "connections", "got in", "died"
 )
@@ -84,10 +84,15 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def write_page(path: Path, text: str) -> None:
-    """Put a text between the marks of a page."""
-    page = path.read_text()
-    path.write_text(re.sub(f"{FROM}.*?{TO}", lambda _marks: f"{FROM}\n{text}{TO}", page, flags=re.DOTALL))
+def write_page(path: Path, program: str, text: str) -> None:
+    """Put a program's text between its marks on a page."""
+    begins = FROM.format(program)
+    page, found = re.subn(
+        f"{re.escape(begins)}.*?{TO}", lambda _marks: f"{begins}\n{text}{TO}", path.read_text(), flags=re.DOTALL
+    )
+    if not found:
+        raise SystemExit(f"{path} has no line {begins.strip()}")
+    path.write_text(page)
 
 
 def main() -> None:
@@ -103,7 +108,7 @@ def main() -> None:
         setting(content["machine"]), f"![Trials per second, workers that got in, and latency]({image.name})\n",
         table(results) + errors(results), "",
     ])
-    write_page(arguments.page, text)
+    write_page(arguments.page, "report.py", text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ options:
     type: path
     required: true
   directories:
-    description: Folders to keep, relative to O(root).
+    description: Folders to keep, relative to O(root). Neither they nor the files in them are open to others.
     type: list
     elements: str
     default: []
@@ -94,12 +94,14 @@ changed_files:
   elements: str
 """
 
+import contextlib
 import glob
 import json
 import os
 import pwd
 import re
 import shutil
+import stat
 import tempfile
 from typing import Callable
 
@@ -154,6 +156,22 @@ def ensure_directory(path: str, check_mode: bool) -> bool:
         os.makedirs(path, mode=0o700, exist_ok=True)
         os.chmod(path, 0o700)
     return True
+
+
+def open_files(folder: str) -> list[str]:
+    """Return the files there that others have permissions on: libpq and PostgreSQL take no password or key from one."""
+    found = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*"))):
+        with contextlib.suppress(FileNotFoundError):  # logs and dumps come and go
+            about = os.lstat(path)
+            if stat.S_ISREG(about.st_mode) and about.st_mode & 0o077:
+                found.append(path)
+    return found
+
+
+def close_file(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.chmod(path, os.stat(path).st_mode & 0o700)
 
 
 def current_text(path: str) -> str | None:
@@ -245,13 +263,19 @@ def ensure_instance(params: dict, run: Run, check_mode: bool, uid: int) -> dict:
     # "run" comes first: it tells an instance directory from any other folder.
     folders = [root] + [os.path.join(root, name) for name in ["run", *params["directories"]]]
     made = [path for path in folders if ensure_directory(path, check_mode)]
-    diffs = [{"before": "", "after": "", "before_header": path, "after_header": f"{path} (0700)"} for path in made]
+    opened = [path for folder in folders[1:] for path in open_files(folder)]
+    for path in [] if check_mode else opened:
+        close_file(path)
+    closed = [(path, "0700") for path in made] + [(path, "closed to others") for path in opened]
+    diffs = [
+        {"before": "", "after": "", "before_header": path, "after_header": f"{path} ({how})"} for path, how in closed
+    ]
     diffs += ensure_files(root, params["files"], run, check_mode)
     return {
         "changed": bool(diffs),
         "root": root,
         "major": major_of(root),
-        "changed_files": [diff["before_header"] for diff in diffs[len(made):]],
+        "changed_files": [diff["before_header"] for diff in diffs[len(closed):]],
         "diff": diffs,
     }
 

@@ -112,6 +112,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
@@ -200,6 +201,10 @@ def served(params: dict, run: Run) -> dict | None:
 
 def questions(params: dict) -> str:
     """Return what psql is to ask: whatever the roles keep in the server."""
+    for database in params["databases"]:
+        # psql's own commands end with the line, and what comes after may be another one.
+        if not re.fullmatch(r"\w+", database["name"]):
+            raise ValueError(f"databases: {database['name']!r} is not allowed; letters, digits and underscores are")
     names = ", ".join(literal(database["name"]) for database in params["databases"])
     roles = ", ".join(literal(role) for role in params["roles"])
     asked = [

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: optuna_study
-short_description: Keep Optuna's schema and named studies in a database
+short_description: Keep Optuna's schema and named studies in databases
 description:
   - Optuna itself makes its schema and the studies, once, before any worker starts. Workers that race for it fail.
-  - Looking is done with a few queries; Optuna is imported only when something is missing.
+  - Looking is done with a few queries; Optuna is imported, once for all databases, only when something is missing.
+  - What is refused in one database keeps nothing in the others from being made.
   - Also keeps a trigger, which notes for each trial the connection under which it began, as the trial's system
     attribute C(hpc_db:worker). With it M(mala.hpc_db.abandoned_trials) can tell whether the trial's worker is gone.
   - A schema that is older than the installed Optuna is left alone, with a warning, unless O(upgrade). One that is
@@ -20,34 +21,40 @@ description:
     Which Optuna a worker has is written nowhere, so workers whose time is UTC cannot be told apart.
 author: mala.hpc_db contributors (@mala-project)
 options:
-  database:
-    description: The database. O(user) becomes the owner of the tables.
-    type: str
-    required: true
-  studies:
-    description: The studies to keep. Without any, only the schema is kept.
+  databases:
+    description: The databases, which exist already.
     type: list
     elements: dict
-    default: []
+    required: true
     suboptions:
       name:
-        description: The study's name.
+        description: The database. O(user) becomes the owner of the tables.
         type: str
         required: true
-      directions:
-        description: What each objective is optimised to. A study that exists with others is refused.
+      studies:
+        description: The studies to keep there. Without any, only the schema is kept.
         type: list
-        elements: str
-        choices: [minimize, maximize]
-        default: [minimize]
-      user_attributes:
-        description: Attributes of the study, of any values that JSON has. Others that it has are left as they are.
-        type: dict
-        default: {}
+        elements: dict
+        default: []
+        suboptions:
+          name:
+            description: The study's name.
+            type: str
+            required: true
+          directions:
+            description: What each objective is optimised to. A study that exists with others is refused.
+            type: list
+            elements: str
+            choices: [minimize, maximize]
+            default: [minimize]
+          user_attributes:
+            description: Attributes of the study, of any values that JSON has. Others that it has are left as they are.
+            type: dict
+            default: {}
   upgrade:
     description:
       - Whether a schema that is older than the installed Optuna is upgraded. Make a dump before.
-      - Refused while other connections of O(user) to the database are open, since workers would meet other tables.
+      - Refused while other connections of O(user) to its database are open, since workers would meet other tables.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -69,34 +76,40 @@ EXAMPLES = r"""
     port: 5432
     user: study
     passfile: ~/hpc_db/hpc_db/secrets/pgpass
-    database: mala
-    studies:
-      - name: beryllium
-        directions: [minimize]
-        user_attributes:
-          snapshots: 4
+    databases:
+      - name: mala
+        studies:
+          - name: beryllium
+            directions: [minimize]
+            user_attributes:
+              snapshots: 4
 """
 
 RETURN = r"""
-created:
-  description: The studies that were, or would be, created.
+databases:
+  description: Each of the databases.
   returned: success
   type: list
-  elements: str
-attributed:
-  description: The studies whose user attributes were, or would be, set.
-  returned: success
-  type: list
-  elements: str
-upgraded:
-  description: Whether the schema was, or would be, upgraded.
-  returned: success
-  type: bool
-schema:
-  description: The version of the Optuna that made or upgraded the schema, or would.
-  returned: success
-  type: str
-  sample: 5.0.0
+  elements: dict
+  contains:
+    name:
+      description: Its name.
+      type: str
+    created:
+      description: The studies that were, or would be, created.
+      type: list
+      elements: str
+    attributed:
+      description: The studies whose user attributes were, or would be, set.
+      type: list
+      elements: str
+    upgraded:
+      description: Whether the schema was, or would be, upgraded.
+      type: bool
+    schema:
+      description: The version of the Optuna that made or upgraded the schema, or would.
+      type: str
+      sample: 5.0.0
 """
 
 import json
@@ -186,6 +199,7 @@ def let_optuna(params: dict, upgrade: bool, studies: list[dict], attributes: dic
             loaded = optuna.load_study(storage=storage, study_name=name)
             for key, value in values.items():
                 loaded.set_user_attr(key, value)
+        storage.engine.dispose()  # or its connection stays open while those of the other databases are opened
     except Exception as error:  # whatever Optuna, SQLAlchemy, Alembic and psycopg2 raise
         raise Refused(f"database {params['database']}: Optuna says: {' '.join(str(error).split())}") from None
 
@@ -205,8 +219,31 @@ def differing_attributes(params: dict, found: Found) -> dict[str, dict[str, Any]
     return {name: values for name, values in differing.items() if values}
 
 
+def ensure_databases(params: dict, check_mode: bool) -> dict:
+    """Bring each database to the wanted state; raise Refused with what is refused in any."""
+    reports, refused = [], []
+    for database in params["databases"]:
+        one = {**params, "database": database["name"], "studies": database["studies"]}
+        try:
+            reports.append({"name": database["name"], **ensure_studies(one, check_mode)})
+        except (_connection.Unreachable, Refused) as error:
+            refused.append(str(error))
+    if refused:
+        raise Refused("; ".join(refused))
+    told = ("name", "created", "attributed", "upgraded", "schema")
+    return {
+        "changed": any(report["changed"] for report in reports),
+        "databases": [{key: report[key] for key in told} for report in reports],
+        "diff": [
+            {**report["diff"], "before_header": report["name"], "after_header": report["name"]}
+            for report in reports if report["changed"]
+        ],
+        "warnings": [warning for report in reports for warning in report["warnings"]],
+    }
+
+
 def ensure_studies(params: dict, check_mode: bool) -> dict:
-    """Bring schema and studies to the wanted state."""
+    """Bring schema and studies of one database to the wanted state."""
     before = found = look(params)
     missing = [study for study in params["studies"] if study["name"] not in before.studies]
     upgrade = bool(before.too_old) and params["upgrade"]
@@ -296,16 +333,18 @@ def main() -> None:
     }
     module = AnsibleModule(
         argument_spec={
-            "database": {"type": "str", "required": True},
-            "studies": {"type": "list", "elements": "dict", "default": [], "options": study_options},
+            "databases": {"type": "list", "elements": "dict", "required": True, "options": {
+                "name": {"type": "str", "required": True},
+                "studies": {"type": "list", "elements": "dict", "default": [], "options": study_options},
+            }},
             "upgrade": {"type": "bool", "default": False},
             **_connection.CONNECTION_OPTIONS,
         },
         supports_check_mode=True,
     )
     try:
-        result = ensure_studies(module.params, module.check_mode)
-    except (_connection.Unreachable, Refused) as error:
+        result = ensure_databases(module.params, module.check_mode)
+    except Refused as error:
         module.fail_json(msg=" ".join(str(error).splitlines()))
     for warning in result.pop("warnings"):
         module.warn(warning)

@@ -66,6 +66,23 @@ options:
   wheelhouse:
     description: A folder with all packages needed, for hosts without internet. No index is asked then.
     type: path
+  beside:
+    description:
+      - More virtual environments of the same O(python) and source, which are made at the same time.
+      - What is refused in one keeps none of the others from being made.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      path:
+        description: The folder, as O(path).
+        type: path
+        required: true
+      requirements:
+        description: Its requirements, as O(requirements).
+        type: list
+        elements: str
+        required: true
   advice:
     description: What the message says that can be done when pip has failed, instead of settings of the role postgres.
     type: str
@@ -90,7 +107,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 python:
-  description: The interpreter that sees the packages.
+  description: The interpreter that sees the packages; this and the rest are of O(path).
   returned: success
   type: str
 packages:
@@ -109,6 +126,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable
 
@@ -318,6 +336,20 @@ def ensure_packages(params: dict, run: Run, check_mode: bool) -> dict:
     }
 
 
+def ensure_all(params: dict, run: Run, check_mode: bool) -> dict:
+    """Bring each of the folders to the wanted state, all at once; return what there is to say of the first."""
+    each = [params, *({**params, "layout": "venv", **other} for other in params["beside"])]
+    # pip is busy with many small files, on a file system that is far away.
+    with ThreadPoolExecutor(len(each)) as pool:
+        running = [pool.submit(ensure_packages, one, run, check_mode) for one in each]
+    results = [one.result() for one in running]
+    diffs = [
+        {**result["diff"], "before_header": one["path"], "after_header": one["path"]}
+        for one, result in zip(each, results) if result["changed"]
+    ]
+    return {**results[0], "changed": any(result["changed"] for result in results), "diff": diffs}
+
+
 def as_lines(packages: dict[str, str]) -> str:
     """Return packages as text for a diff."""
     return "".join(f"{name} {version}\n" for name, version in sorted(packages.items()))
@@ -356,6 +388,10 @@ def main() -> None:
             },
             "index_url": {"type": "str"},
             "wheelhouse": {"type": "path"},
+            "beside": {"type": "list", "elements": "dict", "default": [], "options": {
+                "path": {"type": "path", "required": True},
+                "requirements": {"type": "list", "elements": "str", "required": True},
+            }},
             "advice": {"type": "str"},
         },
         required_if=[("layout", "wheels", ["host"])],
@@ -363,7 +399,7 @@ def main() -> None:
     )
     os.umask(0o077)
     try:
-        result = ensure_packages(module.params, functools.partial(run_command, module), module.check_mode)
+        result = ensure_all(module.params, functools.partial(run_command, module), module.check_mode)
     except (Failed, OSError) as error:
         module.fail_json(msg=" ".join(str(error).splitlines()))
     module.exit_json(**result)

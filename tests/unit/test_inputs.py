@@ -68,15 +68,23 @@ MODULES: dict[str, dict[str, Any]] = {
         "root": "FOLDER/new", "directories": ["conf"],
         "files": [{"path": "conf/a", "content": "a", "mode": "0600", "validate": ["FOLDER/bin/postgres", "{file}"]}],
     },
+    "last_run": {
+        **JOB, "state": "noted", "fingerprint": "a1", "roles": ["study"], "environment": "FOLDER/new", "databases": [
+            {"name": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}]},
+        ],
+    },
     "link_folder": {"path": "FOLDER/new/logs", "links": {"mine": "FOLDER/x"}},
     "optuna_study": {
-        **SERVER, "database": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}],
+        **SERVER, "databases": [
+            {"name": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}]},
+        ],
     },
     "optuna_study_info": {**SERVER, "database": "mala"},
     "postgres_info": {"bindir": "FOLDER/bin"},
     "python_env": {
         "path": "FOLDER/new/python", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"],
         "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels", "advice": "none",
+        "beside": [{"path": "FOLDER/new/rattler", "requirements": ["py-rattler"]}],
     },
     "python_env wheels": {
         "path": "FOLDER/new/wheels", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"], "layout": "wheels",

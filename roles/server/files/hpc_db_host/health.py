@@ -11,6 +11,8 @@ from .postgres import Postgres
 
 # What the file system must have left: less than one WAL segment (16 MiB), so it is seen before PostgreSQL stops.
 SPARE_BYTES = 1024 * 1024
+# What is written again and again: more at once than file systems compress, and soon made.
+BLOCK_BYTES = 256 * 1024
 
 HEALTHY = ""
 
@@ -56,7 +58,9 @@ def space(data: str) -> str:
     path = os.path.join(os.path.dirname(data), ".space.%d" % os.getpid())
     try:
         with open(path, "wb") as spare:
-            spare.write(os.urandom(SPARE_BYTES))  # not zeros, which some file systems do not store
+            block = os.urandom(BLOCK_BYTES)  # not zeros, which some file systems do not store
+            for _again in range(SPARE_BYTES // BLOCK_BYTES):
+                spare.write(block)
             spare.flush()
             os.fsync(spare.fileno())
     except OSError as error:

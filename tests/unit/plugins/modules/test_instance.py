@@ -78,6 +78,25 @@ def test_first_run_makes_everything_private_and_the_second_nothing(folder):
     assert look(root) == made
 
 
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_files_are_not_open_to_others(check_mode, folder):
+    root = folder / "hpc_db"
+    ensure(root, directories=["secrets", "host"])
+    (root / "secrets" / "pgpass").write_text("*:*:*:study:secret\n")
+    (root / "secrets" / "pgpass").chmod(0o640)
+    (root / "host" / "job.sh").touch(0o700)
+    (root / "host" / "link").symlink_to("job.sh")
+    before = look(root)
+
+    result = ensure(root, check_mode, directories=["secrets", "host"])
+
+    assert (result["changed"], result["changed_files"]) == (True, [])
+    assert [diff["before_header"] for diff in result["diff"]] == [str(root / "secrets" / "pgpass")]
+    closed = {**before, "secrets/pgpass": ("0o600", "*:*:*:study:secret\n")}
+    assert look(root) == (before if check_mode else closed)
+    assert ensure(root, check_mode, directories=["secrets", "host"])["changed"] is check_mode
+
+
 def test_check_mode_says_the_same_and_changes_nothing(folder):
     root = folder / "hpc_db"
     planned = ensure(root, check_mode=True, **WANTED)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
-from ansible_collections.mala.hpc_db.plugins.modules.optuna_study import Refused, ensure_studies
+from ansible_collections.mala.hpc_db.plugins.modules.optuna_study import Refused, ensure_databases, ensure_studies
 
 PARAMS = {"host": "/tmp/hpc_db-x", "port": 5432, "user": "study", "passfile": "/home/a b/pgpass", "database": "mala"}
 URL = "postgresql+psycopg2://study@/mala?host=%2Ftmp%2Fhpc_db-x&port=5432&passfile=%2Fhome%2Fa+b%2Fpgpass"
@@ -74,6 +74,10 @@ class FakeDatabase:
             self.studies, self.version, self.library = self.studies or {}, NEW, "5.0.0"
         assert self.version == NEW or skip_compatibility_check
         return self
+
+    @property
+    def engine(self):
+        return SimpleNamespace(dispose=lambda: None)
 
     def upgrade(self):
         self.version, self.library = NEW, "5.0.0"
@@ -231,3 +235,25 @@ def test_study_with_other_directions_is_refused_before_anything_is_made(directio
 
 def test_url_takes_any_path():
     assert _connection.storage_url(PARAMS, "mala") == URL
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_what_is_refused_in_one_database_is_made_in_the_others(check_mode, use, monkeypatch):
+    first, second = FakeDatabase({"beryllium": ["maximize"]}), FakeDatabase({}, OLD)
+    monkeypatch.setattr(FakeDatabase, "open_storage", lambda database, *_given, **_options: database)
+    use(second)
+    both = {"mala": first, "next": second}
+    monkeypatch.setattr(_connection, "connect", lambda params, name: both[name].connect(params, name))
+    monkeypatch.setattr(_connection, "rows", lambda database, query: database.rows(None, query))
+    databases = [{"name": name, "studies": [BERYLLIUM]} for name in ("mala", "next")]
+    params = {**PARAMS, "databases": databases, "upgrade": True}
+
+    with pytest.raises(Refused, match="^databases_studies: the study beryllium in mala has .*, choose another name$"):
+        ensure_databases(params, check_mode)
+    assert second.studies == ({} if check_mode else {"beryllium": ["minimize"]})
+
+    result = ensure_databases({**params, "databases": databases[1:]}, check_mode)
+    (about,) = result["databases"]
+    assert (about["name"], about["schema"]) == ("next", "5.0.0")
+    assert (about["created"], about["upgraded"]) == ((["beryllium"], True) if check_mode else ([], False))
+    assert [diff["after_header"] for diff in result["diff"]] == (["next"] if check_mode else [])

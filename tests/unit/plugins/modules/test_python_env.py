@@ -13,6 +13,7 @@ import pytest
 from ansible_collections.mala.hpc_db.plugins.modules import python_env
 from ansible_collections.mala.hpc_db.plugins.modules.python_env import (
     Failed,
+    ensure_all,
     ensure_packages,
     pip_is_old,
     required_names,
@@ -102,6 +103,35 @@ def test_check_mode_calls_nobody(params, tmp_path):
     assert planned["changed"] is True
     assert planned["diff"]["after"] == "optuna to be installed\npsycopg2-binary to be installed\n"
     assert os.listdir(tmp_path) == []
+
+
+def test_environments_are_made_at_the_same_time(params, tmp_path):
+    both_are_here = threading.Barrier(2, timeout=60)
+
+    class Waiting(FakePython):
+        def install(self, command):
+            both_are_here.wait()
+            super().install(command)
+
+    other = {"path": str(tmp_path / "rattler"), "requirements": ["py-rattler==0.28"]}
+
+    made = ensure_all({**params, "beside": [other]}, Waiting(), check_mode=False)
+    assert (made["changed"], made["packages"]) == (True, {**PACKAGES, "pip": "23.0"})
+    assert [diff["after_header"] for diff in made["diff"]] == [params["path"], other["path"]]
+    assert "py-rattler 1.0\n" in made["diff"][1]["after"]
+
+    again = ensure_all({**params, "beside": [other]}, FakePython(breaks="venv"), check_mode=False)
+    assert (again["changed"], again["diff"]) == (False, [])
+
+
+def test_what_is_refused_in_one_is_made_in_the_others(params, tmp_path):
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python" / "thesis").touch()
+    other = {"path": str(tmp_path / "rattler"), "requirements": ["py-rattler==0.28"]}
+
+    with pytest.raises(Failed, match="python exists and was not made by this collection"):
+        ensure_all({**params, "beside": [other]}, FakePython(), check_mode=False)
+    assert ensure_packages({**params, **other}, FakePython(breaks="venv"), check_mode=False)["changed"] is False
 
 
 @pytest.mark.parametrize("breaks", ["venv", "--version", "install"])
