@@ -1,8 +1,9 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a built collection must not have, and what it says of itself: artefact.py files|version|links ARCHIVE TREE.
+"""What a built collection must not have, and what it says of itself: artefact.py files|links|version ARCHIVE TREE [TAG...].
 
-Prints one line for each complaint, and ends with 1 if there is one. ``TREE`` is the folder that it was built from.
+Prints one line for each complaint, and ends with 1 if there is one. ``TREE`` is the folder that it was built from,
+and each ``TAG`` one that git has there.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
 LINKS = ("repository", "documentation", "homepage", "issues")
 
 
-def files(archive: Path, tree: Path) -> Iterator[str]:
+def files(archive: Path, tree: Path, tags: list[str]) -> Iterator[str]:
     """Complain of what does not belong into the archive, and of its size."""
     with tarfile.open(archive) as opened:
         members = opened.getmembers()
@@ -46,15 +47,14 @@ def files(archive: Path, tree: Path) -> Iterator[str]:
         yield f"it has {size >> 20} MB, more than {MEGABYTES}; the largest file is {largest.name}"
 
 
-def version(archive: Path, tree: Path) -> Iterator[str]:
-    """Complain of a version that is none, or that is not above what was released."""
+def version(archive: Path, tree: Path, tags: list[str]) -> Iterator[str]:
+    """Complain of a version that is none, that is not the tag's, or that is not above what was released."""
     text = str(described(archive)["version"])
     wanted = VERSION.fullmatch(text)
     if not wanted:
         yield f"version: {text!r} in galaxy.yml is not three numbers with two dots"
         return
-    if archive.name != f"mala-hpc_db-{text}.tar.gz":
-        yield f"version: {text} of the archive {archive.name}"
+    yield from (f"version: {text} in galaxy.yml, and the tag is {tag}" for tag in tags if tag != f"v{text}")
     released = read(tree / "changelogs" / "changelog.yaml").get("releases", {})
     newest = max((tuple(map(int, name.split("."))) for name in released), default=(0, 0, 0))
     here = tuple(map(int, wanted.groups()))
@@ -65,7 +65,7 @@ def version(archive: Path, tree: Path) -> Iterator[str]:
         yield f"version: {text} is in the changelog, without {', '.join(fragments)}; raise it in galaxy.yml"
 
 
-def links(archive: Path, tree: Path) -> Iterator[str]:
+def links(archive: Path, tree: Path, tags: list[str]) -> Iterator[str]:
     """Complain of links that lead nowhere, and of what is said twice and differs."""
     says = described(archive)
     for name in LINKS:
@@ -96,9 +96,10 @@ def read(path: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Print the complaints of one check."""
-    check, archive, tree = sys.argv[1:]
-    complaints = list({"files": files, "version": version, "links": links}[check](Path(archive), Path(tree)))
-    print("\n".join(complaints))
+    check, archive, tree, *tags = sys.argv[1:]
+    find = {"files": files, "links": links, "version": version}[check]
+    complaints = list(find(Path(archive), Path(tree), tags))
+    print(*complaints, sep="\n", end="\n" * bool(complaints))
     sys.exit(bool(complaints))
 
 
