@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a built collection must not have, and what it says of itself: artefact.py files|links|version ARCHIVE TREE [TAG...].
+"""What a built collection must not have, and what it says of itself.
 
-Prints one line for each complaint, and ends with 1 if there is one. ``TREE`` is the folder that it was built from,
-and each ``TAG`` one that git has there.
+artefact.py files|links|version ARCHIVE TREE [TAG...] prints one line for each complaint, and ends with 1 if there is
+one. ``TREE`` is the folder that it was built from, and each ``TAG`` one that git has there.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import yaml
 
 # What users of an installed collection need. Everything else stays in the repository: galaxy.yml, build_ignore.
 BELONGS = [
-    "CHANGELOG.md", "CONTRIBUTING.md", "FILES.json", "LICENSE", "LICENSES/*", "MANIFEST.json", "README.md", "REUSE.toml",
-    "changelogs/*", "client/*", "docs/*", "examples/*", "inventories/*", "meta/*", "playbooks/*", "plugins/*",
-    "requirements/*", "requirements.yml", "roles/*", "tests/config.yml",
+    "CHANGELOG.md", "CONTRIBUTING.md", "FILES.json", "LICENSE", "LICENSES/*", "MANIFEST.json", "README.md",
+    "REUSE.toml", "changelogs/*", "client/*", "docs/*", "examples/*", "inventories/*", "meta/*", "playbooks/*",
+    "plugins/*", "requirements/*", "requirements.yml", "roles/*", "tests/config.yml",
 ]
 # Left over by tools that ran, wherever it is.
 LEFT_OVER = re.compile(r"(^|/)(\..*|__pycache__|.*\.(pyc|orig|rej|retry|swp|log)|.*\.egg-info|.*~)(/|$)")
@@ -40,7 +40,7 @@ def files(archive: Path, tree: Path, tags: list[str]) -> Iterator[str]:
         if LEFT_OVER.search(member.name):
             yield f"{member.name} is left over from something; remove it, or name it in build_ignore of galaxy.yml"
         elif member.isfile() and not any(fnmatch(member.name, pattern) for pattern in BELONGS):
-            yield f"{member.name} does not belong into a release; name it in build_ignore of galaxy.yml, or in BELONGS here"
+            yield f"{member.name} does not belong into a release; name it in build_ignore of galaxy.yml, or in BELONGS"
     size = archive.stat().st_size
     if size > MEGABYTES << 20:
         largest = max(members, key=lambda member: member.size)
