@@ -6,7 +6,7 @@
 - Every option, of roles and of modules, those inside of dictionaries too, is read by something.
 - Roles work without one another, so one may have to say what another one's setting is if it is not given
   (``setting | default(value)``), and a module has defaults of its own for whoever uses it alone. Both are then the
-  documented default of the setting.
+  documented default of the setting; for a module that several settings are given to, of one of them.
 - So is a default that a page in docs/ or a README states: ```setting` (value)``, or a column ``default`` in a table.
 - A file of module_utils is there for several plugins. What serves a single one is a part of it, unless that one
   would then be longer than ``LONGEST`` lines.
@@ -156,23 +156,30 @@ def test_every_option_of_a_module_is_read(module: Path) -> None:
 
 def test_default_that_is_told_again_is_the_same() -> None:
     defaults = known_defaults()
+    literals = {"true": True, "false": False, "none": None}
     for path, text in ansible_files().items():
-        for name, told in re.findall(r"\b(\w+) *\| *default\(([^()]*)\)", text):
-            if name in defaults and told != "omit":
-                assert yaml.safe_load(told) == defaults[name], f"{path}: {name} | default({told})"
+        for name, told in re.findall(r"\b(\w+) *\| *default\(([^()]*?)(?:, *true)?\)", text):
+            variable = re.match(r"[a-z_]", told) and told not in literals
+            if name in defaults and not variable:
+                value = literals[told] if told in literals else ast.literal_eval(told)
+                assert value == defaults[name], f"{path}: {name} | default({told})"
 
 
 def test_modules_have_the_defaults_of_the_settings() -> None:
     defaults = known_defaults()
     modules = {path.stem: module_documentation(path) for path in MODULES}
+    given: dict[tuple[str, str], dict[str, Any]] = {}
     for path in ansible_files():
         for task in tasks_of(read(path)) if path.suffix == ".yml" else ():
             for key, arguments in task.items():
-                options = modules.get(str(key).removeprefix("mala.hpc_db."), {})
-                for name, value in arguments.items() if isinstance(arguments, dict) and options else ():
+                name = str(key).removeprefix("mala.hpc_db.")
+                for option, value in arguments.items() if name in modules and isinstance(arguments, dict) else ():
                     setting = re.fullmatch(r"\{\{ (\w+) \}\}", str(value))
-                    if setting and setting[1] in defaults and "default" in options.get(name, {}):
-                        assert options[name]["default"] == defaults[setting[1]], f"{path}: {key}: {name}"
+                    if setting and setting[1] in defaults and "default" in modules[name].get(option, {}):
+                        given.setdefault((name, option), {})[setting[1]] = defaults[setting[1]]
+
+    for (name, option), settings in given.items():
+        assert modules[name][option]["default"] in settings.values(), f"{name}: {option} has another than {settings}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
