@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Needs Python 3.9 or newer and nothing else; everything it makes is below .venv and .cache.
 
-.PHONY: help setup demo lint sanity unit client molecule integration test soak bench storage provision mala clean
+.PHONY: help setup demo lint sanity unit client molecule integration test soak bench storage provision mala release-check clean
 
 help:  ## show these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup:  ## install what development needs (PYTHON=/usr/bin/python3 picks another base Python)
 	@tools/setup test
@@ -43,6 +43,9 @@ provision:  ## the playbooks beside the bare commands, for docs/performance.md
 	@.venv/bin/python bench/at_rest.py docs/performance.md
 
 mala:  ## MALA itself, through a move of the server: some minutes, and 1.5 GB to install
+
+release-check: setup  ## what git has, built and checked as Galaxy and an empty machine would: about ten minutes
+	@tools/release
 
 clean:  ## remove what the commands above made
 	rm -rf .venv .cache

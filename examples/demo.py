@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pwd
@@ -12,14 +13,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-# What the demo adds to inventories/local.
-INVENTORY = ROOT / ".cache" / "demo"
 WORKERS = 4
 TRIALS = 40
-# PostgreSQL does not run as root; as root (in a container) the demo works as this user.
-DEMO_USER = "hpc-db-demo"
 
 RESULT = """
 import optuna, sys
@@ -31,16 +29,45 @@ print("with:       " + ", ".join(f"{name} = {value:.3f}" for name, value in stud
 """
 
 
-def owner() -> str:
-    """Return the user who owns the demo's server; as root, one that is made for it."""
+class Place(NamedTuple):
+    """Where a user is when they type the commands, and what they type there."""
+
+    folder: Path
+    inventory: str
+    added: str  # what the demo adds to that inventory
+    playbook: str
+
+    def command(self, name: str) -> list[str]:
+        """Return the command that a user would type."""
+        program = Path(sys.executable).with_name("ansible-playbook")
+        return [str(program), "-i", self.inventory, "-i", self.added, self.playbook.format(name)]
+
+
+def installed(folder: Path) -> Place:
+    """Return a folder of a user who has installed the collection and copied the inventory."""
+    shutil.copytree(ROOT / "inventories" / "local", folder / "local", dirs_exist_ok=True)
+    return Place(folder, "local", "demo", "mala.hpc_db.{}")
+
+
+CHECKOUT = Place(ROOT, "inventories/local", ".cache/demo", "playbooks/{}.yml")
+
+
+def owner(name: str) -> str:
+    """Return the user who owns the demo's server. PostgreSQL does not run as root: as root, one made for the demo."""
     if os.geteuid() != 0:
         return pwd.getpwuid(os.geteuid()).pw_name
+    user = f"hpc-db-{name}"
     try:
-        pwd.getpwnam(DEMO_USER)
+        pwd.getpwnam(user)
     except KeyError:
-        print(f"PostgreSQL does not run as root: making the user {DEMO_USER} (userdel -r {DEMO_USER} removes it)")
-        subprocess.run(["useradd", "--create-home", "--shell", "/bin/sh", DEMO_USER], check=True)
-    return DEMO_USER
+        print(f"PostgreSQL does not run as root: making the user {user} (userdel -r {user} removes it)")
+        subprocess.run(["useradd", "--create-home", "--shell", "/bin/sh", user], check=True)
+    return user
+
+
+def home_of(user: str) -> str:
+    """Return the folder that is ``~`` for the server."""
+    return pwd.getpwnam(user).pw_dir if os.geteuid() == 0 else os.path.expanduser("~")
 
 
 def as_user(user: str, command: list[str]) -> list[str]:
@@ -58,35 +85,30 @@ def usable_python(user: str) -> str:
     sys.exit(f"make demo: the user {user} can run no Python here; install python3 for all users")
 
 
-def write_inventory(user: str) -> None:
+def write_inventory(folder: Path, name: str, user: str) -> None:
     """Say what differs from inventories/local: a named study, pinned packages, and the user if we are root."""
     pins = (ROOT / "requirements" / "cluster.txt").read_text().splitlines()
     packages = [line for line in pins if not line.startswith(("#", " ", "pip==", "py-rattler=="))]
     variables: dict[str, object] = {
-        "instance_name": "demo",
+        "instance_name": name,
         "databases_studies": [{"name": "studies", "studies": [{"name": "demo"}]}],
         "postgres_python_packages": packages,
     }
     if os.geteuid() == 0:
         become = {"ansible_become": True, "ansible_become_user": user, "ansible_become_method": "su"}
         variables.update(become, ansible_python_interpreter=usable_python(user))
-    INVENTORY.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     # JSON is YAML
     content = {"hpc_db": {"hosts": {"localhost": variables}}}
-    (INVENTORY / "hosts.yml").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "hosts.yml").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def playbook(name: str) -> list[str]:
-    """Return the command that a user would type."""
-    program = Path(sys.executable).with_name("ansible-playbook")
-    return [str(program), "-i", "inventories/local", "-i", ".cache/demo", f"playbooks/{name}.yml"]
-
-
-def provision() -> str:
+def provision(place: Place) -> str:
     """Run the playbook with its output on the screen; return the URL that it prints."""
     url = ""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    with subprocess.Popen(playbook("hpc_db"), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as running:
+    command = place.command("hpc_db")
+    with subprocess.Popen(command, cwd=place.folder, env=environment, stdout=subprocess.PIPE, text=True) as running:
         for line in running.stdout or ():
             print(line, end="", flush=True)
             if line.startswith("postgresql+psycopg2://"):
@@ -96,15 +118,15 @@ def provision() -> str:
     return url
 
 
-def optimise(user: str, url: str) -> None:
+def optimise(name: str, user: str, url: str) -> None:
     """Let the workers share the study, as jobs on a cluster would; then show what they found."""
-    python = os.path.join(pwd.getpwnam(user).pw_dir, "hpc_db", "demo", "python", "bin", "python")
+    python = os.path.join(home_of(user), "hpc_db", name, "python", "bin", "python")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         script = shutil.copy(ROOT / "examples" / "study.py", folder)
         os.chmod(script, 0o644)
         command = as_user(user, [python, script, url, "demo", str(TRIALS // WORKERS)])
-        environment = {**os.environ, "HOME": pwd.getpwnam(user).pw_dir}
+        environment = {**os.environ, "HOME": home_of(user)}
         workers = [subprocess.Popen(command, cwd="/", env=environment) for _each in range(WORKERS)]
         ends = [worker.wait() for worker in workers]
         if any(ends):
@@ -114,16 +136,22 @@ def optimise(user: str, url: str) -> None:
 
 def main() -> None:
     """Run the demo."""
-    user = owner()
-    write_inventory(user)
-    url = provision()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--installed", type=Path, metavar="FOLDER", help="a folder for the inventory, outside of any "
+                        "checkout: the playbooks are then those of the installed collection")
+    parser.add_argument("--name", default="demo", help="the instance's")
+    given = parser.parse_args()
+    name = given.name
+    place = installed(given.installed) if given.installed else CHECKOUT
+    user = owner(name)
+    write_inventory(place.folder / place.added, name, user)
+    url = provision(place)
     print(f"{WORKERS} workers share {TRIALS} trials of one study through {url}", flush=True)
-    optimise(user, url)
-    look, see, stop = (
-        " ".join([".venv/bin/ansible-playbook", *playbook(name)[1:]]) for name in ("status", "dashboard", "stop")
-    )
-    print(f"\nlook further:  {look}\nin a browser:  {see}\nstop it:       {stop}")
-    print("once more:     make demo   (reuses all of it)")
+    optimise(name, user, url)
+    for what, verb in [("look further", "status"), ("in a browser", "dashboard"), ("stop it", "stop")]:
+        program, *arguments = place.command(verb)
+        print(f"{what + ':':14} {os.path.relpath(program, place.folder)} {' '.join(arguments)}")
+    print(f"once more:     {'make demo' if place is CHECKOUT else ' '.join(sys.argv)}   (reuses all of it)")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 # Copyright: mala.hpc_db contributors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Lock files: conda's own explicit list, each package by its URL and checksum, so that nothing is left to solve.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -139,7 +140,7 @@ def chromium(place: Target) -> Iterator[Browser]:
 def drive(address: str) -> webdriver.Remote:
     """Return selenium's driver of the chromedriver at an address."""
     options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
+    options.binary_location = next(filter(None, map(shutil.which, ["chromium", "google-chrome"])))
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     for argument in ARGUMENTS:
         options.add_argument(argument)

@@ -10,8 +10,7 @@ import sys
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.action import folder_copy
-from ansible_collections.mala.hpc_db.plugins.action.folder_copy import CopyFailed, check_rsync, copy
-from ansible_collections.mala.hpc_db.plugins.module_utils._rsync import Transfer
+from ansible_collections.mala.hpc_db.plugins.action.folder_copy import CopyFailed, Transfer, check_rsync, copy
 
 STATS = """
 Number of created files: {files} (reg: {files})

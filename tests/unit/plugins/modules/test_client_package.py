@@ -12,8 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _client
 from ansible_collections.mala.hpc_db.plugins.module_utils._pip import Failed
+from ansible_collections.mala.hpc_db.plugins.modules import client_package
 from ansible_collections.mala.hpc_db.plugins.modules.client_package import ensure_client
 
 if sys.version_info >= (3, 11):
@@ -46,7 +46,7 @@ class FakeEnvironment:
         if not command[-1].endswith(".whl"):
             for each in command[command.index("--only-binary=:all:") + 1 :]:
                 if not each.startswith("-"):
-                    self.held["packages"][_client.project_of(each)[0]] = "2.9"
+                    self.held["packages"][client_package.project_of(each)[0]] = "2.9"
             return ""
         with zipfile.ZipFile(command[-1]) as wheel:
             names = wheel.namelist()
@@ -55,7 +55,7 @@ class FakeEnvironment:
                 name: hashlib.sha256(wheel.read(name)).hexdigest() for name in names if name.endswith(".py")
             }
         self.held["packages"]["hpc-db-client"] = VERSION
-        self.held["entry_points"] = dict(_client.read_project(PROJECT).plugins)
+        self.held["entry_points"] = dict(client_package.read_project(PROJECT).plugins)
         return ""
 
 
@@ -145,18 +145,18 @@ def test_what_is_no_environment_is_refused(given, says, params):
 def test_project_is_read_as_toml(params):
     project = tomllib.loads(PROJECT)["project"]
 
-    assert _client.read_project(PROJECT) == (
+    assert client_package.read_project(PROJECT) == (
         project["name"], project["version"], project["requires-python"], project["dependencies"],
         project["entry-points"]["sqlalchemy.plugins"],
     )
     in_lines = PROJECT.replace("dependencies = [", "dependencies = [\n  ").replace('9"]', '9",\n]')
-    assert in_lines != PROJECT and _client.read_project(in_lines) == _client.read_project(PROJECT)
+    assert in_lines != PROJECT and client_package.read_project(in_lines) == client_package.read_project(PROJECT)
 
 
 @pytest.mark.parametrize("text", ["", "[project]\nname = 'x'\n", PROJECT.replace('"SQL', '\\"SQL')])
 def test_what_is_no_project_is_refused(text):
     with pytest.raises(Failed, match="project: "):
-        _client.read_project(text)
+        client_package.read_project(text)
 
 
 @pytest.mark.parametrize("versions, version, allowed", [
@@ -165,14 +165,14 @@ def test_what_is_no_project_is_refused(text):
     (">=2.9", "2.9.9 (dt dec pq3 ext lo64)", True), ("", "0.1", True), (">=2.9", "unknown", False),
 ])
 def test_versions(versions, version, allowed):
-    assert _client.allows(versions, version) is allowed
+    assert client_package.allows(versions, version) is allowed
 
 
 def test_wheel_is_the_same_each_time_and_complete(tmp_path):
-    project = _client.read_project(PROJECT)
+    project = client_package.read_project(PROJECT)
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        path = _client.write_wheel(str(tmp_path / folder), project, FILES)
+        path = client_package.write_wheel(str(tmp_path / folder), project, FILES)
         assert Path(path).name == f"hpc_db_client-{VERSION}-py3-none-any.whl"
 
     assert (tmp_path / "a" / Path(path).name).read_bytes() == Path(path).read_bytes()

@@ -3,7 +3,7 @@
 """What rsync is told, and what is read from it."""
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils._rsync import (
+from ansible_collections.mala.hpc_db.plugins.action.folder_copy import (
     Progress,
     Transfer,
     parse_progress,
