@@ -40,8 +40,8 @@ from typing import Any
 from ansible.plugins.lookup import LookupBase
 
 MARK = "FILL_IN"
-# What Ansible itself adds to a host's variables; of other hosts' settings there is much in it.
-NOT_SETTINGS = ("groups", "hostvars", "vars")
+# What Ansible itself adds to the settings of a host: other words for two of them, and those of other hosts.
+NOT_SETTINGS = ("ansible_ssh_host", "ansible_ssh_user", "groups", "hostvars", "vars")
 
 
 def unfilled(variables: Mapping) -> list[str]:
