@@ -88,6 +88,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "server_log_info": {"root": "FOLDER/root"},
     "short_job": {
         **JOB, "script": "FOLDER/root/job.sh", "output": "FOLDER/root/out", "options": {"partition": "work"},
+        "listening": "FOLDER/root/door",
     },
     "sshfs_mount": {
         "path": "FOLDER/new/mount", "host": "127.0.0.1", "port": 1, "folder": "logs", "user": "alice", "timeout": 5,

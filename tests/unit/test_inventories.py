@@ -12,7 +12,6 @@ import pytest
 import yaml
 from ansible.inventory.manager import InventoryManager
 from ansible.parsing.dataloader import DataLoader
-from ansible.plugins import loader as plugins
 from ansible.plugins.connection import ssh
 from ansible.vars.manager import VariableManager
 from ansible_collections.mala.hpc_db.plugins.lookup.unfilled import MARK, unfilled
@@ -20,8 +19,8 @@ from ansible_collections.mala.hpc_db.plugins.lookup.unfilled import MARK, unfill
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path for path in (ROOT / "inventories").iterdir() if path.is_dir())
 CLUSTERS = [folder for folder in FOLDERS if folder.name not in ("example", "local")]
-# A setting that stands there, or is commented out.
-SETTING = re.compile(r"^ *(?:# )?([a-z][a-z0-9]*_[a-z0-9_]+):(?: |$)", re.MULTILINE)
+# A setting that stands there, or is commented out; not the group of hosts.
+SETTING = re.compile(r"^ *(?:# )?((?!hpc_db:)[a-z][a-z0-9]*_[a-z0-9_]+):(?: |$)", re.MULTILINE)
 
 
 def known() -> set[str]:
@@ -47,7 +46,6 @@ def folder(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture
 def settings(folder: Path) -> dict[str, Any]:
     """What Ansible says of the inventory's one host."""
-    plugins.init_plugin_loader()
     loader = DataLoader()
     inventory = InventoryManager(loader=loader, sources=[str(folder)])
     (host,) = inventory.get_hosts("hpc_db")
