@@ -94,6 +94,9 @@ partitions:
     limit:
       description: The longest walltime in seconds; V(null) for none.
       type: int
+    walltime:
+      description: The same as Slurm writes it, or V(no limit).
+      type: str
     nodes:
       description: How many nodes it has.
       type: int
@@ -170,6 +173,7 @@ proposed:
   sample: {options: {partition: defq, time: "2-00:00:00", mem: 16G, cpus-per-task: 4}, memory: 16G}
 """
 
+import http.client
 import math
 import os
 import pwd
@@ -303,6 +307,7 @@ def parse_partitions(partitions: str, nodes: str, accounts: list[str]) -> list[d
             "usable": fields.get("State", "UP") == "UP" and fields.get("RootOnly") != "YES" and (
                 "ALL" in open_to or not accounts or bool(set(open_to) & set(accounts))),
             "limit": None if math.isinf(seconds) else int(seconds),
+            "walltime": "no limit" if math.isinf(seconds) else format_time(int(seconds)),
             "nodes": int(fields["TotalNodes"]) if fields.get("TotalNodes", "").isdigit() else 0,
             "cpus": min((kind[1] for kind in kinds), default=0),
             "memory": min(memory, int(most)) if most.isdigit() and int(most) else memory,
@@ -321,7 +326,7 @@ def propose(partitions: list[dict], accounts: list[str]) -> dict | None:
 
     def worth(each: dict) -> tuple:
         limit = each["limit"] or math.inf
-        return not each["gpus"], not each["preempted"], each["default"] and limit > SHORT_SECONDS, min(limit, SECONDS)
+        return not each["gpus"], each["default"] and limit > SHORT_SECONDS, not each["preempted"], min(limit, SECONDS)
 
     best = max(usable, key=worth)
     most = ALONE_MB if best["exclusive"] else min(MEMORY_MB, best["memory"] // 2)
@@ -396,7 +401,7 @@ def fetch_url(url: str, timeout: int) -> str:
         return "" if os.path.exists(path) else f"there is no {path}"
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
     return ""
 

@@ -1,6 +1,9 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The inventories that come with the collection: real roles write the job, and a real sbatch reads its options."""
+"""The inventories that come with the collection: real roles write the job, and a real sbatch reads its options.
+
+And one that the playbook discover.yml writes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import json
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +33,9 @@ SITES: dict[str, tuple[dict, dict[str, str]]] = {
 # What the collection's own options of a job are, and those of every site that Slurm judges without accounting.
 OWN = {"dependency", "job-name", "no-requeue", "open-mode", "output", "parsable", "signal"}
 JUDGED = {"constraint", "cpus-per-task", "mem", "nodes", "partition", "time"}
+
+COMMANDS = "sbatch scancel scontrol sinfo squeue srun"
+NEW = "/opt/slurm/bin"
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,11 @@ def submitted(mini: Target, sites: dict[str, dict]) -> dict[str, list[str]]:
     return found
 
 
+def words(output: str) -> str:
+    """Return the output in one line."""
+    return " ".join(output.replace("''", "'").split())
+
+
 def judge(mini: Target, commands: list[list[str]]) -> list[tuple[int, str]]:
     """Return what sbatch says of each of these jobs, without submitting one."""
     lines = [f"{shlex.join([call[0], '--test-only', *call[1:]])} 2>&1 | tr '\\n' ' '; echo" for call in commands]
@@ -141,3 +153,61 @@ def test_what_is_to_be_filled_in_is_refused_before_anything_connects(mini: Targe
         "inventories/jureca/group_vars/all.yml line 17: your project, as `jutil user projects` lists it there"
     )
     assert "unreachable=0" in played.stdout
+
+
+@pytest.fixture
+def elsewhere(mini: Target) -> Iterator[str]:
+    """Slurm's commands are on nobody's PATH, on no node."""
+    def everywhere(script: str) -> None:
+        for host in ("login", "c1", "c2"):
+            command = [str(CLUSTER), "exec", "--state", mini.environment["HPC_DB_CLUSTER"], host, "--", "sh", "-c"]
+            subprocess.run([*command, f"set -e; {script}"], check=True)
+
+    everywhere(f"mkdir -p {NEW}; cd /usr/bin; mv {COMMANDS} {NEW}")
+    yield NEW
+    everywhere(f"cd {NEW}; mv {COMMANDS} /usr/bin")
+
+
+def test_a_discovered_inventory_works(mini: Target, elsewhere: str, tmp_path: Path) -> None:
+    written = tmp_path / "found"
+    settings = {"discover_name": "found", "discover_folder": str(written)}
+    job = {**settings, "discover_submit_job": "true"}
+
+    lost = mini.play("discover", settings)
+    mini.run(f"echo 'PATH=$PATH:{elsewhere}' > .bash_profile")
+    tried = mini.play("discover", settings, "--check")
+    assert (lost.returncode, tried.returncode) == (2, 0), lost.stdout + tried.stdout
+    assert not written.exists()
+    before = mini.run("ls -A")
+    played = mini.play("discover", job)
+    again = mini.play("discover", settings)
+
+    assert "no compute node was looked at; allow a short job by -e discover_submit_job=true" in tried.stdout
+    assert re.search(r"msg: .mini: there is no sbatch on the PATH or that of a login shell( \(qsub is, of another "
+                     r"scheduler, which is not asked\))?; name its folder by -e server_bin_dir=", words(lost.stdout))
+    assert played.returncode == 0, played.stdout
+    assert mini.run("ls -A") == before
+    assert again.returncode == 2
+    assert f"discover_folder: {written} is not allowed; it is there already, and is not overw" in words(again.stdout)
+    text = (written / "group_vars" / "all.yml").read_text()
+    settings = yaml.safe_load(text)
+    assert settings["server_bin_dir"] == elsewhere
+    assert settings["server_job_options"] == {
+        "partition": "work", "time": "04:00:00", "mem": "16G", "cpus-per-task": 4,
+    }
+    assert (settings["postgres_channels"], "postgres_staged" in settings) == (["file:///srv/channel"], False)
+    assert re.search(r"^# Compute node c[12]: Python 3\.\d+\.\d+, \w+; /tmp can be written ", text, re.MULTILINE)
+    assert "# The login node reaches it by its name; another compute node does [a job]" in text
+    assert re.search(r"^#   HOME /home/alice: \w+, .* free, seen by c[12]; ", text, re.MULTILINE)
+
+    # What says "choose" is chosen.
+    text = text.replace("mem: 16G", "mem: 1000M").replace("databases_workers: 100", "databases_workers: 20")
+    (written / "group_vars" / "all.yml").write_text(text)
+    found = Target([written], mini.shell, mini.environment)
+    checked = found.play("hpc_db", None, "--check")
+    hosted = found.play("hpc_db")
+    stopped = found.play("stop")
+
+    assert (checked.returncode, hosted.returncode, stopped.returncode) == (0, 0, 0), checked.stdout + hosted.stdout
+    assert re.search(r"^\[found\] hpc_db: serving on c[12]:5432 after ", hosted.stdout, re.MULTILINE)
+    assert "\npostgresql+psycopg2:///?service=hpc_db\n" in hosted.stdout

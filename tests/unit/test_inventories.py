@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible.inventory.manager import InventoryManager
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.parsing.dataloader import DataLoader
 from ansible.plugins.connection import ssh
 from ansible.vars.manager import VariableManager
@@ -32,6 +33,17 @@ def known() -> set[str]:
         for entry in yaml.safe_load(path.read_text())["argument_specs"].values():
             names.update(entry.get("options", {}))
     return names
+
+
+def complaints(settings: dict[str, Any]) -> list[str]:
+    """Return what a role says of the types of its settings, as the playbooks have them checked."""
+    said = []
+    for path in sorted(ROOT.glob("roles/*/meta/argument_specs.yml")):
+        options = yaml.safe_load(path.read_text())["argument_specs"]["main"].get("options", {})
+        given = {name: value for name, value in settings.items() if name in options and MARK not in str(value)}
+        spec = {name: {**options[name], "required": False} for name in given}
+        said += ArgumentSpecValidator(spec).validate(given).error_messages
+    return said
 
 
 def text_of(folder: Path) -> str:
@@ -79,6 +91,11 @@ def test_is_complete_but_for_what_is_marked(folder: Path, settings: dict[str, An
     assert all(re.search(rf"{MARK} # \S", line) for line in marked)
     assert settings["databases_studies"]
     assert settings["server_scheduler"] in ("slurm", "local")
+
+
+def test_types_are_those_of_the_roles(settings: dict[str, Any]) -> None:
+    assert complaints(settings) == []
+    assert complaints({**settings, "databases_workers": "many", "server_scheduler": "none"}) != []
 
 
 @pytest.mark.parametrize("folder", CLUSTERS, ids=lambda folder: folder.name)
