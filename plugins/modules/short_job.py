@@ -39,6 +39,11 @@ options:
     description: After how many seconds the job is cancelled.
     type: int
     default: 120
+  listening:
+    description:
+      - A file into which the job writes a host and a port, with a space between them, once it listens there.
+      - While the job runs this host connects to it, and RV(reached) tells whether it could.
+    type: path
 seealso:
   - module: mala.hpc_db.hosting_job
 """
@@ -61,6 +66,10 @@ answer:
   description: The object that it printed; V(null) if there is none.
   returned: success
   type: dict
+reached:
+  description: Whether this host could connect to the job; V(null) if the job did not say where it listens.
+  returned: success
+  type: bool
 said:
   description: Why there is no answer, in one line; empty if there is one.
   returned: success
@@ -69,6 +78,7 @@ said:
 
 import json
 import os
+import socket
 import time
 from typing import Callable
 
@@ -87,30 +97,57 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
 # there and no answer is one that is not complete, or never will be.
 LATE_SECONDS = 65
 SETTLED_SECONDS = 5
+# A packet that a firewall drops is sent again after 1 and 3 s.
+CONNECT_SECONDS = 5
 
 
 def run_job(params: dict, run: Run, sleep: Callable[[float], None] = time.sleep) -> dict:
     """Submit the job and wait for its answer. ``run`` takes an argument list and returns its stdout."""
     check_name(params["name"])
     scheduler = SCHEDULERS[params["scheduler"]]
+    door = _Door(params["listening"])
     try:
         scheduler.check_options(params["options"])
         find_jobs(params, run)  # refuses paths that are not absolute
         wishes = params["script"], params["options"], params["output"]
         job_id = scheduler.parse_submit(run(scheduler.submit_command(params["name"], *wishes)))
-        stuck = _wait(params, job_id, run, sleep)
+        stuck = _wait(params, job_id, run, sleep, door)
     except (SchedulerError, ValueError) as error:
-        return _result(None, " ".join(str(error).split()))
+        return _result(None, " ".join(str(error).split()), door)
     if stuck:
-        return _result(None, f"job {job_id} was {stuck} after {params['timeout']} s, and was cancelled")
-    return _read(params["output"], job_id, sleep)
+        return _result(None, f"job {job_id} was {stuck} after {params['timeout']} s, and was cancelled", door)
+    return _result(*_read(params["output"], job_id, sleep), door)
 
 
-def _wait(params: dict, job_id: str, run: Run, sleep: Callable[[float], None]) -> str:
+class _Door:
+    """Where the job listens, if it does."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+        self.reached: bool | None = None
+
+    def knock(self) -> None:
+        """Connect once, as soon as it says where."""
+        if self.path is None or self.reached is not None:
+            return
+        try:
+            with open(self.path, encoding="utf-8") as stream:
+                host, port = stream.read().split()
+        except (FileNotFoundError, ValueError):  # not there yet, or not all of it
+            return
+        try:
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+            self.reached = True
+        except (OSError, ValueError, OverflowError):
+            self.reached = False
+
+
+def _wait(params: dict, job_id: str, run: Run, sleep: Callable[[float], None], door: _Door) -> str:
     """Wait for the end of the job; when it takes too long, cancel it and return what it was doing."""
     deadline = time.monotonic() + params["timeout"]
     pause = 0.2
     while True:
+        door.knock()
         job = next((each for each in find_jobs(params, run) if each["id"] == job_id), None)
         if job is None:
             return ""
@@ -121,8 +158,8 @@ def _wait(params: dict, job_id: str, run: Run, sleep: Callable[[float], None]) -
         pause = min(2 * pause, 2.0)
 
 
-def _read(path: str, job_id: str, sleep: Callable[[float], None]) -> dict:
-    """Return the answer in the output."""
+def _read(path: str, job_id: str, sleep: Callable[[float], None]) -> tuple[dict | None, str]:
+    """Return the answer in the output, or why there is none."""
     last = ""
     for second in range(LATE_SECONDS):
         last = _last_line(path)
@@ -131,11 +168,11 @@ def _read(path: str, job_id: str, sleep: Callable[[float], None]) -> dict:
         except ValueError:
             answer = None
         if isinstance(answer, dict):
-            return _result(answer, "")
+            return answer, ""
         if last and second >= SETTLED_SECONDS:
             break
         sleep(1.0)
-    return _result(None, f"job {job_id} ended without an answer: {last or 'it printed nothing'}")
+    return None, f"job {job_id} ended without an answer: {last or 'it printed nothing'}"
 
 
 def _last_line(path: str) -> str:
@@ -146,8 +183,8 @@ def _last_line(path: str) -> str:
         return ""
 
 
-def _result(answer: dict | None, said: str) -> dict:
-    return {"changed": False, "answer": answer, "said": said}
+def _result(answer: dict | None, said: str, door: _Door) -> dict:
+    return {"changed": False, "answer": answer, "said": said, "reached": door.reached}
 
 
 def main() -> None:
@@ -159,6 +196,7 @@ def main() -> None:
             output={"type": "path", "required": True},
             options={"type": "dict", "default": {}},
             timeout={"type": "int", "default": 120},
+            listening={"type": "path"},
         ),
         supports_check_mode=False,
     )

@@ -21,7 +21,13 @@ from target import CHECKOUT, CLUSTER, ROOT, Target, Workstation
 
 
 @pytest.fixture(scope="module")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+def slurm_lines() -> list[str]:
+    """Lines of slurm.conf, in place of the mini cluster's own; a module may have others."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def mini(slurm_lines: list[str]) -> Iterator[Target]:
     """The mini cluster, with alice's empty home."""
     if os.geteuid() != 0:
         pytest.skip("the mini Slurm cluster needs root")
@@ -32,7 +38,8 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     brought = {"wheels": cache / "wheels", "channel": cache / "channel", "client": ROOT / "client" / "src",
                "bench": ROOT / "bench", Path(CHECKOUT).name: ROOT}
     mounts = [f"--mount={folder}:/srv/{name}" for name, folder in brought.items()]
-    subprocess.run([str(CLUSTER), "up", "--state", state, "--nodes", "2", *mounts], check=True)
+    lines = [f"--slurm={line}" for line in slurm_lines]
+    subprocess.run([str(CLUSTER), "up", "--state", state, "--nodes", "2", *mounts, *lines], check=True)
     yield Target(
         [ROOT / "molecule" / "default" / "inventory"],
         ["ssh", "-F", f"{state}/ssh_config", "login"],

@@ -39,6 +39,7 @@ MODULES: dict[str, dict[str, Any]] = {
         "environment": "FOLDER/bin/python", "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels", "project":
         'name = "n"\nversion = "1"\nrequires-python = ">=3.9"\ndependencies = []', "files": {"n/a.py": "pass"},
     },
+    "cluster_info": {"bin_dir": "FOLDER/bin", "urls": ["FOLDER/x"], "timeout": 5},
     "conda_env": {
         "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "channels": ["conda-forge"], "provider": "conda",
         "client": "FOLDER/bin/conda", "module_load": None, "package_cache": "FOLDER/cache",
@@ -96,6 +97,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "server_log_info": {"root": "FOLDER/root"},
     "short_job": {
         **JOB, "script": "FOLDER/root/job.sh", "output": "FOLDER/root/out", "options": {"partition": "work"},
+        "listening": "FOLDER/root/door",
     },
     "sshfs_mount": {
         "path": "FOLDER/new/mount", "host": "127.0.0.1", "port": 1, "folder": "logs", "user": "alice", "timeout": 5,

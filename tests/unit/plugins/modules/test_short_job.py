@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """short_job against a Slurm that runs the job for a few looks; tests/integration has a real one."""
 
+import socket
+
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError
 from ansible_collections.mala.hpc_db.plugins.modules.short_job import run_job
@@ -33,7 +35,8 @@ class FakeSlurm:
 def params(tmp_path, **changes):
     return {
         "name": "doctor", "root": str(tmp_path), "scheduler": "slurm", "bin_dir": None, "script": "/x/job.sh",
-        "output": str(tmp_path / "out"), "options": {"time": "00:05:00"}, "timeout": 60, **changes,
+        "output": str(tmp_path / "out"), "options": {"time": "00:05:00"}, "timeout": 60,
+        "listening": None, **changes,
     }
 
 
@@ -50,7 +53,7 @@ def test_answer(output, answer, said, tmp_path):
 
     result = run_job(params(tmp_path), FakeSlurm(tmp_path / "out", output), slept.append)
 
-    assert result == {"changed": False, "answer": answer, "said": said}
+    assert result == {"changed": False, "answer": answer, "said": said, "reached": None}
     assert sum(slept) < 70
 
 
@@ -81,3 +84,21 @@ def test_refusal_is_said(options, refuses, said, tmp_path):
     slurm = FakeSlurm(tmp_path / "out", "", refuses=refuses)
 
     assert run_job(params(tmp_path, options=options), slurm)["said"] == said
+
+
+@pytest.mark.parametrize("says, reached", [
+    ("127.0.0.1 {port}", True), ("127.0.0.1 {closed}", False), ("127.0.0.1 99999", False), ("127.0.0.1", None),
+    (None, None),
+])
+def test_connects_to_where_the_job_listens(says, reached, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # nobody listens, and nobody else gets it
+        ports = {"port": server.getsockname()[1], "closed": reserved.getsockname()[1]}
+        if says:
+            (tmp_path / "door").write_text(says.format(**ports))
+
+        result = run_job(
+            params(tmp_path, listening=str(tmp_path / "door")), FakeSlurm(tmp_path / "out", "{}"), lambda _seconds: None
+        )
+
+    assert result == {"changed": False, "answer": {}, "said": "", "reached": reached}

@@ -1,0 +1,430 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: cluster_info
+short_description: See what a cluster says of itself
+author: mala.hpc_db contributors (@mala-project)
+description:
+  - Asks Slurm for partitions, limits and accounts, the login node for file systems and conda clients, and the network
+    for the sources of packages; and proposes options for a job.
+  - What has no answer is empty or V(null). Nothing is submitted.
+options:
+  bin_dir:
+    description: The folder of Slurm's commands, if they are neither on the PATH nor on that of a login shell.
+    type: path
+  urls:
+    description: Sources of packages, of which RV(sources) tells whether the login node reaches them.
+    type: list
+    elements: str
+    default: []
+  timeout:
+    description: Seconds after which a command or a source is given up.
+    type: int
+    default: 15
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
+attributes:
+  check_mode:
+    support: full
+    description: Nothing is ever changed.
+  diff_mode:
+    support: none
+    description: Nothing is ever changed.
+"""
+
+EXAMPLES = r"""
+- name: Look at the cluster
+  mala.hpc_db.cluster_info:
+    urls: [https://conda.anaconda.org/conda-forge/noarch/repodata.json]
+  register: cluster
+
+- name: Show its partitions
+  ansible.builtin.debug:
+    msg: "{{ cluster.partitions | map(attribute='name') }}"
+"""
+
+RETURN = r"""
+host:
+  description: The login node's own name.
+  returned: success
+  type: str
+user:
+  description: The user's name there.
+  returned: success
+  type: str
+scheduler:
+  description: V(slurm), or nothing if there is no C(sbatch).
+  returned: success
+  type: str
+others:
+  description: Commands of other schedulers that are there.
+  returned: success
+  type: list
+  elements: str
+bin_dir:
+  description: The folder of Slurm's commands; empty if they are on the PATH of a command over ssh.
+  returned: success
+  type: str
+config:
+  description: Some of C(scontrol show config).
+  returned: success
+  type: dict
+  sample: {ClusterName: mini, SLURM_VERSION: "22.05.8"}
+partitions:
+  description: The partitions, in Slurm's order.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    name:
+      description: The partition.
+      type: str
+    default:
+      description: Whether jobs go there that name none.
+      type: bool
+    usable:
+      description: Whether it is up, and open to the user's accounts as far as they are known.
+      type: bool
+    limit:
+      description: The longest walltime in seconds; V(null) for none.
+      type: int
+    walltime:
+      description: The same as Slurm writes it, or V(no limit).
+      type: str
+    nodes:
+      description: How many nodes it has.
+      type: int
+    cpus:
+      description: The processors of its smallest node.
+      type: int
+    memory:
+      description: What a job may have on its smallest node, in megabytes.
+      type: int
+    gpus:
+      description: Whether its nodes have GPUs.
+      type: bool
+    exclusive:
+      description: Whether a job has its nodes alone.
+      type: bool
+    preempted:
+      description: Whether its jobs may have to make place for others.
+      type: bool
+accounts:
+  description: The user's accounts, the default first; empty if there is no accounting.
+  returned: success
+  type: list
+  elements: str
+qos:
+  description: The QOS that the user may ask for.
+  returned: success
+  type: list
+  elements: str
+file_systems:
+  description: The home directory first, then the folders that a login shell names.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    name:
+      description: The variable that names it, such as C(HOME).
+      type: str
+    path:
+      description: The folder.
+      type: str
+    type:
+      description: The type of its file system.
+      type: str
+    shared:
+      description: Whether that is a network's.
+      type: bool
+    free:
+      description: Bytes that are left.
+      type: int
+    quota:
+      description: Bytes that the user may have in all; V(null) if no quota is told.
+      type: int
+    used:
+      description: Bytes that the user has there; V(null) if no quota is told.
+      type: int
+mounted:
+  description: Where other file systems of the network are mounted. They are not touched.
+  returned: success
+  type: list
+  elements: str
+clients:
+  description: The conda, mamba and micromamba of a login shell.
+  returned: success
+  type: list
+  elements: str
+sources:
+  description: O(urls), with what keeps the login node from each; empty if nothing does.
+  returned: success
+  type: dict
+proposed:
+  description: Options for a job that hosts a server, and its memory then; V(null) without a usable partition.
+  returned: success
+  type: dict
+  sample: {options: {partition: defq, time: "2-00:00:00", mem: 16G, cpus-per-task: 4}, memory: 16G}
+"""
+
+import http.client
+import math
+import os
+import pwd
+import re
+import shutil
+import socket
+import urllib.request
+from pathlib import Path
+from typing import Callable
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._conda import parse_search, search_command
+from ansible_collections.mala.hpc_db.plugins.module_utils._mounts import parse_mountinfo
+from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_time
+
+# Takes an argument list; returns what was printed, nothing if the command is missing, fails, or takes too long.
+Run = Callable[[list], str]
+
+CLIENTS = ["micromamba", "mamba", "conda"]
+OTHERS = ["qsub", "bsub", "condor_submit", "flux"]
+FOLDERS = ["HOME", "PROJECT", "WORK", "WORKDIR", "SCRATCH", "PSCRATCH", "CFS", "DATA"]
+SHARED = {
+    "afs", "beegfs", "ceph", "dvs", "fuse.beegfs", "fuse.ceph", "fuse.glusterfs", "fuse.juicefs", "fuse.sshfs",
+    "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "wekafs",
+}
+CONFIG = ["AccountingStorageEnforce", "ClusterName", "EnforcePartLimits", "KillWait", "PreemptMode", "SLURM_VERSION"]
+
+# What is proposed, if the partition has so much: enough for 100 workers, and little enough to find its place soon.
+MEMORY_MB = 16384
+ALONE_MB = 65536
+CPUS = 4
+SECONDS = 7 * 24 * 3600
+# A default partition with a shorter limit is one for trials.
+SHORT_SECONDS = 3600
+
+
+def look(params: dict, run: Run, fetch: Callable[[str], str]) -> dict:
+    """Return what is known. ``fetch`` returns what keeps this host from a URL."""
+    user = pwd.getpwuid(os.geteuid())
+    folders, programs = parse_login(run(login_command()))
+    sbatch = shutil.which("sbatch") or programs.get("sbatch", "")
+    folder = params["bin_dir"] or ("" if shutil.which("sbatch") else os.path.dirname(sbatch))
+    slurm = bool(sbatch or (folder and os.path.exists(os.path.join(folder, "sbatch"))))
+
+    def ask(program: str, *arguments: str) -> str:
+        return run([os.path.join(folder, program), *arguments]) if slurm else ""
+
+    accounts, qos = parse_associations(
+        ask("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user.pw_name}",
+            "format=account,qos"),
+        ask("sacctmgr", "--noheader", "--parsable2", "show", "user", user.pw_name, "format=defaultaccount"),
+    )
+    partitions = parse_partitions(
+        ask("scontrol", "--oneliner", "show", "partition"),
+        ask("sinfo", "--noheader", "--exact", "--format=%R|%m|%c|%G"),
+        accounts,
+    )
+    file_systems = read_file_systems({"HOME": user.pw_dir, **folders}, user.pw_name, run)
+    return {
+        "changed": False,
+        "host": socket.gethostname(),
+        "user": user.pw_name,
+        "scheduler": "slurm" if slurm else "",
+        "others": [name for name in OTHERS if programs.get(name)],
+        "bin_dir": folder,
+        "config": parse_config(ask("scontrol", "show", "config")),
+        "partitions": partitions,
+        "accounts": accounts,
+        "qos": qos,
+        "file_systems": file_systems,
+        "mounted": other_mounts(Path("/proc/self/mountinfo"), [each["path"] for each in file_systems]),
+        "clients": sorted(set(parse_search(run(search_command(None, CLIENTS)), CLIENTS))),
+        "sources": {url: fetch(url) for url in params["urls"]},
+        "proposed": propose(partitions, accounts),
+    }
+
+
+def login_command() -> list[str]:
+    """Return the call of a login shell that prints the folders and the schedulers that it knows."""
+    script = (
+        'for name in $1; do printf "hpc_db folder %s %s\\n" "$name" "${!name}"; done; '
+        'for name in $2; do printf "hpc_db program %s %s\\n" "$name" "$(type -P "$name")"; done'
+    )
+    return ["bash", "-lc", script, "bash", " ".join(FOLDERS), " ".join(["sbatch", *OTHERS])]
+
+
+def parse_login(text: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return folders and programs by their names, whatever else a login shell prints."""
+    found = re.findall(r"^hpc_db (folder|program) (\w+) (/.*)$", text, re.MULTILINE)
+    folders, programs = ({name: path for kind, name, path in found if kind == wanted} for wanted in
+                         ("folder", "program"))
+    return folders, programs
+
+
+def parse_config(text: str) -> dict[str, str]:
+    """Return what matters of ``scontrol show config``."""
+    found = dict(re.findall(r"^(\w+) *= (.*?) *$", text, re.MULTILINE))
+    return {name: found[name] for name in CONFIG if name in found}
+
+
+def parse_associations(associations: str, user: str) -> tuple[list[str], list[str]]:
+    """Return the accounts, the default first, and the QOS."""
+    rows = [line.split("|") for line in associations.splitlines() if line.count("|") == 1]
+    default = [line.strip() for line in user.splitlines() if line.strip()][-1:]
+    accounts = sorted({account for account, _qos in rows if account})
+    qos = sorted({each for _account, some in rows for each in some.split(",") if each})
+    return sorted(accounts, key=lambda account: account not in default), qos
+
+
+def parse_partitions(partitions: str, nodes: str, accounts: list[str]) -> list[dict]:
+    """Return the partitions, with what the smallest of their nodes has."""
+    hardware: dict[str, list[tuple[int, int, str]]] = {}
+    for line in nodes.splitlines():
+        name, *fields = line.strip().split("|")
+        if len(fields) == 3 and fields[0].rstrip("+").isdigit() and fields[1].rstrip("+").isdigit():
+            memory, cpus = (int(field.rstrip("+")) for field in fields[:2])
+            hardware.setdefault(name, []).append((memory, cpus, fields[2]))
+    result = []
+    for line in partitions.splitlines():
+        fields = dict(word.partition("=")[::2] for word in line.split())
+        if "PartitionName" not in fields:  # a site's own message
+            continue
+        kinds = hardware.get(fields["PartitionName"], [])
+        seconds = parse_time(fields.get("MaxTime", "")) or math.inf
+        most = fields.get("MaxMemPerNode", "")
+        memory = min((kind[0] for kind in kinds), default=0)
+        open_to = fields.get("AllowAccounts", "ALL").split(",")
+        result.append({
+            "name": fields["PartitionName"],
+            "default": fields.get("Default") == "YES",
+            "usable": fields.get("State", "UP") == "UP" and fields.get("RootOnly") != "YES" and (
+                "ALL" in open_to or not accounts or bool(set(open_to) & set(accounts))),
+            "limit": None if math.isinf(seconds) else int(seconds),
+            "walltime": "no limit" if math.isinf(seconds) else format_time(int(seconds)),
+            "nodes": int(fields["TotalNodes"]) if fields.get("TotalNodes", "").isdigit() else 0,
+            "cpus": min((kind[1] for kind in kinds), default=0),
+            "memory": min(memory, int(most)) if most.isdigit() and int(most) else memory,
+            "gpus": any("gpu" in kind[2] for kind in kinds),
+            "exclusive": fields.get("OverSubscribe", "").startswith("EXCLUSIVE"),
+            "preempted": fields.get("PreemptMode", "OFF") not in ("OFF", "DISABLED"),
+        })
+    return result
+
+
+def propose(partitions: list[dict], accounts: list[str]) -> dict | None:
+    """Return options of a job that some partition takes: the default one's, unless that is for trials only."""
+    usable = [each for each in partitions if each["usable"] and each["nodes"]]
+    if not usable:
+        return None
+
+    def worth(each: dict) -> tuple:
+        limit = each["limit"] or math.inf
+        return not each["gpus"], each["default"] and limit > SHORT_SECONDS, not each["preempted"], min(limit, SECONDS)
+
+    best = max(usable, key=worth)
+    most = ALONE_MB if best["exclusive"] else min(MEMORY_MB, best["memory"] // 2)
+    most = min(most, best["memory"])
+    memory = f"{most // 1024}G" if most >= 2048 else f"{most or 1024}M"
+    options: dict = {"partition": best["name"], "time": format_time(min(best["limit"] or SECONDS, SECONDS))}
+    if accounts:
+        options["account"] = accounts[0]
+    if best["exclusive"]:
+        options.update({"nodes": 1, "mem": False})
+    else:
+        options.update({"mem": memory, "cpus-per-task": min(CPUS, best["cpus"] or 1)})
+    return {"options": options, "memory": memory}
+
+
+def format_time(seconds: int) -> str:
+    """Return a time as Slurm writes it."""
+    days, rest = divmod(seconds, 24 * 3600)
+    clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+    return f"{days}-{clock}" if days else clock
+
+
+def read_file_systems(folders: dict[str, str], user: str, run: Run) -> list[dict]:
+    """Return what is known of the folders' file systems, each folder once."""
+    result = []
+    quotas = run(["quota", "-w", "-u", user])
+    for name, path in folders.items():
+        if path in [each["path"] for each in result]:
+            continue
+        found = parse_df(run(["df", "-PTk", "--", path]))
+        if found is None:
+            continue
+        source, kind, free, mount = found
+        text = run(["lfs", "quota", "-q", "-u", user, path]) if kind == "lustre" else quotas
+        used, limit = parse_quota(text, [source, mount, path])
+        result.append({
+            "name": name, "path": path, "type": kind, "shared": kind in SHARED, "free": free, "used": used,
+            "quota": limit,
+        })
+    return result
+
+
+def parse_df(text: str) -> tuple[str, str, int, str] | None:
+    """Return source, type, free bytes and mount point of one file system."""
+    found = re.search(r"^(.+?) +(\S+) +\d+ +\d+ +(-?\d+) +[\d-]+%? +(/.*)$", text, re.MULTILINE)
+    return (found[1], found[2], int(found[3]) * 1024, found[4]) if found else None
+
+
+def parse_quota(text: str, names: list[str]) -> tuple[int | None, int | None]:
+    """Return the bytes that are used and allowed, as ``quota`` and ``lfs quota`` print them in kilobytes."""
+    for line in text.splitlines():
+        fields = line.split()
+        numbers = [field.rstrip("*") for field in fields[1:4]]
+        if fields and fields[0] in names and len(numbers) == 3 and all(number.isdigit() for number in numbers):
+            used, soft, hard = (int(number) * 1024 for number in numbers)
+            return (used, soft or hard) if soft or hard else (None, None)
+    return None, None
+
+
+def other_mounts(table: Path, known: list[str]) -> list[str]:
+    """Return where file systems of the network are mounted that hold none of the known folders."""
+    text = table.read_text(encoding="utf-8", errors="replace") if table.exists() else ""
+    found = {mount.path: mount.kind for mount in parse_mountinfo(text) if mount.kind in SHARED}
+    return [f"{path} ({kind})" for path, kind in sorted(found.items()) if not any(
+        folder == path or folder.startswith(f"{path}/") for folder in known)]
+
+
+def fetch_url(url: str, timeout: int) -> str:
+    """Return what keeps this host from a URL; nothing if it answers."""
+    if url.startswith(("file:", "/")):
+        path = re.sub("^file:/*", "/", url)
+        return "" if os.path.exists(path) else f"there is no {path}"
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+    return ""
+
+
+def main() -> None:
+    """Wire the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "bin_dir": {"type": "path"},
+            "urls": {"type": "list", "elements": "str", "default": []},
+            "timeout": {"type": "int", "default": 15},
+        },
+        supports_check_mode=True,
+    )
+    timeout = module.params["timeout"]
+
+    def run(command: list) -> str:
+        limited = ["timeout", "--kill-after=5", str(timeout), *command]
+        code, stdout, _stderr = module.run_command(limited, expand_user_and_vars=False)
+        return stdout if code == 0 else ""
+
+    module.exit_json(**look(module.params, run, lambda url: fetch_url(url, timeout)))
+
+
+if __name__ == "__main__":
+    main()

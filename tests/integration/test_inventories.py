@@ -1,0 +1,220 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The inventories that come with the collection: real roles write the job, and a real sbatch reads its options.
+
+And one that the playbook discover.yml writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from target import CLUSTER, ROOT, Target
+
+# What somebody fills in, and the partitions with their longest walltimes as the clusters' own pages have them; only
+# those of rosi5 and of JURECA are not published.
+SITES: dict[str, tuple[dict, dict[str, str]]] = {
+    "barnard": ({"server_job_options": {"account": "p_number_crunch"}}, {}),
+    "example": ({"server_job_options": {"partition": "batch"}}, {"batch": "1-00:00:00"}),
+    "frontier": ({"server_job_options": {"account": "abc123"}}, {"extended": "1-00:00:00"}),
+    "hemera5": ({}, {"defq": "7-00:00:00"}),
+    "jureca": ({"hpc_db_project": "slts"}, {"dc-cpu": "1-00:00:00"}),
+    "lumi": ({"hpc_db_project": "project_465000001"}, {"small": "3-00:00:00"}),
+    "perlmutter": ({"hpc_db_project": "m1234"}, {}),
+    "rosi5": ({"server_job_options": {"time": "24:00:00"}}, {"gpu-v100": "1-00:00:00"}),
+}
+# What the collection's own options of a job are, and those of every site that Slurm judges without accounting.
+OWN = {"dependency", "job-name", "no-requeue", "open-mode", "output", "parsable", "signal"}
+JUDGED = {"constraint", "cpus-per-task", "mem", "nodes", "partition", "time"}
+
+COMMANDS = "sbatch scancel scontrol sinfo squeue srun"
+NEW = "/opt/slurm/bin"
+
+
+@pytest.fixture(scope="module")
+def slurm_lines() -> list[str]:
+    """Nodes as large as those of the sites, if only in words."""
+    return ["NodeName=c[1-2] CPUs=128 RealMemory=600000 Feature=cpu State=UNKNOWN"]
+
+
+def settings_of(name: str) -> dict:
+    """Return what an inventory says of its one host; tests/unit has Ansible read it."""
+    folder = ROOT / "inventories" / name
+    (host,) = yaml.safe_load((folder / "hosts.yml").read_text())["hpc_db"]["hosts"].values()
+    return {**yaml.safe_load((folder / "group_vars" / "all.yml").read_text()), **host}
+
+
+@pytest.fixture(scope="module")
+def sites(mini: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What the roles have written for each cluster, all on the login node of the mini cluster."""
+    state = mini.environment["HPC_DB_CLUSTER"]
+    here = {
+        "ansible_host": "login", "ansible_user": "alice", "ansible_ssh_common_args": f"-F {state}/ssh_config",
+        "ansible_control_path_dir": f"{state}/control", "ansible_ssh_private_key_file": f"{state}/id_ed25519",
+        "ansible_ssh_args": "-o ControlMaster=auto -o ControlPersist=60s",
+        "ansible_python_interpreter": "/usr/bin/python3",
+    }
+    hosts = {}
+    for name, (filled, _partitions) in SITES.items():
+        settings = settings_of(name)
+        options = {**settings["server_job_options"], **filled.get("server_job_options", {})}
+        root = {} if "instance_root" in settings else {"instance_root": f"~/sites/{name}"}
+        hosts[name] = {**settings, **filled, **root, **here, "server_job_options": options}
+
+    partitions = {partition: limit for _filled, some in SITES.values() for partition, limit in some.items()}
+    as_root = [f"scontrol create partition={partition} nodes=ALL maxtime={limit} state=up" for partition, limit in
+               partitions.items()]
+    folders = "/global/cfs/cdirs /p/project1 /project"
+    for host, script in ("ctl", "; ".join(["set -e", *as_root])), ("login", f"mkdir -p -m 1777 {folders}"):
+        subprocess.run([str(CLUSTER), "exec", "--state", state, host, "--", "sh", "-c", script], check=True)
+
+    inventory = tmp_path_factory.mktemp("sites") / "hosts.json"
+    inventory.write_text(json.dumps({"hpc_db": {"hosts": hosts}}))
+    command = ["ansible-playbook", f"--inventory={inventory}", "--forks=4", "tests/integration/job_script.yml"]
+    played = subprocess.run(
+        command, cwd=ROOT, env=mini.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
+    )
+    assert played.returncode == 0, played.stdout
+    return hosts
+
+
+@pytest.fixture(scope="module")
+def submitted(mini: Target, sites: dict[str, dict]) -> dict[str, list[str]]:
+    """The call of sbatch for each cluster's next job, as the hosting program will make it."""
+    text = mini.run("find ~/sites /project /p /global -name settings.json -exec cat {} + | tr -d '\\n' || true")
+    decoder, found = json.JSONDecoder(), {}
+    while text.strip():
+        settings, end = decoder.raw_decode(text.strip())
+        text = text.strip()[end:]
+        found[settings["cluster"]] = settings["successor"]
+    assert set(found) == set(SITES)
+    return found
+
+
+def words(output: str) -> str:
+    """Return the output in one line."""
+    return " ".join(output.replace("''", "'").split())
+
+
+def judge(mini: Target, commands: list[list[str]]) -> list[tuple[int, str]]:
+    """Return what sbatch says of each of these jobs, without submitting one."""
+    lines = [f"{shlex.join([call[0], '--test-only', *call[1:]])} 2>&1 | tr '\\n' ' '; echo" for call in commands]
+    said = mini.run("\n".join(lines)).splitlines()
+    assert len(said) == len(commands)
+    return [(0 if " to start at " in line else 1, line) for line in said]
+
+
+def test_slurm_takes_every_clusters_job(mini: Target, sites: dict[str, dict], submitted: dict[str, list[str]]) -> None:
+    for (name, command), (code, said) in zip(submitted.items(), judge(mini, list(submitted.values()))):
+        assert code == 0, f"{name}: {said}"
+        asked = {flag.lstrip("-").partition("=")[0] for flag in command[1:-1]} - OWN
+        wanted = {key for key, value in sites[name]["server_job_options"].items() if value is not False}
+        assert wanted <= asked <= wanted | {"mem"}, name
+        assert "FILL_IN" not in " ".join(command)
+        assert mini.run(f"cat {command[-1]}").startswith("#!/bin/sh\n# Written by mala.hpc_db"), name
+
+
+def test_slurm_would_refuse_a_wrong_option(mini: Target, submitted: dict[str, list[str]]) -> None:
+    wrong = []
+    for command in submitted.values():
+        wrong.append([command[0], "--no-such-option=1", *command[1:]])
+        for index, flag in enumerate(command):
+            key, equals, _value = flag.partition("=")
+            if equals and key.lstrip("-") in JUDGED:
+                wrong.append([*command[:index], f"{key}=no such", *command[index + 1:]])
+
+    results = judge(mini, wrong)
+
+    assert len(wrong) > 4 * len(submitted)
+    assert [(call, said) for call, (code, said) in zip(wrong, results) if code == 0] == []
+
+
+def test_what_is_to_be_filled_in_is_refused_before_anything_connects(mini: Target) -> None:
+    # Nothing answers there: a playbook that connects would say that.
+    nowhere = {"ansible_host": "127.0.0.1", "ansible_port": 1}
+    jureca = Target([Path("inventories/jureca")], [], mini.environment)
+
+    played = jureca.play("hpc_db", nowhere)
+
+    assert played.returncode == 2
+    said = re.findall(r"^ +msg: (.*(?:\n {8,}.*)*)", played.stdout, re.MULTILINE)
+    assert len(said) == 1, played.stdout
+    assert " ".join(said[0].split()).strip("'") == (
+        "ansible_user: FILL_IN is to be replaced by your own value, in inventories/jureca/hosts.yml line 8: your user "
+        "name there, such as surname1; hpc_db_project: FILL_IN is to be replaced by your own value, in "
+        "inventories/jureca/group_vars/all.yml line 17: your project, as `jutil user projects` lists it there"
+    )
+    assert "unreachable=0" in played.stdout
+
+
+@pytest.fixture
+def elsewhere(mini: Target) -> Iterator[str]:
+    """Slurm's commands are on nobody's PATH, on no node."""
+    def everywhere(script: str) -> None:
+        for host in ("login", "c1", "c2"):
+            command = [str(CLUSTER), "exec", "--state", mini.environment["HPC_DB_CLUSTER"], host, "--", "sh", "-c"]
+            subprocess.run([*command, f"set -e; {script}"], check=True)
+
+    everywhere(f"mkdir -p {NEW}; cd /usr/bin; mv {COMMANDS} {NEW}")
+    yield NEW
+    everywhere(f"cd {NEW}; mv {COMMANDS} /usr/bin")
+
+
+def test_a_discovered_inventory_works(mini: Target, elsewhere: str, bindir: Path, tmp_path: Path) -> None:
+    written = tmp_path / "found"
+    settings = {"discover_name": "found", "discover_folder": str(written)}
+    job = {**settings, "discover_submit_job": "true"}
+
+    lost = mini.play("discover", settings)
+    mini.run(f"echo 'PATH=$PATH:{elsewhere}' > .bash_profile")
+    tried = mini.play("discover", settings, "--check")
+    assert (lost.returncode, tried.returncode) == (2, 0), lost.stdout + tried.stdout
+    assert not written.exists()
+    before = mini.run("ls -A")
+    played = mini.play("discover", job)
+    again = mini.play("discover", settings)
+
+    assert "no compute node was looked at; allow a short job by -e discover_submit_job=true" in tried.stdout
+    assert re.search(r"msg: .mini: there is no sbatch on the PATH or that of a login shell( \(qsub is, of another "
+                     r"scheduler, which is not asked\))?; name its folder by -e server_bin_dir=", words(lost.stdout))
+    assert played.returncode == 0, played.stdout
+    assert mini.run("ls -A") == before
+    assert again.returncode == 2
+    assert f"discover_folder: {written} is not allowed; it is there already, and is not overw" in words(again.stdout)
+    text = (written / "group_vars" / "all.yml").read_text()
+    settings = yaml.safe_load(text)
+    assert settings["server_bin_dir"] == elsewhere
+    assert settings["server_job_options"] == {
+        "partition": "work", "time": "04:00:00", "mem": "16G", "cpus-per-task": 4,
+    }
+    assert (settings["postgres_channels"], "postgres_staged" in settings) == (["file:///srv/channel"], False)
+    assert re.search(r"^# Compute node c[12]: Python 3\.\d+\.\d+, \w+; /tmp can be written ", text, re.MULTILINE)
+    assert "# The login node reaches it by its name; another compute node does [a job]" in text
+    assert re.search(r"^#   HOME /home/alice: \w+, .* free, seen by c[12]; ", text, re.MULTILINE)
+
+    # What says "choose" is chosen; a PostgreSQL that is there already is the quickest.
+    chosen = {
+        "databases_workers: 100": "databases_workers: 20",
+        "postgres_provider: rattler":
+            f"postgres_provider: system\npostgres_bindir: {bindir}\npostgres_major: {bindir.parts[-2]}",
+        "  mem: 16G": "  mem: 1000M",
+    }
+    for before, after in chosen.items():
+        assert f"\n{before} # choose" in text
+        text = text.replace(before, after)
+    (written / "group_vars" / "all.yml").write_text(text)
+    found = Target([written], mini.shell, mini.environment)
+    checked = found.play("hpc_db", None, "--check")
+    hosted = found.play("hpc_db")
+
+    assert (checked.returncode, hosted.returncode) == (0, 0), checked.stdout + hosted.stdout
+    assert re.search(r"^\[found\] hpc_db: serving on c[12]:5432 after ", hosted.stdout, re.MULTILINE)
+    assert "\npostgresql+psycopg2:///?service=hpc_db\n" in hosted.stdout
