@@ -389,8 +389,6 @@ def remove_unfinished(params: dict, connection: Any) -> None:
 def bring(params: dict, connection: Any, studies: list[Study], stamp: tuple) -> list[float]:
     """Bring the studies into the database, all or none; return the seconds that each has taken."""
     seconds = []
-    if _connection.rows(connection, LOCK) != [(True,)]:
-        raise Refused(f"another import into the database {params['database']} is running; wait for its end")
     remove_unfinished(params, connection)
     unfinished = [f"{UNFINISHED}{number}" for number, _study in enumerate(studies)]
     try:
@@ -408,22 +406,37 @@ def bring(params: dict, connection: Any, studies: list[Study], stamp: tuple) -> 
     return seconds
 
 
-def ensure_imported(params: dict, check_mode: bool) -> dict:
-    """Bring the studies that are not there yet."""
-    kind, stamp = kind_of(params["file"]), stamp_of(params["file"])
-    installed = _optuna.installed_optuna()
-    if installed is None:
-        raise Refused(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
-    with _connection.connect(params, params["database"]) as connection, copied(params) as path:
+@contextlib.contextmanager
+def alone(params: dict) -> Iterator[Any]:
+    """Connect to the database as the one import into it."""
+    with _connection.connect(params, params["database"]) as connection:
+        if _connection.rows(connection, LOCK) != [(True,)]:
+            raise Refused(f"another import into the database {params['database']} is running; wait for its end")
+        yield connection
+
+
+def read_file(params: dict, installed: _optuna.Optuna, stamp: tuple) -> list[Study]:
+    """Return the wanted studies of the file, by way of a copy."""
+    kind, label = kind_of(params["file"]), os.path.basename(params["file"])
+    with copied(params) as path:
         check_unchanged(params["file"], stamp)
-        held = look_into_database(params, connection, installed)
-        label = os.path.basename(params["file"])
         try:
-            studies = read_source(params, open_copy(path, label, kind, installed))
+            return read_source(params, open_copy(path, label, kind, installed))
         except (Refused, OSError):
             raise
         except Exception as error:  # whatever Optuna and SQLAlchemy raise for a damaged file
             raise Refused(f"import_from: {label}: Optuna says: {' '.join(str(error).split())}") from None
+
+
+def ensure_imported(params: dict, check_mode: bool) -> dict:
+    """Bring the studies that are not there yet."""
+    stamp = stamp_of(params["file"])
+    installed = _optuna.installed_optuna()
+    if installed is None:
+        raise Refused(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
+    with alone(params) as connection:
+        held = look_into_database(params, connection, installed)
+        studies = read_file(params, installed, stamp)
         try:
             missing = choose(params, studies, held)
             seconds = bring(params, connection, missing, stamp) if missing and not check_mode else []
