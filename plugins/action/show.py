@@ -19,6 +19,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def run(self, tmp: str | None = None, task_vars: dict | None = None) -> dict[str, Any]:
         result = super().run(tmp, task_vars)
-        params = self.validate_argument_spec({"text": {"type": "str", "required": True}})[1]
+        spec = {"text": {"type": "str", "required": True}, "values": {"type": "dict"}}
+        params = self.validate_argument_spec(spec)[1]
         Display().display(params["text"])
-        return dict(result, changed=False)
+        return dict(result, changed=False, **params)

@@ -28,6 +28,9 @@ options:
     description: The text, of one line or more.
     type: str
     required: true
+  values:
+    description: The same for a program that runs the playbook, and reads what tasks return.
+    type: dict
 """
 
 EXAMPLES = r"""
@@ -36,4 +39,13 @@ EXAMPLES = r"""
     text: postgresql+psycopg2:///?service=hpc_db
 """
 
-RETURN = r""" # """
+RETURN = r"""
+text:
+  description: The text.
+  returned: success
+  type: str
+values:
+  description: What was given as O(values).
+  returned: success
+  type: dict
+"""

@@ -1,0 +1,47 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""``python -m hpc_db up hemera5``: the progress goes to stderr, and the URL to stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import hpc_db
+from hpc_db.servers import Server
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Return name and value of ``NAME=VALUE``; the value may be JSON."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def main() -> int:
+    """Run the command; return what the process exits with."""
+    parser = argparse.ArgumentParser(prog="python -m hpc_db", description=hpc_db.__doc__)
+    parser.add_argument("command", choices=["up", "status", "down"])
+    parser.add_argument("inventory", nargs="+", help="a folder's name below inventories/, or a path")
+    parser.add_argument("-e", dest="settings", metavar="NAME=VALUE", type=setting, action="append", default=[])
+    given = parser.parse_args()
+    try:
+        found = getattr(hpc_db, given.command)(*given.inventory, **dict(given.settings))
+    except hpc_db.Failed as failed:
+        print(failed, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    for server in [found] if isinstance(found, Server) else found or []:
+        print(server.url)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

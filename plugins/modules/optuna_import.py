@@ -1,0 +1,489 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: optuna_import
+short_description: Bring studies of an SQLite or journal file into a database
+description:
+  - Optuna itself reads a copy of the file, adds the trials to the database beside running workers, and reads them
+    back. Only what equals the file in every trial gets its name, all studies at once.
+  - A run that fails leaves nothing; what one that was killed has left, the next one removes.
+  - The file is never changed. Tables that an older Optuna has made are upgraded in the copy.
+  - Trials that are C(RUNNING) in the file become C(FAIL), ended at the last time that their study knows, since nobody
+    will tell the database of their end. C(WAITING) ones stay so, for the workers here.
+  - Times stay as they are in the file. Optuna before 5 writes local time, and 5 writes UTC.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  file:
+    description: An SQLite file, or a file of Optuna's C(JournalStorage). It must be in use by nobody.
+    type: path
+    required: true
+  database:
+    description: The database. O(user) becomes the owner of the trials.
+    type: str
+    required: true
+  scratch:
+    description: A folder that this module makes, and removes with all in it, on a disk with room for the copy.
+    type: path
+    required: true
+  studies:
+    description: The names of the studies to bring; all that the file holds, if none is given.
+    type: list
+    elements: str
+    default: []
+  name:
+    description: What the study is called in the database, if there is one only. Else studies keep their names.
+    type: str
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
+  - mala.hpc_db.connection
+requirements:
+  - optuna
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+seealso:
+  - module: mala.hpc_db.optuna_study_info
+"""
+
+EXAMPLES = r"""
+- name: Bring a study
+  mala.hpc_db.optuna_import:
+    host: c1
+    port: 5432
+    user: study
+    passfile: ~/hpc_db/hpc_db/secrets/pgpass
+    database: mala
+    file: ~/study.db
+    scratch: ~/hpc_db/hpc_db/dumps/.import
+    studies: [beryllium]
+    name: beryllium_2025
+"""
+
+RETURN = r"""
+studies:
+  description: The studies that were, or would be, brought, or were there already.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    name:
+      description: The study's name in the database.
+      type: str
+    source:
+      description: Its name in the file.
+      type: str
+    imported:
+      description: Whether it was, or would be, brought; if not, it was there already.
+      type: bool
+    trials:
+      description: How many trials there are in each state that occurs, as the database has them.
+      type: dict
+    ended:
+      description: How many of them are C(RUNNING) in the file.
+      type: int
+    seconds:
+      description: How long it took to bring and to compare them.
+      type: float
+  sample:
+    - name: beryllium
+      source: beryllium
+      imported: true
+      trials: {COMPLETE: 400, FAIL: 12}
+      ended: 0
+      seconds: 3.1
+"""
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
+
+SQLITE = b"SQLite format 3\0"
+# What SQLite and Optuna keep beside a file while somebody writes to it.
+IN_USE = ("-journal", "-wal", ".lock")
+# Under this name a study comes into being; the number is that of the study in the run.
+UNFINISHED = "hpc_db:importing:"
+
+LOCK = "SELECT pg_try_advisory_lock(hashtext('hpc_db:importing'))"
+NAMES = "SELECT study_name FROM studies"
+# The trigger has noted our own connection as each trial's worker. Sent as one, it is one transaction.
+FINISH = f"""
+DELETE FROM trial_system_attributes USING trials JOIN studies USING (study_id)
+WHERE trials.trial_id = trial_system_attributes.trial_id AND key = '{_workers.KEY}' AND study_name = ANY(%(unfinished)s);
+UPDATE studies SET study_name = wanted.name
+FROM unnest(%(unfinished)s, %(names)s) AS wanted (unfinished, name) WHERE study_name = unfinished
+"""
+# A crash of the server takes away no more than what has no name yet; the renaming waits for the disk.
+FAST = "-c synchronous_commit=off"
+
+
+class Refused(Exception):
+    """The file, or what is in the database, is not fit for it; nothing was changed."""
+
+
+class Study:
+    """A study of the file: its name there and here, and its trials as they shall be here."""
+
+    def __init__(self, study: Any, name: str, system_attributes: dict) -> None:
+        self.source, self.name, self.directions = study.study_name, name, study.directions
+        self.user_attributes, self.system_attributes = study.user_attrs, system_attributes
+        trials = study.get_trials(deepcopy=False)
+        times = [time for trial in trials for time in (trial.datetime_start, trial.datetime_complete) if time]
+        self.trials = [end(trial, max(times)) if trial.state.name == "RUNNING" else trial for trial in trials]
+        self.ended = sum(trial.state.name == "RUNNING" for trial in trials)
+
+    def report(self, imported: bool, seconds: float) -> dict[str, Any]:
+        """Return what the module reports of it."""
+        states = Counter(trial.state.name for trial in self.trials)
+        return {
+            "name": self.name,
+            "source": self.source,
+            "imported": imported,
+            "trials": dict(sorted(states.items())),
+            "ended": self.ended,
+            "seconds": round(seconds, 1),
+        }
+
+
+def end(trial: Any, when: Any) -> Any:
+    """Return the trial as one that has failed."""
+    from optuna.trial import TrialState
+
+    ended = copy.copy(trial)
+    ended.state, ended.datetime_complete = TrialState.FAIL, when
+    return ended
+
+
+def kind_of(path: str) -> str:
+    """Return what the file is: sqlite or journal."""
+    with open(path, "rb") as stream:
+        if stream.read(len(SQLITE)) == SQLITE:
+            return "sqlite"
+        stream.seek(0)
+        try:
+            first = json.loads(stream.readline(1 << 20))
+        except ValueError:
+            first = None
+    if isinstance(first, dict) and {"op_code", "worker_id"} <= set(first):
+        return "journal"
+    raise Refused(f"import_from: {os.path.basename(path)} is neither an SQLite file nor one of Optuna's JournalStorage")
+
+
+def stamp_of(path: str) -> tuple[int, int, int]:
+    """Return what changes with the file; raise Refused while somebody writes to it."""
+    for suffix in IN_USE:
+        beside = path + suffix
+        # An empty file is what SQLite leaves behind in some modes; a lock holds nothing, and may be a link to nothing.
+        if os.path.lexists(beside) and (suffix == ".lock" or os.path.getsize(beside)):
+            raise in_use(path, f"{os.path.basename(beside)} is beside it")
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def in_use(path: str, sign: str) -> Refused:
+    """Return the refusal of a file that somebody writes to."""
+    return Refused(
+        f"import_from: {os.path.basename(path)} is still being written to, or was when its last worker died: {sign}; "
+        "end its workers, and read it once with Optuna or sqlite3 there"
+    )
+
+
+def check_unchanged(path: str, before: tuple) -> None:
+    """Raise Refused if the file is another one now, so that the copy may be half of each."""
+    if stamp_of(path) != before:
+        raise in_use(path, "it has changed meanwhile")
+
+
+@contextlib.contextmanager
+def copied(params: dict) -> Iterator[str]:
+    """Copy the file into the folder for it, which is gone afterwards."""
+    folder = params["scratch"]
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run may have been killed
+    os.mkdir(folder, 0o700)
+    try:
+        yield shutil.copyfile(params["file"], os.path.join(folder, "copy"))
+    finally:
+        shutil.rmtree(folder)
+
+
+def look_at_schema(path: str, label: str, optuna: _optuna.Optuna) -> bool:
+    """Tell whether an SQLite file's tables have to be upgraded; raise Refused if they are not Optuna's, or newer."""
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            rows = connection.execute(_optuna.SCHEMA).fetchall()
+    except sqlite3.Error as error:
+        raise Refused(f"import_from: {label} holds no studies of Optuna's: SQLite says: {error}") from None
+    if not rows:
+        raise Refused(f"import_from: {label} holds no studies of Optuna's")
+    schema = _optuna.Schema(*rows[0])
+    if _optuna.is_newer(schema, optuna):
+        raise Refused(
+            f"import_from: {label} was made by Optuna {schema.library}, which is newer than the installed Optuna "
+            f"{optuna.version}: have optuna=={schema.library} in postgres_python_packages"
+        )
+    return _optuna.is_older(schema, optuna)
+
+
+def open_copy(path: str, label: str, kind: str, installed: _optuna.Optuna) -> Any:
+    """Return Optuna's storage for the copy, upgraded if it has to be."""
+    from optuna import storages
+
+    if kind == "sqlite":
+        old = look_at_schema(path, label, installed)
+        storage = storages.RDBStorage(f"sqlite:///{path}", skip_compatibility_check=old)
+        if old:
+            storage.upgrade()
+        return storage
+    try:
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError:  # Optuna before 4
+        from optuna.storages import JournalFileStorage as JournalFileBackend
+    return storages.JournalStorage(JournalFileBackend(path))
+
+
+def read_source(params: dict, storage: Any) -> list[Study]:
+    """Return the wanted studies of the file."""
+    import optuna
+
+    held = sorted(optuna.get_all_study_names(storage))
+    label = os.path.basename(params["file"])
+    if not held:
+        raise Refused(f"import_from: {label} holds no study")
+    wanted = params["studies"] or held
+    missing = [name for name in wanted if name not in held]
+    if missing:
+        raise Refused(f"import_studies: {label} holds no study {', '.join(missing)}, but {', '.join(held)}")
+    if params["name"] and len(wanted) != 1:
+        raise Refused(f"import_as: {params['name']} is one name for {len(wanted)} studies; name one in import_studies")
+    return [
+        Study(
+            optuna.load_study(study_name=name, storage=storage),
+            params["name"] or name,
+            storage.get_study_system_attrs(storage.get_study_id_from_name(name)),
+        )
+        for name in dict.fromkeys(wanted)
+    ]
+
+
+def fields_of(trial: Any) -> dict[str, str]:
+    """Return all of a trial as text, so that it can be compared: to Python NaN is no NaN, and True is 1."""
+    from optuna.distributions import distribution_to_json
+
+    attributes = {key: value for key, value in trial.system_attrs.items() if key != _workers.KEY}
+    fields = {
+        "number": trial.number,
+        "state": trial.state.name,
+        "values": trial.values,
+        "params": trial.params,
+        "distributions": {name: distribution_to_json(kind) for name, kind in trial.distributions.items()},
+        "user attributes": trial.user_attrs,
+        "system attributes": attributes,
+        "intermediate values": trial.intermediate_values,
+        "start": trial.datetime_start,
+        "end": trial.datetime_complete,
+    }
+    return {name: json.dumps(value, sort_keys=True, default=str) for name, value in fields.items()}
+
+
+def difference(study: Study, storage: Any, name: str, grown: bool) -> str:
+    """Return in what a study of the database differs from the file's; empty if in nothing.
+
+    One that has ``grown`` may have more trials, other attributes, and what was waiting done.
+    """
+    found_id = storage.get_study_id_from_name(name)
+    if storage.get_study_directions(found_id) != study.directions:
+        return "its directions"
+    if not grown and storage.get_study_user_attrs(found_id) != study.user_attributes:
+        return "its user attributes"
+    if not grown and storage.get_study_system_attrs(found_id) != study.system_attributes:
+        return "its system attributes"
+    found = storage.get_all_trials(found_id, deepcopy=False)
+    if len(found) < len(study.trials) or (len(found) > len(study.trials) and not grown):
+        return f"{len(found)} trials instead of {len(study.trials)}"
+    for wanted, trial in zip(study.trials, found):
+        if grown and wanted.state.name == "WAITING":
+            continue
+        here, there = fields_of(trial), fields_of(wanted)
+        if here != there:
+            return f"the {next(field for field in there if here[field] != there[field])} of trial {wanted.number}"
+    return ""
+
+
+def look_into_database(params: dict, connection: Any, optuna: _optuna.Optuna) -> list[str]:
+    """Return the names of the studies that the database holds."""
+    if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        return []
+    for row in _connection.rows(connection, _optuna.SCHEMA):
+        mismatch = _optuna.mismatch(params["database"], _optuna.Schema(*row), optuna)
+        if mismatch:
+            raise Refused(mismatch)
+    return [name for name, in _connection.rows(connection, NAMES)]
+
+
+def open_database(params: dict) -> Any:
+    """Return Optuna's storage for the database. It reads from there each time."""
+    from optuna import storages
+
+    url = _connection.storage_url(params, params["database"])
+    return storages.RDBStorage(url, engine_kwargs={"connect_args": {"options": FAST}})
+
+
+def choose(params: dict, studies: list[Study], held: list[str]) -> list[Study]:
+    """Return the studies that are to be brought: those that are not there yet."""
+    present = [study for study in studies if study.name in held]
+    if present:
+        storage = open_database(params)
+        for study in present:
+            different = difference(study, storage, study.name, grown=True)
+            if different:
+                raise Refused(
+                    f"import_as: {params['database']} holds a study {study.name} already, with other trials "
+                    f"({different}); give the new one another name by import_as"
+                )
+    return [study for study in studies if study not in present]
+
+
+def add(study: Study, storage: Any, name: str) -> None:
+    """Add the study to the database under another name, as ``optuna.copy_study`` does, and compare it."""
+    created = storage.create_new_study(study.directions, name)
+    for key, value in study.system_attributes.items():
+        storage.set_study_system_attr(created, key, value)
+    for key, value in study.user_attributes.items():
+        storage.set_study_user_attr(created, key, value)
+    for trial in study.trials:
+        storage.create_new_trial(created, template_trial=trial)
+    different = difference(study, storage, name, grown=False)
+    if different:
+        raise Refused(f"study {study.source}: the database and the file differ in {different}; nothing was imported")
+
+
+def remove_unfinished(params: dict, connection: Any) -> None:
+    """Remove what has no name yet."""
+    import optuna
+
+    if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        return
+    names = [name for name, in _connection.rows(connection, NAMES) if name.startswith(UNFINISHED)]
+    storage = open_database(params) if names else None
+    for name in names:
+        optuna.delete_study(study_name=name, storage=storage)
+
+
+def bring(params: dict, connection: Any, studies: list[Study], stamp: tuple) -> list[float]:
+    """Bring the studies into the database, all or none; return the seconds that each has taken."""
+    seconds = []
+    remove_unfinished(params, connection)
+    unfinished = [f"{UNFINISHED}{number}" for number, _study in enumerate(studies)]
+    try:
+        storage = open_database(params)
+        for study, name in zip(studies, unfinished):
+            begin = time.monotonic()
+            add(study, storage, name)
+            seconds.append(time.monotonic() - begin)
+        check_unchanged(params["file"], stamp)
+        with connection.cursor() as cursor:
+            cursor.execute(FINISH, {"unfinished": unfinished, "names": [study.name for study in studies]})
+    except BaseException:
+        remove_unfinished(params, connection)
+        raise
+    return seconds
+
+
+@contextlib.contextmanager
+def alone(params: dict) -> Iterator[Any]:
+    """Connect to the database as the one import into it."""
+    with _connection.connect(params, params["database"]) as connection:
+        if _connection.rows(connection, LOCK) != [(True,)]:
+            raise Refused(f"another import into the database {params['database']} is running; wait for its end")
+        yield connection
+
+
+def read_file(params: dict, installed: _optuna.Optuna, stamp: tuple) -> list[Study]:
+    """Return the wanted studies of the file, by way of a copy."""
+    kind, label = kind_of(params["file"]), os.path.basename(params["file"])
+    with copied(params) as path:
+        check_unchanged(params["file"], stamp)
+        try:
+            return read_source(params, open_copy(path, label, kind, installed))
+        except (Refused, OSError):
+            raise
+        except Exception as error:  # whatever Optuna and SQLAlchemy raise for a damaged file
+            raise Refused(f"import_from: {label}: Optuna says: {' '.join(str(error).split())}") from None
+
+
+def ensure_imported(params: dict, check_mode: bool) -> dict:
+    """Bring the studies that are not there yet."""
+    stamp = stamp_of(params["file"])
+    installed = _optuna.installed_optuna()
+    if installed is None:
+        raise Refused(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
+    with alone(params) as connection:
+        held = look_into_database(params, connection, installed)
+        studies = read_file(params, installed, stamp)
+        try:
+            missing = choose(params, studies, held)
+            seconds = bring(params, connection, missing, stamp) if missing and not check_mode else []
+        except (Refused, OSError, _connection.Unreachable):
+            raise
+        except Exception as error:  # whatever Optuna, SQLAlchemy and psycopg2 raise
+            raise Refused(f"database {params['database']}: {' '.join(str(error).split())}") from None
+        names = {study.name for study in missing}
+        clocks = [row for row in _connection.rows(connection, _optuna.CLOCKS) if row[0] in names] if seconds else []
+    took = {study.name: time for study, time in zip(missing, seconds)}
+    return {
+        "changed": bool(missing),
+        "studies": [study.report(study in missing, took.get(study.name, 0)) for study in studies],
+        "warnings": _optuna.clock_warnings(params["database"], clocks, installed),
+        "diff": {
+            "before": "",
+            "after": "".join(f"{study.name}: {len(study.trials)} trials\n" for study in missing),
+        },
+    }
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "file": {"type": "path", "required": True},
+            "database": {"type": "str", "required": True},
+            "scratch": {"type": "path", "required": True},
+            "studies": {"type": "list", "elements": "str", "default": []},
+            "name": {"type": "str"},
+            **_connection.CONNECTION_OPTIONS,
+        },
+        supports_check_mode=True,
+    )
+    os.umask(0o077)
+    try:
+        result = ensure_imported(module.params, module.check_mode)
+    except FileNotFoundError as error:
+        module.fail_json(msg=f"import_from: there is no file {error.filename}, neither here nor on the workstation")
+    except OSError as error:
+        module.fail_json(msg=f"import_from: {error.filename}: {error.strerror}")
+    except (_connection.Unreachable, Refused) as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    for warning in result.pop("warnings"):
+        module.warn(warning)
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

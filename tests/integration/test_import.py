@@ -1,0 +1,245 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Studies that Optuna itself, of three ages, has written into files, brought to a server.
+
+PostgreSQL is Debian's, at a path with a space.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import zipfile
+from pathlib import Path
+
+import pytest
+from target import ROOT, Target
+
+NAME = f"it{os.getpid()}"
+AGES = {"3": "old_optuna", "4": "optuna_4"}
+
+# What a study can hold. The last trials are one that its worker has left, and one that waits.
+WRITE = """
+import math, sys, optuna
+url, age = sys.argv[1:]
+storage = url
+if url.endswith(".log"):
+    if age == "3":
+        from optuna.storages import JournalFileStorage as File
+    else:
+        from optuna.storages.journal import JournalFileBackend as File
+    storage = optuna.storages.JournalStorage(File(url))
+
+def objective(trial):
+    x = trial.suggest_float("x", -1, 1)
+    y = trial.suggest_int("n", 1, 64, log=True)
+    trial.suggest_categorical("c", [None, True, 1.5, "say \\"hi\\"", 7])
+    trial.set_user_attr("host", {"name": "c1", "cores": [1, 2], "\u03a9": trial.number})
+    trial.report([0.5, math.inf, math.nan][trial.number % 3], step=trial.number)
+    if trial.number == 3:
+        raise optuna.TrialPruned()
+    if trial.number == 4:
+        raise ValueError("not today")
+    return math.inf if trial.number == 5 else x ** 2 + y
+
+study = optuna.create_study(storage=storage, study_name="be", sampler=optuna.samplers.TPESampler(seed=1))
+study.set_user_attr("snapshots", 4)
+study.optimize(objective, n_trials=14, catch=(ValueError,))
+study.ask().suggest_float("x", -1, 1)
+study.enqueue_trial({"x": 0.5})
+two = optuna.create_study(
+    storage=storage, study_name="it's {two}", directions=["minimize", "maximize"],
+    sampler=optuna.samplers.NSGAIISampler(constraints_func=lambda trial: (trial.number - 1.5,)),
+)
+two.optimize(lambda trial: (trial.suggest_float("x", 0, 1, step=0.25), 1.0), n_trials=3)
+"""
+MANY = """
+import sys, optuna
+storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(sys.argv[1]))
+study = optuna.create_study(storage=storage, study_name="many")
+trial = optuna.create_trial(
+    value=1.0, params={"x": 0.5}, distributions={"x": optuna.distributions.FloatDistribution(0, 1)})
+for _each in range(50):
+    study.add_trial(trial)
+"""
+# All of a study, in one line; what is RUNNING in the file is FAIL in the database, and was never worked on there.
+READ = """
+import sys, optuna
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+url, name = sys.argv[1:]
+storage = optuna.storages.RDBStorage(url, skip_compatibility_check=True)
+study = optuna.load_study(storage=storage, study_name=name)
+system = storage.get_study_system_attrs(storage.get_study_id_from_name(name))
+print(study.directions, sorted(study.user_attrs.items()), sorted(system.items()), [
+    [t.number, t.state.name if t.number != 14 else "", t.values, sorted(t.params.items()),
+     sorted(t.distributions.items()), sorted(t.user_attrs.items()), sorted(t.system_attrs.items()),
+     sorted(t.intermediate_values.items()), t.datetime_start, t.number == 14 or t.datetime_complete]
+    for t in study.get_trials()])
+"""
+STATES = """
+import sys, optuna
+study = optuna.load_study(storage=sys.argv[1], study_name=sys.argv[2])
+print([trial.state.name for trial in study.trials])
+"""
+GO_ON = """
+import sys, optuna
+study = optuna.load_study(storage=sys.argv[1], study_name="be", sampler=optuna.samplers.TPESampler(seed=1))
+study.optimize(lambda trial: trial.suggest_float("x", -1, 1) ** 2 + trial.suggest_int("n", 1, 64, log=True), n_trials=6)
+print(study.best_value, len(study.trials), study.trials[15].params["x"], study.trials[-1].number)
+"""
+# Nothing can be added to a table that somebody reads all of.
+LOCK = """
+psql -c 'BEGIN; LOCK TABLE trials IN SHARE MODE; SELECT pg_sleep(600)' > /dev/null 2>&1 &
+until [ "$(psql -c "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")" = 1 ]; do sleep 0.05; done
+"""
+UNLOCK = "psql -c \"SELECT pg_terminate_backend(pid, 9999) FROM pg_stat_activity WHERE wait_event = 'PgSleep'\""
+# Kills the module once it has a study to add trials to.
+KILL = f"""
+until [ "$(psql -c "SELECT count(*) FROM studies WHERE study_name LIKE 'hpc_db:importing:%'")" = 1 ]
+do sleep 0.05; done
+kill -9 $(pgrep -xf -u "$USER" "$HOME/hpc_db/{NAME}/python/bin/python")
+"""
+
+
+class Instance:
+    """An instance, files beside it, and what its owner does with them."""
+
+    def __init__(self, target: Target, settings: dict) -> None:
+        self.target = target
+        self.play("hpc_db", **settings)
+        self.home = target.run("pwd -P")
+        self.url = f"postgresql+psycopg2:///?service={NAME}"
+
+    def play(self, playbook: str, *options: str, **settings: object) -> str:
+        played = self.target.play(playbook, {"instance_name": NAME, **settings}, *options)
+        assert played.returncode == 0, played.stdout
+        return played.stdout
+
+    def refusals(self, folder: Path, given: list[dict]) -> list[str]:
+        """Return the message of the one task that failed with each of these settings, after a look that all is kept."""
+        hosts = {
+            f"case{number}": {**self.target.variables, "ansible_connection": "local", "instance_name": NAME, **settings}
+            for number, settings in enumerate(given)
+        }
+        (folder / "hosts.json").write_text(json.dumps({"hpc_db": {"hosts": hosts}}))
+        before = self.held()
+        # One after another, since there can be one import at a time.
+        played = self.target.play("import", None, f"--inventory={folder}/hosts.json", "--limit=case*", "--forks=1")
+        assert self.held() == before
+        said = [re.findall(rf"^fatal: \[{host}\].*(?:\n .*)*", played.stdout, re.MULTILINE) for host in hosts]
+        assert [len(messages) for messages in said] == [1] * len(hosts), played.stdout
+        return [" ".join(message.replace("''", "'").split()) for (message,) in said]
+
+    def held(self) -> str:
+        """Return the studies, the files beside the instance, and what an import could leave."""
+        studies = self.psql("SELECT string_agg(studies::text, ',' ORDER BY study_id) FROM studies")
+        return studies + self.target.run(f"sha256sum *.db *.log; ls -A ~ ~/hpc_db/{NAME} ~/hpc_db/{NAME}/dumps")
+
+    def python(self, script: str, *arguments: str, path: str = "") -> str:
+        words = shlex.join(arguments)
+        python = f"PYTHONPATH='{path}' ~/hpc_db/{NAME}/python/bin/python"
+        return self.target.run(f"{python} - {words} 2>/dev/null <<'EOF'\n{script}\nEOF")
+
+    def shell(self, script: str) -> str:
+        """Run a script with psql for the owner."""
+        psql = f"""psql() {{ command "$bin/psql" -XAtq "service={NAME} user=$USER dbname=studies" "$@"; }}"""
+        bin_ = """bin=$(python3 -c 'import json; print(json.load(open("settings.json"))["bindir"])')"""
+        return self.target.run(f"cd ~/hpc_db/{NAME}/host\n{bin_}\n{psql}\n{script}")
+
+    def psql(self, statement: str) -> str:
+        return self.shell(f'psql -c "{statement}"')
+
+
+@pytest.fixture(scope="module")
+def instance(here: Target, quick_settings: dict) -> Instance:
+    return Instance(here, {**quick_settings, "instance_name": NAME})
+
+
+@pytest.fixture(scope="module")
+def ages(open_folder: Path) -> dict[str, str]:
+    """Folders with older Optunas."""
+    for age, name in AGES.items():
+        (wheel,) = (ROOT / ".cache" / name).glob("optuna-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(open_folder / age)
+    return {"5": "", **{age: str(open_folder / age) for age in AGES}}
+
+
+def test_sqlite_file_of_the_cluster(instance: Instance, ages: dict[str, str]) -> None:
+    source = f"sqlite:///{instance.home}/new.db"
+    instance.python(WRITE, source, "5")
+    before = instance.target.run("sha256sum new.db; stat -c '%Y %Z' new.db")
+
+    looked = instance.play("import", "--check", import_from="~/new.db")
+    assert re.search(r"^study be: 16 trials \(12 COMPLETE, 2 FAIL, 1 PRUNED, 1 WAITING; 1 of them FAIL since they were "
+                     r"RUNNING\) would be imported$", looked, re.MULTILINE), looked
+    assert instance.psql("SELECT count(*) FROM studies") == "0"
+    said = instance.play("import", import_from="~/new.db")
+
+    assert re.search(r"^study it's {two}: 3 trials \(3 COMPLETE\) in \d+\.\d s$", said, re.MULTILINE), said
+    for study in ("be", "it's {two}"):
+        assert instance.python(READ, instance.url, study) == instance.python(READ, source, study)
+    assert instance.python(STATES, instance.url, "be").count("FAIL") == 2
+    assert instance.target.run("sha256sum new.db; stat -c '%Y %Z' new.db") == before
+
+    best, trials, waited, last = instance.python(GO_ON, instance.url).split()
+    assert (trials, waited, last) == ("21", "0.5", "20") and float(best) > 1
+    again = instance.play("import", import_from="~/new.db")
+    assert re.search(r"^study be: 16 trials .* there already$", again, re.MULTILINE) and "changed=0" in again
+
+
+@pytest.mark.parametrize("age, file", [("4", "four.log"), ("3", "three.db")])
+def test_older_files_of_the_workstation(
+    instance: Instance, ages: dict[str, str], tmp_path: Path, age: str, file: str
+) -> None:
+    url = f"sqlite:///{instance.home}/{file}" if file.endswith(".db") else f"{instance.home}/{file}"
+    instance.python(WRITE, url, age, path=ages[age])
+    (tmp_path / file).write_bytes(Path(instance.home, file).read_bytes())
+    before = (tmp_path / file).read_bytes()
+
+    said = instance.play("import", import_from=str(tmp_path / file), import_studies=["be"], import_as=f"be{age}")
+
+    assert re.search(rf"^study be{age}: 16 trials \(12 COMPLETE, .* in \d+\.\d s$", said, re.MULTILINE), said
+    assert (tmp_path / file).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+    states = instance.python(STATES, instance.url, f"be{age}")
+    assert [states.count(state) for state in ("COMPLETE", "FAIL", "PRUNED", "WAITING")] == [12, 2, 1, 1]
+    assert instance.target.run(f"ls -A ~/hpc_db/{NAME}/dumps") == ""
+
+
+def test_what_does_not_fit_is_refused(instance: Instance, tmp_path: Path) -> None:
+    instance.target.run("echo text > text.db")
+    other = tmp_path / "other.db"
+    instance.python(WRITE, f"sqlite:///{instance.home}/other.db", "5")
+    other.write_bytes(Path(instance.home, "other.db").read_bytes())
+    (tmp_path / "other.db.lock").symlink_to("/no/such")
+
+    expected: list[tuple[dict, str]] = [
+        ({"import_from": "~/new.db", "import_studies": ["nope"]}, "import_studies: new.db holds no study nope, but be,"),
+        ({"import_from": "~/text.db"}, "import_from: text.db is neither an SQLite file nor one of Optuna's"),
+        ({"import_from": str(other)}, "import_from: other.db is still being written to, .* other.db.lock is beside it"),
+        ({"import_from": "~/other.db"}, r"import_as: studies holds a study be already, with other trials \(the "),
+        ({"import_from": "~/new.db", "import_database": "no"}, "import_database: no is none of databases_studies, wh"),
+    ]
+    said = instance.refusals(tmp_path, [settings for settings, _says in expected])
+    for (_settings, says), message in zip(expected, said):
+        assert re.search(says, message), message
+
+
+def test_import_that_is_killed_leaves_nothing_to_the_next(instance: Instance) -> None:
+    instance.python(MANY, f"{instance.home}/many.log")
+    names = "SELECT study_name FROM studies WHERE study_name LIKE 'hpc_db%' OR study_name = 'many'"
+    instance.shell(f"({LOCK}) 3>&1 >/dev/null 2>&1; ({KILL}) >/dev/null 2>&1 &")
+
+    killed = instance.target.play("import", {"instance_name": NAME, "import_from": "~/many.log"})
+    assert killed.returncode != 0
+    instance.shell(UNLOCK)
+    assert instance.psql(names) == "hpc_db:importing:0"
+    said = instance.play("import", import_from="~/many.log")
+
+    assert re.search(r"^study many: 50 trials \(50 COMPLETE\) in", said, re.MULTILINE), said
+    assert instance.psql(names) == "many"
+    assert instance.psql("SELECT count(*) FROM trials LEFT JOIN studies USING (study_id) WHERE studies IS NULL") == "0"
+    assert instance.target.run(f"ls -A ~/hpc_db/{NAME}/dumps") == ""
