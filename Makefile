@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Needs Python 3.9 or newer and nothing else; everything it makes is below .venv and .cache.
 
-.PHONY: help setup demo lint sanity unit client molecule integration test soak bench storage provision mala release-check clean
+.PHONY: help setup demo docs lint sanity unit client molecule integration test soak bench storage provision mala release-check clean
 
 help:  ## show these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -13,6 +13,10 @@ setup:  ## install what development needs (PYTHON=/usr/bin/python3 picks another
 demo:  ## a database server, a study and its workers on this machine
 	@tools/setup controller
 	@.venv/bin/python examples/demo.py
+
+docs:  ## the guide and the reference, as pages to open in a browser
+	@tools/setup docs
+	@tools/docs
 
 lint sanity unit client molecule integration soak mala: setup
 	@tools/test $@

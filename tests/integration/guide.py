@@ -1,0 +1,123 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The guide's commands, and a place where they are run as they are printed.
+
+A comment before a block of commands, which its readers do not see, says what runs it:
+
+    <!-- run on the workstation -->             test_guide.py, in the page's order
+    <!-- run on the login node -->              the same, as the owner
+    <!-- run by tests/a/test_b.py::test_c -->   that test, which names the same playbooks and settings
+    <!-- run by FILE -->                        so does that file, a Molecule scenario's say
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from target import ROOT, Target
+
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "client" / "README.md"]
+BLOCK = re.compile(
+    r"(?:^<!-- run (?P<how>on|by) (?P<place>[^\n]*) -->\n)?^```(?:shell|python|sh|bash|console)\n(?P<script>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+WORKSTATION, LOGIN = "the workstation", "the login node"
+
+
+class Block(NamedTuple):
+    """Commands of a page, and what runs them."""
+
+    page: str
+    how: str
+    place: str
+    script: str
+
+
+def blocks(page: Path) -> list[Block]:
+    """Return the commands of a page."""
+    return [
+        Block(str(page.relative_to(ROOT)), found["how"] or "", found["place"] or "", found["script"])
+        for found in BLOCK.finditer(page.read_text())
+    ]
+
+
+def telling_words(script: str) -> set[str]:
+    """Return what of these commands a test must name to be one that runs them: playbooks, settings, arguments."""
+    words: set[str] = set()
+    for command in (shlex.split(line, comments=True) for line in script.splitlines()):
+        # neither where a program is, nor which inventory, matters
+        arguments = [word for option, word in zip(command, command[1:]) if word[0] != "-" and option != "-i"]
+        for word in arguments:
+            playbook = re.fullmatch(r"(?:playbooks/|mala\.hpc_db\.)(\w+)(?:\.yml)?", word)
+            settings = re.findall(r'"(\w+)":', word) or re.findall(r"^(\w+)=", word)
+            words.update([playbook[1]] if playbook else settings or [word])
+    return words
+
+
+class Walk:
+    """A folder that looks like a fresh clone, on the workstation, and the cluster that its inventories name.
+
+    What is replaced in the printed commands: the path of an inventory, by those of the tests', and the instance's
+    name, if theirs is not the default.
+    """
+
+    def __init__(self, target: Target, folder: Path, inventories: list[Path], instance: str = "hpc_db") -> None:
+        self.target, self.folder, self.instance = target, folder, instance
+        self._inventories = " ".join(f"-i {shlex.quote(str(path))}" for path in inventories)
+        # what comes to the user's home goes there, too
+        self._environment = {**target.environment, "HOME": str(folder)}
+        for path in ROOT.iterdir():
+            if path.name != "inventories":
+                (folder / path.name).symlink_to(path)
+        shutil.copytree(ROOT / "inventories", folder / "inventories")
+
+    def run(self, script: str, place: str = WORKSTATION) -> str:
+        """Run the commands; return what they say."""
+        script = re.sub(r"(?<=~/hpc_db/)hpc_db\b|(?<=service=)hpc_db\b", self.instance, script)
+        if place == LOGIN:
+            return self.target.run(f"set -e\n{script}")
+        if self._inventories:
+            script = re.sub(r"-i inventories/\w+", self._inventories, script)
+        done = subprocess.run(
+            ["bash", "-ec", script], cwd=self.folder, env=self._environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
+        )
+        assert done.returncode == 0, f"{script}\n{done.stdout}"
+        return done.stdout
+
+
+def shown(command: str, said: str) -> list[str]:
+    """Return a command and what it says as somebody reads it: without Ansible's account of its tasks."""
+    account = re.compile(r"(PLAY|TASK) |(ok|changed|skipping|included): |\w+ +: ok=\d|$")
+    lines = [line for line in said.splitlines() if not account.match(line)]
+    return [f"$ {command}", *lines]
+
+
+def draw(lines: list[str]) -> str:
+    """Return a picture of a terminal with these lines, as SVG."""
+    width, height = 16 + 7.3 * max(map(len, lines)), 14 + 17 * len(lines)
+    text = "".join(
+        f'  <text x="10" y="{21 + 17 * number}"{" class=command" if line.startswith("$ ") else ""}>'
+        f"{html.escape(line)}</text>\n".replace("class=command", 'class="command"')
+        for number, line in enumerate(lines)
+    )
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" role="img">
+  <!-- SPDX-FileCopyrightText: mala.hpc_db contributors -->
+  <!-- SPDX-License-Identifier: GPL-3.0-or-later -->
+  <!-- Made by tests/integration/test_guide.py from what the playbooks said. -->
+  <title>A run of hpc_db.yml, and status.yml while 20 workers share a study</title>
+  <style>text {{ font: 12px monospace; fill: #ddd; white-space: pre }} .command {{ fill: #8f8 }}</style>
+  <rect width="100%" height="100%" rx="6" fill="#222"/>
+{text}</svg>
+"""
+
+
+def lines_of(picture: str) -> list[str]:
+    """Return the lines that a picture shows."""
+    return [html.unescape(line) for line in re.findall(r"<text [^>]*>(.*)</text>", picture)]
