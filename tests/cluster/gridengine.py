@@ -15,7 +15,7 @@ SPOOL = "/var/spool/gridengine"
 STATES = ["qhost"]
 IDLE = "up"
 # What qmaster takes only while it runs.
-SETTLE = [["qconf", "-Msconf", "/etc/gridengine/scheduler"]]
+SETTLE = [["qconf", "-Msconf", "/etc/gridengine/scheduler"], ["qconf", "-Aq", "/etc/gridengine/queue"]]
 
 ROOT = "/var/lib/gridengine"
 PROGRAMS = "/usr/lib/gridengine"
@@ -46,8 +46,7 @@ def write_files(layer: Path, nodes: list[str], overrides: dict[str, str]) -> Non
         (prepared / kind).mkdir(parents=True)
         for name in names:
             (prepared / kind / name).write_text(f"hostname {name}\n")
-    (prepared / "cqueues").mkdir()
-    (prepared / "cqueues/all.q").write_text(render("gridengine/queue", nodes=" ".join(nodes)))
+    (prepared / "queue").write_text(render("gridengine/queue", nodes=" ".join(nodes)))
     (prepared / "scheduler").write_text(render("gridengine/scheduler"))
     (prepared / "configuration").write_text(render("gridengine/configuration", spool=SPOOL))
 
@@ -65,7 +64,7 @@ def prepare(host: str) -> None:
         ["spooldefaults", "complexes", f"{DEFAULTS}/centry"],
         ["spooldefaults", "usersets", f"{DEFAULTS}/usersets"],
         ["spooldefaults", "pes", f"{DEFAULTS}/pe"],
-        *(["spooldefaults", kind, f"{PREPARED}/{kind}"] for kind in ("adminhosts", "submithosts", "cqueues")),
+        *(["spooldefaults", kind, f"{PREPARED}/{kind}"] for kind in ("adminhosts", "submithosts")),
         ["spooldefaults", "managers", "root"],
     ]
     for program, *arguments in steps:
