@@ -18,6 +18,10 @@ options:
     description: The job script, an absolute path on the cluster.
     type: str
     required: true
+  setting:
+    description: The setting that the options come from, for the message if one is not allowed.
+    type: str
+    required: true
   scheduler:
     description: Who is to run the jobs, as for M(mala.hpc_db.hosting_job).
     type: str
@@ -35,7 +39,7 @@ options:
 EXAMPLES = r"""
 - name: Show how workers are started
   ansible.builtin.debug:
-    msg: "{{ ('/home/alice/job.sh' | mala.hpc_db.worker_job('slurm', {}, 'hemera5')).submit | join(' ') }}"
+    msg: "{{ ('/home/alice/job.sh' | mala.hpc_db.worker_job('workers_job_options', 'slurm', {}, 'mini')).submit }}"
 """
 
 RETURN = r"""
@@ -46,17 +50,19 @@ _value:
   type: dict
 """
 
+from ansible.errors import AnsibleFilterError
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SCHEDULERS
 
 
-def worker_job(script: str, scheduler: str, options: dict, cluster: str) -> dict:
+def worker_job(script: str, setting: str, scheduler: str, options: dict, cluster: str) -> dict:
     """Return the calls, and the name."""
     spoken = SCHEDULERS[scheduler]
-    return {
-        "submit": spoken.batch_command(script),
-        "check": spoken.check_batch_command(script, options) or [],
-        "name": spoken.worker_name(cluster),
-    }
+    try:
+        spoken.check_options(options)
+        check = spoken.check_batch_command(script, options)
+    except ValueError as error:
+        raise AnsibleFilterError(f"{setting}: {error}") from None
+    return {"submit": spoken.batch_command(script), "check": check or [], "name": spoken.worker_name(cluster)}
 
 
 class FilterModule:
