@@ -5,28 +5,18 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Any, Callable
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
-from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import ARGUMENT_SPEC
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import ARGUMENT_SPEC, SCHEDULERS
 
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 10.0
 SILENCE = 30.0
-# Slurm's controller may be too busy to answer once or twice.
+# A scheduler may be too busy to answer once or twice.
 MISSES = 3
-
-# Slurm's reasons that no waiting resolves: the job itself has to change, or somebody has to release it.
-# A limit per job or node is one; a limit on all jobs of a user, group or account is not.
-# Nor is PartitionNodeLimit, which Slurm also reports while nodes are down.
-HOPELESS = re.compile(
-    r"AccountNotAllowed|BadConstraints|DeadLine|DependencyNeverSatisfied|InvalidAccount|InvalidQOS"
-    r"|JobHeld(Admin|User)|JobHoldMaxRequeue|MaxMemPerLimit|PartitionConfig|PartitionTimeLimit"
-    r"|QOSMin\w+|QOSNotAllowed|Reservation(Deleted|Invalid)|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?"
-)
 
 
 class WaitFailed(Exception):
@@ -60,14 +50,16 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             Display().display(f"[{host}] {params['name']}: {line}")
 
         try:
-            result["endpoint"] = wait_for_server(look, say, params["timeout"])
+            is_hopeless = SCHEDULERS[params["scheduler"]].is_hopeless
+            result["endpoint"] = wait_for_server(look, say, params["timeout"], is_hopeless)
         except WaitFailed as failed:
             result.update(failed=True, msg=f"{params['name']}: {failed}", log_tail=failed.log_tail)
         return result
 
 
 def wait_for_server(
-    look: Callable[[], dict], say: Callable[[str], None], timeout: float, clock: Any = time
+    look: Callable[[], dict], say: Callable[[str], None], timeout: float, is_hopeless: Callable[[str], bool],
+    clock: Any = time,
 ) -> dict:
     """Return the endpoint as soon as the running job serves, or raise WaitFailed."""
     start = clock.monotonic()
@@ -89,7 +81,7 @@ def wait_for_server(
                 return endpoint
             if found["job"]:
                 seen.add(found["job"]["id"])
-            trouble = why_hopeless(found, seen)
+            trouble = why_hopeless(found, seen, is_hopeless)
             if trouble:
                 raise WaitFailed(trouble, found["log_tail"])
             status = describe(found)
@@ -108,7 +100,7 @@ def serves(found: dict) -> bool:
     return bool(job and endpoint and job["state"] == "RUNNING" and endpoint.get("job") == job["id"])
 
 
-def why_hopeless(found: dict, seen: set) -> str | None:
+def why_hopeless(found: dict, seen: set, is_hopeless: Callable[[str], bool]) -> str | None:
     """Return why waiting is of no use. ``seen`` are the ids of the jobs that were there while waiting."""
     job, state = found["job"], found["state"] or {}
     # What an earlier job wrote says nothing, nor what this one wrote before it was queued again.
@@ -118,9 +110,9 @@ def why_hopeless(found: dict, seen: set) -> str | None:
     if not job:
         last_words = f" ({state.get('reason')})" if own else ""
         return f"no such job is in the queue{last_words}; its log may tell why"
-    if job["state"] == "PENDING" and HOPELESS.fullmatch(_code(job["reason"])):
+    if job["state"] == "PENDING" and is_hopeless(job["reason"]):
         return (
-            f"job {job['id']} can never start as it is ({_code(job['reason'])}); "
+            f"job {job['id']} can never start as it is ({job['reason']}); "
             "stop it with playbooks/stop.yml, change server_job_options and start again"
         )
     return None
@@ -137,8 +129,3 @@ def describe(found: dict) -> str:
     if state.get("job") == job["id"] and job["state"] == "RUNNING":
         words += f", {state.get('state')}: {state.get('reason')}"
     return words
-
-
-def _code(reason: str) -> str:
-    """Return Slurm's code out of a reason, which may have details after it."""
-    return reason.partition(",")[0].strip()

@@ -27,11 +27,13 @@ options:
       - Who runs the job.
       - V(local) is one machine without a scheduler, where the job is a background process of this user.
     type: str
-    choices: [slurm, local]
+    choices: [slurm, local, gridengine]
     default: slurm
   bin_dir:
     description:
-      - The folder of C(sbatch) and its like, where the PATH of a non-interactive shell lacks it.
+      - The folder of the scheduler's commands, where the PATH of a non-interactive shell lacks it.
+      - With O(scheduler=gridengine), C(SGE_ROOT) follows from it where it is not set, as C(/opt/sge) from
+        C(/opt/sge/bin/lx-amd64).
       - Not used by O(scheduler=local).
     type: path
 """

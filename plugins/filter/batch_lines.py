@@ -7,18 +7,34 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: batch_lines
-short_description: Options of a job as the lines at the head of a job script
+short_description: The head of a job script for an array of workers
 version_added: 0.1.0
 description:
-  - Gives the C(#SBATCH) lines for options of C(sbatch), each quoted as C(sbatch) reads it.
+  - Gives the lines that tell the scheduler its options, such as C(#SBATCH), each quoted as the scheduler reads it.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: Options of C(sbatch) under their long names without dashes, as M(mala.hpc_db.hosting_job) takes them.
+    description: The scheduler's options, as M(mala.hpc_db.hosting_job) takes them.
     type: dict
     required: true
   setting:
     description: The setting that the options come from, for the message if one is not allowed.
+    type: str
+    required: true
+  scheduler:
+    description: Who is to run the jobs, as for M(mala.hpc_db.hosting_job).
+    type: str
+    required: true
+  name:
+    description: The jobs' name.
+    type: str
+    required: true
+  number:
+    description: How many workers the array has.
+    type: int
+    required: true
+  folder:
+    description: The folder for the logs of the workers, an absolute path.
     type: str
     required: true
 """
@@ -26,7 +42,8 @@ options:
 EXAMPLES = r"""
 - name: Show the head of a job script
   ansible.builtin.debug:
-    msg: "{{ {'partition': 'defq'} | mala.hpc_db.batch_lines('workers_job_options') }}"
+    msg: >-
+      {{ {'partition': 'defq'} | mala.hpc_db.batch_lines('workers_job_options', 'slurm', 'train', 8, '/home/alice/log') }}
 """
 
 RETURN = r"""
@@ -36,19 +53,17 @@ _value:
   elements: str
 """
 
-import shlex
-
 from ansible.errors import AnsibleFilterError
-from ansible_collections.mala.hpc_db.plugins.module_utils import _slurm
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SCHEDULERS
 
 
-def batch_lines(options: dict, setting: str) -> list[str]:
-    """Return the options as lines of a job script."""
+def batch_lines(options: dict, setting: str, scheduler: str, name: str, number: int, folder: str) -> list[str]:
+    """Return the lines."""
     try:
-        _slurm.check_options(options)
+        SCHEDULERS[scheduler].check_options(options)
+        return SCHEDULERS[scheduler].batch_lines(name, number, folder, options)
     except ValueError as error:
         raise AnsibleFilterError(f"{setting}: {error}") from None
-    return [f"#SBATCH {shlex.quote(flag)}" for flag in _slurm.flags(options)]
 
 
 class FilterModule:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: submit_command
-short_description: The command that submits a job to Slurm
+short_description: The command that submits a job
 version_added: 0.1.0
 description:
-  - Gives the call of C(sbatch) that M(mala.hpc_db.hosting_job) makes, for a job that submits its own successor.
+  - Gives the call that M(mala.hpc_db.hosting_job) makes, for a job that submits its own successor.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: Options of C(sbatch) under their long names without dashes.
+    description: The scheduler's options, as M(mala.hpc_db.hosting_job) takes them.
     type: dict
     required: true
   name:
@@ -29,6 +29,10 @@ options:
     description: The file that the job's output is appended to, an absolute path.
     type: str
     required: true
+  scheduler:
+    description: Who is to run the job, as for M(mala.hpc_db.hosting_job).
+    type: str
+    default: slurm
 """
 
 EXAMPLES = r"""
@@ -39,17 +43,17 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: The list of arguments, C(sbatch) first.
+  description: The list of arguments, the command first.
   type: list
   elements: str
 """
 
-from ansible_collections.mala.hpc_db.plugins.module_utils import _slurm
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SCHEDULERS
 
 
-def submit_command(options: dict, name: str, script: str, output: str) -> list[str]:
-    """Return the call of sbatch."""
-    return _slurm.submit_command(name, script, options, output)
+def submit_command(options: dict, name: str, script: str, output: str, scheduler: str = "slurm") -> list[str]:
+    """Return the call."""
+    return SCHEDULERS[scheduler].submit_command(name, script, options, output)
 
 
 class FilterModule:

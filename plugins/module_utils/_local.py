@@ -8,24 +8,55 @@ from __future__ import annotations
 
 # The hosting program prints its queue and its ids as Slurm does.
 from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import (
+    parse_hosts,
     parse_jobs,
     parse_nodes,
     parse_queue,
     parse_submit,
 )
 
-__all__ = [
-    "all_nodes_command", "cancel_command", "check_command", "check_limit", "check_options", "jobs_command",
-    "limit_command", "nodes_command", "parse_jobs", "parse_nodes", "parse_queue", "parse_submit", "queue_command",
-    "submit_command",
-]
+__all__ = ["parse_hosts", "parse_jobs", "parse_nodes", "parse_queue", "parse_submit"]
 
 LOCAL_JOB = ["python3", "-m", "hpc_db_host.local_job"]
+
+
+def environment(bin_dir: str) -> dict[str, str]:
+    """Return no variables: the program needs none."""
+    return {}
+
+
+def hosting_options(options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:
+    """Return the options as they are."""
+    return options
+
+
+def short_options(options: dict) -> dict:
+    """Return the options as they are."""
+    return options
 
 
 def submit_command(name: str, script: str, options: dict, output: str) -> list[str]:
     """Return the call that starts the job; there are no resources to ask for."""
     return [*LOCAL_JOB, "submit", f"--name={name}", f"--script={script}", f"--output={output}"]
+
+
+def batch_lines(name: str, number: int, folder: str, options: dict) -> list[str]:
+    """Return no lines: the script itself starts the workers."""
+    return []
+
+
+def worker_name(cluster: str) -> str:
+    """Return how a worker's connections are called, as its shell reads it in double quotes: by PID and start time."""
+    return "hpc_db $$.$(sed 's/.*) //' /proc/$$/stat | cut -d ' ' -f 20) $(uname -n) $(uname -n) $$"
+
+
+def batch_command(script: str) -> list[str]:
+    """Return the call that runs the script."""
+    return ["sh", script]
+
+
+def check_batch_command(script: str, options: dict) -> list[str] | None:
+    """Return None: nothing can be refused."""
 
 
 def check_command(name: str, options: dict) -> list[str] | None:
@@ -61,6 +92,11 @@ def all_nodes_command() -> list[str] | None:
 def cancel_command(job_id: str, gently: bool) -> list[str]:
     """Return the call that asks the job to stop, always gently."""
     return [*LOCAL_JOB, "cancel", job_id]
+
+
+def is_hopeless(reason: str) -> bool:
+    """Return False: a job never waits."""
+    return False
 
 
 def check_options(options: dict) -> None:

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
+from types import ModuleType
 from typing import TYPE_CHECKING, Callable
 
-from ansible_collections.mala.hpc_db.plugins.module_utils import _local, _slurm
+from ansible_collections.mala.hpc_db.plugins.module_utils import _gridengine, _local, _slurm
 
 if TYPE_CHECKING:
     from ansible.module_utils.basic import AnsibleModule
 
 Run = Callable[[list], str]
 
-SCHEDULERS = {"slurm": _slurm, "local": _local}
+# The one place where a scheduler is entered; a test compares what is documented with it.
+SCHEDULERS = {"slurm": _slurm, "local": _local, "gridengine": _gridengine}
 ARGUMENT_SPEC = {
     "name": {"type": "str", "required": True},
     "root": {"type": "path", "required": True},
-    "scheduler": {"type": "str", "choices": ["slurm", "local"], "default": "slurm"},
+    "scheduler": {"type": "str", "choices": list(SCHEDULERS), "default": "slurm"},
     "bin_dir": {"type": "path"},
 }
 
@@ -38,6 +41,7 @@ def make_run(module: AnsibleModule) -> Run:
     local = module.params["scheduler"] == "local"
     bin_dir = None if local else module.params["bin_dir"]
     cwd = os.path.join(module.params["root"], "host") if local else None
+    environment = SCHEDULERS[module.params["scheduler"]].environment(bin_dir or "")
 
     def run(command: list) -> str:
         program = os.path.join(bin_dir, command[0]) if bin_dir else command[0]
@@ -45,12 +49,13 @@ def make_run(module: AnsibleModule) -> Run:
             rc, stdout, stderr = module.run_command(
                 [program, *command[1:]],
                 cwd=cwd,
+                environ_update=environment,
                 ignore_invalid_cwd=False,
                 expand_user_and_vars=False,  # a $ in a name or an option is a $
                 handle_exceptions=False,
             )
         except OSError as error:
-            hint = "" if local else "; set server_bin_dir to the folder that holds Slurm's commands"
+            hint = "" if local else "; set server_bin_dir to the folder that holds the scheduler's commands"
             raise SchedulerError(f"{program}: {error.strerror}{hint}") from error
         if rc:
             words = [line.strip() for line in (stderr.strip() or stdout.strip()).splitlines()]
@@ -85,9 +90,15 @@ def find_idle_nodes(params: dict, run: Run) -> list[str]:
     command = scheduler.all_nodes_command()
     if command is None:
         return []
-    used = sorted({job.nodes for job in scheduler.parse_jobs(run(scheduler.jobs_command([]))) if job.nodes})
-    busy = run(scheduler.nodes_command(",".join(used))).split() if used else []
-    return sorted(set(scheduler.parse_nodes(run(command))) - set(busy))
+    used = {job.nodes for job in scheduler.parse_jobs(run(scheduler.jobs_command([])))}
+    return sorted(set(scheduler.parse_nodes(run(command))) - hosts_of(scheduler, used, run))
+
+
+def hosts_of(scheduler: ModuleType, nodes: Iterable[str], run: Run) -> set[str]:
+    """Return the single nodes of what jobs have, such as c[1-3]."""
+    written = ",".join(sorted(filter(None, nodes)))
+    command = scheduler.nodes_command(written)
+    return set(scheduler.parse_hosts(run(command) if command else written)) if written else set()
 
 
 def _weight(job: dict) -> tuple:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
 
@@ -21,8 +22,37 @@ ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
     "TIMEOUT",
 }
+# Reasons that no waiting resolves: the job itself has to change, or somebody has to release it.
+# A limit per job or node is one; a limit on all jobs of a user, group or account is not.
+# Nor is PartitionNodeLimit, which Slurm also reports while nodes are down.
+HOPELESS = re.compile(
+    r"AccountNotAllowed|BadConstraints|DeadLine|DependencyNeverSatisfied|InvalidAccount|InvalidQOS"
+    r"|JobHeld(Admin|User)|JobHoldMaxRequeue|MaxMemPerLimit|PartitionConfig|PartitionTimeLimit"
+    r"|QOSMin\w+|QOSNotAllowed|Reservation(Deleted|Invalid)|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?"
+)
 MEMORY = re.compile(r"\d+([KMGT]B?)?", re.ASCII | re.IGNORECASE)
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
+
+
+def environment(bin_dir: str) -> dict[str, str]:
+    """Return the variables that the commands need: times are to be seconds since 1970."""
+    return {"SLURM_TIME_FORMAT": "%s"}
+
+
+def hosting_options(options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:
+    """Return the hosting job's options: these, and what it needs where they do not say something else.
+
+    With a chain a node's failure is the successor's turn: a job that is queued again waits 2 minutes (Slurm's
+    credentials must expire first), and keeps its successor waiting.
+    """
+    signal = f"B:USR1@{notice}"
+    return {"mem": memory, "dependency": "singleton", "signal": signal, "no-requeue": chain, **options}
+
+
+def short_options(options: dict) -> dict:
+    """Return the options of a job that looks around for a moment, where a hosting job with these would be."""
+    untied = dict.fromkeys(("begin", "dependency", "exclusive", "nodelist", "signal"), False)
+    return {**options, "time": "00:05:00", "mem": "512M", **untied}
 
 
 def submit_command(name: str, script: str, options: dict, output: str) -> list[str]:
@@ -38,6 +68,27 @@ def parse_submit(text: str) -> str:
     if not found:
         raise ValueError(f"no job id in what was printed: {text.strip()!r}")
     return found[1]
+
+
+def batch_lines(name: str, number: int, folder: str, options: dict) -> list[str]:
+    """Return the head of a job script for an array of that many jobs, each with a log in the folder."""
+    head = {"job-name": name, "array": f"1-{number}", "output": f"{folder.replace('%', '%%')}/%A_%a.log"}
+    return [f"#SBATCH {shlex.quote(flag)}" for flag in [f"--{key}={value}" for key, value in head.items()] + flags(options)]
+
+
+def worker_name(cluster: str) -> str:
+    """Return how a worker's connections are called, as a shell in its job reads it in double quotes."""
+    return f"hpc_db $SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}} {cluster} $(uname -n) $$"
+
+
+def batch_command(script: str) -> list[str]:
+    """Return the call that submits a job script with such a head."""
+    return ["sbatch", script]
+
+
+def check_batch_command(script: str, options: dict) -> list[str] | None:
+    """Return a call that fails where that would, without submitting."""
+    return ["sbatch", "--test-only", script]
 
 
 def check_command(name: str, options: dict) -> list[str] | None:
@@ -91,7 +142,7 @@ def parse_queue(text: str) -> list[dict]:
 
 
 def jobs_command(_ids: list[str]) -> list[str]:
-    """Return the squeue call for all jobs of this user. Times are seconds if SLURM_TIME_FORMAT is %s."""
+    """Return the squeue call for all jobs of this user."""
     fields = ("JobID", "RestartCnt", "State", "StartTime", "NodeList", "Name")
     return ["squeue", "--noheader", "--me", "--states=all", f"--Format={','.join(f'{field}:|' for field in fields)}"]
 
@@ -119,6 +170,11 @@ def nodes_command(nodes: str) -> list[str] | None:
     return ["scontrol", "show", "hostnames", nodes]
 
 
+def parse_hosts(text: str) -> list[str]:
+    """Return the nodes."""
+    return text.split()
+
+
 def parse_nodes(text: str) -> list[str]:
     """Return the nodes, each once."""
     found = (line.strip().partition("|")[2] for line in text.splitlines())  # without a bar: a site's own message
@@ -132,6 +188,11 @@ def cancel_command(job_id: str, gently: bool) -> list[str]:
     a running job, which is the hosting program.
     """
     return ["scancel", *(["--batch", "--signal=TERM"] if gently else []), job_id]
+
+
+def is_hopeless(reason: str) -> bool:
+    """Tell whether a job that waits for this reason never starts; details may come after it."""
+    return bool(HOPELESS.fullmatch(reason.partition(",")[0].strip()))
 
 
 def check_options(options: dict) -> None:

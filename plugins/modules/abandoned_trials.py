@@ -109,7 +109,7 @@ left:
 import datetime
 import os
 import socket
-from typing import Any
+from collections.abc import Iterable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
@@ -119,6 +119,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     Run,
     SchedulerError,
     check_name,
+    hosts_of,
     make_run,
 )
 
@@ -228,20 +229,15 @@ def look_around(params: dict, run: Run, trials: list[_workers.Trial]) -> _worker
         cluster=socket.gethostname() if local else params["cluster"],
         connections=connections,
         jobs=jobs,
-        addresses=addresses_of(jobs, scheduler.nodes_command, run) - addresses([params["host"]]),
+        addresses=addresses(() if local else hosts_of(scheduler, {job.nodes for job in jobs}, run))
+        - addresses([params["host"]]),
         server_start=rows[0][3],
         tolerance=params["clock_tolerance"],
         boot=boot_time() if local else None,
     )
 
 
-def addresses_of(jobs: list[_workers.Job], nodes_command: Any, run: Run) -> set[str]:
-    """Return the addresses of the nodes that the jobs have."""
-    commands = [nodes_command(nodes) for nodes in sorted({job.nodes for job in jobs if job.nodes})]
-    return addresses([node for command in commands if command for node in run(command).split()])
-
-
-def addresses(hosts: list[str]) -> set[str]:
+def addresses(hosts: Iterable[str]) -> set[str]:
     """Return the addresses of hosts, as far as their names are known here."""
     found: set[str] = set()
     for host in hosts:
@@ -330,7 +326,6 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    os.environ["SLURM_TIME_FORMAT"] = "%s"
     try:
         result = ensure_requeued(module.params, make_run(module), module.check_mode)
     except (_connection.Unreachable, SchedulerError, Refused, ValueError) as error:

@@ -51,7 +51,8 @@ options:
     type: path
   options:
     description:
-      - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time).
+      - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time); with
+        O(scheduler=gridengine) those of C(qsub), such as C(q), C(pe) or C(l), which has resources such as C(h_rt) in it.
       - V(true) gives the bare flag, V(false) and V(null) leave it out.
       - Quote times. YAML takes a bare C(72:00:00) for the number 259200, which is refused.
       - C(mem) and its like are in MB, or with a suffix C(K), C(M), C(G) or C(T).
@@ -114,7 +115,7 @@ job:
       description: The job's name.
       type: str
     state:
-      description: The scheduler's own word in upper case, such as V(PENDING), V(RUNNING) or V(COMPLETING).
+      description: In Slurm's words, such as V(PENDING), V(RUNNING) or V(COMPLETING).
       type: str
     node:
       description: Where it runs; empty if it does not.
@@ -209,7 +210,7 @@ def _clear_queue(params: dict, run: Run, jobs: list[dict]) -> list[dict]:
         for job in reversed(jobs):
             gently = job["state"] == "RUNNING" and time.monotonic() < began + GENTLE_SECONDS
             if job["state"] != LEAVING and not (gently and job["id"] in asked):
-                run(SCHEDULERS[params["scheduler"]].cancel_command(job["id"], gently))
+                _cancel(params, run, job["id"], gently)
                 asked.add(job["id"])
         if time.monotonic() >= deadline:
             rest = ", ".join(f"{job['id']} {job['state']}" for job in jobs)
@@ -218,6 +219,15 @@ def _clear_queue(params: dict, run: Run, jobs: list[dict]) -> list[dict]:
         pause = min(2 * pause, 2.0)
         jobs = find_jobs(params, run)
     return jobs
+
+
+def _cancel(params: dict, run: Run, job_id: str, gently: bool) -> None:
+    """Cancel a job; for some schedulers it is an error if it has ended meanwhile."""
+    try:
+        run(SCHEDULERS[params["scheduler"]].cancel_command(job_id, gently))
+    except SchedulerError:
+        if job_id in {job["id"] for job in find_jobs(params, run)}:
+            raise
 
 
 def _shown(jobs: list[dict]) -> list[dict]:

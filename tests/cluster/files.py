@@ -11,34 +11,23 @@ import subprocess
 from pathlib import Path
 
 import network
-import slurm
+from daemons import render
+from schedulers import scheduler_of
 from state import USERS, State
 
 
 def write_files(state: State, overrides: dict[str, str], program: Path) -> None:
-    """``overrides`` are lines of slurm.conf, ``program`` is what ssh calls to get to the login node."""
+    """``overrides`` are the scheduler's, ``program`` is what ssh calls to get to the login node."""
     etc = state.layer / "etc"
-    for directory in (etc, state.layer / "var/spool/slurmd", state.layer / "var/spool/slurmctld", state.home,
-                      state.workstation / "etc", state.log, state.spool, state.root / "hosts"):
+    for directory in (etc, state.home, state.workstation / "etc", state.log, state.spool, state.root / "hosts"):
         directory.mkdir(parents=True)
     state.log.chmod(0o700)
-    write_slurm(etc, slurm.slurm_conf(state.settings["nodes"], overrides))
+    scheduler_of(state).write_files(state.layer, network.node_names(state.settings["nodes"]), overrides)
     for folder, homes in ((etc, Path("/home")), (state.workstation / "etc", state.workstation)):
         write_users(folder, homes)
         (folder / "hosts").write_text(network.hosts_file(state.hosts, campus=folder != etc))
         (folder / "resolv.conf").write_text("")
     write_ssh(state, etc / "ssh", program)
-
-
-def write_slurm(etc: Path, slurm_conf: str) -> None:
-    (etc / "slurm").mkdir()
-    (etc / "slurm/slurm.conf").write_text(slurm_conf)
-    (etc / "slurm/cgroup.conf").write_text(slurm.render("cgroup.conf"))
-    (etc / "munge").mkdir(0o700)
-    (etc / "munge/munge.key").write_bytes(os.urandom(128))
-    (etc / "munge/munge.key").chmod(0o400)
-    for path in (etc / "munge", etc / "munge/munge.key"):
-        shutil.chown(path, "munge", "munge")
 
 
 def write_users(etc: Path, homes: Path) -> None:
@@ -58,13 +47,13 @@ def write_users(etc: Path, homes: Path) -> None:
 def write_ssh(state: State, etc_ssh: Path, program: Path) -> None:
     """Everybody gets a home on the cluster and one on the workstation, and alice a key from here to there."""
     etc_ssh.mkdir()
-    (etc_ssh / "sshd_config").write_text(slurm.render("sshd_config"))
+    (etc_ssh / "sshd_config").write_text(render("sshd_config"))
     user_key, host_key = state.root / "id_ed25519", etc_ssh / "ssh_host_ed25519_key"
     for key in (user_key, host_key):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", key], check=True)
     known_hosts = state.root / "known_hosts"
     known_hosts.write_text(f"login {host_key.with_suffix('.pub').read_text()}")
-    ssh_config = slurm.render("ssh_config", state=str(state.root), cluster=shlex.quote(str(program)))
+    ssh_config = render("ssh_config", state=str(state.root), cluster=shlex.quote(str(program)))
     (state.root / "ssh_config").write_text(ssh_config)
 
     folders = (state.home, state.workstation)

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import stat
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import network
-import slurm
+from daemons import Daemon
+from schedulers import scheduler_of
 from state import ENVIRONMENT, ClusterError, State, wait_until, write_pid_file
 
 DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0),
@@ -43,21 +43,23 @@ def be_host(state: State, name: str) -> NoReturn:
     write_pid_file(state.host_pid_file(name))
     socket.sethostname(name)
     network.plug_in(name, Path("/proc/1/ns/net"))
-    logs = [(state.log / f"{name}-{daemon.name}.log").open("ab") for daemon in slurm.daemons(name)]
+    scheduler = scheduler_of(state)
+    logs = [(state.log / f"{name}-{daemon.name}.log").open("ab") for daemon in scheduler.daemons(name)]
     share = (state.hosts.index(name) + 1) / (len(state.hosts) + 1)
 
-    enter_root(mount_root(state, name))
+    enter_root(mount_root(state, name, scheduler.SPOOL))
     spread_pids(share)
-    for daemon, log in zip(slurm.daemons(name), logs):
+    scheduler.prepare(name)
+    for daemon, log in zip(scheduler.daemons(name), logs):
         process = subprocess.Popen(
             daemon.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            env=ENVIRONMENT, cwd="/", user=daemon.user, group=daemon.user, extra_groups=[],
+            env={**ENVIRONMENT, **daemon.variables}, cwd="/", user=daemon.user, group=daemon.user, extra_groups=[],
         )
         wait_for(daemon, process)
     reap_for_ever()
 
 
-def wait_for(daemon: slurm.Daemon, process: subprocess.Popen[bytes]) -> None:
+def wait_for(daemon: Daemon, process: subprocess.Popen[bytes]) -> None:
     wait_until(lambda: daemon.ready() or process.poll() is not None, 20, f"{daemon.name} does not answer")
     if process.returncode is not None:
         raise ClusterError(f"{daemon.name} ended with exit code {process.returncode}")
@@ -96,7 +98,7 @@ def mount_folders(state: State) -> None:
         bind(Path(source), Path(target), "bind,ro")
 
 
-def mount_root(state: State, name: str) -> Path:
+def mount_root(state: State, name: str, spool: str) -> Path:
     """This machine's files under those of the cluster's layer; what the host writes is gone when it dies."""
     base = state.root / "hosts" / name
     base.mkdir(exist_ok=True)
@@ -114,11 +116,9 @@ def mount_root(state: State, name: str) -> Path:
     for directory, mode in {"run": "755", "tmp": "1777", "root": "700"}.items():
         mount("tmpfs", root / directory, f"mode={mode}")
     (root / "run/sshd").mkdir()
-    (root / "run/munge").mkdir()
-    shutil.chown(root / "run/munge", "munge", "munge")
     bind(state.home, root / "home")
     if name == "ctl":
-        bind(state.spool, root / "var/spool/slurmctld")
+        bind(state.spool, root / spool.lstrip("/"))
     for source, target in state.settings["mounts"]:
         mountpoint = root / target.lstrip("/")
         mountpoint.mkdir(parents=True, exist_ok=True)

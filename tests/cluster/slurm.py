@@ -1,30 +1,20 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What runs on which host, and how it is configured."""
+"""Slurm: which of its daemons runs on which host, how it is configured, and how its nodes are."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
-from string import Template
-from typing import Callable, NamedTuple
 
-TEMPLATES = Path(__file__).resolve().parent / "templates"
+from daemons import SSHD, Daemon, listens, render
 
-
-class Daemon(NamedTuple):
-    command: list[str]
-    ready: Callable[[], bool]
-    user: str = "root"
-
-    @property
-    def name(self) -> str:
-        return Path(self.command[0]).name
-
-
-def listens(port: int) -> bool:
-    """Look without connecting: Slurm logs an error for each caller that says nothing."""
-    sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return any(local.endswith(f":{port:04X}") and state == "0A" for _, local, _, state, *_ in sockets)
+PACKAGES = ("packages.txt",)
+SPOOL = "/var/spool/slurmctld"
+STATES = ["sinfo", "-h", "-N", "-o", "%N %T"]
+IDLE = "idle"
+SETTLE: list[list[str]] = []
 
 
 def daemons(host: str) -> list[Daemon]:
@@ -33,8 +23,22 @@ def daemons(host: str) -> list[Daemon]:
     if host == "ctl":
         return [munged, Daemon(["slurmctld", "-D"], lambda: listens(6817))]
     if host == "login":
-        return [munged, Daemon(["/usr/sbin/sshd", "-D", "-e"], lambda: listens(22))]
+        return [munged, SSHD]
     return [munged, Daemon(["slurmd", "-D"], lambda: listens(6818))]
+
+
+def write_files(layer: Path, nodes: list[str], overrides: dict[str, str]) -> None:
+    """``overrides`` are lines of slurm.conf."""
+    etc = layer / "etc"
+    for folder in (layer / "var/spool/slurmd", layer / SPOOL.lstrip("/"), etc / "slurm"):
+        folder.mkdir(parents=True)
+    (etc / "slurm/slurm.conf").write_text(slurm_conf(len(nodes), overrides))
+    (etc / "slurm/cgroup.conf").write_text(render("cgroup.conf"))
+    (etc / "munge").mkdir(0o700)
+    (etc / "munge/munge.key").write_bytes(os.urandom(128))
+    (etc / "munge/munge.key").chmod(0o400)
+    for path in (etc / "munge", etc / "munge/munge.key"):
+        shutil.chown(path, "munge", "munge")
 
 
 def slurm_conf(nodes: int, overrides: dict[str, str]) -> str:
@@ -44,5 +48,12 @@ def slurm_conf(nodes: int, overrides: dict[str, str]) -> str:
     return "\n".join(kept + [f"{key}={value}" for key, value in overrides.items()]) + "\n"
 
 
-def render(template: str, **values: str) -> str:
-    return Template((TEMPLATES / template).read_text()).substitute(values)
+def prepare(host: str) -> None:
+    """Make on the host itself what its daemons find there."""
+    Path("/run/munge").mkdir()
+    shutil.chown("/run/munge", "munge", "munge")
+
+
+def node_states(said: str) -> dict[str, str]:
+    """Return Slurm's word for each node."""
+    return dict(line.split() for line in said.splitlines())

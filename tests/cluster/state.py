@@ -30,7 +30,7 @@ class State:
         self.layer = root / "layer"  # what hosts have other than this machine
         self.workstation = root / "workstation"  # the same for the workstation: etc/ and alice's home there
         self.log = root / "log"
-        self.spool = root / "slurmctld"  # outlives a reboot of ctl
+        self.spool = root / "spool"  # the scheduler's memory: outlives a reboot of ctl
         self.pid_file = root / "pid"
         self._settings = root / "settings.json"
 

@@ -151,7 +151,7 @@ def test_a_cut_node_lives_on(cluster: Cluster) -> None:
 def test_the_controller_remembers_jobs(cluster: Cluster) -> None:
     submitted = time.time()
     job = cluster.ssh("sbatch --parsable --hold --wrap true").stdout.strip()
-    saved = cluster.state / "slurmctld/job_state"
+    saved = cluster.state / "spool/job_state"
     assert eventually(lambda: saved.exists() and saved.stat().st_mtime > submitted)
     cluster("kill", "ctl")
     cluster("boot", "ctl")

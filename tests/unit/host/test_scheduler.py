@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whether Slurm says that a job has ended. A doubt means no."""
+"""Whether the scheduler says that a job has ended, where a doubt means no; and that one job follows."""
 
 import pytest
-from hpc_db_host.scheduler import Queue, job_has_ended, slurm_has_ended
+from hpc_db_host import scheduler_slurm
+from hpc_db_host.scheduler import Queue, job_has_ended
 
 GONE = "slurm_load_jobs error: Invalid job id specified\n"
 BUSY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n"
@@ -31,7 +32,7 @@ BUSY = "slurm_load_jobs error: Unable to contact slurm controller (connect failu
     (1, "", "", False),
 ])
 def test_answers_of_slurm(returncode, stdout, stderr, ended):
-    assert slurm_has_ended(returncode, stdout, stderr) is ended
+    assert scheduler_slurm.has_ended(returncode, stdout, stderr) is ended
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def bin_dir(tmp_path):
 @pytest.mark.parametrize("scheduler, job, ended", [
     ("slurm", "7", True), ("slurm", "8", False), ("slurm", "", False), ("local", "7", False), ("", "7", False),
 ])
-def test_only_slurm_is_asked(scheduler, job, ended, bin_dir):
+def test_only_a_scheduler_is_asked(scheduler, job, ended, bin_dir):
     assert job_has_ended(scheduler, bin_dir, job) is ended
 
 
@@ -61,7 +62,8 @@ class FakeQueue(Queue):
     """Answers like Slurm: squeue lists all of the user's jobs, sbatch --parsable prints an id."""
 
     def __init__(self, *jobs):
-        settings = {"job_name": "hpc_db", "successor": ["sbatch", "--parsable", "--job-name=hpc_db", "/r/host/job.sh"]}
+        successor = ["sbatch", "--parsable", "--job-name=hpc_db", "/r/host/job.sh"]
+        settings = {"scheduler": "slurm", "job_name": "hpc_db", "successor": successor}
         Queue.__init__(self, settings, "7")
         self.jobs = list(jobs)
 
@@ -108,4 +110,4 @@ def test_successor_gets_no_option_of_ours_from_the_environment(tmp_path, monkeyp
         monkeypatch.setenv(name, "x")
 
     with pytest.raises(OSError, match="^squeue: SLURM_CONF=x$"):
-        Queue({"job_name": "hpc_db", "bin_dir": str(tmp_path)}, "7").ensure_successor()
+        Queue({"scheduler": "slurm", "job_name": "hpc_db", "bin_dir": str(tmp_path)}, "7").ensure_successor()

@@ -57,7 +57,7 @@ class Host:
         self.settings = read_settings(root)
         self.run = os.path.join(root, "run")
         self.bootstrap = bootstrap
-        self.job = "" if bootstrap else job_id()
+        self.job = "" if bootstrap else scheduler.own_job(self.settings["scheduler"]) or str(os.getpid())
         self._told = ""
         self._followed = ""
         self._alone = ""
@@ -121,8 +121,8 @@ class Host:
             try:
                 return lease.acquire(patience, wait)
             except Held as held:
-                if not in_job() or self.bootstrap or not self._has_ended(held.holder):
-                    raise
+                if self.bootstrap or not scheduler.own_job(self._kind()) or not self._has_ended(held.holder):
+                    raise  # not so for a job, or for what somebody has started by hand
                 hint = "; its job has ended, but its heartbeat goes on: is its node cut off?"
                 self._follow()  # our walltime may end before that
 
@@ -341,16 +341,6 @@ def drain(postgres: Postgres, seconds: float) -> None:
         told = "running transactions are not awaited: %s" % failed
     if told:
         print(told, file=sys.stderr, flush=True)
-
-
-def in_job() -> bool:
-    """Tell whether the scheduler has started us, not somebody by hand."""
-    return "SLURM_JOB_ID" in os.environ
-
-
-def job_id() -> str:
-    """Return the id of the job that we run in; with no scheduler the PID is one."""
-    return os.environ.get("SLURM_JOB_ID") or str(os.getpid())
 
 
 def on_signal(number: int, _frame: object) -> None:

@@ -1,42 +1,65 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Asking the scheduler, from inside the job, whether another job has ended."""
+"""The scheduler as seen from inside the job: has another job ended, and does one follow us?
 
+What the commands of one scheduler are is in scheduler_NAME.py, NAME being the setting server_scheduler. Each has
+
+    JOB_VARIABLE                             the variable that tells a job its own id
+    environment(variables, bin_dir)          the variables for the scheduler's commands
+    state_command(job)                       the call that asks about a job
+    has_ended(returncode, stdout, stderr)    what it answers: True if the job has left its node for good, else False
+    queue_command()                          the call that lists this user's jobs
+    parse_queue(stdout)                      id and name of each that waits or runs, and is not on its way out
+    cancel_command(job)                      the call that cancels a job that waits
+
+A machine without a scheduler has no such file.
+"""
+
+import importlib
 import os
+import re
 import subprocess
-from typing import List
-
-# Slurm's states of a job that has left its node for good. A state that nobody knows here is none of them.
-SLURM_ENDED = (
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED LAUNCH_FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT"
-).split()
+from types import ModuleType
+from typing import List, Optional
 
 
-def slurm_queue_command(job: str) -> List[str]:
-    """Return the call that prints the state of ``job``."""
-    return ["squeue", "--noheader", "--format=%T", "--jobs=%s" % job]
-
-
-def slurm_has_ended(returncode: int, stdout: str, stderr: str) -> bool:
-    """Read the answer: a job that Slurm has forgotten has ended, a Slurm that does not answer says no."""
-    if returncode:
-        return "Invalid job id" in stderr
-    return all(word in SLURM_ENDED for word in stdout.split())
-
-
-def job_has_ended(scheduler: str, bin_dir: str, job: str) -> bool:
-    """Tell whether the scheduler says that ``job`` has ended. Unknown is False."""
-    if scheduler != "slurm" or not job:
-        return False
-    command = slurm_queue_command(job)
-    command[0] = "%s/%s" % (bin_dir, command[0]) if bin_dir else command[0]
+def adapter(name: str) -> Optional[ModuleType]:
+    """Return what speaks to the scheduler of that name; None if nothing here does."""
+    if not re.match(r"[a-z]+$", name):
+        return None
     try:
-        asked = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60, check=False
-        )
+        return importlib.import_module("%s.scheduler_%s" % (__package__, name))
+    except ImportError:
+        return None
+
+
+def own_job(name: str) -> str:
+    """Return the id of the job that we run in; empty if the scheduler has not started us."""
+    spoken = adapter(name)
+    return os.environ.get(spoken.JOB_VARIABLE, "") if spoken else ""
+
+
+def job_has_ended(name: str, bin_dir: str, job: str) -> bool:
+    """Tell whether the scheduler says that ``job`` has ended. Unknown is False."""
+    spoken = adapter(name)
+    if not spoken or not job:
+        return False
+    try:
+        asked = call(spoken, bin_dir, spoken.state_command(job), 60)
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return slurm_has_ended(asked.returncode, asked.stdout, asked.stderr)
+    return spoken.has_ended(asked.returncode, asked.stdout, asked.stderr)
+
+
+def call(
+    spoken: ModuleType, bin_dir: str, command: List[str], timeout: float
+) -> "subprocess.CompletedProcess[str]":
+    """Run one of the scheduler's commands."""
+    return subprocess.run(
+        [os.path.join(bin_dir, command[0])] + command[1:], env=spoken.environment(dict(os.environ), bin_dir),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+        timeout=timeout, check=False,
+    )
 
 
 class Queue:
@@ -45,6 +68,7 @@ class Queue:
     def __init__(self, settings: dict, job: str) -> None:
         self._settings = settings
         self._job = job
+        self._adapter = importlib.import_module("%s.scheduler_%s" % (__package__, settings["scheduler"]))
 
     def ensure_successor(self) -> str:
         """Have one job of our name queued behind us; return what was done, in one line."""
@@ -56,26 +80,15 @@ class Queue:
     def cancel_successors(self) -> None:
         """Cancel the jobs of our name that wait: what stops us would stop them, too."""
         for job in self._others():
-            self._run(["scancel", "--state=PENDING", job])
+            self._run(self._adapter.cancel_command(job))
 
     def _others(self) -> List[str]:
-        listed = self._run(["squeue", "--noheader", "--format=%i|%j|%T", "--user=%d" % os.getuid()])
-        jobs = [line.split("|") for line in listed.splitlines() if line.count("|") == 2]
-        return [
-            job for job, name, state in jobs
-            if name == self._settings["job_name"] and job != self._job and state not in ["COMPLETING"] + SLURM_ENDED
-        ]
+        jobs = self._adapter.parse_queue(self._run(self._adapter.queue_command()))
+        return [job for job, name in jobs if name == self._settings["job_name"] and job != self._job]
 
     def _run(self, command: List[str]) -> str:
         """Run one of the scheduler's commands; raise OSError with its own words."""
-        folder = self._settings.get("bin_dir", "")
-        # sbatch takes options from its environment, too; this job's are not the successor's.
-        ours = [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]
-        environment = {name: value for name, value in os.environ.items() if name not in ours}
-        done = subprocess.run(
-            [os.path.join(folder, command[0])] + command[1:], env=environment, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120, check=False,
-        )
+        done = call(self._adapter, self._settings.get("bin_dir", ""), command, 120)
         if done.returncode:
-            raise OSError("%s: %s" % (command[0], " ".join(done.stderr.split())))
+            raise OSError("%s: %s" % (command[0], " ".join((done.stderr or done.stdout).split())))
         return done.stdout

@@ -1,0 +1,331 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Grid Engine: the commands that keep one job in its queue, each with a parser for what it prints."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pwd
+import re
+import shlex
+import time
+from xml.etree import ElementTree
+
+from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
+
+# What the module sets itself, and what would make qsub wait, print, ask, or read the order of its options.
+OWNED = (
+    "@", "C", "N", "S", "b", "cat", "clear", "cwd", "e", "hard", "help", "i", "j", "notify", "now", "o", "shell", "soft",
+    "sync", "t", "tc", "terse", "verify", "w", "wd",
+)
+# Options that say yes or no.
+SWITCHES = ("R", "r")
+# What the hosts report, which qsub does not look at when it judges a job: it would refuse it.
+REPORTED = re.compile(r"(mem|virtual|swap)_\w+|(np_)?load_\w+|m_\w+|arch|cpu|num_proc")
+MEMORIES = ("h_data", "h_rss", "h_vmem", "mem_free", "mem_total", "s_rss", "s_vmem", "virtual_free")
+MEMORY = re.compile(r"\d+(\.\d+)?[kKmMgGtT]?", re.ASCII)
+TIME = re.compile(r"\d+|\d*:\d*:\d*", re.ASCII)
+
+
+def environment(bin_dir: str) -> dict[str, str]:
+    """Return the variables that the commands need; a login over ssh may lack them."""
+    found = re.fullmatch(r"(/.+)/bin/[^/]+/*", bin_dir)
+    return {"SGE_ROOT": found[1]} if found and "SGE_ROOT" not in os.environ else {}
+
+
+def hosting_options(options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:
+    """Return the hosting job's options: these, and what it needs where they do not say something else.
+
+    It waits for the end of all jobs of its name that are there already. One whose node has failed is run again, once
+    Grid Engine has given up the node: its successor waits for that end, too.
+    """
+    try:
+        resources = parse_resources(options.get("l"))
+    except ValueError:
+        return options  # which are going to be refused
+    if not set(MEMORIES) & set(resources):
+        resources["mem_free"] = memory
+    seconds = parse_time(resources.get("h_rt"))
+    if seconds:
+        resources = {"s_rt": max(seconds - notice, 1), **resources}
+    return {"hold_jid": name, "r": True, **options, "l": resources}
+
+
+def short_options(options: dict) -> dict:
+    """Return the options of a job that looks around for a moment, where a hosting job with these would be."""
+    try:
+        resources = parse_resources(options.get("l"))
+    except ValueError:
+        return options  # which are going to be refused
+    small = {key: "2G" if key.endswith("vmem") else "512M" for key in resources if key in MEMORIES}
+    untied = {key: value for key, value in resources.items() if key not in ("exclusive", "h", "hostname", "s_rt")}
+    return {**options, "a": False, "hold_jid": False, "r": False, "l": {**untied, **small, "h_rt": 300}}
+
+
+def submit_command(name: str, script: str, options: dict, output: str) -> list[str]:
+    """Return the qsub call. Without -notify the end of a job is a kill."""
+    log = ["-o", check_output(output), "-j", "y"]
+    return ["qsub", "-terse", "-N", name, *log, "-S", "/bin/sh", "-notify", *flags(options), script]
+
+
+def parse_submit(text: str) -> str:
+    """Return the id of the new job; sites may print lines of their own before it."""
+    last = text.strip().rpartition("\n")[2]
+    if not re.fullmatch(r"\d+", last, re.ASCII):
+        raise ValueError(f"no job id in what was printed: {text.strip()!r}")
+    return last
+
+
+def batch_lines(name: str, number: int, folder: str, options: dict) -> list[str]:
+    """Return the head of a job script for an array of that many jobs, each with a log in the folder."""
+    log = f"{check_output(folder)}/$JOB_ID.$TASK_ID.log"
+    words = [["-N", name], ["-t", f"1-{number}"], ["-o", log], ["-j", "y"], ["-S", "/bin/sh"]]
+    return [f"#$ {shlex.join(each)}" for each in words + pairs(options)]
+
+
+def worker_name(cluster: str) -> str:
+    """Return how a worker's connections are called, as a shell in its job reads it in double quotes."""
+    task = "$(printf %s \"$JOB_ID.${SGE_TASK_ID:-undefined}\" | sed 's/[.]undefined$//')"
+    return f"hpc_db {task}.${{RESTARTED:-0}} {cluster} $(uname -n) $$"
+
+
+def batch_command(script: str) -> list[str]:
+    """Return the call that submits a job script with such a head."""
+    return ["qsub", script]
+
+
+def check_batch_command(script: str, options: dict) -> list[str] | None:
+    """Return a call that fails for these options, without submitting."""
+    return check_command("check", options)
+
+
+def check_command(name: str, options: dict) -> list[str] | None:
+    """Return a call that fails for a job that can never start, without submitting; qsub itself would take it."""
+    judged = {key: value for key, value in parse_resources(options.get("l")).items() if not REPORTED.fullmatch(key)}
+    return ["qsub", "-w", "v", "-N", name, *flags({**options, "l": judged}), "-b", "y", "/bin/true"]
+
+
+def limit_command(options: dict) -> list[str] | None:
+    """Return None: a job above the limits of every queue is refused."""
+
+
+def check_limit(text: str, options: dict) -> None:
+    """Accept anything."""
+
+
+def queue_command(name: str) -> list[str]:
+    """Return the qstat call for all jobs of this user, with what they have asked for."""
+    return ["qstat", "-u", user(), "-r", "-xml"]
+
+
+def parse_queue(text: str) -> list[dict]:
+    """Return the jobs, in the words that Slurm has for their states."""
+    jobs = []
+    for job in job_list(text):
+        state = state_of(job)
+        limit = next((
+            parse_time(each.text) for each in job.iter("hard_request") if each.get("name") == "h_rt"
+        ), None)
+        begun = start_of(job)
+        jobs.append({
+            "id": job.findtext("JB_job_number", ""),
+            "name": job.findtext("JB_name", ""),
+            "state": state,
+            "node": node_of(job),
+            "reason": reason_of(job),
+            "time_left": limit if limit is None or begun is None else max(int(begun + limit - time.time()), 0),
+            "time_limit": limit,
+        })
+    return jobs
+
+
+def jobs_command(_ids: list[str]) -> list[str]:
+    """Return the qstat call for all jobs of this user, with a line for each node that one has."""
+    return ["qstat", "-u", user(), "-g", "t", "-xml"]
+
+
+def parse_jobs(text: str) -> list[Job]:
+    """Return the jobs; one of an array has the id of both, such as 12.3."""
+    found: dict[str, Job] = {}
+    for job in job_list(text):
+        task = job.findtext("tasks")
+        number = job.findtext("JB_job_number", "") + (f".{task}" if task else "")
+        before = found[number].nodes.split(",") if number in found else []
+        nodes = ",".join(sorted({*before, node_of(job)} - {""}))
+        restart = "1" if "R" in job.findtext("state", "") else "0"
+        found[number] = Job(number, restart, state_of(job), start_of(job), nodes, job.findtext("JB_name", ""))
+    return list(found.values())
+
+
+def all_nodes_command() -> list[str] | None:
+    """Return the call that prints every node of the cluster."""
+    return ["qhost", "-xml"]
+
+
+def nodes_command(nodes: str) -> list[str] | None:
+    """Return None: the names are there already."""
+
+
+def parse_hosts(text: str) -> list[str]:
+    """Return the nodes."""
+    return text.split(",")
+
+
+def parse_nodes(text: str) -> list[str]:
+    """Return the nodes, each once."""
+    hosts = (host.get("name", "") for host in tree(text).iter("host"))
+    return sorted(set(hosts) - {"", "global"})
+
+
+def cancel_command(job_id: str, gently: bool) -> list[str]:
+    """Return the qdel call. It sends USR2 to a job, and kills it a while later: the queue's notify, mostly 60 s."""
+    return ["qdel", job_id]
+
+
+def is_hopeless(reason: str) -> bool:
+    """Tell whether a job that waits for this reason never starts."""
+    return reason.startswith("error")
+
+
+def check_options(options: dict) -> None:
+    """Raise ValueError for what qsub would misread, or what is not the caller's to set."""
+    for flag, value in ((str(key), value) for key, value in options.items()):
+        if not re.fullmatch(r"[A-Za-z][A-Za-z_]*", flag, re.ASCII):
+            raise ValueError(f"{flag!r} is no option of qsub; write for example l or pe, not -l or -pe")
+        if flag in OWNED:
+            raise ValueError(f"{flag}: hosting_job sets this itself, or cannot work with it")
+        if flag == "l":
+            check_resources(value)
+        elif isinstance(value, (dict, list)):
+            raise ValueError(f"{flag}: {value!r} is no single value")
+        elif re.search(r"[\0\r\n]", str(value)):
+            raise ValueError(f"{flag}: {value!r} is more than one line")
+        elif any(re.match(r"-\D|-$", word) for word in words_of(flag, value)):
+            raise ValueError(f"{flag}: {value!r} has another option in it")
+
+
+def check_resources(value: object) -> None:
+    """Raise ValueError for what qsub would misread in its option -l."""
+    for name, amount in parse_resources(value).items():
+        if name in MEMORIES and not MEMORY.fullmatch(str(amount)):
+            raise ValueError(f"l: {name}: {amount!r} is no memory; write for example 16G")
+        if name in ("h_rt", "s_rt") and parse_time(amount) is None:
+            raise ValueError(f'l: {name}: {amount!r} is no time; write for example "72:00:00"')
+
+
+def check_output(path: str) -> str:
+    """Return the path, if qsub takes it as it is."""
+    if re.search(r"[:,$\\]", path):
+        raise ValueError(f"output: {path!r} has a : , $ or \\ in it, which qsub reads as something else")
+    return path
+
+
+def parse_resources(value: object) -> dict:
+    """Return what -l asks for, which may be a text as on qsub's command line."""
+    if isinstance(value, str):
+        value = {name: amount if equals else True for name, equals, amount in (
+            part.partition("=") for part in value.split(",")
+        )}
+    if value is None or value is False:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"l: {value!r} are no resources; write for example {{h_rt: \"72:00:00\", mem_free: 16G}}")
+    for name, amount in value.items():
+        if not re.fullmatch(r"[A-Za-z_][\w.-]*", str(name), re.ASCII):
+            raise ValueError(f"l: {name!r} is no resource")
+        if not re.fullmatch(r"[^\s,\0]+", str(amount)):
+            raise ValueError(f"l: {name}: {amount!r} is no single value")
+    return dict(value)
+
+
+def parse_time(value: object) -> int | None:
+    """Return the seconds of a time as Grid Engine writes it, None for no limit and for anything else."""
+    text = str(value)
+    if isinstance(value, bool) or not TIME.fullmatch(text):
+        return None
+    fields = [int(field or 0) for field in ("0:0:" + text).split(":")[-3:]]
+    return (fields[0] * 60 + fields[1]) * 60 + fields[2]
+
+
+def words_of(flag: str, value: object) -> list[str]:
+    """Return the words after an option."""
+    if flag == "l":
+        asked = {name: "true" if amount is True else amount for name, amount in parse_resources(value).items()}
+        return [",".join(f"{name}={amount}" for name, amount in sorted(asked.items()) if amount is not False)]
+    if flag in SWITCHES and isinstance(value, bool):
+        return ["y" if value else "n"]
+    if value is True:
+        return []
+    try:
+        return shlex.split(str(value))  # as in "smp 4", which are two
+    except ValueError:
+        raise ValueError(f"{flag}: {value!r} has a quote that does not end") from None
+
+
+def pairs(options: dict) -> list[list[str]]:
+    """Return each option with its words: true stands alone, false and null are left out."""
+    given = {
+        flag: value for flag, value in options.items()
+        if value is not None and value != {} and (value is not False or flag in SWITCHES)
+    }
+    return [[f"-{flag}", *words_of(flag, value)] for flag, value in sorted(given.items())]
+
+
+def flags(options: dict) -> list[str]:
+    """Return the options as qsub's arguments."""
+    return [word for pair in pairs(options) for word in pair]
+
+
+def user() -> str:
+    """Return our own name; without one qstat may show everybody's jobs."""
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+def tree(text: str) -> ElementTree.Element:
+    """Return what was printed as XML, without a site's own message before it."""
+    try:
+        return ElementTree.fromstring(text[max(text.find("<?xml"), 0):])
+    except ElementTree.ParseError:
+        raise ValueError(f"no XML in what was printed: {text.strip()[:200]!r}") from None
+
+
+def job_list(text: str) -> list[ElementTree.Element]:
+    """Return the jobs in what qstat has printed."""
+    return list(tree(text).iter("job_list"))
+
+
+def state_of(job: ElementTree.Element) -> str:
+    """Return the state in Slurm's words, which the modules know; one that nobody knows here stays as it is."""
+    letters = job.findtext("state", "")
+    if "d" in letters:
+        return "COMPLETING"
+    if "q" in letters:
+        return "PENDING"
+    if set(letters) & set("sSTN"):
+        return "SUSPENDED"
+    if "t" in letters:
+        return "CONFIGURING"
+    return "RUNNING" if "r" in letters else letters.upper()
+
+
+def reason_of(job: ElementTree.Element) -> str:
+    """Return why a job waits, as far as its state tells."""
+    letters = job.findtext("state", "")
+    if "E" in letters:
+        return f"error, which qstat -j {job.findtext('JB_job_number')} explains"
+    return "held" if "h" in letters else ""
+
+
+def node_of(job: ElementTree.Element) -> str:
+    """Return the host in all.q@host; empty for a job that waits."""
+    return job.findtext("queue_name", "").partition("@")[2]
+
+
+def start_of(job: ElementTree.Element) -> float | None:
+    """Return when a job has begun, in seconds since 1970; None if it has not."""
+    try:
+        return datetime.datetime.fromisoformat(job.findtext("JAT_start_time", "")).timestamp()
+    except ValueError:
+        return None

@@ -1,0 +1,77 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Grid Engine: which of its daemons runs on which host, how it is configured, and how its nodes are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from daemons import SSHD, Daemon, listens, render
+
+PACKAGES = ("packages.txt", "packages-gridengine.txt")
+SPOOL = "/var/spool/gridengine"
+STATES = ["qhost"]
+IDLE = "up"
+# What qmaster takes only while it runs.
+SETTLE = [["qconf", "-Msconf", "/etc/gridengine/scheduler"], ["qconf", "-Aq", "/etc/gridengine/queue"]]
+
+ROOT = "/var/lib/gridengine"
+PROGRAMS = "/usr/lib/gridengine"
+DEFAULTS = "/usr/share/gridengine/util/resources"
+PREPARED = "/etc/gridengine"
+# In the foreground.
+VARIABLES = {"SGE_ROOT": ROOT, "SGE_CELL": "default", "SGE_ND": "1"}
+
+
+def daemons(host: str) -> list[Daemon]:
+    """In the order in which they start."""
+    if host == "ctl":
+        return [Daemon([f"{PROGRAMS}/sge_qmaster"], lambda: listens(6444), variables=VARIABLES)]
+    if host == "login":
+        return [SSHD]
+    return [Daemon([f"{PROGRAMS}/sge_execd"], lambda: listens(6445), variables=VARIABLES)]
+
+
+def write_files(layer: Path, nodes: list[str], overrides: dict[str, str]) -> None:
+    """Everything that qmaster's database is made of lies in one folder for each kind of thing."""
+    common = layer / ROOT.lstrip("/") / "default/common"
+    common.mkdir(parents=True)
+    (common / "bootstrap").write_text(render("gridengine/bootstrap", spool=SPOOL))
+    (common / "act_qmaster").write_text("ctl\n")
+    (layer / SPOOL.lstrip("/")).mkdir(parents=True)
+    prepared = layer / PREPARED.lstrip("/")
+    for kind, names in {"adminhosts": ["ctl", *nodes], "submithosts": ["login", *nodes]}.items():
+        (prepared / kind).mkdir(parents=True)
+        for name in names:
+            (prepared / kind / name).write_text(f"hostname {name}\n")
+    (prepared / "queue").write_text(render("gridengine/queue", nodes=" ".join(nodes)))
+    (prepared / "scheduler").write_text(render("gridengine/scheduler"))
+    (prepared / "configuration").write_text(render("gridengine/configuration", spool=SPOOL))
+
+
+def prepare(host: str) -> None:
+    """Make on the host itself what its daemons find there."""
+    Path(SPOOL, "execd").mkdir(exist_ok=True)
+    if host != "ctl" or Path(SPOOL, "spooldb").exists():
+        return
+    for folder in ("spooldb", "qmaster"):
+        Path(SPOOL, folder).mkdir()
+    steps = [
+        ["spoolinit", "berkeleydb", "libspoolb", f"{SPOOL}/spooldb", "init"],
+        ["spooldefaults", "configuration", f"{PREPARED}/configuration"],
+        ["spooldefaults", "complexes", f"{DEFAULTS}/centry"],
+        ["spooldefaults", "usersets", f"{DEFAULTS}/usersets"],
+        ["spooldefaults", "pes", f"{DEFAULTS}/pe"],
+        *(["spooldefaults", kind, f"{PREPARED}/{kind}"] for kind in ("adminhosts", "submithosts")),
+        ["spooldefaults", "managers", "root"],
+    ]
+    for program, *arguments in steps:
+        subprocess.run([f"{PROGRAMS}/{program}", *arguments], check=True, env={**os.environ, **VARIABLES})
+
+
+def node_states(said: str) -> dict[str, str]:
+    """Return whether each node reports its load."""
+    rows = [line.split() for line in said.splitlines()[3:]]
+    return {name: "down" if load == "-" else "up" for name, _arch, _cpus, _sockets, _cores, _threads, load, *_ in rows}

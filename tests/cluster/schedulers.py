@@ -1,0 +1,17 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Which schedulers a cluster can have."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import gridengine
+import slurm
+from state import State
+
+SCHEDULERS: dict[str, ModuleType] = {"slurm": slurm, "gridengine": gridengine}
+
+
+def scheduler_of(state: State) -> ModuleType:
+    return SCHEDULERS[state.settings["scheduler"]]
