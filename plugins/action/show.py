@@ -22,4 +22,4 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         spec = {"text": {"type": "str", "required": True}, "values": {"type": "dict"}}
         params = self.validate_argument_spec(spec)[1]
         Display().display(params["text"])
-        return dict(result, changed=False, **params)
+        return dict(result, changed=False, text=params["text"], values=params["values"])
