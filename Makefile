@@ -39,7 +39,7 @@ storage:  ## Optuna on every storage, with 1 to 1,000 workers: ten minutes, for 
 	@tools/setup bench
 	@tools/bench
 
-provision:  ## the playbooks beside the bare commands, for docs/performance.md
+provision:  ## the playbooks beside the bare commands, their growth, and a server at rest, for docs/performance.md
 	@tools/setup cluster
 	@[ "$$(id -u)" != 0 ] || tests/cluster/install-packages
 	@.venv/bin/python bench/provision.py docs/performance.md

@@ -32,7 +32,7 @@ WHOLE: Counts = {STUDIES: (1, 10, 100), DATABASES: (1, 10), INSTANCES: (1, 4, 8)
 # What the time for more of a thing goes to.
 BOUNDS = {
     STUDIES: "one process makes them one after another, through Optuna, with a few commits each",
-    DATABASES: "the server copies a template for each, one after another, and Optuna makes its tables",
+    DATABASES: "a step of `community.postgresql` each; the server copies a template, and Optuna makes the tables",
     INSTANCES: (
         "a process of Ansible's for each step of each instance, on the workstation's cores, in as many `forks` as"
         " `ansible.cfg` says (8); the login node's share, on the same cores here, is each cluster's own in life"

@@ -78,7 +78,7 @@ def own_folder(parent: str) -> str:
     return folder
 
 
-class LookupModule(LookupBase):
+class LookupModule(LookupBase):  # type: ignore[misc]
     """Finds the folder for the user who runs Ansible."""
 
     def run(self, terms: list, variables: dict | None = None, **kwargs: object) -> list[str]:

@@ -159,3 +159,9 @@ def test_asks_for_what_is_named() -> None:
     assert "datname IN ('first', 'second', current_user)" in asked
     assert asked.count("study_name IN ('o''neill')") == 2
     assert "key IN ('key')" in asked
+
+
+@pytest.mark.parametrize("name", ["x\n\\! touch canary", 'x" y', "x y", "", "-x"])
+def test_a_name_that_psql_could_misread_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="^databases: .* is not allowed"):
+        questions({**PARAMS, "databases": [{"name": name, "studies": []}]})
