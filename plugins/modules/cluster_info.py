@@ -287,10 +287,9 @@ def parse_partitions(partitions: str, nodes: str, accounts: list[str]) -> list[d
     """Return the partitions, with what the smallest of their nodes has."""
     hardware: dict[str, list[tuple[int, int, str]]] = {}
     for line in nodes.splitlines():
-        name, *fields = line.strip().split("|")
-        if len(fields) == 3 and fields[0].rstrip("+").isdigit() and fields[1].rstrip("+").isdigit():
-            memory, cpus = (int(field.rstrip("+")) for field in fields[:2])
-            hardware.setdefault(name, []).append((memory, cpus, fields[2]))
+        name, *about = line.strip().split("|")
+        if len(about) == 3 and about[0].rstrip("+").isdigit() and about[1].rstrip("+").isdigit():
+            hardware.setdefault(name, []).append((int(about[0].rstrip("+")), int(about[1].rstrip("+")), about[2]))
     result = []
     for line in partitions.splitlines():
         fields = dict(word.partition("=")[::2] for word in line.split())
@@ -351,7 +350,7 @@ def format_time(seconds: int) -> str:
 
 def read_file_systems(folders: dict[str, str], user: str, run: Run) -> list[dict]:
     """Return what is known of the folders' file systems, each folder once."""
-    result = []
+    result: list[dict] = []
     quotas = run(["quota", "-w", "-u", user])
     for name, path in folders.items():
         if path in [each["path"] for each in result]:

@@ -155,6 +155,31 @@ def test_what_is_to_be_filled_in_is_refused_before_anything_connects(mini: Targe
     assert "unreachable=0" in played.stdout
 
 
+def test_all_goes_over_the_connection_that_was_opened_by_hand(mini: Target, tmp_path: Path) -> None:
+    state = mini.environment["HPC_DB_CLUSTER"]
+    options = settings_of("jureca")["ansible_ssh_args"].replace("~/.ssh", state)
+    by_hand = ["ssh", "-F", f"{state}/ssh_config", *shlex.split(options)]
+    settings = {
+        "ansible_host": "login", "ansible_user": "alice", "ansible_ssh_args": options,
+        # Without a key nobody else gets in.
+        "ansible_ssh_common_args": f"-F {state}/ssh_config -o PubkeyAuthentication=no",
+    }
+    (tmp_path / "hosts.json").write_text(json.dumps({"all": {"hosts": {"site": settings}}}))
+    ask = ["ansible", f"--inventory={tmp_path}/hosts.json", "site", "--module-name=raw", "--args=echo in as $USER"]
+
+    def answer() -> str:
+        return subprocess.run(ask, cwd=ROOT, env=mini.environment, stdin=subprocess.DEVNULL, capture_output=True,
+                              text=True, timeout=120, check=False).stdout
+
+    subprocess.run([*by_hand, "alice@login", "true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, timeout=60, check=True)
+    over_it = answer()
+    subprocess.run([*by_hand, "-O", "exit", "alice@login"], capture_output=True, timeout=60, check=True)
+
+    assert "in as alice" in over_it
+    assert "UNREACHABLE" in answer()
+
+
 @pytest.fixture
 def elsewhere(mini: Target) -> Iterator[str]:
     """Slurm's commands are on nobody's PATH, on no node."""

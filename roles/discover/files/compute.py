@@ -15,13 +15,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+from typing import List, Optional
 
 # Within these seconds the login node has seen the file and connected, if it can. NFS may show a file 60 s late.
 PATIENCE = 75
 CONNECT_SECONDS = 5
 
 
-def main(arguments):
+def main(arguments: List[str]) -> None:
     if arguments[:1] == ["--connect"]:
         socket.create_connection((arguments[1], int(arguments[2])), CONNECT_SECONDS).close()
         return
@@ -33,7 +34,7 @@ def main(arguments):
         neighbour = reached_by_neighbour(name, port)
         if neighbour:
             listener.accept()[0].close()
-        publish("%s %d\n" % (name, port))
+        publish(f"{name} {port}\n")
         login = reached_by_login(listener)
     print(json.dumps({
         "host": name,
@@ -46,7 +47,7 @@ def main(arguments):
     }))
 
 
-def reached_by_neighbour(name, port):
+def reached_by_neighbour(name: str, port: int) -> Optional[bool]:
     """Tell whether the job's second node reaches this one; None without a second one."""
     if os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1":
         return None
@@ -57,14 +58,14 @@ def reached_by_neighbour(name, port):
         return None
 
 
-def publish(text):
+def publish(text: str) -> None:
     """Write the file at once, so that nobody reads half of it."""
     with open("door.new", "w") as stream:
         stream.write(text)
     os.rename("door.new", "door")
 
 
-def reached_by_login(listener):
+def reached_by_login(listener: socket.socket) -> bool:
     """Wait for the login node."""
     listener.settimeout(PATIENCE)
     try:
@@ -74,7 +75,7 @@ def reached_by_login(listener):
     return True
 
 
-def writable(folder):
+def writable(folder: str) -> bool:
     """Tell whether something can be made there, such as a socket."""
     try:
         with tempfile.TemporaryDirectory(dir=folder):
