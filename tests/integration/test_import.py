@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_refused(instance: Instance, tmp_path: Path) -> Non
 def test_import_that_is_killed_leaves_nothing_to_the_next(instance: Instance) -> None:
     instance.python(MANY, f"{instance.home}/many.log")
     names = "SELECT study_name FROM studies WHERE study_name LIKE 'hpc_db%' OR study_name = 'many'"
-    instance.shell(f"({LOCK}) 3>&1 >/dev/null 2>&1; ({KILL}) >/dev/null 2>&1 &")
+    instance.shell(f"{LOCK}\n({KILL}) > /dev/null 2>&1 &")
 
     killed = instance.target.play("import", {"instance_name": NAME, "import_from": "~/many.log"})
     assert killed.returncode != 0

@@ -69,6 +69,9 @@ MODULES: dict[str, dict[str, Any]] = {
         "files": [{"path": "conf/a", "content": "a", "mode": "0600", "validate": ["FOLDER/bin/postgres", "{file}"]}],
     },
     "link_folder": {"path": "FOLDER/new/logs", "links": {"mine": "FOLDER/x"}},
+    "optuna_import": {
+        **SERVER, "database": "mala", "file": "FOLDER/study.log", "root": "FOLDER/root", "studies": ["be"], "name": "b",
+    },
     "optuna_study": {
         **SERVER, "database": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}],
     },
@@ -112,6 +115,7 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="inputs-"))
     for name in ("bin", "cwd", "root/host/hpc_db_host", "root/log"):
         (folder / name).mkdir(parents=True)
+    (folder / "study.log").write_text('{"op_code": 0, "worker_id": "a"}\n')
     programs = "conda fusermount3 initdb postgres python sbatch scancel sinfo squeue ssh sshfs"
     for name in programs.split():
         (folder / "bin" / name).write_text("#!/bin/sh\necho 'not\ntoday' >&2\nexit 1\n")
