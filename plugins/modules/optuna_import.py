@@ -128,7 +128,8 @@ NAMES = "SELECT study_name FROM studies"
 # The trigger has noted our own connection as each trial's worker. Sent as one, it is one transaction.
 FINISH = f"""
 DELETE FROM trial_system_attributes USING trials JOIN studies USING (study_id)
-WHERE trials.trial_id = trial_system_attributes.trial_id AND key = '{_workers.KEY}' AND study_name = ANY(%(unfinished)s);
+WHERE trials.trial_id = trial_system_attributes.trial_id AND key = '{_workers.KEY}'
+  AND study_name = ANY(%(unfinished)s);
 UPDATE studies SET study_name = wanted.name
 FROM unnest(%(unfinished)s, %(names)s) AS wanted (unfinished, name) WHERE study_name = unfinished
 """

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from target import ROOT, Target
 
-NAME = f"it{os.getpid()}"
+NAME = f"it{os.getpid()}"  # as the fixture ``here`` stops it
 AGES = {"3": "old_optuna", "4": "optuna_4"}
 
 # What a study can hold. The last trials are one that its worker has left, and one that waits.
@@ -217,7 +217,7 @@ def test_what_does_not_fit_is_refused(instance: Instance, tmp_path: Path) -> Non
     (tmp_path / "other.db.lock").symlink_to("/no/such")
 
     expected: list[tuple[dict, str]] = [
-        ({"import_from": "~/new.db", "import_studies": ["nope"]}, "import_studies: new.db holds no study nope, but be,"),
+        ({"import_from": "~/new.db", "import_studies": ["nope"]}, "import_studies: new.db holds no study nope, but be"),
         ({"import_from": "~/text.db"}, "import_from: text.db is neither an SQLite file nor one of Optuna's"),
         ({"import_from": str(other)}, "import_from: other.db is still being written to, .* other.db.lock is beside it"),
         ({"import_from": "~/other.db"}, r"import_as: studies holds a study be already, with other trials \(the "),

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import hpc_db
@@ -20,7 +21,7 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 from target import Target
 
-NAME = f"it{os.getpid()}u"
+NAME = f"it{os.getpid()}"  # as the fixture ``here`` stops it
 STUDY = """
 import optuna, sys
 study = optuna.create_study(storage=sys.argv[1], study_name="be")
@@ -151,10 +152,10 @@ def test_interrupt_leaves_nothing_running(tmp_path: Path) -> None:
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def wait_for(condition: object) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     """Wait until something is so."""
     deadline = time.monotonic() + 100
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -176,7 +177,7 @@ def test_what_ssh_asks_is_told_and_not_waited_for(tmp_path: Path) -> None:
     options = f"-o HostKey={key} -o PasswordAuthentication=yes -o UsePAM=no"
     arguments = (
         f'-F /dev/null -o ProxyCommand="{sshd} -i -f /dev/null {options}" -o StrictHostKeyChecking=no'
-        f" -o UserKnownHostsFile=/dev/null -o PubkeyAuthentication=no"
+        " -o UserKnownHostsFile=/dev/null -o PubkeyAuthentication=no"
     )
     inventory = ssh_inventory(
         tmp_path, ansible_ssh_common_args=arguments, ansible_ssh_args="-o ControlMaster=no", ansible_user="nobody"

@@ -23,8 +23,8 @@ STATES = {name: SimpleNamespace(name=name) for name in ("COMPLETE", "FAIL", "RUN
 
 def trial(number, state="COMPLETE", **held):
     return SimpleNamespace(**{
-        "number": number, "state": STATES[state], "values": [1.0] if state == "COMPLETE" else None, "params": {"x": 0.5},
-        "distributions": {"x": "0..1"}, "user_attrs": {}, "system_attrs": {}, "intermediate_values": {1: math.nan},
+        "number": number, "state": STATES[state], "values": [1.0] if state == "COMPLETE" else None,
+        "params": {"x": 0.5}, "distributions": {"x": "0..1"}, "user_attrs": {}, "system_attrs": {}, "intermediate_values": {1: math.nan},
         "datetime_start": STARTED, "datetime_complete": LATER if state == "COMPLETE" else None, **held,
     })
 
@@ -151,7 +151,7 @@ def test_brings_what_is_missing_once(check_mode, import_):
 @pytest.mark.parametrize("params, says", [
     ({"studies": ["be", "nope"]}, "^import_studies: study.log holds no study nope, but al, be$"),
     ({"name": "x"}, "^import_as: x is one name for 2 studies; name one in import_studies$"),
-    ({"studies": ["be"], "name": "other"}, r"^import_as: mala holds .* other already, .* \(the params of trial 0\); give"),
+    ({"studies": ["be"], "name": "other"}, r"^import_as: mala holds .* other already, .* \(the params of trial 0\);"),
 ])
 def test_what_contradicts_is_refused(params, says, import_):
     database = FakeDatabase(other=[trial(0, params={"x": 0.25})])
@@ -192,7 +192,7 @@ def test_every_trial_is_compared(field, value, import_):
         add(study, SimpleNamespace(**{**vars(template_trial), field: value}))
 
     database.create_new_trial = add_another
-    with pytest.raises(Refused, match="study be: the database and the file differ in the .* of trial 0; nothing was imp"):
+    with pytest.raises(Refused, match="study be: the database and the file differ in the .* of trial 0; nothing"):
         import_(FakeStorage(be=[trial(0, params={"x": 1})]), database)
     assert database.studies == {}
 
@@ -213,7 +213,7 @@ def test_file_in_use_is_refused(beside, import_):
     else:
         path.write_text("x")
 
-    with pytest.raises(Refused, match=f"^import_from: study.log is still being written to, .*: study.log{beside} is bes"):
+    with pytest.raises(Refused, match=f"^import_from: study.log is still being written to, .*: study.log{beside} is"):
         import_(FakeStorage(be=[trial(0)]), FakeDatabase())
 
 
@@ -230,7 +230,7 @@ def test_file_that_changes_meanwhile_is_refused(import_):
 def test_other_files_are_refused(content, import_):
     import_.file.write_bytes(content)
 
-    with pytest.raises(Refused, match="^import_from: study.log is neither an SQLite file nor one of Optuna's JournalSt"):
+    with pytest.raises(Refused, match="^import_from: study.log is neither an SQLite file nor one of Optuna's Jour"):
         import_(FakeStorage(be=[trial(0)]), FakeDatabase())
 
 
@@ -254,7 +254,8 @@ def test_tables_that_optuna_cannot_read_are_refused(tables, rows, says, tmp_path
 @pytest.mark.parametrize("revision, old", [("new", False), ("old", True)])
 def test_older_tables_are_upgraded(revision, old, tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as connection:
-        connection.executescript("CREATE TABLE version_info (library_version); CREATE TABLE alembic_version (version_num)")
+        for table, column in (("version_info", "library_version"), ("alembic_version", "version_num")):
+            connection.execute(f"CREATE TABLE {table} ({column})")
         connection.execute("INSERT INTO version_info VALUES ('3.1.1')")
         connection.execute("INSERT INTO alembic_version VALUES (?)", (revision,))
         connection.commit()
