@@ -24,7 +24,8 @@ STATES = {name: SimpleNamespace(name=name) for name in ("COMPLETE", "FAIL", "RUN
 def trial(number, state="COMPLETE", **held):
     return SimpleNamespace(**{
         "number": number, "state": STATES[state], "values": [1.0] if state == "COMPLETE" else None,
-        "params": {"x": 0.5}, "distributions": {"x": "0..1"}, "user_attrs": {}, "system_attrs": {}, "intermediate_values": {1: math.nan},
+        "params": {"x": 0.5}, "distributions": {"x": "0..1"},
+        "user_attrs": {}, "system_attrs": {}, "intermediate_values": {1: math.nan},
         "datetime_start": STARTED, "datetime_complete": LATER if state == "COMPLETE" else None, **held,
     })
 
