@@ -99,7 +99,7 @@ UNLOCK = "psql -c \"SELECT pg_terminate_backend(pid, 9999) FROM pg_stat_activity
 KILL = f"""
 until [ "$(psql -c "SELECT count(*) FROM studies WHERE study_name LIKE 'hpc_db:importing:%'")" = 1 ]
 do sleep 0.05; done
-kill -9 $(pgrep -xf -u "$USER" "$HOME/hpc_db/{NAME}/python/bin/python")
+kill -9 $(pgrep -f -u "$USER" "^$HOME/hpc_db/{NAME}/python/bin/python( |$)")
 """
 
 

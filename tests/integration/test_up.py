@@ -4,22 +4,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
 import re
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import hpc_db
 import pytest
+import yaml
 from jupyter_client.manager import start_new_kernel
-from target import Target
+from target import ROOT, Target
 
 NAME = f"it{os.getpid()}"  # as the fixture ``here`` stops it
 STUDY = """
@@ -168,24 +171,39 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_what_ssh_asks_is_told_and_not_waited_for(tmp_path: Path) -> None:
-    """A real ssh and a real sshd, which wants a password."""
-    sshd = shutil.which("sshd", path="/usr/sbin:/sbin")
-    key = tmp_path / "key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give the user a password")
+def test_what_ssh_asks_is_told_and_can_be_answered_before(
+    here: Target, quick_settings: dict, server: hpc_db.Server, tmp_path: Path
+) -> None:
+    """A real ssh and a real sshd, which wants a password; then the connection that docs/notebooks.md opens."""
+    user = here.variables["ansible_become_user"]
+    subprocess.run(["chpasswd"], input=f"{user}:for a minute\n", text=True, check=True)
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{tmp_path}/key"], check=True)
     Path("/run/sshd").mkdir(exist_ok=True)
-    options = f"-o HostKey={key} -o PasswordAuthentication=yes -o UsePAM=no"
-    arguments = (
-        f'-F /dev/null -o ProxyCommand="{sshd} -i -f /dev/null {options}" -o StrictHostKeyChecking=no'
-        " -o UserKnownHostsFile=/dev/null -o PubkeyAuthentication=no"
-    )
-    inventory = ssh_inventory(
-        tmp_path, ansible_ssh_common_args=arguments, ansible_ssh_args="-o ControlMaster=no", ansible_user="nobody"
-    )
+    sshd = f"/usr/sbin/sshd -i -f /dev/null -o HostKey={tmp_path}/key -o PasswordAuthentication=yes -o UsePAM=no"
+    with tempfile.TemporaryDirectory(prefix="up-") as shared:  # whose path is short enough for a socket
+        options = [
+            "-F", "/dev/null", "-o", f"ProxyCommand={sshd}", "-o", "StrictHostKeyChecking=no",
+            "-o", "UserKnownHostsFile=/dev/null", "-o", "PubkeyAuthentication=no", "-o", f"ControlPath={shared}/%C",
+        ]
+        local = yaml.safe_load((ROOT / "inventories" / "local" / "group_vars" / "all.yml").read_text())
+        inventory = ssh_inventory(
+            tmp_path, **{**local, **quick_settings, "instance_name": NAME}, ansible_user=user,
+            ansible_ssh_args="-o ControlMaster=auto -o ControlPersist=60s", ansible_ssh_common_args=shlex.join(options),
+        )
+        with pytest.raises(hpc_db.Failed) as failed:
+            hpc_db.status(inventory)
 
-    with pytest.raises(hpc_db.Failed) as failed:
-        hpc_db.up(inventory)
+        answer = tmp_path / "answer"
+        answer.write_text("#!/bin/sh\necho for a minute\n")
+        answer.chmod(0o755)
+        environment = {**os.environ, "SSH_ASKPASS": str(answer), "SSH_ASKPASS_REQUIRE": "force"}
+        keep = ["-o", "ControlMaster=auto", "-o", "ControlPersist=8h"]
+        subprocess.run(["ssh", *keep, *options, f"{user}@far", "true"], env=environment, check=True, timeout=100)
+        found = hpc_db.status(inventory)
+        subprocess.run(["ssh", "-O", "exit", *options, f"{user}@far"], check=True, timeout=100)
 
     assert re.fullmatch(
         r"far: .*Permission denied \(.*password.*; nobody can answer ssh's questions here: .*", str(failed.value)
     ), failed.value
+    assert found == dataclasses.replace(server, cluster="far")
