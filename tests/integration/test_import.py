@@ -92,12 +92,13 @@ print(study.best_value, len(study.trials), study.trials[15].params["x"], study.t
 # Nothing can be added to a table that somebody reads all of.
 LOCK = """
 psql -c 'BEGIN; LOCK TABLE trials IN SHARE MODE; SELECT pg_sleep(600)' > /dev/null 2>&1 &
-until [ "$(psql -c "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")" = 1 ]; do sleep 0.05; done
+while n=$(psql -c "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") && [ "$n" = 0 ]
+do sleep 0.05; done
 """
 UNLOCK = "psql -c \"SELECT pg_terminate_backend(pid, 9999) FROM pg_stat_activity WHERE wait_event = 'PgSleep'\""
 # Kills the module once it has a study to add trials to.
 KILL = f"""
-until [ "$(psql -c "SELECT count(*) FROM studies WHERE study_name LIKE 'hpc_db:importing:%'")" = 1 ]
+while n=$(psql -c "SELECT count(*) FROM studies WHERE study_name LIKE 'hpc_db:importing:%'") && [ "$n" = 0 ]
 do sleep 0.05; done
 kill -9 $(pgrep -f -u "$USER" "^$HOME/hpc_db/{NAME}/python/bin/python( |$)")
 """
