@@ -22,7 +22,7 @@ import yaml
 # What users of an installed collection need. Everything else stays in the repository: galaxy.yml, build_ignore.
 BELONGS = [
     "CHANGELOG.md", "CONTRIBUTING.md", "FILES.json", "LICENSE", "LICENSES/*", "MANIFEST.json", "README.md",
-    "REUSE.toml", "changelogs/*", "client/*", "controller/*", "docs/*", "examples/*", "inventories/*",
+    "REUSE.toml", "changelogs/*", "client/*", "docs/*", "examples/*", "inventories/*",
     "meta/*", "playbooks/*", "plugins/*", "requirements/*", "requirements.yml", "roles/*", "tests/config.yml",
 ]
 # Left over by tools that ran, wherever it is.

@@ -27,8 +27,8 @@ options:
     description: The database. O(user) becomes the owner of the trials.
     type: str
     required: true
-  scratch:
-    description: A folder that this module makes, and removes with all in it, on a disk with room for the copy.
+  root:
+    description: The instance directory, in whose folder C(dumps) the copy is kept meanwhile.
     type: path
     required: true
   studies:
@@ -62,7 +62,7 @@ EXAMPLES = r"""
     passfile: ~/hpc_db/hpc_db/secrets/pgpass
     database: mala
     file: ~/study.db
-    scratch: ~/hpc_db/hpc_db/dumps/.import
+    root: ~/hpc_db/hpc_db
     studies: [beryllium]
     name: beryllium_2025
 """
@@ -118,6 +118,8 @@ from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _o
 SQLITE = b"SQLite format 3\0"
 # What SQLite and Optuna keep beside a file while somebody writes to it.
 IN_USE = ("-journal", "-wal", ".lock")
+# The folder for the copy; there is one import at a time.
+SCRATCH = ".import"
 # Under this name a study comes into being; the number is that of the study in the run.
 UNFINISHED = "hpc_db:importing:"
 
@@ -126,12 +128,17 @@ NAMES = "SELECT study_name FROM studies"
 # The trigger has noted our own connection as each trial's worker. Sent as one, it is one transaction.
 FINISH = f"""
 DELETE FROM trial_system_attributes USING trials JOIN studies USING (study_id)
-WHERE trials.trial_id = trial_system_attributes.trial_id AND key = '{_workers.KEY}' AND study_name = ANY(%(unfinished)s);
+WHERE trials.trial_id = trial_system_attributes.trial_id AND key = '{_workers.KEY}'
+  AND study_name = ANY(%(unfinished)s);
 UPDATE studies SET study_name = wanted.name
 FROM unnest(%(unfinished)s, %(names)s) AS wanted (unfinished, name) WHERE study_name = unfinished
 """
-# A crash of the server takes away no more than what has no name yet; the renaming waits for the disk.
-FAST = "-c synchronous_commit=off"
+# A crash of the server takes away no more than what has no name yet; the renaming waits for the disk. For every
+# parameter Optuna looks for an earlier one of the study, and the server would read those of all other studies first.
+QUICK = {
+    "synchronous_commit": "off", "enable_seqscan": "off", "enable_hashjoin": "off", "cpu_index_tuple_cost": "1",
+    "jit": "off",
+}
 
 
 class Refused(Exception):
@@ -214,7 +221,7 @@ def check_unchanged(path: str, before: tuple) -> None:
 @contextlib.contextmanager
 def copied(params: dict) -> Iterator[str]:
     """Copy the file into the folder for it, which is gone afterwards."""
-    folder = params["scratch"]
+    folder = os.path.join(params["root"], "dumps", SCRATCH)
     shutil.rmtree(folder, ignore_errors=True)  # an earlier run may have been killed
     os.mkdir(folder, 0o700)
     try:
@@ -342,7 +349,8 @@ def open_database(params: dict) -> Any:
     from optuna import storages
 
     url = _connection.storage_url(params, params["database"])
-    return storages.RDBStorage(url, engine_kwargs={"connect_args": {"options": FAST}})
+    options = " ".join(f"-c {name}={value}" for name, value in QUICK.items())
+    return storages.RDBStorage(url, engine_kwargs={"connect_args": {"options": options}})
 
 
 def choose(params: dict, studies: list[Study], held: list[str]) -> list[Study]:
@@ -464,7 +472,7 @@ def main() -> None:
         argument_spec={
             "file": {"type": "path", "required": True},
             "database": {"type": "str", "required": True},
-            "scratch": {"type": "path", "required": True},
+            "root": {"type": "path", "required": True},
             "studies": {"type": "list", "elements": "str", "default": []},
             "name": {"type": "str"},
             **_connection.CONNECTION_OPTIONS,
@@ -475,14 +483,16 @@ def main() -> None:
     try:
         result = ensure_imported(module.params, module.check_mode)
     except FileNotFoundError as error:
-        module.fail_json(msg=f"import_from: there is no file {error.filename}, neither here nor on the workstation")
+        said = f"import_from: there is no file {error.filename}, neither here nor on the workstation"
     except OSError as error:
-        module.fail_json(msg=f"import_from: {error.filename}: {error.strerror}")
+        said = f"import_from: {error.filename}: {error.strerror}"
     except (_connection.Unreachable, Refused) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
-    for warning in result.pop("warnings"):
-        module.warn(warning)
-    module.exit_json(**result)
+        said = str(error)
+    else:
+        for warning in result.pop("warnings"):
+            module.warn(warning)
+        module.exit_json(**result)
+    module.fail_json(msg=" ".join(said.splitlines()))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from target import ROOT, Target
 
-NAME = f"it{os.getpid()}"
+NAME = f"it{os.getpid()}"  # as the fixture ``here`` stops it
 AGES = {"3": "old_optuna", "4": "optuna_4"}
 
 # What a study can hold. The last trials are one that its worker has left, and one that waits.
@@ -92,14 +92,15 @@ print(study.best_value, len(study.trials), study.trials[15].params["x"], study.t
 # Nothing can be added to a table that somebody reads all of.
 LOCK = """
 psql -c 'BEGIN; LOCK TABLE trials IN SHARE MODE; SELECT pg_sleep(600)' > /dev/null 2>&1 &
-until [ "$(psql -c "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")" = 1 ]; do sleep 0.05; done
+while n=$(psql -c "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") && [ "$n" = 0 ]
+do sleep 0.05; done
 """
 UNLOCK = "psql -c \"SELECT pg_terminate_backend(pid, 9999) FROM pg_stat_activity WHERE wait_event = 'PgSleep'\""
 # Kills the module once it has a study to add trials to.
 KILL = f"""
-until [ "$(psql -c "SELECT count(*) FROM studies WHERE study_name LIKE 'hpc_db:importing:%'")" = 1 ]
+while n=$(psql -c "SELECT count(*) FROM studies WHERE study_name LIKE 'hpc_db:importing:%'") && [ "$n" = 0 ]
 do sleep 0.05; done
-kill -9 $(pgrep -xf -u "$USER" "$HOME/hpc_db/{NAME}/python/bin/python")
+kill -9 $(pgrep -f -u "$USER" "^$HOME/hpc_db/{NAME}/python/bin/python( |$)")
 """
 
 
@@ -217,7 +218,7 @@ def test_what_does_not_fit_is_refused(instance: Instance, tmp_path: Path) -> Non
     (tmp_path / "other.db.lock").symlink_to("/no/such")
 
     expected: list[tuple[dict, str]] = [
-        ({"import_from": "~/new.db", "import_studies": ["nope"]}, "import_studies: new.db holds no study nope, but be,"),
+        ({"import_from": "~/new.db", "import_studies": ["nope"]}, "import_studies: new.db holds no study nope, but be"),
         ({"import_from": "~/text.db"}, "import_from: text.db is neither an SQLite file nor one of Optuna's"),
         ({"import_from": str(other)}, "import_from: other.db is still being written to, .* other.db.lock is beside it"),
         ({"import_from": "~/other.db"}, r"import_as: studies holds a study be already, with other trials \(the "),
@@ -231,7 +232,7 @@ def test_what_does_not_fit_is_refused(instance: Instance, tmp_path: Path) -> Non
 def test_import_that_is_killed_leaves_nothing_to_the_next(instance: Instance) -> None:
     instance.python(MANY, f"{instance.home}/many.log")
     names = "SELECT study_name FROM studies WHERE study_name LIKE 'hpc_db%' OR study_name = 'many'"
-    instance.shell(f"({LOCK}) 3>&1 >/dev/null 2>&1; ({KILL}) >/dev/null 2>&1 &")
+    instance.shell(f"{LOCK}\n({KILL}) > /dev/null 2>&1 &")
 
     killed = instance.target.play("import", {"instance_name": NAME, "import_from": "~/many.log"})
     assert killed.returncode != 0

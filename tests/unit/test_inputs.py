@@ -75,6 +75,9 @@ MODULES: dict[str, dict[str, Any]] = {
         ],
     },
     "link_folder": {"path": "FOLDER/new/logs", "links": {"mine": "FOLDER/x"}},
+    "optuna_import": {
+        **SERVER, "database": "mala", "file": "FOLDER/study.log", "root": "FOLDER/root", "studies": ["be"], "name": "b",
+    },
     "optuna_study": {
         **SERVER, "databases": [
             {"name": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}]},
@@ -122,6 +125,7 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="inputs-"))
     for name in ("bin", "cwd", "root/host/hpc_db_host", "root/log"):
         (folder / name).mkdir(parents=True)
+    (folder / "study.log").write_text('{"op_code": 0, "worker_id": "a"}\n')
     programs = "conda fusermount3 initdb postgres python sbatch scancel sinfo squeue ssh sshfs"
     for name in programs.split():
         (folder / "bin" / name).write_text("#!/bin/sh\necho 'not\ntoday' >&2\nexit 1\n")

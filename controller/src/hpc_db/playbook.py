@@ -109,6 +109,9 @@ def run(private: str, playbook: str, inventories: list[str]) -> list[Result]:
         event_handler=keep,
         cancel_callback=cancelled.is_set,
     )
+    if "ANSIBLE_HOST_KEY_CHECKING" not in os.environ:
+        # ansible-runner would have any host believed to be the cluster.
+        runner.config.env.pop("ANSIBLE_HOST_KEY_CHECKING", None)
     told = Told(progress())
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(runner.run)

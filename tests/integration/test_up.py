@@ -1,0 +1,210 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""hpc_db.up as a study's script, a terminal and a notebook use it, with PostgreSQL and Ansible for real."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import hpc_db
+import pytest
+import yaml
+from jupyter_client.manager import start_new_kernel
+from target import ROOT, Target
+
+NAME = f"it{os.getpid()}"  # as the fixture ``here`` stops it
+STUDY = """
+import optuna, sys
+study = optuna.create_study(storage=sys.argv[1], study_name="be")
+study.optimize(lambda trial: trial.suggest_float("x", -1, 1) ** 2, n_trials=3)
+print(len(study.trials))
+"""
+CELL = """
+import hpc_db
+print("found", hpc_db.up(*{inventories!r}).url)
+"""
+# In the place of ssh: says that it is there, and stays.
+STAYS = "#!/bin/sh\necho $$ > {folder}/pid.new && mv {folder}/pid.new {folder}/pid && exec sleep 1000\n"
+
+
+@pytest.fixture(scope="module")
+def inventories(here: Target, quick_settings: dict, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Those of an instance, by path."""
+    folder = tmp_path_factory.mktemp("mine")
+    given = {**here.variables, **quick_settings, "instance_name": NAME}
+    (folder / "hosts.yml").write_text(json.dumps({"hpc_db": {"hosts": {"localhost": given}}}))
+    return ["local", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def server(here: Target, inventories: list[str]) -> hpc_db.Server:
+    return hpc_db.up(*inventories)
+
+
+def test_a_study_connects_to_what_is_returned(here: Target, server: hpc_db.Server) -> None:
+    assert (server.cluster, server.name, server.state) == ("localhost", NAME, "serving")
+    assert server.url == f"postgresql+psycopg2:///?service={NAME}"
+    assert server.host and server.port and server.job
+
+    python = f"~/hpc_db/{NAME}/python/bin/python"
+    assert here.run(f"{python} - '{server.url}' 2>/dev/null <<'EOF'\n{STUDY}\nEOF") == "3"
+
+
+def test_second_call_takes_one_look(
+    server: hpc_db.Server, inventories: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpc_db.up(*inventories, server_wait=False) == server
+
+    said = capsys.readouterr().err
+    assert "localhost: last run\n" in said and "PostgreSQL" not in said, said
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"postgres_major": "ten"}, r"localhost: .*postgres_major.*ten.*"),
+    ({"databases_workers": 0}, r"localhost: databases_workers: 0 is not allowed; a number of processes, 1 or more"),
+])
+def test_bad_setting_raises_the_one_line(
+    server: hpc_db.Server, inventories: list[str], settings: dict, says: str
+) -> None:
+    with pytest.raises(hpc_db.Failed) as failed:
+        hpc_db.up(*inventories, **settings)
+
+    assert re.fullmatch(says, str(failed.value)), failed.value
+
+
+def test_terminal_has_one_line_that_is_rewritten(server: hpc_db.Server, inventories: list[str], tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "hpc_db", "up", *inventories]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "60", "TMPDIR": str(tmp_path)}
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+
+    assert running.communicate(timeout=100) == (f"{server.url}\n", None) and running.returncode == 0
+    lines = shown.decode().replace("\r\n", "\n").split("\n")
+    assert re.search(r"\r\x1b\[Klocalhost: last run: See whether ", lines[0])
+    assert [line for line in lines if "all is as the last run has left it" in line] and len(lines) == 2, shown
+    assert shown.endswith(b"\r\x1b[K")
+    assert list(tmp_path.iterdir()) == []  # nothing of ansible-runner's is left
+
+
+def test_notebook_has_its_progress_in_the_cell(server: hpc_db.Server, inventories: list[str]) -> None:
+    manager, client = start_new_kernel(kernel_name="python3", startup_timeout=100)
+    shown, streams = [], []
+
+    def take(message: dict) -> None:
+        if message["msg_type"] in ("display_data", "update_display_data"):
+            shown.append(message["content"]["data"]["text/plain"])
+        elif message["msg_type"] == "stream":
+            streams.append(message["content"]["text"])
+
+    try:
+        reply = client.execute_interactive(CELL.format(inventories=inventories), output_hook=take, timeout=200)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+    assert reply["content"]["status"] == "ok", streams
+    assert "".join(streams).endswith(f"found {server.url}\n")
+    assert any(line.startswith("localhost: last run: See whether ") for line in shown), shown
+    assert (shown[0], shown[-1]) == ("", "")
+
+
+def ssh_inventory(folder: Path, **variables: object) -> str:
+    """Return an inventory with a host that is reached by ssh."""
+    host = {"ansible_connection": "ssh", "ansible_python_interpreter": "/usr/bin/python3", **variables}
+    (folder / "hosts.json").write_text(json.dumps({"hpc_db": {"hosts": {"far": host}}}))
+    return str(folder / "hosts.json")
+
+
+def test_interrupt_leaves_nothing_running(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    program = tmp_path / "ssh"
+    program.write_text(STAYS.format(folder=tmp_path))
+    program.chmod(0o755)
+    inventory = ssh_inventory(tmp_path, ansible_ssh_executable=str(program))
+    running = subprocess.Popen(
+        [sys.executable, "-m", "hpc_db", "up", inventory], env={**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    )
+    wait_for((tmp_path / "pid").exists)
+    connection = int((tmp_path / "pid").read_text())
+    parent = int(Path(f"/proc/{connection}/stat").read_text().rpartition(")")[2].split()[1])
+
+    running.send_signal(signal.SIGINT)
+
+    assert running.wait(100) == 130
+    wait_for(lambda: not runs(connection) and not runs(parent))
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def runs(pid: int) -> bool:
+    """Tell whether there is such a process that has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give the user a password")
+def test_what_ssh_asks_is_told_and_can_be_answered_before(
+    here: Target, quick_settings: dict, server: hpc_db.Server, tmp_path: Path
+) -> None:
+    """A real ssh and a real sshd, which wants a password; then the connection that docs/notebooks.md opens."""
+    user = here.variables["ansible_become_user"]
+    subprocess.run(["chpasswd"], input=f"{user}:for a minute\n", text=True, check=True)
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{tmp_path}/key"], check=True)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    sshd = f"/usr/sbin/sshd -i -f /dev/null -o HostKey={tmp_path}/key -o PasswordAuthentication=yes -o UsePAM=no"
+    with tempfile.TemporaryDirectory(prefix="up-") as shared:  # whose path is short enough for a socket
+        options = [
+            "-F", "/dev/null", "-o", f"ProxyCommand={sshd}", "-o", f"UserKnownHostsFile={tmp_path}/known",
+            "-o", "PubkeyAuthentication=no", "-o", f"ControlPath={shared}/%C",
+        ]
+        local = yaml.safe_load((ROOT / "inventories" / "local" / "group_vars" / "all.yml").read_text())
+        inventory = ssh_inventory(
+            tmp_path, **{**local, **quick_settings, "instance_name": NAME}, ansible_user=user,
+            ansible_ssh_args="-o ControlMaster=auto -o ControlPersist=60s", ansible_ssh_common_args=shlex.join(options),
+        )
+        unanswered = r"far: .*{}.*; nobody can answer ssh's questions here: .*"
+        with pytest.raises(hpc_db.Failed, match=unanswered.format("Host key verification failed")):
+            hpc_db.status(inventory)
+        (tmp_path / "known").write_text("far " + (tmp_path / "key.pub").read_text())
+        with pytest.raises(hpc_db.Failed, match=unanswered.format(r"Permission denied \(.*password")):
+            hpc_db.status(inventory)
+
+        answer = tmp_path / "answer"
+        answer.write_text("#!/bin/sh\necho for a minute\n")
+        answer.chmod(0o755)
+        environment = {**os.environ, "SSH_ASKPASS": str(answer), "SSH_ASKPASS_REQUIRE": "force"}
+        keep = ["-o", "ControlMaster=auto", "-o", "ControlPersist=8h"]
+        subprocess.run(["ssh", *keep, *options, f"{user}@far", "true"], env=environment, check=True, timeout=100)
+        found = hpc_db.status(inventory)
+        subprocess.run(["ssh", "-O", "exit", *options, f"{user}@far"], check=True, timeout=100)
+
+    assert found == dataclasses.replace(server, cluster="far")

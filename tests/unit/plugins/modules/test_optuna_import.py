@@ -1,0 +1,273 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""optuna_import with storages that remember; tests/integration has Optuna's own."""
+
+import contextlib
+import copy
+import datetime
+import json
+import math
+import sqlite3
+import sys
+from types import SimpleNamespace
+
+import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+from ansible_collections.mala.hpc_db.plugins.modules import optuna_import
+from ansible_collections.mala.hpc_db.plugins.modules.optuna_import import Refused, ensure_imported
+
+STARTED = datetime.datetime(2026, 11, 23, 4, 10)
+LATER = STARTED + datetime.timedelta(minutes=5)
+STATES = {name: SimpleNamespace(name=name) for name in ("COMPLETE", "FAIL", "RUNNING", "WAITING")}
+
+
+def trial(number, state="COMPLETE", **held):
+    return SimpleNamespace(**{
+        "number": number, "state": STATES[state], "values": [1.0] if state == "COMPLETE" else None,
+        "params": {"x": 0.5}, "distributions": {"x": "0..1"},
+        "user_attrs": {}, "system_attrs": {}, "intermediate_values": {1: math.nan},
+        "datetime_start": STARTED, "datetime_complete": LATER if state == "COMPLETE" else None, **held,
+    })
+
+
+class FakeStorage:
+    """Studies by name: directions, attributes and trials. ``breaks`` is called before each trial that is added."""
+
+    def __init__(self, **studies):
+        self.studies = {name: [["minimize"], {"by": "alice"}, {}, trials] for name, trials in studies.items()}
+        self.breaks = lambda: None
+
+    def create_new_study(self, directions, name):
+        assert name not in self.studies
+        self.studies[name] = [directions, {}, {}, []]
+        return name
+
+    def create_new_trial(self, study, template_trial):
+        self.breaks()
+        added = copy.deepcopy(template_trial)
+        added.system_attrs["hpc_db:worker"] = "mine"  # as the trigger does
+        self.studies[study][3].append(added)
+
+    def get_study_id_from_name(self, name):
+        return name
+
+    def get_study_directions(self, study):
+        return self.studies[study][0]
+
+    def get_study_user_attrs(self, study):
+        return self.studies[study][1]
+
+    def get_study_system_attrs(self, study):
+        return self.studies[study][2]
+
+    def get_all_trials(self, study, deepcopy):
+        return self.studies[study][3]
+
+    def set_study_user_attr(self, study, key, value):
+        self.studies[study][1][key] = value
+
+    def load_study(self, study_name, storage):
+        directions, attributes, _system, trials = storage.studies[study_name]
+        return SimpleNamespace(
+            study_name=study_name, directions=directions, user_attrs=attributes, get_trials=lambda deepcopy: trials
+        )
+
+
+class FakeDatabase(FakeStorage):
+    """A database with that storage."""
+
+    locked = False
+
+    @contextlib.contextmanager
+    def connect(self, _params, _name):
+        yield self
+
+    cursor = contextlib.contextmanager(lambda self: (yield self))
+
+    def rows(self, _connection, query):
+        if "advisory" in query:
+            return [(not self.locked,)]
+        if "to_regclass" in query:
+            return [("version_info", "alembic_version")]
+        if query == _optuna.SCHEMA:
+            return [("5.0.0", "new")]
+        return [] if query == _optuna.CLOCKS else [(name,) for name in self.studies]
+
+    def execute(self, statement, values):
+        assert statement == optuna_import.FINISH
+        for old, new in zip(values["unfinished"], values["names"]):
+            self.studies[new] = self.studies.pop(old)
+
+
+@pytest.fixture
+def import_(tmp_path, monkeypatch):
+    """Import a file with these studies into a database that is returned with the result."""
+    file = tmp_path / "study.log"
+    file.write_text('{"op_code": 0, "worker_id": "a"}\n')
+    (tmp_path / "dumps").mkdir()
+
+    def import_(source, database, check_mode=False, **params):
+        fake = SimpleNamespace(
+            get_all_study_names=lambda storage: list(storage.studies), load_study=source.load_study,
+            delete_study=lambda study_name, storage: storage.studies.pop(study_name),
+        )
+        monkeypatch.setitem(sys.modules, "optuna", fake)
+        monkeypatch.setitem(sys.modules, "optuna.trial", SimpleNamespace(TrialState=SimpleNamespace(**STATES)))
+        monkeypatch.setitem(sys.modules, "optuna.distributions", SimpleNamespace(distribution_to_json=str))
+        monkeypatch.setattr(_optuna, "installed_optuna", lambda: _optuna.Optuna("5.0.0", ["new", "old"]))
+        monkeypatch.setattr(_connection, "connect", database.connect)
+        monkeypatch.setattr(_connection, "rows", database.rows)
+        monkeypatch.setattr(optuna_import, "open_database", lambda params: database)
+        monkeypatch.setattr(optuna_import, "open_copy", lambda *_given: source)
+        given = {"file": str(file), "database": "mala", "root": str(tmp_path), "studies": [], "name": None}
+        try:
+            return ensure_imported({**given, **params}, check_mode)
+        finally:
+            assert list((tmp_path / "dumps").iterdir()) == []
+
+    import_.file = file
+    return import_
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_brings_what_is_missing_once(check_mode, import_):
+    source = FakeStorage(be=[trial(0), trial(1, "RUNNING"), trial(2, "WAITING")], al=[])
+    database = FakeDatabase(other=[trial(0)])
+
+    result = import_(source, database, check_mode)
+
+    assert result["changed"] is True
+    assert [(study["name"], study["trials"], study["ended"]) for study in result["studies"]] == [
+        ("al", {}, 0), ("be", {"COMPLETE": 1, "FAIL": 1, "WAITING": 1}, 1)
+    ]
+    assert sorted(database.studies) == (["other"] if check_mode else ["al", "be", "other"])
+    if not check_mode:
+        ended = database.studies["be"][3][1]
+        assert (ended.state.name, ended.datetime_complete) == ("FAIL", LATER)
+        database.studies["be"][3].append(trial(3))  # a worker goes on
+        again = import_(source, database)
+        assert again["changed"] is False and [study["imported"] for study in again["studies"]] == [False, False]
+
+
+@pytest.mark.parametrize("params, says", [
+    ({"studies": ["be", "nope"]}, "^import_studies: study.log holds no study nope, but al, be$"),
+    ({"name": "x"}, "^import_as: x is one name for 2 studies; name one in import_studies$"),
+    ({"studies": ["be"], "name": "other"}, r"^import_as: mala holds .* other already, .* \(the params of trial 0\);"),
+])
+def test_what_contradicts_is_refused(params, says, import_):
+    database = FakeDatabase(other=[trial(0, params={"x": 0.25})])
+
+    with pytest.raises(Refused, match=says):
+        import_(FakeStorage(al=[], be=[trial(0)]), database, **params)
+    assert list(database.studies) == ["other"]
+
+
+def test_study_with_fewer_trials_is_another_one(import_):
+    with pytest.raises(Refused, match=r"\(1 trials instead of 2\)"):
+        import_(FakeStorage(be=[trial(0), trial(1)]), FakeDatabase(be=[trial(0)]))
+
+
+def test_failure_leaves_nothing_and_what_was_killed_is_removed(import_):
+    source, database = FakeStorage(al=[trial(0)], be=[trial(0)]), FakeDatabase()
+    database.create_new_study([], f"{optuna_import.UNFINISHED}7")
+
+    def break_at_the_second():
+        if "1" in "".join(database.studies):
+            raise RuntimeError("server closed\nthe connection")
+
+    database.breaks = break_at_the_second
+    with pytest.raises(Refused, match="^database mala: server closed the connection$"):
+        import_(source, database)
+    assert database.studies == {}
+
+
+@pytest.mark.parametrize("field, value", [
+    ("values", [2.0]), ("state", STATES["FAIL"]), ("intermediate_values", {1: 0.5}), ("user_attrs", {"a": 1}),
+    ("datetime_start", LATER), ("distributions", {"x": "0..2"}), ("params", {"x": True}),
+])
+def test_every_trial_is_compared(field, value, import_):
+    database = FakeDatabase()
+    add = database.create_new_trial
+
+    def add_another(study, template_trial):
+        add(study, SimpleNamespace(**{**vars(template_trial), field: value}))
+
+    database.create_new_trial = add_another
+    with pytest.raises(Refused, match="study be: the database and the file differ in the .* of trial 0; nothing"):
+        import_(FakeStorage(be=[trial(0, params={"x": 1})]), database)
+    assert database.studies == {}
+
+
+def test_two_at_once_are_refused(import_):
+    database = FakeDatabase()
+    database.locked = True
+
+    with pytest.raises(Refused, match="^another import into the database mala is running"):
+        import_(FakeStorage(be=[trial(0)]), database)
+
+
+@pytest.mark.parametrize("beside", ["-wal", "-journal", ".lock"])
+def test_file_in_use_is_refused(beside, import_):
+    path = import_.file.with_name(import_.file.name + beside)
+    if beside == ".lock":
+        path.symlink_to("/no/such")
+    else:
+        path.write_text("x")
+
+    with pytest.raises(Refused, match=f"^import_from: study.log is still being written to, .*: study.log{beside} is"):
+        import_(FakeStorage(be=[trial(0)]), FakeDatabase())
+
+
+def test_file_that_changes_meanwhile_is_refused(import_):
+    database = FakeDatabase()
+    database.breaks = lambda: import_.file.write_text("more")
+
+    with pytest.raises(Refused, match="study.log is still being written to, .*: it has changed meanwhile"):
+        import_(FakeStorage(be=[trial(0)]), database)
+    assert database.studies == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"[1]\n", b'{"a": 1}\n', b"\x80\x04", b"PGDMP"])
+def test_other_files_are_refused(content, import_):
+    import_.file.write_bytes(content)
+
+    with pytest.raises(Refused, match="^import_from: study.log is neither an SQLite file nor one of Optuna's Jour"):
+        import_(FakeStorage(be=[trial(0)]), FakeDatabase())
+
+
+@pytest.mark.parametrize("tables, rows, says", [
+    ("t (i)", "", "holds no studies of Optuna's: SQLite says: no such table"),
+    ("version_info (library_version); CREATE TABLE alembic_version (version_num)", "", "holds no studies of Optuna's$"),
+    ("version_info (library_version); CREATE TABLE alembic_version (version_num)", "9.0.0 newest",
+     "was made by Optuna 9.0.0, which is newer than the installed Optuna 5.0.0: have optuna==9.0.0 in postgres_python"),
+])
+def test_tables_that_optuna_cannot_read_are_refused(tables, rows, says, tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as connection:
+        connection.executescript(f"CREATE TABLE {tables}")
+        for table, row in zip(("version_info", "alembic_version"), rows.split()):
+            connection.execute(f"INSERT INTO {table} VALUES (?)", (row,))
+        connection.commit()
+
+    with pytest.raises(Refused, match=f"^import_from: a.db {says}"):
+        optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", _optuna.Optuna("5.0.0", ["new", "old"]))
+
+
+@pytest.mark.parametrize("revision, old", [("new", False), ("old", True)])
+def test_older_tables_are_upgraded(revision, old, tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as connection:
+        for table, column in (("version_info", "library_version"), ("alembic_version", "version_num")):
+            connection.execute(f"CREATE TABLE {table} ({column})")
+        connection.execute("INSERT INTO version_info VALUES ('3.1.1')")
+        connection.execute("INSERT INTO alembic_version VALUES (?)", (revision,))
+        connection.commit()
+
+    assert optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", _optuna.Optuna("5.0.0", ["new", "old"])) is old
+
+
+def test_fields_tell_apart_what_python_does_not():
+    fake = SimpleNamespace(distribution_to_json=json.dumps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "optuna.distributions", fake)
+        one, other = (optuna_import.fields_of(trial(0, params={"c": value})) for value in (True, 1))
+
+    assert one["params"] != other["params"] and one["intermediate values"] == other["intermediate values"]
