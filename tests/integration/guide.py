@@ -56,7 +56,9 @@ def telling_words(script: str) -> set[str]:
         for word in arguments:
             playbook = re.fullmatch(r"(?:playbooks/|mala\.hpc_db\.)(\w+)(?:\.yml)?", word)
             settings = re.findall(r'"(\w+)":', word) or re.findall(r"^(\w+)=", word)
-            words.update([playbook[1]] if playbook else settings or [word])
+            # of a path in the home directory the end, of a package its name
+            last = word.partition("[")[0] if word[0] != "~" else "/".join(word.split("/")[-2:])
+            words.update([playbook[1]] if playbook else settings or [last])
     return words
 
 
@@ -105,7 +107,7 @@ def draw(lines: list[str]) -> str:
         f"{html.escape(line)}</text>\n".replace("class=command", 'class="command"')
         for number, line in enumerate(lines)
     )
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" role="img">
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" role="img" xml:space="preserve">
   <!-- SPDX-FileCopyrightText: mala.hpc_db contributors -->
   <!-- SPDX-License-Identifier: GPL-3.0-or-later -->
   <!-- Made by tests/integration/test_guide.py from what the playbooks said. -->
