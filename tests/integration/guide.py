@@ -103,16 +103,17 @@ def draw(lines: list[str]) -> str:
     """Return a picture of a terminal with these lines, as SVG."""
     width, height = 16 + 7.3 * max(map(len, lines)), 14 + 17 * len(lines)
     text = "".join(
-        f'  <text x="10" y="{21 + 17 * number}"{" class=command" if line.startswith("$ ") else ""}>'
-        f"{html.escape(line)}</text>\n".replace("class=command", 'class="command"')
+        f'  <text class="{"command" if line.startswith("$ ") else "said"}" x="10" y="{21 + 17 * number}">'
+        f"{html.escape(line)}</text>\n"
         for number, line in enumerate(lines)
     )
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" role="img" xml:space="preserve">
+    box = f'viewBox="0 0 {width:.0f} {height}"'
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" xml:space="preserve">
   <!-- SPDX-FileCopyrightText: mala.hpc_db contributors -->
   <!-- SPDX-License-Identifier: GPL-3.0-or-later -->
   <!-- Made by tests/integration/test_guide.py from what the playbooks said. -->
   <title>A run of hpc_db.yml, and status.yml while 20 workers share a study</title>
-  <style>text {{ font: 12px monospace; fill: #ddd; white-space: pre }} .command {{ fill: #8f8 }}</style>
+  <style>text {{ font: 12px monospace; white-space: pre }} .said {{ fill: #ddd }} .command {{ fill: #8f8 }}</style>
   <rect width="100%" height="100%" rx="6" fill="#222"/>
 {text}</svg>
 """
