@@ -38,6 +38,15 @@ def test_every_command_says_what_runs_it() -> None:
     assert {block.page for block in RUN_HERE} == {FIRST_HOUR, SETTINGS, OPERATIONS}
 
 
+def test_no_command_hides_as_output() -> None:
+    """A block without a language is what is printed; INVENTORY and the like stand for something."""
+    fences = [text for page in PAGES for text in re.findall("^```(.*?)^```$", page.read_text(), re.M | re.S)]
+    lines = [line for text in fences if text.startswith("\n") for line in text.splitlines()]
+
+    assert [line for line in lines if re.match(r"\$ |[\w./]*\b(make|pip|sbatch|ansible[\w-]*|psql) ", line)
+            and "INVENTORY" not in line] == []
+
+
 @pytest.mark.parametrize("block", RUN_ELSEWHERE, ids=lambda block: f"{block.page}: {block.script.splitlines()[0]}")
 def test_command_is_run_by_that_test(block: Block) -> None:
     path, _colons, name = block.place.partition("::")
