@@ -1,0 +1,115 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a worker prints when something is wrong; run as the owner, with the Python of the instance.
+
+    worker_errors.py INSTANCE STATE    serving, or stopped
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+
+import optuna
+import psycopg2
+import sqlalchemy
+from sqlalchemy.dialects import plugins
+
+INSTANCE, STATE = sys.argv[1:]
+URL = f"postgresql+psycopg2:///?service={INSTANCE}"
+PASSFILE = os.path.expanduser(f"~/hpc_db/{INSTANCE}/secrets/pgpass")
+
+
+@contextlib.contextmanager
+def tried(what: str) -> Iterator[None]:
+    """Print the error that comes; one must come."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{what}: {type(error).__module__}.{type(error).__qualname__}: {error}")
+    else:
+        sys.exit(f"{what}: no error")
+
+
+def connect(url: str = URL) -> None:
+    sqlalchemy.create_engine(url).connect().close()
+
+
+@contextlib.contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """Have an environment variable."""
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def with_plugin() -> None:
+    """Wait with the client package, which is on the path but has not been installed."""
+    plugins.register("hpc_db", "hpc_db_client.plugin", "HpcDb")
+    connect(f"{URL}&plugin=hpc_db&hpc_db_patience=1")
+
+
+def while_serving() -> None:
+    """Go through what keeps a worker from a server that is there."""
+    study = optuna.create_study(storage=URL, study_name="errors")
+    with tried("old URL"):
+        connect(f"postgresql:///?service={INSTANCE}")
+    with tried("no plugin"):
+        connect(f"{URL}&plugin=hpc_db")
+    with tried("password"), environment("PGPASSWORD", "wrong"):
+        connect()
+    os.chmod(PASSFILE, 0o644)
+    with tried("open password file"):
+        connect()
+    os.chmod(PASSFILE, 0o600)
+    with tried("other database"):
+        connect(f"postgresql+psycopg2:///nope?service={INSTANCE}")
+    with tried("no TLS"):
+        connect(f"{URL}&sslmode=disable")
+    with tried("refused"):
+        connect(f"{URL}&host=127.0.0.1&port=1")
+    with tried("name"):
+        connect(f"{URL}&host=c1.invalid")
+    with tried("slots"):
+        connections = []
+        while True:
+            connections.append(psycopg2.connect(f"service={INSTANCE}"))
+    for connection in connections:
+        connection.close()
+    with tried("study is there"):
+        optuna.create_study(storage=URL, study_name="errors")
+    trial = study.ask()
+    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    with tried("failed trial"):
+        study.tell(trial, 1.0)
+    engine = sqlalchemy.create_engine(URL)
+    with engine.begin() as connection:
+        version = connection.scalar(sqlalchemy.text("UPDATE alembic_version SET version_num = 'v3.0.0.d' RETURNING 1"))
+        assert version == 1
+    with tried("old tables"):
+        optuna.load_study(storage=URL, study_name="errors")
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE alembic_version SET version_num = 'v3.2.0.a'"))
+    with tried("server ends"), engine.connect() as connection:
+        pid = connection.scalar(sqlalchemy.text("SELECT pg_backend_pid()"))
+        with sqlalchemy.create_engine(URL).connect() as other:
+            other.execute(sqlalchemy.text(f"SELECT pg_terminate_backend({pid}, 60000)"))
+        connection.execute(sqlalchemy.text("SELECT 1"))
+
+
+def while_stopped() -> None:
+    """Look for a server that is not there."""
+    with tried("no server"):
+        connect()
+    with tried("no server, with the plugin"):
+        with_plugin()
+
+
+warnings.simplefilter("ignore")
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+{"serving": while_serving, "stopped": while_stopped}[STATE]()
