@@ -15,9 +15,10 @@ from xml.etree import ElementTree
 
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
 
-# What the module sets itself, and what would make qsub wait, print, ask, or read the order of its options.
+# What the module sets itself, and what would make qsub wait, print, or read the order of its options; and notify,
+# see ask_command.
 OWNED = (
-    "@", "C", "N", "S", "b", "cat", "clear", "cwd", "e", "hard", "help", "i", "j", "notify", "now", "o", "shell", "soft",
+    "C", "N", "S", "b", "cat", "clear", "cwd", "e", "hard", "help", "i", "j", "notify", "now", "o", "shell", "soft",
     "sync", "t", "tc", "terse", "verify", "w", "wd",
 )
 # Options that say yes or no.

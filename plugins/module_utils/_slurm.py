@@ -71,8 +71,9 @@ def parse_submit(text: str) -> str:
 
 def batch_lines(name: str, number: int, folder: str, options: dict) -> list[str]:
     """Return the head of a job script for an array of that many jobs, each with a log in the folder."""
-    head = {"job-name": name, "array": f"1-{number}", "output": f"{folder.replace('%', '%%')}/%A_%a.log"}
-    return [f"#SBATCH {shlex.quote(flag)}" for flag in [f"--{key}={value}" for key, value in head.items()] + flags(options)]
+    log = f"{folder.replace('%', '%%')}/%A_%a.log"
+    head = [f"--job-name={name}", f"--array=1-{number}", f"--output={log}"]
+    return [f"#SBATCH {shlex.quote(flag)}" for flag in head + flags(options)]
 
 
 def worker_name(cluster: str) -> str:

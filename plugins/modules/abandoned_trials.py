@@ -111,7 +111,6 @@ left:
 """
 
 import datetime
-import os
 import socket
 from collections.abc import Iterable
 

@@ -51,9 +51,10 @@ options:
   options:
     description:
       - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time); with
-        O(scheduler=gridengine) those of C(qsub), such as C(q), C(pe) or C(l), which has resources such as C(h_rt) in it.
+        O(scheduler=gridengine) those of C(qsub), such as C(q), C(pe) or C(l), which has resources such as C(h_rt).
       - V(true) gives the bare flag, V(false) and V(null) leave it out.
-      - Quote times. YAML takes a bare C(72:00:00) for the number 259200, which is refused.
+      - Quote times. YAML takes a bare C(72:00:00) for the number 259200, which Slurm would take for minutes, so it is
+        refused.
       - C(mem) and its like are in MB, or with a suffix C(K), C(M), C(G) or C(T).
       - A C(time) above the limit of the C(partition) is refused, since Slurm would accept it and never start
         the job; with a C(qos), which may lift the limit, it is not.
