@@ -167,6 +167,7 @@ def test_file_that_asks_for_the_end_is_a_clean_end(host, monkeypatch):
     assert host.run("serve") == 0
     assert host.state() == ("ended", f"told to by {host.root}/run/stop.7")
     assert host.events.count("serving published") == 2
+    assert not (host.root / "run" / "stop.7").exists()
     assert host.lease().holder() is None
 
 

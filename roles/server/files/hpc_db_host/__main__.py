@@ -241,6 +241,7 @@ class Host:
                     raise Stop("its lifetime is over")
                 if os.path.exists(wish):
                     ignore_signals()
+                    files.remove(wish)
                     raise Stop("told to by %s" % wish)
                 lease.renew_if_due()
                 if self._dumps:
