@@ -91,15 +91,13 @@ def settings(bindir: Path) -> dict:
     }
 
 
-@pytest.mark.parametrize("options, says", [
-    ({"l": {"h_rt": "05:00:00"}}, "qsub says: .*no suitable queues"),
-    ({"q": "nonsense"}, 'qsub says: .*unknown queue "nonsense"'),
-])
-def test_what_can_never_start_is_refused(options: dict, says: str, grid_engine: GridEngine, settings: dict) -> None:
-    played = grid_engine.target.play("hpc_db", {**settings, "server_job_options": options})
+def test_what_can_never_start_is_refused(grid_engine: GridEngine, settings: dict) -> None:
+    too_long = {"server_job_options": {"q": "all.q", "l": {"h_rt": "05:00:00"}}}
+
+    played = grid_engine.target.play("hpc_db", {**settings, **too_long})
 
     assert played.returncode != 0
-    assert re.search(says, " ".join(played.stdout.split())), played.stdout
+    assert "server_job_options: qsub says: " in played.stdout and "no suitable queues" in played.stdout, played.stdout
     assert not grid_engine.root.exists()
 
 
