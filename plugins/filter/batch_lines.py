@@ -42,8 +42,7 @@ options:
 EXAMPLES = r"""
 - name: Show the head of a job script
   ansible.builtin.debug:
-    msg: >-
-      {{ {'partition': 'defq'} | mala.hpc_db.batch_lines('workers_job_options', 'slurm', 'train', 8, '/home/alice/log') }}
+    msg: "{{ {'partition': 'defq'} | mala.hpc_db.batch_lines('my_options', 'slurm', 'train', 8, '/home/alice/log') }}"
 """
 
 RETURN = r"""

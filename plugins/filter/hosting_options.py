@@ -10,8 +10,8 @@ name: hosting_options
 short_description: The options with which the hosting job is submitted
 version_added: 0.1.0
 description:
-  - Adds to the inventory's options what the hosting job needs from the scheduler at hand, where they do not say something
-    else. One job at a time, memory, a signal before the walltime, and whether it may be run again.
+  - Adds to the inventory's options what the hosting job needs from the scheduler at hand, where they do not say
+    something else. One job at a time, memory, a signal before the walltime, and whether it may be run again.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:

@@ -15,9 +15,10 @@ from xml.etree import ElementTree
 
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
 
-# What the module sets itself, and what would make qsub wait, print, ask, or read the order of its options.
+# What the module sets itself, and what would make qsub wait, print, or read the order of its options; and notify,
+# see ask_command.
 OWNED = (
-    "@", "C", "N", "S", "b", "cat", "clear", "cwd", "e", "hard", "help", "i", "j", "notify", "now", "o", "shell", "soft",
+    "C", "N", "S", "b", "cat", "clear", "cwd", "e", "hard", "help", "i", "j", "notify", "now", "o", "shell", "soft",
     "sync", "t", "tc", "terse", "verify", "w", "wd",
 )
 # Options that say yes or no.
@@ -65,9 +66,9 @@ def short_options(options: dict) -> dict:
 
 
 def submit_command(name: str, script: str, options: dict, output: str) -> list[str]:
-    """Return the qsub call. Without -notify the end of a job is a kill."""
+    """Return the qsub call."""
     log = ["-o", check_output(output), "-j", "y"]
-    return ["qsub", "-terse", "-N", name, *log, "-S", "/bin/sh", "-notify", *flags(options), script]
+    return ["qsub", "-terse", "-N", name, *log, "-S", "/bin/sh", *flags(options), script]
 
 
 def parse_submit(text: str) -> str:
@@ -179,8 +180,16 @@ def parse_nodes(text: str) -> list[str]:
     return sorted(set(hosts) - {"", "global"})
 
 
-def cancel_command(job_id: str, gently: bool) -> list[str]:
-    """Return the qdel call. It sends USR2 to a job, and kills it a while later: the queue's notify, mostly 60 s."""
+def ask_command(job_id: str) -> list[str] | None:
+    """Return None: Grid Engine cannot ask one process alone.
+
+    With -notify qdel would send a signal before it kills, but to every process of the job: at this one, USR2, postgres'
+    checkpointer shuts down beside its postmaster.
+    """
+
+
+def cancel_command(job_id: str) -> list[str]:
+    """Return the qdel call, which kills."""
     return ["qdel", job_id]
 
 

@@ -89,8 +89,13 @@ def all_nodes_command() -> list[str] | None:
     """Return None: there is one machine, and whatever runs there may be a worker."""
 
 
-def cancel_command(job_id: str, gently: bool) -> list[str]:
-    """Return the call that asks the job to stop, always gently."""
+def ask_command(job_id: str) -> list[str] | None:
+    """Return the call that asks the job to end."""
+    return cancel_command(job_id)
+
+
+def cancel_command(job_id: str) -> list[str]:
+    """Return the call that asks the job to end."""
     return [*LOCAL_JOB, "cancel", job_id]
 
 

@@ -72,8 +72,9 @@ def parse_submit(text: str) -> str:
 
 def batch_lines(name: str, number: int, folder: str, options: dict) -> list[str]:
     """Return the head of a job script for an array of that many jobs, each with a log in the folder."""
-    head = {"job-name": name, "array": f"1-{number}", "output": f"{folder.replace('%', '%%')}/%A_%a.log"}
-    return [f"#SBATCH {shlex.quote(flag)}" for flag in [f"--{key}={value}" for key, value in head.items()] + flags(options)]
+    log = f"{folder.replace('%', '%%')}/%A_%a.log"
+    head = [f"--job-name={name}", f"--array=1-{number}", f"--output={log}"]
+    return [f"#SBATCH {shlex.quote(flag)}" for flag in head + flags(options)]
 
 
 def worker_name(cluster: str) -> str:
@@ -181,13 +182,17 @@ def parse_nodes(text: str) -> list[str]:
     return sorted({nodes for nodes in found if nodes})
 
 
-def cancel_command(job_id: str, gently: bool) -> list[str]:
+def ask_command(job_id: str) -> list[str] | None:
+    """Return the call that asks a running job to end: its script alone, which is the hosting program."""
+    return ["scancel", "--batch", "--signal=TERM", job_id]
+
+
+def cancel_command(job_id: str) -> list[str]:
     """Return the scancel call. Slurm answers 0 for a job that has gone already.
 
-    It tells every process of the job to end, postgres and each of its sessions as well; ``gently`` only the script of
-    a running job, which is the hosting program.
+    It tells every process of the job to end, postgres and each of its sessions as well.
     """
-    return ["scancel", *(["--batch", "--signal=TERM"] if gently else []), job_id]
+    return ["scancel", job_id]
 
 
 def is_hopeless(reason: str) -> bool:

@@ -107,7 +107,6 @@ left:
 """
 
 import datetime
-import os
 import socket
 from collections.abc import Iterable
 

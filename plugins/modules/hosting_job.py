@@ -52,9 +52,10 @@ options:
   options:
     description:
       - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time); with
-        O(scheduler=gridengine) those of C(qsub), such as C(q), C(pe) or C(l), which has resources such as C(h_rt) in it.
+        O(scheduler=gridengine) those of C(qsub), such as C(q), C(pe) or C(l), which has resources such as C(h_rt).
       - V(true) gives the bare flag, V(false) and V(null) leave it out.
-      - Quote times. YAML takes a bare C(72:00:00) for the number 259200, which is refused.
+      - Quote times. YAML takes a bare C(72:00:00) for the number 259200, which Slurm would take for minutes, so it is
+        refused.
       - C(mem) and its like are in MB, or with a suffix C(K), C(M), C(G) or C(T).
       - A C(time) above the limit of the C(partition) is refused, since Slurm would accept it and never start
         the job; with a C(qos), which may lift the limit, it is not.
@@ -140,6 +141,7 @@ job:
 """
 
 import os
+import pathlib
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -208,26 +210,38 @@ def _clear_queue(params: dict, run: Run, jobs: list[dict]) -> list[dict]:
     while jobs:
         # The last in the line first, or a successor starts when its predecessor goes.
         for job in reversed(jobs):
-            gently = job["state"] == "RUNNING" and time.monotonic() < began + GENTLE_SECONDS
+            gently = time.monotonic() < began + GENTLE_SECONDS and (job["state"] == "RUNNING" or job["id"] in asked)
             if job["state"] != LEAVING and not (gently and job["id"] in asked):
                 _cancel(params, run, job["id"], gently)
-                asked.add(job["id"])
+                asked.update([job["id"]] if gently else [])
         if time.monotonic() >= deadline:
             rest = ", ".join(f"{job['id']} {job['state']}" for job in jobs)
             raise SchedulerError(f"{params['name']} has not ended after {params['timeout']} s: {rest}")
         time.sleep(pause)
         pause = min(2 * pause, 2.0)
         jobs = find_jobs(params, run)
+    for job_id in asked:
+        _wish_path(params, job_id).unlink(missing_ok=True)
     return jobs
 
 
 def _cancel(params: dict, run: Run, job_id: str, gently: bool) -> None:
-    """Cancel a job; for some schedulers it is an error if it has ended meanwhile."""
+    """Cancel a job, or ask it to end; for some schedulers it is an error if it has ended meanwhile."""
+    scheduler = SCHEDULERS[params["scheduler"]]
+    command = scheduler.ask_command(job_id) if gently else scheduler.cancel_command(job_id)
     try:
-        run(SCHEDULERS[params["scheduler"]].cancel_command(job_id, gently))
-    except SchedulerError:
+        if command:
+            run(command)
+        else:
+            _wish_path(params, job_id).touch()
+    except (OSError, SchedulerError):
         if job_id in {job["id"] for job in find_jobs(params, run)}:
             raise
+
+
+def _wish_path(params: dict, job_id: str) -> pathlib.Path:
+    """Return the file by which the hosting program is asked to end, where the scheduler can only kill it."""
+    return pathlib.Path(params["root"], "run", f"stop.{job_id}")
 
 
 def _shown(jobs: list[dict]) -> list[dict]:
@@ -252,7 +266,7 @@ def main() -> None:
     os.umask(0o077)  # sbatch gives it to the job, whose log is nobody else's to read
     try:
         result = ensure_job(module.params, make_run(module), module.check_mode)
-    except (SchedulerError, ValueError) as error:
+    except (OSError, SchedulerError, ValueError) as error:
         module.fail_json(msg=" ".join(str(error).splitlines()))
     module.exit_json(**result)
 

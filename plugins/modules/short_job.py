@@ -152,7 +152,7 @@ def _wait(params: dict, job_id: str, run: Run, sleep: Callable[[float], None], d
         if job is None:
             return ""
         if time.monotonic() >= deadline:
-            run(SCHEDULERS[params["scheduler"]].cancel_command(job_id, gently=False))
+            run(SCHEDULERS[params["scheduler"]].cancel_command(job_id))
             return f"{job['state']} ({job['reason']})" if job["reason"] else job["state"]
         sleep(pause)
         pause = min(2 * pause, 2.0)

@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from pathlib import Path
 
 from daemons import SSHD, Daemon, listens, render
+from state import wait_until
 
 PACKAGES = ("packages.txt", "packages-gridengine.txt")
 SPOOL = "/var/spool/gridengine"
@@ -54,6 +56,9 @@ def write_files(layer: Path, nodes: list[str], overrides: dict[str, str]) -> Non
 def prepare(host: str) -> None:
     """Make on the host itself what its daemons find there."""
     Path(SPOOL, "execd").mkdir(exist_ok=True)
+    if host not in ("ctl", "login"):
+        # An execd that comes first tries again only after half a minute.
+        wait_until(answers, 20, "qmaster does not answer")
     if host != "ctl" or Path(SPOOL, "spooldb").exists():
         return
     for folder in ("spooldb", "qmaster"):
@@ -69,6 +74,15 @@ def prepare(host: str) -> None:
     ]
     for program, *arguments in steps:
         subprocess.run([f"{PROGRAMS}/{program}", *arguments], check=True, env={**os.environ, **VARIABLES})
+
+
+def answers() -> bool:
+    """Tell whether qmaster takes connections."""
+    try:
+        socket.create_connection(("ctl", 6444), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def node_states(said: str) -> dict[str, str]:

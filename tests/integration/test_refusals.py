@@ -41,7 +41,7 @@ def refusal(output: str) -> str:
         ({"databases_studies": [{"name": "a"}, {"name": "a"}]}, r"databases_studies: .*each name once"),
         ({"databases_studies": []}, r"databases_studies: an empty list is not allowed"),
         ({"server_bin_dir": "/opt/nothing"}, r"server_bin_dir"),
-        ({"server_scheduler": "pbs"}, r"server_scheduler must be one of: slurm, local, got: pbs"),
+        ({"server_scheduler": "pbs"}, r"server_scheduler must be one of: slurm, local, gridengine, got: pbs"),
         ({"instance_root": "~/env/envs/db"}, r"instance_root: .*lies inside the conda environment /home/alice/env,"),
         ({"instance_root": "~/full"}, r"instance_root: /home/alice/full holds other things"),
         ({"instance_root": "~/a'b"}, r"instance_root: .* contains .*; allowed are letters"),

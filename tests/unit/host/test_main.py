@@ -160,6 +160,17 @@ def test_engine_is_published_while_it_answers_and_told_while_not(host, monkeypat
     assert host.service.read_text() == ""
 
 
+def test_file_that_asks_for_the_end_is_a_clean_end(host, monkeypatch):
+    wishes = iter(["stop.8", "stop.7"])  # the first is another job's
+    monkeypatch.setattr(FakePostgres, "during", lambda self: (host.root / "run" / next(wishes)).touch())
+
+    assert host.run("serve") == 0
+    assert host.state() == ("ended", f"told to by {host.root}/run/stop.7")
+    assert host.events.count("serving published") == 2
+    assert not (host.root / "run" / "stop.7").exists()
+    assert host.lease().holder() is None
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_each_signal_is_a_clean_end(number, host, monkeypatch):
     monkeypatch.setattr(FakePostgres, "during", lambda self: os.kill(os.getpid(), number))

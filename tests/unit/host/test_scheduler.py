@@ -3,7 +3,7 @@
 """Whether the scheduler says that a job has ended, where a doubt means no; and that one job follows."""
 
 import pytest
-from hpc_db_host import scheduler_slurm
+from hpc_db_host import scheduler_gridengine, scheduler_slurm
 from hpc_db_host.scheduler import Queue, job_has_ended
 
 GONE = "slurm_load_jobs error: Invalid job id specified\n"
@@ -35,6 +35,32 @@ def test_answers_of_slurm(returncode, stdout, stderr, ended):
     assert scheduler_slurm.has_ended(returncode, stdout, stderr) is ended
 
 
+@pytest.mark.parametrize("returncode, stdout, stderr, ended", [
+    (1, "", "Following jobs do not exist: \n9\n", True),
+    (0, "==============================================================\njob_number:                 9\n", "", False),
+    (1, "", "error: commlib error: got select error (Connection refused)\nunable to send message to qmaster\n", False),
+    (1, "", "", False),
+])
+def test_answers_of_grid_engine(returncode, stdout, stderr, ended):
+    assert scheduler_gridengine.has_ended(returncode, stdout, stderr) is ended
+
+
+def test_queue_of_grid_engine():
+    job = "<job_list><JB_job_number>{}</JB_job_number><JB_name>{}</JB_name><state>{}</state></job_list>"
+    rows = [job.format(*row) for row in (("7", "hpc_db", "r"), ("8", "hpc_db", "hqw"), ("9", "hpc_db", "dr"))]
+    text = "A message\n<?xml version='1.0'?>\n<job_info><queue_info>" + "".join(rows) + "</queue_info></job_info>"
+
+    assert scheduler_gridengine.parse_queue(text) == [("7", "hpc_db"), ("8", "hpc_db")]
+
+
+@pytest.mark.parametrize("variables, bin_dir, root", [
+    ({}, "/opt/sge/bin/lx-amd64", "/opt/sge"), ({"SGE_ROOT": "/other"}, "/opt/sge/bin/lx-amd64", "/other"),
+    ({}, "/usr/bin", None), ({}, "", None),
+])
+def test_grid_engine_is_told_where_it_is(variables, bin_dir, root):
+    assert scheduler_gridengine.environment(variables, bin_dir).get("SGE_ROOT") == root
+
+
 @pytest.fixture
 def bin_dir(tmp_path):
     """A squeue that knows one job, 7, which has completed."""
@@ -49,6 +75,7 @@ def bin_dir(tmp_path):
 
 @pytest.mark.parametrize("scheduler, job, ended", [
     ("slurm", "7", True), ("slurm", "8", False), ("slurm", "", False), ("local", "7", False), ("", "7", False),
+    ("../slurm", "7", False),
 ])
 def test_only_a_scheduler_is_asked(scheduler, job, ended, bin_dir):
     assert job_has_ended(scheduler, bin_dir, job) is ended

@@ -222,6 +222,8 @@ class Host:
 
     def _watch(self, postgres: Postgres, lease: Lease, lifetime: Optional[float]) -> None:
         ends = float("inf") if lifetime is None else time.monotonic() + lifetime
+        # Whoever wants us to stop asks by this, where the scheduler has no other way than to kill us.
+        wish = os.path.join(self.run, "stop.%s" % self.job)
         with contextlib.ExitStack() as beside:
             health = Health(self.settings, postgres)
             if not self.bootstrap:
@@ -237,6 +239,10 @@ class Host:
                     raise Failed("postgres ended by itself with exit code %d" % returncode)
                 if time.monotonic() > ends:
                     raise Stop("its lifetime is over")
+                if os.path.exists(wish):
+                    ignore_signals()
+                    files.remove(wish)
+                    raise Stop("told to by %s" % wish)
                 lease.renew_if_due()
                 if self._dumps:
                     self._dumps.poll()

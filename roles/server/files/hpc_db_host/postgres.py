@@ -19,8 +19,8 @@ from typing import Callable, Dict, Optional
 from . import files, processes
 
 PR_SET_PDEATHSIG = 1
-# What asks the hosting program to stop; USR2 is what Grid Engine sends before it kills.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+# What asks the hosting program to stop.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # sockaddr_un holds 108 bytes with the final NUL; PostgreSQL adds "/.s.PGSQL.65535".
 LONGEST_SOCKET_FOLDER = 107 - len("/.s.PGSQL.65535")
 

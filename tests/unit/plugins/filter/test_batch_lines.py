@@ -15,7 +15,9 @@ from ansible_collections.mala.hpc_db.plugins.filter.batch_lines import batch_lin
     ({"comment": "it's"}, ["#SBATCH '--comment=it'\"'\"'s'"]),
 ])
 def test_options_are_quoted_for_sbatch(options, lines):
-    assert batch_lines(options, "workers_job_options") == lines
+    head = ["#SBATCH --job-name=train", "#SBATCH --array=1-8", "#SBATCH '--output=/a b/log%%/%A_%a.log'"]
+
+    assert batch_lines(options, "workers_job_options", "slurm", "train", 8, "/a b/log%") == head + lines
 
 
 @pytest.mark.parametrize("options, says", [
@@ -25,4 +27,4 @@ def test_options_are_quoted_for_sbatch(options, lines):
 ])
 def test_refused_with_the_setting(options, says):
     with pytest.raises(AnsibleFilterError, match=says):
-        batch_lines(options, "workers_job_options")
+        batch_lines(options, "workers_job_options", "slurm", "train", 8, "/log")

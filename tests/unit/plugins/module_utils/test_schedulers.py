@@ -1,13 +1,17 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the Slurm adapter says to Slurm, and how it reads the answers."""
+"""What the Slurm adapter says to Slurm, and how it reads the answers; and what every adapter has."""
 
+import inspect
 import math
 import subprocess
+from pathlib import Path
 
 import pytest
+import yaml
+from ansible_collections.mala.hpc_db.plugins.doc_fragments.scheduler import ModuleDocFragment
 from ansible_collections.mala.hpc_db.plugins.module_utils import _local, _slurm
-from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError, make_run
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SCHEDULERS, SchedulerError, make_run
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
 
 
@@ -170,18 +174,41 @@ def test_time_above_the_limit_of_every_partition(limits, time, refused):
         _slurm.check_limit(limits, options)
 
 
-def test_both_schedulers_have_the_same_names():
-    names = {name for name in vars(_slurm) if name.startswith(("parse_", "check_")) or "_command" in name}
+def interface(adapter):
+    """Return the names and the parameters of what the modules and the filters call."""
+    words = ("_command", "_options", "parse_", "batch_lines", "environment", "hopeless", "worker_name", "check_limit")
+    own = ("parse_time", "parse_resources", "check_output", "check_resources")
+    return {
+        name: [word.lstrip("_") for word in inspect.signature(value).parameters]
+        for name, value in vars(adapter).items()
+        if inspect.isfunction(value) and any(word in name for word in words) and name not in own
+    }
 
-    assert names - {"parse_time"} == set(_local.__all__)
-    assert all(callable(getattr(_local, name)) for name in _local.__all__)
+
+@pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - {"slurm"}))
+def test_every_scheduler_has_the_same_names(name):
+    assert interface(SCHEDULERS[name]) == interface(_slurm)
+
+
+def test_scheduler_is_entered_in_one_place():
+    """What is documented is what there is, and but for this machine alone each has its side in the hosting program."""
+    root = Path(__file__).parents[4]
+    role = yaml.safe_load((root / "roles/server/meta/argument_specs.yml").read_text())["argument_specs"]["main"]
+    module = yaml.safe_load(ModuleDocFragment.DOCUMENTATION)
+    names = list(SCHEDULERS)
+
+    assert role["options"]["server_scheduler"]["choices"] == names
+    assert module["options"]["scheduler"]["choices"] == names
+    assert {path.stem for path in (root / "roles/server/files/hpc_db_host").glob("scheduler_*.py")} == {
+        f"scheduler_{name}" for name in names if name != "local"
+    }
 
 
 def test_local_commands():
     call = ["python3", "-m", "hpc_db_host.local_job"]
 
     assert _local.queue_command("hpc-db") == [*call, "queue"]
-    assert _local.cancel_command("12", True) == [*call, "cancel", "12"]
+    assert _local.ask_command("12") == _local.cancel_command("12") == [*call, "cancel", "12"]
     assert _local.submit_command("hpc-db", "/a b/job.sh", {"mem": "1G"}, "/a b/job.log") == [
         *call, "submit", "--name=hpc-db", "--script=/a b/job.sh", "--output=/a b/job.log",
     ]

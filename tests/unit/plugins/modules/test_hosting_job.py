@@ -136,6 +136,42 @@ def test_successor_is_cancelled_before_it_could_start():
     assert [call[1:] for call in slurm.called("scancel")] == [["2"], ["--batch", "--signal=TERM", "1"]]
 
 
+class FakeGridEngine:
+    """Answers as qstat and qdel do; ``obeys`` is where the job looks whether it is asked to end."""
+
+    def __init__(self, root, obeys, state="r"):
+        self.path, self.obeys, self.state, self.calls = root / "run" / "stop.7", obeys, state, []
+
+    def __call__(self, command):
+        self.calls.append(command[0])
+        if command[0] == "qdel" and not self.state:
+            raise SchedulerError('denied: job "7" does not exist')
+        if command[0] == "qdel" or self.obeys and self.path.exists():
+            self.state = ""
+        about = f"<JB_job_number>7</JB_job_number><JB_name>hpc-db</JB_name><state>{self.state}</state>"
+        return f"<?xml version='1.0'?><job_info>{f'<job_list>{about}</job_list>' if self.state else ''}</job_info>"
+
+
+@pytest.mark.parametrize("obeys, state, killed", [(True, "r", 0), (False, "r", 1), (True, "qw", 1)])
+def test_job_that_only_a_kill_could_end_is_asked_by_a_file(obeys, state, killed, tmp_path, monkeypatch):
+    monkeypatch.setattr(hosting_job, "GENTLE_SECONDS", 30 if obeys else 0.3)
+    (tmp_path / "run").mkdir()
+    grid_engine = FakeGridEngine(tmp_path, obeys, state)
+
+    result = ensure_job(params("absent", tmp_path, scheduler="gridengine", options={}), grid_engine, False)
+
+    assert (result["changed"], result["job"]) == (True, None)
+    assert grid_engine.calls.count("qdel") == killed
+    assert not grid_engine.path.exists()
+
+
+def test_job_that_has_ended_meanwhile_needs_no_cancelling(tmp_path):
+    grid_engine = FakeGridEngine(tmp_path, False, "")
+    waiting = {"id": "7", "name": "hpc-db", "state": "PENDING"}
+
+    assert hosting_job._clear_queue(params("absent", tmp_path, scheduler="gridengine"), grid_engine, [waiting]) == []
+
+
 def test_job_that_is_not_ended_by_its_script_is_ended_by_slurm(monkeypatch):
     slurm = FakeSlurm(RUNNING)
     slurm.deaf = True
