@@ -93,12 +93,20 @@ def below(pid: int) -> dict[int, str]:
     return found
 
 
+def server_used(pid: int) -> dict[int, float]:
+    """Return the CPU seconds of each process of the server."""
+    found = {}
+    for child, name in below(pid).items():
+        with contextlib.suppress(OSError):  # it has ended
+            if name == "postgres":
+                found[child] = used(child).own
+    return found
+
+
 def watch(pid: int, seconds: float) -> dict[str, float]:
     """Return what the processes took in that time, and how much memory."""
     pss, rss, server, counts = [], [], [], []
-    began, before = time.monotonic(), used(pid)
-    postgres = {child for child, name in below(pid).items() if name == "postgres"}
-    spent = sum(used(child).own for child in postgres)
+    began, before, server_before = time.monotonic(), used(pid), server_used(pid)
     while time.monotonic() < began + seconds:
         time.sleep(PAUSE)
         pss.append(megabytes(pid, "Pss"))
@@ -109,12 +117,12 @@ def watch(pid: int, seconds: float) -> dict[str, float]:
         with contextlib.suppress(OSError, StopIteration):
             server.append(sum(megabytes(child, "Pss") for child, name in now.items() if name == "postgres"))
     took, after = time.monotonic() - began, used(pid)
-    stay = [child for child in postgres if Path(f"/proc/{child}").exists()]
+    spent = [seconds - server_before[child] for child, seconds in server_used(pid).items() if child in server_before]
     return {
         "seconds": took, "pss": max(pss), "rss": max(rss), "own": 100 * (after.own - before.own) / took,
         "children": 100 * (after.children - before.children) / took, "calls": (after.calls - before.calls) / took,
         "server_pss": statistics.median(server), "server_processes": statistics.median(counts),
-        "server": 100 * (sum(used(child).own for child in stay) - spent) / took,
+        "server": 100 * sum(spent) / took,
     }
 
 
