@@ -30,7 +30,7 @@ ANSIBLE = {
 }
 
 project = f"{GALAXY['namespace']}.{GALAXY['name']}"
-copyright = "mala.hpc_db contributors"  # noqa: A001 - Sphinx's name for it
+copyright = "mala.hpc_db contributors"
 version = release = GALAXY["version"]
 extensions = ["myst_parser", "sphinx.ext.intersphinx", "sphinx_antsibull_ext"]
 myst_heading_anchors = 4
