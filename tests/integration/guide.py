@@ -8,6 +8,8 @@ A comment before a block of commands, which its readers do not see, says what ru
     <!-- run on the login node -->              the same, as the owner
     <!-- run by tests/a/test_b.py::test_c -->   that test, which names the same playbooks and settings
     <!-- run by FILE -->                        so does that file, a Molecule scenario's say
+
+A block of Python is run by a test that reads it from the page.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from target import ROOT, Target
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "client" / "README.md"]
 BLOCK = re.compile(
-    r"(?:^<!-- run (?P<how>on|by) (?P<place>[^\n]*) -->\n)?^```(?:shell|python|sh|bash|console)\n(?P<script>.*?)^```$",
+    r"(?:^<!-- run (?P<how>on|by) (?P<place>[^\n]*) -->\n)?^```(?P<language>shell|python|sh|bash|console)\n(?P<script>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 WORKSTATION, LOGIN = "the workstation", "the login node"
@@ -36,23 +38,30 @@ class Block(NamedTuple):
     page: str
     how: str
     place: str
+    language: str
     script: str
 
 
 def blocks(page: Path) -> list[Block]:
     """Return the commands of a page."""
     return [
-        Block(str(page.relative_to(ROOT)), found["how"] or "", found["place"] or "", found["script"])
+        Block(str(page.relative_to(ROOT)), found["how"] or "", found["place"] or "", found["language"], found["script"])
         for found in BLOCK.finditer(page.read_text())
     ]
 
 
-def telling_words(script: str) -> set[str]:
+def telling_words(block: Block) -> set[str]:
     """Return what of these commands a test must name to be one that runs them: playbooks, settings, arguments."""
+    if block.language == "python":
+        return {Path(block.page).name}
     words: set[str] = set()
-    for command in (shlex.split(line, comments=True) for line in script.splitlines()):
-        # neither where a program is, nor which inventory, matters
-        arguments = [word for option, word in zip(command, command[1:]) if word[0] != "-" and option != "-i"]
+    clusters = {path.name for path in (ROOT / "inventories").iterdir()}
+    for command in (shlex.split(line, comments=True) for line in block.script.splitlines()):
+        # neither where a program is, nor which inventory or host, matters
+        arguments = [
+            word for option, word in zip(command, command[1:])
+            if word[0] != "-" and option != "-i" and word not in clusters and "@" not in word
+        ]
         for word in arguments:
             playbook = re.fullmatch(r"(?:playbooks/|mala\.hpc_db\.)(\w+)(?:\.yml)?", word)
             settings = re.findall(r'"(\w+)":', word) or re.findall(r"^(\w+)=", word)

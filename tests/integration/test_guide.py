@@ -51,7 +51,7 @@ def test_no_command_hides_as_output() -> None:
 def test_command_is_run_by_that_test(block: Block) -> None:
     path, _colons, name = block.place.partition("::")
     source = (ROOT / path).read_text()
-    named = telling_words(block.script)
+    named = telling_words(block)
 
     assert named and {word for word in named if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", source)} == set()
     if path.endswith(".py") and name:

@@ -25,9 +25,8 @@ from jupyter_client.manager import start_new_kernel
 from target import ROOT, Target
 
 NAME = f"it{os.getpid()}"  # as the fixture ``here`` stops it
+# Goes on after what docs/notebooks.md prints.
 STUDY = """
-import optuna, sys
-study = optuna.create_study(storage=sys.argv[1], study_name="be")
 study.optimize(lambda trial: trial.suggest_float("x", -1, 1) ** 2, n_trials=3)
 print(len(study.trials))
 """
@@ -58,8 +57,13 @@ def test_a_study_connects_to_what_is_returned(here: Target, server: hpc_db.Serve
     assert server.url == f"postgresql+psycopg2:///?service={NAME}"
     assert server.host and server.port and server.job
 
-    python = f"~/hpc_db/{NAME}/python/bin/python"
-    assert here.run(f"{python} - '{server.url}' 2>/dev/null <<'EOF'\n{STUDY}\nEOF") == "3"
+    (printed,) = re.findall("^```python\n(.*?)^```", (ROOT / "docs" / "notebooks.md").read_text(), re.M | re.S)
+    brought_up, found = "import hpc_db\n", 'hpc_db.up("hemera5")'
+    assert brought_up in printed and found in printed
+    # what the workstation has found is told to the cluster's user
+    script = printed.replace(brought_up, "from types import SimpleNamespace\n")
+    script = script.replace(found, f"SimpleNamespace(url={server.url!r})") + STUDY
+    assert here.run(f"~/hpc_db/{NAME}/python/bin/python - 2>/dev/null <<'EOF'\n{script}\nEOF") == "3"
 
 
 def test_second_call_takes_one_look(
