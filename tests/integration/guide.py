@@ -26,7 +26,8 @@ from target import ROOT, Target
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "client" / "README.md"]
 BLOCK = re.compile(
-    r"(?:^<!-- run (?P<how>on|by) (?P<place>[^\n]*) -->\n)?^```(?P<language>shell|python|sh|bash|console)\n(?P<script>.*?)^```$",
+    r"(?:^<!-- run (?P<how>on|by) (?P<place>[^\n]*) -->\n)?"
+    r"^```(?P<language>shell|python|sh|bash|console)\n(?P<script>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 WORKSTATION, LOGIN = "the workstation", "the login node"
