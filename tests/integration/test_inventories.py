@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_time
 from target import CLUSTER, ROOT, Target
 
 # What somebody fills in, and the partitions with their longest walltimes as the clusters' own pages have them; only
@@ -113,13 +114,17 @@ def judge(mini: Target, commands: list[list[str]]) -> list[tuple[int, str]]:
 
 
 def test_slurm_takes_every_clusters_job(mini: Target, sites: dict[str, dict], submitted: dict[str, list[str]]) -> None:
+    heads = mini.run(f"head --quiet --lines=2 {shlex.join(command[-1] for command in submitted.values())}")
+    assert heads.count("#!/bin/sh\n# Written by mala.hpc_db: the hosting job of") == len(SITES)
     for (name, command), (code, said) in zip(submitted.items(), judge(mini, list(submitted.values()))):
         assert code == 0, f"{name}: {said}"
         asked = {flag.lstrip("-").partition("=")[0] for flag in command[1:-1]} - OWN
         wanted = {key for key, value in sites[name]["server_job_options"].items() if value is not False}
         assert wanted <= asked <= wanted | {"mem"}, name
+        # Slurm takes a job above the limit, and never starts it.
+        asked_time = parse_time(sites[name]["server_job_options"]["time"]) or 0
+        assert all(asked_time <= (parse_time(limit) or 0) for limit in SITES[name][1].values()), name
         assert "FILL_IN" not in " ".join(command)
-        assert mini.run(f"cat {command[-1]}").startswith("#!/bin/sh\n# Written by mala.hpc_db"), name
 
 
 def test_slurm_would_refuse_a_wrong_option(mini: Target, submitted: dict[str, list[str]]) -> None:
@@ -194,21 +199,26 @@ def elsewhere(mini: Target) -> Iterator[str]:
 
 
 def test_a_discovered_inventory_works(mini: Target, elsewhere: str, bindir: Path, tmp_path: Path) -> None:
-    written = tmp_path / "found"
-    settings = {"discover_name": "found", "discover_folder": str(written)}
+    written, state = tmp_path / "found", mini.environment["HPC_DB_CLUSTER"]
+    login = Target([Path("login,")], mini.shell, mini.environment)
+    settings = {
+        "discover_name": "found", "discover_folder": str(written), "ansible_user": "alice",
+        "ansible_ssh_common_args": f"-F {state}/ssh_config", "ansible_control_path_dir": f"{state}/control",
+        "postgres_channels": ["file:///srv/channel"], "postgres_python_wheelhouse": "/srv/wheels",
+    }
     job = {**settings, "discover_submit_job": "true"}
 
-    lost = mini.play("discover", settings)
+    lost = login.play("discover", settings)
     mini.run(f"echo 'PATH=$PATH:{elsewhere}' > .bash_profile")
-    tried = mini.play("discover", settings, "--check")
+    tried = login.play("discover", settings, "--check")
     assert (lost.returncode, tried.returncode) == (2, 0), lost.stdout + tried.stdout
     assert not written.exists()
     before = mini.run("ls -A")
-    played = mini.play("discover", job)
-    again = mini.play("discover", settings)
+    played = login.play("discover", job)
+    again = login.play("discover", settings)
 
     assert "no compute node was looked at; allow a short job by -e discover_submit_job=true" in tried.stdout
-    assert re.search(r"msg: .mini: there is no sbatch on the PATH or that of a login shell( \(qsub is, of another "
+    assert re.search(r"msg: .login: there is no sbatch on the PATH or that of a login shell( \(qsub is, of another "
                      r"scheduler, which is not asked\))?; name its folder by -e server_bin_dir=", words(lost.stdout))
     assert played.returncode == 0, played.stdout
     assert mini.run("ls -A") == before
