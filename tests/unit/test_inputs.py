@@ -64,6 +64,10 @@ MODULES: dict[str, dict[str, Any]] = {
         **JOB, "script": "FOLDER/root/host/job.sh", "output": "FOLDER/root/log/job.log",
         "options": {"partition": "work", "comment": "mine"},
     },
+    "hosting_job gridengine": {
+        **JOB, "script": "FOLDER/root/host/job.sh", "output": "FOLDER/root/log/job.log", "scheduler": "gridengine",
+        "options": {"q": "all.q", "A": "mine", "l": {"h_rt": "600", "gpu": "a100"}},
+    },
     "hosting_job_info": JOB,
     "instance": {
         "root": "FOLDER/new", "directories": ["conf"],
@@ -126,7 +130,7 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("bin", "cwd", "root/host/hpc_db_host", "root/log"):
         (folder / name).mkdir(parents=True)
     (folder / "study.log").write_text('{"op_code": 0, "worker_id": "a"}\n')
-    programs = "conda fusermount3 initdb postgres python sbatch scancel sinfo squeue ssh sshfs"
+    programs = "conda fusermount3 initdb postgres python qdel qstat qsub sbatch scancel sinfo squeue ssh sshfs"
     for name in programs.split():
         (folder / "bin" / name).write_text("#!/bin/sh\necho 'not\ntoday' >&2\nexit 1\n")
         (folder / "bin" / name).chmod(0o755)
@@ -181,7 +185,7 @@ CASES = [
     pytest.param(name.split()[0], arguments, path, id=f"{name}-{'.'.join(map(str, path))}")
     for name, arguments in MODULES.items()
     for path in texts_of(arguments)
-    if path[-1] not in ("provider", "state", "layout")  # of which there is a choice
+    if path[-1] not in ("layout", "provider", "scheduler", "state")  # of which there is a choice
 ]
 
 
