@@ -1,5 +1,6 @@
 # Copyright: mala.hpc_db contributors
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Grid Engine: the commands that keep one job in its queue, each with a parser for what it prints."""
 

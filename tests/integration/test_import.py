@@ -91,7 +91,7 @@ print(study.best_value, len(study.trials), study.trials[15].params["x"], study.t
 """
 # Nothing can be added to a table that somebody reads all of.
 LOCK = """
-psql -c 'BEGIN; LOCK TABLE trials IN SHARE MODE; SELECT pg_sleep(600)' > /dev/null 2>&1 &
+(psql -c 'BEGIN; LOCK TABLE trials IN SHARE MODE; SELECT pg_sleep(600)') > /dev/null 2>&1 &
 while n=$(psql -c "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") && [ "$n" = 0 ]
 do sleep 0.05; done
 """
