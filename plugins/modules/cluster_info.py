@@ -180,11 +180,12 @@ import pwd
 import re
 import shutil
 import socket
-import urllib.request
 from pathlib import Path
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.urls import ConnectionError as UrlError
+from ansible.module_utils.urls import open_url
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import parse_search, search_command
 from ansible_collections.mala.hpc_db.plugins.module_utils._mounts import parse_mountinfo
 from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_time
@@ -399,8 +400,8 @@ def fetch_url(url: str, timeout: int) -> str:
         path = re.sub("^file:/*", "/", url)
         return "" if os.path.exists(path) else f"there is no {path}"
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        open_url(url, method="HEAD", timeout=timeout).close()
+    except (OSError, ValueError, http.client.HTTPException, UrlError) as error:
         return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
     return ""
 

@@ -483,16 +483,14 @@ def main() -> None:
     try:
         result = ensure_imported(module.params, module.check_mode)
     except FileNotFoundError as error:
-        said = f"import_from: there is no file {error.filename}, neither here nor on the workstation"
+        module.fail_json(msg=f"import_from: there is no file {error.filename}, neither here nor on the workstation")
     except OSError as error:
-        said = f"import_from: {error.filename}: {error.strerror}"
+        module.fail_json(msg=f"import_from: {error.filename}: {error.strerror}")
     except (_connection.Unreachable, Refused) as error:
-        said = str(error)
-    else:
-        for warning in result.pop("warnings"):
-            module.warn(warning)
-        module.exit_json(**result)
-    module.fail_json(msg=" ".join(said.splitlines()))
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    for warning in result.pop("warnings"):
+        module.warn(warning)
+    module.exit_json(**result)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,6 @@ def test_login_shell_prints_what_is_parsed(monkeypatch, tmp_path):
     (tmp_path / "qsub").write_text("")
     (tmp_path / "qsub").chmod(0o755)
 
-
     printed = subprocess.run(login_command(), capture_output=True, text=True, check=True).stdout
 
     folders, programs = parse_login(printed)
