@@ -41,7 +41,7 @@ attributes:
 EXAMPLES = r"""
 - name: Look at the cluster
   mala.hpc_db.cluster_info:
-    urls: [https://conda.anaconda.org/conda-forge/noarch/repodata.json]
+    urls: [https://mirror.example.org/conda-forge/noarch/repodata.json]
   register: cluster
 
 - name: Show its partitions
