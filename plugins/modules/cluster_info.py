@@ -402,7 +402,7 @@ def fetch_url(url: str, timeout: int) -> str:
     try:
         open_url(url, method="HEAD", timeout=timeout).close()
     except (OSError, ValueError, http.client.HTTPException, UrlError) as error:
-        return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+        return " ".join(str(getattr(error, "reason", error)).split()) or error.__class__.__name__
     return ""
 
 
