@@ -19,7 +19,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def run(self, tmp: str | None = None, task_vars: dict | None = None) -> dict[str, Any]:
         result = super().run(tmp, task_vars)
-        spec = {"text": {"type": "str", "required": True}, "values": {"type": "dict"}}
+        spec = {"text": {"type": "str", "required": True}, "about": {"type": "dict"}}
         params = self.validate_argument_spec(spec)[1]
         Display().display(params["text"])
-        return dict(result, changed=False, text=params["text"], values=params["values"])
+        return dict(result, changed=False, text=params["text"], about=params["about"])

@@ -28,7 +28,7 @@ options:
     description: The text, of one line or more.
     type: str
     required: true
-  values:
+  about:
     description: The same for a program that runs the playbook, and reads what tasks return.
     type: dict
 """
@@ -44,8 +44,8 @@ text:
   description: The text.
   returned: success
   type: str
-values:
-  description: What was given as O(values).
+about:
+  description: What was given as O(about).
   returned: success
   type: dict
 """

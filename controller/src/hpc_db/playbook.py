@@ -168,7 +168,7 @@ class Told:
             self._take_line(event.get("stdout", ""))
 
     def _take_result(self, host: str, data: dict[str, Any], result: dict[str, Any]) -> None:
-        if result.get("values"):
+        if result.get("about"):
             self.results.append((host, result))
         elif data.get("task_action") == "mala.hpc_db.show" and "text" in result:
             self.screen.say(result["text"])

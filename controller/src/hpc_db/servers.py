@@ -30,7 +30,7 @@ class Server:
 
 def servers_of(results: Iterable[tuple[str, dict[str, Any]]]) -> list[Server]:
     """Return the servers that the tasks' results tell of, which are pairs of a host and a result."""
-    return [server_of(cluster, result["values"]) for cluster, result in results if result.get("values")]
+    return [server_of(cluster, result["about"]) for cluster, result in results if result.get("about")]
 
 
 def server_of(cluster: str, values: dict[str, Any]) -> Server:

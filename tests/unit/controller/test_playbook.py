@@ -45,7 +45,7 @@ def told_of(events, screen=None):
     (None, None, ("absent", None, None, None)),
 ])
 def test_server_is_what_the_role_tells(job, endpoint, expected):
-    show = result("on_ok", "mini", "mala.hpc_db.show", text="x", values={**VALUES, "job": job, "endpoint": endpoint})
+    show = result("on_ok", "mini", "mala.hpc_db.show", text="x", about={**VALUES, "job": job, "endpoint": endpoint})
 
     (server,) = servers_of(told_of([start("mini", "Show"), show]).results)
 
