@@ -466,6 +466,15 @@ def ensure_imported(params: dict, check_mode: bool) -> dict:
     }
 
 
+def explain(error: Exception) -> str:
+    """Return what went wrong, for the user."""
+    if isinstance(error, FileNotFoundError):
+        return f"import_from: there is no file {error.filename}, neither here nor on the workstation"
+    if isinstance(error, OSError):
+        return f"import_from: {error.filename}: {error.strerror}"
+    return str(error)
+
+
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
@@ -482,12 +491,8 @@ def main() -> None:
     os.umask(0o077)
     try:
         result = ensure_imported(module.params, module.check_mode)
-    except FileNotFoundError as error:
-        module.fail_json(msg=f"import_from: there is no file {error.filename}, neither here nor on the workstation")
-    except OSError as error:
-        module.fail_json(msg=f"import_from: {error.filename}: {error.strerror}")
-    except (_connection.Unreachable, Refused) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+    except (OSError, _connection.Unreachable, Refused) as error:
+        module.fail_json(msg=" ".join(explain(error).splitlines()))
     for warning in result.pop("warnings"):
         module.warn(warning)
     module.exit_json(**result)
