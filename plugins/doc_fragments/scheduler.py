@@ -37,3 +37,16 @@ options:
       - Not used by O(scheduler=local).
     type: path
 """
+
+    # What filters about jobs are given.
+    FILTER = r"""
+options:
+  _input:
+    description: The scheduler's options, as M(mala.hpc_db.hosting_job) takes them.
+    type: dict
+    required: true
+  scheduler:
+    description: Who is to run the job, as for M(mala.hpc_db.hosting_job).
+    type: str
+    required: true
+"""

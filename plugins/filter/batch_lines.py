@@ -12,17 +12,11 @@ version_added: 0.1.0
 description:
   - Gives the lines that tell the scheduler its options, such as C(#SBATCH), each quoted as the scheduler reads it.
 author: mala.hpc_db contributors (@mala-project)
+extends_documentation_fragment:
+  - mala.hpc_db.scheduler.filter
 options:
-  _input:
-    description: The scheduler's options, as M(mala.hpc_db.hosting_job) takes them.
-    type: dict
-    required: true
   setting:
     description: The setting that the options come from, for the message if one is not allowed.
-    type: str
-    required: true
-  scheduler:
-    description: Who is to run the jobs, as for M(mala.hpc_db.hosting_job).
     type: str
     required: true
   name:

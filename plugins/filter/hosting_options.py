@@ -13,15 +13,9 @@ description:
   - Adds to the inventory's options what the hosting job needs from the scheduler at hand, where they do not say
     something else. One job at a time, memory, a signal before the walltime, and whether it may be run again.
 author: mala.hpc_db contributors (@mala-project)
+extends_documentation_fragment:
+  - mala.hpc_db.scheduler.filter
 options:
-  _input:
-    description: The scheduler's options, as M(mala.hpc_db.hosting_job) takes them.
-    type: dict
-    required: true
-  scheduler:
-    description: Who is to run the job, as for M(mala.hpc_db.hosting_job).
-    type: str
-    required: true
   name:
     description: The job's name.
     type: str

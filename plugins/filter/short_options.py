@@ -13,15 +13,8 @@ description:
   - Gives the options of a job of five minutes that goes where a job with these options would go, without what ties that
     one to a node, a time or another job.
 author: mala.hpc_db contributors (@mala-project)
-options:
-  _input:
-    description: The scheduler's options, as M(mala.hpc_db.hosting_job) takes them.
-    type: dict
-    required: true
-  scheduler:
-    description: Who is to run the job, as for M(mala.hpc_db.hosting_job).
-    type: str
-    required: true
+extends_documentation_fragment:
+  - mala.hpc_db.scheduler.filter
 """
 
 EXAMPLES = r"""
