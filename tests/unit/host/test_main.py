@@ -14,7 +14,8 @@ import pytest
 from hpc_db_host import __main__ as program
 from hpc_db_host import endpoint, files, processes, scheduler
 from hpc_db_host.lease import Lease
-from hpc_db_host.postgres import STOP_SIGNALS, Failed
+from hpc_db_host.postgres import Failed
+from hpc_db_host.threads import STOP_SIGNALS
 
 SECTION = "[hpc_db]\ndbname=mala\nhost=c1\nport=5433\n"
 
@@ -25,8 +26,8 @@ class FakePostgres:
     port, socket = 5433, "/tmp/hpc_db-x"
     clean = True
 
-    def __init__(self, settings, listen, alive, parameters):
-        self.events, self.root, self.alive = settings["events"], settings["root"], alive
+    def __init__(self, settings, listen, keeper, parameters):
+        self.events, self.root, self.keeper = settings["events"], settings["root"], keeper
         self.data = settings["data"]
         self.note(f"made listen={listen} {sorted(parameters)}")
 
@@ -50,9 +51,6 @@ class FakePostgres:
     def query(self, statement, patience):
         self.note(statement)
         return ""
-
-    def abort(self):
-        self.note("abort")
 
     def drain(self, seconds):
         self.note(f"drain {seconds}")
@@ -81,6 +79,7 @@ def host(tmp_path, monkeypatch):
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     umask = os.umask(0o077)
     made = Instance(tmp_path, monkeypatch)
+    monkeypatch.setattr(processes, "kill_below", lambda _pid: made.events.append("killed"))
     yield made
     os.umask(umask)
     for number, handler in before.items():
@@ -240,15 +239,14 @@ def test_takeover_leaves_everything_to_the_next_holder(host, monkeypatch):
         other = json.dumps({"host": "c2", "state": "serving"})
         for name in ("endpoint.json", "state.json", "lease.2"):
             (host.root / "run" / name).write_text(other)
-        postgres.alive()
+        postgres.keeper.renew()
 
     monkeypatch.setattr(FakePostgres, "during", overtake)
-    monkeypatch.setattr(Lease, "renew_if_due", Lease.renew)
 
     assert host.run("serve") == 1
 
-    # No fast stop, which would write a checkpoint into what is another's now.
-    assert host.events[-2:] == ["abort published", "stop published"]
+    # Killed before the stop, which would write a checkpoint into what is another's now.
+    assert host.events.index("killed") < host.events.index("stop published")
     assert host.service.read_text() == SECTION
     assert json.loads((host.root / "run" / "state.json").read_text())["host"] == "c2"
     assert not (host.root / "run" / "released.2").exists()
@@ -304,6 +302,11 @@ def test_without_settings_one_line_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("holder, ended", [
     ({"kind": "bootstrap", "job": ""}, True),
+    ({"kind": "bootstrap", "scheduler": "slurm", "allocation": ""}, True),
+    ({"kind": "bootstrap", "scheduler": "slurm", "allocation": "7"}, True),
+    ({"kind": "bootstrap", "scheduler": "slurm", "allocation": "8"}, True),
+    ({"kind": "bootstrap", "scheduler": "slurm", "allocation": "9"}, False),
+    ({"kind": "bootstrap", "scheduler": "slurm", "allocation": "8", "cluster": "another"}, False),
     ({"kind": "slurm", "job": "7"}, True),  # our own job, which was queued again
     ({"kind": "slurm", "job": "8"}, True),
     ({"kind": "slurm", "job": "9"}, False),
@@ -340,10 +343,11 @@ def test_job_waits_for_a_holder_that_is_cut_off_and_nobody_else_does(host, monke
 
 def test_instance_serves_again_after_a_reboot(host, monkeypatch):
     settings = json.loads((host.root / "host" / "settings.json").read_text())
-    (host.root / "host" / "settings.json").write_text(json.dumps({**settings, "scheduler": "local", "lease_ttl": "0"}))
-    monkeypatch.setattr(processes, "this_host", lambda: "boot 1")
+    changes = {"scheduler": "local", "lease_ttl": "0.5"}
+    (host.root / "host" / "settings.json").write_text(json.dumps({**settings, **changes}))
+    monkeypatch.setattr(processes, "this_host", lambda: "boot1 pid:[1]")
     host.lease(host=socket.gethostname(), kind="local").try_acquire()
-    monkeypatch.setattr(processes, "this_host", lambda: "boot 2")
+    monkeypatch.setattr(processes, "this_host", lambda: "boot2 pid:[1]")
 
     assert host.run("serve", "--lease-patience", "5") == 0
     assert host.state()[0] == "ended"
@@ -364,9 +368,9 @@ def test_node_that_cannot_run_postgres_is_told_once(host, monkeypatch):
 class FakeUpgrade:
     """Notes what it is told, and who has the lease meanwhile. ``during`` acts then."""
 
-    def __init__(self, settings, following, alive):
+    def __init__(self, settings, following, keeper):
         self.settings, self.following = settings, following
-        alive()
+        keeper.check()
 
     def run(self, back):
         with open(os.path.join(self.settings["root"], "run", "lease.1")) as stream:

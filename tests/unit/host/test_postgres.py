@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from hpc_db_host import postgres as module
@@ -42,7 +43,7 @@ def make(tmp_path):
     (tmp_path / "data").mkdir()
     made = []
 
-    def make(deaf="", psql="exit 0", listen=True, alive=lambda: None, **settings):
+    def make(deaf="", psql="exit 0", listen=True, beat=lambda: None, **settings):
         programs = {
             "postgres": PROGRAM.format(deaf=deaf, aside=str(tmp_path / "called.json")),
             "psql": f"#!/bin/sh\n{psql}\n",
@@ -55,13 +56,13 @@ def make(tmp_path):
             "instance": "hpc_db",
             "config": str(tmp_path / "postgresql.conf"), "socket_parent": str(tmp_path), **settings,
         }
-        made.append(Postgres(given, listen, alive, {"shared_buffers": "32MB"}))
+        keeper = types.SimpleNamespace(check=lambda: None, renew=beat, lost="")
+        made.append(Postgres(given, listen, keeper, {"shared_buffers": "32MB"}))
         return made[-1]
 
     yield make
     for each in made:
-        each.abort()
-        shutil.rmtree(each.socket, ignore_errors=True)
+        each.stop(0)
 
 
 def called(tmp_path):
@@ -117,13 +118,11 @@ def test_probe_says_why(psql, reason, make):
     ("", "echo refused >&2; exit 1", "accepts no write after 0 s: refused"),
 ])
 def test_start_that_fails_says_why(deaf, psql, message, make, tmp_path):
-    beats = []
-    postgres = make(deaf, psql, alive=lambda: beats.append(1))
+    postgres = make(deaf, psql)
     postgres.start()
 
     with pytest.raises(Failed, match=message):
         postgres.wait_for_write(0.5)
-    assert beats or deaf  # the lease is renewed meanwhile
 
 
 def test_programs_that_are_being_updated_are_not_started(make, tmp_path):
@@ -153,16 +152,6 @@ def test_postgres_that_was_killed_did_not_stop_cleanly(make, tmp_path):
     postgres._child.kill()
 
     assert postgres.stop(5) is False
-
-
-def test_abort_asks_for_no_checkpoint(make, tmp_path):
-    postgres = make()
-    postgres.start()
-    called(tmp_path)
-
-    postgres.abort()
-
-    assert ended_by(tmp_path) == "SIGQUIT"
 
 
 def test_signal_while_it_starts_finds_the_child(make, monkeypatch):
@@ -212,10 +201,10 @@ def test_orphan_on_the_data_directory_is_stopped_first(make, tmp_path):
     beats = []
     with subprocess.Popen([tmp_path / "postgres", "60"], cwd=tmp_path / "data") as orphan:
         (tmp_path / "data" / "postmaster.pid").write_text(f"{orphan.pid}\n/data\n")
-        make(alive=lambda: beats.append(orphan.poll())).start()
+        make(beat=lambda: beats.append(orphan.poll())).start()
 
-        assert orphan.wait(5) == -signal.SIGINT
-        assert beats
+        assert orphan.wait(5) == -signal.SIGKILL
+        assert beats == [None, -signal.SIGKILL, -signal.SIGKILL]  # before it, and before and after the PID file
 
 
 @pytest.mark.parametrize("taken", [False, True])

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+import types
 
 import pytest
 from hpc_db_host import upgrade as module
@@ -63,7 +64,7 @@ class Instance:
         class FakePostgres:
             port = 5432
 
-            def __init__(self, settings, listen, alive, parameters):
+            def __init__(self, settings, listen, keeper, parameters):
                 self.socket = parameters["data_directory"]
                 assert not listen and os.path.exists(os.path.join(self.socket, "PG_VERSION"))
 
@@ -72,9 +73,6 @@ class Instance:
                 instance.servers.append(self.socket)
 
             def wait_for_write(self, patience):
-                pass
-
-            def abort(self):
                 pass
 
             def stop(self, patience):
@@ -134,7 +132,8 @@ class Instance:
 
     def run(self, major=18, back=False, alive=lambda: None):
         settings = json.loads((self.root / "host" / "settings.json").read_text())
-        return Upgrade(settings, str(self.root / "host" / f"settings-{major}.json"), alive).run(back)
+        keeper = types.SimpleNamespace(check=alive, renew=alive)
+        return Upgrade(settings, str(self.root / "host" / f"settings-{major}.json"), keeper).run(back)
 
     def is_as_before(self):
         dumped = any(name.startswith("studies-") for name in os.listdir(self.root / "dumps"))
@@ -299,7 +298,7 @@ def test_server_of_a_pg_upgrade_that_was_killed_is_ended(instance):
 
         instance.upgrade()
 
-        assert orphan.wait(5) == -signal.SIGINT
+        assert orphan.wait(5) == -signal.SIGKILL
     assert (instance.used(), instance.names()) == ("18", ["17", "18"])
 
 

@@ -21,10 +21,12 @@ from typing import Iterator, List, Optional  # noqa: F401 - List in a type comme
 from . import endpoint, files, scheduler
 from .dumps import Dumps
 from .engines import Engine, engines_of  # noqa: F401 - Engine in a type comment
-from .health import Health, Repeat, space
+from .health import Health, space
+from .keeper import Keeper
 from .lease import DEFAULT_TTL, Held, Lease, Lost
-from .postgres import STOP_SIGNALS, Failed, Postgres, check_programs
+from .postgres import Failed, Postgres, check_programs
 from .scheduler import Queue
+from .threads import STOP_SIGNALS, Repeat, signals_waiting
 from .upgrade import Upgrade
 
 SERVING = "it accepts writes"
@@ -37,6 +39,10 @@ LONGEST_PAUSE = 4.0
 DRAIN_SECONDS = 5
 # How often to look whether the successor is still in the queue.
 FOLLOW_SECONDS = 900.0
+
+# How many TTLs a short-lived server's heartbeat has to stand still, about which no scheduler can be asked: its program
+# may be frozen, by a login node that swaps or a file system that moves to another server, and go on after minutes.
+SILENT_TTLS = 5
 
 # A short-lived server runs on a login node: it must not take a compute node's memory there.
 BOOTSTRAP_PARAMETERS = {"shared_buffers": "32MB", "max_connections": "20", "max_wal_size": "256MB"}
@@ -57,7 +63,8 @@ class Host:
         self.settings = read_settings(root)
         self.run = os.path.join(root, "run")
         self.bootstrap = bootstrap
-        self.job = "" if bootstrap else scheduler.own_job(self.settings["scheduler"]) or str(os.getpid())
+        self._allocation = scheduler.own_job(self.settings["scheduler"])
+        self.job = "" if bootstrap else self._allocation or str(os.getpid())
         self._told = ""
         self._followed = ""
         self._alone = ""
@@ -72,40 +79,41 @@ class Host:
     def serve(self, patience: float, lifetime: Optional[float]) -> None:
         """Serve until told to stop, or for ``lifetime`` seconds; raise what ended it."""
         self._address()  # a name that nobody can resolve is told before anything starts
-        with self._leased(patience) as lease:
-            self._keep_serving(lease, lifetime)
+        with self._leased(patience) as keeper:
+            self._keep_serving(keeper, lifetime)
 
     def upgrade(self, patience: float, following: str, back: bool) -> dict:
         """Go over to the settings in the file ``following``, which name another major; return what was compared."""
-        with self._leased(patience) as lease:
-            return Upgrade(self.settings, following, lease.renew_if_due).run(back)
+        with self._leased(patience) as keeper:
+            return Upgrade(self.settings, following, keeper).run(back)
 
     @contextlib.contextmanager
-    def _leased(self, patience: float) -> Iterator[Lease]:
+    def _leased(self, patience: float) -> Iterator[Keeper]:
         """Hold the lease, as long as nobody takes it over."""
+        ttl = float(self.settings.get("lease_ttl", DEFAULT_TTL))
         holder = {
             "host": socket.gethostname(), "pid": os.getpid(), "job": self.job, "kind": self._kind(),
-            "cluster": self.settings["cluster"],
+            "cluster": self.settings["cluster"], "scheduler": self.settings["scheduler"],
+            "allocation": self._allocation, "silence": ttl * (SILENT_TTLS if self.bootstrap else 1),
         }
-        ttl = float(self.settings.get("lease_ttl", DEFAULT_TTL))
         lease = Lease(self.run, holder, self._has_ended, ttl)
         self.tell("starting", "asking for the lease")
         self._acquire(lease, patience)
         self._lease = lease
-        try:
-            # Whoever had the lease may have moved the studies to another data directory.
-            self.settings = read_settings(self.settings["root"])
-            yield lease
-        except Lost:
-            raise  # the lease is not ours to release, nor the queue ours to change
-        except BaseException as ended:
-            ignore_signals()
-            if self._clean:  # else the next one waits until the scheduler, too, says that we have ended
-                lease.release()
-            if isinstance(ended, Failed):
-                self._end_chain()
-            raise
-        lease.release()
+        with Keeper(lease) as keeper:
+            try:
+                # Whoever had the lease may have moved the studies to another data directory.
+                self.settings = read_settings(self.settings["root"])
+                yield keeper
+            except BaseException as ended:
+                ignore_signals()
+                keeper.check()  # a lost lease is not ours to release, nor is the queue ours to change
+                if self._clean:  # else the next one waits until the scheduler, too, says that we have ended
+                    keeper.release()
+                if isinstance(ended, Failed):
+                    self._end_chain()
+                raise
+            keeper.release()
 
     def _acquire(self, lease: Lease, patience: float) -> None:
         """Wait for the lease: up to ``patience`` seconds, and as long as its holder seems to be cut off.
@@ -114,7 +122,7 @@ class Host:
         comes back to be told that it has to; were we to give up before that, nobody would be left to go on.
         """
         def wait(held: Held) -> None:
-            self.tell("starting", "waiting: %s%s" % (held, hint))
+            self.tell("starting", "waiting: %s%s" % (held, silence(held.holder) or hint))
 
         hint = ""
         while True:
@@ -126,42 +134,43 @@ class Host:
                 hint = "; its job has ended, but its heartbeat goes on: is its node cut off?"
                 self._follow()  # our walltime may end before that
 
-    def _keep_serving(self, lease: Lease, lifetime: Optional[float]) -> None:
+    def _keep_serving(self, keeper: Keeper, lifetime: Optional[float]) -> None:
         """Start postgres again when it has died, but not for ever: what kills it may do so each time."""
         limit = 0 if self.bootstrap else int(self.settings.get("restarts", 5))
         deaths = []  # type: List[float]
         check_programs(self.settings)
         while True:
             try:
-                self._serve_once(lease, lifetime)
+                self._serve_once(keeper, lifetime)
             except (Failed, OSError) as died:
+                keeper.check()
                 now = time.monotonic()
                 deaths = [death for death in deaths if now - death < DEATHS_COUNT_SECONDS] + [now]
                 if len(deaths) > limit:
                     raise Failed(str(died)) from None
                 pause = min(2.0 ** (len(deaths) - 1), LONGEST_PAUSE)
-                self._sleep(lease, pause, "starting", "postgres starts again, as %s" % died)
+                self._sleep(keeper, pause, "starting", "postgres starts again, as %s" % died)
             full = space(self.settings["data"])
             while full:
                 # Recovery writes, too: without space it would only die again.
-                self._sleep(lease, 2.0, "unhealthy", full)
+                self._sleep(keeper, 2.0, "unhealthy", full)
                 full = space(self.settings["data"])
 
-    def _sleep(self, lease: Lease, seconds: float, state: str, reason: str) -> None:
+    def _sleep(self, keeper: Keeper, seconds: float, state: str, reason: str) -> None:
         """Wait, as the owner of the lease."""
         self.tell(state, reason)
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
-            lease.renew_if_due()
+            keeper.check()
             time.sleep(0.5)
 
-    def _serve_once(self, lease: Lease, lifetime: Optional[float]) -> None:
+    def _serve_once(self, keeper: Keeper, lifetime: Optional[float]) -> None:
         """Run postgres until something ends it, raise that, and leave no postgres behind."""
         postgres = None
         try:
             self.tell("starting", "postgres is starting")
             parameters = BOOTSTRAP_PARAMETERS if self.bootstrap else {}
-            postgres = Postgres(self.settings, not self.bootstrap, lease.renew_if_due, parameters)
+            postgres = Postgres(self.settings, not self.bootstrap, keeper, parameters)
             postgres.start()
             self._withdraw()  # whatever a holder that died left behind
             postgres.wait_for_write(self.settings.get("start_patience", 300))
@@ -169,32 +178,28 @@ class Host:
                 self._engines = engines_of(self.settings, postgres, self._address())
             self._publish(postgres)
             self.tell("serving", SERVING)
-            self._watch(postgres, lease, lifetime)
-        except Lost:
-            if postgres:
-                postgres.abort()
-            raise
+            self._watch(postgres, keeper, lifetime)
         except Stop as stop:
             if stop.planned and postgres:
-                self._prepare_to_move(postgres, lease)
+                self._prepare_to_move(postgres, keeper)
             raise
         finally:
             with signals_waiting():
-                self._leave(postgres, lease)
+                self._leave(postgres)
 
-    def _prepare_to_move(self, postgres: Postgres, lease: Lease) -> None:
+    def _prepare_to_move(self, postgres: Postgres, keeper: Keeper) -> None:
         """Before the walltime: make a dump, and have little left to write, while the workers still go on."""
         self.tell("stopping", "the walltime is near")
         if self._dumps:
-            self._dumps.now(float(self.settings.get("stop_notice", 120)) / 4, lease.renew_if_due)
+            self._dumps.now(float(self.settings.get("stop_notice", 120)) / 4, keeper.check)
         with contextlib.suppress(Failed):
             postgres.query("CHECKPOINT", 15)
 
-    def _leave(self, postgres: Optional[Postgres], lease: Lease) -> None:
+    def _leave(self, postgres: Optional[Postgres]) -> None:
         """Send the clients away, then stop, even if the endpoint cannot be taken back."""
         try:
             self.tell("stopping", "postgres is stopping")
-            if lease.is_ours():  # else the endpoint is the next holder's
+            if self._lease and self._lease.is_ours():  # else the endpoint is the next holder's
                 self._withdraw()
                 if postgres:
                     drain(postgres, float(self.settings.get("drain_seconds", DRAIN_SECONDS)))
@@ -220,7 +225,7 @@ class Host:
             content = {"state": state, "reason": reason, "job": self.job, "host": socket.gethostname()}
             files.write_state(os.path.join(self.run, "state.json"), dict(content, since=time.time()))
 
-    def _watch(self, postgres: Postgres, lease: Lease, lifetime: Optional[float]) -> None:
+    def _watch(self, postgres: Postgres, keeper: Keeper, lifetime: Optional[float]) -> None:
         ends = float("inf") if lifetime is None else time.monotonic() + lifetime
         # Whoever wants us to stop asks by this, where the scheduler has no other way than to kill us.
         wish = os.path.join(self.run, "stop.%s" % self.job)
@@ -234,6 +239,7 @@ class Host:
                 beside.enter_context(Repeat(0.0, self._follow))
             while True:
                 time.sleep(0.5)  # ended early by a signal, which raises Stop
+                keeper.check()
                 returncode = postgres.returncode()
                 if returncode is not None:
                     raise Failed("postgres ended by itself with exit code %d" % returncode)
@@ -243,7 +249,6 @@ class Host:
                     ignore_signals()
                     files.remove(wish)
                     raise Stop("told to by %s" % wish)
-                lease.renew_if_due()
                 if self._dumps:
                     self._dumps.poll()
                     self._poll_engines(postgres)
@@ -320,14 +325,24 @@ class Host:
     def _has_ended(self, holder: dict) -> bool:
         """Tell whether the scheduler says that a holder in another place, or before a reboot, has ended."""
         kind, job = holder.get("kind", ""), holder.get("job", "")
-        if kind == "bootstrap":
-            return True  # it had no job to ask about
+        if kind == "bootstrap":  # in a job of somebody's, or in none
+            kind, job = holder.get("scheduler", ""), holder.get("allocation", "")
+            if not job or job == self._allocation:
+                return True  # nobody can be asked: its long silence tells
         if holder.get("cluster") != self.settings["cluster"]:
             return False  # another scheduler's
         if kind == "local":
             return holder.get("host") == socket.gethostname()
         # Our own job, which was queued again: then its first run has ended.
         return job == self.job or scheduler.job_has_ended(kind, self.settings.get("bin_dir", ""), job)
+
+
+def silence(holder: dict) -> str:
+    """Say how long a short-lived server keeps others waiting if its host has died."""
+    return "" if holder.get("kind") != "bootstrap" else (
+        "; if it was killed, it is replaced at once on its own host, on others after %g s without a heartbeat"
+        % holder.get("silence", 0)
+    )
 
 
 def read_settings(root: str) -> dict:
@@ -363,16 +378,6 @@ def ignore_signals() -> None:
     """On the way out already."""
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def signals_waiting() -> Iterator[None]:
-    """Let signals wait until the block is done: what stops us must not keep us from stopping postgres."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def detach(log: str) -> None:

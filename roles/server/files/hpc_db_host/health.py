@@ -4,10 +4,9 @@
 
 import errno
 import os
-import threading
-from typing import Callable
 
 from .postgres import Postgres
+from .threads import Repeat
 
 # What the file system must have left: less than one WAL segment (16 MiB), so it is seen before PostgreSQL stops.
 SPARE_BYTES = 1024 * 1024
@@ -15,27 +14,6 @@ SPARE_BYTES = 1024 * 1024
 BLOCK_BYTES = 256 * 1024
 
 HEALTHY = ""
-
-
-class Repeat:
-    """Does ``work`` in a thread, again after as many seconds as it returns, until the ``with`` block ends."""
-
-    def __init__(self, first: float, work: Callable[[], float]) -> None:
-        self._first = first
-        self._work = work
-        self._over = threading.Event()
-
-    def __enter__(self) -> "Repeat":
-        threading.Thread(target=self._run, daemon=True).start()
-        return self
-
-    def __exit__(self, *_unused: object) -> None:
-        self._over.set()
-
-    def _run(self) -> None:
-        pause = self._first
-        while not self._over.wait(pause):
-            pause = self._work()
 
 
 class Health(Repeat):

@@ -45,8 +45,10 @@ def describe(holder: dict) -> str:
 class Lease:
     """One contender's view of the lease in ``folder``.
 
-    ``holder`` says who we are (host, pid, job, kind). ``ended`` is asked about the present holder when
-    it is on another host: True if the scheduler says that its job has ended, False if not or unknown.
+    ``holder`` says who we are (host, pid, job, kind), and in ``silence`` for how many seconds the heartbeat
+    has to stand still before others may take over, if that is longer than the TTL. ``ended`` is asked about the
+    present holder when it is on another host: True if the scheduler says that its job has ended, False if not or
+    unknown.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Lease:
         self._clock = clock
         self._ended = ended
         self._holder = dict(
-            holder, place=processes.this_host(), start=processes.start_time(holder["pid"]), since=time.time()
+            dict({"silence": ttl}, **holder), place=processes.this_host(), start=processes.start_time(holder["pid"]), since=time.time()
         )
         self._beats = 0
         self._renewed = clock()
@@ -143,6 +145,10 @@ class Lease:
             if still >= self.ttl / 2:
                 raise Lost("the lease was not renewed for %d s: %s" % (still, error)) from None
 
+    def is_late(self) -> bool:
+        """Tell whether half of the time is over after which others may take over. Reads no file."""
+        return self._clock() - self._renewed >= self.ttl / 2
+
     def is_ours(self) -> bool:
         """Tell whether nobody has taken over since we acquired the lease."""
         return 0 < self.epoch == self._newest()
@@ -165,14 +171,22 @@ class Lease:
         if holder.get("place") == self._holder["place"]:
             return processes.start_time(holder["pid"]) != holder["start"]
         # Still before and after the question, which takes a while and is not asked every second.
-        return self._stands_still(epoch) and self._ended(holder) and self._stands_still(epoch)
+        silence = self._silence(holder)
+        return self._stands_still(epoch, silence) and self._ended(holder) and self._stands_still(epoch, silence)
 
-    def _stands_still(self, epoch: int) -> bool:
-        """Tell whether the heartbeat has not moved for the TTL, on our own clock: clocks differ."""
+    def _silence(self, holder: dict) -> float:
+        """Return for how long the heartbeat must stand still; the holder may have another TTL than we have."""
+        mine, its = self._holder, holder.get("place", "")
+        if holder.get("host") == mine.get("host") and its.split(" ")[0] != mine["place"].split(" ")[0]:
+            return self.ttl  # from before a reboot of this host
+        return max(self.ttl, float(holder.get("silence", 0)))
+
+    def _stands_still(self, epoch: int, seconds: float) -> bool:
+        """Tell whether the heartbeat has not moved for so long, on our own clock: clocks differ."""
         beat = self._beat(epoch)
         if (epoch, beat) != self._seen[:2]:
             self._seen = (epoch, beat, self._clock())
-        return self._clock() - self._seen[2] > self.ttl
+        return self._clock() - self._seen[2] > seconds
 
     def _beat(self, epoch: int) -> str:
         path = self._path("hb.%d" % epoch)

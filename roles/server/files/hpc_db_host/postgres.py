@@ -14,13 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Callable, Dict, Optional
+from typing import Dict, Optional
 
 from . import files, processes
+from .keeper import Keeper
+from .threads import signals_waiting
 
 PR_SET_PDEATHSIG = 1
-# What asks the hosting program to stop.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # sockaddr_un holds 108 bytes with the final NUL; PostgreSQL adds "/.s.PGSQL.65535".
 LONGEST_SOCKET_FOLDER = 107 - len("/.s.PGSQL.65535")
 
@@ -63,14 +63,12 @@ class Failed(Exception):
 class Postgres:
     """One postgres process on the data directory ``data``. Socket and child live as long as this object.
 
-    ``alive`` is called while it starts, which takes as long as crash recovery does.
+    ``keeper`` has the lease renewed all that time, and kills postgres when the lease is lost.
     """
 
-    def __init__(
-        self, settings: dict, listen: bool, alive: Callable[[], None], parameters: Dict[str, str]
-    ) -> None:
+    def __init__(self, settings: dict, listen: bool, keeper: Keeper, parameters: Dict[str, str]) -> None:
         self._settings = settings
-        self._alive = alive
+        self._keeper = keeper
         self._parameters = dict(parameters)
         self._child = None  # type: Optional[subprocess.Popen[bytes]]
         self.socket = socket_folder(settings["socket_parent"], settings["instance"])
@@ -82,20 +80,22 @@ class Postgres:
     def start(self) -> None:
         """Start postgres; ``wait_for_write`` tells whether it came up."""
         self._check_programs()
+        self._keeper.renew()
+        end_orphans(self._settings["data"])
+        self._keeper.renew()
         self._disarm_pid_file()
         parameters = dict(self._parameters, port=str(self.port), unix_socket_directories=self.socket)
         command = [self._program("postgres"), "-c", "config_file=%s" % self._settings["config"]]
         for name, value in sorted(parameters.items()):
             command += ["-c", "%s=%s" % (name, value)]
+        self._keeper.renew()  # nothing that takes long may come between this and the start
         # A signal that ended us between fork and assignment would leave a postgres that nobody knows of.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
+        with signals_waiting():
             self._child = subprocess.Popen(
                 command, cwd="/", env=program_environment(), stdin=subprocess.DEVNULL, stdout=sys.stderr,
                 preexec_fn=_die_with_parent,
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._keeper.check()
 
     def _check_programs(self) -> None:
         """Raise Failed while the programs are installed or updated, which waits for the end of our lease in turn."""
@@ -118,7 +118,7 @@ class Postgres:
                 return
             if time.monotonic() > limit:
                 raise Failed("postgres accepts no write after %d s: %s" % (patience, refused))
-            self._alive()
+            self._keeper.check()
             time.sleep(0.1)
 
     def last_words(self) -> str:
@@ -165,13 +165,6 @@ class Postgres:
         """Return the exit code of postgres; None while it runs."""
         return self._child.poll() if self._child else None
 
-    def abort(self) -> None:
-        """End without a checkpoint: the data directory is another's now, and every write would harm it."""
-        if self._child and self._child.poll() is None:
-            self._child.send_signal(signal.SIGQUIT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(10)
-
     def drain(self, seconds: float) -> int:
         """Let nobody in, end idle sessions, await running transactions; return how many of them take longer.
 
@@ -182,8 +175,15 @@ class Postgres:
         return int(self.query(DRAIN % (self._child.pid, seconds), seconds + 5))
 
     def stop(self, patience: float) -> bool:
-        """Stop fast (SIGINT): clients are disconnected, everything acknowledged is on disk. True if clean."""
-        clean = self._child is None or _end(self._child, patience)
+        """Stop fast (SIGINT): clients are disconnected, everything acknowledged is on disk. True if clean.
+
+        No process is left on the data directory then, which may take as long as the file system hangs.
+        """
+        clean = self._child is None or not self._keeper.lost and _end(self._child, patience)
+        if self._child is not None:
+            self._child.wait()  # killed by the keeper, if the lease is lost
+            if not self._keeper.lost:
+                end_orphans(self._settings["data"])
         shutil.rmtree(self.socket, ignore_errors=True)
         return clean
 
@@ -193,8 +193,7 @@ class Postgres:
         PostgreSQL believes the PID alone, which may be an innocent process of today, but never takes its own
         parent for another server. The rest stays: it leads to the shared memory of backends that live on.
         """
-        data = self._settings["data"]
-        path = os.path.join(data, "postmaster.pid")
+        path = os.path.join(self._settings["data"], "postmaster.pid")
         try:
             with open(path) as stream:
                 pid, rest = int(stream.readline()), stream.read()
@@ -203,9 +202,7 @@ class Postgres:
         except ValueError:  # cut short by a crash; PostgreSQL would refuse it for ever
             files.remove(path)
             return
-        end_orphan(pid, data, self._alive)  # on its way out, maybe
-        with contextlib.suppress(FileNotFoundError):
-            os.stat(path)  # else the orphan has removed it
+        if pid != os.getpid():
             files.write_atomically(path, "%d\n%s" % (os.getpid(), rest))
 
     def _program(self, name: str) -> str:
@@ -235,16 +232,24 @@ def check_programs(settings: dict) -> None:
                 command[0], socket.gethostname(), said, settings["data"], wanted))
 
 
-def end_orphan(pid: int, data: str, alive: Callable[[], None]) -> None:
-    """End the postgres that whoever had the lease before has left on ``data``, if ``pid`` is one."""
-    limit = time.monotonic() + 60
-    while processes.runs_in(pid, "postgres", data):
-        if time.monotonic() > limit:
-            raise Failed("postgres (PID %d) already runs on %s on this host" % (pid, data))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGINT)
-        alive()
-        time.sleep(0.5)
+def end_orphans(data: str) -> None:
+    """Kill every process of PostgreSQL's on ``data`` on this host; the lease is ours, and none of them is of use.
+
+    Returns when all have ended. A write that hangs in the file system cannot be killed, only awaited.
+    """
+    told = time.monotonic() + 10
+    while True:
+        orphans = processes.all_in("postgres", data)
+        if not orphans:
+            return
+        for pid in orphans:
+            processes.kill(pid, signal.SIGKILL)
+        if time.monotonic() > told:
+            told = float("inf")
+            words = (", ".join(map(str, orphans)), data)
+            print("postgres (PID %s) on %s was killed and does not end: a hanging file system?" % words,
+                  file=sys.stderr, flush=True)
+        time.sleep(0.05)
 
 
 def _end(child: "subprocess.Popen[bytes]", patience: float) -> bool:
@@ -302,9 +307,12 @@ def program_environment() -> Dict[str, str]:
 
 
 def _die_with_parent() -> None:
-    """In the child: end fast and cleanly when the hosting program is killed."""
+    """In the child: end without a checkpoint, which may take long, when the hosting program is killed.
+
+    Nobody renews the lease then. What was acknowledged is in the WAL.
+    """
     os.umask(0o077)
-    end_with_parent(signal.SIGINT)
+    end_with_parent(signal.SIGQUIT)
 
 
 def end_with_parent(number: int) -> None:

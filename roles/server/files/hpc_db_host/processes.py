@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Which process is which: a PID alone says nothing, since PIDs are used again."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
-from typing import Optional
+import time
+from typing import Dict, List, Optional, Tuple
 
 
 def start_time(pid: int) -> Optional[str]:
@@ -13,13 +16,18 @@ def start_time(pid: int) -> Optional[str]:
     if not os.path.exists("/proc/self/stat"):  # macOS
         found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], stdout=subprocess.PIPE, check=False)
         return found.stdout.decode().strip() or None
+    fields = _stat(pid)
+    # A zombie has ended: it only waits for its parent to look.
+    return None if not fields or fields[0] in "ZX" else fields[19]
+
+
+def _stat(pid: int) -> List[str]:
+    """Return what Linux says of a process, from its state on; nothing if it does not run."""
     try:
         with open("/proc/%d/stat" % pid, "rb") as stream:  # a process may call itself anything
-            fields = stream.read().rpartition(b")")[2].decode().split()
+            return stream.read().rpartition(b")")[2].decode().split()
     except OSError:
-        return None
-    # A zombie has ended: it only waits for its parent to look.
-    return None if fields[0] in "ZX" else fields[19]
+        return []
 
 
 def this_host() -> str:
@@ -39,3 +47,55 @@ def runs_in(pid: int, program: str, folder: str) -> bool:
         return executable == program and os.path.samefile("/proc/%d/cwd" % pid, folder)
     except OSError:
         return False
+
+
+def all_in(program: str, folder: str) -> List[int]:
+    """Return every process that is the program of that name with ``folder`` as its working directory."""
+    names = os.listdir("/proc") if os.path.exists("/proc/self/stat") else []
+    return [int(name) for name in names if name.isdigit() and runs_in(int(name), program, folder)]
+
+
+def kill(pid: int, number: int) -> None:
+    """Send a signal to a process that may have ended, or may be another user's."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, number)
+
+
+def kill_below(pid: int) -> None:
+    """Kill every process below ``pid`` at once; PostgreSQL's are in sessions of their own, so no group has them all.
+
+    All of them are stopped before the first is killed. Else they would act on each other's deaths, start others
+    meanwhile, or leave their children to a parent that is not below ``pid``.
+    """
+    limit = time.monotonic() + 1.0
+    stopped = {}  # type: Dict[int, str]
+    while time.monotonic() < limit:
+        found = below(pid)
+        if all(each in stopped and state in "TtD" for each, state in found.items()):
+            break
+        for each in found:
+            kill(each, signal.SIGSTOP)
+        stopped.update(found)
+    for each in stopped:
+        kill(each, signal.SIGKILL)
+
+
+def below(pid: int) -> Dict[int, str]:
+    """Return the children of ``pid``, their children and so on, those that run, with the kernel's letter for each."""
+    everything = _everything()
+    found = {}  # type: Dict[int, str]
+    parents = {pid}
+    while parents:
+        parents = {each for each, (parent, _state) in everything.items() if parent in parents and each not in found}
+        found.update({each: everything[each][1] for each in parents})
+    return {each: state for each, state in found.items() if state not in "ZX"}
+
+
+def _everything() -> Dict[int, Tuple[int, str]]:
+    """Return parent and state of every process."""
+    if os.path.exists("/proc/self/stat"):
+        read = {int(name): _stat(int(name)) for name in os.listdir("/proc") if name.isdigit()}
+        return {pid: (int(fields[1]), fields[0]) for pid, fields in read.items() if fields}
+    with subprocess.Popen(["ps", "-A", "-o", "pid=", "-o", "ppid=", "-o", "state="], stdout=subprocess.PIPE) as ps:
+        lines = [line.split() for line in ps.communicate()[0].decode().splitlines()]
+    return {int(pid): (int(parent), state[0]) for pid, parent, state in lines if int(pid) != ps.pid}

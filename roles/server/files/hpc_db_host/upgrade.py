@@ -19,8 +19,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from . import files
 from .dumps import Dumps, be_modest
-from .lease import Lost
-from .postgres import Failed, Postgres, end_orphan, program_environment, socket_folder
+from .keeper import Keeper
+from .postgres import Failed, Postgres, end_orphans, program_environment, socket_folder
 
 Settings = Dict[str, Any]
 Contents = Dict[str, Dict[str, Any]]  # of each database its tables and its studies
@@ -78,17 +78,17 @@ class Rejected(Exception):
 class Upgrade:
     """Goes from the major that ``settings`` name to the one that the file ``following`` names.
 
-    ``alive`` is called while anything takes long; it raises when nothing may be written any more.
+    ``keeper`` has the lease renewed meanwhile; it raises when nothing may be written any more.
     """
 
-    def __init__(self, settings: Settings, following: str, alive: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, following: str, keeper: Keeper) -> None:
         self.root = settings["root"]
         self.old = settings
         self._following = following
         self.new = dict(files.read_json(following) or {}, root=self.root)  # type: Settings
         if "data" not in self.new:
             raise Failed("%s names no data directory; run the playbook upgrade.yml" % following)
-        self._alive = alive
+        self._keeper = keeper
 
     def run(self, back: bool) -> Dict[str, Any]:
         """Move everything, or with a data directory that was kept go back to it; return what was compared."""
@@ -128,7 +128,7 @@ class Upgrade:
     def _dump(self, old: Postgres) -> None:
         """Have a dump of every study database, as the hosting job makes them."""
         dumps = Dumps(self.old, old)
-        if not dumps.now(DUMP_PATIENCE, self._alive):
+        if not dumps.now(DUMP_PATIENCE, self._keeper.check):
             raise Failed(dumps.told)
 
     def _move(self, before: Contents) -> Any:
@@ -163,7 +163,7 @@ class Upgrade:
         if not os.path.exists(program):
             raise Rejected("%s is missing" % program)
         copy = self.new["data"] + COPY
-        copy_tree(self.old["data"], copy, self._alive)
+        copy_tree(self.old["data"], copy, self._keeper.check)
         # It leaves scripts where it runs, and needs a path that is short enough for a socket.
         folder = socket_folder(self.new["socket_parent"], self.new["instance"])
         try:
@@ -178,17 +178,8 @@ class Upgrade:
             raise Rejected(told) from None
         finally:
             for data in (copy, aside):
-                self._end_server(data)
+                end_orphans(data)  # the server of a pg_upgrade that was killed
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _end_server(self, data: str) -> None:
-        """End the server that a pg_upgrade which was killed has left on ``data``."""
-        try:
-            with open(os.path.join(data, "postmaster.pid")) as stream:
-                pid = int(stream.readline())
-        except (FileNotFoundError, ValueError):
-            return
-        end_orphan(pid, data, self._alive)
 
     def _restore(self, old: Postgres, new: Postgres) -> None:
         """Bring roles and databases through pipes, so that no password is ever in a file."""
@@ -233,14 +224,11 @@ class Upgrade:
     @contextlib.contextmanager
     def _server(self, settings: Settings) -> Iterator[Postgres]:
         """Run postgres on a data directory, for us alone, and leave the directory clean."""
-        postgres = Postgres(settings, False, self._alive, dict(QUIET, data_directory=settings["data"]))
+        postgres = Postgres(settings, False, self._keeper, dict(QUIET, data_directory=settings["data"]))
         try:
             postgres.start()
             postgres.wait_for_write(START_PATIENCE)
             yield postgres
-        except Lost:
-            postgres.abort()
-            raise
         finally:
             clean = postgres.stop(STOP_PATIENCE)
         if not clean:
@@ -249,12 +237,13 @@ class Upgrade:
     def _switch(self, back: bool) -> None:
         """Make the new data directory the one in use: by one rename, after everything else."""
         data, folder = self.new["data"], os.path.dirname(self.new["data"])
+        self._keeper.renew()
         if not back:
             if os.path.lexists(data):  # in use before somebody went back, or of a run that ended right here
                 os.rename(data, "%s.%s" % (data, time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())))
             os.rename(data + UNFINISHED, data)
             files.sync(folder)
-        self._alive()
+        self._keeper.renew()
         settings = os.path.join(self.root, "host", "settings.json")
         os.rename(self._following, settings)
         files.sync(os.path.dirname(settings))
@@ -262,7 +251,7 @@ class Upgrade:
     def _discard(self, ending: str) -> None:
         folder = self.new["data"] + ending
         if os.path.lexists(folder):
-            self._end_server(folder)
+            end_orphans(folder)
             shutil.rmtree(folder)
 
     def _at(self, settings: Settings, program: str) -> str:
@@ -300,7 +289,7 @@ class Upgrade:
             if source:
                 reads.close()  # so that the one hears when the other has ended
             while any(child.poll() is None for child in children):
-                self._alive()
+                self._keeper.check()
                 time.sleep(0.05)
             said = []
             for stream in (stdout, stderr):
