@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The lease in any order of events: contenders are frozen, killed, cut off and released at every step.
 
+Each that has the lease opens the data directory, starts and stops as slowly as the others like, and is asked about by a
+scheduler that answers rightly, wrongly, late or not at all. Two that have it open at once are the fault to be found.
 The same examples every time. HPC_DB_EXAMPLES=5000 tries as many new ones, and prints what repeats a failure.
 """
 
@@ -15,14 +17,25 @@ import types
 from contextlib import ExitStack
 from unittest import mock
 
+import pytest
 from hpc_db_host import files, processes
 from hpc_db_host import lease as lease_module
+from hpc_db_host.keeper import Keeper
 from hpc_db_host.lease import Held, Lease, Lost
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 TTL = 90.0
+# Of a holder that no scheduler knows.
+SILENCE = 5 * TTL
 # What other hosts can see, or what they did is seen by: a contender may halt for ever before each of them.
 VISIBLE = ("link", "listdir", "rename", "stat", "unlink")
 # How far a contender goes before somebody else's turn; the last one is as far as it gets.
@@ -37,32 +50,53 @@ class Killed(BaseException):
 class Contender:
     """A hosting program that goes on only when it is told to, one visible step at a time."""
 
-    def __init__(self, world, place, pid, job, offset):
+    def __init__(self, world, place, pid, job, offset, silence):
         self.world, self.place, self.pid, self.start = world, place, pid, f"started as {job}"
         self.alive, self.idle, self.leaving = True, True, False
         self.holds = False  # what it believes
+        self.opened = self.stopping = False  # the data directory, for longer than it holds the lease or not
         self.acquired = self.renewed = self.beat = 0.0  # in true time; no contender sees that
+        self.awake = 0.0  # when it last had a turn, whatever it did with it
         self._go, self._halted = threading.Lock(), threading.Lock()
         self._go.acquire()
         self._halted.acquire()
         world.current = self
-        holder = {"host": place, "pid": pid, "job": job, "kind": "slurm"}
-        self.job, self.lease = job, Lease(world.folder, holder, world.has_ended, TTL, lambda: world.now + offset)
+        holder = {"host": place, "pid": pid, "job": job, "kind": "slurm", "silence": silence}
+        self.job, self.silence = job, silence
+        self.lease = Lease(world.folder, holder, world.has_ended, TTL, lambda: world.now + offset)
+        self.keeper = Keeper(self.lease)
 
     def __repr__(self):
         return f"{self.job} on {self.place}"
 
     def begin(self, call):
         """Call into the lease, up to before the first visible step."""
-        self.idle, self._outcome, self.world.current = False, None, self
+        self.idle, self._outcome, self.world.current, self._begun = False, None, self, self.world.now
         threading.Thread(target=self._run, args=(call,), daemon=True).start()
         self._halted.acquire()
         self._look_for_end()
 
     def work(self, steps):
         """Renew, or try to acquire, and halt after some steps."""
-        self.begin(self.lease.renew_if_due if self.holds else self.lease.try_acquire)
+        self.begin(self.keep if self.holds else self.lease.try_acquire)
         self.go_on(steps)
+
+    def keep(self):
+        """Have the keeper's turn, whatever the program itself does meanwhile."""
+        self.keeper.beat()
+
+    def open(self):
+        """Open the data directory, if the lease is still ours. Nothing lies between the two."""
+        self.keeper.renew()
+        self.opened = True
+
+    def lose(self):
+        """End postgres at once."""
+        self.opened = False
+
+    def release(self):
+        self.opened = False  # it has stopped, however long that took
+        self.keeper.release()
 
     def go_on(self, steps):
         for _step in range(steps):
@@ -81,7 +115,7 @@ class Contender:
             raise Killed
 
     def kill(self):
-        self.alive = self.holds = self.leaving = False
+        self.alive = self.holds = self.leaving = self.opened = False
         while not self.idle:
             self.go_on(1)
 
@@ -100,26 +134,30 @@ class Contender:
             return
         self._ended, self.idle = False, True
         outcome, name = self._outcome, self._call.__name__
-        if isinstance(outcome, Lost):
+        if isinstance(outcome, Lost) or self.holds and self.keeper.lost:
             self.holds, self.leaving = False, True
         elif isinstance(outcome, BaseException) and not isinstance(outcome, (Held, Killed)):
             raise outcome
         elif name == "try_acquire" and outcome is True:
-            self.holds, self.acquired = True, self.world.now
+            self.holds, self.acquired, self.awake = True, self.world.now, self._begun
         if name == "release":
             self.alive = self.leaving = False  # its end, and a clean one
         if self.holds:
             self.renewed = self.beat
+        if self.holds or self.opened:
+            self.awake = self._begun
 
 
 class World(RuleBasedStateMachine):
     """Hosts with clocks of their own, one file system, and a scheduler that may call a job ended too early."""
 
+    kind = Contender
+
     @initialize(offsets=st.tuples(*[st.sampled_from([0.0, 5.0, 1e6])] * 3), steps=st.integers(0, 10))
     def begin(self, offsets, steps):
         self.offsets = dict(zip(["c1", "c2", "c3"], offsets))
         self.now, self.wall, self.jobs = 1000.0, 1.8e9, itertools.count(1)
-        self.contenders, self.called_ended, self.current = [], set(), None
+        self.contenders, self.called_ended, self.answer, self.current = [], set(), "right", None
         self.folder = tempfile.mkdtemp(prefix="lease-")
         self.patches = ExitStack()
         gated = types.SimpleNamespace(**vars(os))
@@ -132,9 +170,10 @@ class World(RuleBasedStateMachine):
             self.patches.enter_context(mock.patch.object(module, "open", self.gate(open), create=True))
         self.patches.enter_context(mock.patch.object(processes, "this_host", lambda: self.current.place))
         self.patches.enter_context(mock.patch.object(processes, "start_time", self.start_time))
+        self.patches.enter_context(mock.patch.object(processes, "kill_below", lambda _pid: self.current.lose()))
         self.patches.enter_context(mock.patch.object(time, "time", lambda: self.wall))
-        self.arrive("c1")
-        self.arrive("c2")
+        self.arrive("c1", TTL)
+        self.arrive("c2", TTL)
         self.watch(renewing=True, given_up=False)
         self.watch(renewing=False, given_up=steps > 0)
         holder, other = self.contenders
@@ -156,8 +195,16 @@ class World(RuleBasedStateMachine):
         return next((each.start for each in here if each.alive and each.pid == pid), None)
 
     def has_ended(self, holder):
-        self.current.halt()
-        return holder["job"] in self.called_ended
+        job = holder["job"]
+        right = job in self.called_ended or not any(each.alive for each in self.contenders if each.job == job)
+        ended = {"right": right, "nothing": False, "ended": True}[self.answer]
+        self.current.halt()  # the answer is late, and may be wrong by now
+        return ended
+
+    @rule(answer=st.sampled_from(["right", "nothing", "ended"]))
+    def change_scheduler(self, answer):
+        """It knows who has ended, it answers nothing, or it calls everybody ended."""
+        self.answer = answer
 
     def between_calls(self):
         return [each for each in self.contenders if each.alive and each.idle and not each.leaving]
@@ -169,11 +216,29 @@ class World(RuleBasedStateMachine):
         return [each for each in self.contenders if each.idle and (each.holds or each.leaving)]
 
     @precondition(lambda self: sum(each.alive for each in self.contenders) < 3)
-    @rule(place=st.sampled_from(["c1", "c2", "c3"]))
-    def arrive(self, place):
+    @rule(place=st.sampled_from(["c1", "c2", "c3"]), silence=st.sampled_from([TTL, TTL, SILENCE]))
+    def arrive(self, place, silence):
         taken = {each.pid for each in self.contenders if each.alive and each.place == place}
         pid = next(pid for pid in itertools.count(100) if pid not in taken)
-        self.contenders.append(Contender(self, place, pid, str(next(self.jobs)), self.offsets.get(place, 0.0)))
+        offset = self.offsets.get(place, 0.0)
+        self.contenders.append(self.kind(self, place, pid, str(next(self.jobs)), offset, silence))
+
+    def starters(self):
+        return [each for each in self.between_calls() if each.holds and not each.opened and not each.stopping]
+
+    @precondition(lambda self: self.starters())
+    @rule(data=st.data(), steps=STEPS)
+    def start(self, data, steps):
+        """Open the data directory: at once, or long after the lease was taken."""
+        contender = data.draw(st.sampled_from(self.starters()))
+        contender.begin(contender.open)
+        contender.go_on(steps)
+
+    @precondition(lambda self: any(each.opened for each in self.between_calls()))
+    @rule(data=st.data())
+    def stop_slowly(self, data):
+        """Begin to stop. The data directory stays open until ``leave``, and turns go on."""
+        data.draw(st.sampled_from([each for each in self.between_calls() if each.opened])).stopping = True
 
     @precondition(lambda self: self.between_calls())
     @rule(data=st.data(), steps=STEPS)
@@ -205,7 +270,7 @@ class World(RuleBasedStateMachine):
         """Stop cleanly, asked to or because the lease was lost: postgres has ended before."""
         contender = data.draw(st.sampled_from(self.leavers()))
         contender.holds, contender.leaving = False, True
-        contender.begin(contender.lease.release)
+        contender.begin(contender.release)
         contender.go_on(steps)
 
     @precondition(lambda self: sum(each.alive for each in self.contenders) > 2)
@@ -219,8 +284,8 @@ class World(RuleBasedStateMachine):
         self.now += seconds
         self.wall = wall
 
-    @rule(renewing=st.booleans(), given_up=st.booleans())
-    def watch(self, renewing, given_up):
+    @rule(renewing=st.booleans(), given_up=st.booleans(), starting=st.booleans())
+    def watch(self, renewing, given_up, starting=False):
         """Those between two calls go on for longer than the TTL; holders do, or are frozen, or cut off.
 
         The scheduler has not heard of a death yet, or it gives up everybody, also those who still run and renew.
@@ -229,6 +294,9 @@ class World(RuleBasedStateMachine):
             for each in self.between_calls():
                 if renewing or not each.holds:
                     each.work(100)
+                if starting and each in self.starters():
+                    each.begin(each.open)
+                    each.go_on(100)
             self.now += TTL / 3 + 1
         if given_up:
             self.called_ended.update(each.job for each in self.contenders)
@@ -239,7 +307,15 @@ class World(RuleBasedStateMachine):
         holders = sorted((each for each in self.contenders if each.holds), key=lambda each: each.lease.epoch)
         for older, newer in itertools.combinations(holders, 2):
             assert older.lease.epoch < newer.lease.epoch
-            assert older.renewed + TTL < newer.acquired, f"{newer} has taken over from {older}"
+            assert older.renewed + older.silence < newer.acquired, f"{newer} has taken over from {older}"
+
+    @invariant()
+    def one_data_directory_is_open_once(self):
+        """But for a program that has been frozen for so long that others had to take it for dead."""
+        opened = sorted((each for each in self.contenders if each.opened), key=lambda each: each.lease.epoch)
+        for older, newer in itertools.combinations(opened, 2):
+            # A turn renews the lease if the last renewal is a sixth of the TTL ago.
+            assert older.awake - TTL / 6 + older.silence < newer.acquired, f"both {older} and {newer} have it open"
 
     def teardown(self):
         """Once all are dead, and known to be, the next one may start after the TTL."""
@@ -247,13 +323,14 @@ class World(RuleBasedStateMachine):
             for each in self.contenders:
                 each.kill()
                 self.called_ended.add(each.job)
-            self.arrive("c4")
+            self.answer = "right"
+            self.arrive("c4", TTL)
             last = self.contenders[-1]
             for _look in range(2):
                 if not last.holds:
                     last.begin(last.lease.try_acquire)
                     last.go_on(100)
-                    self.now += TTL + 1
+                    self.now += SILENCE + 1
             assert last.holds
         finally:
             self.patches.close()
@@ -265,3 +342,39 @@ TestLease.settings = settings(
     max_examples=EXAMPLES or 200, stateful_step_count=40, derandomize=not EXAMPLES, print_blob=True, database=None,
     deadline=None, suppress_health_check=list(HealthCheck),
 )
+
+
+class Forgetful(Contender):
+    """Does not renew while it stops."""
+
+    def keep(self):
+        if not self.stopping:
+            self.keeper.beat()
+
+
+class Hasty(Contender):
+    """Neither renews before postgres is started, nor looks whose the lease is."""
+
+    def keep(self):
+        if self.opened:
+            self.keeper.beat()
+
+    def open(self):
+        self.opened = True
+
+
+class Gentle(Contender):
+    """Stops postgres in its own time when the lease is lost."""
+
+    def lose(self):
+        self.stopping = True
+
+
+@pytest.mark.parametrize("kind", [Forgetful, Hasty, Gentle])
+def test_property_finds_a_program_with_a_fault(kind):
+    """Each is as the hosting program once was."""
+    world = type("World", (World,), {"kind": kind})
+    quickly = settings(TestLease.settings, phases=[Phase.generate], report_multiple_bugs=False, print_blob=False)
+
+    with pytest.raises(AssertionError, match="both . on c. and . on c. have it open"):
+        run_state_machine_as_test(world, settings=quickly)
