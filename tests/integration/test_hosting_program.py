@@ -40,6 +40,7 @@ listen_addresses = '127.0.0.1'
 logging_collector = on
 log_directory = '{root}/log'
 """
+CHECKPOINTER = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'"
 RULES = "local all all peer\nhost all all 127.0.0.1/32 scram-sha-256\n"
 
 
@@ -457,6 +458,61 @@ def test_takeover_ends_postgres_at_once_and_spares_the_next_holder_s_files(insta
     assert instance.said("state") == instance.said("endpoint") == {"host": "c2", "job": "8"}
     assert instance.service.read_text() == service
     assert with_cwd(instance.root / "data") == []
+
+
+@pytest.mark.parametrize("what", ["serve", "bootstrap"])
+def test_takeover_during_a_slow_last_checkpoint_ends_it_unwritten(what: str, instance: Instance) -> None:
+    process = instance.serve(what)
+    said = "endpoint" if what == "serve" else "bootstrap"
+    instance.psql("CREATE TABLE t AS SELECT 1 AS n", said)
+    os.kill(int(instance.psql(CHECKPOINTER, said)), signal.SIGSTOP)
+    process.terminate()
+    eventually(lambda: not (instance.root / "run" / f"{said}.json").exists())
+    with owner():
+        (instance.root / "run" / "lease.2").write_text('{"host": "c2", "job": "8"}')
+
+    assert process.wait(10) == 1
+
+    assert with_cwd(instance.root / "data") == []
+    assert "failed: the lease was taken by job 8 on c2" in instance.log().splitlines()[-1]
+    assert instance.cluster_state() == "in production"
+    (instance.root / "run" / "lease.2").unlink()
+    (instance.root / "run" / "released.1").touch()
+    instance.serve()
+    assert instance.psql("SELECT n FROM t") == "1"
+
+
+def test_lease_is_renewed_during_a_slow_last_checkpoint(instance: Instance) -> None:
+    process = instance.serve("bootstrap")
+    checkpointer = int(instance.psql(CHECKPOINTER, "bootstrap"))
+    os.kill(checkpointer, signal.SIGSTOP)
+    process.terminate()
+    eventually(lambda: not (instance.root / "run" / "bootstrap.json").exists())
+    for _turn in range(3):
+        beat = (instance.root / "run" / "hb.1").read_text()
+        eventually(lambda: (instance.root / "run" / "hb.1").read_text() != beat, 3)  # noqa: B023 - the TTL
+
+    os.kill(checkpointer, signal.SIGCONT)
+
+    assert process.wait(20) == 0
+    assert instance.cluster_state() == "shut down"
+
+
+def test_backend_that_outlives_its_postmaster_is_ended_before_the_next_start(instance: Instance) -> None:
+    instance.configure(restarts=1)
+    process = instance.serve()
+    with instance.idle_client():
+        backend = int(instance.psql("SELECT pid FROM pg_stat_activity WHERE query = 'SELECT ''here'';'"))
+        since = instance.said("endpoint")["since"]
+        os.kill(backend, signal.SIGSTOP)  # as one that hangs, or does sums
+
+        os.kill(instance.postmaster(), signal.SIGKILL)
+
+        eventually(lambda: not (instance.root / "run" / "endpoint.json").exists())
+        eventually((instance.root / "run" / "endpoint.json").exists)
+        assert instance.said("endpoint")["since"] > since
+        assert not Path("/proc", str(backend)).exists()
+    assert process.poll() is None
 
 
 def test_short_lived_server_has_no_port_and_ends_by_itself(instance: Instance) -> None:

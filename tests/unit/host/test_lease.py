@@ -148,6 +148,40 @@ def test_holder_on_another_host_is_replaced_only_if_ended_and_still(
     assert may_take(waiting) is free
 
 
+@pytest.mark.parametrize("its, mine, seconds, free", [
+    ("boot1 pid:[1]", "boot2 pid:[1]", 5 * TTL - 1, False),
+    ("boot1 pid:[1]", "boot2 pid:[1]", 5 * TTL + 1, True),
+    ("boot1 pid:[1]", "boot1 pid:[2]", 5 * TTL - 1, False),  # a container on the holder's own host
+])
+@pytest.mark.parametrize("host", ["c2", "c1"])
+def test_holder_that_wants_a_longer_silence_gets_it_unless_its_host_was_booted_since(
+    its, mine, seconds, free, host, contender, clock, tmp_path
+):
+    contender(its).try_acquire()
+    record = json.loads((tmp_path / "lease.1").read_text())
+    (tmp_path / "lease.1").write_text(json.dumps({**record, "host": "c1", "silence": 5 * TTL}))
+    waiting = contender(mine)
+    waiting._holder["host"] = host
+    may_take(waiting)
+    clock.now += seconds
+
+    rebooted = host == "c1" and its.split()[0] != mine.split()[0]
+    assert may_take(waiting) is (free or rebooted)
+
+
+def test_contender_with_a_shorter_ttl_does_not_give_the_holder_up_early(contender, clock):
+    holder = contender("c1")
+    holder.try_acquire()
+    hasty = contender("c2")
+    hasty.ttl = TTL / 9
+    may_take(hasty)
+    clock.now += TTL - 1
+
+    assert not may_take(hasty)
+    clock.now += 2
+    assert may_take(hasty)
+
+
 def test_scheduler_is_not_asked_while_the_heart_beats(contender, clock):
     def ask(holder):
         raise AssertionError("asked")

@@ -14,6 +14,28 @@ ctypes.CDLL(None).prctl(15, b"a) Z \\xff", 0, 0, 0)
 print(flush=True)
 time.sleep(60)
 """
+# A postmaster: its children have sessions of their own, and it starts the next one when one has died.
+RESTLESS = """
+import os, sys, time
+from hpc_db_host import processes
+def child():
+    if not os.fork():
+        os.setsid()
+        time.sleep(60)
+        os._exit(0)
+parent = os.fork()
+if not parent:
+    os.chdir(sys.argv[1])
+    for _turn in range(5):
+        child()
+    while True:
+        os.wait()
+        child()
+while len(processes.below(os.getpid())) < 6:
+    time.sleep(0.01)
+processes.kill_below(os.getpid())
+os.waitpid(parent, 0)
+"""
 
 
 @pytest.fixture
@@ -68,3 +90,26 @@ def test_dead_process_runs_nowhere(sleeper, tmp_path):
     sleeper.wait()
 
     assert processes.runs_in(sleeper.pid, "sleep", str(tmp_path)) is False
+
+
+def test_nothing_below_a_process_is_left_or_started_meanwhile(start, tmp_path):
+    for _turn in range(5):
+        process = start(RESTLESS, tmp_path)
+
+        assert process.wait(30) == 0
+        here = [pid for pid in os.listdir("/proc") if pid.isdigit() and works_in(pid, tmp_path)]
+        assert [pid for pid in here if processes.start_time(int(pid))] == []
+
+
+def works_in(pid, folder):
+    try:
+        return os.readlink(f"/proc/{pid}/cwd") == str(folder)
+    except OSError:
+        return False
+
+
+def test_every_process_of_a_program_in_a_folder_is_found(sleeper, tmp_path):
+    with subprocess.Popen(["sleep", "60"], cwd="/") as elsewhere, subprocess.Popen(["sleep", "60"], cwd=tmp_path) as other:
+        assert sorted(processes.all_in("sleep", str(tmp_path))) == sorted([sleeper.pid, other.pid])
+        elsewhere.kill()
+        other.kill()
