@@ -15,7 +15,7 @@ import pytest
 
 def oldest_python():
     """Return a Python 3.6, the oldest that the hosting program promises to run on."""
-    managed = glob.glob(os.path.expanduser("~/.pyenv/versions/3.6.*/bin/python3"))
+    managed = glob.glob(os.path.expandvars("$PYENV_ROOT/versions/3.6.*/bin/python3"))
     return os.environ.get("HPC_DB_OLD_PYTHON") or next(iter(managed), None) or shutil.which("python3.6")
 
 
