@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_configure() -> None:
     """Run the tests in a home directory of their own, and with signals as a terminal's programs have them."""
-    command = [str(ROOT / "tools" / "apart"), sys.executable, "-c", "import json, os; print(json.dumps({**os.environ}))"]
+    show = "import json, os; print(json.dumps({**os.environ}))"
+    command = [str(ROOT / "tools" / "apart"), sys.executable, "-c", show]
     environment = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     for name in set(os.environ) - set(environment):
         del os.environ[name]

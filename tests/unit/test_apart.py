@@ -31,9 +31,8 @@ def users_home(tmp_path: Path) -> Path:
 def apart(home: Path, *command: str) -> str:
     """Run a command of that user's through tools/apart."""
     environment = {**os.environ, **dict.fromkeys(OWN, str(home)), "HOME": str(home)}
-    return subprocess.run(
-        [str(ROOT / "tools" / "apart"), *command], env=environment, cwd="/", check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
+    command = (str(ROOT / "tools" / "apart"), *command)
+    return subprocess.run(command, env=environment, cwd="/", check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def test_nothing_of_the_users_is_there(users_home: Path) -> None:
