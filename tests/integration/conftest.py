@@ -19,7 +19,6 @@ import pytest
 from browser import Browser, chromium
 from target import CHECKOUT, CLUSTER, ROOT, Target, Workstation
 
-
 # The files that take longest. They come first, so that none of them is left alone at the end.
 LONGEST = [
     "test_interrupted", "test_hosting_program", "test_conda_env", "test_dashboard", "test_guide", "test_backup",
