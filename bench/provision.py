@@ -91,14 +91,15 @@ class Place:
 
     def __init__(self, folder: Path, user: pwd.struct_passwd) -> None:
         self.user = user
-        self.home = Path(user.pw_dir)
+        # whoever runs this may have instances: theirs are not found in the tests' home directory
+        self.home = CACHE / "home" if user.pw_uid == os.geteuid() else Path(user.pw_dir)
         self.inventories = [REPOSITORY / "inventories" / "local", folder / "local.json"]
         self.settings: dict[str, Any] = {
             "ansible_connection": "local", "ansible_python_interpreter": "{{ ansible_playbook_python }}",
             "postgres_python_wheelhouse": str(CACHE / "wheels"),
         }
         self.environment = {
-            "HOME": user.pw_dir, "USER": user.pw_name, "PATH": PATH, "LANG": "C.UTF-8",
+            "HOME": str(self.home), "USER": user.pw_name, "PATH": PATH, "LANG": "C.UTF-8",
             "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_COLLECTIONS_PATH": str(CACHE / "collections"),
             "ANSIBLE_CALLBACK_PLUGINS": str(BENCH / "callback_plugins"), "ANSIBLE_CALLBACKS_ENABLED": "profile",

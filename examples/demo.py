@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import pwd
@@ -12,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +27,10 @@ RESULT = """
 import optuna, sys
 study = optuna.load_study(storage=sys.argv[1], study_name=sys.argv[2])
 states = [trial.state.name.lower() for trial in study.trials]
-print("trials:     " + ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))))
+new = [trial.state.name.lower() for trial in study.trials if trial.datetime_start.timestamp() >= float(sys.argv[3])]
+print("trials:     " + ", ".join(f"{new.count(state)} {state}" for state in sorted(set(new))))
+if len(new) < len(states):
+    print(f"study:      {len(states)} trials, with those of earlier runs")
 print(f"best value: {study.best_value:.4f} in trial {study.best_trial.number}")
 print("with:       " + ", ".join(f"{name} = {value:.3f}" for name, value in study.best_params.items()))
 """
@@ -43,13 +50,31 @@ class Place(NamedTuple):
         return [str(program), "-i", self.inventory, "-i", self.added, self.playbook.format(name)]
 
 
-def installed(folder: Path) -> Place:
+def installed(folder: Path, name: str) -> Place:
     """Return a folder of a user who has installed the collection and copied the inventory."""
     shutil.copytree(ROOT / "inventories" / "local", folder / "local", dirs_exist_ok=True)
-    return Place(folder, "local", "demo", "mala.hpc_db.{}")
+    return Place(folder, "local", name, "mala.hpc_db.{}")
 
 
-CHECKOUT = Place(ROOT, "inventories/local", ".cache/demo", "playbooks/{}.yml")
+def checkout(name: str) -> Place:
+    """Return this checkout, with what an instance of that name adds."""
+    return Place(ROOT, "inventories/local", f".cache/inventories/{name}", "playbooks/{}.yml")
+
+
+@contextlib.contextmanager
+def only_one(name: str) -> Iterator[None]:
+    """Wait for another run of the same user's, which may be one of another checkout: they share the instance."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mala.hpc_db"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run of the demo: {Path(lock.name).read_text()}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        print(f"process {os.getpid()} in {ROOT}", end="", file=lock, flush=True)
+        yield
 
 
 def owner(name: str) -> str:
@@ -127,11 +152,13 @@ def optimise(name: str, user: str, url: str) -> None:
         os.chmod(script, 0o644)
         command = as_user(user, [python, script, url, "demo", str(TRIALS // WORKERS)])
         environment = {**os.environ, "HOME": home_of(user)}
+        began = time.time()
         workers = [subprocess.Popen(command, cwd="/", env=environment) for _each in range(WORKERS)]
         ends = [worker.wait() for worker in workers]
         if any(ends):
             sys.exit("a worker failed; see above")
-    subprocess.run(as_user(user, [python, "-c", RESULT, url, "demo"]), cwd="/", env=environment, check=True)
+    result = as_user(user, [python, "-c", RESULT, url, "demo", str(began)])
+    subprocess.run(result, cwd="/", env=environment, check=True)
 
 
 def main() -> None:
@@ -141,8 +168,13 @@ def main() -> None:
                         "checkout: the playbooks are then those of the installed collection")
     parser.add_argument("--name", default="demo", help="the instance's")
     given = parser.parse_args()
-    name = given.name
-    place = installed(given.installed) if given.installed else CHECKOUT
+    with only_one(given.name):
+        run(given.name, given.installed)
+
+
+def run(name: str, folder: Path | None) -> None:
+    """Bring the server up, let the workers share the study, and say what can be done next."""
+    place = installed(folder, name) if folder else checkout(name)
     user = owner(name)
     write_inventory(place.folder / place.added, name, user)
     url = provision(place)
@@ -151,7 +183,8 @@ def main() -> None:
     for what, verb in [("look further", "status"), ("in a browser", "dashboard"), ("stop it", "stop")]:
         program, *arguments = place.command(verb)
         print(f"{what + ':':14} {os.path.relpath(program, place.folder)} {' '.join(arguments)}")
-    print(f"once more:     {'make demo' if place is CHECKOUT else ' '.join(sys.argv)}   (reuses all of it)")
+    again = " ".join(sys.argv) if folder or name != "demo" else "make demo"
+    print(f"once more:     {again}   (reuses all of it, and the study goes on)")
 
 
 if __name__ == "__main__":

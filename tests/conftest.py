@@ -4,14 +4,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def pytest_configure() -> None:
-    """Whoever runs us in the background has us ignore SIGINT, and so would all that the tests start."""
+    """Run the tests in a home directory of their own, and with signals as a terminal's programs have them."""
+    show = "import json, os; print(json.dumps({**os.environ}))"
+    command = [str(ROOT / "tools" / "apart"), sys.executable, "-c", show]
+    environment = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
+    # Whoever runs us in the background has us ignore SIGINT, and so would all that the tests start.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -22,6 +22,8 @@ def write_files(state: State, overrides: dict[str, str], program: Path) -> None:
     for directory in (etc, state.home, state.workstation / "etc", state.log, state.spool, state.root / "hosts"):
         directory.mkdir(parents=True)
     state.log.chmod(0o700)
+    (state.workstation / "tmp").mkdir()
+    (state.workstation / "tmp").chmod(0o1777)
     scheduler_of(state).write_files(state.layer, network.node_names(state.settings["nodes"]), overrides)
     for folder, homes in ((etc, Path("/home")), (state.workstation / "etc", state.workstation)):
         write_users(folder, homes)

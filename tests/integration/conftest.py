@@ -19,6 +19,17 @@ import pytest
 from browser import Browser, chromium
 from target import CHECKOUT, CLUSTER, ROOT, Target, Workstation
 
+# The files that take longest. They come first, so that none of them is left alone at the end.
+LONGEST = [
+    "test_interrupted", "test_hosting_program", "test_conda_env", "test_dashboard", "test_guide", "test_backup",
+    "test_engines", "test_tensorboard", "test_import", "test_refusals", "test_inventories", "test_sshfs_mount",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the files; pytest-xdist gives them to its processes in this order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="module")
 def slurm_lines() -> list[str]:

@@ -305,5 +305,5 @@ def test_stop_leaves_nothing_that_runs(dashboard: Dashboard) -> None:
     left = dashboard.workstation.run("ps -u alice -o args=")
     assert "dashboard" not in left.replace("ps -u", "") and "BatchMode" not in left, left
     assert dashboard.ask("api/studies")[0] == 0
-    assert dashboard.workstation.run("find /tmp -maxdepth 1 -user alice -name 'hpc_db-tunnel-*'") == ""
+    assert dashboard.workstation.run("find $TMPDIR -maxdepth 1 -name 'hpc_db-tunnel-*'") == ""
     assert dashboard.workstation.run(f"ls {FOLDER}/pgpass 2>/dev/null || :") == ""

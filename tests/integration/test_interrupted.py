@@ -97,7 +97,7 @@ def test_interrupted_at_each_task_and_run_again(here: Target) -> None:
     assert url.group(1) == here.variables["instance_name"]
     assert run_python(here, WORK) == "3"
     # one server, that of the job: no short-lived one was forgotten
-    assert here.run("pgrep -u $(id -u) -fc 'postgres -c [c]onfig_file'") == "1"
+    assert here.run(f"pgrep -fc 'postgres -c [c]onfig_file=.*/{here.variables['instance_name']}/'") == "1"
 
 
 def test_dry_run_beside_a_server_makes_no_database(here: Target) -> None:

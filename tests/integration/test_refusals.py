@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 from target import ROOT, Target
 
 JOB = {"partition": "work", "time": "01:00:00", "mem": "1000M"}
@@ -24,9 +25,29 @@ def refusal(output: str) -> str:
     return " ".join(said[-1].replace("''", "'").split())
 
 
-@pytest.mark.parametrize(
-    "settings, says",
-    [
+def check_refused(target: Target, variables: dict, given: list[tuple[dict, str]], folder: Path) -> None:
+    """Run one play with a host for each of these settings, and check that each is refused and nothing has changed."""
+    hosts = {f"case{number}": {**variables, **settings} for number, (settings, _says) in enumerate(given)}
+    inventory = folder / "hosts.json"
+    inventory.write_text(json.dumps({"hpc_db": {"hosts": hosts}}))
+    before = target.files()
+
+    played = target.play("hpc_db", None, f"--inventory={inventory}", "--limit=case*", "--forks=8")
+
+    for number, (settings, says) in enumerate(given):
+        said = re.findall(rf"^(?:fatal|failed): \[case{number}\].*(?:\n .*)*", played.stdout, re.MULTILINE)
+        assert len(said) == 1, (settings, played.stdout)
+        assert re.search(says, " ".join(said[0].replace("''", "'").split())), (settings, said)
+        assert re.search(rf"^case{number} .* changed=0 .* failed=1 ", played.stdout, re.MULTILINE), settings
+    assert target.files() == before
+
+
+def test_refused_on_a_cluster(mini: Target, tmp_path: Path) -> None:
+    mini.run(
+        "cd; mkdir -p env/conda-meta full half/run half/postgresql-17; touch full/thesis half/postgresql-17/thesis;"
+        "chmod 700 half half/run; printf '#!/bin/sh\\necho 3.6 /usr/bin/python3.6\\n' > old; chmod 755 old"
+    )
+    given: list[tuple[dict, str]] = [
         ({"postgres_provider": "apt"}, r"postgres_provider must be one of: rattler, conda, embedded, system, got: apt"),
         ({"server_job_options": {**JOB, "partition": "nope"}}, r"server_job_options: .*: invalid partition .*: nope"),
         ({"server_job_options": {**JOB, "mem": "999G"}}, r"server_job_options: .*node configuration is not available"),
@@ -51,49 +72,31 @@ def refusal(output: str) -> str:
         ({"postgres_networks": ["10.0.0.0"]}, r"postgres_networks: 10.0.0.0 is not allowed; .*10.1.0.0/16"),
         ({"ansible_python_interpreter": "/home/alice/old"}, r"is Python 3.6 there, .*set ansible_python_interpreter"),
         ({"ansible_python_interpreter": "/no/python"}, r"is no Python there, .*set ansible_python_interpreter"),
-    ],
-)
-def test_refused_on_a_cluster(mini: Target, settings: dict, says: str) -> None:
-    mini.run(
-        "cd; mkdir -p env/conda-meta full half/run half/postgresql-17; touch full/thesis half/postgresql-17/thesis;"
-        "chmod 700 half half/run; printf '#!/bin/sh\\necho 3.6 /usr/bin/python3.6\\n' > old; chmod 755 old"
-    )
-    before = mini.files()
-
-    played = mini.play("hpc_db", settings)
-
-    assert played.returncode != 0
-    assert re.search(says, refusal(played.stdout))
-    assert mini.files() == before
+    ]
+    (usual,) = yaml.safe_load((ROOT / "molecule/default/inventory/hosts.yml").read_text())["hpc_db"]["hosts"].values()
+    check_refused(mini, usual, given, tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be refused as root")
 def test_refused_for_root(here: Target) -> None:
+    root = f"/tmp/hpc-db-refused-{os.getpid()}"
     # The inventory's own user is left out, so that root itself is the owner.
-    played = here.play("hpc_db", {"ansible_become": False, "instance_root": "/tmp/hpc-db-refused"})
+    played = here.play("hpc_db", {"ansible_become": False, "instance_root": root})
 
     assert "the owner is root, but PostgreSQL does not run as root: set ansible_user" in refusal(played.stdout)
-    assert not os.path.exists("/tmp/hpc-db-refused")
+    assert not os.path.exists(root)
 
 
-@pytest.mark.parametrize(
-    "settings, says",
-    [
+def test_refused_on_this_machine(here: Target, tmp_path: Path) -> None:
+    given: list[tuple[dict, str]] = [
         ({"postgres_listen_addresses": "*"}, r"postgres_listen_addresses: \* .*has no TLS and may listen on 127.0.0.1"),
         ({"postgres_lock_file": "my.lock"}, r"postgres_lock_file: my.lock with postgres_provider embedded is not al"),
         ({"postgres_staged": True}, r"postgres_staged: True with postgres_provider embedded is not allowed; the works"),
         ({"postgres_major": 17}, r"postgres_major: 17 .*the provider embedded holds PostgreSQL 18"),
         ({"server_pooler": True}, r"server_pooler_program: nothing with postgres_provider embedded is not allowed"),
         ({"databases_workers": 0}, r"databases_workers: 0 is not allowed"),
-    ],
-)
-def test_refused_on_this_machine(here: Target, settings: dict, says: str) -> None:
-    before = here.files()
-
-    played = here.play("hpc_db", settings)
-
-    assert re.search(says, refusal(played.stdout))
-    assert here.files() == before
+    ]
+    check_refused(here, {**here.variables, "ansible_connection": "local"}, given, tmp_path)
 
 
 RULE = {"type": "local", "method": "peer"}
@@ -149,11 +152,12 @@ def test_unusual_names_are_used_as_they_are(
     here: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studies = ["it's", 'say "hi"', "$(touch ~/canary)", "a\nb", "-x", "{x}", "a,b", "\u03a9", "%s", "a\\"]
+    sockets = f"/tmp/-a b \u03a9 {os.getpid()}"
     settings = {
-        "instance_root": "~/a b, \u03a9=+@/-x", "server_socket_parent": "/tmp/-a b \u03a9",
+        "instance_root": "~/a b, \u03a9=+@/-x", "server_socket_parent": sockets,
         "databases_studies": [{"name": "mala", "studies": [{"name": name} for name in studies]}],
     }
-    here.run("mkdir -p '/tmp/-a b \u03a9'")
+    here.run(f"mkdir -p '{sockets}'")
 
     played = here.play("hpc_db", settings)
     assert played.returncode == 0, played.stdout
@@ -176,7 +180,7 @@ def test_unusual_names_are_used_as_they_are(
     with pytest.raises(urllib.error.URLError):
         ask.open(address.group(1), timeout=100)
     assert stopped.returncode == 0, stopped.stdout
-    here.run("cd; test ! -e canary && rm -r 'a b, \u03a9=+@' && rmdir '/tmp/-a b \u03a9'")
+    here.run(f"cd; test ! -e canary && rm -r 'a b, \u03a9=+@' && rmdir '{sockets}'")
 
 
 def test_what_is_allowed_but_dangerous_is_named(here: Target) -> None:
@@ -210,34 +214,19 @@ def test_unfit_programs_are_refused_before_anything_changes(
     settings = {
         "postgres_provider": "system", "postgres_major": major, "postgres_bindir": str(bindir), "postgres_tls": True,
     }
-    given = {
-        "missing": ({"postgres_bindir": "/nowhere"}, r"postgres_bindir: /nowhere has no program postgres, initdb, "),
-        "incomplete": ({"postgres_bindir": str(incomplete)}, f"postgres_bindir: {incomplete} has no program initdb; "),
-        "no_tls": ({"postgres_bindir": str(no_tls)},
-                   rf"postgres_tls: True is not allowed; {no_tls} holds PostgreSQL {major}\S* without TLS, so set fa"),
-        "major": ({"postgres_major": 14}, rf"postgres_major: 14 is not allowed; {bindir} holds .*, so set {major}"),
-        "ancient": ({"postgres_major": 9}, "postgres_major: 9 is not allowed; 14 or newer"),
-        "relative": ({"postgres_bindir": "bin"}, "postgres_bindir: 'bin' is not absolute"),
-        "nothing": ({"postgres_bindir": ""}, "postgres_bindir: neither it nor postgres_module_load says where"),
-        "no_module": ({"postgres_bindir": "", "postgres_module_load": "module load PostgreSQL/0"},
-                      "postgres_module_load: 'module load PostgreSQL/0' failed in a login shell: .*PostgreSQL/0"),
-        "other": ({"postgres_bindir": "", "postgres_module_load": "PATH=/usr/bin:/bin"},
-                  "postgres_module_load: '.*' brings no program postgres onto the PATH; set postgres_bindir"),
-        "conda": ({"postgres_python_provider": "conda"}, "postgres_python_provider: conda with .* no conda packages"),
-    }
-    hosts = {
-        name: {**here.variables, "ansible_connection": "local", **settings, **changes}
-        for name, (changes, _says) in given.items()
-    }
-    inventory = tmp_path / "hosts.json"
-    inventory.write_text(json.dumps({"hpc_db": {"hosts": hosts}}))
-    before = here.files()
-
-    played = here.play("hpc_db", None, f"--inventory={inventory}", f"--limit={','.join(given)}", "--forks=10")
-
-    for name, (_changes, says) in given.items():
-        said = re.findall(rf"^(?:fatal|failed): \[{name}\].*(?:\n .*)*", played.stdout, re.MULTILINE)
-        assert len(said) == 1, played.stdout
-        assert re.search(says, " ".join(said[0].replace("''", "'").split())), said
-        assert re.search(rf"^{name} .* changed=0 .* failed=1 ", played.stdout, re.MULTILINE)
-    assert here.files() == before
+    given: list[tuple[dict, str]] = [
+        ({"postgres_bindir": "/nowhere"}, r"postgres_bindir: /nowhere has no program postgres, initdb, "),
+        ({"postgres_bindir": str(incomplete)}, f"postgres_bindir: {incomplete} has no program initdb; "),
+        ({"postgres_bindir": str(no_tls)},
+         rf"postgres_tls: True is not allowed; {no_tls} holds PostgreSQL {major}\S* without TLS, so set fa"),
+        ({"postgres_major": 14}, rf"postgres_major: 14 is not allowed; {bindir} holds .*, so set {major}"),
+        ({"postgres_major": 9}, "postgres_major: 9 is not allowed; 14 or newer"),
+        ({"postgres_bindir": "bin"}, "postgres_bindir: 'bin' is not absolute"),
+        ({"postgres_bindir": ""}, "postgres_bindir: neither it nor postgres_module_load says where"),
+        ({"postgres_bindir": "", "postgres_module_load": "module load PostgreSQL/0"},
+         "postgres_module_load: 'module load PostgreSQL/0' failed in a login shell: .*PostgreSQL/0"),
+        ({"postgres_bindir": "", "postgres_module_load": "PATH=/usr/bin:/bin"},
+         "postgres_module_load: '.*' brings no program postgres onto the PATH; set postgres_bindir"),
+        ({"postgres_python_provider": "conda"}, "postgres_python_provider: conda with .* no conda packages"),
+    ]
+    check_refused(here, {**here.variables, "ansible_connection": "local", **settings}, given, tmp_path)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import hpc_db_host
@@ -15,8 +16,15 @@ import pytest
 
 def oldest_python():
     """Return a Python 3.6, the oldest that the hosting program promises to run on."""
-    managed = glob.glob(os.path.expanduser("~/.pyenv/versions/3.6.*/bin/python3"))
+    managed = glob.glob(os.path.expandvars("$PYENV_ROOT/versions/3.6.*/bin/python3"))
     return os.environ.get("HPC_DB_OLD_PYTHON") or next(iter(managed), None) or shutil.which("python3.6")
+
+
+@pytest.fixture
+def short_folder():
+    """A folder for sockets, whose paths hold 107 bytes: those of pytest may be too long."""
+    with tempfile.TemporaryDirectory(prefix="hpc_db-", dir="/tmp") as folder:
+        yield folder
 
 
 @pytest.fixture(params=["this Python", "the oldest Python"])

@@ -38,7 +38,7 @@ time.sleep(60)
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, short_folder):
     (tmp_path / "bin").mkdir()
     (tmp_path / "data").mkdir()
     made = []
@@ -54,7 +54,7 @@ def make(tmp_path):
         given = {
             "root": str(tmp_path), "bindir": str(tmp_path / "bin"), "data": str(tmp_path / "data"), "port": "5432",
             "instance": "hpc_db",
-            "config": str(tmp_path / "postgresql.conf"), "socket_parent": str(tmp_path), **settings,
+            "config": str(tmp_path / "postgresql.conf"), "socket_parent": short_folder, **settings,
         }
         keeper = types.SimpleNamespace(check=lambda: None, renew=beat, lost="")
         made.append(Postgres(given, listen, keeper, {"shared_buffers": "32MB"}))

@@ -51,15 +51,15 @@ class Interrupted(BaseException):
 
 
 @pytest.fixture
-def instance(tmp_path, monkeypatch):
-    return Instance(tmp_path, monkeypatch)
+def instance(tmp_path, short_folder, monkeypatch):
+    return Instance(tmp_path, short_folder, monkeypatch)
 
 
 class Instance:
     """An instance directory whose studies are in PostgreSQL 17, and all that an upgrade does with it."""
 
-    def __init__(self, root, monkeypatch):
-        self.root, self.servers, instance = root, [], self
+    def __init__(self, root, sockets, monkeypatch):
+        self.root, self.sockets, self.servers, instance = root, sockets, [], self
 
         class FakePostgres:
             port = 5432
@@ -107,7 +107,7 @@ class Instance:
     def write(self, name, major):
         settings = {
             "root": str(self.root), "bindir": str(self.root / f"bin{major}"), "instance": "hpc_db",
-            "data": str(self.root / "data" / str(major)), "socket_parent": str(self.root),
+            "data": str(self.root / "data" / str(major)), "socket_parent": self.sockets,
             "databases": ["studies"], "dump_minutes": 0, "dump_keep": 5,
         }
         (self.root / "host").mkdir(exist_ok=True)
