@@ -291,11 +291,9 @@ def test_options_that_are_refused_in_one_line(options, words):
 
 @pytest.mark.parametrize("bin_dir, known, root", [
     ("/opt/sge/bin/lx-amd64", None, "/opt/sge"), ("/opt/sge/bin/lx-amd64/", None, "/opt/sge"),
-    ("/opt/sge/bin/lx-amd64", "/other", None), ("/usr/bin", None, None), ("", None, None),
+    ("/opt/sge/bin/lx-amd64", "/other", "/other"), ("/usr/bin", None, None), ("", None, None),
 ])
-def test_root_follows_from_the_folder_of_the_commands(bin_dir, known, root, monkeypatch):
-    monkeypatch.delenv("SGE_ROOT", raising=False)
-    if known:
-        monkeypatch.setenv("SGE_ROOT", known)
+def test_root_follows_from_the_folder_of_the_commands(bin_dir, known, root):
+    variables = {"SGE_ROOT": known} if known else {}
 
-    assert _gridengine.environment(bin_dir).get("SGE_ROOT") == root
+    assert _gridengine.environment(variables, bin_dir).get("SGE_ROOT") == root

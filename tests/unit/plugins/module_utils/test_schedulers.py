@@ -177,7 +177,7 @@ def test_time_above_the_limit_of_every_partition(limits, time, refused):
 def interface(adapter):
     """Return the names and the parameters of what the modules and the filters call."""
     words = ("_command", "_options", "parse_", "batch_lines", "environment", "hopeless", "worker_name", "check_limit")
-    own = ("parse_time", "parse_resources", "check_output", "check_resources")
+    own = ("parse_time", "parse_resources", "check_output", "check_resources", "build_environment")
     return {
         name: [word.lstrip("_") for word in inspect.signature(value).parameters]
         for name, value in vars(adapter).items()
