@@ -49,7 +49,7 @@ def make_run(module: AnsibleModule) -> Run:
     def run(command: list) -> str:
         program = os.path.join(bin_dir, command[0]) if bin_dir else command[0]
         try:
-            done = call([program, *command[1:]], environment, cwd)
+            done = call([program, *command[1:]], environment, TIMEOUT, cwd)
         except subprocess.TimeoutExpired:
             raise SchedulerError(f"{program} has not answered within {TIMEOUT} s") from None
         except OSError as error:
@@ -64,7 +64,7 @@ def make_run(module: AnsibleModule) -> Run:
 
 
 def call(
-    command: list, environment: dict, cwd: str | None = None, timeout: float = TIMEOUT
+    command: list, environment: dict, timeout: float, cwd: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command with these variables and no others, which run_command of a module cannot."""
     return subprocess.run(

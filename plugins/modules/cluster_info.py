@@ -428,7 +428,7 @@ def main() -> None:
 
     def run_slurm(command: list) -> str:
         try:
-            done = call(command, _slurm.environment(os.environ, ""), timeout=timeout)
+            done = call(command, _slurm.environment(os.environ, ""), timeout)
         except (OSError, subprocess.TimeoutExpired):
             return ""
         return done.stdout if done.returncode == 0 else ""
