@@ -27,7 +27,7 @@ SLURM_A_VARIABLE_OF_NEXT_YEAR MORE_INFO SGE_DEBUG_LEVEL SGE_TASK_ID JOB_ID PGSER
 """.split()
 NEEDED = {
     "slurm": {"SLURM_CONF": "/s", "SLURM_JWT": "t"},
-    "gridengine": {name: "x" for name in ("SGE_ROOT", "SGE_CELL", "SGE_CLUSTER_NAME", "SGE_QMASTER_PORT")},
+    "gridengine": dict.fromkeys(("SGE_ROOT", "SGE_CELL", "SGE_CLUSTER_NAME", "SGE_QMASTER_PORT"), "x"),
 }
 
 GONE = "slurm_load_jobs error: Invalid job id specified\n"

@@ -73,7 +73,9 @@ def test_queue_line(line, expected):
     assert _slurm.parse_queue(line + "\n") == [expected]
 
 
-@pytest.mark.parametrize("text", ["", "\n", "3|CANCELLED||59:58/1:00:00|hpc-db|None\n", "Maintenance on Monday | be prepared\n"])
+@pytest.mark.parametrize("text", [
+    "", "\n", "3|CANCELLED||1:00/1:00|hpc-db|None\n", "Maintenance on Monday | be prepared\n",
+])
 def test_queue_without_jobs(text):
     assert _slurm.parse_queue(text) == []
 
@@ -251,7 +253,7 @@ def test_run_gives_up_a_command_that_does_not_answer(monkeypatch):
 
 
 @pytest.mark.parametrize("variables, options, words", [
-    ({"SBATCH_ACCOUNT": "hpc"}, {}, "account: not set, but your login shell sets SBATCH_ACCOUNT='hpc', which no job is"),
+    ({"SBATCH_ACCOUNT": "hpc"}, {}, "account: not set, but your login shell sets SBATCH_ACCOUNT='hpc', which no "),
     ({"SBATCH_PARTITION": "debug"}, {"account": "hpc"}, "partition: not set, but "),
     ({"SBATCH_TIMELIMIT": "10"}, {}, "time: not set, but "),
     ({"SBATCH_MEM_PER_CPU": "1G"}, {}, "mem-per-cpu: not set, but "),
