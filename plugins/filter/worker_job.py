@@ -10,8 +10,8 @@ name: worker_job
 short_description: How a job script of workers is started, and what its connections are called
 version_added: 0.1.0
 description:
-  - Gives for the scheduler at hand the call that submits a job script of workers, one that only judges it, and the name
-    by which M(mala.hpc_db.abandoned_trials) ties a worker's connections to its job.
+  - Gives for the scheduler at hand the call that submits a job script of workers, and the name by which
+    M(mala.hpc_db.abandoned_trials) ties a worker's connections to its job.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
@@ -45,7 +45,7 @@ EXAMPLES = r"""
 RETURN = r"""
 _value:
   description:
-    - C(submit) and C(check) are lists of arguments; C(check) is empty where nothing can be refused.
+    - C(submit) is a list of arguments.
     - C(name) is for a shell in the worker's job, to be put in double quotes.
   type: dict
 """
@@ -55,14 +55,13 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SCHE
 
 
 def worker_job(script: str, setting: str, scheduler: str, options: dict, cluster: str) -> dict:
-    """Return the calls, and the name."""
+    """Return the call, and the name."""
     spoken = SCHEDULERS[scheduler]
     try:
         spoken.check_options(options)
-        check = spoken.check_batch_command(script, options)
     except ValueError as error:
         raise AnsibleFilterError(f"{setting}: {error}") from None
-    return {"submit": spoken.batch_command(script), "check": check or [], "name": spoken.worker_name(cluster)}
+    return {"submit": spoken.batch_command(script), "name": spoken.worker_name(cluster)}
 
 
 class FilterModule:

@@ -12,8 +12,11 @@ import pwd
 import re
 import shlex
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from xml.etree import ElementTree
 
+from ansible_collections.mala.hpc_db.plugins.module_utils._environment import build_environment
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
 
 # What the module sets itself, and what would make qsub wait, print, or read the order of its options; and notify,
@@ -22,6 +25,9 @@ OWNED = (
     "C", "N", "S", "b", "cat", "clear", "cwd", "e", "hard", "help", "i", "j", "notify", "now", "o", "shell", "soft",
     "sync", "t", "tc", "terse", "verify", "w", "wd",
 )
+OWN_VARIABLES = ["SGE_CELL", "SGE_CLUSTER_NAME", "SGE_EXECD_PORT", "SGE_QMASTER_PORT", "SGE_ROOT"]
+# Options of qstat that choose jobs or print something else, and that no option overrides.
+FILTERS = ("-U", "-dj", "-dq", "-explain", "-f", "-F", "-g", "-help", "-j", "-l", "-pe", "-q", "-qs")
 # Options that say yes or no.
 SWITCHES = ("R", "r")
 # What the hosts report, which qsub does not look at when it judges a job: it would refuse it.
@@ -31,10 +37,14 @@ MEMORY = re.compile(r"\d+(\.\d+)?[kKmMgGtT]?", re.ASCII)
 TIME = re.compile(r"\d+|\d*:\d*:\d*", re.ASCII)
 
 
-def environment(bin_dir: str) -> dict[str, str]:
-    """Return the variables that the commands need; a login over ssh may lack them."""
+def environment(variables: Mapping[str, str], bin_dir: str) -> dict[str, str]:
+    """Return the variables that the commands need; a login over ssh may lack the folder of Grid Engine."""
     found = re.fullmatch(r"(/.+)/bin/[^/]+/*", bin_dir)
-    return {"SGE_ROOT": found[1]} if found and "SGE_ROOT" not in os.environ else {}
+    return {**({"SGE_ROOT": found[1]} if found else {}), **build_environment(variables, OWN_VARIABLES)}
+
+
+def check_environment(variables: Mapping[str, str], options: dict) -> None:
+    """Accept anything: qsub takes no options from its environment, but from files, which count for every job."""
 
 
 def hosting_options(options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:
@@ -73,11 +83,11 @@ def submit_command(name: str, script: str, options: dict, output: str) -> list[s
 
 
 def parse_submit(text: str) -> str:
-    """Return the id of the new job; sites may print lines of their own before it."""
-    last = text.strip().rpartition("\n")[2]
-    if not re.fullmatch(r"\d+", last, re.ASCII):
+    """Return the id of the new job; sites may print lines of their own before and after it."""
+    found = re.findall(r"^\d+$", text, re.ASCII | re.MULTILINE)
+    if not found:
         raise ValueError(f"no job id in what was printed: {text.strip()!r}")
-    return last
+    return found[-1]
 
 
 def batch_lines(name: str, number: int, folder: str, options: dict) -> list[str]:
@@ -119,7 +129,7 @@ def check_limit(text: str, options: dict) -> None:
 
 def queue_command(name: str) -> list[str]:
     """Return the qstat call for all jobs of this user, with what they have asked for."""
-    return ["qstat", "-u", user(), "-r", "-xml"]
+    return [*listing(), "-r", "-xml"]
 
 
 def parse_queue(text: str) -> list[dict]:
@@ -145,7 +155,7 @@ def parse_queue(text: str) -> list[dict]:
 
 def jobs_command(_ids: list[str]) -> list[str]:
     """Return the qstat call for all jobs of this user, with a line for each node that one has."""
-    return ["qstat", "-u", user(), "-g", "t", "-xml"]
+    return [*listing(), "-g", "t", "-xml"]
 
 
 def parse_jobs(text: str) -> list[Job]:
@@ -286,6 +296,21 @@ def pairs(options: dict) -> list[list[str]]:
 def flags(options: dict) -> list[str]:
     """Return the options as qsub's arguments."""
     return [word for pair in pairs(options) for word in pair]
+
+
+def listing() -> list[str]:
+    """Return the beginning of a qstat call for all jobs of this user.
+
+    Its defaults from files are overridden as far as that can be; what hides jobs nevertheless is refused.
+    """
+    root, cell = os.environ.get("SGE_ROOT", "/nonexistent"), os.environ.get("SGE_CELL", "default")
+    for path in (Path(pwd.getpwuid(os.geteuid()).pw_dir, ".sge_qstat"), Path(root, cell, "common", "sge_qstat")):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        words = [word for line in lines if not line.startswith("#") for word in line.split()]
+        hidden = sorted(set(words) & set(FILTERS))
+        if hidden:
+            raise ValueError(f"{path}: the option {hidden[0]} hides jobs from every qstat; remove it there")
+    return ["qstat", "-s", "prs", "-u", user()]
 
 
 def user() -> str:

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 # The hosting program prints its queue and its ids as Slurm does.
 from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import (
     parse_hosts,
@@ -20,9 +22,13 @@ __all__ = ["parse_hosts", "parse_jobs", "parse_nodes", "parse_queue", "parse_sub
 LOCAL_JOB = ["python3", "-m", "hpc_db_host.local_job"]
 
 
-def environment(bin_dir: str) -> dict[str, str]:
-    """Return no variables: the program needs none."""
-    return {}
+def environment(variables: Mapping[str, str], bin_dir: str) -> dict[str, str]:
+    """Return all of them: no scheduler takes any for an option."""
+    return dict(variables)
+
+
+def check_environment(variables: Mapping[str, str], options: dict) -> None:
+    """Accept anything."""
 
 
 def hosting_options(options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:

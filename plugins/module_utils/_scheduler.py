@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Callable
@@ -28,6 +29,8 @@ ARGUMENT_SPEC = {
     "bin_dir": {"type": "path"},
 }
 
+# Seconds that a command has for its answer.
+TIMEOUT = 120
 # Its end has begun and nothing brings it back.
 LEAVING = "COMPLETING"
 
@@ -41,28 +44,41 @@ def make_run(module: AnsibleModule) -> Run:
     local = module.params["scheduler"] == "local"
     bin_dir = None if local else module.params["bin_dir"]
     cwd = os.path.join(module.params["root"], "host") if local else None
-    environment = SCHEDULERS[module.params["scheduler"]].environment(bin_dir or "")
+    environment = SCHEDULERS[module.params["scheduler"]].environment(os.environ, bin_dir or "")
 
     def run(command: list) -> str:
         program = os.path.join(bin_dir, command[0]) if bin_dir else command[0]
         try:
-            rc, stdout, stderr = module.run_command(
-                [program, *command[1:]],
-                cwd=cwd,
-                environ_update=environment,
-                ignore_invalid_cwd=False,
-                expand_user_and_vars=False,  # a $ in a name or an option is a $
-                handle_exceptions=False,
-            )
+            done = call([program, *command[1:]], environment, TIMEOUT, cwd)
+        except subprocess.TimeoutExpired:
+            raise SchedulerError(f"{program} has not answered within {TIMEOUT} s") from None
         except OSError as error:
             hint = "" if local else "; set server_bin_dir to the folder that holds the scheduler's commands"
             raise SchedulerError(f"{program}: {error.strerror}{hint}") from error
-        if rc:
-            words = [line.strip() for line in (stderr.strip() or stdout.strip()).splitlines()]
-            raise SchedulerError("; ".join(words) or f"{program} ended with {rc}")
-        return stdout
+        if done.returncode:
+            words = [line.strip() for line in (done.stderr.strip() or done.stdout.strip()).splitlines()]
+            raise SchedulerError("; ".join(words) or f"{program} ended with {done.returncode}")
+        return done.stdout
 
     return run
+
+
+def call(
+    command: list, environment: dict, timeout: float, cwd: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with these variables and no others, which run_command of a module cannot."""
+    return subprocess.run(
+        command, env=environment, cwd=cwd, timeout=timeout, stdin=subprocess.DEVNULL, capture_output=True,
+        encoding="utf-8", errors="replace", check=False,
+    )
+
+
+def check_environment(params: dict, setting: str) -> None:
+    """Raise ValueError for an option that is set by the login's environment only; ``setting`` is where it belongs."""
+    try:
+        SCHEDULERS[params["scheduler"]].check_environment(os.environ, params["options"])
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from None
 
 
 def check_name(name: str) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections.abc import Mapping
 
+from ansible_collections.mala.hpc_db.plugins.module_utils._environment import build_environment
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
 
 # What the module sets itself, and what would make sbatch wait, print, or submit where squeue does not look.
@@ -17,11 +19,20 @@ OWNED = (
     "array", "clusters", "error", "help", "input", "job-name", "open-mode", "output", "parsable", "quiet",
     "test-only", "usage", "verbose", "version", "wait", "wrap",
 )
-# What has no process any more; a state that nobody knows here counts as one that has.
-ENDED = {
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
-    "TIMEOUT",
+# What sbatch's variables may say without a word to the user: it changes nothing for a job whose environment is built,
+# or Slurm itself has set the variable, inside a job.
+UNTOLD = re.compile(r"debug|export|get-user-env|ignore-pbs|mem-bind.*|threads-per-core")
+RENAMED = {
+    "array-inx": "array", "mem-per-node": "mem", "req-switch": "switches", "timelimit": "time",
+    "wait4switch": "switches",
 }
+# What has no process any more. Any other state counts as one that has, also one that says something else and may hide
+# that the job runs: REVOKED (on another cluster of a federation), LAUNCH_FAILED.
+ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
+}
+# All jobs, whatever a site hides or adds: partitions that are hidden, other clusters, jobs that have ended just now.
+LISTING = ["squeue", "--noheader", "--all", "--local", "--states=all", "--me"]
 # Reasons that no waiting resolves: the job itself has to change, or somebody has to release it.
 # A limit per job or node is one; a limit on all jobs of a user, group or account is not.
 # Nor is PartitionNodeLimit, which Slurm also reports while nodes are down.
@@ -34,9 +45,22 @@ MEMORY = re.compile(r"\d+([KMGT]B?)?", re.ASCII | re.IGNORECASE)
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
 
 
-def environment(bin_dir: str) -> dict[str, str]:
+def environment(variables: Mapping[str, str], bin_dir: str) -> dict[str, str]:
     """Return the variables that the commands need: times are to be seconds since 1970."""
-    return {"SLURM_TIME_FORMAT": "%s"}
+    return {**build_environment(variables, ["SLURM_CONF", "SLURM_JWT"]), "SLURM_TIME_FORMAT": "%s"}
+
+
+def check_environment(variables: Mapping[str, str], options: dict) -> None:
+    """Raise ValueError for an option that is left to a variable of sbatch's, which no job here is given."""
+    for name in sorted(name for name in variables if name.startswith("SBATCH_")):
+        word = name.removeprefix("SBATCH_").lower().replace("_", "-")
+        flag = RENAMED.get(word, word)
+        memory = flag.startswith("mem") and any(str(option).startswith("mem") for option in options)
+        if not (flag in options or flag in OWNED or memory or UNTOLD.fullmatch(flag)):
+            raise ValueError(
+                f"{flag}: not set, but your login shell sets {name}={variables[name]!r}, which no job is given; "
+                f"set {flag} here, to false if the job needs none"
+            )
 
 
 def hosting_options(options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:
@@ -62,12 +86,11 @@ def submit_command(name: str, script: str, options: dict, output: str) -> list[s
 
 
 def parse_submit(text: str) -> str:
-    """Return the id of the new job; sites may print lines of their own before it."""
-    last = text.strip().rpartition("\n")[2]
-    found = re.fullmatch(r"(\d+)(;.*)?", last)
+    """Return the id of the new job; sites may print lines of their own before and after it."""
+    found = re.findall(r"^(\d+)(?:;.*)?$", text, re.ASCII | re.MULTILINE)
     if not found:
         raise ValueError(f"no job id in what was printed: {text.strip()!r}")
-    return found[1]
+    return found[-1]
 
 
 def batch_lines(name: str, number: int, folder: str, options: dict) -> list[str]:
@@ -105,7 +128,7 @@ def limit_command(options: dict) -> list[str] | None:
     """
     if options.get("qos") or not (options.get("partition") and options.get("time")):
         return None
-    return ["sinfo", "--noheader", "--format=%R|%l", f"--partition={options['partition']}"]
+    return ["sinfo", "--noheader", "--all", "--local", "--format=%R|%l", f"--partition={options['partition']}"]
 
 
 def check_limit(text: str, options: dict) -> None:
@@ -119,16 +142,18 @@ def check_limit(text: str, options: dict) -> None:
 
 def queue_command(name: str) -> list[str]:
     """Return the squeue call. It compares names without regard to case, so compare them again."""
-    return ["squeue", "--noheader", "--me", f"--name={name}", "--format=%i|%T|%N|%L/%l|%j|%r"]
+    return [*LISTING, f"--name={name}", "--format=%i|%T|%N|%L/%l|%j|%r"]
 
 
 def parse_queue(text: str) -> list[dict]:
-    """Return the jobs. The state is the scheduler's own word; one that nobody knows here is data too."""
+    """Return the jobs that have not ended. The state is Slurm's own word; one that nobody knows here is data too."""
     jobs = []
     for line in text.splitlines():
         if line.count("|") < 5:  # a site's own message
             continue
         job_id, state, node, left, name, reason = line.strip().split("|", 5)
+        if state.upper() in ENDED:
+            continue
         left, _slash, limit = left.partition("/")
         jobs.append({
             "id": job_id,
@@ -145,7 +170,7 @@ def parse_queue(text: str) -> list[dict]:
 def jobs_command(_ids: list[str]) -> list[str]:
     """Return the squeue call for all jobs of this user."""
     fields = ("JobID", "RestartCnt", "State", "StartTime", "NodeList", "Name")
-    return ["squeue", "--noheader", "--me", "--states=all", f"--Format={','.join(f'{field}:|' for field in fields)}"]
+    return [*LISTING, f"--Format={','.join(f'{field}:|' for field in fields)}"]
 
 
 def parse_jobs(text: str) -> list[Job]:
@@ -163,7 +188,7 @@ def parse_jobs(text: str) -> list[Job]:
 
 def all_nodes_command() -> list[str] | None:
     """Return the call that prints every node of the cluster."""
-    return ["sinfo", "--noheader", "--Node", "--format=%t|%N"]
+    return ["sinfo", "--noheader", "--all", "--local", "--Node", "--format=%t|%N"]
 
 
 def nodes_command(nodes: str) -> list[str] | None:

@@ -145,6 +145,14 @@ def span_of_start(trial: Trial) -> tuple[float, float] | None:
     return trial.start - AHEAD_OF_UTC, trial.start + BEHIND_UTC
 
 
+def is_later(restart: str, before: str) -> bool:
+    """Tell whether a job has begun again. A worker may name more restarts than its job has had.
+
+    A job that is submitted inside another one inherits its SLURM_RESTART_COUNT, until it is restarted itself.
+    """
+    return restart.isdigit() and before.isdigit() and int(restart) > int(before)
+
+
 def judge(trial: Trial, world: World) -> Verdict:
     """Tell whether the worker of a trial is gone."""
     age = trial.heartbeat_age
@@ -159,10 +167,10 @@ def judge(trial: Trial, world: World) -> Verdict:
     if worker.cluster != world.cluster:
         return Verdict(False, f"job {worker.job} is one of the cluster {worker.cluster}; ask there", True)
     for job in world.jobs:
-        if (job.id, job.restart) == (worker.job, worker.restart):
-            return Verdict(False, f"job {job.id} is {job.state}{f' on {job.nodes}' if job.nodes else ''}")
-        if job.id == worker.job:
+        if job.id == worker.job and is_later(job.restart, worker.restart):
             return Verdict(True, f"job {job.id} was queued again since")
+        if job.id == worker.job:
+            return Verdict(False, f"job {job.id} is {job.state}{f' on {job.nodes}' if job.nodes else ''}")
     return Verdict(True, f"job {worker.job} has ended and has no connection")
 
 

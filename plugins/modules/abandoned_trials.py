@@ -14,6 +14,7 @@ description:
     that live may go on meanwhile.
   - A trial that M(mala.hpc_db.optuna_study) has noted with its job is requeued once the scheduler has that job no
     longer, and no connection of that job is open.
+  - A list of jobs that lacks the hosting job is not believed.
   - Any other trial is requeued once no job of this user and no connection is left that can have begun it. While that
     cannot be told, the trial is left alone, and the reason is returned.
   - To requeue means, as with Optuna's C(RetryFailedTrialCallback), that the trial becomes C(FAIL), and a new one of
@@ -222,8 +223,13 @@ def look_around(params: dict, run: Run, trials: list[_workers.Trial]) -> _worker
     names += [str(_workers.read_note(trial).get("name", "")) for trial in trials]
     ids = sorted({worker.job for worker in map(_workers.worker_of, names) if worker})
     jobs = scheduler.parse_jobs(run(scheduler.jobs_command(ids)))
-    jobs = [job for job in jobs if job.name not in (params["name"], *params["other_jobs"])]
     local = params["scheduler"] == "local"
+    if trials and not local and params["name"] not in [job.name for job in jobs]:
+        raise Refused(
+            f"the scheduler does not list {params['name']}, the job that hosts the server; so it may not list jobs of "
+            "workers either, and none of their trials is taken for abandoned"
+        )
+    jobs = [job for job in jobs if job.name not in (params["name"], *params["other_jobs"])]
     return _workers.World(
         cluster=socket.gethostname() if local else params["cluster"],
         connections=connections,

@@ -180,14 +180,17 @@ import pwd
 import re
 import shutil
 import socket
+import subprocess
 from pathlib import Path
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import ConnectionError as UrlError
 from ansible.module_utils.urls import open_url
+from ansible_collections.mala.hpc_db.plugins.module_utils import _slurm
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import parse_search, search_command
 from ansible_collections.mala.hpc_db.plugins.module_utils._mounts import parse_mountinfo
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import call
 from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_time
 
 # Takes an argument list; returns what was printed, nothing if the command is missing, fails, or takes too long.
@@ -211,7 +214,7 @@ SECONDS = 7 * 24 * 3600
 SHORT_SECONDS = 3600
 
 
-def look(params: dict, run: Run, fetch: Callable[[str], str]) -> dict:
+def look(params: dict, run: Run, run_slurm: Run, fetch: Callable[[str], str]) -> dict:
     """Return what is known. ``fetch`` returns what keeps this host from a URL."""
     user = pwd.getpwuid(os.geteuid())
     folders, programs = parse_login(run(login_command()))
@@ -220,7 +223,7 @@ def look(params: dict, run: Run, fetch: Callable[[str], str]) -> dict:
     slurm = bool(sbatch or (folder and os.path.exists(os.path.join(folder, "sbatch"))))
 
     def ask(program: str, *arguments: str) -> str:
-        return run([os.path.join(folder, program), *arguments]) if slurm else ""
+        return run_slurm([os.path.join(folder, program), *arguments]) if slurm else ""
 
     accounts, qos = parse_associations(
         ask("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user.pw_name}",
@@ -423,7 +426,14 @@ def main() -> None:
         code, stdout, _stderr = module.run_command(limited, expand_user_and_vars=False)
         return stdout if code == 0 else ""
 
-    module.exit_json(**look(module.params, run, lambda url: fetch_url(url, timeout)))
+    def run_slurm(command: list) -> str:
+        try:
+            done = call(command, _slurm.environment(os.environ, ""), timeout)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout if done.returncode == 0 else ""
+
+    module.exit_json(**look(module.params, run, run_slurm, lambda url: fetch_url(url, timeout)))
 
 
 if __name__ == "__main__":

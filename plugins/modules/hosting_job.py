@@ -18,6 +18,9 @@ description:
     submits the next one. Give O(options) C(dependency=singleton), and that one starts only after the old one
     has ended.
   - What the scheduler would refuse is refused before anything is changed, in its own words.
+  - The scheduler's commands, and the job, get a few variables of the login's environment only, such as C(PATH) and
+    C(SLURM_CONF). An option that C(SBATCH_ACCOUNT) or another variable of C(sbatch) sets is refused unless O(options)
+    have it, too.
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
 attributes:
@@ -151,6 +154,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     SCHEDULERS,
     Run,
     SchedulerError,
+    check_environment,
     check_name,
     find_jobs,
     make_run,
@@ -185,6 +189,7 @@ def ensure_job(params: dict, run: Run, check_mode: bool) -> dict:
 def _check_submission(params: dict, run: Run, check_mode: bool) -> None:
     """Raise what a submission would; a real one hears from sbatch itself."""
     scheduler = SCHEDULERS[params["scheduler"]]
+    check_environment(params, "server_job_options")
     limit = scheduler.limit_command(params["options"])
     if limit:
         scheduler.check_limit(run(limit), params["options"])

@@ -88,6 +88,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     SCHEDULERS,
     Run,
     SchedulerError,
+    check_environment,
     check_name,
     find_jobs,
     make_run,
@@ -108,6 +109,7 @@ def run_job(params: dict, run: Run, sleep: Callable[[float], None] = time.sleep)
     door = _Door(params["listening"])
     try:
         scheduler.check_options(params["options"])
+        check_environment(params, "server_job_options")
         find_jobs(params, run)  # refuses paths that are not absolute
         wishes = params["script"], params["options"], params["output"]
         job_id = scheduler.parse_submit(run(scheduler.submit_command(params["name"], *wishes)))

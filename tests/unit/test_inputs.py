@@ -73,6 +73,9 @@ MODULES: dict[str, dict[str, Any]] = {
         "root": "FOLDER/new", "directories": ["conf"],
         "files": [{"path": "conf/a", "content": "a", "mode": "0600", "validate": ["FOLDER/bin/postgres", "{file}"]}],
     },
+    "job_script_check": {
+        **JOB, "script": "FOLDER/root/job.sh", "options": {"partition": "work"}, "setting": "workers_job_options",
+    },
     "last_run": {
         **JOB, "state": "noted", "fingerprint": "a1", "roles": ["study"], "environment": "FOLDER/new", "databases": [
             {"name": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}]},

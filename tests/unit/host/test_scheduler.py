@@ -2,9 +2,33 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Whether the scheduler says that a job has ended, where a doubt means no; and that one job follows."""
 
+import json
+import os
+import subprocess
+import sys
+import time
+
 import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils import _gridengine, _slurm
 from hpc_db_host import scheduler_gridengine, scheduler_slurm
-from hpc_db_host.scheduler import Queue, job_has_ended
+from hpc_db_host.processes import start_time
+from hpc_db_host.scheduler import Queue, call, job_has_ended
+
+SIDES = {"slurm": (scheduler_slurm, _slurm), "gridengine": (scheduler_gridengine, _gridengine)}
+# What a user's .bashrc, a site's profile or the job that something runs in may set.
+FOREIGN = """
+SQUEUE_ACCOUNT SQUEUE_ALL SQUEUE_ARRAY SQUEUE_FEDERATION SQUEUE_FORMAT SQUEUE_FORMAT2 SQUEUE_LICENSES SQUEUE_LOCAL
+SQUEUE_NAMES SQUEUE_PARTITION SQUEUE_PRIORITY SQUEUE_QOS SQUEUE_SIBLING SQUEUE_SORT SQUEUE_STATES SQUEUE_USERS
+SINFO_ALL SINFO_FEDERATION SINFO_FORMAT SINFO_LOCAL SINFO_PARTITION SINFO_SORT SCONTROL_ALL SCONTROL_LOCAL
+SCANCEL_ACCOUNT SCANCEL_BATCH SCANCEL_CTLD SCANCEL_FULL SCANCEL_HURRY SCANCEL_INTERACTIVE SCANCEL_NAME SCANCEL_PARTITION
+SCANCEL_QOS SCANCEL_STATE SCANCEL_USER SCANCEL_VERBOSE SCANCEL_WCKEY SBATCH_ACCOUNT SBATCH_PARTITION SBATCH_WAIT
+SLURM_CLUSTERS SLURM_EXIT_ERROR SLURM_JOB_ID SLURM_RESTART_COUNT SLURM_ARRAY_TASK_ID SLURM_MEM_PER_NODE SRUN_DEBUG
+SLURM_A_VARIABLE_OF_NEXT_YEAR MORE_INFO SGE_DEBUG_LEVEL SGE_TASK_ID JOB_ID PGSERVICEFILE PYTHONPATH LANGUAGE LC_MESSAGES
+""".split()
+NEEDED = {
+    "slurm": {"SLURM_CONF": "/s", "SLURM_JWT": "t"},
+    "gridengine": dict.fromkeys(("SGE_ROOT", "SGE_CELL", "SGE_CLUSTER_NAME", "SGE_QMASTER_PORT"), "x"),
+}
 
 GONE = "slurm_load_jobs error: Invalid job id specified\n"
 BUSY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n"
@@ -26,8 +50,16 @@ BUSY = "slurm_load_jobs error: Unable to contact slurm controller (connect failu
     (0, "NODE_FAIL\n", "", True),
     (0, "PREEMPTED\n", "", True),
     (0, "OUT_OF_MEMORY\n", "", True),
-    (0, "", "", True),
+    (0, "LAUNCH_FAILED\n", "", False),
+    (0, "REVOKED\n", "", False),
+    (0, "", "", False),
+    (0, "\n", "", False),
+    (0, "COMPLETED\nCANCELLED\n", "", True),
+    (0, "COMPLETED\nCANC", "", False),
     (1, "", GONE, True),
+    (1, "COMPLETED\n", BUSY, False),
+    (1, "", "squeue: error: Invalid job id: 7x\n", False),
+    (-9, "COMPLETED\n", "", False),
     (1, "", BUSY, False),
     (1, "", "", False),
 ])
@@ -40,6 +72,10 @@ def test_answers_of_slurm(returncode, stdout, stderr, ended):
     (0, "==============================================================\njob_number:                 9\n", "", False),
     (1, "", "error: commlib error: got select error (Connection refused)\nunable to send message to qmaster\n", False),
     (1, "", "", False),
+    (0, "", "", False),
+    # -xml in ~/.sge_qstat
+    (0, "<?xml version='1.0'?>\n<unknown_jobs >\n    <ST_name>77</ST_name>\n</unknown_jobs>\n", "", True),
+    (0, "<?xml version='1.0'?>\n<detailed_job_info>\n</detailed_job_info>\n", "", False),
 ])
 def test_answers_of_grid_engine(returncode, stdout, stderr, ended):
     assert scheduler_gridengine.has_ended(returncode, stdout, stderr) is ended
@@ -61,12 +97,78 @@ def test_grid_engine_is_told_where_it_is(variables, bin_dir, root):
     assert scheduler_gridengine.environment(variables, bin_dir).get("SGE_ROOT") == root
 
 
+@pytest.mark.parametrize("text", ["", "error: unable to contact qmaster\n", "<?xml version='1.0'?>\n<job_info>"])
+def test_answer_of_grid_engine_that_is_no_queue(text):
+    with pytest.raises(OSError, match="no XML in what was printed"):
+        scheduler_gridengine.parse_queue(text)
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Make a command of a scheduler, a shell script, in a folder."""
+    def command(name, script):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+        return str(tmp_path)
+
+    return command
+
+
+@pytest.mark.parametrize("scheduler", sorted(SIDES))
+def test_commands_get_a_few_variables_that_are_known(scheduler, command, monkeypatch):
+    for name in FOREIGN:
+        monkeypatch.setenv(name, "foreign")
+    for name, value in {**NEEDED[scheduler], "LC_ALL": "de_DE"}.items():
+        monkeypatch.setenv(name, value)
+    dump = f"exec {sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
+
+    got = json.loads(call(SIDES[scheduler][0], command("squeue", dump), ["squeue"], 60).stdout)
+
+    assert not {name for name, value in got.items() if value == "foreign"}
+    assert got.items() >= NEEDED[scheduler].items()
+    assert (got["HOME"], got["PATH"], got["LC_ALL"]) == (os.environ["HOME"], os.environ["PATH"], "C.UTF-8")
+
+
+@pytest.mark.parametrize("bin_dir", ["", "/opt/sge/bin/lx-amd64"])
+@pytest.mark.parametrize("scheduler", sorted(SIDES))
+def test_first_job_is_told_the_same_as_all_later_ones(scheduler, bin_dir):
+    """The playbook submits the first, the hosting program the others."""
+    host, playbook = SIDES[scheduler]
+    variables = {name: name for name in [*os.environ, *FOREIGN, *NEEDED[scheduler]]}
+
+    assert host.environment(variables, bin_dir) == playbook.environment(variables, bin_dir)
+
+
+def test_both_sides_know_the_same_ends():
+    assert set(scheduler_slurm.ENDED) == _slurm.ENDED
+
+
+def test_nothing_is_left_of_a_command_that_does_not_answer(command, tmp_path):
+    """A site's wrapper of it waits for it, and it holds the pipes."""
+    folder = command("squeue", f"trap '' TERM; sleep 100 & echo $$ $! > {tmp_path}/pids; wait")
+
+    with pytest.raises(subprocess.TimeoutExpired):
+        call(scheduler_slurm, folder, ["squeue"], 0.5)
+
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    limit = time.monotonic() + 30
+    while any(start_time(pid) for pid in pids):  # SIGKILL takes a moment
+        assert time.monotonic() < limit
+    assert len(pids) == 2
+
+
+def test_answer_that_is_no_text_says_nothing(command):
+    folder = command("squeue", "printf 'COMPLETED\\377\\n'")
+
+    assert job_has_ended("slurm", folder, "7") is False
+
+
 @pytest.fixture
 def bin_dir(tmp_path):
     """A squeue that knows one job, 7, which has completed."""
     (tmp_path / "squeue").write_text(
         "#!/bin/sh\n"
-        "[ \"$*\" = '--noheader --format=%T --jobs=7' ] || { echo \"$*\" >&2; exit 1; }\n"
+        "case \"$*\" in *' --states=all --format=%T --jobs=7') ;; *) echo \"$*\" >&2; exit 1; esac\n"
         "echo COMPLETED\n"
     )
     (tmp_path / "squeue").chmod(0o755)
@@ -113,6 +215,7 @@ OURS = ("7", "hpc_db", "RUNNING")
     ([("9", "hpc_db", "PENDING")], "job 9 follows", 2),
     ([("9", "hpc_db", "COMPLETING")], "job 8 follows", 3),
     ([("9", "HPC_DB", "PENDING"), ("10", "worker", "PENDING")], "job 8 follows", 4),
+    ([("9", "hpc_db", "CANCELLED")], "job 8 follows", 3),
 ])
 def test_one_successor_is_kept(others, follower, queued):
     queue = FakeQueue(OURS, *others)
@@ -130,11 +233,32 @@ def test_successors_are_cancelled_and_nobody_else():
     assert queue.jobs == [OURS, ("9", "worker", "PENDING")]
 
 
-def test_successor_gets_no_option_of_ours_from_the_environment(tmp_path, monkeypatch):
-    (tmp_path / "squeue").write_text("#!/bin/sh\nenv | grep -E '^(SLURM|SBATCH)_' | sort | tr '\\n' ' ' >&2; exit 1\n")
-    (tmp_path / "squeue").chmod(0o755)
-    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_NODE", "SBATCH_PARTITION", "SLURM_CONF"):
-        monkeypatch.setenv(name, "x")
+@pytest.mark.parametrize("listed", ["", "9|worker|PENDING\n"])
+@pytest.mark.parametrize("state, submits", [
+    ("echo RUNNING", False), ("true", False), ("exit 1", False), ("echo COMPLETED", True),
+    (f"echo '{GONE.strip()}' >&2; exit 1", True),
+])
+def test_listing_without_our_own_job_brings_no_successor(listed, state, submits, command, tmp_path):
+    """It is filtered, or empty; only of a job that has ended, so of a program run by hand, nothing is to be listed."""
+    folder = command("squeue", f"case \"$*\" in *--jobs=7) {state};; *) printf '{listed}'; esac")
+    command("sbatch", f"echo called >> {tmp_path}/called; echo 8")
+    settings = {"scheduler": "slurm", "job_name": "hpc_db", "bin_dir": folder, "successor": ["sbatch"]}
 
-    with pytest.raises(OSError, match="^squeue: SLURM_CONF=x$"):
-        Queue({"scheduler": "slurm", "job_name": "hpc_db", "bin_dir": str(tmp_path)}, "7").ensure_successor()
+    if submits:
+        assert Queue(settings, "7").ensure_successor() == "job 8 follows"
+    else:
+        with pytest.raises(OSError, match="^squeue does not list job 7, which runs$"):
+            Queue(settings, "7").ensure_successor()
+    assert (tmp_path / "called").exists() is submits
+
+
+@pytest.mark.parametrize("printed, follows", [
+    ("8", "job 8 follows"), ("8;mini", "job 8 follows"),
+    ("Welcome to mini\n8\n--> 12 % of the allocation are left", "job 8 follows"),
+])
+def test_id_of_the_successor_between_lines_of_the_site(printed, follows, command):
+    folder = command("squeue", "echo '7|hpc_db|RUNNING'")
+    command("sbatch", f"cat << end\n{printed}\nend")
+    settings = {"scheduler": "slurm", "job_name": "hpc_db", "bin_dir": folder, "successor": ["sbatch"]}
+
+    assert Queue(settings, "7").ensure_successor() == follows

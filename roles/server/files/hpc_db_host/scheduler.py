@@ -5,11 +5,13 @@
 What the commands of one scheduler are is in scheduler_NAME.py, NAME being the setting server_scheduler. Each has
 
     JOB_VARIABLE                             the variable that tells a job its own id
-    environment(variables, bin_dir)          the variables for the scheduler's commands
+    environment(variables, bin_dir)          the variables for the scheduler's commands, chosen from these by name
     state_command(job)                       the call that asks about a job
-    has_ended(returncode, stdout, stderr)    what it answers: True if the job has left its node for good, else False
+    has_ended(returncode, stdout, stderr)    what it answers: True if the job has left its node for good; else, and
+                                             for an answer that says nothing, False
     queue_command()                          the call that lists this user's jobs
-    parse_queue(stdout)                      id and name of each that waits or runs, and is not on its way out
+    parse_queue(stdout)                      id and name of each that waits or runs, and is not on its way out;
+                                             OSError if that is no listing
     cancel_command(job)                      the call that cancels a job that waits
 
 A machine without a scheduler has no such file.
@@ -18,10 +20,14 @@ A machine without a scheduler has no such file.
 import importlib
 import os
 import re
+import signal
 import subprocess
 from types import ModuleType
-from typing import List, Optional
+from typing import Dict, List, Optional, Sequence, Tuple
 
+# The variables that every scheduler's commands are given. All others stay out: SQUEUE_PARTITION in a .bashrc hides
+# jobs, and inside a job there are variables that describe that job. plugins/module_utils/_environment.py has the same.
+INHERITED = ("HOME", "KRB5CCNAME", "LD_LIBRARY_PATH", "LOGNAME", "PATH", "SHELL", "TZ", "USER")
 
 def adapter(name: str) -> Optional[ModuleType]:
     """Return what speaks to the scheduler of that name; None if nothing here does."""
@@ -31,6 +37,12 @@ def adapter(name: str) -> Optional[ModuleType]:
         return importlib.import_module("%s.scheduler_%s" % (__package__, name))
     except ImportError:
         return None
+
+
+def build_environment(variables: Dict[str, str], names: Sequence[str]) -> Dict[str, str]:
+    """Return what a scheduler's commands, and so its jobs, get of ``variables``; ``names`` are the scheduler's own."""
+    kept = {name: variables[name] for name in (*INHERITED, *names) if name in variables}
+    return dict(kept, LC_ALL="C.UTF-8")  # their words are read here
 
 
 def own_job(name: str) -> str:
@@ -54,12 +66,18 @@ def job_has_ended(name: str, bin_dir: str, job: str) -> bool:
 def call(
     spoken: ModuleType, bin_dir: str, command: List[str], timeout: float
 ) -> "subprocess.CompletedProcess[str]":
-    """Run one of the scheduler's commands."""
-    return subprocess.run(
+    """Run one of the scheduler's commands; after the time-out nothing is left of it, not even what it has started."""
+    with subprocess.Popen(
         [os.path.join(bin_dir, command[0])] + command[1:], env=spoken.environment(dict(os.environ), bin_dir),
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-        timeout=timeout, check=False,
-    )
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 class Queue:
@@ -72,18 +90,29 @@ class Queue:
 
     def ensure_successor(self) -> str:
         """Have one job of our name queued behind us; return what was done, in one line."""
-        others = self._others()
+        jobs = self._jobs()
+        bin_dir = self._settings.get("bin_dir", "")
+        # A listing without this job is filtered or empty: it does not show whether a successor is queued.
+        listed = self._job in [job for job, _name in jobs]
+        if not listed and not job_has_ended(self._settings["scheduler"], bin_dir, self._job):
+            raise OSError("%s does not list job %s, which runs" % (self._adapter.queue_command()[0], self._job))
+        others = self._others(jobs)
         if others:
             return "job %s follows" % others[0]
-        return "job %s follows" % self._run(self._settings["successor"]).strip()
+        printed = self._run(self._settings["successor"])
+        # Sites may print lines of their own around the id.
+        ids = re.findall(r"^([0-9]+)(?:;.*)?$", printed, re.MULTILINE)
+        return "job %s follows" % (ids[-1] if ids else " ".join(printed.split()))
 
     def cancel_successors(self) -> None:
         """Cancel the jobs of our name that wait: what stops us would stop them, too."""
-        for job in self._others():
+        for job in self._others(self._jobs()):
             self._run(self._adapter.cancel_command(job))
 
-    def _others(self) -> List[str]:
-        jobs = self._adapter.parse_queue(self._run(self._adapter.queue_command()))
+    def _jobs(self) -> List[Tuple[str, str]]:
+        return self._adapter.parse_queue(self._run(self._adapter.queue_command()))
+
+    def _others(self, jobs: List[Tuple[str, str]]) -> List[str]:
         return [job for job, name in jobs if name == self._settings["job_name"] and job != self._job]
 
     def _run(self, command: List[str]) -> str:

@@ -8,13 +8,16 @@ import re
 from typing import Dict, List, Tuple
 from xml.etree import ElementTree
 
+from .scheduler import build_environment
+
 JOB_VARIABLE = "JOB_ID"
+OWN_VARIABLES = ["SGE_CELL", "SGE_CLUSTER_NAME", "SGE_EXECD_PORT", "SGE_QMASTER_PORT", "SGE_ROOT"]
 
 
 def environment(variables: Dict[str, str], bin_dir: str) -> Dict[str, str]:
-    """Add the folder in which Grid Engine is, which its commands want to be told: a job knows it, a login may not."""
+    """Choose what Grid Engine's commands need; add the folder in which it is: a job knows it, a login may not."""
     found = re.match(r"(/.+)/bin/[^/]+/*$", bin_dir)
-    return dict({"SGE_ROOT": found.group(1)} if found else {}, **variables)
+    return dict({"SGE_ROOT": found.group(1)} if found else {}, **build_environment(variables, OWN_VARIABLES))
 
 
 def state_command(job: str) -> List[str]:
@@ -23,18 +26,23 @@ def state_command(job: str) -> List[str]:
 
 
 def has_ended(returncode: int, stdout: str, stderr: str) -> bool:
-    """Read the answer: Grid Engine forgets what has ended; one that does not answer says no."""
-    return returncode != 0 and "jobs do not exist" in stdout + stderr
+    """Read the answer: Grid Engine forgets what has ended. No answer, or an empty one, says nothing."""
+    if returncode:
+        return "jobs do not exist" in stdout + stderr
+    return "<unknown_jobs" in stdout  # with -xml in a file of qstat's defaults
 
 
 def queue_command() -> List[str]:
-    """Return the call that lists this user's jobs."""
-    return ["qstat", "-u", pwd.getpwuid(os.getuid()).pw_name, "-xml"]
+    """Return the call that lists this user's jobs, in all states whatever ~/.sge_qstat says."""
+    return ["qstat", "-s", "prs", "-u", pwd.getpwuid(os.getuid()).pw_name, "-xml"]
 
 
 def parse_queue(stdout: str) -> List[Tuple[str, str]]:
     """Return id and name of the jobs that go on; one that was deleted does not."""
-    jobs = ElementTree.fromstring(stdout[stdout.find("<?xml"):]).iter("job_list")
+    try:
+        jobs = ElementTree.fromstring(stdout[max(stdout.find("<?xml"), 0):]).iter("job_list")
+    except ElementTree.ParseError:
+        raise OSError("qstat: no XML in what was printed: %s" % " ".join(stdout[:200].split())) from None
     told = [[job.findtext(key) or "" for key in ("JB_job_number", "JB_name", "state")] for job in jobs]
     return [(number, name) for number, name, state in told if "d" not in state]
 

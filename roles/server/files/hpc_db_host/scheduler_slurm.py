@@ -5,36 +5,37 @@
 import os
 from typing import Dict, List, Tuple
 
+from .scheduler import build_environment
+
 JOB_VARIABLE = "SLURM_JOB_ID"
-# States of a job that has left its node for good. A state that nobody knows here is none of them.
-ENDED = (
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED LAUNCH_FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT"
-).split()
+# States of a job that has left its node for good. Any other is none of them, also one that says something else than
+# where the job is, and may hide that it runs: REVOKED (on another cluster of a federation), LAUNCH_FAILED.
+ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
+# All jobs, whatever a site hides or adds: partitions that are hidden, other clusters, jobs that have ended just now.
+LISTING = ["squeue", "--noheader", "--all", "--local", "--states=all"]
 
 
 def environment(variables: Dict[str, str], bin_dir: str) -> Dict[str, str]:
-    """Leave out this job's own: sbatch takes options from its environment, too."""
-    return {
-        name: value for name, value in variables.items()
-        if not name.startswith(("SLURM_", "SBATCH_")) or name == "SLURM_CONF"
-    }
+    """Leave out what Slurm's commands take for options, and what describes this job."""
+    return dict(build_environment(variables, ["SLURM_CONF", "SLURM_JWT"]), SLURM_TIME_FORMAT="%s")
 
 
 def state_command(job: str) -> List[str]:
     """Return the call that prints the state of ``job``."""
-    return ["squeue", "--noheader", "--format=%T", "--jobs=%s" % job]
+    return LISTING + ["--format=%T", "--jobs=%s" % job]
 
 
 def has_ended(returncode: int, stdout: str, stderr: str) -> bool:
-    """Read the answer: a job that Slurm has forgotten has ended, a Slurm that does not answer says no."""
+    """Read the answer: a job that Slurm has forgotten has ended. No answer, or an empty one, says nothing."""
     if returncode:
-        return "Invalid job id" in stderr
-    return all(word in ENDED for word in stdout.split())
+        return "Invalid job id specified" in stderr
+    states = stdout.split()
+    return bool(states) and all(state in ENDED for state in states)
 
 
 def queue_command() -> List[str]:
     """Return the call that lists this user's jobs."""
-    return ["squeue", "--noheader", "--format=%i|%j|%T", "--user=%d" % os.getuid()]
+    return LISTING + ["--format=%i|%j|%T", "--user=%d" % os.getuid()]
 
 
 def parse_queue(stdout: str) -> List[Tuple[str, str]]:

@@ -3,8 +3,10 @@
 """What the adapter says to Grid Engine, and how it reads what a real one (8.1.9) has answered."""
 
 import os
+import pwd
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _gridengine
@@ -186,7 +188,7 @@ def test_name_of_a_worker_is_that_of_its_job(variables, name):
     assert done.stdout.startswith(name)
 
 
-@pytest.mark.parametrize("text, job_id", [("18\n", "18"), ("Welcome!\n18\n", "18")])
+@pytest.mark.parametrize("text, job_id", [("18\n", "18"), ("Welcome!\n18\n", "18"), ("18\nBye!\n", "18")])
 def test_id_of_a_submission(text, job_id):
     assert _gridengine.parse_submit(text) == job_id
 
@@ -226,6 +228,33 @@ def test_states(letters, state, reason):
 def test_answer_that_is_none(text):
     with pytest.raises(ValueError, match="no XML in what was printed"):
         _gridengine.parse_queue(text)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The home directory as qstat finds it, which is not by the variable."""
+    monkeypatch.setattr(pwd, "getpwuid", lambda _uid: SimpleNamespace(pw_name="alice", pw_dir=str(tmp_path)))
+    monkeypatch.setenv("SGE_ROOT", str(tmp_path / "sge"))
+    monkeypatch.delenv("SGE_CELL", raising=False)
+    (tmp_path / "sge/default/common").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", ["", "# -q nothing\n", "-s p -u root\n", "-ext\n-r -ne\n"])
+def test_defaults_of_qstat_are_overridden(text, home):
+    (home / ".sge_qstat").write_text(text)
+
+    assert _gridengine.queue_command("hpc_db") == ["qstat", "-s", "prs", "-u", "alice", "-r", "-xml"]
+    assert _gridengine.jobs_command([]) == ["qstat", "-s", "prs", "-u", "alice", "-g", "t", "-xml"]
+
+
+@pytest.mark.parametrize("ask", [lambda: _gridengine.queue_command("x"), lambda: _gridengine.jobs_command([])])
+@pytest.mark.parametrize("name", [".sge_qstat", "sge/default/common/sge_qstat"])
+def test_defaults_of_qstat_that_hide_jobs_are_refused(name, ask, home):
+    (home / name).write_text("-s prs\n-q nothing\n")
+
+    with pytest.raises(ValueError, match=f"^{home}/{name}: the option -q hides jobs from every qstat"):
+        ask()
 
 
 def test_jobs_with_their_nodes():
@@ -291,11 +320,9 @@ def test_options_that_are_refused_in_one_line(options, words):
 
 @pytest.mark.parametrize("bin_dir, known, root", [
     ("/opt/sge/bin/lx-amd64", None, "/opt/sge"), ("/opt/sge/bin/lx-amd64/", None, "/opt/sge"),
-    ("/opt/sge/bin/lx-amd64", "/other", None), ("/usr/bin", None, None), ("", None, None),
+    ("/opt/sge/bin/lx-amd64", "/other", "/other"), ("/usr/bin", None, None), ("", None, None),
 ])
-def test_root_follows_from_the_folder_of_the_commands(bin_dir, known, root, monkeypatch):
-    monkeypatch.delenv("SGE_ROOT", raising=False)
-    if known:
-        monkeypatch.setenv("SGE_ROOT", known)
+def test_root_follows_from_the_folder_of_the_commands(bin_dir, known, root):
+    variables = {"SGE_ROOT": known} if known else {}
 
-    assert _gridengine.environment(bin_dir).get("SGE_ROOT") == root
+    assert _gridengine.environment(variables, bin_dir).get("SGE_ROOT") == root

@@ -4,13 +4,13 @@
 
 import inspect
 import math
-import subprocess
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 from ansible_collections.mala.hpc_db.plugins.doc_fragments.scheduler import ModuleDocFragment
-from ansible_collections.mala.hpc_db.plugins.module_utils import _local, _slurm
+from ansible_collections.mala.hpc_db.plugins.module_utils import _local, _scheduler, _slurm
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SCHEDULERS, SchedulerError, make_run
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
 
@@ -39,6 +39,7 @@ def test_check_neither_needs_a_script_nor_submits():
     ("12\n", "12"),
     ("12;hemera\n", "12"),
     ("Welcome!\nYou have 3 hours left.\n12\n", "12"),
+    ("Welcome!\n12\n--> 12 % of the allocation are left\n", "12"),
 ])
 def test_id_of_a_submission(text, job_id):
     assert _slurm.parse_submit(text) == job_id
@@ -72,7 +73,9 @@ def test_queue_line(line, expected):
     assert _slurm.parse_queue(line + "\n") == [expected]
 
 
-@pytest.mark.parametrize("text", ["", "\n", "Maintenance on Monday | be prepared\n"])
+@pytest.mark.parametrize("text", [
+    "", "\n", "3|CANCELLED||1:00/1:00|hpc-db|None\n", "Maintenance on Monday | be prepared\n",
+])
 def test_queue_without_jobs(text):
     assert _slurm.parse_queue(text) == []
 
@@ -85,6 +88,7 @@ def test_queue_without_jobs(text):
     ("4711|99887766|RUNNING||this-host|process|", Job("4711", "99887766", "RUNNING", None, "this-host", "process")),
     ("12|0|NODE_FAIL|1795392835|c1|train|", None),
     ("12|0|CANCELLED|1795392835|c1|train|", None),
+    ("12|0|REVOKED|1795392835||train|", Job("12", "0", "REVOKED", 1795392835.0, "", "train")),
     ("Maintenance on Monday | be prepared", None),
     ("", None),
 ])
@@ -177,7 +181,7 @@ def test_time_above_the_limit_of_every_partition(limits, time, refused):
 def interface(adapter):
     """Return the names and the parameters of what the modules and the filters call."""
     words = ("_command", "_options", "parse_", "batch_lines", "environment", "hopeless", "worker_name", "check_limit")
-    own = ("parse_time", "parse_resources", "check_output", "check_resources")
+    own = ("parse_time", "parse_resources", "check_output", "check_resources", "build_environment")
     return {
         name: [word.lstrip("_") for word in inspect.signature(value).parameters]
         for name, value in vars(adapter).items()
@@ -221,13 +225,52 @@ class Module:
     def __init__(self, bin_dir=None):
         self.params = {"scheduler": "slurm", "root": "/nowhere", "bin_dir": bin_dir}
 
-    def run_command(self, arguments, cwd=None, **_others):
-        done = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout, done.stderr
-
 
 def test_run_returns_what_was_printed():
     assert make_run(Module("/bin"))(["echo", "$HOME"]) == "$HOME\n"
+
+
+def test_run_gives_a_few_variables_that_are_known(monkeypatch):
+    for name in ("SQUEUE_PARTITION", "SCANCEL_INTERACTIVE", "SBATCH_ACCOUNT", "SLURM_JOB_ID"):
+        monkeypatch.setenv(name, "foreign")
+    monkeypatch.setenv("SLURM_CONF", "/s")
+
+    said = make_run(Module())(["env"])
+
+    assert "foreign" not in said
+    assert "SLURM_CONF=/s\n" in said and f"PATH={os.environ['PATH']}\n" in said
+
+
+def test_run_that_waits_for_an_answer_has_none():
+    assert make_run(Module())(["cat"]) == ""
+
+
+def test_run_gives_up_a_command_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr(_scheduler, "TIMEOUT", 0.2)
+
+    with pytest.raises(SchedulerError, match=r"^sleep has not answered within 0.2 s$"):
+        make_run(Module())(["sleep", "100"])
+
+
+@pytest.mark.parametrize("variables, options, words", [
+    ({"SBATCH_ACCOUNT": "hpc"}, {}, "account: not set, but your login shell sets SBATCH_ACCOUNT='hpc', which no "),
+    ({"SBATCH_PARTITION": "debug"}, {"account": "hpc"}, "partition: not set, but "),
+    ({"SBATCH_TIMELIMIT": "10"}, {}, "time: not set, but "),
+    ({"SBATCH_MEM_PER_CPU": "1G"}, {}, "mem-per-cpu: not set, but "),
+    ({"SBATCH_EXCLUSIVE": ""}, {}, "exclusive: not set, but "),
+    ({"SBATCH_ACCOUNT": "a\nb"}, {}, r"SBATCH_ACCOUNT='a\nb'"),
+    ({"SBATCH_ACCOUNT": "hpc"}, {"account": "other"}, ""),
+    ({"SBATCH_ACCOUNT": "hpc"}, {"account": False}, ""),
+    ({"SBATCH_MEM_PER_CPU": "1G"}, {"mem": "1G"}, ""),
+    ({"SBATCH_EXPORT": "NONE", "SBATCH_OUTPUT": "x", "SBATCH_DEBUG": "1", "SBATCH_MEM_BIND_LIST": "x"}, {}, ""),
+    ({"SQUEUE_PARTITION": "debug", "SLURM_PARTITION": "debug"}, {}, ""),
+])
+def test_option_of_the_login_alone_is_refused_with_its_setting(variables, options, words):
+    if not words:
+        return _slurm.check_environment(variables, options)
+    with pytest.raises(ValueError, match="^[a-z-]+: ") as refused:
+        _slurm.check_environment(variables, options)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("bin_dir, command, words", [

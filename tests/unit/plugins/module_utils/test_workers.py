@@ -60,6 +60,7 @@ def test_worker_is_known_by_its_connections_name(name, worker):
     (world(jobs=[job(state="TELEPORTING")]), False, False, "job 12 is TELEPORTING"),
     (world(jobs=[job(restart="1")]), True, False, "job 12 was queued again since"),
     (world(jobs=[job(restart="1", state="PENDING", nodes="", start=None)]), True, False, "queued again"),
+    (world(jobs=[job(restart="")]), False, False, "job 12 is RUNNING on c1"),
     # Slurm has given up a node that is cut off, but the worker there has not ended.
     (world([Connection("mala", NAME, "10.0.0.1")]), False, False, "job 12 has an open connection"),
     (world([Connection("mala", NAME, "10.0.0.1")], [job(restart="1")]), False, False, "has an open connection"),

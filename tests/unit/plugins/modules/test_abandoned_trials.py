@@ -21,7 +21,8 @@ class FakeCluster:
     """Two study databases, and a queue; ``looks`` is what was asked for."""
 
     def __init__(self, names, jobs=(), connections=(), revision="v3.2.0.a"):
-        self.names, self.jobs, self.connections, self.revision = names, jobs, connections, revision
+        self.names, self.connections, self.revision = names, connections, revision
+        self.listed = ["1|0|RUNNING|900||hpc_db", *jobs]
         self.looks, self.running = [], set(range(len(names)))
 
     def rows(self, database, query, _values=()):
@@ -46,7 +47,7 @@ class FakeCluster:
     def run(self, command):
         self.looks.append(command[0])
         assert command[0] in ("squeue", "scontrol")
-        return "c1\n" if command[0] == "scontrol" else "".join(f"{line}|\n" for line in self.jobs)
+        return "c1\n" if command[0] == "scontrol" else "".join(f"{line}|\n" for line in self.listed)
 
     def requeue(self, _params, trial):
         if trial.number not in self.running:
@@ -89,6 +90,16 @@ def test_jobs_are_looked_at_after_connections_and_these_after_trials(use):
     ensure_requeued(PARAMS, cluster.run, True)
 
     assert cluster.looks == ["trials", "connections", "squeue", "scontrol"]
+
+
+def test_listing_without_the_hosting_job_says_nothing_of_workers(use):
+    cluster = use(FakeCluster(TIED))
+    cluster.listed = []
+
+    with pytest.raises(Refused, match="does not list hpc_db, the job that hosts the server"):
+        ensure_requeued(PARAMS, cluster.run, False)
+
+    assert cluster.running == {0, 1}
 
 
 def test_trial_that_ends_meanwhile_is_left(use, monkeypatch):

@@ -108,7 +108,7 @@ def test_mounts_are_named_and_not_touched(tmp_path):
 def test_without_any_command(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    found = look({"bin_dir": None, "urls": ["u"]}, lambda _command: "", lambda _url: "")
+    found = look({"bin_dir": None, "urls": ["u"]}, lambda _command: "", lambda _command: "", lambda _url: "")
 
     assert (found["scheduler"], found["bin_dir"], found["proposed"], found["partitions"]) == ("", "", None, [])
     assert found["file_systems"] == found["clients"] == found["accounts"] == found["others"] == []
@@ -121,7 +121,10 @@ def test_slurm_that_only_a_login_shell_knows(monkeypatch, tmp_path):
         "/opt/slurm/bin/scontrol": PARTITIONS, "/opt/slurm/bin/sinfo": NODES,
     }
 
-    found = look({"bin_dir": None, "urls": []}, lambda command: answers.get(command[0], ""), lambda _url: "")
+    def run(command):
+        return answers.get(command[0], "")
+
+    found = look({"bin_dir": None, "urls": []}, run, run, lambda _url: "")
 
     assert (found["scheduler"], found["bin_dir"], found["others"]) == ("slurm", "/opt/slurm/bin", ["qsub"])
     assert found["proposed"]["options"]["partition"] == "work"

@@ -113,6 +113,19 @@ def test_changes_only_what_differs(state, queue, changed, after, check_mode):
         assert (result["job"] or {}).get("name") == ("hpc-db" if state == "present" else None)
 
 
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_option_of_the_login_alone_is_refused_before_anything_is_submitted(check_mode, monkeypatch):
+    monkeypatch.setenv("SBATCH_ACCOUNT", "hpc")
+    slurm = FakeSlurm()
+
+    with pytest.raises(ValueError, match="^server_job_options: account: not set, but your login shell sets SBATCH_AC"):
+        ensure_job(params(), slurm, check_mode)
+    assert (slurm.queue, slurm.called("sbatch")) == ([], [])
+
+    ensure_job(params(options={"account": "hpc"}), slurm, check_mode)
+    assert len(slurm.called("sbatch")) == 1
+
+
 def test_submits_behind_a_job_on_its_way_out():
     slurm = FakeSlurm(COMPLETING, lingers=5)
 

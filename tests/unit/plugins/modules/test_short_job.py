@@ -67,6 +67,14 @@ def test_answer_that_the_file_system_shows_late(tmp_path):
     assert run_job(params(tmp_path), FakeSlurm(tmp_path / "out", None), sleep)["answer"] == {"host": "c1"}
 
 
+def test_option_of_the_login_alone_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("SBATCH_QOS", "long")
+
+    said = run_job(params(tmp_path), FakeSlurm(tmp_path / "out", "{}"), lambda _seconds: None)["said"]
+
+    assert said.startswith("server_job_options: qos: not set, but your login shell sets SBATCH_QOS='long'")
+
+
 def test_job_that_does_not_start_is_cancelled(tmp_path):
     slurm = FakeSlurm(tmp_path / "out", "", looks=1000)
 

@@ -1,0 +1,97 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: job_script_check
+short_description: Check whether the scheduler would accept a job script
+author: mala.hpc_db contributors (@mala-project)
+description:
+  - Lets the scheduler judge a job script without submitting it, and fails with the scheduler's own words.
+extends_documentation_fragment:
+  - mala.hpc_db.scheduler
+attributes:
+  check_mode:
+    support: full
+    description: Nothing is ever changed. In check mode, in which the script may be missing, nothing is judged either.
+  diff_mode:
+    support: none
+    description: Nothing is ever changed.
+options:
+  script:
+    description: The job script, an absolute path.
+    type: path
+    required: true
+  options:
+    description: The options in its head, as those of M(mala.hpc_db.hosting_job).
+    type: dict
+    default: {}
+  setting:
+    description: The setting that the options come from, for the message.
+    type: str
+    required: true
+seealso:
+  - module: mala.hpc_db.hosting_job
+"""
+
+EXAMPLES = r"""
+- name: Check the workers' job script
+  mala.hpc_db.job_script_check:
+    name: hpc_db_workers
+    root: /home/alice/hpc_db/hpc_db
+    script: /home/alice/hpc_db/hpc_db/workers/job.sh
+    options:
+      partition: defq
+      time: "04:00:00"
+    setting: workers_job_options
+"""
+
+RETURN = r""" # """
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
+    ARGUMENT_SPEC,
+    SCHEDULERS,
+    Run,
+    SchedulerError,
+    check_environment,
+    make_run,
+)
+
+
+def judge(params: dict, run: Run) -> None:
+    """Raise what the scheduler has against the script. ``run`` takes an argument list and returns its stdout."""
+    check_environment(params, params["setting"])
+    command = SCHEDULERS[params["scheduler"]].check_batch_command(params["script"], params["options"])
+    try:
+        if command:
+            run(command)
+    except SchedulerError as error:
+        raise SchedulerError(f"{params['setting']}: {command[0]} says: {error}") from None
+
+
+def main() -> None:
+    """Wire the module."""
+    module = AnsibleModule(
+        argument_spec=dict(
+            ARGUMENT_SPEC,
+            script={"type": "path", "required": True},
+            options={"type": "dict", "default": {}},
+            setting={"type": "str", "required": True},
+        ),
+        supports_check_mode=True,
+    )
+    try:
+        if not module.check_mode:
+            judge(module.params, make_run(module))
+    except (SchedulerError, ValueError) as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    module.exit_json(changed=False)
+
+
+if __name__ == "__main__":
+    main()
