@@ -126,9 +126,9 @@ class Upgrade:
         return bool(wanted) and int(wanted) < int(major_of(self.old["data"]) or 0)
 
     def _dump(self, old: Postgres) -> None:
-        """Have a dump of every study database, as the hosting job makes them."""
+        """Dump every study database; these dumps stay until the user removes them."""
         dumps = Dumps(self.old, old)
-        if not dumps.now(DUMP_PATIENCE, self._alive):
+        if not dumps.now(DUMP_PATIENCE, self._alive, kept=True):
             raise Failed(dumps.told)
 
     def _move(self, before: Contents) -> Any:
