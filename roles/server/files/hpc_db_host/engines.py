@@ -27,7 +27,7 @@ START_SECONDS = 120.0
 # PgBouncer takes a few hundred bytes a client; what limits it are file descriptors.
 MOST_CLIENTS = 20000
 SPARE_DESCRIPTORS = 100
-# While a password changes, the file that workers read is written first and the server told after it.
+# The server has a new password a moment before the file that workers read.
 ROTATION_SECONDS = 15.0
 # PgBouncer can hand prepared statements, psycopg 3's habit, from one server connection to another.
 FOLLOWS_PREPARED = (1, 21)
