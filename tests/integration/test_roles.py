@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
-from ansible_collections.mala.hpc_db.plugins.modules import role_passwords
+from ansible_collections.mala.hpc_db.plugins.modules import optuna_import, reading_role, role_passwords
+from hpc_db_host import upgrade
 
 ROOT = Path(__file__).resolve().parents[2]
 IS_ROOT = os.geteuid() == 0
@@ -69,7 +70,8 @@ class Server:
         return connection
 
     def ask(self, statement: str, user: str = "alice", database: str = "postgres") -> list[tuple]:
-        connection = self.connect(user, database)
+        """Ask as somebody who knows that a role may change most of its settings."""
+        connection = self.connect(user, database, options="-c default_transaction_read_only=off")
         try:
             cursor = connection.cursor()
             cursor.execute(statement)
@@ -166,3 +168,105 @@ def test_refused_password_leaves_those_that_work(server: Server) -> None:
         role_passwords.ensure_passwords(params, False)
 
     assert users_who_get_in(server) == ROLES
+
+
+# By which somebody who can only read would fill the disk, or take what all sessions share.
+HARMFUL = [
+    "SELECT lo_from_bytea(0, 'mine')", "SELECT lo_create(0)", "SELECT lo_creat(-1)", "SELECT lo_put(1, 0, 'mine')",
+    "SELECT lo_open(1, 131072)", "SELECT lowrite(0, 'mine')", "SELECT lo_unlink(1)", "SELECT lo_truncate(0, 0)",
+    "SELECT lo_truncate64(0, 0)", "SELECT lo_import('/etc/hostname')", "SELECT lo_export(1, '/tmp/planted')",
+    "SELECT pg_advisory_lock(1)", "SELECT pg_advisory_lock(1, 1)", "SELECT pg_advisory_lock_shared(1)",
+    "SELECT pg_try_advisory_lock(n) FROM generate_series(1, 9) n", "SELECT pg_advisory_xact_lock(1)",
+    "SELECT pg_advisory_xact_lock_shared(1)", "SELECT pg_try_advisory_xact_lock(1)",
+    "SELECT pg_try_advisory_lock_shared(1, 1)", "SELECT pg_try_advisory_xact_lock_shared(1)",
+    "SELECT pg_logical_emit_message(false, '', 'mine')", "SELECT pg_export_snapshot()", "SELECT txid_current()",
+    "SELECT pg_current_xact_id()", "DO $$ BEGIN PERFORM pg_advisory_lock(1); END $$",
+]
+
+
+@pytest.fixture(scope="module")
+def reader(server: Server) -> dict:
+    """The reader of the database mala, as the playbook leaves it."""
+    passwords_of(server, rotate=False)
+    params = {**server.where(), "role": "reader", "writer": "study", "databases": ["mala"], "connections": 10}
+    planned = reading_role.ensure_reader(params, check_mode=True)
+    done = reading_role.ensure_reader(params, check_mode=False)
+    again = reading_role.ensure_reader(params, check_mode=False)
+    assert planned["statements"] == done["statements"] != [] == again["statements"]
+    return params
+
+
+def refusal(server: Server, statement: str, user: str = "reader", database: str = "mala") -> str:
+    try:
+        server.ask(statement, user, database)
+    except Exception as error:  # psycopg2's, which this file cannot import at its top
+        return " ".join(str(error).split())
+    return "ALLOWED"
+
+
+@pytest.mark.parametrize("statement", HARMFUL)
+def test_reader_takes_nothing_that_all_share(statement: str, server: Server, reader: dict) -> None:
+    assert "permission denied for function" in refusal(server, statement)
+
+
+@pytest.mark.usefixtures("reader")
+def test_study_role_keeps_what_it_had(server: Server) -> None:
+    assert server.ask(optuna_import.LOCK, "study", "mala") == [(True,)]
+    assert server.ask("SELECT lo_unlink(lo_from_bytea(0, 'mine')), txid_current() > 0", "study", "mala") == [(1, True)]
+    assert "permission denied" in refusal(server, "SELECT lo_import('/etc/hostname')", "study")
+
+
+@pytest.mark.usefixtures("reader")
+def test_reader_cannot_lift_the_limits_that_hold(server: Server) -> None:
+    sort = "SELECT count(*) FROM (SELECT repeat(n::text, 50) FROM generate_series(1, 3000000) n ORDER BY 1 OFFSET 0) x"
+    log = server.folder / "log"
+    before = log.stat().st_size
+
+    for name in ("temp_file_limit", "log_min_messages", "log_min_error_statement"):
+        assert "permission denied to set parameter" in refusal(server, f"SET {name} = '1'")
+        assert "permission denied to set parameter" in refusal(server, f"ALTER ROLE reader SET {name} = '1'")
+    assert "temporary file size exceeds" in refusal(server, f"SET statement_timeout = 0; {sort}")
+    assert "invalid input syntax" in refusal(server, f"SELECT '{'x' * 1000000}'::int")
+    assert "no" in refusal(server, "DO $$ BEGIN RAISE LOG '%', repeat('x', 1000000); RAISE 'no'; END $$")
+
+    assert log.stat().st_size - before < 100000
+    opened = []
+    with pytest.raises(Exception, match="too many connections for role"):
+        for _number in range(11):
+            opened.append(server.connect("reader", "mala"))
+    for connection in opened:
+        connection.close()
+    assert len(opened) == 10
+
+
+def test_what_a_thief_has_changed_for_the_reader_is_changed_back(server: Server, reader: dict) -> None:
+    for change in ("SET default_transaction_read_only = off", "SET search_path = nowhere", "SET statement_timeout = 0",
+                   "IN DATABASE mala SET work_mem = '1GB'", "PASSWORD 'mine'"):
+        server.ask(f"ALTER ROLE reader {change}", "reader", "mala")
+
+    assert reading_role.ensure_reader(reader, check_mode=False)["changed"]
+    assert passwords_of(server, rotate=False)["changed_roles"] == ["reader"]
+
+    found = server.ask("SELECT setdatabase, setconfig FROM pg_db_role_setting WHERE setrole = 'reader'::regrole")
+    assert [(database, sorted(settings)) for database, settings in found] == [
+        (0, sorted(f"{name}={value}" for name, value in reading_role.SETTINGS.items()))
+    ]
+    assert not reading_role.ensure_reader(reader, check_mode=False)["changed"]
+
+
+def test_functions_bring_no_rights_into_another_major(server: Server, reader: dict) -> None:
+    def schema() -> str:
+        environment = {"PGPASSFILE": server.passfile}
+        command = [str(server.bindir / "pg_dump"), "--schema-only", "--host=127.0.0.1", f"--port={server.port}",
+                   "--username=alice", "mala"]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    assert "pg_catalog.pg_logical_emit_message" in schema()
+    select = upgrade.FUNCTIONS.replace("\\gexec", "")
+    for statements in server.ask(select, database="mala"):
+        for statement in statements:
+            server.ask(statement, database="mala") if statement else None
+
+    assert "FUNCTION pg_catalog." not in schema()
+    assert reading_role.ensure_reader(reader, check_mode=False)["changed"]
+    assert "permission denied" in refusal(server, HARMFUL[0])
