@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -270,3 +274,49 @@ def test_functions_bring_no_rights_into_another_major(server: Server, reader: di
     assert "FUNCTION pg_catalog." not in schema()
     assert reading_role.ensure_reader(reader, check_mode=False)["changed"]
     assert "permission denied" in refusal(server, HARMFUL[0])
+
+
+def log_in_halfway(server: Server, packet: bytes) -> socket.socket:
+    """Connect as somebody who has no password, and say no more than this."""
+    stranger = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    stranger.sendall(packet)
+    return stranger
+
+
+def startup_packet(user: str, database: str) -> bytes:
+    body = struct.pack("!i", 3 << 16) + f"user\0{user}\0database\0{database}\0\0".encode()
+    return struct.pack("!i", len(body) + 4) + body
+
+
+def wait_until_in(server: Server, user: str) -> None:
+    """Wait as somebody with a password does, who tries again and again."""
+    limit = time.monotonic() + 90
+    while re.search("too many clients|connection slots", said := refusal(server, "SELECT 1", user)):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    assert said == "ALLOWED"
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("packet, strangers", [
+    pytest.param(b"", 100, id="silent"), pytest.param(startup_packet("study", "mala"), 25, id="named"),
+])
+def test_logins_that_never_end_are_thrown_out(packet: bytes, strangers: int, server: Server) -> None:
+    template = (ROOT / "roles/postgres/templates/postgresql.conf.j2").read_text()
+    (bound,) = re.findall(r"^authentication_timeout = '(\d+)s'$", template, re.MULTILINE) or ["60"]
+    server.configure(authentication_timeout=f"{bound}s")
+    server.run("pg_ctl", "restart", "--wait", f"--log={server.folder}/log")
+    began = time.monotonic()
+
+    opened = [log_in_halfway(server, packet) for _number in range(strangers)]
+    assert "too many clients" in refusal(server, "SELECT 1", "alice")  # for whom places are reserved
+    for user in ("study", "alice"):
+        wait_until_in(server, user)
+    waited = time.monotonic() - began
+    for stranger in opened:
+        with contextlib.suppress(ConnectionResetError), stranger:
+            while stranger.recv(1024):
+                pass
+
+    assert waited < 15
+    assert time.monotonic() - began < 15
