@@ -84,8 +84,9 @@ ITERATIONS = 4096
 # After the password file's name: passwords that the server is just being given.
 ASIDE = ".new"
 
-# Two runs at once would overwrite each other's files; a connection that ends gives the lock back.
-LOCK = "SELECT set_config('lock_timeout', '60s', false), pg_advisory_lock(hashtext('hpc_db:passwords'))"
+# Two runs at once would overwrite each other's files. A connection that ends gives the lock back; the server notices
+# within 2 minutes that a client's node is gone.
+LOCK = "SELECT set_config('lock_timeout', '150s', false), pg_advisory_lock(hashtext('hpc_db:passwords'))"
 VERIFIERS = "SELECT rolname, rolpassword FROM pg_authid"
 
 
