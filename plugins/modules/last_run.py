@@ -220,6 +220,8 @@ def questions(params: dict) -> str:
             "SELECT library_version, version_num FROM version_info, alembic_version",
             NOTES.strip(),
             "SELECT nspacl FROM pg_namespace WHERE nspname = 'public'",
+            "SELECT proname, proargtypes, proacl FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace"
+            " AND proacl IS NOT NULL ORDER BY 1, 2",
             "SELECT defaclrole, defaclacl FROM pg_default_acl ORDER BY 1, defaclobjtype",
             "SELECT relname, relacl FROM pg_class"
             " WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' ORDER BY 1",

@@ -14,6 +14,11 @@ description:
   - It owns nothing, makes nothing (no tables, no temporary ones either), and sees no password's hash. Its transactions
     are read-only of themselves, so that a program that tries to write is told so in clear words.
   - What it may do, it is given directly. It has no part in C(pg_read_all_data), which reads passwords' hashes, too.
+  - In these databases only O(writer) and superusers may call functions that let a role that can only read fill the disk
+    or take what all sessions share. They are those of large objects and advisory locks, C(pg_logical_emit_message),
+    C(pg_export_snapshot), C(txid_current) and C(pg_current_xact_id).
+  - The role's own settings become a fixed list of time-outs and limits. A session may change the time-outs, so they
+    only end what somebody forgot. It can change neither C(temp_file_limit) nor how much of it is logged.
 author: mala.hpc_db contributors (@mala-project)
 options:
   role:
@@ -71,12 +76,41 @@ from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 
 # The database in which roles are made.
 MAINTENANCE = "postgres"
-READ_ONLY = "default_transaction_read_only"
+SETTINGS = {
+    "default_transaction_read_only": "on",
+    "statement_timeout": "5min",
+    "lock_timeout": "10s",
+    "idle_in_transaction_session_timeout": "1min",
+    # From here on only a superuser can change them. The limit is one of each process.
+    "temp_file_limit": "256MB",
+    # A statement that fails is logged with all of its text, and so is its error.
+    "log_min_messages": "fatal",
+    "log_min_error_statement": "panic",
+}
 
 ROLE = """
 SELECT rolcanlogin AND NOT (rolsuper OR rolcreatedb OR rolcreaterole OR rolreplication OR rolbypassrls),
-       rolconnlimit, coalesce(rolconfig, '{}')
+       rolconnlimit, coalesce(rolconfig, '{}'),
+       ARRAY(
+           SELECT datname::text FROM pg_db_role_setting JOIN pg_database ON pg_database.oid = setdatabase
+           WHERE setrole = pg_roles.oid ORDER BY 1
+       )
 FROM pg_roles WHERE rolname = %s
+"""
+# Functions by which somebody who can only read fills the disk or takes what all sessions share: large objects, advisory
+# locks, records and files of one's own choice, and transaction numbers. PUBLIC has never had lo_import and lo_export.
+HARMFUL = (
+    r"^lo_(?!import|export)|^lo(read|write)$|advisory"
+    "|^(pg_logical_emit_message|pg_export_snapshot|txid_current|pg_current_xact_id)$"
+)
+OPEN = """
+SELECT string_agg(
+    format('pg_catalog.%%I(%%s)', proname, pg_get_function_identity_arguments(oid)), ', ' ORDER BY proname, oid
+)
+FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace AND proname ~ %s AND (
+    has_function_privilege('public', oid, 'EXECUTE') OR NOT has_function_privilege(%s, oid, 'EXECUTE')
+    OR EXISTS (SELECT FROM pg_roles WHERE rolname = %s AND has_function_privilege(pg_roles.oid, pg_proc.oid, 'EXECUTE'))
+)
 """
 # What the role may do in a database, and which of those who make tables do not let it read them.
 RIGHTS = """
@@ -106,17 +140,26 @@ ALTER = "ALTER ROLE {{}} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION
 def for_role(params: dict, found: list[tuple]) -> list[Statement]:
     """Return what makes the role, or brings it to what it should be. ``found`` are the rows of ROLE."""
     role, limit = params["role"], params["connections"]
-    harmless, connections, settings = found[0] if found else (False, None, [])
+    harmless, connections, settings, databases = found[0] if found else (False, None, [], [])
     statements: list[Statement] = [] if found else [("CREATE ROLE {}", [role])]
     if not harmless or connections != limit:
         statements.append((ALTER.format(int(limit)), [role]))
-    if f"{READ_ONLY}=on" not in settings:
-        statements.append((f"ALTER ROLE {{}} SET {READ_ONLY} = on", [role]))
+    # A role may change its own.
+    if {setting.partition("=")[0] for setting in settings} - SETTINGS.keys():
+        statements.append(("ALTER ROLE {} RESET ALL", [role]))
+        settings = []
+    statements += [("ALTER ROLE {} IN DATABASE {} RESET ALL", [role, database]) for database in databases]
+    for name, value in SETTINGS.items():
+        if f"{name}={value}" not in settings:
+            statements.append((f"ALTER ROLE {{}} SET {name} = '{value}'", [role]))
     return statements
 
 
-def for_database(params: dict, database: str, found: list[tuple]) -> list[Statement]:
-    """Return what lets the role read the database, and nothing else. ``found`` are the rows of RIGHTS."""
+def for_database(params: dict, database: str, found: list[tuple], functions: str | None) -> list[Statement]:
+    """Return what lets the role read the database, and nothing else.
+
+    ``found`` are the rows of RIGHTS, ``functions`` is what OPEN returns.
+    """
     role, writer = params["role"], params["writer"]
     # In check mode the role may not be there yet; then it would have what everybody has.
     connects, makes_temporary, uses, makes, lacks, makers = (
@@ -134,6 +177,9 @@ def for_database(params: dict, database: str, found: list[tuple]) -> list[Statem
         statements.append(("REVOKE CREATE ON SCHEMA public FROM PUBLIC, {}", [role]))
     if lacks:
         statements.append(("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {}", [role]))
+    if functions:  # first to the role that keeps them, so that it is never without
+        statements.append((f"GRANT EXECUTE ON FUNCTION {functions} TO {{}}", [writer]))
+        statements.append((f"REVOKE EXECUTE ON FUNCTION {functions} FROM PUBLIC, {{}}", [role]))
     for maker in makers:
         granted = "ALTER DEFAULT PRIVILEGES FOR ROLE {} IN SCHEMA public GRANT SELECT ON TABLES TO {}"
         statements.append((granted, [maker, role]))
@@ -152,7 +198,8 @@ def bring(params: dict, database: str, check_mode: bool) -> list[str]:
             found = _connection.rows(connection, RIGHTS, (makers, params["role"]))
             if not found and not check_mode:
                 raise _connection.Unreachable(f"database {database}: there is no role {params['role']}")
-            statements = for_database(params, database, found)
+            ((functions,),) = _connection.rows(connection, OPEN, (HARMFUL, params["writer"], params["role"]))
+            statements = for_database(params, database, found, functions)
         for text, names in [] if check_mode else statements:
             with connection.cursor() as cursor:
                 cursor.execute(sql.SQL(text).format(*map(sql.Identifier, names)))

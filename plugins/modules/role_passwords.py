@@ -12,6 +12,8 @@ short_description: Keep the passwords of PostgreSQL roles, generated on the targ
 description:
   - Generates a random password for each role that has none in the password file, and gives it to the server.
   - No password ever leaves the target, and the server is sent a SCRAM verifier only, so that its log holds none either.
+  - If a run is interrupted, old and new passwords are both kept (the new ones in a file beside O(passfile) with C(.new)
+    after its name) until the next run has found out which of them the server has.
 author: mala.hpc_db contributors (@mala-project)
 options:
   database:
@@ -19,7 +21,7 @@ options:
     type: str
     required: true
   roles:
-    description: The roles, which exist already.
+    description: The roles, which exist already. An empty list only finishes what an interrupted run has begun.
     type: list
     elements: str
     required: true
@@ -54,14 +56,23 @@ changed_roles:
   returned: success
   type: list
   elements: str
+passfile:
+  description:
+    - The password file with the passwords that the server has. This is O(passfile), except in check mode after a run
+      that was interrupted.
+  returned: success
+  type: str
 """
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import os
 import re
 import secrets
+from collections.abc import Iterator
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
@@ -70,6 +81,13 @@ from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 PASSWORD_BYTES = 32
 # PostgreSQL's own default (scram_iterations).
 ITERATIONS = 4096
+# After the password file's name: passwords that the server is just being given.
+ASIDE = ".new"
+
+# Two runs at once would overwrite each other's files. A connection that ends gives the lock back; the server notices
+# within 2 minutes that a client's node is gone.
+LOCK = "SELECT set_config('lock_timeout', '150s', false), pg_advisory_lock(hashtext('hpc_db:passwords'))"
+VERIFIERS = "SELECT rolname, rolpassword FROM pg_authid"
 
 
 def scram_verifier(password: str, salt: bytes, iterations: int) -> str:
@@ -107,44 +125,86 @@ def read_passwords(path: str) -> dict[str, str]:
 
 
 def write_passwords(path: str, passwords: dict[str, str]) -> None:
-    """Replace the password file by rename; nobody else can ever read it."""
-    aside = path + ".new"
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    """Write a new password file; nobody else can ever read it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
         stream.writelines(f"*:*:*:{role}:{password}\n" for role, password in passwords.items())
         stream.flush()
         os.fsync(stream.fileno())
-    os.rename(aside, path)
+
+
+@contextlib.contextmanager
+def log_in(params: dict) -> Iterator[Any]:
+    """Connect with the password file, or with the one beside it, if the server has its passwords already."""
+    aside = params["passfile"] + ASIDE
+    with contextlib.ExitStack() as opened:
+        try:
+            connection = opened.enter_context(_connection.connect(params, params["database"]))
+        except _connection.Unreachable as refused:
+            if not os.path.exists(aside):
+                raise
+            try:
+                given = {**params, "passfile": aside}
+                connection = opened.enter_context(_connection.connect(given, params["database"]))
+            except _connection.Unreachable:
+                raise refused from None
+        yield connection
 
 
 def ensure_passwords(params: dict, check_mode: bool) -> dict:
-    """Bring file and server to the same passwords."""
-    from psycopg2 import sql
+    """Bring file and server to the same passwords.
 
+    New passwords are first written beside the file, then given to the server in one transaction, then renamed into
+    place. After an interruption the server's verifiers show which of both files it has.
+    """
     for role in params["roles"]:
         if len(role.splitlines()) != 1:  # the password file has one line a role
             raise ValueError(f"roles: {role!r} is no role's name")
-    before = read_passwords(params["passfile"])
-    missing = {escape(role): secrets.token_urlsafe(PASSWORD_BYTES) for role in params["roles"]}
-    missing = {role: password for role, password in missing.items() if params["rotate"] or role not in before}
-    passwords = {**before, **missing}
-    # The connection comes first: over the network it needs the password that is about to change.
-    with _connection.connect(params, params["database"]) as connection:
-        stored = dict(_connection.rows(connection, "SELECT rolname, rolpassword FROM pg_authid"))
-        stale = [role for role in params["roles"] if not matches(passwords[escape(role)], stored.get(role))]
-        if missing and not check_mode:
-            write_passwords(params["passfile"], passwords)
-        try:
-            for role in [] if check_mode else stale:
-                verifier = scram_verifier(passwords[escape(role)], os.urandom(16), ITERATIONS)
-                statement = sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(role), sql.Literal(verifier))
-                with connection.cursor() as cursor:
-                    cursor.execute(statement)
-                before[escape(role)] = passwords[escape(role)]
-        except Exception:
-            write_passwords(params["passfile"], before)  # what the server has
-            raise
-    return {"changed": bool(stale or missing), "changed_roles": stale}
+    passfile, aside = params["passfile"], params["passfile"] + ASIDE
+    if not params["roles"] and not os.path.exists(aside):
+        return {"changed": False, "changed_roles": [], "passfile": passfile}
+    with log_in(params) as connection:
+        _connection.rows(connection, LOCK)
+        interrupted = os.path.exists(aside)
+        before, begun = read_passwords(passfile), read_passwords(aside)
+        stored = {escape(role): verifier for role, verifier in _connection.rows(connection, VERIFIERS)}
+        new = {role: password for role, password in begun.items() if password != before.get(role)}
+        taken = any(matches(password, stored.get(role)) for role, password in new.items())
+        kept = begun if taken else before
+        missing = [escape(role) for role in params["roles"] if params["rotate"] or escape(role) not in kept]
+        wanted = {**kept, **{role: secrets.token_urlsafe(PASSWORD_BYTES) for role in missing}}
+        stale = [role for role in params["roles"] if not matches(wanted[escape(role)], stored.get(escape(role)))]
+        if not check_mode:
+            if taken:
+                os.rename(aside, passfile)
+            if missing or stale:
+                write_passwords(aside, wanted)
+                set_passwords(connection, {role: wanted[escape(role)] for role in stale})
+                os.rename(aside, passfile)
+            elif interrupted and not taken:
+                os.unlink(aside)
+    return {
+        "changed": bool(stale or missing or interrupted),
+        "changed_roles": stale,
+        "passfile": aside if check_mode and taken else passfile,
+    }
+
+
+def set_passwords(connection: Any, passwords: dict[str, str]) -> None:
+    """Give the server all passwords or none: statements that are sent at once are one transaction."""
+    from psycopg2 import sql
+
+    statements = [
+        sql.SQL("ALTER ROLE {} PASSWORD {}").format(
+            sql.Identifier(role), sql.Literal(scram_verifier(password, os.urandom(16), ITERATIONS))
+        )
+        for role, password in passwords.items()
+    ]
+    if statements:
+        with connection.cursor() as cursor:
+            cursor.execute(sql.SQL("; ").join(statements))
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ module: study_dump
 short_description: Dump a study database, or restore one from a dump
 description:
   - A dump is made by C(pg_dump) beside running workers, read back to its end, and only then given its name.
+  - Its name is C(DATABASE-TIME.kept.dump). The hosting job removes old dumps of its own only, and never this one.
   - A dump is restored into a new database, and takes the place of the old one once it holds every trial of the dump.
     So a restore that fails or is interrupted changes nothing that workers see.
 author: mala.hpc_db contributors (@mala-project)
@@ -30,7 +31,7 @@ options:
     default: dumped
   file:
     description:
-      - The dump to restore, or V(newest) for the newest one of O(database) in the instance directory.
+      - The dump to restore, or V(newest) for the newest one of O(database) in the instance directory, whoever made it.
       - A file of the same name with C(.sha256) after it, as it is made with each dump, must fit it.
     type: path
   owner:
@@ -107,6 +108,8 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_
 # The database in which others are created and renamed.
 MAINTENANCE = "postgres"
 SUM = ".sha256"
+# After the time in the name of a dump that only the user removes.
+KEPT = ".kept"
 # What a dump that was killed leaves behind stands still for longer than a dump ever does.
 LEFTOVER_SECONDS = 3600
 
@@ -136,7 +139,7 @@ def conninfo(params: dict, database: str) -> str:
 def dump_command(bindir: str, params: dict, path: str) -> list[str]:
     """Return the call that dumps the database."""
     database = conninfo(params, params["database"])
-    return [f"{bindir}/pg_dump", "--format=custom", f"--file={path}", f"--dbname={database}"]
+    return [f"{bindir}/pg_dump", "--format=custom", "--no-privileges", f"--file={path}", f"--dbname={database}"]
 
 
 def restore_command(bindir: str, params: dict, database: str, path: str) -> list[str]:
@@ -199,10 +202,11 @@ def check_dump(bindir: str, path: str, run: Run) -> int:
 def newest_dump(folder: str, database: str) -> str:
     """Return the newest dump of a database."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    found = sorted(name for name in names if re.fullmatch(rf"{re.escape(database)}-\w+\.dump", name))
+    pattern = re.compile(rf"{re.escape(database)}-(\w+)({re.escape(KEPT)})?\.dump")
+    found = [match for match in map(pattern.fullmatch, names) if match]
     if not found:
         raise Refused(f"{folder} holds no dump of {database}")
-    return os.path.join(folder, found[-1])
+    return os.path.join(folder, max(found, key=lambda match: match.group(1)).group())
 
 
 def now() -> str:
@@ -214,7 +218,7 @@ def ensure_dumped(params: dict, run: Run, check_mode: bool) -> dict:
     """Make a dump. ``run`` takes an argument list and returns its stdout."""
     bindir = read_settings(params["root"])["bindir"]
     folder = os.path.join(params["root"], "dumps")
-    path = os.path.join(folder, f"{params['database']}-{now()}.dump")
+    path = os.path.join(folder, f"{params['database']}-{now()}{KEPT}.dump")
     trials = None
     if not check_mode:
         os.makedirs(folder, mode=0o700, exist_ok=True)

@@ -59,6 +59,8 @@ FORBIDDEN = {
     ("mala", f"{WRITABLE}; ALTER TABLE trials ADD COLUMN mine int"): "must be owner of table trials",
     ("mala", f"{WRITABLE}; CREATE TABLE mine ()"): "permission denied for schema public",
     ("mala", f"{WRITABLE}; CREATE TEMPORARY TABLE mine ()"): "permission denied to create temporary tables",
+    ("mala", f"{WRITABLE}; SELECT lo_from_bytea(0, 'mine')"): "permission denied for function lo_from_bytea",
+    ("mala", f"{WRITABLE}; SELECT pg_advisory_lock(1)"): "permission denied for function pg_advisory_lock",
     ("mala", "SELECT rolpassword FROM pg_authid"): "permission denied for table pg_authid",
     ("mala", "SELECT pg_read_file('/etc/hostname')"): "permission denied for function pg_read_file",
     ("mala", "COPY trials TO PROGRAM 'cat'"): "pg_execute_server_program role",

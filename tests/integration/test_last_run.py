@@ -27,6 +27,7 @@ STATEMENTS = [
     "ALTER DEFAULT PRIVILEGES FOR ROLE study IN SCHEMA public REVOKE SELECT ON TABLES FROM reader",
     "GRANT CREATE ON SCHEMA public TO reader", "GRANT TEMPORARY ON DATABASE studies TO PUBLIC",
     "ALTER ROLE reader RESET default_transaction_read_only", "ALTER ROLE reader CONNECTION LIMIT 99",
+    "GRANT EXECUTE ON FUNCTION lo_create(oid) TO PUBLIC", "ALTER ROLE reader IN DATABASE studies SET work_mem = '1GB'",
     "ALTER ROLE study CREATEDB", "ALTER ROLE study PASSWORD 'guessed'", "ALTER DATABASE studies OWNER TO CURRENT_USER",
     "DROP TRIGGER {trigger} ON trials", "UPDATE study_user_attributes SET value_json = '1'",
     "UPDATE study_directions SET direction = 'MAXIMIZE'", "UPDATE version_info SET library_version = '3.0.0'",
@@ -107,4 +108,20 @@ def test_one_look_is_enough_until_something_differs(here: Target, quick_settings
     )
     assert instance.psql("SELECT rolcreatedb FROM pg_roles WHERE rolname = 'study'") == "f"
     assert instance.shell("stat -c %a log secrets/pgpass").split() == ["700", "600"]
+    assert NOTHING.search(instance.play())
+
+
+def test_rotation_that_was_killed_before_its_last_step_is_mended(here: Target, quick_settings: dict) -> None:
+    """The server that runs has the new passwords already, and lets nobody in with those of the file."""
+    instance = Instance(here, quick_settings)
+    instance.play()
+    instance.shell("cd secrets && mv pgpass pgpass.new && umask 077 && sed 's/:[^:]*$/:old/' pgpass.new > pgpass")
+    begun = instance.shell("cat secrets/*")
+
+    assert "changed=0" not in instance.play("--check")
+    assert instance.shell("cat secrets/*") == begun
+    instance.play()
+
+    assert "pgpass.new" not in instance.shell("ls secrets").split()
+    assert instance.psql("SELECT count(*) FROM studies") == "1"
     assert NOTHING.search(instance.play())

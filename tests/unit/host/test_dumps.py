@@ -4,10 +4,12 @@
 
 import hashlib
 import os
+import re
 import time
 from types import SimpleNamespace
 
 import pytest
+from ansible_collections.mala.hpc_db.plugins.modules import study_dump
 from hpc_db_host import dumps as module
 from hpc_db_host.dumps import Dumps
 
@@ -61,6 +63,45 @@ def test_round_dumps_every_database_and_keeps_the_newest(make, tmp_path):
         assert f"--host={tmp_path} --port=5433" in path.read_text()
         said = (tmp_path / "dumps" / f"{path.name}.sha256").read_text()
         assert said == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+
+
+def test_dumps_that_a_user_asked_for_outlive_every_round(make, tmp_path):
+    dumps = make(dump_minutes="0", databases=["a"])
+    assert dumps.now(10, lambda: None, kept=True) is True
+    asked_for = sorted(path.name for path in (tmp_path / "dumps").iterdir())
+    assert [re.sub("[0-9]+T[0-9]+Z", "TIME", name) for name in asked_for] == [
+        "a-TIME.kept.dump", "a-TIME.kept.dump.sha256",
+    ]
+
+    for _round in range(6):
+        assert dumps.now(10, lambda: None) is True
+
+    left = sorted(path.name for path in (tmp_path / "dumps").iterdir())
+    assert left[:2] == asked_for
+    assert len(left) == 2 + 2 * 2
+
+
+def test_dump_of_a_playbook_outlives_every_round(make, tmp_path):
+    dumps = make(dump_minutes="0", databases=["a"])
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host" / "settings.json").write_text('{"bindir": "/bin"}')
+    file = study_dump.ensure_dumped({"root": str(tmp_path), "database": "a"}, lambda _command: "", True)["file"]
+    for path in (file, file + ".sha256"):
+        with open(path, "w", encoding="utf-8") as stream:
+            stream.write("mine")
+
+    for _round in range(6):
+        assert dumps.now(10, lambda: None) is True
+
+    assert {os.path.basename(file), os.path.basename(file) + ".sha256"} < set(os.listdir(tmp_path / "dumps"))
+
+
+def test_dump_that_a_user_asked_for_removes_none(make, tmp_path):
+    dumps = make(dump_minutes="0", databases=["a"])
+    for kept in (False, False, True, True, True):
+        assert dumps.now(10, lambda: None, kept) is True
+
+    assert names(tmp_path) == sorted(5 * ["a.dump", "a.sha256"])
 
 
 def test_poll_never_waits_and_children_are_nice(make, tmp_path):
@@ -136,13 +177,16 @@ def test_first_round_is_due_when_the_newest_dump_is_old(minutes, age, due, make,
 
 def test_leftovers_of_earlier_lives_are_removed(make, tmp_path):
     (tmp_path / "dumps").mkdir()
-    for name in ("a-20260101T000000Z.dump.part", "thesis.part", ".a-20260101T000000Z.dump.part"):
+    for name in (
+        "a-20260101T000000Z.dump.part", "a-20260101T000000Z.kept.dump.part", "thesis.part",
+        ".a-20260101T000000Z.kept.dump.part",
+    ):
         (tmp_path / "dumps" / name).touch()
 
     make()
 
     # those of a playbook that runs now, and other people's, are not ours
-    assert sorted(os.listdir(tmp_path / "dumps")) == [".a-20260101T000000Z.dump.part", "thesis.part"]
+    assert sorted(os.listdir(tmp_path / "dumps")) == [".a-20260101T000000Z.kept.dump.part", "thesis.part"]
 
 
 CHILD = """

@@ -4,9 +4,11 @@
 
 import configparser
 import os
+import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hpc_db_host import engines, processes
@@ -135,6 +137,15 @@ def test_configuration_lets_in_by_password_over_tls_only_and_nobody_else_reads_i
         'hostssl "mala" "study" 10.0.0.0/8 scram-sha-256\nhostssl "other" "study" 10.0.0.0/8 scram-sha-256\n'
     )
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+
+
+def test_logins_that_never_end_are_awaited_no_longer_than_clients_wait(make):
+    pooler = make()
+    pooler.poll_until(lambda: pooler.engine.port)
+    entries = (Path(__file__).parents[3] / "roles" / "server" / "vars" / "main.yml").read_text()
+    (patience,) = re.findall(r"__server_service_plain \| combine\(\{'connect_timeout': '(\d+)'\}", entries)
+
+    assert pooler.parameters()[1]["client_login_timeout"] == patience
 
 
 def test_killed_one_is_back_on_its_port(make):

@@ -3,6 +3,8 @@
 """Dumps of the study databases, made beside everything else that the hosting program does.
 
 A round is a generator: it gives way while a program runs, and closing it ends that program.
+
+Dumps that a user asked for are called ``DATABASE-TIME.kept.dump``. Only the user removes them.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ NICENESS = 10
 # pg_dump reads beside all workers; only a change of the schema makes it wait.
 LOCK_WAIT_MILLISECONDS = 60000
 SUM = ".sha256"
+KEPT = ".kept"
 # What is read at a time; the hosting program has other things to do in between.
 BLOCK_BYTES = 16 * 1024 * 1024
 
@@ -44,7 +47,7 @@ class Dumps:
         self._round = None  # type: Optional[Steps]
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
         for name in os.listdir(self._folder):
-            if re.match(r"\w+-\w+\.dump\.part$", name):  # of an earlier life; the lease is ours
+            if re.match(r"\w+-\w+(\.kept)?\.dump\.part$", name):  # of an earlier life; the lease is ours
                 files.remove(os.path.join(self._folder, name))
         self._due = time.monotonic() + max(pause, self._every - self._age())
 
@@ -58,11 +61,14 @@ class Dumps:
             except StopIteration:
                 self._round = None
 
-    def now(self, patience: float, alive: Callable[[], None]) -> bool:
-        """Make a round at once, or give it up after ``patience`` seconds. True if every database has a new dump."""
+    def now(self, patience: float, alive: Callable[[], None], kept: bool = False) -> bool:
+        """Make a round at once, or give it up after ``patience`` seconds. True if every database has a new dump.
+
+        Later rounds never remove dumps that are ``kept``.
+        """
         limit = time.monotonic() + patience
         self.cancel()
-        self._begin()
+        self._begin(kept)
         try:
             while self._round is not None and time.monotonic() < limit:
                 self.poll()
@@ -80,9 +86,9 @@ class Dumps:
             self._round.close()
             self._round = None
 
-    def _begin(self) -> None:
+    def _begin(self, kept: bool = False) -> None:
         self._due = time.monotonic() + self._every
-        self._round = self._dump_all()
+        self._round = self._dump_all(kept)
 
     def _age(self) -> float:
         """Return how many seconds ago the last dump was made, of the database where that is longest."""
@@ -93,26 +99,26 @@ class Dumps:
         return max(0.0, time.time() - min(made or [0.0]))
 
     def _dumps_of(self, database: str) -> List[str]:
-        """Return the finished dumps, oldest first."""
+        """Return the finished dumps of regular rounds, oldest first."""
         name = re.compile(r"%s-\w+\.dump$" % re.escape(database))
         return [os.path.join(self._folder, each) for each in sorted(os.listdir(self._folder)) if name.match(each)]
 
-    def _dump_all(self) -> Steps:
+    def _dump_all(self, kept: bool = False) -> Steps:
         refused = []
         for database in self._databases:
             try:
-                yield from self._dump(database)
+                yield from self._dump(database, kept)
             except (Failed, OSError) as error:
                 refused.append("no dump of %s: %s" % (database, error))
         self.told = "; ".join(refused)
 
-    def _dump(self, database: str) -> Steps:
+    def _dump(self, database: str, kept: bool = False) -> Steps:
         made = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        path = os.path.join(self._folder, "%s-%s.dump" % (database, made))
+        path = os.path.join(self._folder, "%s-%s%s.dump" % (database, made, KEPT if kept else ""))
         part = path + ".part"
         try:
             yield from self._run(
-                "pg_dump", "--format=custom", "--lock-wait-timeout=%d" % LOCK_WAIT_MILLISECONDS,
+                "pg_dump", "--format=custom", "--no-privileges", "--lock-wait-timeout=%d" % LOCK_WAIT_MILLISECONDS,
                 "--host=%s" % self.postgres.socket, "--port=%d" % self.postgres.port, "--no-password",
                 "--file=%s" % part, database,  # synced to the disk by pg_dump
             )
@@ -129,7 +135,7 @@ class Dumps:
             files.sync(self._folder)
         finally:
             files.remove(part)
-        for older in self._dumps_of(database)[:-self._keep]:
+        for older in [] if kept else self._dumps_of(database)[:-self._keep]:
             files.remove(older)
             files.remove(older + SUM)
 

@@ -27,7 +27,7 @@ START_SECONDS = 120.0
 # PgBouncer takes a few hundred bytes a client; what limits it are file descriptors.
 MOST_CLIENTS = 20000
 SPARE_DESCRIPTORS = 100
-# While a password changes, the file that workers read is written first and the server told after it.
+# The server has a new password a moment before the file that workers read.
 ROTATION_SECONDS = 15.0
 # PgBouncer can hand prepared statements, psycopg 3's habit, from one server connection to another.
 FOLLOWS_PREPARED = (1, 21)
@@ -176,8 +176,8 @@ class Pooler(Engine):
             "client_tls_sslmode": "disable", "server_tls_sslmode": "disable",
             # What libpq sends for settings that are the server's anyway.
             "ignore_startup_parameters": "extra_float_digits",
-            # A herd of workers has to log in while others wait for their turn.
-            "listen_backlog": 4096, "client_login_timeout": 60, "query_wait_timeout": 120,
+            # A herd of workers has to log in while others wait for their turn; they themselves give up after 30 s.
+            "listen_backlog": 4096, "client_login_timeout": 30, "query_wait_timeout": 120,
             # After a restart of postgres, or with a new password: soon again.
             "server_login_retry": 1, "server_idle_timeout": 60,
             "log_connections": 0, "log_disconnections": 0, "log_stats": 0,

@@ -93,6 +93,8 @@ def main() -> None:
         interceptors=[Waiting()],
         options=[
             ("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0),
+            # A connection that shows no certificate is not waited for.
+            ("grpc.server_handshake_timeout_ms", 10000),
             # Clients ask whether the proxy is there while they wait for an answer.
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000), ("grpc.http2.max_ping_strikes", 0),
         ],

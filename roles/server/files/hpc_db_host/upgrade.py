@@ -67,6 +67,17 @@ GROUP BY study_name, study_directions.objective, direction ORDER BY study_name, 
 \endif
 """
 
+# Rights on PostgreSQL's own functions, some of which have other arguments in another major. The playbook that moves
+# the studies sets them again afterwards.
+FUNCTIONS = r"""
+SELECT format('GRANT EXECUTE ON FUNCTION %s TO PUBLIC', name),
+  (SELECT format('REVOKE ALL ON FUNCTION %s FROM ', name) || string_agg(grantee::regrole::text, ', ')
+   FROM aclexplode(proacl) WHERE grantee NOT IN (0, proowner))
+FROM pg_proc, CAST(pg_proc.oid AS regprocedure) AS name
+WHERE pronamespace = 'pg_catalog'::regnamespace AND proacl IS NOT NULL
+  AND NOT EXISTS (SELECT FROM pg_init_privs WHERE classoid = 'pg_proc'::regclass AND objoid = pg_proc.oid) \gexec
+"""
+
 # A server for nobody but us.
 QUIET = {"shared_buffers": "32MB", "max_connections": "20", "max_wal_size": "256MB"}
 
@@ -101,6 +112,8 @@ class Upgrade:
         with self._server(self.old) as old:
             before = self.contents(old, self.old)
             self._dump(old)
+            for database in [] if kept else before:
+                self._ask(old, self.old, database, FUNCTIONS)
         if kept:
             with self._server(self.new) as new:
                 after = self.contents(new, self.new)
@@ -126,9 +139,9 @@ class Upgrade:
         return bool(wanted) and int(wanted) < int(major_of(self.old["data"]) or 0)
 
     def _dump(self, old: Postgres) -> None:
-        """Have a dump of every study database, as the hosting job makes them."""
+        """Dump every study database; these dumps stay until the user removes them."""
         dumps = Dumps(self.old, old)
-        if not dumps.now(DUMP_PATIENCE, self._keeper.check):
+        if not dumps.now(DUMP_PATIENCE, self._keeper.check, kept=True):
             raise Failed(dumps.told)
 
     def _move(self, before: Contents) -> Any:

@@ -9,26 +9,38 @@ from types import SimpleNamespace
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
-from ansible_collections.mala.hpc_db.plugins.modules.reading_role import MAINTENANCE, ROLE, ensure_reader, for_database
+from ansible_collections.mala.hpc_db.plugins.modules.reading_role import (
+    MAINTENANCE,
+    OPEN,
+    ROLE,
+    SETTINGS,
+    ensure_reader,
+    for_database,
+)
 
 PARAMS = {"role": "reader", "writer": "study", "user": "alice", "databases": ["mala", "second"], "connections": 10}
 ATTRIBUTES = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS CONNECTION LIMIT 10"
 GRANTED = [
     'REVOKE TEMPORARY ON DATABASE "mala" FROM PUBLIC, "reader"',
     'GRANT SELECT ON ALL TABLES IN SCHEMA public TO "reader"',
+    'GRANT EXECUTE ON FUNCTION pg_catalog.lo_create(oid) TO "study"',
+    'REVOKE EXECUTE ON FUNCTION pg_catalog.lo_create(oid) FROM PUBLIC, "reader"',
     'ALTER DEFAULT PRIVILEGES FOR ROLE "alice" IN SCHEMA public GRANT SELECT ON TABLES TO "reader"',
     'ALTER DEFAULT PRIVILEGES FOR ROLE "study" IN SCHEMA public GRANT SELECT ON TABLES TO "reader"',
 ]
 MADE = ['CREATE ROLE "reader"', f'ALTER ROLE "reader" {ATTRIBUTES}',
-        'ALTER ROLE "reader" SET default_transaction_read_only = on']
+        *(f"ALTER ROLE \"reader\" SET {name} = '{value}'" for name, value in SETTINGS.items())]
 
 
 class FakeServer:
     """Keeps a role, and what it may do in each database, which has tables."""
 
     def __init__(self, *databases, role=None):
-        self.role = role and {**role, "settings": [*role["settings"]]}
-        self.rights = {name: {"temporary": True, "lacks": True, "makers": {"alice", "study"}} for name in databases}
+        self.role = role and {**role, "settings": [*role["settings"]], "databases": [*role["databases"]]}
+        self.rights = {
+            name: {"temporary": True, "lacks": True, "makers": {"alice", "study"}, "open": "pg_catalog.lo_create(oid)"}
+            for name in databases
+        }
         self.sent = []
 
     @contextlib.contextmanager
@@ -37,10 +49,12 @@ class FakeServer:
         yield self
 
     def rows(self, _connection, query, _values):
+        if query == OPEN:
+            return [(self.rights[self.database]["open"],)]
         if self.role is None:
             return []
         if query == ROLE:
-            return [(self.role["harmless"], self.role["limit"], self.role["settings"])]
+            return [tuple(self.role[key] for key in ("harmless", "limit", "settings", "databases"))]
         rights = self.rights[self.database]
         return [(True, rights["temporary"], True, False, rights["lacks"], sorted(rights["makers"]))]
 
@@ -50,13 +64,17 @@ class FakeServer:
     def execute(self, statement):
         self.sent.append(statement)
         if statement.startswith("CREATE ROLE"):
-            self.role = {"harmless": False, "limit": -1, "settings": []}
+            self.role = {"harmless": False, "limit": -1, "settings": [], "databases": []}
         elif statement.endswith(ATTRIBUTES):
             self.role.update(harmless=True, limit=10)
+        elif statement.endswith("RESET ALL"):
+            self.role["databases" if " IN DATABASE " in statement else "settings"].clear()
         elif " SET " in statement:
-            self.role["settings"].append(re.sub(r".* SET (\w+) = (\w+)", r"\1=\2", statement))
+            self.role["settings"].append(re.sub(r".* SET (\w+) = '(\w+)'", r"\1=\2", statement))
         elif statement.startswith("REVOKE TEMPORARY"):
             self.rights[self.database]["temporary"] = False
+        elif " ON FUNCTION " in statement:
+            self.rights[self.database]["open"] = None
         elif "ON ALL TABLES" in statement:
             self.rights[self.database]["lacks"] = False
         else:
@@ -77,7 +95,8 @@ def serve(monkeypatch):
 
 
 def harmless(**changes):
-    return {"harmless": True, "limit": 10, "settings": ["default_transaction_read_only=on"], **changes}
+    settings = [f"{name}={value}" for name, value in SETTINGS.items()]
+    return {"harmless": True, "limit": 10, "settings": settings, "databases": [], **changes}
 
 
 @pytest.mark.parametrize("check_mode", [False, True])
@@ -85,7 +104,10 @@ def harmless(**changes):
     (None, MADE),
     (harmless(harmless=False), MADE[1:2]),
     (harmless(limit=-1), MADE[1:2]),
-    (harmless(settings=["work_mem=1MB"]), MADE[2:]),
+    (harmless(settings=[]), MADE[2:]),
+    (harmless(settings=[*harmless()["settings"][1:], "default_transaction_read_only=off"]), MADE[2:3]),
+    (harmless(settings=[*harmless()["settings"], "work_mem=1TB"]), ['ALTER ROLE "reader" RESET ALL', *MADE[2:]]),
+    (harmless(databases=["mala"]), ['ALTER ROLE "reader" IN DATABASE "mala" RESET ALL']),
     (harmless(), []),
 ])
 def test_role_is_harmless(role, says, check_mode, serve):
@@ -112,7 +134,7 @@ def test_each_database_is_opened_once(serve):
 
 
 def test_what_others_have_taken_or_left_open_is_mended():
-    assert for_database(PARAMS, "mala", [(False, False, False, True, False, [])]) == [
+    assert for_database(PARAMS, "mala", [(False, False, False, True, False, [])], None) == [
         ("GRANT CONNECT ON DATABASE {} TO {}", ["mala", "reader"]),
         ("GRANT USAGE ON SCHEMA public TO {}", ["reader"]),
         # PostgreSQL 14 lets everybody make tables there, and the study role must go on.

@@ -115,9 +115,9 @@ def test_dump_has_its_name_only_once_it_is_whole(params, use, tmp_path):
 
     result = ensure_dumped(params, server.run, check_mode=False)
 
-    path = tmp_path / "dumps" / f"studies-{NOW}.dump"
+    path = tmp_path / "dumps" / f"studies-{NOW}.kept.dump"
     assert result == {"changed": True, "file": str(path), "trials": 5, "diff": {"before": "", "after": f"{path}\n"}}
-    assert f"--file={tmp_path}/dumps/.studies-{NOW}.dump.part" in server.commands[0]
+    assert f"--file={tmp_path}/dumps/.studies-{NOW}.kept.dump.part" in server.commands[0]
     assert sorted(os.listdir(tmp_path / "dumps")) == [path.name, f"{path.name}.sha256"]
     assert study_dump.check_dump("/opt/bin", str(path), server.run) == 5
 
@@ -160,6 +160,19 @@ def test_dump_takes_the_place_of_what_was_there(before, replace, kept, diff, che
     assert server.databases == {"postgres": None, **after}
     if not check_mode:
         assert {"--no-owner", "--role=study", "--single-transaction", "--exit-on-error"} < set(server.commands[-1])
+
+
+@pytest.mark.parametrize("names, newest", [
+    (["studies-20260101T000000Z.dump", "studies-20250101T000000Z.kept.dump"], "studies-20260101T000000Z.dump"),
+    (["studies-20250101T000000Z.dump", "studies-20260101T000000Z.kept.dump"], "studies-20260101T000000Z.kept.dump"),
+    (["studies-20250101T000000Z.dump", "studies-20260101T000000Z.kept.dump.sha256", "other-20260101T000000Z.dump"],
+     "studies-20250101T000000Z.dump"),
+])
+def test_newest_dump_is_chosen_whoever_made_it(names, newest, tmp_path):
+    for name in names:
+        (tmp_path / name).touch()
+
+    assert study_dump.newest_dump(str(tmp_path), "studies") == f"{tmp_path}/{newest}"
 
 
 @pytest.mark.parametrize("content, checksum, message", [
