@@ -256,7 +256,7 @@ class Machine(NamedTuple):
         """Return everything that is mounted."""
         table = self.proc / "self" / "mountinfo"
         if table.exists():
-            return parse_mountinfo(table.read_text(errors="surrogateescape"))
+            return parse_mountinfo(table.read_bytes().decode(errors="surrogateescape"))
         return parse_mount(self.run(["mount"], 10)[1])
 
     def processes(self) -> list[Process]:

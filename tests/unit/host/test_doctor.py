@@ -90,7 +90,7 @@ def test_open_files_and_logs_are_told(instance):
     (root / "secrets").chmod(0o750)
     (root / "log/postgresql-Sun.log").write_text(
         time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(time.time() + 5))
-        + '.000 UTC [1] bob@mala c2 FATAL:  role "bob" does not exist\n'
+        + '.000 UTC postgres[1] c2 FATAL:  role "bob" does not exist\n'
     )
 
     modes, log = found(doctor.look_at_server(instance))

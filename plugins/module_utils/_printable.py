@@ -1,0 +1,62 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Text from a cluster, for a terminal, for a comment, and for YAML that Ansible reads as an inventory."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Jinja's three ways to begin: Ansible evaluates a string of an inventory that holds one of them.
+TEMPLATE = re.compile(r"\{[{%#]")
+SIZE = re.compile(r"[1-9][0-9]*[KMGT]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Return the text with ``\x1b`` and the like for each character that cannot be printed, except those in ``keep``.
+
+    That are line breaks, control characters (with which a terminal obeys), characters that turn the direction of
+    writing, and bytes that are no text.
+    """
+    return "".join(
+        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def printable_data(value: Any) -> Any:
+    """Return the same for each text in lists and dictionaries."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {printable_data(key): printable_data(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [printable_data(each) for each in value]
+    return value
+
+
+def yaml_data(value: Any, setting: str) -> str:
+    """Return a value as YAML that Ansible reads back as the same data; raise ValueError if none is safe."""
+    for text in _texts(value):
+        if not text.isprintable() or TEMPLATE.search(text):
+            raise ValueError(
+                f"{setting}: '{printable(text)}' is not allowed in an inventory; allowed are printable characters, "
+                "without {{, {% and {#"
+            )
+    if isinstance(value, str) and SIZE.fullmatch(value):
+        return value  # as people write it
+    return json.dumps(value, ensure_ascii=False)  # JSON is YAML, and quotes each text
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for each in pair for text in _texts(each)]
+    if isinstance(value, (list, tuple)):
+        return [text for each in value for text in _texts(each)]
+    return []
