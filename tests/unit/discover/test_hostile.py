@@ -95,9 +95,13 @@ def ansible() -> Iterator[Reader]:
     reader.end()
 
 
-@pytest.fixture
-def written(ansible: Reader, tmp_path: Path) -> Iterator[Callable[[dict], tuple[str, dict]]]:
+@pytest.fixture(scope="module")
+def written(
+    ansible: Reader, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[dict], tuple[str, dict]]]:
     """Write the inventory, as what is sent has it; return its text, and its one host's settings as Ansible reads it."""
+    tmp_path = tmp_path_factory.mktemp("inventory")
+
     def write(sent: dict) -> tuple[str, dict]:
         texts = ansible.render("discover", [f"{name}.j2" for name in INVENTORY], GIVEN, sent)
         for name, text in zip(INVENTORY, texts):
@@ -108,7 +112,13 @@ def written(ansible: Reader, tmp_path: Path) -> Iterator[Callable[[dict], tuple[
         return "".join(texts), hosts["mini"]
 
     yield write
-    assert not Path(CANARY).exists()
+    assert not CANARY.exists()
+
+
+@pytest.fixture(scope="module")
+def plain(written: Callable) -> dict[str, Any]:
+    """The settings of a cluster that means no harm."""
+    return written(SENT)[1]
 
 
 ALL = list(spots(SENT))
@@ -135,37 +145,35 @@ def names_of(value: Any) -> dict:
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:30]))
-def test_what_is_said_in_comments_stays_there(text: str, written: Callable) -> None:
-    _plain, expected = written(SENT)
-
+def test_what_is_said_in_comments_stays_there(text: str, plain: dict, written: Callable) -> None:
     file, settings = written(replaced(SENT, {spot: text for spot in COMMENTS}))
 
     assert all(letter.isprintable() or letter == "\n" for letter in file)
-    assert settings == expected
+    assert settings == plain
 
 
 @pytest.mark.parametrize("spot", COMMENTS, ids=str)
-def test_each_fact_by_itself_stays_in_comments(spot: tuple, written: Callable) -> None:
+def test_each_fact_by_itself_stays_in_comments(spot: tuple, plain: dict, written: Callable) -> None:
     settings = written(replaced(SENT, {spot: ALL_AT_ONCE}))[1]
 
     # Other paths may mean that compute nodes do not see the home.
     assert settings.pop("instance_root", "FILL_IN") == "FILL_IN"
-    assert settings == written(SENT)[1]
+    assert settings == plain
 
 
 @pytest.mark.parametrize("spot", VALUES, ids=str)
 def test_each_value_is_the_same_data_or_refused(spot: tuple, written: Callable) -> None:
-    plain = copy.deepcopy(SENT)
+    harmless = copy.deepcopy(SENT)
     if spot[-1] == "memory":  # which is only told where a job has its nodes alone
-        plain["__discover_found"]["proposed"]["options"]["mem"] = False
+        harmless["__discover_found"]["proposed"]["options"]["mem"] = False
     before = "python 3.11.2 /usr/bin/python3" if spot[-2] == "stdout_lines" else ""
-    expected = texts_in(written(plain)[1])
+    expected = texts_in(written(harmless)[1])
     for text in REFUSED:
         with pytest.raises(Refused, match=r"[a-z_-]+: '.*' is not allowed in an inventory; allowed are printable") as why:
-            written(replaced(plain, {spot: before + text}))
+            written(replaced(harmless, {spot: before + text}))
         assert str(why.value).isprintable()
     for text in TAKEN:
-        found = texts_in(written(replaced(plain, {spot: before + text}))[1])
+        found = texts_in(written(replaced(harmless, {spot: before + text}))[1])
         changed = [value for name, value in found.items() if expected[name] != value]
         assert found.keys() == expected.keys() and len(changed) == 1
         assert changed[0].endswith(text)

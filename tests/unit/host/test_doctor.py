@@ -103,6 +103,15 @@ def test_open_files_and_logs_are_told(instance):
     assert [check for check, _said, _mend in found(doctor.look_at_server(instance))] == ["modes"]
 
 
+def test_what_is_printed_is_escaped(instance):
+    job = {"id": "8", "state": "PENDING", "node": "", "reason": "\x1b[2J\n  ok  job  \u202e"}
+
+    told = doctor.look_at_server({**instance, "job": job, "endpoint": None}).findings
+
+    assert all(word.isprintable() for each in told for word in each.values())
+    assert r"(\x1b[2J\n  ok  job  \u202e)" in told[0]["said"]
+
+
 @pytest.fixture
 def no_network(monkeypatch):
     monkeypatch.setattr(doctor, "_look_at_network", lambda *_unused: None)
