@@ -28,6 +28,11 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+def one_line(said: object) -> str:
+    """Return why something failed, in one line for a terminal: programs of the cluster may have a part in the words."""
+    return printable(" ".join(str(said).splitlines()))
+
+
 def printable_data(value: Any) -> Any:
     """Return the same for each text in lists and dictionaries."""
     if isinstance(value, str):

@@ -41,8 +41,8 @@ PAGES: dict[str, tuple[str, dict, dict]] = {
             {"state": "found", "check": "log", "said": "damaged", "mend": "restore.yml"}]}],
     }),
     "compared.txt.j2": ("upgrade", INSTANCE, {"__upgrade_done": {
-        "from": "16", "to": "17", "seconds": 3, "way": "kept", "kept": "/data/16", "databases": {"studies": {"studies": [
-            {"study": "be", "trials": 3, "best": "0.1", "direction": "MINIMIZE"}]}},
+        "from": "16", "to": "17", "seconds": 3, "way": "kept", "kept": "/data/16", "databases": {
+            "studies": {"studies": [{"study": "be", "trials": 3, "best": "0.1", "direction": "MINIMIZE"}]}},
     }}),
     "requeued.txt.j2": ("workers", {**INSTANCE, "__instance": {"root": "/r"}}, {"__workers_requeued": {
         "requeued": [{"study": "be", "number": 1, "new_number": 2, "why": "job 7 has ended"}],

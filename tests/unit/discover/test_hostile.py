@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_reader import Reader, Refused
 from ansible_collections.mala.hpc_db.plugins.modules import cluster_info
+from ansible_reader import Reader, Refused
 
 ROOT = Path(__file__).parents[3]
 ROLE = ROOT / "roles" / "discover"
@@ -25,11 +25,11 @@ INVENTORY = ("hosts.yml", "group_vars/all.yml")
 
 CANARY = ROOT / ".cache" / "CANARY"
 HOSTILE = [
-    "\nevil: \"{{ lookup('pipe', 'touch .cache/CANARY') }}\"\n#", "\r\nevil: 1", "\revil: 1", "\u2028evil: 1\u2029", "\x85evil: 1",
-    "{{ lookup('pipe', 'touch .cache/CANARY') }}", "{% set evil = 1 %}", "{# evil", "!unsafe x", "*x", "&x y", "- evil", ": ",
-    " # evil", "#", "'", '"', "\\", '"\nevil: 1\n"', "'''", "[", "{", "null", "~", "yes", "12:30:00", "0x1", "|", ">", "%x",
-    "@x", "`x`", "---", "...", "\x1b[2J\x1b]0;evil\x07", "\x9b2J", "\x00", "\x7f", "\u202eevil\u202c", "\u200b", "\ufeff",
-    "\udc80", "\t", "x" * 100_000, "\u03a9 \U0001f600",
+    "\nevil: \"{{ lookup('pipe', 'touch .cache/CANARY') }}\"\n#", "\r\nevil: 1", "\revil: 1", "\u2028evil: 1\u2029",
+    "\x85evil: 1", "{{ lookup('pipe', 'touch .cache/CANARY') }}", "{% set evil = 1 %}", "{# evil",
+    "!unsafe x", "*x", "&x y", "- evil", ": ", " # evil", "#", "'", '"', "\\", '"\nevil: 1\n"', "'''", "[", "{",
+    "null", "~", "yes", "12:30:00", "0x1", "|", ">", "%x", "@x", "`x`", "---", "...", "\x1b[2J\x1b]0;evil\x07", "\x9b2J",
+    "\x00", "\x7f", "\u202eevil\u202c", "\u200b", "\ufeff", "\udc80", "\t", "x" * 100_000, "\u03a9 \U0001f600",
 ]
 # What a value may not be, and what it may, since it is quoted.
 REFUSED = HOSTILE[:8] + ["\x1b[2J", "\x00", "\u202ex"]
@@ -146,7 +146,7 @@ def names_of(value: Any) -> dict:
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:30]))
 def test_what_is_said_in_comments_stays_there(text: str, plain: dict, written: Callable) -> None:
-    file, settings = written(replaced(SENT, {spot: text for spot in COMMENTS}))
+    file, settings = written(replaced(SENT, dict.fromkeys(COMMENTS, text)))
 
     assert all(letter.isprintable() or letter == "\n" for letter in file)
     assert settings == plain
@@ -169,7 +169,7 @@ def test_each_value_is_the_same_data_or_refused(spot: tuple, written: Callable) 
     before = "python 3.11.2 /usr/bin/python3" if spot[-2] == "stdout_lines" else ""
     expected = texts_in(written(harmless)[1])
     for text in REFUSED:
-        with pytest.raises(Refused, match=r"[a-z_-]+: '.*' is not allowed in an inventory; allowed are printable") as why:
+        with pytest.raises(Refused, match=r"[a-z_-]+: '.*' is not allowed in an inventory; allowed are ") as why:
             written(replaced(harmless, {spot: before + text}))
         assert str(why.value).isprintable()
     for text in TAKEN:

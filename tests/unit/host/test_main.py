@@ -255,7 +255,8 @@ def test_takeover_leaves_everything_to_the_next_holder(host, monkeypatch):
 
 
 def test_a_reason_stays_in_its_line_of_the_log(host, capsys):
-    program.Host(str(host.root), bootstrap=False).tell("failed", "psql: x\n2026-11-22T10:00:00+0000 serving: ok\r\x1b[2J")
+    reason = "psql: x\n2026-11-22T10:00:00+0000 serving: ok\r\x1b[2J"
+    program.Host(str(host.root), bootstrap=False).tell("failed", reason)
 
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.strip().isprintable()
