@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hpc_db_host import causes
+from hpc_db_host import causes, files
 from real_server import Server, eventually
 
 TEMPLATE = Path(__file__).parents[2] / "roles/postgres/templates/postgresql.conf.j2"
@@ -76,7 +76,7 @@ def test_a_name_is_no_cause(name: str, server: Server, log: Path, tmp_path: Path
 
     (event,) = causes.read_logs(str(tmp_path), 0, WANTED)
 
-    assert event.said == f"a URL names the role {causes.files.printable(name)}, which does not exist"
+    assert event.said == f"a URL names the role {files.printable(name)}, which does not exist"
 
 
 def test_what_a_client_has_logged_is_not_the_servers(server: Server, log: Path, tmp_path: Path) -> None:

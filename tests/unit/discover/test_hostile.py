@@ -28,8 +28,9 @@ HOSTILE = [
     "\nevil: \"{{ lookup('pipe', 'touch .cache/CANARY') }}\"\n#", "\r\nevil: 1", "\revil: 1", "\u2028evil: 1\u2029",
     "\x85evil: 1", "{{ lookup('pipe', 'touch .cache/CANARY') }}", "{% set evil = 1 %}", "{# evil",
     "!unsafe x", "*x", "&x y", "- evil", ": ", " # evil", "#", "'", '"', "\\", '"\nevil: 1\n"', "'''", "[", "{",
-    "null", "~", "yes", "12:30:00", "0x1", "|", ">", "%x", "@x", "`x`", "---", "...", "\x1b[2J\x1b]0;evil\x07", "\x9b2J",
-    "\x00", "\x7f", "\u202eevil\u202c", "\u200b", "\ufeff", "\udc80", "\t", "x" * 100_000, "\u03a9 \U0001f600",
+    "null", "~", "yes", "12:30:00", "0x1", "|", ">", "%x", "@x", "`x`", "---", "...", "\x1b[2J\x1b]0;evil\x07",
+    "\x9b2J", "\x00", "\x7f", "\u202eevil\u202c", "\u200b", "\ufeff", "\udc80", "\t", "x" * 100_000,
+    "\u03a9 \U0001f600",
 ]
 # What a value may not be, and what it may, since it is quoted.
 REFUSED = HOSTILE[:8] + ["\x1b[2J", "\x00", "\u202ex"]
