@@ -11,15 +11,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Jinja's three ways to begin: Ansible evaluates a string of an inventory that holds one of them.
+# Ansible evaluates a string of an inventory in which one of these begins.
 TEMPLATE = re.compile(r"\{[{%#]")
+# Memory, such as 16G.
 SIZE = re.compile(r"[1-9][0-9]*[KMGT]")
 
 
 def printable(text: str, keep: str = "") -> str:
     r"""Return the text with ``\x1b`` and the like for each character that cannot be printed, except those in ``keep``.
 
-    That are line breaks, control characters (with which a terminal obeys), characters that turn the direction of
+    These are line breaks, control characters, which a terminal obeys, characters that change the direction of
     writing, and bytes that are no text.
     """
     return "".join(
@@ -46,22 +47,20 @@ def printable_data(value: Any) -> Any:
 
 def yaml_data(value: Any, setting: str) -> str:
     """Return a value as YAML that Ansible reads back as the same data; raise ValueError if none is safe."""
-    for text in _texts(value):
-        if not text.isprintable() or TEMPLATE.search(text):
-            raise ValueError(
-                f"{setting}: '{printable(text)}' is not allowed in an inventory; allowed are printable characters, "
-                "without {{, {% and {#"
-            )
-    if isinstance(value, str) and SIZE.fullmatch(value):
-        return value  # as people write it
-    return json.dumps(value, ensure_ascii=False)  # JSON is YAML, and quotes each text
+    data = _checked(value, setting)
+    if isinstance(data, str) and SIZE.fullmatch(data):
+        return data  # as people write it
+    return json.dumps(data, ensure_ascii=False)  # JSON is YAML, and quotes each text
 
 
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
+def _checked(value: Any, setting: str) -> Any:
     if isinstance(value, Mapping):
-        return [text for pair in value.items() for each in pair for text in _texts(each)]
+        return {_checked(key, setting): _checked(each, setting) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [text for each in value for text in _texts(each)]
-    return []
+        return [_checked(each, setting) for each in value]
+    if isinstance(value, str) and (not value.isprintable() or TEMPLATE.search(value)):
+        raise ValueError(
+            f"{setting}: '{printable(value)}' is not allowed in an inventory; allowed are printable characters, "
+            "without {{, {% and {#"
+        )
+    return value
