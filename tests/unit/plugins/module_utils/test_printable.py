@@ -22,8 +22,8 @@ def test_why_something_failed_is_in_one_line():
 
 
 @pytest.mark.parametrize("value", [
-    "", "x", "yes", "null", "1", "12:30:00", "a: b # c", "- x", "!unsafe x", "*x", "'\"\\", "\u03a9 \U0001f600", 1, None,
-    True, False, ["a", {"b: c": ["#"]}], {}, "16G",
+    "", "x", "yes", "null", "1", "12:30:00", "a: b # c", "- x", "!unsafe x", "*x", "'\"\\", "\u03a9 \U0001f600", 1,
+    None, True, False, ["a", {"b: c": ["#"]}], {}, "16G",
 ])
 def test_value_is_the_same_in_yaml(value):
     assert yaml.safe_load(f"setting: {_printable.yaml_data(value, 'setting')} # a comment") == {"setting": value}
