@@ -16,6 +16,7 @@ from typing import Any, Callable, NamedTuple
 from ansible.module_utils.common.text.converters import to_text
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
 
 # Seconds until the first line about a transfer, and between two.
 FIRST_PAUSE = 1.0
@@ -52,7 +53,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         label = params["label"] or os.path.basename(params["src"].rstrip("/"))
 
         def say(line: str) -> None:
-            Display().display(f"[{name}] {label}: {line}")
+            Display().display(printable(f"[{name}] {label}: {line}"))
 
         try:
             for option in ("src", "dest"):
@@ -65,7 +66,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 make_folder(Path(params["dest"]))
             transfer = copy(command, say)
         except (CopyFailed, OSError, ValueError) as error:
-            return dict(result, failed=True, msg=f"{label}: {' '.join(str(error).split())}")
+            return dict(result, failed=True, msg=printable(f"{label}: {' '.join(str(error).split())}"))
         return dict(result, changed=transfer.changed, files=transfer.files, size=transfer.size)
 
     def _ssh(self) -> tuple[list[str], str]:

@@ -10,6 +10,7 @@ from typing import Any, Callable
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import ARGUMENT_SPEC, SCHEDULERS
 
 FIRST_PAUSE = 0.5
@@ -47,13 +48,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             )
 
         def say(line: str) -> None:
-            Display().display(f"[{host}] {params['name']}: {line}")
+            Display().display(printable(f"[{host}] {params['name']}: {line}"))
 
         try:
             is_hopeless = SCHEDULERS[params["scheduler"]].is_hopeless
             result["endpoint"] = wait_for_server(look, say, params["timeout"], is_hopeless)
         except WaitFailed as failed:
-            result.update(failed=True, msg=f"{params['name']}: {failed}", log_tail=failed.log_tail)
+            result.update(failed=True, msg=printable(f"{params['name']}: {failed}"), log_tail=failed.log_tail)
         return result
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -21,5 +22,5 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         result = super().run(tmp, task_vars)
         spec = {"text": {"type": "str", "required": True}, "about": {"type": "dict"}}
         params = self.validate_argument_spec(spec)[1]
-        Display().display(params["text"])
+        Display().display(printable(params["text"], keep="\n"))
         return dict(result, changed=False, text=params["text"], about=params["about"])

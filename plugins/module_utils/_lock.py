@@ -99,7 +99,7 @@ def lock_text(records: list[dict], platform: str) -> str:
     for record in _dependencies_first(records):
         url = _SECRET.sub("", record.get("url") or "")
         tag = f"sha256:{record['sha256']}" if record.get("sha256") else record.get("md5")
-        if not _LINE.fullmatch(f"{url}#{tag}"):
+        if not (_LINE.fullmatch(f"{url}#{tag}") and url.isprintable()):
             raise CondaError(
                 f"prefix: {record['name']} cannot be locked: its record in conda-meta has no URL or no checksum"
             )

@@ -42,7 +42,7 @@ class Process(NamedTuple):
 def parse_mountinfo(text: str) -> list[Mount]:
     """Return what ``/proc/self/mountinfo`` lists; see proc_pid_mountinfo(5)."""
     mounts = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # and nothing else: a path may hold a carriage return
         first, separator, last = line.partition(" - ")
         fields, about = first.split(" "), last.split(" ")
         if not separator or len(fields) < 6 or len(about) < 3:

@@ -11,10 +11,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from html import escape
+from html import escape as escape_html
 from typing import Any
 
 from ansible_collections.mala.hpc_db.plugins.module_utils._figures import Figure, as_script, best_first
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
 
 MOST_BEST = 5
 LONGEST_TEXT = 200
@@ -47,6 +48,11 @@ POLICY = (
     "default-src 'none'; script-src 'nonce-{nonce}' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
     "font-src data:; form-action 'none'; base-uri 'none'"
 )
+
+
+def escape(text: str) -> str:
+    """Return HTML that shows the text, and nothing that is not to be seen."""
+    return escape_html(printable(text))
 
 
 def when(seconds: float | None) -> str:

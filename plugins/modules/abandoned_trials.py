@@ -113,6 +113,7 @@ from collections.abc import Iterable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
     SCHEDULERS,
@@ -334,7 +335,7 @@ def main() -> None:
     try:
         result = ensure_requeued(module.params, make_run(module), module.check_mode)
     except (_connection.Unreachable, SchedulerError, Refused, ValueError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

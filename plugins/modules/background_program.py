@@ -130,6 +130,7 @@ from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._marker import alone_at
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._processes import detach_command, start_time, this_boot
 
 HERE = "127.0.0.1"
@@ -373,7 +374,7 @@ def main() -> None:
     try:
         result = ensure_program(module.params, run, module.check_mode)
     except (Failed, OSError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

@@ -78,6 +78,7 @@ import time
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 POLL_SECONDS = 0.1
 
@@ -227,7 +228,7 @@ def main() -> None:
         else:
             ensure_stopped(module.params)
     except (Failed, OSError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     # A server that comes and goes within the play is no change.
     module.exit_json(changed=False, server=server)
 

@@ -96,6 +96,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._pip import (
     normalise,
     source_arguments,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 OLDEST_PYTHON = [3, 9]
 
@@ -375,7 +376,7 @@ def main() -> None:
     try:
         result = ensure_client(module.params, lambda command: run_command(module, command), module.check_mode)
     except (Failed, OSError) as error:
-        module.fail_json(msg=f"client_environment: {' '.join(str(error).splitlines())}")
+        module.fail_json(msg=f"client_environment: {one_line(error)}")
     module.exit_json(**result)
 
 

@@ -390,9 +390,15 @@ def parse_quota(text: str, names: list[str]) -> tuple[int | None, int | None]:
 
 
 def other_mounts(table: Path, known: list[str]) -> list[str]:
-    """Return where file systems of the network are mounted that hold none of the known folders."""
-    text = table.read_text(encoding="utf-8", errors="replace") if table.exists() else ""
-    found = {mount.path: mount.kind for mount in parse_mountinfo(text) if mount.kind in SHARED}
+    """Return where file systems of the network are mounted that hold none of the known folders.
+
+    With FUSE any user may mount something, and call it as they like: only root's and the user's own count.
+    """
+    text = table.read_bytes().decode("utf-8", "replace") if table.exists() else ""
+    found = {
+        mount.path: mount.kind for mount in parse_mountinfo(text)
+        if mount.kind in SHARED and ("fuse" not in mount.kind or mount.owner in ("0", str(os.geteuid())))
+    }
     return [f"{path} ({kind})" for path, kind in sorted(found.items()) if not any(
         folder == path or folder.startswith(f"{path}/") for folder in known)]
 

@@ -259,6 +259,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import (
     parse_features,
     tls_command,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 CLIENTS = ["micromamba", "mamba", "conda"]
 HOMES = ["~/miniforge3", "~/mambaforge", "~/micromamba", "~/miniconda3", "~/anaconda3", "~/.local", "/opt/*"]
@@ -756,7 +757,7 @@ def main() -> None:
     try:
         result = ensure_env(module.params, run, module.check_mode)
     except (CondaError, OSError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

@@ -67,6 +67,7 @@ from pathlib import Path
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import CondaError
 from ansible_collections.mala.hpc_db.plugins.module_utils._lock import lock_text, platform_of
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 
 def look(prefix: Path) -> dict:
@@ -103,7 +104,7 @@ def main() -> None:
     try:
         result = look(Path(module.params["prefix"]))
     except (CondaError, OSError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

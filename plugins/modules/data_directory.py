@@ -56,6 +56,7 @@ from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import parse_version
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 Run = Callable[[list[str]], str]
 
@@ -147,7 +148,7 @@ def main() -> None:
     try:
         outcome = ensure_data_directory(module.params, lambda command: run_command(module, command), module.check_mode)
     except (Failed, OSError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**outcome)
 
 

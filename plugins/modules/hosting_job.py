@@ -148,6 +148,7 @@ import pathlib
 import time
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
     LEAVING,
@@ -272,7 +273,7 @@ def main() -> None:
     try:
         result = ensure_job(module.params, make_run(module), module.check_mode)
     except (OSError, SchedulerError, ValueError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

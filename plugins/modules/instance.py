@@ -106,6 +106,7 @@ import tempfile
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 # Paths go into service files, job scripts and postgresql.conf: whatever one of them could misread is refused.
 UNSAFE = re.compile(r"[^\w./+@=, -]")
@@ -305,7 +306,7 @@ def main() -> None:
     try:
         result = ensure_instance(module.params, run, module.check_mode, user.pw_uid)
     except (Refused, OSError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(owner=user.pw_name, **result)
 
 

@@ -116,6 +116,7 @@ import re
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
     Run,
@@ -344,7 +345,7 @@ def main() -> None:
     try:
         result = see_last_run(module.params, make_run(module), ask, module.check_mode)
     except (OSError, SchedulerError, ValueError) as error:
-        why = " ".join(str(error).splitlines())
+        why = one_line(error)
         result = {"changed": False, "root": module.params["root"], "kept": False, "why": why, "endpoint": None}
     module.exit_json(**result)
 

@@ -53,6 +53,7 @@ import os
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 
 class Failed(Exception):
@@ -107,7 +108,7 @@ def main() -> None:
     try:
         result = ensure_links(module.params, module.check_mode)
     except (Failed, OSError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

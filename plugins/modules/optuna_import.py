@@ -114,6 +114,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 SQLITE = b"SQLite format 3\0"
 # What SQLite and Optuna keep beside a file while somebody writes to it.
@@ -492,7 +493,7 @@ def main() -> None:
     try:
         result = ensure_imported(module.params, module.check_mode)
     except (OSError, _connection.Unreachable, Refused) as error:
-        module.fail_json(msg=" ".join(explain(error).splitlines()))
+        module.fail_json(msg=one_line(explain(error)))
     for warning in result.pop("warnings"):
         module.warn(warning)
     module.exit_json(**result)

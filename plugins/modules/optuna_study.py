@@ -117,6 +117,7 @@ from typing import Any, NamedTuple
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 WORKERS = """
 SELECT count(*) FROM pg_stat_activity
@@ -345,7 +346,7 @@ def main() -> None:
     try:
         result = ensure_databases(module.params, module.check_mode)
     except Refused as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     for warning in result.pop("warnings"):
         module.warn(warning)
     module.exit_json(**result)

@@ -82,6 +82,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 # Infinity is kept apart from the values, so that it is no candidate here.
 STUDIES = """
@@ -125,7 +126,7 @@ def main() -> None:
     try:
         studies = read_studies(module.params)
     except _connection.Unreachable as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(changed=False, studies=studies)
 
 

@@ -98,6 +98,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import (
     search_command,
     tls_command,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 Run = Callable[[list[str]], tuple[int, str, str]]
 
@@ -178,7 +179,7 @@ def main() -> None:
     try:
         result = read_postgres(module.params, functools.partial(module.run_command, expand_user_and_vars=False))
     except (Refused, OSError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(changed=False, **result)
 
 

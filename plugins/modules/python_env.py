@@ -139,6 +139,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._pip import (
     normalise,
     source_arguments,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 # The first pip that installs manylinux_2_x wheels.
 OLDEST_PIP = (20, 3)
@@ -401,7 +402,7 @@ def main() -> None:
     try:
         result = ensure_all(module.params, functools.partial(run_command, module), module.check_mode)
     except (Failed, OSError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

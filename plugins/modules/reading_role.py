@@ -73,6 +73,7 @@ statements:
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 # The database in which roles are made.
 MAINTENANCE = "postgres"
@@ -237,7 +238,7 @@ def main() -> None:
     try:
         result = ensure_reader(module.params, module.check_mode)
     except (_connection.Unreachable, ValueError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

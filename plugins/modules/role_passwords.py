@@ -76,6 +76,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 # Bytes of randomness in a password: 256 bits cannot be guessed, whoever has the verifier.
 PASSWORD_BYTES = 32
@@ -221,7 +222,7 @@ def main() -> None:
     try:
         result = ensure_passwords(module.params, module.check_mode)
     except (_connection.Unreachable, OSError, ValueError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

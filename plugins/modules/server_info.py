@@ -101,6 +101,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 SETTINGS = "SELECT current_setting('max_connections')::int, current_setting('server_version')"
 SESSIONS = """
@@ -205,7 +206,7 @@ def main() -> None:
     try:
         result = read_server(module.params)
     except _connection.Unreachable as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(changed=False, **result)
 
 

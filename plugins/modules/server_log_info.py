@@ -95,7 +95,8 @@ def read_lines(path: str) -> Iterator[tuple[int, str, str]]:
             text = stream.read().decode(errors="replace")
     except OSError:
         return
-    for line in text.splitlines():
+    # Whatever else is in there has no line break of its own, but maybe a carriage return.
+    for line in text.split("\n"):
         found = LINE.fullmatch(line)
         if found:
             when = datetime.datetime.strptime(found[1], "%Y-%m-%dT%H:%M:%S%z")

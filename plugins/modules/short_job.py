@@ -83,6 +83,7 @@ import time
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
     SCHEDULERS,
@@ -206,7 +207,7 @@ def main() -> None:
     try:
         result = run_job(module.params, make_run(module))
     except ValueError as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: show
-short_description: Print a text as it is
+short_description: Print a text
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Prints the text to the screen, without quotes, escapes or a host name, whatever the stdout callback is.
+  - Prints the text to the screen, without quotes or a host name, whatever the stdout callback is.
+  - Only line breaks stay; what else a terminal would obey is printed as an escape sequence, such as C(\x1b).
   - For what a person reads or copies, such as a URL.
 attributes:
   action:

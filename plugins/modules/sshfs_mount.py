@@ -207,6 +207,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._mounts import (
     real_path,
     users,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._sshfs import (
     Failed,
     Refused,
@@ -256,7 +257,7 @@ class Machine(NamedTuple):
         """Return everything that is mounted."""
         table = self.proc / "self" / "mountinfo"
         if table.exists():
-            return parse_mountinfo(table.read_text(errors="surrogateescape"))
+            return parse_mountinfo(table.read_bytes().decode(errors="surrogateescape"))
         return parse_mount(self.run(["mount"], 10)[1])
 
     def processes(self) -> list[Process]:
@@ -595,7 +596,7 @@ def main() -> None:
     try:
         result = ensure_mount(module.params, machine, module.check_mode)
     except (Refused, Failed, Hung, OSError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     warning = result.pop("warning")
     if warning:
         module.warn(warning)

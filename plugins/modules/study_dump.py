@@ -104,6 +104,7 @@ from typing import Any, Callable
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 # The database in which others are created and renamed.
 MAINTENANCE = "postgres"
@@ -382,7 +383,7 @@ def main() -> None:
     try:
         result = act(module.params, lambda command: run_command(module, command), module.check_mode)
     except (_connection.Unreachable, Refused, Failed, OSError) as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

@@ -87,6 +87,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _figures, _report
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 # At the head of every report.
 MARK = re.compile(r'<meta name="mala\.hpc_db" content="([0-9a-f]{64})">')
@@ -187,7 +188,7 @@ def main() -> None:
     try:
         result = ensure_report(module.params, module.check_mode)
     except Refused as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

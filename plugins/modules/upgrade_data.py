@@ -91,6 +91,7 @@ from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 # What the old installation must still have.
 PROGRAMS = ["postgres", "psql", "pg_dump", "pg_restore"]
@@ -201,7 +202,7 @@ def main() -> None:
             raise Refused(f"root: {module.params['root']!r} is not absolute; give a path that begins with / or ~")
         result = ensure_major(module.params, run, module.check_mode)
     except (Refused, Failed, OSError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

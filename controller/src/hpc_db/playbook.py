@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Union
 
-from hpc_db.progress import Lines, progress
+from hpc_db.progress import Lines, printable, progress
 
 # Where this package is part of a checkout.
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -128,9 +128,9 @@ def run(private: str, playbook: str, inventories: list[str]) -> list[Result]:
             told.screen.end()
         running.result()
     if runner.rc:
-        raise Failed(told.why(inventories))
+        raise Failed(printable(told.why(inventories), keep="\n"))
     if not told.hosts:
-        raise Failed(told.why_nobody(inventories))
+        raise Failed(printable(told.why_nobody(inventories)))
     return told.results
 
 

@@ -25,7 +25,7 @@ class Lines:
 
     def say(self, text: str) -> None:
         """Say something that stays."""
-        print(text, file=self._stream, flush=True)
+        print(printable(text, keep="\n"), file=self._stream, flush=True)
 
     def end(self) -> None:
         """Leave only what stays."""
@@ -77,9 +77,9 @@ class Notebook(Lines):
         self._shown.update({"text/plain": "\n".join(self._hosts.values())}, raw=True)
 
 
-def printable(text: str) -> str:
-    """Return the text without what would move a terminal's cursor."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+def printable(text: str, keep: str = "") -> str:
+    """Return the text without what would move a terminal's cursor, except the characters in ``keep``."""
+    return "".join(letter if letter.isprintable() or letter in keep else " " for letter in text)
 
 
 def in_notebook() -> bool:

@@ -72,8 +72,9 @@ class Seen(NamedTuple):
 
 
 def say(text: str) -> None:
-    """Write a line into the log."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+    """Write a line into the log, where only what can be printed is left of what the cluster said."""
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", flush=True)
 
 
 def options(given: dict[str, str]) -> list[str]:

@@ -119,6 +119,13 @@ def test_terminal_has_one_line_that_is_rewritten(monkeypatch):
     ]
 
 
+def test_what_a_playbook_shows_is_no_command_of_a_terminals():
+    stream = io.StringIO()
+    told_of([start("mini", "Show"), result("on_ok", "mini", "mala.hpc_db.show", text="one\ntwo\x1b[2J")], Lines(stream))
+
+    assert stream.getvalue().endswith("one\ntwo [2J\n")
+
+
 def test_terminal_is_not_moved_by_what_a_cluster_says():
     stream = io.StringIO()
     told_of([start("mini", "Wait"), verbose("[mini] a\x1b[2Jb\x07")], Terminal(stream))

@@ -47,6 +47,12 @@ def place(**changes):
     return json.dumps({**ENDPOINT, **changes})
 
 
+def test_what_ssh_says_stays_in_its_line_of_the_log(capsys):
+    tunnel.say("lost: x\n2026-11-22 10:00:00 leads to y\x1b[2J")
+
+    assert capsys.readouterr().out.endswith(r" lost: x\n2026-11-22 10:00:00 leads to y\x1b[2J" + "\n")
+
+
 @pytest.mark.parametrize("text, expected", [
     (place(), tunnel.Place("c1", 5432, 1.5)),
     (place(host="2001:db8::1"), tunnel.Place("2001:db8::1", 5432, 1.5)),

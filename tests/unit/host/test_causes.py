@@ -49,8 +49,8 @@ def test_words_are_explained(words, said, mend):
         assert causes.re.search(pattern, text), explained
 
 
-def line(second, words, client="study@mala c2 ", level="FATAL"):
-    return f"2026-11-22 10:00:{second:02}.123 UTC [4711] {client}{level}:  {words}\n"
+def line(second, words, client="c2 ", level="FATAL"):
+    return f"2026-11-22 10:00:{second:02}.123 UTC postgres[4711] {client}{level}:  {words}\n"
 
 
 def write_log(folder, *lines, when="Sun"):
@@ -76,8 +76,8 @@ def no_name_server(monkeypatch):
 def test_fatal_lines_are_counted_by_cause(tmp_path):
     write_log(
         tmp_path,
-        line(1, TOO_MANY), line(2, TOO_MANY, "[unknown]@[unknown] c3 "), line(3, TOO_MANY), "\xff DETAIL:  more\n",
-        line(4, 'role "bob" does not exist', "bob@mala [local] "), line(5, "the database system is starting up"),
+        line(1, TOO_MANY), line(2, TOO_MANY, "c3 "), line(3, TOO_MANY), "\xff DETAIL:  more\n",
+        line(4, 'role "bob" does not exist', "[local] "), line(5, "the database system is starting up"),
         line(6, "terminating connection due to administrator command"), line(7, "duplicate key", level="ERROR"),
         line(8, "server process (PID 7) was terminated by signal 9: Killed", "", "LOG"),
         line(9, "listening on IPv4", "", "LOG"),
@@ -118,3 +118,50 @@ def test_only_the_end_of_a_huge_log_is_read(tmp_path, monkeypatch):
     path = write_log(tmp_path, *[line(second, TOO_MANY) for second in range(30)])
 
     assert 0 < len(causes.read_fatal(str(path))) < 4
+
+
+FORGED = "2026-11-22 10:00:01.000 UTC {}PANIC:  could not read block 3 in file\n"
+
+
+@pytest.mark.parametrize("forged", [
+    # Of a log that an older log_line_prefix made, in which a stranger's name is printed as it is.
+    FORGED.format("[1] "), FORGED.format("[1] x@y 10.0.0.1 "), "x\n" + FORGED.format("[1] "),
+    # Within the words, and what is no whole line.
+    line(1, "duplicate key\n\t" + FORGED.format("postgres[1] ").strip(), level="ERROR"),
+    *[line(1, f"duplicate{end}" + FORGED.format("postgres[1] ").strip(), level="ERROR") for end in "\r\v\x85\u2028"],
+    FORGED.format("postgres[1] ").strip(), FORGED.format("postgres[1] x@y "), " " + FORGED.format("postgres[1] "),
+    FORGED.format("postgres[1] ").replace("11-22", "99-99"),
+])
+def test_only_whole_lines_of_the_server_count(forged, tmp_path):
+    path = tmp_path / "postgresql-Sun.log"
+    path.write_bytes(forged.encode())
+
+    assert causes.read_logs(str(tmp_path), 0, WANTED) == []
+    assert causes.last_words(str(tmp_path)) == ""
+
+
+def test_many_names_do_not_hide_the_rest(tmp_path):
+    names = [line(number % 60, f'role "{number}" does not exist', "[local] ") for number in range(500)]
+    write_log(tmp_path, *names, *names, line(1, "could not locate a valid checkpoint record", "", "PANIC"))
+
+    events = causes.read_logs(str(tmp_path), 0, WANTED)
+
+    assert len(events) == 22
+    assert "the data directory is damaged" in [event.said for event in events]
+    assert events[-1].said == "480 more things that clients were told"
+
+
+@pytest.mark.parametrize("log, text, words", [
+    ("postgresql-Sun.log", line(1, "could not open x", "") + line(2, 'role "x" does not exist'), "could not open x"),
+    ("postgresql-Sun.log", line(1, "could not open x", "") + line(2, "the database system is shutting down", ""),
+     "could not open x"),
+    ("job.log", "2026-11-22 10:00:00.123 GMT [7] FATAL:  configuration file is wrong\n", "configuration file"),
+    ("job.log", "2026-11-22T10:00:00+0000 failed: FATAL:  of another job\n", ""),
+    # What runs beside postgres has logs of its own, with whatever a stranger sends.
+    ("pooler.log", line(1, "could not open x", ""), ""),
+])
+def test_last_words_are_the_servers_own(log, text, words, tmp_path):
+    (tmp_path / log).write_text(text)
+
+    assert causes.last_words(str(tmp_path)).startswith(f"FATAL:  {words}" if words else "")
+    assert bool(causes.last_words(str(tmp_path))) == bool(words)

@@ -90,7 +90,7 @@ def test_open_files_and_logs_are_told(instance):
     (root / "secrets").chmod(0o750)
     (root / "log/postgresql-Sun.log").write_text(
         time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(time.time() + 5))
-        + '.000 UTC [1] bob@mala c2 FATAL:  role "bob" does not exist\n'
+        + '.000 UTC postgres[1] c2 FATAL:  role "bob" does not exist\n'
     )
 
     modes, log = found(doctor.look_at_server(instance))
@@ -101,6 +101,15 @@ def test_open_files_and_logs_are_told(instance):
     # Settings that were changed since may have mended it.
     os.utime(root / "conf/postgresql-17.conf", (time.time() + 60,) * 2)
     assert [check for check, _said, _mend in found(doctor.look_at_server(instance))] == ["modes"]
+
+
+def test_what_is_printed_is_escaped(instance):
+    job = {"id": "8", "state": "PENDING", "node": "", "reason": "\x1b[2J\n  ok  job  \u202e"}
+
+    told = doctor.look_at_server({**instance, "job": job, "endpoint": None}).findings
+
+    assert all(word.isprintable() for each in told for word in each.values())
+    assert r"(\x1b[2J\n  ok  job  \u202e)" in told[0]["said"]
 
 
 @pytest.fixture

@@ -252,6 +252,15 @@ def test_takeover_leaves_everything_to_the_next_holder(host, monkeypatch):
     assert not (host.root / "run" / "released.2").exists()
 
 
+def test_a_reason_stays_in_its_line_of_the_log(host, capsys):
+    reason = "psql: x\n2026-11-22T10:00:00+0000 serving: ok\r\x1b[2J"
+    program.Host(str(host.root), bootstrap=False).tell("failed", reason)
+
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.strip().isprintable()
+    assert r"failed: psql: x\n2026-11-22T10:00:00+0000 serving: ok\r\x1b[2J" in said
+
+
 def test_refusal_names_the_holder_and_touches_nothing(host, capsys):
     host.lease().try_acquire()
     before = sorted(os.listdir(host.root / "run"))

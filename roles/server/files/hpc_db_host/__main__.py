@@ -220,7 +220,7 @@ class Host:
             return
         self._told = state + reason
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        print("%s %s: %s" % (now, state, reason), file=sys.stderr, flush=True)
+        say("%s %s: %s" % (now, state, reason))
         if self._lease and self._lease.is_ours() and not self.bootstrap:
             content = {"state": state, "reason": reason, "job": self.job, "host": socket.gethostname()}
             files.write_state(os.path.join(self.run, "state.json"), dict(content, since=time.time()))
@@ -276,7 +276,7 @@ class Host:
             self._alone = ", but " + followed
         if followed != self._followed:
             self._followed = followed
-            print(followed, file=sys.stderr, flush=True)
+            say(followed)
         return pause
 
     def _publish(self, postgres: Postgres) -> None:
@@ -345,6 +345,11 @@ def silence(holder: dict) -> str:
     )
 
 
+def say(text: str) -> None:
+    """Write one line into the log, whatever others have put into the text."""
+    print(files.printable(text), file=sys.stderr, flush=True)
+
+
 def read_settings(root: str) -> dict:
     """Return what the playbook has written for this program."""
     settings = dict(files.read_json(os.path.join(root, "host", "settings.json")) or {}, root=root)
@@ -361,7 +366,7 @@ def drain(postgres: Postgres, seconds: float) -> None:
     except (Failed, OSError) as failed:
         told = "running transactions are not awaited: %s" % failed
     if told:
-        print(told, file=sys.stderr, flush=True)
+        say(told)
 
 
 def on_signal(number: int, _frame: object) -> None:

@@ -11,10 +11,16 @@ import re
 import socket
 import threading
 import time
-from typing import Dict, List, Optional, Tuple  # noqa: F401 - Dict in a type comment
+from typing import Dict, Iterator, List, Optional, Tuple  # noqa: F401 - Dict in a type comment
+
+from . import files
 
 # Of each log this much is read, from its end.
 LOG_BYTES = 16 * 1024 * 1024
+LAST_BYTES = 64 * 1024
+
+# What clients were told may be as many different things as a stranger likes.
+MOST_OF_CLIENTS = 20
 
 # A name server that does not answer must not keep us.
 LOOKUP_SECONDS = 2.0
@@ -31,13 +37,16 @@ HARMLESS = re.compile(
 )
 TOO_MANY = re.compile("too many clients already|remaining connection slots are reserved|connections exhausted")
 UNKNOWN_RULE = re.compile(
-    'no pg_hba.conf entry for host "(?P<host>[^"]*)", user "(?P<user>[^"]*)", database "(?P<database>[^"]*)"'
-    "(?P<rest>.*)"
+    'no pg_hba.conf entry for host "(?P<host>[^"]*)", user "(?P<user>.*)", database "(?P<database>.*)"(?P<rest>[^"]*)'
 )
+# What libpq and the hosting program put before the server's own words.
+BEFORE = re.compile(r'(?:connection to server \w+ "[^"]*"[^"]*? failed: +)?[^"]*?(?:FATAL|PANIC|ERROR): +')
+# What a client chooses, such as a role. It may have quotes of its own in it, so all up to the last one counts.
+CHOSEN = re.compile('(?<=").*(?=")|(?<=argument for server process: ).*')
 
-# The words, what they mean, and what mends it. Groups of the words may be named in both.
+# The words without what a client chooses, what they mean, and what mends it. {0} is that.
 CAUSES = [
-    ("password authentication failed for user \"([^\"]*)\"",
+    ("password authentication failed for user \"\"",
      "the password of {0} is not the server's",
      "the playbook hpc_db.yml, which brings both together; workers must use the URL as it is printed"),
     ("no password supplied|expected (?:SASL|password) response, got message type 88",
@@ -46,10 +55,10 @@ CAUSES = [
     ("pg_hba.conf rejects connection",
      "a rule forbids a connection",
      "postgres_hba_rules"),
-    ("database \"([^\"]*)\" does not exist",
+    ("database \"\" does not exist",
      "there is no database {0}",
      "databases_studies: name it there, then the playbook hpc_db.yml"),
-    ("role \"([^\"]*)\" does not exist",
+    ("role \"\" does not exist",
      "a URL names the role {0}, which does not exist",
      "workers must use the URL as it is printed, which needs no user (instance_study_role)"),
     ("idle-in-transaction timeout",
@@ -94,7 +103,7 @@ CAUSES = [
     ("unsupported frontend protocol|invalid length of startup packet",
      "something else than a PostgreSQL client has spoken to the port",
      "postgres_networks: only those of the cluster"),
-    ("definition of service \"([^\"]*)\" not found",
+    ("definition of service \"\" not found",
      "libpq does not find the service {0}",
      "unset PGSERVICEFILE, or the playbook hpc_db.yml if the server should serve"),
     ("syntax error in service file|invalid connection option|unrecognized option",
@@ -117,25 +126,38 @@ CAUSES = [
      "the playbook hpc_db.yml"),
 ]
 
+# As conf/postgresql.conf has it (log_line_prefix): a session's line names its host, and nothing that a client sends.
 LINE = re.compile(
-    r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\S* UTC \[\d+\] (?:\S*@\S* (?P<client>\S+) )?"
-    r"(?P<level>FATAL|PANIC|LOG|ERROR):  (?P<words>.*)"
+    r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\.\d+ UTC postgres\[\d+\] "
+    r"(?:(?P<client>\[local\]|[\w.:%-]+) )?(?P<level>[A-Z]+):  (?P<words>.*)", re.ASCII
+)
+# The same before PostgreSQL has read that, on its standard error. It has no clients then.
+EARLY_LINE = re.compile(
+    r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\.\d+ \S+ (?:postgres)?\[\d+\] "
+    r"(?P<level>[A-Z]+):  (?P<words>.*)", re.ASCII
 )
 # What is not fatal for one client, but for all.
 GRAVE = re.compile("was terminated by signal 9|No space left on device|Disk quota exceeded")
 
 
 def explain(words: str, wanted: dict) -> Tuple[str, str]:
-    """Return what the words of a server or of libpq mean, and what mends it."""
-    rule = UNKNOWN_RULE.search(words)
+    """Return what the words of libpq or the hosting program mean, and what mends it."""
+    before = BEFORE.match(words)
+    return explain_record(words[before.end():] if before else words, wanted)
+
+
+def explain_record(words: str, wanted: dict) -> Tuple[str, str]:
+    """Return the same for the server's own words, as its log has them."""
+    rule = UNKNOWN_RULE.match(words)
     if rule:
         return explain_rule(rule, wanted)
-    if TOO_MANY.search(words):
+    fixed = CHOSEN.sub("", words)
+    if TOO_MANY.search(fixed):
         return "too many clients against max_connections %s" % wanted["max_connections"], mend_too_many(wanted)
     for pattern, said, mend in CAUSES:
-        found = re.search(pattern, words)
-        if found:
-            return said.format(*found.groups()), mend
+        if re.search(pattern, fixed):
+            chosen = CHOSEN.search(words)
+            return said.format(chosen.group() if chosen else ""), mend
     return words, "see the logs in %s" % os.path.join(wanted["root"], "log")
 
 
@@ -214,12 +236,17 @@ def read_logs(folder: str, since: float, wanted: dict) -> List[Event]:
         for when, client, words in read_fatal(path):
             if when < since:
                 continue
-            if TOO_MANY.search(words):
+            if TOO_MANY.search(CHOSEN.sub("", words)):
                 refused.add(when, client)
             else:
-                meaning = explain(words, wanted)
+                meaning = explain_record(words, wanted)
                 events.setdefault(meaning, Event(*meaning)).add(when, client)
     found = sorted(events.values(), key=lambda event: -len(event.times))
+    rest = [event for event in found if event.clients][MOST_OF_CLIENTS:]
+    if rest:
+        found = [event for event in found if event not in rest]
+        found.append(Event("%d more things that clients were told" % len(rest), "see the logs in %s" % folder))
+        found[-1].times = [when for event in rest for when in event.times]
     if refused.times:
         workers = estimate_workers(refused.times, wanted)
         refused.said = "too many clients: about %d workers against max_connections %s" % (
@@ -229,19 +256,59 @@ def read_logs(folder: str, since: float, wanted: dict) -> List[Event]:
 
 
 def read_fatal(path: str) -> List[Tuple[int, Optional[str], str]]:
-    """Return time, client's host and words of each line that says what is fatal, and not harmless."""
-    with open(path, "rb") as stream:
-        stream.seek(max(0, os.path.getsize(path) - LOG_BYTES))
-        lines = stream.read().decode("utf-8", "replace").splitlines()
+    """Return time, client's host and words of each record that says what is fatal, and not harmless."""
     found = []
-    for line in lines:
-        said = LINE.match(line)
-        if not said or HARMLESS.search(said.group("words")):
-            continue
-        if said.group("level") in ("FATAL", "PANIC") or GRAVE.search(said.group("words")):
-            when = calendar.timegm(time.strptime(said.group("time"), "%Y-%m-%d %H:%M:%S"))
-            found.append((when, said.group("client"), said.group("words")))
+    for when, client, level, words in read_records(path, LINE, LOG_BYTES):
+        # Below FATAL a client may have the server log any words.
+        grave = client is None and GRAVE.search(CHOSEN.sub("", words))
+        if (level in ("FATAL", "PANIC") or grave) and not HARMLESS.match(words):
+            found.append((when, client, words))
     return found
+
+
+def read_records(
+    path: str, pattern: "re.Pattern", most: int
+) -> "Iterator[Tuple[int, Optional[str], str, str]]":
+    """Yield time, client's host, level and words of each whole record at the end of a log, the words in one line.
+
+    After a line break in what it logs PostgreSQL writes a tab, so that nothing of that is a record of its own.
+    """
+    with open(path, "rb") as stream:
+        begin = max(0, os.path.getsize(path) - most)
+        stream.seek(begin)
+        lines = stream.read().decode("utf-8", "replace").split("\n")
+    records = []  # type: List[List[str]]
+    # Not the line in whose middle this begins, nor the one that is not written to its end.
+    for line in lines[1 if begin else 0:-1]:
+        if line.startswith("\t") and records:
+            records[-1].append(line[1:])
+        else:
+            records.append([line])
+    for record in records:
+        said = pattern.match(record[0])
+        if said:
+            words = "\n".join([said.group("words")] + record[1:])
+            with contextlib.suppress(ValueError):  # no time, in a log that is damaged
+                when = calendar.timegm(time.strptime(said.group("time"), "%Y-%m-%d %H:%M:%S"))
+                yield when, said.groupdict().get("client"), said.group("level"), files.printable(words)
+
+
+def last_words(folder: str) -> str:
+    """Return what PostgreSQL called fatal last, as its log has it; empty if nothing.
+
+    What it told a client was not what ended it.
+    """
+    logs = [(path, LINE) for path in glob.glob(os.path.join(glob.escape(folder), "postgresql-*.log"))]
+    logs += [(os.path.join(folder, name), EARLY_LINE) for name in ("job.log", "bootstrap.log")]
+    there = [(os.path.getmtime(path), path, pattern) for path, pattern in logs if os.path.exists(path)]
+    for _changed, path, pattern in sorted(there, key=lambda log: log[0], reverse=True):
+        fatal = [
+            "%s:  %s" % (level, words) for _when, client, level, words in read_records(path, pattern, LAST_BYTES)
+            if client is None and level in ("FATAL", "PANIC") and not HARMLESS.match(words)
+        ]
+        if fatal:
+            return fatal[-1]
+    return ""
 
 
 def estimate_workers(refused: List[int], wanted: dict) -> int:

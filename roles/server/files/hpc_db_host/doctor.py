@@ -51,7 +51,8 @@ class Report:
         self._add("skipped", check, why, "")
 
     def _add(self, state: str, check: str, said: str, mend: str) -> None:
-        self.findings.append({"state": state, "check": check, "said": said, "mend": mend})
+        told = {"state": state, "check": check, "said": said, "mend": mend}
+        self.findings.append({key: files.printable(value) for key, value in told.items()})
 
 
 def read_wanted(path: str) -> dict:

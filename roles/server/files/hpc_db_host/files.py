@@ -11,6 +11,13 @@ from typing import Optional
 STATE_BYTES = 2048
 
 
+def printable(text: str) -> str:
+    r"""Return the text in one line, with ``\x1b`` and the like for what a terminal would obey or not show."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
+
+
 def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
     """Replace ``path`` by rename, so that a reader sees the old text or the new one, never a part."""
     folder = os.path.dirname(path)

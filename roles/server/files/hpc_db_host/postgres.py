@@ -4,7 +4,6 @@
 
 import contextlib
 import ctypes
-import glob
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ import tempfile
 import time
 from typing import Dict, Optional
 
-from . import files, processes
+from . import causes, files, processes
 from .keeper import Keeper
 from .threads import signals_waiting
 
@@ -122,16 +121,9 @@ class Postgres:
             time.sleep(0.1)
 
     def last_words(self) -> str:
-        """Return the last line in which PostgreSQL's log says what is fatal."""
-        logs = glob.glob(os.path.join(glob.escape(self._settings["root"]), "log", "*.log"))
-        for path in sorted(logs, key=os.path.getmtime, reverse=True):
-            with open(path, "rb") as stream:
-                stream.seek(max(0, os.path.getsize(path) - 65536))
-                lines = stream.read().decode("utf-8", "replace").splitlines()
-            fatal = [line for line in lines if re.search("(FATAL|PANIC): +(?!the database system is)", line)]
-            if fatal:
-                return re.split("(?=FATAL:|PANIC:)", fatal[-1], maxsplit=1)[-1].strip()
-        return "see %s" % os.path.join(self._settings["root"], "log")
+        """Return what PostgreSQL's log calls fatal last."""
+        folder = os.path.join(self._settings["root"], "log")
+        return causes.last_words(folder) or "see %s" % folder
 
     def probe(self) -> str:
         """Make one durable write and count the connections; return "" if all is well, else why not, in one line."""

@@ -4,6 +4,7 @@
 
 import functools
 import http.server
+import os
 import subprocess
 import threading
 
@@ -103,6 +104,20 @@ def test_mounts_are_named_and_not_touched(tmp_path):
 
     assert other_mounts(table, ["/home/alice"]) == ["/bigdata (lustre)"]
     assert other_mounts(tmp_path / "none", []) == []
+
+
+def test_what_others_have_mounted_is_not_named(tmp_path):
+    """Any user may make a FUSE mount, at a folder of any name."""
+    mounts = [
+        ("/tmp/evil\\012#", "fuse.sshfs", os.geteuid() + 1), ("/tmp/a\rb", "fuse.sshfs", os.geteuid() + 2),
+        ("/home/alice/see", "fuse.sshfs", os.geteuid()), ("/gluster", "fuse.glusterfs", 0),
+    ]
+    table = tmp_path / "mountinfo"
+    table.write_text("".join(
+        f"5 1 0:5 / {path} rw,nosuid - {kind} x:/ rw,user_id={user},group_id=1\n" for path, kind, user in mounts
+    ), newline="")
+
+    assert other_mounts(table, []) == ["/gluster (fuse.glusterfs)", "/home/alice/see (fuse.sshfs)"]
 
 
 def test_without_any_command(monkeypatch, tmp_path):

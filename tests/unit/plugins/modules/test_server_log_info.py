@@ -49,3 +49,11 @@ def test_lines_of_others_do_not_count(tmp_path):
         (1795403430, "serving", "it accepts writes: all"), (1795403431, "ended", "told to"),
     ]
     assert list(read_lines(str(tmp_path / "none"))) == []
+
+
+@pytest.mark.parametrize("end", ["\r", "\v", "\x85", "\u2028"], ids=ascii)
+def test_a_line_ends_with_a_line_break_only(end, tmp_path):
+    line = "2026-11-20T10:00:00+0000 serving: ok"
+    (tmp_path / "job.log").write_bytes(f"{line}\nsomebody says x{end}{line.replace('serving', 'ended')}\n".encode())
+
+    assert [state for _when, state, _reason in read_lines(str(tmp_path / "job.log"))] == ["serving"]

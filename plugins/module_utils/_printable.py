@@ -1,0 +1,66 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Text from a cluster, for a terminal, for a comment, and for YAML that Ansible reads as an inventory."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Ansible evaluates a string of an inventory in which one of these begins.
+TEMPLATE = re.compile(r"\{[{%#]")
+# Memory, such as 16G.
+SIZE = re.compile(r"[1-9][0-9]*[KMGT]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Return the text with ``\x1b`` and the like for each character that cannot be printed, except those in ``keep``.
+
+    These are line breaks, control characters, which a terminal obeys, characters that change the direction of
+    writing, and bytes that are no text.
+    """
+    return "".join(
+        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def one_line(said: object) -> str:
+    """Return why something failed, in one line for a terminal: programs of the cluster may have a part in the words."""
+    return printable(" ".join(str(said).splitlines()))
+
+
+def printable_data(value: Any) -> Any:
+    """Return the same for each text in lists and dictionaries."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {printable_data(key): printable_data(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [printable_data(each) for each in value]
+    return value
+
+
+def yaml_data(value: Any, setting: str) -> str:
+    """Return a value as YAML that Ansible reads back as the same data; raise ValueError if none is safe."""
+    data = _checked(value, setting)
+    if isinstance(data, str) and SIZE.fullmatch(data):
+        return data  # as people write it
+    return json.dumps(data, ensure_ascii=False)  # JSON is YAML, and quotes each text
+
+
+def _checked(value: Any, setting: str) -> Any:
+    if isinstance(value, Mapping):
+        return {_checked(key, setting): _checked(each, setting) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_checked(each, setting) for each in value]
+    if isinstance(value, str) and (not value.isprintable() or TEMPLATE.search(value)):
+        raise ValueError(
+            f"{setting}: '{printable(value)}' is not allowed in an inventory; allowed are printable characters, "
+            "without {{, {% and {#"
+        )
+    return value

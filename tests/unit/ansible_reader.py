@@ -1,0 +1,114 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Ansible's own templates and inventories, many a second: a process that answers one JSON object for each it is sent.
+
+A process of its own, since Ansible changes how a whole process imports collections.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+class Refused(Exception):
+    """Ansible refuses a template; the message is its own."""
+
+
+class Reader:
+    """Such a process, and what it can be asked for."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+
+    def render(self, role: str, templates: list[str], own: dict, sent: dict) -> list[str]:
+        """Return what a role makes of its templates. ``sent`` is what modules return, which Ansible marks as unsafe."""
+        return self._ask(role=role, templates=templates, own=own, sent=sent)
+
+    def load(self, inventory: Path) -> dict[str, Any]:
+        """Return each host of an inventory with its variables, evaluated."""
+        return self._ask(inventory=str(inventory))
+
+    def _ask(self, **question: Any) -> Any:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        if "error" in answer:
+            raise Refused(answer["error"])
+        return answer["found"]
+
+    def end(self) -> None:
+        """End the process."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(30)
+
+
+def serve() -> None:
+    """Answer until nobody asks any more."""
+    from ansible import constants
+    from ansible.errors import AnsibleError
+    from ansible.plugins.loader import init_plugin_loader
+
+    init_plugin_loader([str(ROOT / ".cache" / "collections"), *constants.COLLECTIONS_PATHS])
+    for line in sys.stdin:
+        question = json.loads(line)
+        try:
+            found = load(question["inventory"]) if "inventory" in question else render(**question)
+            answer = {"found": found}
+        except AnsibleError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+def render(role: str, templates: list[str], own: dict, sent: dict) -> list[str]:
+    """Return what Ansible makes of templates."""
+    from ansible import template
+    from ansible.parsing.dataloader import DataLoader
+    from ansible.utils.unsafe_proxy import wrap_var
+
+    folder = ROOT / "roles" / role
+    loader = DataLoader()
+    loader.set_basedir(str(folder))
+    # For newer Ansibles only what is from a file of ours is a template.
+    trust = getattr(template, "trust_as_template", str)
+    trusting = {"trusted_as_template": True} if hasattr(template, "trust_as_template") else {}
+    variables = dict(own, role_path=str(folder), **{name: wrap_var(value) for name, value in sent.items()})
+    for file in (folder / "defaults" / "main.yml", folder / "vars" / "main.yml"):
+        variables = {**(loader.load_from_file(str(file), **trusting) or {}), **variables}
+    templar = template.Templar(loader=loader, variables=variables)
+    return [
+        str(templar.template(trust("{{ lookup('ansible.builtin.template', '%s') }}" % (folder / "templates" / each))))
+        for each in templates
+    ]
+
+
+def load(path: str) -> dict[str, Any]:
+    """Return what Ansible reads in an inventory."""
+    from ansible import template
+    from ansible.inventory.manager import InventoryManager
+    from ansible.parsing.dataloader import DataLoader
+    from ansible.vars.manager import VariableManager
+
+    loader = DataLoader()
+    inventory = InventoryManager(loader=loader, sources=[path])
+    manager = VariableManager(loader=loader, inventory=inventory)
+    found = {}
+    for host in inventory.get_hosts():
+        variables = manager.get_vars(host=host, include_hostvars=False)
+        variables = {name: value for name, value in variables.items() if name not in ("omit", "ansible_version")}
+        found[host.name] = template.Templar(loader=loader, variables=variables).template(variables)
+    return found
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,184 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Whatever a cluster says: in the inventory that discover.yml writes it is data, and on a screen it is only seen.
+
+Every text in what a cluster can send is replaced by each hostile one; a new fact is among them by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible_collections.mala.hpc_db.plugins.modules import cluster_info
+from ansible_reader import Reader, Refused
+
+ROOT = Path(__file__).parents[3]
+ROLE = ROOT / "roles" / "discover"
+INVENTORY = ("hosts.yml", "group_vars/all.yml")
+
+CANARY = ROOT / ".cache" / "CANARY"
+HOSTILE = [
+    "\nevil: \"{{ lookup('pipe', 'touch .cache/CANARY') }}\"\n#", "\r\nevil: 1", "\revil: 1", "\u2028evil: 1\u2029",
+    "\x85evil: 1", "{{ lookup('pipe', 'touch .cache/CANARY') }}", "{% set evil = 1 %}", "{# evil",
+    "!unsafe x", "*x", "&x y", "- evil", ": ", " # evil", "#", "'", '"', "\\", '"\nevil: 1\n"', "'''", "[", "{",
+    "null", "~", "yes", "12:30:00", "0x1", "|", ">", "%x", "@x", "`x`", "---", "...", "\x1b[2J\x1b]0;evil\x07",
+    "\x9b2J", "\x00", "\x7f", "\u202eevil\u202c", "\u200b", "\ufeff", "\udc80", "\t", "x" * 100_000,
+    "\u03a9 \U0001f600",
+]
+# What a value may not be, and what it may, since it is quoted.
+REFUSED = HOSTILE[:8] + ["\x1b[2J", "\x00", "\u202ex"]
+TAKEN = ["*x", "#", "x: y", "yes", "\\", "!unsafe x", "'\"", HOSTILE[-1]]
+ALL_AT_ONCE = "".join(HOSTILE[:-2])
+
+# What mala.hpc_db.cluster_info, raw and the job return; a test compares the names with what they say they do.
+FOUND: dict[str, Any] = {
+    "host": "login1", "user": "alice", "scheduler": "slurm", "others": ["qsub"], "bin_dir": "/opt/slurm/bin",
+    "config": {"SLURM_VERSION": "24.05.1", "ClusterName": "mini"},
+    "partitions": [{
+        "name": "work", "default": True, "usable": True, "limit": 3600, "walltime": "01:00:00", "nodes": 2, "cpus": 4,
+        "memory": 8000, "gpus": True, "exclusive": False, "preempted": True,
+    }],
+    "accounts": ["mala", "other"], "qos": ["normal"],
+    "file_systems": [{
+        "name": "HOME", "path": "/home/alice", "type": "nfs4", "shared": True, "free": 1 << 40, "used": 1, "quota": 9,
+    }],
+    "mounted": ["/bigdata (lustre)"], "clients": ["/opt/conda/bin/conda"], "sources": {"https://x/y": "no route"},
+    "proposed": {
+        "options": {"partition": "work", "time": "01:00:00", "account": "mala", "mem": "4G", "cpus-per-task": 4},
+        "memory": "4G",
+    },
+}
+TOLD = {
+    "host": "c1", "machine": "x86_64", "python": "3.9.1", "folders": ["/home/alice"], "temporary": True,
+    "neighbour": True, "login": True,
+}
+SENT: dict[str, Any] = {
+    "__discover_found": FOUND,
+    "__discover_asked": {"stdout_lines": ["python 3.11.2 /usr/bin/python3", "python 3.6.8 /usr/bin/python3.6"]},
+    "__discover_job": {"answer": TOLD, "said": "job 7 ended", "reached": True},
+}
+GIVEN = {
+    "inventory_hostname": "login.example.org", "discover_name": "mini", "discover_submit_job": True, "hostvars":
+    {"login.example.org": {"ansible_user": "alice"}}, "ansible_check_mode": False,
+}
+
+
+def spots(value: Any, at: tuple = ()) -> Iterator[tuple]:
+    """Yield where the texts are in what is sent."""
+    if isinstance(value, str):
+        yield at
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from spots(each, (*at, key))
+
+
+def replaced(sent: dict, texts: dict[tuple, str]) -> dict:
+    """Return what is sent with other texts at these spots."""
+    sent = copy.deepcopy(sent)
+    for spot, text in texts.items():
+        place = sent
+        for key in spot[:-1]:
+            place = place[key]
+        place[spot[-1]] = text
+    return sent
+
+
+@pytest.fixture(scope="module")
+def ansible() -> Iterator[Reader]:
+    reader = Reader()
+    yield reader
+    reader.end()
+
+
+@pytest.fixture(scope="module")
+def written(
+    ansible: Reader, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[dict], tuple[str, dict]]]:
+    """Write the inventory, as what is sent has it; return its text, and its one host's settings as Ansible reads it."""
+    tmp_path = tmp_path_factory.mktemp("inventory")
+
+    def write(sent: dict) -> tuple[str, dict]:
+        texts = ansible.render("discover", [f"{name}.j2" for name in INVENTORY], GIVEN, sent)
+        for name, text in zip(INVENTORY, texts):
+            (tmp_path / "written" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "written" / name).write_bytes(text.encode(errors="surrogateescape"))
+        hosts = ansible.load(tmp_path / "written")
+        assert list(hosts) == ["mini"]
+        return "".join(texts), hosts["mini"]
+
+    yield write
+    assert not CANARY.exists()
+
+
+@pytest.fixture(scope="module")
+def plain(written: Callable) -> dict[str, Any]:
+    """The settings of a cluster that means no harm."""
+    return written(SENT)[1]
+
+
+ALL = list(spots(SENT))
+# The proposed job says the partition once more, and the login shell's line has the Python at its end.
+VALUES = [spot for spot in ALL if spot[1] in ("bin_dir", "proposed") or spot[-2:] == ("stdout_lines", 0)]
+COMMENTS = [spot for spot in ALL if spot not in VALUES]
+
+
+def names(options: dict) -> dict:
+    """Return the names in a documentation, those of dictionaries in it as well."""
+    return {name: names(option.get("contains", {})) for name, option in options.items()}
+
+
+def test_every_fact_is_here() -> None:
+    documented = names(yaml.safe_load(cluster_info.RETURN))
+    held = {name: names_of(value) if documented[name] else {} for name, value in FOUND.items()}
+
+    assert held == documented
+    assert list(TOLD) == re.findall(r'^        "(\w+)": ', (ROLE / "files" / "compute.py").read_text(), re.MULTILINE)
+
+
+def names_of(value: Any) -> dict:
+    return {name: {} for name in (value[0] if isinstance(value, list) else value)}
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:30]))
+def test_what_is_said_in_comments_stays_there(text: str, plain: dict, written: Callable) -> None:
+    file, settings = written(replaced(SENT, dict.fromkeys(COMMENTS, text)))
+
+    assert all(letter.isprintable() or letter == "\n" for letter in file)
+    assert settings == plain
+
+
+@pytest.mark.parametrize("spot", COMMENTS, ids=str)
+def test_each_fact_by_itself_stays_in_comments(spot: tuple, plain: dict, written: Callable) -> None:
+    settings = written(replaced(SENT, {spot: ALL_AT_ONCE}))[1]
+
+    # Other paths may mean that compute nodes do not see the home.
+    assert settings.pop("instance_root", "FILL_IN") == "FILL_IN"
+    assert settings == plain
+
+
+@pytest.mark.parametrize("spot", VALUES, ids=str)
+def test_each_value_is_the_same_data_or_refused(spot: tuple, written: Callable) -> None:
+    harmless = copy.deepcopy(SENT)
+    if spot[-1] == "memory":  # which is only told where a job has its nodes alone
+        harmless["__discover_found"]["proposed"]["options"]["mem"] = False
+    before = "python 3.11.2 /usr/bin/python3" if spot[-2] == "stdout_lines" else ""
+    expected = texts_in(written(harmless)[1])
+    for text in REFUSED:
+        with pytest.raises(Refused, match=r"[a-z_-]+: '.*' is not allowed in an inventory; allowed are ") as why:
+            written(replaced(harmless, {spot: before + text}))
+        assert str(why.value).isprintable()
+    for text in TAKEN:
+        found = texts_in(written(replaced(harmless, {spot: before + text}))[1])
+        changed = [value for name, value in found.items() if expected[name] != value]
+        assert found.keys() == expected.keys() and len(changed) == 1
+        assert changed[0].endswith(text)
+
+
+def texts_in(settings: dict) -> dict[tuple, str]:
+    return {spot: functools.reduce(lambda part, key: part[key], spot, settings) for spot in spots(settings)}
