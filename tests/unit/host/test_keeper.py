@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The lease while the program waits: real programs and processes, only PostgreSQL's are small ones that note what they do.
+"""The lease while the program waits: real programs and processes. PostgreSQL's are small ones that note what they do.
 
 Each program waits, where a test asks it to, until the file ``go`` is there.
 """
@@ -9,10 +9,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -23,8 +25,8 @@ from hpc_db_host import processes
 from hpc_db_host.keeper import Keeper
 from hpc_db_host.lease import Held, Lease, Lost
 
-TTL = 2.0
-WAIT = "while [ ! -e {root}/go ]; do sleep 0.05; done"
+TTL = 4.0
+WAIT = "touch {root}/waits; while [ ! -e {root}/go ]; do sleep 0.05; done"
 # Like postgres it has a process in a session of its own, which does not mind the death of the first one.
 POSTGRES = f"""#!{sys.executable}
 import os, signal, sys, time
@@ -59,7 +61,7 @@ while True:
 PSQL = """
 text=$(cat)
 case $text in
-    *pg_logical_emit_message*) echo '1|77';;
+    *pg_logical_emit_message*) [ ! -e {root}/backend ] || echo '1|77';;
     *pg_terminate_backend*) {drain}; echo 0;;
     *"FROM pg_database"*) echo '"postgres"';;
 esac
@@ -86,7 +88,7 @@ class Instance:
         wait = {where: WAIT.format(root=self.root) if self.where == where else ":" for where in PLACES}
         scripts = {
             "postgres": POSTGRES.format(root=str(self.root), slow=self.where.endswith("stop")),
-            "psql": PSQL.format(drain=wait["drain"]),
+            "psql": PSQL.format(root=self.root, drain=wait["drain"]),
             "pg_dump": wait["programs"],
             "pg_restore": "",
             "vacuumdb": "",
@@ -108,7 +110,7 @@ class Instance:
             "data": str(self.root / "data" / data), "config": "", "port": free_port(), "advertise": "127.0.0.1",
             "socket_parent": str(self.root / "sockets"), "service": {"dbname": "x"}, "lease_ttl": TTL,
             "service_file": str(self.root / "service"), "databases": [], "dump_minutes": 0, "dump_keep": 1,
-            "restarts": 0, "stop_notice": 4,
+            "restarts": 0, "stop_notice": 4, "drain_seconds": 300, "stop_patience": 300,
         }
         (self.root / "host" / f"{name}.json").write_text(json.dumps(settings))
 
@@ -125,16 +127,10 @@ class Instance:
         if self.where in ("stop", "drain"):
             self.until(lambda: (self.root / "run" / "endpoint.json").exists())
             self.program.terminate()
-        self.until(self.waits)
-
-    def waits(self):
-        if self.where.endswith("stop"):
-            return "stopping" in self.events()
-        # A shell that waits sleeps for a moment, again and again.
-        return any("sleep 0.05" in words for words in command_lines(processes.below(self.program.pid)))
+        self.until(lambda: (self.root / "waits").exists() or "stopping" in self.events())
 
     def until(self, condition):
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < limit and self.program.poll() is None, (self.root / "said").read_text()
             time.sleep(0.02)
@@ -183,19 +179,16 @@ def command_lines(pids):
             yield ""
 
 
-def is_alive(pid):
-    return processes.start_time(pid) is not None
-
-
 @pytest.fixture
-def at(tmp_path):
+def at():
     """Start a program that waits at a place."""
     made = []
+    folder = Path(tempfile.mkdtemp(prefix="keeper-"))  # a short path, for the sockets
 
     def at(where):
-        made.append(Instance(tmp_path, where))
-        made[0].start()
-        return made[0]
+        made.append(Instance(folder / where.replace(" ", "_"), where))
+        made[-1].start()
+        return made[-1]
 
     yield at
     for instance in made:
@@ -203,27 +196,32 @@ def at(tmp_path):
         instance.program.kill()
         instance.program.wait()
         with contextlib.suppress(OSError, ValueError):
-            os.kill(int((tmp_path / "backend").read_text()), signal.SIGKILL)
+            os.kill(int((instance.root / "backend").read_text()), signal.SIGKILL)
+    shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("where", PLACES)
-def test_lease_is_renewed_whatever_the_program_waits_for(where, at, monkeypatch):
-    instance = at(where)
-    contender = instance.contender(monkeypatch)
+def test_lease_is_renewed_whatever_the_program_waits_for(at, monkeypatch):
+    instances = [at(where) for where in PLACES]
+    contenders = [instance.contender(monkeypatch) for instance in instances]
     limit = time.monotonic() + 2.5 * TTL
 
+    taken = set()
     while time.monotonic() < limit:
-        with pytest.raises(Held):
-            contender.try_acquire()
+        for where, contender in zip(PLACES, contenders):
+            with contextlib.suppress(Held):
+                contender.try_acquire()
+                taken.add(where)
         time.sleep(0.05)
 
-    instance.go()
-    if where == "programs":
-        instance.until(lambda: (instance.root / "run" / "endpoint.json").exists())
-        instance.program.terminate()
-    assert instance.program.wait(30) == 0, (instance.root / "said").read_text()
-    assert instance.events().split()[::2][-1] == "checkpoint"
-    assert contender.try_acquire()
+    assert taken == set()
+    for instance, contender in zip(instances, contenders):
+        instance.go()
+        if instance.where == "programs":
+            instance.until((instance.root / "run" / "endpoint.json").exists)
+            instance.program.terminate()
+        assert instance.program.wait(60) == 0, (instance.root / "said").read_text()
+        assert instance.events().split()[::2][-1] == "checkpoint"
+        assert contender.try_acquire()
 
 
 @pytest.mark.parametrize("where", PLACES)
@@ -233,8 +231,8 @@ def test_lost_lease_ends_everything_at_once_and_nothing_is_written_any_more(wher
 
     (instance.root / "run" / "lease.2").write_text('{"host": "c2", "job": "8"}')
 
-    # The program waits for ever: only what it waits for has been killed.
-    assert instance.program.wait(10) == 1
+    # What it waits for would go on for ever.
+    assert instance.program.wait(30) == 1
     said = (instance.root / "said").read_text().splitlines()
     assert re.search("failed: the lease was taken by job 8 on c2", said[-1])
     assert instance.events() == before
@@ -252,7 +250,7 @@ def test_program_that_was_frozen_before_the_start_does_not_start_postgres(at, mo
     instance.go()
     instance.program.send_signal(signal.SIGCONT)
 
-    assert instance.program.wait(10) == 1
+    assert instance.program.wait(30) == 1
     assert instance.events() == ""
     contender.renew()
 

@@ -109,7 +109,8 @@ def works_in(pid, folder):
 
 
 def test_every_process_of_a_program_in_a_folder_is_found(sleeper, tmp_path):
-    with subprocess.Popen(["sleep", "60"], cwd="/") as elsewhere, subprocess.Popen(["sleep", "60"], cwd=tmp_path) as other:
+    words = ["sleep", "60"]
+    with subprocess.Popen(words, cwd="/") as elsewhere, subprocess.Popen(words, cwd=tmp_path) as other:
         assert sorted(processes.all_in("sleep", str(tmp_path))) == sorted([sleeper.pid, other.pid])
         elsewhere.kill()
         other.kill()

@@ -64,8 +64,9 @@ class Lease:
         self.epoch = 0
         self._clock = clock
         self._ended = ended
-        self._holder = dict(
-            dict({"silence": ttl}, **holder), place=processes.this_host(), start=processes.start_time(holder["pid"]), since=time.time()
+        self._holder = dict({"silence": ttl}, **holder)
+        self._holder.update(
+            place=processes.this_host(), start=processes.start_time(holder["pid"]), since=time.time()
         )
         self._beats = 0
         self._renewed = clock()
