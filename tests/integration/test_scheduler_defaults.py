@@ -54,11 +54,11 @@ class Site:
     def module(self, name: str, **parameters: object) -> dict:
         """Run a module of the collection on the login node."""
         words = {"name": "hpc_db", "root": "/home/alice/hpc_db", "scheduler": self.scheduler, **parameters}
-        call = ["ansible", "--inventory", str(ROOT / "molecule/default/inventory"), "hpc_db", "--one-line",
+        call = ["ansible", "--inventory", str(ROOT / "molecule/default/inventory"), "hpc_db",
                 "--module-name", f"mala.hpc_db.{name}", "--args", json.dumps(words)]
         environment = {**self.login.environment, "HPC_DB_CLUSTER": str(self.state)}
         done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        found = re.search(r"=> (\{.*\})$", done.stdout, re.MULTILINE)
+        found = re.search(r"=> (\{.*\})", done.stdout, re.DOTALL)
         assert found, done.stdout + done.stderr
         return json.loads(found[1])
 
