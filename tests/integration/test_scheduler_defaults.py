@@ -54,7 +54,8 @@ class Site:
         words = {"name": "hpc_db", "root": "/home/alice/hpc_db", "scheduler": self.scheduler, **parameters}
         call = ["ansible", "--inventory", str(ROOT / "molecule/default/inventory"), "hpc_db",
                 "--module-name", f"mala.hpc_db.{name}", "--args", json.dumps(words)]
-        environment = {**self.login.environment, "HPC_DB_CLUSTER": str(self.state)}
+        chosen = {"HPC_DB_CLUSTER": str(self.state), "ANSIBLE_CALLBACK_RESULT_FORMAT": "json"}
+        environment = {**self.login.environment, **chosen}
         done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         found = re.search(r"=> (\{.*\})", done.stdout, re.DOTALL)
         assert found, done.stdout + done.stderr
