@@ -26,7 +26,7 @@ OWNED = (
     "sync", "t", "tc", "terse", "verify", "w", "wd",
 )
 OWN_VARIABLES = ["SGE_CELL", "SGE_CLUSTER_NAME", "SGE_EXECD_PORT", "SGE_QMASTER_PORT", "SGE_ROOT"]
-# Options of qstat that choose jobs or print something else, and that no option overrides.
+# Options of qstat that choose jobs, or print something else, and that no option overrides without a loss.
 FILTERS = ("-U", "-dj", "-dq", "-explain", "-f", "-F", "-g", "-help", "-j", "-l", "-pe", "-q", "-qs")
 # Options that say yes or no.
 SWITCHES = ("R", "r")
@@ -309,7 +309,7 @@ def listing() -> list[str]:
         words = [word for line in lines if not line.startswith("#") for word in line.split()]
         hidden = sorted(set(words) & set(FILTERS))
         if hidden:
-            raise ValueError(f"{path}: the option {hidden[0]} hides jobs from every qstat; remove it there")
+            raise ValueError(f"{path}: the option {hidden[0]} changes what every qstat shows; remove it there")
     return ["qstat", "-s", "prs", "-u", user()]
 
 

@@ -128,7 +128,7 @@ def limit_command(options: dict) -> list[str] | None:
     """
     if options.get("qos") or not (options.get("partition") and options.get("time")):
         return None
-    return ["sinfo", "--noheader", "--all", "--local", "--format=%R|%l", f"--partition={options['partition']}"]
+    return ["sinfo", "--noheader", "--local", "--format=%R|%l", f"--partition={options['partition']}"]
 
 
 def check_limit(text: str, options: dict) -> None:

@@ -253,7 +253,7 @@ def test_defaults_of_qstat_are_overridden(text, home):
 def test_defaults_of_qstat_that_hide_jobs_are_refused(name, ask, home):
     (home / name).write_text("-s prs\n-q nothing\n")
 
-    with pytest.raises(ValueError, match=f"^{home}/{name}: the option -q hides jobs from every qstat"):
+    with pytest.raises(ValueError, match=f"^{home}/{name}: the option -q changes what every qstat shows"):
         ask()
 
 
