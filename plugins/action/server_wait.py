@@ -76,8 +76,8 @@ def wait_for_server(
                 raise WaitFailed(status)
         else:
             misses = 0
-            if serves(found):
-                endpoint = found["endpoint"]
+            endpoint = found["endpoint"]
+            if endpoint:
                 say(f"serving on {endpoint['host']}:{endpoint['port']} after {waited:.0f} s")
                 return endpoint
             if found["job"]:
@@ -93,12 +93,6 @@ def wait_for_server(
             said, said_at = status, clock.monotonic()
         clock.sleep(min(pause, max(timeout - waited, 0)))
         pause = min(1.5 * pause, LONGEST_PAUSE)
-
-
-def serves(found: dict) -> bool:
-    """Tell whether the endpoint is the running job's, and not left behind by one that was killed."""
-    job, endpoint = found["job"], found["endpoint"]
-    return bool(job and endpoint and job["state"] == "RUNNING" and endpoint.get("job") == job["id"])
 
 
 def why_hopeless(found: dict, seen: set, is_hopeless: Callable[[str], bool]) -> str | None:

@@ -27,6 +27,12 @@ options:
     description: The libpq password file on the target, mode 0600. Its content never leaves the target.
     type: path
     required: true
+  tls:
+    description:
+      - Whether the server has TLS, which over the network is then required, with channel binding.
+      - Without it passwords are sent by SCRAM only, but somebody who holds the server's port may relay the login.
+    type: bool
+    default: true
 requirements:
   - psycopg2
 """

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pwd
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +19,15 @@ CONNECTION_OPTIONS: dict[str, Any] = {
     "port": {"type": "int", "required": True},
     "user": {"type": "str", "required": True},
     "passfile": {"type": "path", "required": True},
+    "tls": {"type": "bool", "default": True},
+}
+# As in the service entry: without them a connection hangs for minutes when a node vanishes.
+LIMITS = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20000,
 }
 
 
@@ -30,26 +41,44 @@ def not_importable(package: str, error: ImportError) -> str:
     return f"postgres_python_packages: {sys.executable} cannot import {package}: {said}; name the package there"
 
 
+def safety(host: str, tls: bool) -> dict[str, Any]:
+    """Return the libpq parameters of every connection: no rogue server may collect, relay or wait for ever.
+
+    ``tls`` tells whether the instance has TLS. Without it nothing binds the password to the connection.
+    """
+    if host.startswith("/"):
+        return {**LIMITS, "requirepeer": pwd.getpwuid(os.geteuid()).pw_name}
+    bound = {"sslmode": "require", "channel_binding": "require"} if tls else {}
+    return {**LIMITS, **bound, "require_auth": "scram-sha-256"}
+
+
 def parameters(params: dict, database: str) -> dict[str, Any]:
     """Return libpq's parameters for a connection to ``database``."""
-    # A server that is not ours, on the port that was, must not be told the password.
-    remote = {} if params["host"].startswith("/") else {"require_auth": "scram-sha-256"}
     return {
-        **remote,
         "host": params["host"],
         "port": params["port"],
         "user": params["user"],
         "passfile": params["passfile"],
         "dbname": database,
-        "connect_timeout": 10,
         "application_name": "mala.hpc_db",
+        **safety(params["host"], params.get("tls", True)),
     }
 
 
+def conninfo(params: dict, database: str) -> str:
+    """Return the same as PostgreSQL's programs take it. No password is among them."""
+    given = parameters(params, database)
+    if "channel_binding" in given:
+        del given["require_auth"]  # which that implies, and PostgreSQL 15 does not know
+    escaped = {key: str(value).replace("\\", "\\\\").replace("'", "\\'") for key, value in given.items()}
+    return " ".join(f"{key}='{value}'" for key, value in escaped.items())
+
+
 def storage_url(params: dict, database: str) -> str:
-    """Return SQLAlchemy's URL of ``database``. The password comes from the password file."""
-    query = {name: params[name] for name in ("host", "port", "passfile")}
-    return f"postgresql+psycopg2://{quote(params['user'], safe='')}@/{quote(database, safe='')}?{urlencode(query)}"
+    """Return SQLAlchemy's URL of ``database`` with the same parameters. The password comes from the password file."""
+    query = parameters(params, database)
+    user, name = (quote(query.pop(key), safe="") for key in ("user", "dbname"))
+    return f"postgresql+psycopg2://{user}@/{name}?{urlencode(query)}"
 
 
 @contextlib.contextmanager

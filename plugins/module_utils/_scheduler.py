@@ -39,12 +39,16 @@ class SchedulerError(Exception):
     """A command of the scheduler failed; the text is its own words."""
 
 
-def make_run(module: AnsibleModule) -> Run:
-    """Return the callable that takes an argument list and returns its stdout."""
-    local = module.params["scheduler"] == "local"
-    bin_dir = None if local else module.params["bin_dir"]
-    cwd = os.path.join(module.params["root"], "host") if local else None
-    environment = SCHEDULERS[module.params["scheduler"]].environment(os.environ, bin_dir or "")
+def make_run(module: AnsibleModule, params: dict | None = None) -> Run:
+    """Return the callable that takes an argument list and returns its stdout.
+
+    ``params`` name the scheduler as ARGUMENT_SPEC does; without them the module's own do.
+    """
+    params = params or module.params
+    local = params["scheduler"] == "local"
+    bin_dir = None if local else params["bin_dir"]
+    cwd = os.path.join(params["root"], "host") if local else None
+    environment = SCHEDULERS[params["scheduler"]].environment(os.environ, bin_dir or "")
 
     def run(command: list) -> str:
         program = os.path.join(bin_dir, command[0]) if bin_dir else command[0]
@@ -98,6 +102,13 @@ def find_jobs(params: dict, run: Run) -> list[dict]:
         return []  # nothing is installed, so nothing was ever started
     jobs = scheduler.parse_queue(run(scheduler.queue_command(params["name"])))
     return sorted((job for job in jobs if job["name"] == params["name"]), key=_weight)
+
+
+def serving_job(endpoint: dict | None, jobs: list[dict]) -> dict | None:
+    """Return the job whose server has published the endpoint, if it runs: one that was killed leaves it behind."""
+    return next(
+        (job for job in jobs if endpoint and job["state"] == "RUNNING" and job["id"] == endpoint.get("job")), None
+    )
 
 
 def find_idle_nodes(params: dict, run: Run) -> list[str]:

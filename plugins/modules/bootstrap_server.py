@@ -10,8 +10,8 @@ DOCUMENTATION = r"""
 module: bootstrap_server
 short_description: Keep a PostgreSQL server that answers, with or without a hosting job
 description:
-  - Gives the endpoint of the hosting job if one serves. Else it starts a short-lived server on the login node,
-    which listens on a unix socket in a private folder only and holds the instance's lease meanwhile.
+  - Gives the endpoint of the hosting job if the scheduler says that it runs. Else it starts a short-lived server on
+    the login node, which listens on a unix socket in a private folder only and holds the instance's lease meanwhile.
   - So databases can be made before the job is submitted, or while it waits in the queue.
 author: mala.hpc_db contributors (@mala-project)
 options:
@@ -66,9 +66,16 @@ server:
     job:
       description: The hosting job's id; empty for a short-lived server.
       type: str
+    tls:
+      description: Whether connections over the network have TLS.
+      type: bool
+    connect_params:
+      description: The libpq parameters with which no other server can collect or relay the password.
+      type: dict
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -78,11 +85,22 @@ import time
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
+    SchedulerError,
+    find_jobs,
+    make_run,
+    serving_job,
+)
 
 POLL_SECONDS = 0.1
 
+CONNECT_SECONDS = 5
+
 Run = Callable[[list[str]], str]
+IsServed = Callable[[dict], bool]
 
 
 class Failed(Exception):
@@ -99,28 +117,48 @@ def read_json(path: str) -> dict | None:
 
 
 def answers(server: dict) -> bool:
-    """Tell whether somebody listens there: the file of a node that died stays behind."""
+    """Tell whether somebody listens there, with a socket of ours: the file of a node that died stays behind."""
     try:
         if server["host"].startswith("/"):
+            path = f"{server['host']}/.s.PGSQL.{server['port']}"
             with socket.socket(socket.AF_UNIX) as probe:
-                probe.connect(f"{server['host']}/.s.PGSQL.{server['port']}")
-        else:
-            socket.create_connection((server["host"], server["port"]), timeout=5).close()
+                probe.settimeout(CONNECT_SECONDS)
+                probe.connect(path)
+            return os.stat(path).st_uid == os.geteuid()
+        socket.create_connection((server["host"], server["port"]), timeout=CONNECT_SECONDS).close()
     except OSError:
         return False
     return True
 
 
-def find_server(root: str) -> dict | None:
-    """Return the server that answers now; None if there is none."""
+def find_server(root: str, is_served: IsServed) -> dict | None:
+    """Return the server that answers now; None if there is none. ``is_served`` tells whether an endpoint's job runs."""
     endpoint = read_json(os.path.join(root, "run", "endpoint.json"))
     bootstrap = read_json(os.path.join(root, "run", "bootstrap.json"))
-    candidates = [
-        {"host": said[key], "port": said["port"], "job": said["job"]}
-        for said, key in ((endpoint, "host"), (bootstrap, "socket"))
-        if said
-    ]
-    return next((server for server in candidates if answers(server)), None)
+    for said, host in ((endpoint, "host"), (bootstrap, "socket")):
+        server = {"host": said[host], "port": said["port"], "job": said["job"]} if said else {}
+        if said and answers(server) and (said is bootstrap or is_served(said)):
+            tls = said.get("tls", True)
+            return {**server, "tls": tls, "connect_params": _connection.safety(server["host"], tls)}
+    return None
+
+
+def ask_once(root: str, run_with: Callable[[dict], Run]) -> IsServed:
+    """Return what asks the scheduler whether an endpoint's job runs, once about each endpoint.
+
+    ``run_with`` takes the scheduler's parameters and returns what runs its commands.
+    """
+
+    @functools.lru_cache
+    def runs_now(job: str, _since: float) -> bool:
+        settings = read_settings(root)
+        where = {
+            "name": settings["job_name"], "root": root, "scheduler": settings["scheduler"],
+            "bin_dir": settings.get("bin_dir") or None,
+        }
+        return serving_job({"job": job}, find_jobs(where, run_with(where))) is not None
+
+    return lambda endpoint: runs_now(endpoint["job"], endpoint.get("since", 0))
 
 
 def start_command(root: str, lifetime: int, patience: int, log: str) -> list[str]:
@@ -147,14 +185,14 @@ def _answers_signal(pid: int) -> bool:
     return True
 
 
-def ensure_started(params: dict, run: Run) -> dict:
+def ensure_started(params: dict, run: Run, is_served: IsServed) -> dict:
     """Return a server that answers, starting one if need be. ``run`` takes an argument list, returns its stdout."""
     root = params["root"]
     log = os.path.join(root, "log", "bootstrap.log")
     limit = time.monotonic() + params["timeout"]
     pid = 0
     while time.monotonic() < limit:
-        server = find_server(root)
+        server = find_server(root, is_served)
         if server:
             if pid and server["job"] and runs(pid):
                 # The hosting job was only slow to answer: ours must not wait for its lease.
@@ -220,14 +258,15 @@ def main() -> None:
             raise Failed(f"the short-lived server did not start: {' '.join(stderr.split())}")
         return stdout
 
+    is_served = ask_once(module.params["root"], lambda where: make_run(module, where))
     try:
         if module.check_mode:
-            server = find_server(module.params["root"])
+            server = find_server(module.params["root"], is_served)
         elif module.params["state"] == "started":
-            server = ensure_started(module.params, run)
+            server = ensure_started(module.params, run, is_served)
         else:
             ensure_stopped(module.params)
-    except (Failed, OSError) as error:
+    except (Failed, OSError, SchedulerError, ValueError) as error:
         module.fail_json(msg=one_line(error))
     # A server that comes and goes within the play is no change.
     module.exit_json(changed=False, server=server)

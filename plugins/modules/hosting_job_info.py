@@ -71,8 +71,11 @@ endpoint:
       description: The folder of the unix socket on that host.
       type: str
     job:
-      description: The id of the job that serves. One that was killed may leave its endpoint behind.
+      description: The id of the job that serves.
       type: str
+    tls:
+      description: Whether connections over the network have TLS.
+      type: bool
     since:
       description: Since when, in seconds since 1970.
       type: float
@@ -143,6 +146,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     find_idle_nodes,
     find_jobs,
     make_run,
+    serving_job,
 )
 
 LOG_LINES = 20
@@ -155,12 +159,14 @@ def look(params: dict, run: Run) -> dict:
     # The files first: a job that ends in between then has a stale file and no job, never the other way round.
     endpoint = _read_json(os.path.join(params["root"], "run", "endpoint.json"))
     state = _read_json(os.path.join(params["root"], "run", "state.json"))
-    job = next(iter(find_jobs(params, run)), None)
+    jobs = find_jobs(params, run)
+    serving = serving_job(endpoint, jobs)
+    job = serving or next(iter(jobs), None)
     troubled = job is None or (state is not None and state.get("state") == "failed")
     return {
         "changed": False,
         "job": job,
-        "endpoint": endpoint,
+        "endpoint": {"tls": True, **endpoint} if endpoint and serving else None,
         "state": state,
         "idle_nodes": find_idle_nodes(params, run) if params["nodes"] else None,
         "disk": _disk(params["root"]),

@@ -112,10 +112,12 @@ import glob
 import hashlib
 import json
 import os
+import pwd
 import re
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
@@ -124,6 +126,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     check_name,
     find_jobs,
     make_run,
+    serving_job,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import NOTES
 
@@ -195,9 +198,7 @@ def served(params: dict, run: Run) -> dict | None:
     """Return the endpoint of the job that runs; None if it does not serve."""
     check_name(params["name"])
     endpoint = read_json(os.path.join(params["root"], "run", "endpoint.json"))
-    job = next(iter(find_jobs(params, run)), None)
-    runs = job and endpoint and job["state"] == "RUNNING" and endpoint.get("job") == job["id"]
-    return endpoint if runs else None
+    return endpoint if serving_job(endpoint, find_jobs(params, run)) else None
 
 
 def questions(params: dict) -> str:
@@ -248,18 +249,10 @@ def literal(text: str) -> str:
 
 
 def psql_command(root: str, settings: dict, endpoint: dict) -> list[str]:
-    """Return the call that asks the server, as the owner. It tells nobody else the password."""
-    if endpoint["host"].startswith("/"):
-        safe = {}
-    elif "channel_binding" in settings["service"]:
-        safe = {"sslmode": "require", "channel_binding": "require"}
-    else:
-        safe = {"require_auth": "scram-sha-256"}
-    about = {
-        "host": endpoint["host"], "port": endpoint["port"], "dbname": "postgres", "connect_timeout": 5,
-        "application_name": "mala.hpc_db", "passfile": os.path.join(root, "secrets", "pgpass"), **safe,
-    }
-    words = " ".join(f"{key}='{value}'" for key, value in about.items())
+    """Return the call that asks the server, as the owner, whose name is the user's."""
+    owner = pwd.getpwuid(os.geteuid()).pw_name
+    server = {**endpoint, "user": owner, "passfile": os.path.join(root, "secrets", "pgpass")}
+    words = _connection.conninfo(server, "postgres")
     return [os.path.join(settings["bindir"], "psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", words]
 
 

@@ -129,17 +129,9 @@ class Failed(Exception):
     """It went wrong; the message is for the user."""
 
 
-def conninfo(params: dict, database: str) -> str:
-    """Return libpq's parameters as PostgreSQL's programs take them. No password is among them."""
-    given = _connection.parameters(params, database)
-    given.pop("require_auth", None)  # told by the environment, since PostgreSQL 15 refuses to know it
-    escaped = {key: str(value).replace("\\", "\\\\").replace("'", "\\'") for key, value in given.items()}
-    return " ".join(f"{key}='{value}'" for key, value in escaped.items())
-
-
 def dump_command(bindir: str, params: dict, path: str) -> list[str]:
     """Return the call that dumps the database."""
-    database = conninfo(params, params["database"])
+    database = _connection.conninfo(params, params["database"])
     return [f"{bindir}/pg_dump", "--format=custom", "--no-privileges", f"--file={path}", f"--dbname={database}"]
 
 
@@ -152,7 +144,7 @@ def restore_command(bindir: str, params: dict, database: str, path: str) -> list
         "--no-owner",
         "--no-privileges",
         f"--role={params['owner']}",
-        f"--dbname={conninfo(params, database)}",
+        f"--dbname={_connection.conninfo(params, database)}",
         path,
     ]
 
@@ -377,8 +369,6 @@ def main() -> None:
     # PostgreSQL's programs read PGOPTIONS and its like, and load libraries.
     for name in [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]:
         del os.environ[name]
-    if not module.params["host"].startswith("/"):
-        os.environ["PGREQUIREAUTH"] = "scram-sha-256"
     act = ensure_dumped if module.params["state"] == "dumped" else ensure_restored
     try:
         result = act(module.params, lambda command: run_command(module, command), module.check_mode)

@@ -72,8 +72,6 @@ def test_server_that_is_well(instance):
     ({"job": {"id": "8", "state": "PENDING", "node": "", "reason": "Resources"}, "endpoint": None},
      r"job 8 PENDING \(Resources\), so the server is down", "server_job_options"),
     ({"endpoint": None}, "job 7 RUNNING on c1, but the server is down", "job.log"),
-    # One that was killed leaves its endpoint behind.
-    ({"endpoint": {"host": "c1", "port": 1, "job": "6"}}, "job 7 RUNNING on c1, but the server is down", "job.log"),
     ({"state": {"state": "failed", "reason": 'unrecognized configuration parameter "x"'}},
      "failed: a parameter of PostgreSQL is wrong", "postgres_settings"),
     ({"state": {"state": "unhealthy", "reason": "connections exhausted: 55 of 55 are used"}},

@@ -284,6 +284,7 @@ class Host:
             "instance": self.settings["instance"], "cluster": self.settings["cluster"],
             "host": self._address(postgres),
             "port": postgres.port, "socket": postgres.socket, "job": self.job, "since": time.time(),
+            "tls": "sslmode" in self.settings["service"],
         }
         if self.bootstrap:
             where.update(host=socket.gethostname(), pid=os.getpid())

@@ -108,7 +108,8 @@ CAUSES = [
      "unset PGSERVICEFILE, or the playbook hpc_db.yml if the server should serve"),
     ("syntax error in service file|invalid connection option|unrecognized option",
      "the environment's libpq is too old for the service entry",
-     "a driver with libpq 13 or newer, such as psycopg2-binary>=2.9 (client_environment, postgres_python_packages)"),
+     "a driver with libpq 13 or newer (16 with postgres_tls: false), such as psycopg2-binary>=2.9.8"
+     " (client_environment, postgres_python_packages)"),
     ("could not translate host name|Name or service not known|failure in name resolution",
      "the server's name cannot be resolved here",
      "server_address: a name or an address that every node knows"),

@@ -89,7 +89,7 @@ def look_at_server(wanted: dict) -> Report:
 
 def _look_at_job(report: Report, wanted: dict) -> None:
     job, state, endpoint = wanted["job"], wanted["state"] or {}, wanted["endpoint"]
-    serves = endpoint and job and endpoint.get("job") == job["id"] and job["state"] == "RUNNING"
+    serves = endpoint and job
     said = "no hosting job is queued or runs"
     if job:
         where = " on %s" % job["node"] if job["node"] else ""
@@ -152,7 +152,7 @@ def look_from_here(wanted: dict) -> Report:
                      "instance_root: a folder on a file system that login and compute nodes share")
         return report
     path = os.path.join(wanted["root"], "run", "endpoint.json")
-    endpoint = files.read_json(path)
+    endpoint = files.read_json(path) if wanted["endpoint"] else None  # else its job has ended, and others may be there
     if wanted["endpoint"] and not endpoint:
         report.found("files", "%s is not here, but was on the login node just now" % path,
                      "instance_root: a folder on a file system that login and compute nodes share")

@@ -18,7 +18,7 @@ import time
 from typing import Callable, Generator, List, Optional  # noqa: F401 - Optional in a type comment
 
 from . import files
-from .postgres import Failed, Postgres, end_with_parent, program_environment
+from .postgres import Failed, Postgres, client_environment, end_with_parent
 
 Steps = Generator[None, None, None]
 
@@ -143,7 +143,7 @@ class Dumps:
         """Run one of PostgreSQL's programs, giving way until it ends; raise Failed with its own words."""
         with tempfile.TemporaryFile() as said:
             child = subprocess.Popen(
-                [os.path.join(self._bindir, program)] + list(arguments), cwd=self._folder, env=program_environment(),
+                [os.path.join(self._bindir, program)] + list(arguments), cwd=self._folder, env=client_environment(),
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=be_modest,
             )
             try:

@@ -8,6 +8,7 @@ itself, since workers may still connect directly.
 
 import contextlib
 import os
+import pwd
 import re
 import resource
 import signal
@@ -219,9 +220,10 @@ class Proxy(Engine):
 
     def command(self) -> List[str]:
         """Return the call; nothing in it is secret."""
-        url = "postgresql+psycopg2://%s@/%s?host=%s&port=%d&passfile=%s&application_name=hpc_db-proxy" % (
+        owner = pwd.getpwuid(os.geteuid()).pw_name  # of the server; others may make a folder of the same name after us
+        url = "postgresql+psycopg2://%s@/%s?host=%s&port=%d&requirepeer=%s&passfile=%s&application_name=%s" % (
             self._service["user"], self._service["dbname"], quoted(self._postgres.socket), self._postgres.port,
-            quoted(self._service["passfile"]))
+            quoted(owner), quoted(self._service["passfile"]), "hpc_db-proxy")
         return [
             self.settings["python"], "-m", "hpc_db_host.storage_proxy", "--storage", url,
             "--listen", self.settings["listen"], "--port", str(self._listen),

@@ -5,6 +5,7 @@
 import contextlib
 import ctypes
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -141,11 +142,10 @@ class Postgres:
     def query(self, statement: str, patience: float) -> str:
         """Run SQL as the owner, over the socket; return what it prints, raise Failed with psql's last line."""
         options = ["-XqAt", "-v", "ON_ERROR_STOP=1", "-h", self.socket, "-p", str(self.port), "-d", "postgres"]
-        environment = dict(program_environment(), PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db")
         try:
             psql = subprocess.run(
-                [self._program("psql")] + options, env=environment, input=statement, universal_newlines=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=patience, check=False,
+                [self._program("psql")] + options, env=client_environment(), input=statement,
+                universal_newlines=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=patience, check=False,
             )
         except subprocess.TimeoutExpired:
             raise Failed("no answer within %d s" % patience) from None
@@ -296,6 +296,12 @@ def program_environment() -> Dict[str, str]:
     """Return our environment without what is meant for workers, or for programs of another installation."""
     foreign = [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]
     return {name: value for name, value in os.environ.items() if name not in foreign}
+
+
+def client_environment() -> Dict[str, str]:
+    """Return the environment of programs that connect over the socket: to a server of ours, and not for ever."""
+    owner = pwd.getpwuid(os.geteuid()).pw_name
+    return dict(program_environment(), PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db", PGREQUIREPEER=owner)
 
 
 def _die_with_parent() -> None:

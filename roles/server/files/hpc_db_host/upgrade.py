@@ -20,7 +20,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 from . import files
 from .dumps import Dumps, be_modest
 from .keeper import Keeper
-from .postgres import Failed, Postgres, end_orphans, program_environment, socket_folder
+from .postgres import Failed, Postgres, client_environment, end_orphans, socket_folder
 
 Settings = Dict[str, Any]
 Contents = Dict[str, Dict[str, Any]]  # of each database its tables and its studies
@@ -272,7 +272,7 @@ class Upgrade:
 
     def _environment(self) -> Dict[str, str]:
         """Return an environment in which programs speak English, which is read here."""
-        return dict(program_environment(), LC_ALL="C", PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db")
+        return dict(client_environment(), LC_ALL="C")
 
     def _program(
         self, command: List[str], environment: Dict[str, str], given: str = "", folder: str = "/",

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from ansible_collections.mala.hpc_db.plugins.modules.bootstrap_server import (
     Failed,
+    ask_once,
     ensure_started,
     ensure_stopped,
     find_server,
@@ -87,6 +88,10 @@ def run_in(root):
     return run
 
 
+def believe(_endpoint):
+    return True
+
+
 def say(root, name, content):
     (root / "run" / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
 
@@ -94,21 +99,47 @@ def say(root, name, content):
 def test_server_of_the_job_is_preferred_and_nothing_started(root, job):
     say(root, "endpoint", job)
 
-    assert ensure_started(params(root), run_in(root)) == {"host": "127.0.0.1", "port": job["port"], "job": "4711"}
+    server = ensure_started(params(root), run_in(root), believe)
+
+    assert (server["host"], server["port"], server["job"]) == ("127.0.0.1", job["port"], "4711")
+    assert {("sslmode", "require"), ("channel_binding", "require")} < set(server["connect_params"].items())
     assert not (root / "pid").exists()
 
 
-def test_short_lived_server_is_started_once_and_stopped(root):
-    server = ensure_started(params(root), run_in(root))
+@pytest.mark.parametrize("queue, is_believed", [
+    ("4711|RUNNING|c1|1:00:00|hpc_db|None\n", True), ("", False), ("4711|COMPLETING|c1|1:00:00|hpc_db|None\n", False),
+    ("4712|RUNNING|c1|1:00:00|hpc_db|None\n", False),
+])
+def test_whoever_has_the_port_of_a_job_that_has_ended_is_not_asked(queue, is_believed, root, job):
+    asked = []
+    settings = {"job_name": "hpc_db", "scheduler": "slurm", "bin_dir": ""}
+    (root / "host" / "settings.json").write_text(json.dumps(settings))
+    say(root, "endpoint", job)
+    is_served = ask_once(str(root), lambda _where: lambda command: asked.append(command) or queue)
 
-    assert server == {"host": str(root), "port": 5432, "job": ""}
+    assert ensure_started(params(root), run_in(root), is_served)["job"] == ("4711" if is_believed else "")
+    assert len(asked) == 1  # however often it looks
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's socket")
+def test_socket_of_another_user_in_our_folder_s_place_is_not_believed(root):
+    ensure_started(params(root), run_in(root), believe)
+    os.chown(root / ".s.PGSQL.5432", 65534, 65534)
+
+    assert find_server(str(root), believe) is None
+
+
+def test_short_lived_server_is_started_once_and_stopped(root):
+    server = ensure_started(params(root), run_in(root), believe)
+
+    assert (server["host"], server["port"], server["job"]) == (str(root), 5432, "")
     first = (root / "pid").read_text()
-    assert ensure_started(params(root), run_in(root)) == server
+    assert ensure_started(params(root), run_in(root), believe) == server
     assert (root / "pid").read_text() == first
     assert os.getsid(int(first)) == int(first)  # it outlives the connection
 
     assert ensure_stopped(params(root)) is True
-    assert find_server(str(root)) is None
+    assert find_server(str(root), believe) is None
     assert ensure_stopped(params(root)) is False
 
 
@@ -116,17 +147,17 @@ def test_short_lived_server_is_started_once_and_stopped(root):
 def test_endpoint_of_a_node_that_died_is_not_believed(content, root):
     say(root, "endpoint", content)
 
-    assert find_server(str(root)) is None
-    assert ensure_started(params(root), run_in(root))["job"] == ""
+    assert find_server(str(root), believe) is None
+    assert ensure_started(params(root), run_in(root), believe)["job"] == ""
 
 
 def test_stop_leaves_another_host_s_server_alone(root):
-    ensure_started(params(root), run_in(root))
+    ensure_started(params(root), run_in(root), believe)
     said = json.loads((root / "run" / "bootstrap.json").read_text())
     say(root, "bootstrap", {**said, "host": "another"})
 
     assert ensure_stopped(params(root)) is False
-    assert find_server(str(root))
+    assert find_server(str(root), believe)
     say(root, "bootstrap", said)
 
 
@@ -148,7 +179,7 @@ def test_job_that_was_slow_to_answer_makes_the_short_lived_server_leave(root, jo
     )
     say(root, "slow", job)
 
-    assert ensure_started(params(root), run_in(root))["job"] == "4711"
+    assert ensure_started(params(root), run_in(root), believe)["job"] == "4711"
 
     limit = time.monotonic() + 5
     while os.path.exists(f"/proc/{(root / 'pid').read_text()}/exe"):
@@ -166,5 +197,5 @@ def test_failure_says_why_in_one_line(program, timeout, message, root):
     (root / "host" / "hpc_db_host" / "__main__.py").write_text(DETACH + program)
 
     with pytest.raises(Failed, match=message) as failed:
-        ensure_started(params(root, timeout=timeout), run_in(root))
+        ensure_started(params(root, timeout=timeout), run_in(root), believe)
     assert "\n" not in str(failed.value)

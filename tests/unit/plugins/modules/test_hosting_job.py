@@ -261,7 +261,8 @@ def test_info_knows_the_disk(tmp_path):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ('{"host": "c1"}', {"host": "c1"}), ('{"host": "c', None), ("", None), ("[1]", None), (b"\xff\xfe", None),
+    ('{"job": "1", "tls": false}', {"job": "1", "tls": False}), ('{"job": "1', None), ("", None), ("[1]", None),
+    (b"\xff\xfe", None),
 ])
 def test_info_takes_half_a_file_for_none(text, expected, tmp_path):
     (tmp_path / "run").mkdir()
@@ -272,6 +273,21 @@ def test_info_takes_half_a_file_for_none(text, expected, tmp_path):
 
     assert (found["endpoint"], found["state"]) == (expected, expected)
     assert found["job"]["state"] == "RUNNING"
+
+
+@pytest.mark.parametrize("queue, published, serving", [
+    ([RUNNING], "1", "1"), ([RUNNING], "7", None), ([], "1", None), ([PENDING], "1", None),
+    ([(RUNNING[0], "COMPLETING"), RUNNING], "1", None),
+    ([RUNNING, RUNNING], "2", "2"),  # the one that hands over may not have ended yet
+])
+def test_info_believes_the_endpoint_of_a_job_that_runs(queue, published, serving, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "endpoint.json").write_text(json.dumps({"host": "c1", "port": 1, "job": published}))
+
+    found = look(params(root=tmp_path), FakeSlurm(*queue))
+
+    assert (found["endpoint"] or {}).get("job") == serving
+    assert serving is None or found["job"]["id"] == serving
 
 
 @pytest.mark.parametrize("queue, state, shown", [

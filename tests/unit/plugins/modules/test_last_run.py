@@ -3,6 +3,8 @@
 """last_run, on a real directory; scheduler and server are answers that can change."""
 
 import json
+import os
+import pwd
 import shutil
 from pathlib import Path
 
@@ -137,17 +139,20 @@ def test_without_the_server_nothing_is_kept(noted: Instance, queue: str) -> None
     assert (noted.see()["kept"], noted.see()["why"]) == (False, "no server")
 
 
-@pytest.mark.parametrize("host, service, safe", [
-    ("/tmp/sockets", {}, []),
-    ("c1", {"channel_binding": "require"}, ["channel_binding='require'", "sslmode='require'"]),
-    ("c1", {}, ["require_auth='scram-sha-256'"]),
+BOUND = ["channel_binding='require'", "sslmode='require'"]
+
+
+@pytest.mark.parametrize("host, about, safe", [
+    ("/tmp/sockets", {}, [f"requirepeer='{pwd.getpwuid(os.geteuid()).pw_name}'"]),
+    ("c1", {"tls": True}, BOUND),
+    ("c1", {}, BOUND),
+    ("c1", {"tls": False}, ["require_auth='scram-sha-256'"]),
 ])
-def test_nobody_else_is_told_the_password(host: str, service: dict, safe: list[str]) -> None:
-    endpoint = {"host": host, "port": 5432}
-    words = psql_command("/root", {"bindir": "/bin", "service": service}, endpoint)[-1].split()
+def test_nobody_else_is_told_the_password(host: str, about: dict, safe: list[str]) -> None:
+    words = psql_command("/root", {"bindir": "/bin"}, {"host": host, "port": 5432, **about})[-1].split()
 
     assert sorted(word for word in words if word.partition("=")[0] in
-                  ("channel_binding", "sslmode", "require_auth")) == safe
+                  ("channel_binding", "sslmode", "require_auth", "requirepeer")) == safe
 
 
 def test_asks_for_what_is_named() -> None:

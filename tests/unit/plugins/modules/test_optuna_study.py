@@ -69,7 +69,7 @@ class FakeDatabase:
         self.notes = True
 
     def open_storage(self, url, skip_compatibility_check):
-        assert url == URL
+        assert url.startswith(URL)
         if self.studies is None or not self.version:
             self.studies, self.version, self.library = self.studies or {}, NEW, "5.0.0"
         assert self.version == NEW or skip_compatibility_check
@@ -234,7 +234,7 @@ def test_study_with_other_directions_is_refused_before_anything_is_made(directio
 
 
 def test_url_takes_any_path():
-    assert _connection.storage_url(PARAMS, "mala") == URL
+    assert _connection.storage_url(PARAMS, "mala").startswith(URL)
 
 
 @pytest.mark.parametrize("check_mode", [False, True])

@@ -14,7 +14,6 @@ from ansible_collections.mala.hpc_db.plugins.modules import study_dump
 from ansible_collections.mala.hpc_db.plugins.modules.study_dump import (
     Failed,
     Refused,
-    conninfo,
     count_rows,
     ensure_dumped,
     ensure_restored,
@@ -228,7 +227,7 @@ def test_rows_of_a_script(script, rows):
 
 
 def test_programs_are_told_where_but_no_password(params):
-    told = conninfo(params, "studies")
+    told = _connection.conninfo(params, "studies")
 
     assert told.startswith("host='c1' port='5432' user='alice' passfile='/home/o\\'neill/pgpass' dbname='studies'")
-    assert "require_auth" not in told
+    assert "channel_binding='require'" in told and "require_auth" not in told

@@ -1,0 +1,340 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Whatever connects to the server, with somebody else's server on its port: it gives nothing away, and fails soon."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pwd
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from target import ROOT
+
+SECRET = "a-password-of-256-bits"
+NOBODY = pwd.getpwnam("nobody")
+OWNER = pwd.getpwuid(os.geteuid()).pw_name  # as the owner's role is called
+ROGUE = ROOT / "tests" / "resilience" / "rogue.py"
+WHEELS = """
+psycopg2_binary sqlalchemy optuna alembic colorlog mako markupsafe numpy packaging pyyaml tqdm typing_extensions
+"""
+MODULE = """
+import importlib, sys
+from ansible.module_utils import basic
+basic._ANSIBLE_ARGS, basic._ANSIBLE_PROFILE = sys.argv[2].encode(), "legacy"
+importlib.import_module("ansible_collections." + sys.argv[1]).main()
+"""
+PLAIN_PSYCOPG2 = "import psycopg2, sys; psycopg2.connect(sys.argv[1])"
+PLAIN_SQLALCHEMY = "import sqlalchemy, sys; sqlalchemy.create_engine(sys.argv[1]).connect()"
+
+
+class Place(NamedTuple):
+    """Where a program is led to, and with what."""
+
+    folder: Path
+    bindir: Path
+    port: int
+    tls: bool
+
+    def login(self) -> dict:
+        """Return the options of mala.hpc_db's modules."""
+        passfile = str(self.folder / "pgpass")
+        return {"host": "127.0.0.1", "port": self.port, "user": OWNER, "passfile": passfile, "tls": self.tls}
+
+    def service(self) -> dict:
+        """Return the service entry's parameters, as the role ``server`` has them."""
+        role = yaml.safe_load((ROOT / "roles/server/vars/main.yml").read_text())
+        safe = role["__server_service_tls"] if self.tls else {"require_auth": "scram-sha-256"}
+        own = {"host": "127.0.0.1", "port": self.port, "user": OWNER, "passfile": self.folder / "pgpass",
+               "dbname": "postgres"}
+        return {**role["__server_service_plain"], **safe, **own}
+
+
+Command = Callable[[Place], "list[str]"]
+
+
+def python(program: str, *arguments: str) -> list[str]:
+    return [sys.executable, *(["-c"] if "import" in program else []), program, *arguments]
+
+
+def module(which: str, **options: object) -> Command:
+    """Return what runs one of our modules, as the tasks call it."""
+
+    def command(place: Place) -> list[str]:
+        arguments = json.dumps({"ANSIBLE_MODULE_ARGS": {**place.login(), **options}})
+        return python(MODULE, f"mala.hpc_db.plugins.modules.{which}", arguments.replace("FOLDER", str(place.folder)))
+
+    return command
+
+
+def community(which: str, **options: object) -> Command:
+    """Return what runs one of community.postgresql's modules, as the role ``databases`` has it log in."""
+
+    def command(place: Place) -> list[str]:
+        safe = {**_connection.safety("127.0.0.1", place.tls), "passfile": str(place.folder / "pgpass")}
+        login = {"login_host": "127.0.0.1", "login_port": place.port, "login_user": OWNER, "connect_params": safe}
+        arguments = json.dumps({"ANSIBLE_MODULE_ARGS": {**login, **options}})
+        return python(MODULE, f"community.postgresql.plugins.modules.{which}", arguments)
+
+    return command
+
+
+def last_run(place: Place) -> list[str]:
+    job = {"name": "hpc_db", "root": "FOLDER/root", "bin_dir": "FOLDER/bin"}
+    options = {**job, "state": "noted", "fingerprint": "a1", "roles": ["study"], "databases": []}
+    endpoint = {"host": "127.0.0.1", "port": place.port, "job": "7", "tls": place.tls}
+    (place.folder / "root" / "run" / "endpoint.json").write_text(json.dumps(endpoint))
+    arguments = json.dumps({"ANSIBLE_MODULE_ARGS": options}).replace("FOLDER", str(place.folder))
+    return python(MODULE, "mala.hpc_db.plugins.modules.last_run", arguments)
+
+
+def worker(place: Place) -> list[str]:
+    return python(PLAIN_SQLALCHEMY, "postgresql+psycopg2:///?service=hpc_db")
+
+
+# Each file that opens a connection over the network, and how to have it do so.
+OPENERS: dict[str, list[Command]] = {
+    "plugins/module_utils/_connection.py": [
+        lambda place: python(PLAIN_SQLALCHEMY, _connection.storage_url(place.login(), "postgres")),
+        lambda place: [str(place.bindir / "psql"), "-d", _connection.conninfo(place.login(), "postgres"), "-c", ""],
+    ],
+    "plugins/modules/abandoned_trials.py": [
+        module("abandoned_trials", name="hpc_db", root="FOLDER/root", bin_dir="FOLDER/bin", database="postgres",
+               cluster="mini"),
+    ],
+    "plugins/modules/last_run.py": [last_run],
+    "plugins/modules/optuna_import.py": [
+        module("optuna_import", database="postgres", root="FOLDER/root", file="FOLDER/study.log"),
+    ],
+    "plugins/modules/optuna_study.py": [module("optuna_study", databases=[{"name": "postgres"}])],
+    "plugins/modules/optuna_study_info.py": [module("optuna_study_info", database="postgres")],
+    "plugins/modules/reading_role.py": [
+        module("reading_role", role="reader", writer=OWNER, databases=["postgres"]),
+    ],
+    "plugins/modules/role_passwords.py": [module("role_passwords", database="postgres", roles=["nobody"])],
+    "plugins/modules/server_info.py": [module("server_info", database="postgres")],
+    "plugins/modules/study_dump.py": [module("study_dump", root="FOLDER/root", database="postgres")],
+    "plugins/modules/study_trials.py": [
+        module("study_trials", database="postgres", path="FOLDER/trials.json.gz"),
+    ],
+    "roles/databases/tasks/ensure.yml": [
+        community("postgresql_user", login_db="postgres", name="study"),
+        community("postgresql_db", name="studies"),
+    ],
+    "roles/databases/tasks/reload.yml": [community("postgresql_query", login_db="postgres", query="SELECT 1")],
+    "roles/workers/files/wait.py": [
+        lambda place: python(str(ROOT / "roles/workers/files/wait.py"), "hpc_db", "1"),
+    ],
+    "roles/workers/files/study_optuna.py": [worker],
+    "client/src/hpc_db_client/dialect.py": [worker],
+    "roles/server/files/hpc_db_host/probe.py": [
+        lambda place: python(
+            str(ROOT / "roles/server/files/hpc_db_host/probe.py"), "postgresql+psycopg2:///?service=hpc_db"
+        ),
+    ],
+}
+# These connect over the unix socket of the server that they have started, whose folder is private.
+OVER_THE_SOCKET = {
+    f"roles/server/files/hpc_db_host/{name}.py" for name in ("dumps", "engines", "postgres", "storage_proxy", "upgrade")
+}
+# These name programs and modules without running them against a server.
+NAMES_ONLY = {
+    "plugins/module_utils/_postgres.py", "plugins/module_utils/_workers.py", "plugins/modules/upgrade_data.py",
+    "roles/databases/tasks/with_server.yml",
+}
+OPENS = re.compile(
+    r"_connection\.(connect|parameters|conninfo|storage_url)\(|\b(asyncpg|psycopg2?|driver|base)\.connect\("
+    r"|(create_engine|RDBStorage|get_storage)\(|postgresql\+psycopg2?://%|[\"/](psql|pg_(dump|dumpall|restore))\""
+    r"|community\.postgresql\.postgresql_"
+)
+COMMANDS = list({id(each): each for commands in OPENERS.values() for each in commands}.values())
+
+
+def test_every_opener_is_tried() -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for folder in ("plugins", "roles", "playbooks", "client/src", "controller/src")
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in (".py", ".yml", ".j2", ".sh") and OPENS.search(path.read_text())
+    }
+
+    assert found == {*OPENERS, *OVER_THE_SOCKET, *NAMES_ONLY}
+
+
+def test_every_task_tells_whether_there_is_tls() -> None:
+    for path in ROOT.glob("roles/*/tasks/*.yml"):
+        told = [re.findall(rf"^ +{key}: ", path.read_text(), re.MULTILINE) for key in ("passfile", "tls")]
+        assert len(told[0]) == len(told[1]), path
+
+
+def test_service_entry_is_as_safe_as_the_modules() -> None:
+    entry = Place(Path(), Path(), 1, True).service()
+
+    given = {key: str(value) for key, value in _connection.safety("c1", True).items()}
+    assert {key for key in given if given[key] != str(entry.get(key))} == {"connect_timeout", "require_auth"}
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """What the programs find on a cluster: passwords, a service entry, a queue, and packages."""
+    folder = Path(tempfile.mkdtemp(prefix="strangers-"))
+    folder.chmod(0o755)
+    for name in ("bin", "packages", "root/host/hpc_db_host", "root/run", "root/conf", "root/secrets"):
+        (folder / name).mkdir(parents=True)
+    (folder / "study.log").write_text('{"op_code": 0, "worker_id": "a"}\n')
+    (folder / "bin" / "squeue").write_text("#!/bin/sh\necho '7|RUNNING|c1|1:00:00|hpc_db|None'\n")
+    (folder / "bin" / "squeue").chmod(0o755)
+    for path in (folder / "pgpass", folder / "root/secrets/pgpass"):
+        path.write_text(f"*:*:*:*:{SECRET}\n")
+        path.chmod(0o600)
+    for name in WHEELS.split():
+        (wheel,) = (ROOT / ".cache" / "wheels").glob(f"{name}-*.whl")
+        zipfile.ZipFile(wheel).extractall(folder / "packages")
+    subprocess.run(
+        "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=c3 -keyout key -out crt".split(),
+        cwd=folder, check=True, capture_output=True,
+    )
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, bindir: Path) -> Iterator[int]:
+    """A real server with TLS; its port."""
+    data, port = folder / "data", free_port()
+    data.mkdir()
+    (folder / "init").write_text(SECRET)
+    for name in ("crt", "key"):
+        shutil.copy(folder / name, folder / f"server.{name}")
+    for path in (data, folder / "init", folder / "server.key"):
+        os.chown(path, NOBODY.pw_uid, NOBODY.pw_gid)
+    (folder / "server.key").chmod(0o600)
+    as_nobody: dict = {"user": NOBODY.pw_uid, "group": NOBODY.pw_gid, "extra_groups": [], "cwd": "/"}
+    subprocess.run(
+        [bindir / "initdb", "--no-sync", "-D", data, "-U", OWNER, "-A", "scram-sha-256", f"--pwfile={folder}/init"],
+        check=True, capture_output=True, **as_nobody,
+    )
+    rules = "hostssl all all 127.0.0.1/32 scram-sha-256\nlocal all all password\n"
+    (data / "pg_hba.conf").write_text(rules)
+    settings = {
+        "port": port, "listen_addresses": "127.0.0.1", "unix_socket_directories": data, "ssl": "on", "fsync": "off",
+        "ssl_cert_file": folder / "server.crt", "ssl_key_file": folder / "server.key", "log_connections": "on",
+    }
+    options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+    with open(folder / "log", "wb") as log:
+        postgres = subprocess.Popen([bindir / "postgres", "-D", data, *options], stderr=log, **as_nobody)
+    eventually(lambda: "ready to accept" in (folder / "log").read_text())
+    yield port
+    postgres.terminate()
+    postgres.wait(30)
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    limit = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def rogue(port: int, *options: str) -> Iterator[list[str]]:
+    """Have the rogue server on a port; what clients have given it is in the list afterwards."""
+    got: list[str] = []
+    with subprocess.Popen([sys.executable, ROGUE, str(port), *options], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "listens\n"
+        yield got
+        process.kill()
+        given = re.findall("^got ?(.*)", process.stdout.read(), re.MULTILINE)
+        got += [bytes.fromhex(each).decode() for each in given]
+
+
+def run_all(place: Place) -> list[tuple[str, str, float]]:
+    """Run everything that connects, at once: each with what it says, if it fails, and how long that took."""
+    service = "".join(f"{key}={value}\n" for key, value in place.service().items())
+    (place.folder / "pg_service.conf").write_text(f"[hpc_db]\n{service}")
+    settings = {"bindir": str(place.bindir), "service": {}}
+    (place.folder / "root" / "host" / "settings.json").write_text(json.dumps(settings))
+    paths = [place.folder / "packages", ROOT / ".cache" / "collections"]
+    environment = {
+        "PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "HOME": str(place.folder),
+        "PYTHONPATH": ":".join(map(str, paths)),
+        "PGSERVICEFILE": str(place.folder / "pg_service.conf"),
+    }
+
+    def run(command: list[str]) -> tuple[str, str, float]:
+        began = time.monotonic()
+        done = subprocess.run(
+            command, env=environment, cwd=place.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=90, check=False,
+        )
+        name = next((word for word in command if re.fullmatch(r"[\w.]+\.modules\.\w+", word)), command[1])
+        return name, why_failed(done), time.monotonic() - began
+
+    with ThreadPoolExecutor(len(COMMANDS)) as pool:
+        return list(pool.map(run, [command(place) for command in COMMANDS]))
+
+
+def why_failed(done: subprocess.CompletedProcess[str]) -> str:
+    """Return what a program has said, if it failed; the last line, where Python says it."""
+    if done.stdout.strip().startswith("{"):
+        said = json.loads(done.stdout)
+        return said["msg"].strip() if said.get("failed") else said.get("error") or said.get("why") or ""
+    return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else ""
+
+
+# Without TLS nothing binds a password to the connection, so that it can be relayed: docs/security.md
+@pytest.mark.parametrize(("kind", "tls"), [
+    ("asks", True), ("asks over TLS", True), ("relays", True), ("relays over TLS", True), ("is silent", True),
+    ("asks", False), ("asks over TLS", False), ("is silent", False),
+])
+def test_rogue_server_gets_nothing(kind: str, tls: bool, folder: Path, server: int, bindir: Path) -> None:
+    place = Place(folder, bindir, free_port(), tls)
+    certificate = [str(folder / "crt"), str(folder / "key")] if "TLS" in kind else []
+    way = {"relays": [f"--relay=127.0.0.1:{server}"], "is": ["--silent"]}.get(kind.split()[0], [])
+
+    with rogue(place.port, *certificate, *way) as got:
+        ran = run_all(place)
+
+    assert not any(got)
+    assert [each for each in ran if not each[1] or "\n" in each[1]] == []
+    assert [each for each in ran if each[2] > 60] == []
+    assert len(got) >= len(ran) - 3  # psql of PostgreSQL 15 refuses to connect without TLS, before it does
+
+
+def test_the_real_server_lets_them_in(folder: Path, server: int, bindir: Path) -> None:
+    before = (folder / "log").read_text().count("connection authorized")
+
+    ran = run_all(Place(folder, bindir, server, True))
+
+    assert not [said for _name, said, _took in ran if re.search("channel|SSL|authenticat|require_|timeout", said)], ran
+    assert (folder / "log").read_text().count("connection authorized") - before >= len(ran)
+
+
+def test_another_users_server_on_the_socket_gets_nothing(folder: Path, server: int, bindir: Path) -> None:
+    login = {**Place(folder, bindir, server, True).login(), "host": str(folder / "data")}
+    psql = [bindir / "psql", "-d", _connection.conninfo(login, "postgres"), "-c", "SELECT 1"]
+
+    asked = subprocess.run(psql, capture_output=True, text=True, timeout=30, check=False)
+
+    assert f'requirepeer specifies "{OWNER}", but actual peer user name is "nobody"' in asked.stderr
