@@ -157,7 +157,7 @@ class World(RuleBasedStateMachine):
 
     def has_ended(self, holder):
         self.current.halt()
-        return holder["job"] in self.called_ended
+        return holder.get("job") in self.called_ended
 
     def between_calls(self):
         return [each for each in self.contenders if each.alive and each.idle and not each.leaving]
