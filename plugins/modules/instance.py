@@ -18,7 +18,8 @@ options:
   root:
     description:
       - The instance directory, on a file system that login and compute nodes share. A leading C(~) is the user's home.
-      - Refused if it lies inside a conda environment, belongs to another user, or holds something else.
+      - Refused if it lies inside a conda environment, belongs to another user, holds something else, or is to be made
+        on a file system without hard links, by which jobs agree on who runs PostgreSQL.
     type: path
     required: true
   directories:
@@ -95,6 +96,7 @@ changed_files:
 """
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -111,6 +113,8 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_
 # Paths go into service files, job scripts and postgresql.conf: whatever one of them could misread is refused.
 UNSAFE = re.compile(r"[^\w./+@=, -]")
 
+# How a file system says that it has none.
+NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
 Run = Callable[[list[str]], tuple[int, str]]
 
@@ -147,6 +151,30 @@ def check_root(root: str, uid: int) -> None:
         raise Refused(f"instance_root: {root} belongs to another user")
     if os.listdir(root) and not os.path.isdir(os.path.join(root, "run")):
         raise Refused(f"instance_root: {root} holds other things and is no instance directory; choose a new folder")
+
+
+def check_links(root: str) -> None:
+    """Refuse to begin on a file system without hard links, such as vfat, exFAT and some FUSE and SMB mounts."""
+    folder = root
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    try:
+        scratch = tempfile.mkdtemp(prefix=".hpc_db-", dir=folder)
+    except OSError:
+        return  # nor can the instance directory be made, which says why
+    try:
+        one = os.path.join(scratch, "one")
+        with open(one, "wb"):
+            os.link(one, os.path.join(scratch, "other"))
+        counted = os.stat(one).st_nlink == 2
+    except OSError as error:
+        counted = error.errno not in NO_HARD_LINKS
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if not counted:
+        raise Refused(
+            f"instance_root: {root} is on a file system without hard links; choose a folder on another one"
+        )
 
 
 def ensure_directory(path: str, check_mode: bool) -> bool:
@@ -261,6 +289,8 @@ def ensure_instance(params: dict, run: Run, check_mode: bool, uid: int) -> dict:
     for wanted in params["files"]:
         if not re.fullmatch("0?[0-7]{3}", wanted["mode"]):
             raise Refused(f"mode: {wanted['mode']!r} is none; write for example 0600")
+    if not check_mode and not os.path.isdir(os.path.join(root, "run")):
+        check_links(root)
     # "run" comes first: it tells an instance directory from any other folder.
     folders = [root] + [os.path.join(root, name) for name in ["run", *params["directories"]]]
     made = [path for path in folders if ensure_directory(path, check_mode)]

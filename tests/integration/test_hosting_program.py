@@ -666,6 +666,156 @@ def test_full_disk_is_told_and_passes_by_itself(instance: Instance) -> None:
         subprocess.run(["umount", str(instance.root / "data")], check=True)
 
 
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A small file system of the owner's, in the place of a folder."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"mode=0700,uid={OWNER.pw_uid},gid={OWNER.pw_gid},{options}", "tmpfs",
+                    str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Leave no space, and no inodes where there are few."""
+    with contextlib.suppress(OSError), owner():
+        with contextlib.suppress(OSError), open(folder / "film", "wb", buffering=0) as film:
+            while True:
+                film.write(bytes(512))
+        for number in range(100):
+            (folder / f"film{number}").touch()
+
+
+def empty(folder: Path) -> None:
+    for film in folder.glob("film*"):
+        film.unlink()
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="needs root, to make a small file system")
+@pytest.mark.parametrize("number, options", [
+    (signal.SIGTERM, "size=16k"), (signal.SIGUSR1, "size=1m,nr_inodes=8"),
+])
+def test_job_stops_with_a_full_home_and_the_next_one_mends_it(
+    number: signal.Signals, options: str, instance: Instance
+) -> None:
+    (instance.root / "home").mkdir()
+    with mounted(instance.root / "home", options) as home:
+        service = home / "pg_service.conf"
+        with owner():
+            service.write_text("[other]\nhost=elsewhere\n")
+        instance.configure(service_file=str(service), advertise="localhost", restarts=5)
+        process = instance.serve()
+        instance.psql("CREATE TABLE t AS SELECT 1 AS n")
+        eventually(lambda: instance.state() == "serving")
+        fill(home)
+
+        process.send_signal(number)
+
+        assert process.wait(30) == 0, instance.log()
+        assert instance.cluster_state() == "shut down"
+        assert instance.state() == "ended"
+        assert instance.said("state")["reason"].startswith(
+            f"told to by {number.name}; the endpoint is not withdrawn: [Errno 28] No space left on device")
+        assert not (instance.root / "run" / "endpoint.json").exists()
+        assert (instance.root / "run" / "released.1").exists()
+        assert "host=localhost" in service.read_text()  # could not be edited
+        assert instance.log().count("starting: postgres is starting") == 1
+
+        instance.configure(service_file=str(service), advertise="127.0.0.1")
+        instance.start(job="8")
+        reason = "workers do not learn where the server is: [Errno 28] No space left on device"
+        eventually(lambda: (instance.root / "run" / "state.json").exists() and instance.state() == "unhealthy")
+        assert instance.said("state")["reason"].startswith(reason)
+        assert instance.psql("SELECT n FROM t") == "1"  # those who know it are served
+
+        empty(home)
+        eventually(lambda: instance.state() == "serving")
+        lines = service.read_text().splitlines()
+        assert lines[:3] == ["[other]", "host=elsewhere", "[hpc_db]"]
+        assert "host=127.0.0.1" in lines and "host=localhost" not in lines
+        assert f"port={instance.said('endpoint')['port']}" in lines
+        for each in instance.processes:
+            each.terminate()
+            each.wait(30)
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="needs root, to make a small file system")
+def test_lease_is_kept_released_and_waited_for_without_space_or_inodes(instance: Instance) -> None:
+    with mounted(instance.root / "run", "size=64k,nr_inodes=12") as folder:
+        process = instance.serve()
+        instance.psql("CREATE TABLE t AS SELECT 1 AS n")
+        eventually(lambda: instance.state() == "serving")
+        fill(folder)
+        seen = set()
+        since = time.monotonic()
+        while time.monotonic() - since < 6:  # twice the TTL
+            seen.add((folder / "hb.1").read_text())
+            assert process.poll() is None, instance.log()
+            time.sleep(0.1)
+        assert len(seen) >= 6
+
+        process.terminate()
+
+        assert process.wait(30) == 0, instance.log()
+        assert instance.state() == "ended"
+        assert (folder / "released.1").exists() and not (folder / "endpoint.json").exists()
+
+        instance.start("serve", "--lease-patience", "1", job="8")
+        eventually(lambda: "waiting: the lease cannot be taken: [Errno 28] No space left on device" in instance.log())
+        assert "(no space, or no inodes)" in instance.log()
+        empty(folder)
+        eventually(lambda: (folder / "endpoint.json").exists())
+        assert instance.psql("SELECT n FROM t") == "1"
+        for each in instance.processes:
+            each.terminate()
+            each.wait(30)
+
+
+def test_log_on_a_full_disk_is_no_reason_for_anything(instance: Instance) -> None:
+    (instance.root / "log" / "job.log").symlink_to("/dev/full")
+    process = instance.start()
+    eventually((instance.root / "run" / "endpoint.json").exists)
+    assert instance.psql("SELECT 1") == "1"
+
+    refused = instance.start(job="8")
+    assert refused.wait(20) == 3
+    process.terminate()
+    assert process.wait(20) == 0
+    assert instance.cluster_state() == "shut down" and instance.state() == "ended"
+    assert (instance.root / "run" / "released.1").exists()
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="needs root, to mount a file system for another user")
+@pytest.mark.parametrize("options, why", [("passive,disable_hardlink", " (Operation not permitted)"), ("passive", "")])
+def test_file_system_without_hard_links_is_told_at_once(options: str, why: str, instance: Instance) -> None:
+    """sshfs as such makes links and does not count them."""
+    ours, theirs = socket.socketpair()
+    (instance.root / "far").mkdir()
+    shutil.chown(instance.root / "far", OWNER.pw_uid, OWNER.pw_gid)
+    with ours, theirs:
+        server = subprocess.Popen(["/usr/lib/openssh/sftp-server"], stdin=theirs, stdout=theirs, **AS_OWNER)
+        sshfs = subprocess.Popen(
+            ["sshfs", "-f", "-o", f"allow_other,{options}", f":{instance.root}/far", f"{instance.root}/run"],
+            stdin=ours, stdout=ours,
+        )
+    try:
+        eventually((instance.root / "run").is_mount)
+
+        process = instance.start("serve", "--lease-patience", "600")
+
+        assert process.wait(20) == 1
+        assert instance.log().splitlines()[-1].endswith(
+            f"failed: instance_root: {instance.root} is on a file system without hard links{why}; "
+            "choose a folder on another one"
+        )
+        assert list((instance.root / "far").iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(instance.root / "run")], check=True)
+        for each in (sshfs, server):
+            each.wait(10)
+
+
 def test_data_directory_that_pg_upgrade_refuses_is_dumped_and_restored(instance: Instance) -> None:
     process = instance.serve()
     instance.psql("CREATE ROLE study PASSWORD 'pencil'; CREATE TABLE t (id serial, n float8 DEFAULT random())")

@@ -35,6 +35,7 @@ MODULES: dict[str, dict[str, Any]] = {
         "name": "logs", "root": "FOLDER/new", "command": ["FOLDER/bin/python", "-x"], "port_option": "--port",
     },
     "bootstrap_server": {"root": "FOLDER/root", "timeout": 1},
+    "broken_lease": {"root": "FOLDER/root"},
     "client_package": {
         "environment": "FOLDER/bin/python", "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels", "project":
         'name = "n"\nversion = "1"\nrequires-python = ">=3.9"\ndependencies = []', "files": {"n/a.py": "pass"},

@@ -195,9 +195,10 @@ class World(RuleBasedStateMachine):
         return next((each.start for each in here if each.alive and each.pid == pid), None)
 
     def has_ended(self, holder):
-        job = holder["job"]
+        job = holder.get("job")
         right = job in self.called_ended or not any(each.alive for each in self.contenders if each.job == job)
-        ended = {"right": right, "nothing": False, "ended": True}[self.answer]
+        known = job is not None  # else its file could not be read
+        ended = known and {"right": right, "nothing": False, "ended": True}[self.answer]
         self.current.halt()  # the answer is late, and may be wrong by now
         return ended
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The hosting program with a postgres that only remembers; tests/integration has the real one."""
 
+import errno
 import json
 import os
 import signal
@@ -97,6 +98,10 @@ class Instance:
             files, "read_json",
             lambda path: dict(real(path) or {}, events=self.events) if path.endswith("settings.json") else real(path),
         )
+
+    def configure(self, **changes):
+        path = self.root / "host" / "settings.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
     def run(self, *arguments):
         self._monkeypatch.setattr(sys, "argv", ["hpc_db_host", *arguments, "--root", str(self.root)])
@@ -220,11 +225,8 @@ def test_failure_is_told_and_the_server_withdrawn(during, reason, host, monkeypa
 
 
 def test_service_file_that_cannot_be_edited_keeps_postgres_from_nothing(host, monkeypatch):
-    def refuse(*_arguments):
-        raise OSError("quota exceeded")
-
     def break_it(_postgres):
-        monkeypatch.setattr(endpoint, "edit_services", refuse)
+        monkeypatch.setattr(endpoint, "edit_services", full)
         return 1
 
     monkeypatch.setattr(FakePostgres, "during", break_it)
@@ -232,6 +234,112 @@ def test_service_file_that_cannot_be_edited_keeps_postgres_from_nothing(host, mo
     assert host.run("serve") == 1
     assert host.events[-1] == "stop"
     assert host.lease().holder() is None
+    assert host.state() == (
+        "failed", "postgres ended by itself with exit code 1; the endpoint is not withdrawn: [Errno 28] no space",
+    )
+
+
+def full(*_arguments, **_unused):
+    raise OSError(errno.ENOSPC, "no space")
+
+
+@pytest.fixture
+def queue(host, monkeypatch):
+    """The scheduler's queue, with a successor in it until somebody cancels it."""
+
+    class FakeQueue:
+        successors = ["8"]
+
+        def __init__(self, settings, job):
+            pass
+
+        def ensure_successor(self):
+            return "job 8 follows"
+
+        def cancel_successors(self):
+            self.successors.clear()
+
+    host.configure(chain=True)
+    monkeypatch.setattr(program, "Queue", FakeQueue)
+    return FakeQueue
+
+
+@pytest.mark.parametrize("broken, name", [
+    (endpoint, "edit_services"), (files, "remove"), (files, "write_state"), (files, "write_atomically"),
+    (Lease, "is_ours"), (Lease, "release"), (sys.stderr, "write"), (FakePostgres, "drain"), (program, "print"),
+])
+@pytest.mark.parametrize("error", [OSError(errno.EDQUOT, "quota"), TimeoutError("locked"), ValueError("no number")])
+def test_nothing_on_the_way_out_replaces_the_wish_to_stop(broken, name, error, host, queue, monkeypatch):
+    def break_it(_postgres):
+        monkeypatch.setattr(broken, name, lambda *_arguments, **_unused: raise_(error), raising=False)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(FakePostgres, "during", break_it)
+
+    assert host.run("serve") == 0
+
+    assert host.events.count("start") == 1 and host.events[-1].startswith("stop")
+    assert queue.successors == ["8"]
+
+
+def test_wish_to_stop_outlives_what_takes_its_place(host, queue, monkeypatch):
+    def during(_postgres):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            full()
+
+    monkeypatch.setattr(FakePostgres, "during", during)
+
+    assert host.run("serve") == 0
+    assert host.state() == ("ended", "told to by SIGTERM")
+    assert queue.successors == ["8"]
+
+
+def test_file_that_asks_for_the_end_and_stays_is_no_reason_to_go_on(host, queue, monkeypatch):
+    def remove(path, real=files.remove):
+        return full() if path.endswith("stop.7") else real(path)
+
+    monkeypatch.setattr(files, "remove", remove)
+    monkeypatch.setattr(FakePostgres, "during", lambda self: (host.root / "run" / "stop.7").touch())
+
+    assert host.run("serve") == 0
+    assert host.state()[0] == "ended"
+    assert host.events.count("start") == 1
+
+
+def test_lease_is_not_released_before_postgres_has_ended(host, monkeypatch):
+    monkeypatch.setattr(FakePostgres, "stop", lambda self, patience: full())
+
+    host.run("serve")
+
+    assert host.lease().holder()["job"] == "7"
+
+
+def test_place_that_cannot_be_told_is_told_later_while_postgres_serves(host, monkeypatch):
+    looks = []
+
+    def during(_postgres):
+        looks.append(host.state())
+        if len(looks) == 2:
+            monkeypatch.undo_full()
+        if len(looks) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    host.service.write_text(SECTION.replace("c1", "a-node-of-last-week") + "[other]\nhost=elsewhere\n")
+    real = endpoint.edit_services
+    monkeypatch.setattr(endpoint, "edit_services", full)
+    monkeypatch.undo_full = lambda: monkeypatch.setattr(endpoint, "edit_services", real)
+    monkeypatch.setattr(program, "PUBLISH_SECONDS", 0.0)
+    published = []
+    monkeypatch.setattr(FakePostgres, "during", lambda self: published.append(host.service.read_text()) or during(self))
+
+    assert host.run("serve") == 0
+
+    assert [state for state, _reason in looks] == ["serving", "unhealthy", "serving", "serving"]
+    assert looks[1][1] == "workers do not learn where the server is: [Errno 28] no space"
+    assert published[-1] == "[other]\nhost=elsewhere\n" + SECTION
+    assert host.events.count("start published") + host.events.count("start") == 1
 
 
 def test_takeover_leaves_everything_to_the_next_holder(host, monkeypatch):
@@ -322,10 +430,16 @@ def test_without_settings_one_line_says_what_to_do(tmp_path):
     ({"kind": "slurm", "job": "8", "cluster": "another"}, False),
     ({"kind": "local", "job": "8", "host": socket.gethostname()}, True),  # before a reboot
     ({"kind": "local", "job": "8", "host": "another"}, False),
+    ({"kind": "local", "job": "8", "host": "an-old-name", "machine": ["this", "one"]}, True),
+    ({"kind": "local", "job": "8", "host": "another", "machine": ["that"]}, False),
+    ({"kind": "local", "job": "8", "host": "another", "machine": []}, False),
+    ({"kind": "local", "job": "8", "host": "another", "machine": ["this"], "cluster": "another"}, False),
+    ({"kind": "slurm", "job": "9", "host": "another", "machine": ["this"]}, False),
     ({}, False),
 ])
 def test_which_holders_have_ended(holder, ended, host, monkeypatch):
     monkeypatch.setattr(scheduler, "job_has_ended", lambda kind, bin_dir, job: (kind, job) == ("slurm", "8"))
+    monkeypatch.setattr(processes, "this_machine", lambda: ["this", "too"])
 
     assert program.Host(str(host.root), bootstrap=False)._has_ended({"cluster": "hemera5", **holder}) is ended
 
@@ -360,6 +474,29 @@ def test_instance_serves_again_after_a_reboot(host, monkeypatch):
 
     assert host.run("serve", "--lease-patience", "5") == 0
     assert host.state()[0] == "ended"
+
+
+@pytest.mark.parametrize("here, code", [(["card 1", "card 2"], 0), (["card 3"], 3), ([], 3)])
+def test_laptop_serves_again_after_a_reboot_under_another_name(here, code, host, monkeypatch, capsys):
+    host.configure(scheduler="local", lease_ttl="0")
+    monkeypatch.setattr(processes, "this_host", lambda: "boot 1")
+    monkeypatch.setattr(processes, "this_machine", lambda: ["card 2"], raising=False)
+    host.lease(host="laptop.home.lan", kind="local").try_acquire()
+    monkeypatch.setattr(processes, "this_host", lambda: "boot 2")
+    monkeypatch.setattr(processes, "this_machine", lambda: here, raising=False)
+
+    assert host.run("serve", "--lease-patience", "0.1") == code
+    assert ("run the playbook break_lease.yml" in capsys.readouterr().err) is (code == 3)
+
+
+@pytest.mark.parametrize("holder, hint", [({"cluster": "an-old-name"}, True), ({}, False)])
+def test_refusal_names_the_way_out_where_only_the_user_can_know(holder, hint, host, monkeypatch, capsys):
+    monkeypatch.setattr(scheduler, "job_has_ended", lambda *_asked: False)
+    host.lease(**holder).try_acquire()
+
+    assert host.run("serve") == 3
+
+    assert ("if you know that it has, run the playbook break_lease.yml" in capsys.readouterr().err) is hint
 
 
 def test_node_that_cannot_run_postgres_is_told_once(host, monkeypatch):

@@ -3,6 +3,7 @@
 """Which process is which."""
 
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -114,3 +115,57 @@ def test_every_process_of_a_program_in_a_folder_is_found(sleeper, tmp_path):
         assert sorted(processes.all_in("sleep", str(tmp_path))) == sorted([sleeper.pid, other.pid])
         elsewhere.kill()
         other.kill()
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Describe a machine by files like those of /etc and /sys; return the words that name it."""
+
+    def machine(system, **cards):
+        shutil.rmtree(tmp_path / "sys", ignore_errors=True)
+        (tmp_path / "machine-id").write_text(system)
+        for name, (kind, address) in cards.items():
+            device = tmp_path / "sys" / "devices" / ("usb1" if kind == "usb" else "pci0") / name
+            device.mkdir(parents=True)
+            (device / "address").write_text(address + "\n")
+            (device / "addr_assign_type").write_text("3\n" if kind == "set" else "0\n")
+            if kind != "virtual":
+                (device / "device").mkdir()
+            net = tmp_path / "sys" / "net"
+            net.mkdir(exist_ok=True)
+            (net / name).symlink_to(device)
+        monkeypatch.setattr(processes, "MACHINE_ID", str(tmp_path / "machine-id"))
+        monkeypatch.setattr(processes, "NETWORK_CARDS", ((str(tmp_path / "sys" / "net" / "*"), "address"),))
+        return set(processes.this_machine())
+
+    return machine
+
+
+ID, OTHER_ID = "3d1219c7c4c5404aaa1f6d2a48adfda4\n", 32 * "0" + "\n"
+CARD, WIRELESS, OTHER_CARD = ("pci", "52:54:00:00:00:01"), ("pci", "52:54:00:00:00:02"), ("pci", "52:54:00:00:00:03")
+
+
+def test_machine_is_known_by_its_id_and_a_card(machine):
+    before = machine(ID, eth0=CARD, wlan0=WIRELESS, lo=("virtual", "00:00:00:00:00:00"))
+
+    assert len(before) == 2 and not any(ID.strip() in word or CARD[1] in word for word in before)
+    assert before & machine(ID, enp0s1=CARD)
+    assert before & machine(ID, wlan0=WIRELESS, dock=("usb", OTHER_CARD[1]))
+
+
+@pytest.mark.parametrize("system, cards", [
+    (ID, {"eth0": OTHER_CARD}),  # another node that boots the same image
+    (OTHER_ID, {"eth0": CARD}),
+    (ID, {"eth0": ("virtual", CARD[1])}),
+    (ID, {"eth0": ("usb", CARD[1])}),
+    (ID, {"eth0": ("set", CARD[1])}),
+])
+def test_other_machine_is_never_taken_for_this_one(system, cards, machine):
+    assert not machine(ID, eth0=CARD) & machine(system, **cards)
+
+
+@pytest.mark.parametrize("system, cards", [
+    ("", {"eth0": CARD}), ("uninitialized\n", {"eth0": CARD}), (ID, {}), (ID, {"eth0": ("pci", "00:00:00:00:00:00")}),
+])
+def test_machine_that_cannot_be_known_has_no_name(system, cards, machine):
+    assert machine(system, **cards) == set()

@@ -9,6 +9,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -18,12 +19,12 @@ import sys
 import time
 from typing import Iterator, List, Optional  # noqa: F401 - List in a type comment
 
-from . import endpoint, files, scheduler
+from . import endpoint, files, processes, scheduler
 from .dumps import Dumps
 from .engines import Engine, engines_of  # noqa: F401 - Engine in a type comment
 from .health import Health, space
 from .keeper import Keeper
-from .lease import DEFAULT_TTL, Held, Lease, Lost
+from .lease import DEFAULT_TTL, Held, Lease, Lost, Unusable
 from .postgres import Failed, Postgres, check_programs
 from .scheduler import Queue
 from .threads import STOP_SIGNALS, Repeat, signals_waiting
@@ -39,6 +40,10 @@ LONGEST_PAUSE = 4.0
 DRAIN_SECONDS = 5
 # How often to look whether the successor is still in the queue.
 FOLLOW_SECONDS = 900.0
+# What nothing but the user can know.
+ASK_THE_USER = "; nothing here can tell whether it has ended: if you know that it has, run the playbook break_lease.yml"
+# How soon to try again to say where the server is.
+PUBLISH_SECONDS = 5.0
 
 # How many TTLs a short-lived server's heartbeat has to stand still, about which no scheduler can be asked: its program
 # may be frozen, by a login node that swaps or a file system that moves to another server, and go on after minutes.
@@ -56,6 +61,11 @@ class Stop(Exception):
         self.planned = planned
 
 
+# What we were told, first of all. It is raised where the signal finds us, which may be where something else takes its
+# place, such as an error of closing a file: so it is kept, and goes before everything but the loss of the lease.
+_told_to_stop = []  # type: List[Stop]
+
+
 class Host:
     """The hosting program on one instance directory."""
 
@@ -68,6 +78,9 @@ class Host:
         self._told = ""
         self._followed = ""
         self._alone = ""
+        self._unpublished = ""
+        self._publish_due = 0.0
+        self._undone = []  # type: List[str]
         self._clean = True
         self._dumps = None  # type: Optional[Dumps]
         self._engines = []  # type: List[Engine]
@@ -109,11 +122,26 @@ class Host:
                 ignore_signals()
                 keeper.check()  # a lost lease is not ours to release, nor is the queue ours to change
                 if self._clean:  # else the next one waits until the scheduler, too, says that we have ended
-                    keeper.release()
+                    self._release(keeper)
                 if isinstance(ended, Failed):
                     self._end_chain()
                 raise
+            self._release(keeper)
+
+    def _release(self, keeper: Keeper) -> None:
+        with self._only_told("the lease is not released"):
             keeper.release()
+
+    @contextlib.contextmanager
+    def _only_told(self, what: str) -> Iterator[None]:
+        """Tell that something went wrong on the way out; the reason for going stays what it is."""
+        try:
+            yield
+        except (Lost, Stop):
+            raise
+        except Exception as error:
+            self._undone.append("%s: %s" % (what, error))
+            files.log(self._undone[-1])
 
     def _acquire(self, lease: Lease, patience: float) -> None:
         """Wait for the lease: up to ``patience`` seconds, and as long as its holder seems to be cut off.
@@ -121,18 +149,26 @@ class Host:
         The scheduler has given up the holder's node and started us, but postgres goes on there. It ends, or
         comes back to be told that it has to; were we to give up before that, nobody would be left to go on.
         """
-        def wait(held: Held) -> None:
-            self.tell("starting", "waiting: %s%s" % (held, silence(held.holder) or hint))
+        def wait(refused: Exception) -> None:
+            silent = silence(refused.holder) if isinstance(refused, Held) else ""
+            self.tell("starting", "waiting: %s%s" % (in_words(refused), silent or hint))
 
         hint = ""
+        is_job = not self.bootstrap and bool(scheduler.own_job(self._kind()))
         while True:
             try:
                 return lease.acquire(patience, wait)
             except Held as held:
-                if self.bootstrap or not scheduler.own_job(self._kind()) or not self._has_ended(held.holder):
-                    raise  # not so for a job, or for what somebody has started by hand
+                if not is_job or not self._has_ended(held.holder):
+                    # not so for a job, or for what somebody has started by hand
+                    raise Held(held.holder, "" if self._can_be_asked(held.holder) else ASK_THE_USER) from None
                 hint = "; its job has ended, but its heartbeat goes on: is its node cut off?"
                 self._follow()  # our walltime may end before that
+            except OSError as error:
+                if not is_job or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise Failed(in_words(error)) from None
+                self._follow()  # else nobody would be left to go on when there is space again
+                time.sleep(1.0)
 
     def _keep_serving(self, keeper: Keeper, lifetime: Optional[float]) -> None:
         """Start postgres again when it has died, but not for ever: what kills it may do so each time."""
@@ -144,6 +180,8 @@ class Host:
                 self._serve_once(keeper, lifetime)
             except (Failed, OSError) as died:
                 keeper.check()
+                if _told_to_stop:
+                    raise _told_to_stop[0] from None
                 now = time.monotonic()
                 deaths = [death for death in deaths if now - death < DEATHS_COUNT_SECONDS] + [now]
                 if len(deaths) > limit:
@@ -172,7 +210,8 @@ class Host:
             parameters = BOOTSTRAP_PARAMETERS if self.bootstrap else {}
             postgres = Postgres(self.settings, not self.bootstrap, keeper, parameters)
             postgres.start()
-            self._withdraw()  # whatever a holder that died left behind
+            with self._only_told("what the last holder has left is not withdrawn"):
+                self._withdraw()
             postgres.wait_for_write(self.settings.get("start_patience", 300))
             if not self.bootstrap:
                 self._engines = engines_of(self.settings, postgres, self._address())
@@ -191,27 +230,34 @@ class Host:
         """Before the walltime: make a dump, and have little left to write, while the workers still go on."""
         self.tell("stopping", "the walltime is near")
         if self._dumps:
-            self._dumps.now(float(self.settings.get("stop_notice", 120)) / 4, keeper.check)
-        with contextlib.suppress(Failed):
+            with self._only_told("no dump is made"):
+                self._dumps.now(float(self.settings.get("stop_notice", 120)) / 4, keeper.check)
+        with self._only_told("no checkpoint is made"):
             postgres.query("CHECKPOINT", 15)
 
     def _leave(self, postgres: Optional[Postgres]) -> None:
         """Send the clients away, then stop, even if the endpoint cannot be taken back."""
+        self._clean = False  # until postgres has ended, whatever happens on the way
+        self._undone = []
+        ours = False
         try:
             self.tell("stopping", "postgres is stopping")
-            if self._lease and self._lease.is_ours():  # else the endpoint is the next holder's
-                self._withdraw()
-                if postgres:
-                    drain(postgres, float(self.settings.get("drain_seconds", DRAIN_SECONDS)))
+            with self._only_told("the endpoint is not withdrawn"):
+                ours = bool(self._lease) and self._lease.is_ours()  # else the endpoint is the next holder's
+                if ours:
+                    self._withdraw()
+            if ours and postgres:
+                drain(postgres, float(self.settings.get("drain_seconds", DRAIN_SECONDS)))
         finally:
             for engine in self._engines:
-                engine.stop()
+                with self._only_told("%s is not ended" % engine.name):
+                    engine.stop()
             self._clean = postgres is None or postgres.stop(self.settings.get("stop_patience", 60))
 
     def _end_chain(self) -> None:
         """Cancel the successors: they would fail like us, one after the other, for ever."""
         if self._queue:
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            with self._only_told("the successors are not cancelled"):
                 self._queue.cancel_successors()
 
     def tell(self, state: str, reason: str) -> None:
@@ -220,10 +266,17 @@ class Host:
             return
         self._told = state + reason
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        say("%s %s: %s" % (now, state, reason))
-        if self._lease and self._lease.is_ours() and not self.bootstrap:
-            content = {"state": state, "reason": reason, "job": self.job, "host": socket.gethostname()}
-            files.write_state(os.path.join(self.run, "state.json"), dict(content, since=time.time()))
+        files.log("%s %s: %s" % (now, state, reason))
+        try:
+            if self._lease and self._lease.is_ours() and not self.bootstrap:
+                content = {"state": state, "reason": reason, "job": self.job, "host": socket.gethostname()}
+                files.write_state(os.path.join(self.run, "state.json"), dict(content, since=time.time()))
+        except (OSError, ValueError) as error:
+            files.log("state.json is not written: %s" % error)
+
+    def tell_end(self, state: str, reason: object) -> None:
+        """Tell why this is the end, and what the next holder has to mend."""
+        self.tell(state, "; ".join([str(reason)] + self._undone))
 
     def _watch(self, postgres: Postgres, keeper: Keeper, lifetime: Optional[float]) -> None:
         ends = float("inf") if lifetime is None else time.monotonic() + lifetime
@@ -240,19 +293,22 @@ class Host:
             while True:
                 time.sleep(0.5)  # ended early by a signal, which raises Stop
                 keeper.check()
+                if _told_to_stop:
+                    raise _told_to_stop[0]
                 returncode = postgres.returncode()
                 if returncode is not None:
                     raise Failed("postgres ended by itself with exit code %d" % returncode)
                 if time.monotonic() > ends:
-                    raise Stop("its lifetime is over")
+                    stop("its lifetime is over")
                 if os.path.exists(wish):
                     ignore_signals()
-                    files.remove(wish)
-                    raise Stop("told to by %s" % wish)
+                    with self._only_told("the wish to stop stays"):
+                        files.remove(wish)
+                    stop("told to by %s" % wish)
                 if self._dumps:
                     self._dumps.poll()
                     self._poll_engines(postgres)
-                    wrong = health.reason or self._dumps.told or self._engines_told()
+                    wrong = health.reason or self._unpublished or self._dumps.told or self._engines_told()
                     self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING + self._alone))
 
     def _poll_engines(self, postgres: Postgres) -> None:
@@ -260,7 +316,8 @@ class Host:
         before = [engine.port for engine in self._engines]
         for engine in self._engines:
             engine.poll()
-        if [engine.port for engine in self._engines] != before:
+        due = self._unpublished and time.monotonic() >= self._publish_due
+        if due or [engine.port for engine in self._engines] != before:
             self._publish(postgres)
 
     def _engines_told(self) -> str:
@@ -276,7 +333,7 @@ class Host:
             self._alone = ", but " + followed
         if followed != self._followed:
             self._followed = followed
-            say(followed)
+            files.log(followed)
         return pause
 
     def _publish(self, postgres: Postgres) -> None:
@@ -295,7 +352,12 @@ class Host:
                 engine.name: {"host": address, "port": engine.port} for engine in self._engines if engine.port
             })
             pooled = (self.settings.get("pooler") or {}).get("service")
-            endpoint.publish(self.run, self._service_file(), where, self.settings["service"], pooled)
+            try:
+                endpoint.publish(self.run, self._service_file(), where, self.settings["service"], pooled)
+                self._unpublished = ""
+            except OSError as error:  # postgres serves nevertheless, and those who are connected go on
+                self._unpublished = "workers do not learn where the server is: %s" % error
+                self._publish_due = time.monotonic() + PUBLISH_SECONDS
 
     def _withdraw(self) -> None:
         if self.bootstrap:
@@ -330,12 +392,35 @@ class Host:
             kind, job = holder.get("scheduler", ""), holder.get("allocation", "")
             if not job or job == self._allocation:
                 return True  # nobody can be asked: its long silence tells
-        if holder.get("cluster") != self.settings["cluster"]:
-            return False  # another scheduler's
+        if not self._can_be_asked(holder):
+            return False
         if kind == "local":
-            return holder.get("host") == socket.gethostname()
+            return True  # before a reboot of this machine
         # Our own job, which was queued again: then its first run has ended.
         return job == self.job or scheduler.job_has_ended(kind, self.settings.get("bin_dir", ""), job)
+
+    def _can_be_asked(self, holder: dict) -> bool:
+        """Tell whether anything here, and not only the user, can know that this holder has ended."""
+        if holder.get("kind") == "bootstrap" and not holder.get("allocation"):
+            return True  # its long silence tells
+        if holder.get("cluster") != self.settings["cluster"]:
+            return False  # another scheduler's
+        return holder.get("kind") != "local" or is_here(holder)
+
+
+def is_here(holder: dict) -> bool:
+    """Tell whether a holder is, or was before a reboot, on this machine."""
+    if holder.get("host") == socket.gethostname():
+        return True
+    return any(word in processes.this_machine() for word in holder.get("machine") or [])
+
+
+def in_words(refused: Exception) -> str:
+    """Say why the lease is not ours."""
+    if isinstance(refused, OSError):
+        full = " (no space, or no inodes)" if refused.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return "the lease cannot be taken: %s%s" % (refused, full)
+    return str(refused)
 
 
 def silence(holder: dict) -> str:
@@ -344,11 +429,6 @@ def silence(holder: dict) -> str:
         "; if it was killed, it is replaced at once on its own host, on others after %g s without a heartbeat"
         % holder.get("silence", 0)
     )
-
-
-def say(text: str) -> None:
-    """Write one line into the log, whatever others have put into the text."""
-    print(files.printable(text), file=sys.stderr, flush=True)
 
 
 def read_settings(root: str) -> dict:
@@ -364,10 +444,16 @@ def drain(postgres: Postgres, seconds: float) -> None:
     try:
         cut = postgres.drain(seconds)
         told = "transactions that take longer than %d s and are cut: %d" % (seconds, cut) if cut else ""
-    except (Failed, OSError) as failed:
+    except (Failed, OSError, ValueError) as failed:
         told = "running transactions are not awaited: %s" % failed
     if told:
-        say(told)
+        files.log(told)
+
+
+def stop(why: str, planned: bool = False) -> None:
+    """Raise Stop, and keep it: nothing else is a reason to go on."""
+    _told_to_stop.append(Stop(why, planned))
+    raise _told_to_stop[-1]
 
 
 def on_signal(number: int, _frame: object) -> None:
@@ -377,7 +463,7 @@ def on_signal(number: int, _frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)  # what comes after it is more urgent
     else:
         ignore_signals()
-    raise Stop("told to by %s" % signal.Signals(number).name, planned)
+    stop("told to by %s" % signal.Signals(number).name, planned)
 
 
 def ignore_signals() -> None:
@@ -411,6 +497,7 @@ def main() -> int:
     parser.add_argument("--back", action="store_true", help="go back even to an earlier state of the studies")
     arguments = parser.parse_args()
     os.umask(0o077)
+    del _told_to_stop[:]
     for number in STOP_SIGNALS:
         signal.signal(number, on_signal)
     try:
@@ -424,17 +511,26 @@ def main() -> int:
             print(json.dumps(host.upgrade(arguments.lease_patience, arguments.settings, arguments.back)))
         else:
             host.serve(arguments.lease_patience, arguments.lifetime)
-    except Stop as stop:
-        host.tell("ended", str(stop))
+    except Stop as told:
+        host.tell_end("ended", told)
         return int(arguments.what == "upgrade")
     except Held as held:
-        host.tell("failed", str(held))
+        host.tell_end("failed", held)
         return 3
-    except (Failed, Lost, OSError) as failed:
-        host.tell("failed", str(failed))
+    except (Failed, Lost, Unusable, OSError) as failed:
+        host.tell_end("failed", failed)
         return 1
     return 0
 
 
+def leave(code: int) -> None:
+    """Exit with this code. Python would exit with another one if the end of the log finds no space."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -134,7 +134,8 @@ class Dumps:
             os.rename(part, path)
             files.sync(self._folder)
         finally:
-            files.remove(part)
+            with contextlib.suppress(OSError):  # no reason to lose why we end; the next start removes it
+                files.remove(part)
         for older in [] if kept else self._dumps_of(database)[:-self._keep]:
             files.remove(older)
             files.remove(older + SUM)

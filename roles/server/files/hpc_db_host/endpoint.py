@@ -7,6 +7,7 @@ libpq, which reads it at every connect: so a URL that names the service follows 
 beside it, the section with ``-pooled`` after the instance's name leads there; no instance can be called so.
 """
 
+import contextlib
 import os
 import re
 import time
@@ -15,23 +16,29 @@ from typing import Dict, List, Optional, Tuple  # noqa: F401 - some in type comm
 from . import files
 
 LOCK_STALE_SECONDS = 30.0
+# On the way out somebody waits for our node: whoever serves next takes the endpoint back, too.
+LEAVING_SECONDS = 5.0
 POOLED = "-pooled"
 
 
 def publish(run: str, service_file: str, endpoint: dict, service: dict, pooled: Optional[dict] = None) -> None:
     """Tell everybody where the server is. ``service`` and ``pooled`` hold the libpq parameters beside host and port."""
     name, pooler = endpoint["instance"], endpoint.get("pooler")
-    edit_services(service_file, {
-        name: dict(service, host=endpoint["host"], port=endpoint["port"]),
-        name + POOLED: dict(pooled or service, **pooler) if pooler else {},
-    })
-    files.write_json(os.path.join(run, "endpoint.json"), endpoint)
+    try:
+        edit_services(service_file, {
+            name: dict(service, host=endpoint["host"], port=endpoint["port"]),
+            name + POOLED: dict(pooled or service, **pooler) if pooler else {},
+        })
+    finally:  # each by itself: they may be on different file systems
+        files.write_json(os.path.join(run, "endpoint.json"), endpoint)
 
 
-def withdraw(run: str, service_file: str, instance: str) -> None:
+def withdraw(run: str, service_file: str, instance: str, patience: float = LEAVING_SECONDS) -> None:
     """Take back what ``publish`` said."""
-    files.remove(os.path.join(run, "endpoint.json"))
-    edit_services(service_file, {instance: {}, instance + POOLED: {}})
+    try:
+        files.remove(os.path.join(run, "endpoint.json"))
+    finally:
+        edit_services(service_file, {instance: {}, instance + POOLED: {}}, patience)
 
 
 def edit_service(path: str, name: str, parameters: dict) -> None:
@@ -39,10 +46,10 @@ def edit_service(path: str, name: str, parameters: dict) -> None:
     edit_services(path, {name: parameters})
 
 
-def edit_services(path: str, sections: Dict[str, dict]) -> None:
+def edit_services(path: str, sections: Dict[str, dict], patience: float = 2 * LOCK_STALE_SECONDS) -> None:
     """Set each of these sections, or remove those without parameters; everything else stays as it is."""
     path = os.path.realpath(path)
-    with FileLock(path + ".lock"):
+    with FileLock(path + ".lock", patience):
         try:
             # Other people's lines may be of any encoding and any system: they are kept byte by byte.
             with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
@@ -112,10 +119,8 @@ class FileLock:
     def _remove(self, made: "Optional[Tuple[int, int]]") -> None:
         """Remove the lock if it is still the one that was made then, and not somebody else's."""
         if made and _made(self.path) == made:
-            try:
+            with contextlib.suppress(OSError):  # one that stays stands still, and is broken by the next one
                 os.rmdir(self.path)
-            except FileNotFoundError:
-                pass
 
 
 def _made(path: str) -> "Optional[Tuple[int, int]]":

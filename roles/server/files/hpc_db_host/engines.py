@@ -54,7 +54,8 @@ class Engine:
         self._due = 0.0  # when to start it; infinity if not again
         self._late = 0.0
         self._log = os.path.join(self._root, "log", "%s.log" % self.name)
-        files.remove(self._log)
+        with contextlib.suppress(OSError):
+            files.remove(self._log)
 
     def poll(self) -> None:
         """Start it, see whether it answers, start it again."""
@@ -77,7 +78,8 @@ class Engine:
         if self._child is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._child.kill()
-            self._child.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # where the file system hangs
+                self._child.wait(5)
             self._child = None
 
     def command(self) -> List[str]:

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Small files that other hosts read while this one writes them."""
 
+import contextlib
 import json
 import os
+import sys
 import tempfile
 from typing import Optional
 
@@ -31,8 +33,19 @@ def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
         os.chmod(aside, mode)
         os.rename(aside, path)
     except BaseException:
-        remove(aside)
+        with contextlib.suppress(OSError):  # else it would replace what has happened, which may be the wish to stop
+            remove(aside)
         raise
+
+
+def overwrite(path: str, text: str) -> None:
+    """Write ``text`` over the beginning of a file that is there: takes no inode, and no space that it does not have."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.write(descriptor, text.encode("utf-8"))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str, content: dict) -> None:
@@ -46,8 +59,7 @@ def write_state(path: str, content: dict) -> None:
     try:
         write_atomically(path, text)
     except OSError:
-        with open(path, "r+") as stream:
-            stream.write(text)
+        overwrite(path, text.rstrip().ljust(os.path.getsize(path) - 1) + "\n")
 
 
 def read_json(path: str) -> Optional[dict]:
@@ -75,3 +87,12 @@ def remove(path: str) -> None:
         os.unlink(path)
     except FileNotFoundError:
         pass
+
+
+def log(line: str) -> None:
+    """Write one line to the job's log, whatever others have put into it.
+
+    A log on a full disk is no reason to stop, nor to go on.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        print(printable(line), file=sys.stderr, flush=True)

@@ -4,9 +4,12 @@
 
 ``run/lease.N`` names the holder of epoch N; the highest N is the owner. ``hb.N`` is its heartbeat,
 ``released.N`` says that it stopped cleanly. Built on link(2) and rename(2), which every cluster file
-system keeps atomic; flock is per client, or off, on several of them.
+system keeps atomic; flock is per client, or off, on several of them. Once taken, a lease is renewed and
+released without space or inodes, which a quota may have used up.
 """
 
+import contextlib
+import errno
 import os
 import re
 import time
@@ -19,14 +22,20 @@ from . import files, processes
 DEFAULT_TTL = 90.0
 # What a contender needs for a moment only was left by one that was killed, if it is as old as this.
 LEFTOVER_SECONDS = 3600.0
+# How link(2) is refused where there are no hard links: vfat, exFAT, some FUSE and SMB mounts.
+NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 class Held(Exception):
     """Somebody else has the lease, and nothing says that they are gone."""
 
-    def __init__(self, holder: dict) -> None:
+    def __init__(self, holder: dict, hint: str = "") -> None:
         self.holder = holder
-        Exception.__init__(self, "the data directory is held by %s" % describe(holder))
+        Exception.__init__(self, "the data directory is held by %s%s" % (describe(holder), hint))
+
+
+class Unusable(Exception):
+    """No lease can be taken on this file system; the message names the setting."""
 
 
 class Lost(Exception):
@@ -48,7 +57,7 @@ class Lease:
     ``holder`` says who we are (host, pid, job, kind), and in ``silence`` for how many seconds the heartbeat
     has to stand still before others may take over, if that is longer than the TTL. ``ended`` is asked about the
     present holder when it is on another host: True if the scheduler says that its job has ended, False if not or
-    unknown.
+    unknown. It is asked about ``{}`` if nothing is known.
     """
 
     def __init__(
@@ -66,7 +75,8 @@ class Lease:
         self._ended = ended
         self._holder = dict({"silence": ttl}, **holder)
         self._holder.update(
-            place=processes.this_host(), start=processes.start_time(holder["pid"]), since=time.time()
+            place=processes.this_host(), machine=processes.this_machine(),
+            start=processes.start_time(holder["pid"]), since=time.time(),
         )
         self._beats = 0
         self._renewed = clock()
@@ -85,36 +95,64 @@ class Lease:
             files.remove(self._path("lease.%d" % (newest + 1)))
             return False
         self.epoch = newest + 1
-        self.renew()
-        self._clean_up()
+        try:
+            self.renew()
+        except OSError:
+            files.remove(self._path("lease.%d" % self.epoch))  # a holder whose heart never beats
+            self.epoch = 0
+            raise
+        with contextlib.suppress(OSError):
+            self._clean_up()
         return True
 
     def _link(self, epoch: int) -> bool:
         """Enter ourselves as the holder of a new epoch; False if another contender has, or had."""
         aside = self._path("contender.%s" % uuid.uuid4().hex)  # other hosts have our PID, too
+        path = self._path("lease.%d" % epoch)
+        refused = None  # type: Optional[OSError]
         files.write_json(aside, self._holder)
         try:
-            os.link(aside, self._path("lease.%d" % epoch))
-        except OSError:
-            pass  # over NFS a link may be made and reported as failed: the link count tells
+            os.link(aside, path)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            refused = error
         try:
+            # Over NFS a link may be made and reported as failed: the link count tells.
             won = os.stat(aside).st_nlink == 2
         except FileNotFoundError:
             return False  # we slept so long that it was cleaned up
         files.remove(aside)
+        if not won:
+            self._check_links(refused, path)
         return won and self._newest() == epoch  # not so if we slept while others came and went
 
-    def acquire(self, patience: float, waiting: Callable[[Held], None], pause: float = 1.0) -> None:
-        """Take the lease, waiting up to ``patience`` seconds for its holder; raise Held after that."""
+    def _check_links(self, refused: Optional[OSError], path: str) -> None:
+        """Raise what has refused our link, if that is not another contender."""
+        if refused and refused.errno not in NO_HARD_LINKS:
+            raise refused
+        uncounted = not refused and self._holder == files.read_json(path)
+        if uncounted:
+            files.remove(path)  # it names us, and nobody would ever know that we do not have it
+        if refused or uncounted:
+            raise Unusable(
+                "instance_root: %s is on a file system without hard links%s; choose a folder on another one"
+                % (os.path.dirname(self.folder), " (%s)" % refused.strerror if refused else "")
+            )
+
+    def acquire(self, patience: float, waiting: Callable[[Exception], None], pause: float = 1.0) -> None:
+        """Take the lease, waiting up to ``patience`` seconds for whatever is in the way; raise that after them."""
         limit = self._clock() + patience
         while True:
             try:
                 if self.try_acquire():
                     return
-            except Held as held:
-                if self._clock() >= limit:
-                    raise
-                waiting(held)
+                refused = Held(self.holder() or {})  # type: Exception
+            except (Held, OSError) as error:
+                refused = error
+            if self._clock() >= limit:
+                raise refused
+            waiting(refused)
             time.sleep(pause)
 
     def renew(self) -> None:
@@ -127,13 +165,16 @@ class Lease:
         self._renewed = begun
 
     def _write_beat(self) -> None:
+        """Change the heartbeat, by one of three ways: whatever a reader sees of it, it has changed."""
         path = self._path("hb.%d" % self.epoch)
+        text = "%-19d\n" % self._beats  # never longer than what it replaces
         try:
-            files.write_atomically(path, "%d\n" % self._beats)
+            files.write_atomically(path, text)
         except OSError:
-            aside = self._path("contender.%s" % uuid.uuid4().hex)
-            os.symlink(str(self._beats), aside)  # takes no space, which a full disk has not
-            os.rename(aside, path)
+            try:
+                files.overwrite(path, text)
+            except OSError:
+                os.utime(path)  # some file systems refuse even that to who is over quota, since they copy on write
 
     def renew_if_due(self) -> None:
         """Renew six times within the TTL. Raise Lost, too, when that fails until others may take over."""
@@ -156,19 +197,28 @@ class Lease:
 
     def release(self) -> None:
         """Say that the data directory was left cleanly."""
-        files.write_atomically(self._path("released.%d" % self.epoch), "")
+        path = self._path("released.%d" % self.epoch)
+        try:
+            files.write_atomically(path, "")
+        except OSError:
+            os.rename(self._path("hb.%d" % self.epoch), path)  # takes no inode
 
     def holder(self) -> Optional[dict]:
-        """Return who holds the lease now; None if it is free to take."""
+        """Return who holds the lease now, nothing of whom may be known; None if it is free to take."""
         newest = self._newest()
-        return None if not newest or self._is_released(newest) else self._read(newest)
+        return None if not newest or self._is_released(newest) else self._read(newest) or {}
+
+    def still(self) -> Optional[float]:
+        """Return how many seconds ago the holder's heart beat, by our clock and its file's; None if never."""
+        try:
+            return max(0.0, time.time() - os.stat(self._path("hb.%d" % self._newest())).st_mtime)
+        except OSError:
+            return None
 
     def _is_free(self, epoch: int) -> bool:
-        holder = self._read(epoch)
+        holder = self._read(epoch) or {}
         if self._is_released(epoch):
             return True
-        if holder is None:
-            return False
         if holder.get("place") == self._holder["place"]:
             return processes.start_time(holder["pid"]) != holder["start"]
         # Still before and after the question, which takes a while and is not asked every second.
@@ -190,12 +240,10 @@ class Lease:
         return self._clock() - self._seen[2] > seconds
 
     def _beat(self, epoch: int) -> str:
-        path = self._path("hb.%d" % epoch)
+        """Return what changes with each heartbeat, be it cut off or half written."""
         try:
-            if os.path.islink(path):
-                return os.readlink(path)
-            with open(path) as stream:
-                return stream.read()
+            with open(self._path("hb.%d" % epoch), "rb") as stream:
+                return "%r %d" % (stream.read(), os.fstat(stream.fileno()).st_mtime_ns)
         except OSError:
             return ""
 

@@ -50,7 +50,11 @@ def submit(name: str, script: str, output: str) -> str:
     job_id = str(process.pid)
     started = processes.start_time(process.pid)
     record = {"id": job_id, "name": name, "started": started, "host": processes.this_host()}
-    files.write_json(RECORD, dict(record, since=time.time()))
+    try:
+        files.write_json(RECORD, dict(record, since=time.time()))
+    except OSError:
+        process.kill()  # nobody would find it
+        raise
     return job_id
 
 

@@ -149,6 +149,8 @@ class Postgres:
             )
         except subprocess.TimeoutExpired:
             raise Failed("no answer within %d s" % patience) from None
+        except OSError as error:
+            raise Failed("psql does not run: %s" % error) from None
         if psql.returncode:
             raise Failed((psql.stderr.strip().splitlines() or ["psql ended with %d" % psql.returncode])[-1].strip())
         return psql.stdout

@@ -3,12 +3,21 @@
 """Which process is which: a PID alone says nothing, since PIDs are used again."""
 
 import contextlib
+import glob
+import hashlib
 import os
+import re
 import signal
 import socket
 import subprocess
 import time
 from typing import Dict, List, Optional, Tuple
+
+MACHINE_ID = "/etc/machine-id"
+# Each card, and which of its files has the address. A wireless one often shows a random address to the network.
+NETWORK_CARDS = (("/sys/class/net/*", "address"), ("/sys/class/ieee80211/*", "macaddress"))
+# Of addr_assign_type: the card's own address, not one that somebody has set.
+PERMANENT = ("0", "")
 
 
 def start_time(pid: int) -> Optional[str]:
@@ -38,6 +47,48 @@ def this_host() -> str:
         return "%s %s" % (boot, os.readlink("/proc/self/ns/pid"))
     except OSError:
         return socket.gethostname()
+
+
+def this_machine() -> List[str]:
+    """Return words that name this machine, whatever it is called and however often it boots; one in common is enough.
+
+    A host name changes by DHCP, and a laptop that was rebooted under another name would wait for itself for ever.
+    The machine id alone does not do: nodes that boot one image all have the same, and so do copies of a virtual
+    machine. Were the holder on one login node taken for a former life of the next one, a file system that hangs for
+    the TTL would be enough for two servers on one data directory. So each word is of the machine id *and* the address
+    that a network card was made with, by which nodes of one image are told apart when they boot. Cards on a USB port
+    move from machine to machine and do not count. Where either is missing, as in a container, there are no words:
+    the host name decides then, and for a holder of another name somebody who knows (break_lease.yml).
+    """
+    if not os.path.exists("/proc/self/stat"):  # macOS, whose id is of the hardware
+        with contextlib.suppress(OSError):
+            asked = ["/usr/sbin/ioreg", "-rd1", "-c", "IOPlatformExpertDevice"]
+            said = subprocess.run(asked, stdout=subprocess.PIPE, check=False).stdout.decode("utf-8", "replace")
+            return re.findall('"IOPlatformUUID" = "([^"]+)"', said)
+        return []
+    system = _read(MACHINE_ID)
+    if not re.match(r"[0-9a-f]{32}\Z", system):
+        return []
+    # The machine id is meant to be shown to nobody.
+    return sorted(hashlib.sha256((system + address).encode()).hexdigest() for address in _card_addresses())
+
+
+def _card_addresses() -> List[str]:
+    addresses = []
+    for cards, address in NETWORK_CARDS:
+        for card in glob.glob(cards):
+            built_in = os.path.exists(os.path.join(card, "device")) and "/usb" not in os.path.realpath(card)
+            if built_in and _read(os.path.join(card, "addr_assign_type")) in PERMANENT:
+                addresses.append(_read(os.path.join(card, address)))
+    return [address for address in addresses if re.search("[1-9a-f]", address)]
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as stream:
+            return stream.read().strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def runs_in(pid: int, program: str, folder: str) -> bool:

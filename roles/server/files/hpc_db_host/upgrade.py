@@ -159,7 +159,8 @@ class Upgrade:
             with self._server(self.old) as old, self._server(new) as empty:
                 self._restore(old, empty)
         finally:
-            self._discard(COPY)
+            with contextlib.suppress(OSError):  # the next run discards it
+                self._discard(COPY)
         with self._server(new) as server:
             after = self.contents(server, new)
             lost = differences(before, after)

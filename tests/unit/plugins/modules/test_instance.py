@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """instance, on real directories and as an ordinary user."""
 
+import errno
 import json
 import os
 import shutil
@@ -223,3 +224,29 @@ def test_major_of_the_studies_is_that_of_the_data_directory_in_use(folder):
     for used, major in (("17", 17), ("19", 19), ("20", None)):
         (folder / "host" / "settings.json").write_text(json.dumps({"data": str(folder / "data" / used)}))
         assert ensure(folder)["major"] == major
+
+
+@pytest.mark.parametrize("number", ["EPERM", "EOPNOTSUPP", "ENOSYS", None])
+def test_file_system_without_hard_links_is_refused_before_anything_is_made(number, folder, monkeypatch):
+    def link(source, target):
+        if number:
+            raise OSError(getattr(errno, number), "no")
+        shutil.copy(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    root = folder / "new" / "hpc_db"
+
+    with pytest.raises(Refused) as refused:
+        ensure(root, **WANTED)
+
+    assert str(refused.value) == (
+        f"instance_root: {root} is on a file system without hard links; choose a folder on another one"
+    )
+    assert list(folder.iterdir()) == []
+
+
+def test_links_are_tried_once(folder, monkeypatch):
+    ensure(folder / "hpc_db", **WANTED)
+    monkeypatch.delattr(os, "link")
+
+    assert not ensure(folder / "hpc_db", **WANTED)["changed"]

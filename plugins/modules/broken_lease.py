@@ -1,0 +1,97 @@
+#!/usr/bin/python
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: broken_lease
+short_description: Break the lease of a server that is gone for good
+description:
+  - Frees an instance's data directory where nothing but the user can know that the server which held it has ended,
+    as when a host or a cluster was renamed, or a scheduler has gone.
+  - Watches the heartbeat for longer than C(server_lease_ttl) first, and refuses while it moves.
+  - Whoever was taken for dead and comes back finds that the lease was taken, and ends PostgreSQL at once.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  root:
+    description: The instance directory.
+    type: path
+    required: true
+extends_documentation_fragment:
+  - mala.hpc_db.attributes
+attributes:
+  check_mode:
+    support: full
+    details: Tells who holds the lease, and watches nothing.
+  diff_mode:
+    support: none
+"""
+
+EXAMPLES = r"""
+- name: Break the lease
+  mala.hpc_db.broken_lease:
+    root: ~/hpc_db/hpc_db
+"""
+
+RETURN = r"""
+holder:
+  description: Who held, or holds, the data directory, in one line; null if nobody did.
+  returned: success
+  type: str
+still:
+  description: How many seconds ago the holder renewed the lease, before anything was done; null if never.
+  returned: success
+  type: float
+"""
+
+import json
+import os
+import sys
+from typing import Callable
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
+
+Run = Callable[[list[str]], tuple[int, str, str]]
+
+
+class Refused(Exception):
+    """The lease stays what it is; the message is for the user."""
+
+
+def ensure_broken(params: dict, run: Run, check_mode: bool) -> dict:
+    """Break the lease if somebody holds it. ``run`` takes an argument list; returns code, stdout and stderr."""
+    if not os.path.isabs(params["root"]):
+        raise Refused(f"root: {params['root']!r} is not absolute")
+    read_settings(params["root"])
+    returncode, stdout, stderr = run(
+        [sys.executable, "-m", "hpc_db_host.break_lease", "look" if check_mode else "break"]
+    )
+    if returncode:
+        raise Refused((stderr.strip().splitlines() or [f"the hosting program ended with {returncode}"])[-1])
+    found = json.loads(stdout)
+    return {"changed": found["holder"] is not None, **found}
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(argument_spec={"root": {"type": "path", "required": True}}, supports_check_mode=True)
+
+    def run(command: list[str]) -> tuple[int, str, str]:
+        return module.run_command(
+            command, cwd=os.path.join(module.params["root"], "host"), ignore_invalid_cwd=False,
+            expand_user_and_vars=False,
+        )
+
+    try:
+        result = ensure_broken(module.params, run, module.check_mode)
+    except (Refused, OSError, ValueError) as error:
+        module.fail_json(msg=" ".join(str(error).splitlines()))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()
