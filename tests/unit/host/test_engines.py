@@ -143,7 +143,7 @@ def test_logins_that_never_end_are_awaited_no_longer_than_clients_wait(make):
     pooler = make()
     pooler.poll_until(lambda: pooler.engine.port)
     entries = (Path(__file__).parents[3] / "roles" / "server" / "vars" / "main.yml").read_text()
-    (patience,) = re.findall(r"__server_service_plain \| combine\(\{'connect_timeout': '(\d+)'\}", entries)
+    (patience,) = re.findall(r"\| combine\(\{'connect_timeout': '(\d+)'\}", entries)
 
     assert pooler.parameters()[1]["client_login_timeout"] == patience
 
