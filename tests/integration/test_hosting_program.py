@@ -765,7 +765,7 @@ def test_lease_is_kept_released_and_waited_for_without_space_or_inodes(instance:
         eventually(lambda: "waiting: the lease cannot be taken: [Errno 28] No space left on device" in instance.log())
         assert "(no space, or no inodes)" in instance.log()
         empty(folder)
-        eventually(lambda: (folder / "endpoint.json").exists())
+        eventually((folder / "endpoint.json").exists)
         assert instance.psql("SELECT n FROM t") == "1"
         for each in instance.processes:
             each.terminate()

@@ -125,7 +125,7 @@ class Instance:
                 stderr=said,
             )
         if self.where in ("stop", "drain"):
-            self.until(lambda: (self.root / "run" / "endpoint.json").exists())
+            self.until((self.root / "run" / "endpoint.json").exists)
             self.program.terminate()
         self.until(lambda: (self.root / "waits").exists() or "stopping" in self.events())
 

@@ -243,7 +243,7 @@ class Host:
         try:
             self.tell("stopping", "postgres is stopping")
             with self._only_told("the endpoint is not withdrawn"):
-                ours = bool(self._lease) and self._lease.is_ours()  # else the endpoint is the next holder's
+                ours = self._lease is not None and self._lease.is_ours()  # else the endpoint is the next holder's
                 if ours:
                     self._withdraw()
             if ours and postgres:

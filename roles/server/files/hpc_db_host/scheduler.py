@@ -29,6 +29,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 # jobs, and inside a job there are variables that describe that job. plugins/module_utils/_environment.py has the same.
 INHERITED = ("HOME", "KRB5CCNAME", "LD_LIBRARY_PATH", "LOGNAME", "PATH", "SHELL", "TZ", "USER")
 
+
 def adapter(name: str) -> Optional[ModuleType]:
     """Return what speaks to the scheduler of that name; None if nothing here does."""
     if not re.match(r"[a-z]+$", name):
