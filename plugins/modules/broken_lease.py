@@ -54,6 +54,7 @@ from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 Run = Callable[[list[str]], tuple[int, str, str]]
 
@@ -89,7 +90,7 @@ def main() -> None:
     try:
         result = ensure_broken(module.params, run, module.check_mode)
     except (Refused, OSError, ValueError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(**result)
 
 

@@ -53,6 +53,7 @@ EXAMPLES = r"""
 RETURN = r""" # """
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
     SCHEDULERS,
@@ -89,7 +90,7 @@ def main() -> None:
         if not module.check_mode:
             judge(module.params, make_run(module))
     except (SchedulerError, ValueError) as error:
-        module.fail_json(msg=" ".join(str(error).splitlines()))
+        module.fail_json(msg=one_line(error))
     module.exit_json(changed=False)
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import hpc_db_host
@@ -26,10 +27,10 @@ def root(tmp_path):
     return tmp_path
 
 
-def lease_of(root, monkeypatch, place):
+def lease_of(root, monkeypatch, place, **more):
     with monkeypatch.context() as patch:
         patch.setattr(processes, "this_host", lambda: place)
-        holder = {"host": place, "pid": os.getpid(), "job": "4711", "kind": "slurm", "cluster": "the-old-name"}
+        holder = {"host": place, "pid": os.getpid(), "job": "4711", "kind": "slurm", "cluster": "the-old-name", **more}
         return Lease(str(root / "run"), holder, lambda _holder: False, 1)
 
 
@@ -62,6 +63,16 @@ def test_lease_of_a_holder_that_shows_no_life_is_free_and_the_holder_is_fenced(r
 
     with pytest.raises(Lost):
         holder.renew()
+    assert lease_of(root, monkeypatch, "c2").try_acquire()
+
+
+def test_holder_that_wants_a_longer_silence_is_watched_for_longer(root, monkeypatch):
+    assert lease_of(root, monkeypatch, "login1", silence=3).try_acquire()
+
+    began = time.monotonic()
+    assert broken(root)["changed"]
+
+    assert time.monotonic() - began > 3
     assert lease_of(root, monkeypatch, "c2").try_acquire()
 
 

@@ -18,7 +18,7 @@ import sys
 from . import files
 from .lease import DEFAULT_TTL, Held, Lease, Lost, Unusable, describe
 
-# How much longer than the TTL to watch.
+# How much longer to watch than its heartbeat has to stand still.
 WATCH_FACTOR = 1.5
 RUN = os.path.join("..", "run")
 
@@ -35,7 +35,7 @@ def free(lease: Lease) -> dict:
     """Take the lease from a holder that shows no life, and release it; return who that was."""
     found = look(lease)
     if found["holder"]:
-        watched = WATCH_FACTOR * lease.ttl
+        watched = WATCH_FACTOR * lease.silence(lease.holder() or {})
         try:
             lease.acquire(watched, lambda refused: None)
         except Held as held:

@@ -222,10 +222,10 @@ class Lease:
         if holder.get("place") == self._holder["place"]:
             return processes.start_time(holder["pid"]) != holder["start"]
         # Still before and after the question, which takes a while and is not asked every second.
-        silence = self._silence(holder)
+        silence = self.silence(holder)
         return self._stands_still(epoch, silence) and self._ended(holder) and self._stands_still(epoch, silence)
 
-    def _silence(self, holder: dict) -> float:
+    def silence(self, holder: dict) -> float:
         """Return for how long the heartbeat must stand still; the holder may have another TTL than we have."""
         mine, its = self._holder, holder.get("place", "")
         if holder.get("host") == mine.get("host") and its.split(" ")[0] != mine["place"].split(" ")[0]:
