@@ -128,6 +128,7 @@ class Studies:
         endpoint = json.loads(self.shell("cat ../run/endpoint.json"))
         passfile = f"~/hpc_db/{self.name}/secrets/pgpass"
         server = {"host": endpoint["host"], "port": endpoint["port"], "user": "study", "passfile": passfile}
+        server["tls"] = endpoint["tls"]
         wanted = {"databases": [{"name": "older", **database}], "upgrade": upgrade}
         inventories = [word for word in self.target.command("") if word.startswith("--inventory=")]
         done = subprocess.run(
