@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import optuna
 import pytest
@@ -19,24 +19,6 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 Ask = Callable[[str], list]
-
-
-@pytest.fixture
-def engine(url: str, database: Ask) -> Iterator[sqlalchemy.engine.Engine]:
-    """An engine that has one connection at rest, and the table t with the rows 1 and 2."""
-    database("DROP TABLE IF EXISTS t")
-    database("CREATE TABLE t (n int PRIMARY KEY, word text); ALTER TABLE t OWNER TO study")
-    database("INSERT INTO t VALUES (1, 'one'), (2, 'two')")
-    engine = sqlalchemy.create_engine(url, future=True)
-    with engine.connect() as connection:
-        connection.execute(text("SELECT 1"))
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def rows(database: Ask) -> Callable[[], list]:
-    return lambda: database("SELECT n, word FROM t ORDER BY n")
 
 
 @pytest.mark.parametrize("way", WAYS + CRASHES)
