@@ -496,6 +496,7 @@ def test_pool_of_somebody_else_s_is_refused() -> None:
 
 @pytest.mark.skipif(IS_OLD, reason="SQLAlchemy 1.4 knows psycopg2 alone")
 def test_async_is_refused_in_one_line() -> None:
+    pytest.importorskip("greenlet")
     from sqlalchemy.ext.asyncio import create_async_engine
 
     with pytest.raises(ArgumentError, match="works with .*, not create_async_engine"):

@@ -67,9 +67,9 @@ UNION ALL SELECT oprname::text, 'an operator of the database', 'unknown' FROM pg
 UNION ALL SELECT format('%%s to %%s', castsource::regtype, casttarget::regtype), 'a cast of the database', 'unknown'
     FROM pg_cast JOIN own ON own.oid = castfunc WHERE own.pronamespace <> 'pg_catalog'::regnamespace
 """
-# How the columns of a table are filled, and in which steps their sequences count.
+# The columns that an INSERT may name, with their sequences and types.
 COLUMNS = """
-SELECT a.attname::text, a.attgenerated = '', s.seqrelid::regclass::text
+SELECT a.attname::text, s.seqrelid::regclass::text, format_type(a.atttypid, a.atttypmod)
 FROM pg_attribute a
 LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 LEFT JOIN pg_sequence s ON s.seqrelid IN (
@@ -78,7 +78,7 @@ LEFT JOIN pg_sequence s ON s.seqrelid IN (
     UNION ALL SELECT objid FROM pg_depend WHERE classid = 'pg_class'::regclass AND refclassid = 'pg_class'::regclass
         AND refobjid = a.attrelid AND refobjsubid = a.attnum AND deptype = 'i'
 )
-WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped
+WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
 """
 # In which steps a sequence counts, and whose keys it gives; NULL for the sequence of no table.
 SEQUENCE = """
@@ -128,9 +128,9 @@ def find_unknown(ask_all: Callable[[str, tuple], list], names: Iterable[str]) ->
     return "views of views"
 
 
-def settable_columns(ask_all: Callable[[str, tuple], list], relation: str) -> dict[str, str | None]:
-    """Return the columns of a table that an INSERT may name, and their sequences."""
-    return {name: sequence for name, settable, sequence in ask_all(COLUMNS, (relation,)) if settable}
+def settable_columns(ask_all: Callable[[str, tuple], list], relation: str) -> dict[str, tuple[str | None, str]]:
+    """Return the columns of a table that an INSERT may name, with their sequences and types."""
+    return {name: (sequence, kind) for name, sequence, kind in ask_all(COLUMNS, (relation,))}
 
 
 def sequence(ask_all: Callable[[str, tuple], list], name: str) -> Sequence | None:

@@ -340,7 +340,7 @@ class Connection:
             return False
         if not self._journal.began:
             return True
-        if self.real.autocommit or self.real.info.transaction_status == IN_ERROR:
+        if self._journal.clock or self.real.autocommit or self.real.info.transaction_status == IN_ERROR:
             return False
         try:
             return not self._find_unknown(in_transaction=True)
@@ -415,8 +415,14 @@ class Connection:
         """Run a statement on ``cursor``, and if the server goes away, run it on the next connection."""
         judged = step.judged
         self._refuse_part()
-        if judged.binds:  # guard: unknown statements bind
+        if judged.binds:  # guard: what may stay in the session
             self.bind(judged.why)
+        try:
+            step.keep()
+        except Exception as error:  # whatever a parameter's own class raises
+            why = f"a parameter that is not known ({error})"
+            self.bind(why)  # guard: parameters
+            self._journal.give_up(why)
         self._note(judged)
         self.revive()
         self._thread = threading.get_ident()
@@ -452,6 +458,8 @@ class Connection:
 
     def _run_in_order(self, cursor: Cursor, step: Step) -> None:
         self._journal.check_order(step)
+        if self._journal.clock_twice and self._journal.repeats:
+            raise Differs("it has read the clock before")
         cursor.run(self.real, step)
 
     def judge(self, text: str, has_arguments: bool) -> Judgement:
@@ -473,11 +481,11 @@ class Connection:
                 return
             self._outage = None
             self._open()
-            unknown = self._find_unknown()
-            if unknown:  # guard: what the session held
-                self.bind(unknown)
+            try:
+                self._check_known()
+            except Differs as differs:
+                self.bind(str(differs))
                 self._discard()
-                self._journal.give_up(unknown)
 
     def _reads_freely(self) -> bool:
         """Tell whether a result that was read before any write or lock might as well have changed since."""
@@ -562,13 +570,13 @@ class Connection:
             if why:
                 self._give_up(f"{CANNOT}: {why}", error)
             journal.repeats += 1
+            if self.real.closed:
+                self._open()
             try:
-                if self.real.closed:
-                    self._open()
-                unknown = self._find_unknown()
-                if unknown:
-                    raise Differs(unknown)
+                self._check_known()
+                late = _ask_for_keys(self.real, journal)
                 for step in journal.steps:
+                    journal.note_late(late.get(id(step), set()))
                     _run_again(self.real, step, self._link, journal)
                 self._lost = False
                 again()
@@ -581,6 +589,14 @@ class Connection:
                     raise
                 self._discard()
                 self._link.pause(self._current_outage(), another)
+
+    def _check_known(self) -> None:
+        """Raise Differs if the transaction cannot begin again on this session."""
+        unknown = self._find_unknown()
+        if unknown:  # guard: what names mean
+            raise Differs(unknown)
+        if self._journal.clock_twice:  # guard: clock
+            raise Differs("it has read the clock before")
 
     def _open(self) -> None:
         self.real, self._facts = self._link.open(self._current_outage(), self._old, self._attributes)
@@ -833,72 +849,99 @@ def _run_each(cursor: Any, step: Step) -> None:
         cursor.execute(step.text, parameters)
         said.append(cursor.statusmessage)
         count += max(cursor.rowcount, 0)
-    step.rowcount = count if hasattr(cursor, "pgresult") else cursor.rowcount
+    step.rowcount = count
     step.outcome = digest(None, said, None)  # guard: each set of parameters
 
 
 def _run_again(real: Any, step: Step, link: Link, journal: Journal) -> None:
     """Run a statement again; raise Differs if its result is another one, unless it is a key that we have."""
+    journal.check_order(step)
+    if step.key is not None:
+        return  # nobody else was given our key, nor will be
     before = step.outcome
+    text = step.text
+    if step.given and step.judged.insert:
+        text = with_values(text if isinstance(text, str) else text.decode(), step.judged.insert, step.given)
+    cursor = step.make_cursor(real)
     try:
-        journal.check_order(step)
-        if step.key is not None:
-            _ask_for_keys(real, journal, catalog.sequence(_asking(real), step.judged.sequence), [step.key], set())
-            return  # nobody else was given our key, nor will be
-        text = _with_its_keys(real, step, journal)
-        cursor = step.make_cursor(real)
-        try:
-            _run(cursor, step, text)
-        except link.dbapi.Error as error:
-            if link.is_lost(real, error):
-                raise
-            step.outcome = _failure(error)
-        after = step.outcome
+        _run(cursor, step, text)
+    except link.dbapi.Error as error:
+        if link.is_lost(real, error):
+            raise
+        step.outcome = _failure(error)
     finally:
-        step.outcome = before
+        after, step.outcome = step.outcome, before
     if after != before:  # guard: results
         raise Differs(f"another result than before ({str(step.text)[:60]!r})")
 
 
-def _asking(real: Any) -> Callable[[str, tuple], list]:
-    return lambda statement, parameters: ask_all(real, statement, parameters, in_transaction=True)
+def _ask_for_keys(real: Any, journal: Journal) -> dict[int, set[str]]:
+    """Find what the INSERTs are to be told, and have the sequences count beyond our keys.
+
+    A crash may have set them back. Return for each step the tables of which others were given keys after ours.
+    """
+
+    def asking(statement: str, parameters: tuple) -> list:
+        return ask_all(real, statement, parameters, in_transaction=True)
+
+    users: dict[str, list[int]] = {}
+    tables: dict[str, set[str]] = {}
+    for step in journal.steps:
+        names = []
+        if step.key is not None:
+            names = [step.judged.sequence]
+            journal.keys.setdefault(names[0], set()).add(step.key)
+        elif step.judged.insert and step.rows:
+            names = _find_given(step, journal, asking)
+            for name in names:
+                tables.setdefault(name, set()).add(step.judged.insert.table)
+        for name in names:
+            users.setdefault(name, []).append(id(step))
+    late: dict[int, set[str]] = {}
+    for name, steps in users.items():
+        sequence = catalog.sequence(asking, name)
+        if sequence and _is_late(asking, sequence, journal.keys[name]):
+            for number in steps:
+                late.setdefault(number, set()).update(
+                    tables.get(name) or (sequence.tables or "").split("/")  # "" is any table
+                )
+        elif sequence is None:
+            raise Differs(f"the sequence {name} is gone")
+    return late
 
 
-def _with_its_keys(real: Any, step: Step, journal: Journal) -> Any:
-    """Return the statement; an INSERT that has returned keys is given them."""
+def _find_given(step: Step, journal: Journal, asking: Callable[[str, tuple], list]) -> list[str]:
+    """Note what the INSERT is to be told; return the sequences of its keys."""
     insert, rows = step.judged.insert, step.rows
     if not insert or not rows or not isinstance(step.text, (str, bytes)):
-        return step.text
+        return []
     if insert.rows and len(insert.rows) != len(rows):
-        return step.text
-    settable = catalog.settable_columns(_asking(real), insert.relation)
-    given = {
-        column: [row[place] for row in rows] for place, column in enumerate(insert.returning) if column in settable
-    }
-    for column, values in given.items():
-        sequence = settable[column]
-        if sequence and column not in insert.columns:
-            _ask_for_keys(real, journal, catalog.sequence(_asking(real), sequence), values, {insert.table})
-    text = step.text if isinstance(step.text, str) else step.text.decode()
-    return with_values(text, insert, given)
+        return []
+    settable = catalog.settable_columns(asking, insert.relation)
+    names = []
+    for place, column in enumerate(insert.returning):
+        if column in settable:
+            sequence, kind = settable[column]
+            step.given[column] = kind, [row[place] for row in rows]
+            if sequence and column not in insert.columns:
+                journal.keys.setdefault(sequence, set()).update(step.given[column][1])
+                names.append(sequence)
+    return names
 
 
-def _ask_for_keys(
-    real: Any, journal: Journal, sequence: catalog.Sequence | None, keys: list[int], tables: set[str]
-) -> None:
-    """Have the sequence count beyond our keys, from which a crash may have set it back."""
-    if sequence is None or sequence.cycles:
-        raise Differs("a sequence that begins again, or is gone")
-    forward = 1 if sequence.step > 0 else -1
-    last = max(keys, key=lambda key: key * forward)
+def _is_late(asking: Callable[[str, tuple], list], sequence: catalog.Sequence, keys: set[int]) -> bool:
+    """Ask for keys up to ours; tell whether others were given some after our first one."""
+    if sequence.cycles:  # guard: sequences that begin again
+        raise Differs(f"{sequence.name} begins again")
+    first, last = (min(keys), max(keys)) if sequence.step > 0 else (max(keys), min(keys))
     for _turn in range(MOST_KEYS):
-        given = ask_all(real, "SELECT nextval(%s::regclass)", (sequence.name,), in_transaction=True)[0][0]
-        if (given - last) * forward >= 0:
-            break
-    else:
-        raise Differs(f"{sequence.name} is not where it was")
-    if (given - last - sequence.step) * forward > 0:
-        journal.note_late(tables or set((sequence.tables or "").split("/")))
+        given = asking("SELECT nextval(%s::regclass)", (sequence.name,))[0][0]
+        between = (given - first) // sequence.step
+        if between >= 0:
+            keys.add(given)
+        if (given - last) // sequence.step >= 0:
+            return between >= len(keys)
+    raise Differs(f"{sequence.name} is not where it was")
 
 
 def _failure(error: BaseException) -> bytes:

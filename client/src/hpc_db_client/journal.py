@@ -49,13 +49,13 @@ class Step:
     """One statement and what came of it."""
 
     __slots__ = (
-        "method", "text", "parameters", "options", "judged", "make_cursor", "free", "kept", "key", "rows", "outcome",
-        "rowcount",
+        "method", "text", "parameters", "options", "judged", "make_cursor", "free", "size", "kept", "key", "rows",
+        "given", "outcome", "rowcount",
     )
 
     def __init__(
         self, method: str, text: Any, parameters: tuple, options: dict, judged: Judgement,
-        make_cursor: Callable[[Any], Any], free: bool = False,
+        make_cursor: Callable[[Any], Any],
     ) -> None:
         self.method = method
         self.text = text
@@ -63,21 +63,24 @@ class Step:
         self.options = options
         self.judged = judged
         self.make_cursor = make_cursor
-        self.free = free  # need not come out the same, unless others depend on it
+        self.free = False  # need not come out the same, unless others depend on it
+        self.size = len(text) if isinstance(text, (str, bytes)) else 0
         self.kept = False
         self.key: int | None = None
         self.rows: list | None = None  # what an INSERT has returned
+        self.given: dict[str, tuple[str, list]] = {}  # values that it is told when it is repeated, with their types
         self.outcome = b""
         self.rowcount: int | None = None  # of an executemany that was sent one by one
 
-    def keep(self) -> int:
-        """Make the parameters ours, as the application may change its own; return about how many bytes they take."""
-        size = len(self.text)
+    def keep(self) -> None:
+        """Make the parameters ours, as the application may change its own; raise TypeError for one that is not known.
+
+        psycopg2 writes into the statement whatever an object says.
+        """
         if self.parameters:
-            mine, more = _copied(self.parameters[0])
-            self.parameters = (mine,)
-            size += more
-        return size
+            mine, size = _copied(self.parameters[0])
+            self.parameters = (mine, *self.parameters[1:])
+            self.size += size
 
 
 class Journal:
@@ -88,8 +91,10 @@ class Journal:
         self.began = False
         self.why_not = ""
         self.repeats = 0
-        self.clock = False  # it was read, and the application may remember it
+        self.clock = False  # it was read, and is not read again where the application may remember it
+        self.clock_twice = False
         self.isolated = False  # each statement sees what the first one did
+        self.keys: dict[str, set[int]] = {}  # of each sequence: those that were given to us
         self._late: set[str] = set()  # tables where others were given keys after ours, before our rows were there
         self._bytes = 0
 
@@ -97,19 +102,15 @@ class Journal:
         """Take note of a statement before it is sent."""
         self.began = True
         judged = step.judged
-        if judged.why:
+        if judged.why:  # guard: unknown statements
             self.give_up(judged.why)
         self.isolated = self.isolated or judged.isolates
-        if judged.clock and self.clock and self.repeats:
-            self.give_up("it has read the clock before")
-        self.clock = self.clock or judged.clock
+        self.clock_twice = self.clock_twice or (judged.clock and self.clock)
         step.kept = not self.why_not and not (step.free and not self.steps and not self.isolated)
         if not step.kept:
+            self.clock = self.clock or judged.clock
             return
-        try:
-            self._bytes += step.keep()
-        except Exception as error:  # whatever a parameter's own class raises
-            self.give_up(f"a parameter of it cannot be kept ({error})")
+        self._bytes += step.size
         if self._bytes > MOST_BYTES or len(self.steps) >= MOST_STEPS:
             self.give_up("more statements than are kept")
 

@@ -386,7 +386,8 @@ def judge_definition(text: str) -> tuple[str, frozenset[str]]:
         check_calls(found[:called])
     except Unknown as unknown:
         return str(unknown), frozenset()
-    return "", frozenset(each.name for each in found[:called] if each.name)
+    when = next((place for place, token in enumerate(found[:called]) if token.word == "when"), called)
+    return "", frozenset(each.name for each in found[when:called] if each.name)
 
 
 def _values_only(part: list[Token], words: list[str]) -> bool:
@@ -488,37 +489,37 @@ def literal(value: Any) -> str | None:
     return None
 
 
-def with_values(text: str, insert: Insert, given: dict[str, list[Any]]) -> str:
-    """Return the INSERT with these values, one a row, for columns that had been filled by the server."""
+def with_values(text: str, insert: Insert, given: dict[str, tuple[str, list[Any]]]) -> str:
+    """Return the INSERT with these values, one a row, for columns that the server had filled, of these types."""
     double = (lambda part: part.replace("%", "%%")) if insert.has_arguments else (lambda part: part)
     changes: list[tuple[int, int, str]] = []
     more = []
-    for column, values in given.items():
+    for column, (kind, values) in given.items():
         said = [literal(value) for value in values]
         if None in said or len(set(map(type, values))) > 1:
             continue
         place = insert.columns.get(column)
         if place is None:
-            more.append((column, [double(each) for each in said if each]))
+            more.append((column, double(kind), [double(each) for each in said if each]))
         elif insert.rows:
             for row, each in zip(insert.rows, said):
                 if each and not re.fullmatch(r"%\(\w+\)s|%s", text[slice(*row[place])]):
                     changes.append((*row[place], double(each)))
     if more:
-        names = "".join('"' + double(column.replace('"', '""')) + '", ' for column, _said in more)
+        names = "".join('"' + double(column.replace('"', '""')) + '", ' for column, _kind, _said in more)
         if insert.first_column:
             changes.append((insert.first_column, insert.first_column, names))
             changes.append((insert.overriding, insert.overriding, " OVERRIDING SYSTEM VALUE"))
         if insert.counted:
-            lists = "".join(f" (ARRAY[{', '.join(said)}])[sen_counter + 1]," for _column, said in more)
+            lists = "".join(f" (ARRAY[{', '.join(said)}]::{kind}[])[sen_counter + 1]," for _column, kind, said in more)
             changes.append((insert.counted, insert.counted, lists))
         elif insert.rows:
             for number, row in enumerate(insert.rows):
-                changes.append((row[0][0], row[0][0], "".join(f"{said[number]}, " for _column, said in more)))
+                changes.append((row[0][0], row[0][0], "".join(f"{said[number]}, " for _column, _kind, said in more)))
         else:
             if insert.first_column:
                 return text
-            values_text = ", ".join(said[0] for _column, said in more)
+            values_text = ", ".join(said[0] for _column, _kind, said in more)
             start = text.upper().index("DEFAULT", insert.overriding)
             end = text.upper().index("VALUES", start) + len("VALUES")
             changes = [(start, end, f"({names[:-2]}) OVERRIDING SYSTEM VALUE VALUES ({values_text})")]
