@@ -128,7 +128,7 @@ class Journal:
 
         Others may have counted the rows with smaller keys meanwhile: Optuna numbers its trials so.
         """
-        if self._late and not (step.judged.adds or step.judged.sequence):
+        if self._late and not (step.judged.gives or step.judged.sequence):
             for table in self._late:
                 if not table or table in step.judged.names:
                     raise Differs(f"others were given keys of {table or 'a sequence'} meanwhile")

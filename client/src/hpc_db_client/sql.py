@@ -152,7 +152,7 @@ class Insert(NamedTuple):
 class Judgement:
     """What is known of a statement before it is sent."""
 
-    __slots__ = ("why", "binds", "free", "head", "names", "clock", "adds", "isolates", "sequence", "insert", "returns")
+    __slots__ = ("why", "binds", "free", "head", "names", "clock", "gives", "adds", "isolates", "sequence", "insert", "returns")
 
     def __init__(self) -> None:
         self.why = ""  # why it is not repeated
@@ -161,7 +161,8 @@ class Judgement:
         self.head = ""
         self.names: frozenset[str] = frozenset()
         self.clock = False
-        self.adds = False  # it adds rows that it is given, and looks at nothing
+        self.gives = False  # an INSERT whose rows are given
+        self.adds = False  # the same, and nothing can be in its way
         self.isolates = False  # it changes what the transaction sees
         self.sequence = ""  # of which it is asked for a key, and nothing else
         self.insert: Insert | None = None
@@ -234,7 +235,7 @@ def judge(text: str, has_arguments: bool = False, standard_strings: bool = True)
             judged.free = False
             judged.insert = None
             judged.sequence = ""
-            judged.adds = adds
+            judged.gives = judged.adds = adds
             if not judged.why and not adds:
                 judged.why = f"several statements in one {shown}"
     except Unknown as unknown:
@@ -313,7 +314,7 @@ def _judge_query(judged: Judgement, part: list[Token], words: list[str], has_arg
         if rest == [")"] or (rest[:2] == [")", "as"] and len(rest) == 3):
             judged.sequence = part[3].text[1:-1].replace("''", "'")
     if judged.head == "insert" and part[0].word == "insert":
-        given = _values_only(part, words)
+        judged.gives = given = _values_only(part, words)
         judged.adds = given and "conflict" not in words
         judged.insert = _insert(part, has_arguments)
         if judged.insert and judged.insert.counted and not given:
