@@ -161,6 +161,35 @@ def test_each_set_of_parameters_is_compared(
     assert database("SELECT word FROM t ORDER BY n") == [("other",), ("two",)]
 
 
+def test_executemany_that_returns_rows_is_not_repeated(
+    engine: sqlalchemy.engine.Engine, database: Ask, cut: Callable
+) -> None:
+    raw = engine.raw_connection()
+    cursor = raw.cursor()
+    cursor.executemany("UPDATE t SET word = 'mine' WHERE n = %s RETURNING word", [[1], [2]])
+    cut()
+    with pytest.raises(Exception):
+        raw.commit()
+    raw.invalidate()
+    assert database("SELECT word FROM t ORDER BY n") == [("one",), ("two",)]
+
+
+def test_definition_in_a_transaction_is_not_repeated(
+    engine: sqlalchemy.engine.Engine, database: Ask, cut: Callable
+) -> None:
+    with pytest.raises(OperationalError), engine.begin() as connection:
+        connection.execute(text("INSERT INTO t VALUES (3)"))
+        connection.execute(text("CREATE TABLE made (n int)"))
+        cut()
+        connection.execute(text("INSERT INTO t VALUES (4)"))
+    assert database("SELECT count(*), to_regclass('made') IS NULL FROM t") == [(2, True)]
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO t VALUES (5)"))
+        cut()
+        connection.execute(text("INSERT INTO t VALUES (6)"))
+    assert database("SELECT count(*) FROM t") == [(4,)]
+
+
 def test_executemany_counts_as_the_driver_does(
     url: str, engine: sqlalchemy.engine.Engine, make: Make
 ) -> None:

@@ -423,6 +423,8 @@ class Connection:
             why = f"a parameter that is not known ({error})"
             self.bind(why)  # guard: parameters
             self._journal.give_up(why)
+        if step.method == "executemany" and (judged.returns or step.options):
+            self._journal.give_up("an executemany that returns rows")  # guard: rows of an executemany
         self._note(judged)
         self.revive()
         self._thread = threading.get_ident()
