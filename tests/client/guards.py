@@ -74,7 +74,9 @@ GUARDS = {
         'raise Unknown("a backslash in a literal, with standard_conforming_strings off")', "pass", "judgement"
     ),
     "bulk": Guard("if self._bytes > MOST_BYTES or len(self.steps) >= MOST_STEPS:", "if False:", "bulk"),
-    "AUTOCOMMIT": Guard("if self.real.autocommit:\n            cursor.run", "if False:\n            cursor.run", "without_a_transaction"),
+    "AUTOCOMMIT": Guard(
+        "if self.real.autocommit:\n            cursor.run", "if False:\n            cursor.run", "without_a_transaction"
+    ),
     "what a listener sets": Guard("if not self.looks:", "if False:", "listener"),
     "what was done with the driver's own": Guard(
         "if self._bound or not self.real.closed:", "if not self.real.closed:", "copy_that_was_cut"

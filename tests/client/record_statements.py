@@ -82,10 +82,10 @@ def main() -> None:
             server.ask("DROP SCHEMA public CASCADE; CREATE SCHEMA public AUTHORIZATION study", "study")
             statements: set[str] = set()
 
-            @sqlalchemy.event.listens_for(sqlalchemy.engine.Engine, "before_cursor_execute")
-            def note(_connection, _cursor, statement, *_others, statements=statements) -> None:  # type: ignore
-                statements.add(statement)
+            def note(_connection, _cursor, statement, *_others, said=statements) -> None:  # type: ignore
+                said.add(statement)
 
+            sqlalchemy.event.listen(sqlalchemy.engine.Engine, "before_cursor_execute", note)
             use(f"postgresql+{driver}://study@127.0.0.1:{server.port}/study")
             sqlalchemy.event.remove(sqlalchemy.engine.Engine, "before_cursor_execute", note)
             by = f"Optuna {optuna.__version__}, SQLAlchemy {sqlalchemy.__version__}, {driver}"

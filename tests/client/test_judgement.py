@@ -25,7 +25,8 @@ from sqlalchemy.exc import ArgumentError
     'INSERT INTO "a""b" ("c d") VALUES (1)', "INSERT INTO s.t (a) SELECT b FROM u ON CONFLICT (a) DO NOTHING",
     "SELECT 1 /* ; /* f() */ ; */ -- f()\n, 2", "SELECT $$f()$$, $a$ $$ f() $a$", "SELECT a$b$c FROM t",
     "SELECT CAST(a AS NUMERIC(10, 2)), a::VARCHAR(3) FROM t", "SELECT pg_catalog.lower('A')", "SELECT 1_000.5e3",
-    "SELECT count(*) FILTER (WHERE a > 1) OVER (PARTITION BY b) FROM t", "INSERT INTO t VALUES (1); INSERT INTO t VALUES (2)",
+    "SELECT count(*) FILTER (WHERE a > 1) OVER (PARTITION BY b) FROM t",
+    "INSERT INTO t VALUES (1); INSERT INTO t VALUES (2)",
     "SELECT x.a FROM (VALUES (1, 2)) AS x (a, b)", "SELECT 'a\\'", "UPDATE t SET (a, b) = (1, 2)",
 ])
 def test_what_is_all_in_the_transaction_is_repeated(text: str) -> None:
@@ -51,11 +52,14 @@ def test_definitions_are_not_repeated_but_bind_nothing(text: str) -> None:
     "SELECT * INTO TEMP x FROM t", "SELECT dblink_exec('a', 'b')", "SELECT lo_import('/a')", "COMMIT", "BEGIN", "", ";",
     "SELECT setval('s', 1)", "SELECT currval('s')", "SELECT f(1)", 'SELECT "f"(1)', "SELECT f /* (' */ (1)",
     "SELECT 1 AS \"worker's\", f(7), 'x'", "SELECT $$it's$$, f(7), 'x'", "SELECT /* worker's */ f(7) /* don't */",
-    "SELECT E'\\\\', f(7), '", "SELECT E'a'\n'\\', f(7), '", "SELECT U&'\\0061'", "SELECT 'a", "SELECT /* a", "SELECT $a$",
-    "SELECT a.lower('A')", "SELECT x OPERATOR(f.+) y", "CREATE TABLE pg_temp.t AS SELECT 1", "SELECT n FROM pg_temp_3.t",
+    "SELECT E'\\\\', f(7), '", "SELECT E'a'\n'\\', f(7), '", "SELECT U&'\\0061'", "SELECT 'a", "SELECT /* a",
+    "SELECT $a$",
+    "SELECT a.lower('A')", "SELECT x OPERATOR(f.+) y", "CREATE TABLE pg_temp.t AS SELECT 1",
+    "SELECT n FROM pg_temp_3.t",
     "UPDATE pg_settings SET setting = 'a'", "SET LOCAL search_path = a", "UPDATE t SET a = 1 WHERE CURRENT OF c",
     "EXPLAIN ANALYZE SELECT f()", "CREATE TABLE t AS SELECT f()", "SELECT 1 AS a; SELECT f()", "SELECT 1a", "ROLLBACK",
-    "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY", "SET TRANSACTION SNAPSHOT '1'", "SELECT DISTINCT ON (a) f (b)",
+    "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY", "SET TRANSACTION SNAPSHOT '1'",
+    "SELECT DISTINCT ON (a) f (b)",
 ])
 def test_what_may_leave_something_behind_binds_the_session(text: str) -> None:
     judged = judge(text)

@@ -43,7 +43,8 @@ SELECT name, 'a foreign table', 'unknown' FROM relation WHERE relkind NOT IN ('r
 UNION ALL SELECT name, pg_get_viewdef(oid), 'view' FROM relation WHERE relkind = 'v'
 UNION ALL SELECT name, 'the rule ' || rulename, 'unknown' FROM relation JOIN pg_rewrite ON ev_class = relation.oid
     WHERE rulename <> '_RETURN'
-UNION ALL SELECT name, CASE WHEN lanname = 'plpgsql' AND proconfig IS NULL THEN prosrc ELSE 'the trigger ' || tgname END,
+UNION ALL SELECT name,
+        CASE WHEN lanname = 'plpgsql' AND proconfig IS NULL THEN prosrc ELSE 'the trigger ' || tgname END,
         CASE WHEN lanname = 'plpgsql' AND proconfig IS NULL THEN 'body' ELSE 'unknown' END
     FROM relation JOIN pg_trigger t ON tgrelid = relation.oid JOIN pg_proc p ON p.oid = tgfoid
     JOIN pg_language l ON l.oid = prolang WHERE NOT tgisinternal AND tgenabled <> 'D'

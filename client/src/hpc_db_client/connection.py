@@ -249,6 +249,8 @@ class Connection:
         self._judged: set[Judgement] = set()  # statements whose names are in _names
         self._names: set[str] = set()  # in all statements since the session began
         self.looks = False  # SQLAlchemy looks at the server, and leaves nothing in the session
+        self.real: Any
+        self._facts: Facts
         self._open()
         link.others.add(ref(self, link.others.discard))
         _connections.add(ref(self, _connections.discard))
@@ -807,7 +809,7 @@ def ask_all(real: Any, statement: str, parameters: tuple | None, in_transaction:
 def _plain_cursor(real: Any) -> Any:
     """Return a cursor whose rows are tuples, whatever the application has set."""
     if hasattr(real, "pgconn"):
-        from psycopg.rows import tuple_row
+        from psycopg.rows import tuple_row  # type: ignore[import-not-found,unused-ignore]
 
         return real.cursor(row_factory=tuple_row)
     from psycopg2.extensions import cursor
@@ -830,7 +832,8 @@ def _run(cursor: Any, step: Step, text: Any) -> list | None:
     """Run a statement and read its result, whose digest becomes the step's outcome."""
     judged = step.judged
     if step.method == "executemany" and step.kept and not judged.adds and not judged.returns and step.parameters[0]:
-        return _run_each(cursor, step)
+        _run_each(cursor, step)
+        return None
     getattr(cursor, step.method)(text, *step.parameters, **step.options)
     rows = cursor.fetchall() if cursor.description is not None else None
     if step.kept:

@@ -152,7 +152,9 @@ class Insert(NamedTuple):
 class Judgement:
     """What is known of a statement before it is sent."""
 
-    __slots__ = ("why", "binds", "free", "head", "names", "clock", "gives", "adds", "isolates", "sequence", "insert", "returns")
+    __slots__ = (
+        "why", "binds", "free", "head", "names", "clock", "gives", "adds", "isolates", "sequence", "insert", "returns",
+    )
 
     def __init__(self) -> None:
         self.why = ""  # why it is not repeated
@@ -239,7 +241,8 @@ def judge(text: str, has_arguments: bool = False, standard_strings: bool = True)
             if not judged.why and not adds:
                 judged.why = f"several statements in one {shown}"
     except Unknown as unknown:
-        judged.why, judged.binds, judged.free = f"a statement that is not known to be repeatable: {unknown} {shown}", True, False
+        judged.why = f"a statement that is not known to be repeatable: {unknown} {shown}"
+        judged.binds, judged.free = True, False
     return judged
 
 
@@ -492,7 +495,10 @@ def literal(value: Any) -> str | None:
 
 def with_values(text: str, insert: Insert, given: dict[str, tuple[str, list[Any]]]) -> str:
     """Return the INSERT with these values, one a row, for columns that the server had filled, of these types."""
-    double = (lambda part: part.replace("%", "%%")) if insert.has_arguments else (lambda part: part)
+
+    def double(part: str) -> str:
+        return part.replace("%", "%%") if insert.has_arguments else part
+
     changes: list[tuple[int, int, str]] = []
     more = []
     for column, (kind, values) in given.items():
