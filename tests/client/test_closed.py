@@ -52,8 +52,16 @@ def cut(database: Ask) -> Callable[[], object]:
     return lambda: database("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'study'")
 
 
-def columns(*more: object) -> list:
-    return [sqlalchemy.Column("word", sqlalchemy.Text), *more]
+@pytest.fixture
+def schema(database: Ask) -> Iterator[Callable[[str], None]]:
+    """Make the schema f, with what a test wants in it."""
+
+    def make(definitions: str) -> None:
+        database("DROP SCHEMA IF EXISTS f CASCADE; CREATE SCHEMA f AUTHORIZATION study; SET search_path = f, public;"
+                 f"SET ROLE study; {definitions}")
+
+    yield make
+    database("DROP SCHEMA IF EXISTS f CASCADE")
 
 
 @pytest.mark.parametrize("statement", [
@@ -63,12 +71,10 @@ def columns(*more: object) -> list:
     "INSERT INTO checked VALUES (1)", "SELECT lower(word) FROM t", "SELECT n # n FROM t",
 ])
 def test_effects_of_the_server_s_functions_are_not_lost_silently(
-    statement: str, make: Make, engine: sqlalchemy.engine.Engine, database: Ask, cut: Callable,
+    statement: str, make: Make, engine: sqlalchemy.engine.Engine, schema: Callable, database: Ask, cut: Callable,
     capfd: pytest.CaptureFixture,
 ) -> None:
-    database("""
-        DROP SCHEMA IF EXISTS f CASCADE; CREATE SCHEMA f AUTHORIZATION study; SET search_path = f, public;
-        SET ROLE study;
+    schema("""
         CREATE TABLE log (n int);
         CREATE FUNCTION note() RETURNS int LANGUAGE sql AS 'INSERT INTO f.log VALUES (1) RETURNING n';
         CREATE FUNCTION note(int) RETURNS int LANGUAGE sql AS 'SELECT f.note()';
@@ -95,30 +101,27 @@ def test_effects_of_the_server_s_functions_are_not_lost_silently(
 
     assert "the error goes up" in capfd.readouterr().err
     assert database("SELECT count(*) FROM t") == [(2,)]
-    database("DROP SCHEMA f CASCADE")
 
 
 def test_what_a_database_does_by_itself_is_repeated_where_it_is_known(
-    make: Make, engine: sqlalchemy.engine.Engine, database: Ask, cut: Callable
+    make: Make, engine: sqlalchemy.engine.Engine, schema: Callable, database: Ask, cut: Callable
 ) -> None:
-    database("""
-        DROP SCHEMA IF EXISTS g CASCADE; CREATE SCHEMA g AUTHORIZATION study; SET search_path = g; SET ROLE study;
+    schema("""
         CREATE TABLE log (n int);
         CREATE TABLE watched (n int CHECK (n > 0), m timestamptz DEFAULT now());
         CREATE FUNCTION watch() RETURNS trigger LANGUAGE plpgsql AS
-            'BEGIN INSERT INTO g.log (n) VALUES (NEW.n); NEW.m := now(); RETURN NEW; END';
+            'BEGIN INSERT INTO f.log (n) VALUES (NEW.n); NEW.m := now(); RETURN NEW; END';
         CREATE TRIGGER watch BEFORE INSERT ON watched FOR EACH ROW WHEN (NEW.n > 1) EXECUTE FUNCTION watch();
         CREATE VIEW seen AS SELECT count(*) AS n FROM watched;
     """)
-    engine = make(connect_args={"options": "-csearch_path=g"})
+    engine = make(connect_args={"options": "-csearch_path=f"})
     with engine.begin() as connection:
         connection.execute(text("SELECT n FROM seen"))
         cut()
         connection.execute(text("INSERT INTO watched (n) VALUES (2)"))
         cut()
         assert connection.execute(text("SELECT n FROM seen")).scalar() == 1
-    assert database("SELECT n FROM g.log") == [(2,)]
-    database("DROP SCHEMA g CASCADE")
+    assert database("SELECT n FROM f.log") == [(2,)]
 
 
 @pytest.mark.parametrize("statement", [
@@ -275,15 +278,14 @@ def test_copy_that_was_cut_is_no_success(
 
 @pytest.mark.parametrize("insert", [False, True])
 def test_what_a_listener_sets_is_not_forgotten(
-    insert: bool, make: Make, engine: sqlalchemy.engine.Engine, database: Ask, cut: Callable
+    insert: bool, make: Make, engine: sqlalchemy.engine.Engine, schema: Callable, database: Ask, cut: Callable
 ) -> None:
-    database("DROP SCHEMA IF EXISTS mine CASCADE; CREATE SCHEMA mine AUTHORIZATION study;"
-             "CREATE TABLE mine.t (n int); ALTER TABLE mine.t OWNER TO study")
+    schema("CREATE TABLE t (n int)")
 
     def set_search_path(connection, _record) -> None:  # type: ignore[no-untyped-def]
         connection.autocommit, before = True, connection.autocommit
         cursor = connection.cursor()
-        cursor.execute("SET SESSION search_path = 'mine'")
+        cursor.execute("SET SESSION search_path = 'f'")
         cursor.close()
         connection.autocommit = before
 
@@ -297,8 +299,7 @@ def test_what_a_listener_sets_is_not_forgotten(
     assert database("SELECT count(*) FROM public.t") == [(2,)]
     with engine.begin() as connection:  # and the next connection is set again
         connection.execute(text("INSERT INTO t VALUES (5)"))
-    assert database("SELECT n FROM mine.t") == [(5,)]
-    database("DROP SCHEMA mine CASCADE")
+    assert database("SELECT n FROM f.t") == [(5,)]
 
 
 class TimeLimit(Exception):
@@ -608,6 +609,7 @@ def test_parameter_that_is_sql_is_not_repeated(
     raw = engine.raw_connection()
     cursor = raw.cursor()
     cursor.execute("SELECT %s", (AsIs("pg_advisory_lock(7)"),))
+    raw.commit()
     cut()
     with pytest.raises(DRIVER_ERRORS):
         cursor.execute("INSERT INTO t VALUES (3)")
