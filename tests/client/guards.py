@@ -41,6 +41,9 @@ GUARDS = {
     "parameters": Guard("self.bind(why)  #", "return_unused = why  #", "parameter_that_is_sql"),
     "what names mean": Guard("if unknown:  #", "if False:  #", "not_lost_silently"),
     "clock": Guard("if self._journal.clock_twice:  #", "if False:  #", "clock"),
+    "clock of a new transaction": Guard(
+        "if self._journal.clock_twice and self._journal.repeats:", "if False:", "clock"
+    ),
     "half a transaction": Guard("if self._lost:  #", "if False:  #", "interrupted"),
     "results": Guard("if after != before:", "if False:", "read_something_else or set_of_parameters"),
     "an iterator gives its items once": Guard(

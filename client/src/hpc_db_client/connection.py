@@ -462,7 +462,7 @@ class Connection:
 
     def _run_in_order(self, cursor: Cursor, step: Step) -> None:
         self._journal.check_order(step)
-        if self._journal.clock_twice and self._journal.repeats:
+        if self._journal.clock_twice and self._journal.repeats:  # guard: clock of a new transaction
             raise Differs("it has read the clock before")
         cursor.run(self.real, step)
 
@@ -636,8 +636,7 @@ class Cursor:
 
     __slots__ = ("connection", "options", "attributes", "rows", "position", "_of", "_made", "_rowcount", "__weakref__")
     _HARMLESS = frozenset((
-        "arraysize", "closed", "description", "format", "itersize", "lastrowid", "mogrify", "name", "pgresult", "query",
-        "row_factory", "rowcount", "scrollable", "statusmessage", "tzinfo_factory", "withhold",
+        "closed", "description", "lastrowid", "mogrify", "name", "pgresult", "query", "statusmessage",
     ))
 
     def __init__(self, connection: Connection, options: dict) -> None:
@@ -656,13 +655,6 @@ class Cursor:
             self.connection.bind(f"the driver's own cursor.{name}")
             self.rows = None
         return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in Cursor.__slots__:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._real, name, value)
-            self.attributes[name] = value
 
     def __enter__(self) -> Cursor:
         return self
@@ -753,6 +745,20 @@ class Cursor:
         step = Step(method, query, arguments, options, judged, self.make)
         self.connection.perform(self, step)
         return self
+
+
+def _passed_on(name: str) -> property:
+    """An attribute of the driver's cursor that the application may set: it is set again on each one that follows."""
+
+    def put(cursor: Cursor, value: Any) -> None:
+        setattr(cursor._real, name, value)
+        cursor.attributes[name] = value
+
+    return property(lambda cursor: getattr(cursor._real, name), put)
+
+
+for _name in ("arraysize", "format", "itersize", "row_factory", "scrollable", "tzinfo_factory", "withhold"):
+    setattr(Cursor, _name, _passed_on(_name))
 
 
 class _Gone:
