@@ -626,14 +626,15 @@ def test_clock_is_not_read_twice(at: str, engine: sqlalchemy.engine.Engine, data
     assert database("SELECT count(*) FROM t") == [(2,)]
 
 
+@pytest.mark.parametrize("at", ["n = 2", "COMMIT"])
 def test_snapshot_is_not_exchanged(
-    engine: sqlalchemy.engine.Engine, database: Ask, cut: Callable
+    at: str, engine: sqlalchemy.engine.Engine, database: Ask, proxy: Proxy
 ) -> None:
     with pytest.raises(OperationalError), engine.begin() as connection:
-        connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+        connection.execute(text("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE"))
         connection.execute(text("SELECT word FROM t WHERE n = 1"))
         database("UPDATE t SET word = 'another' WHERE n = 1")
-        cut()
+        proxy.cut_at(at.encode(), REQUEST_LOST)
         connection.execute(text("SELECT word FROM t WHERE n = 2"))
 
 
