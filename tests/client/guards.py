@@ -62,7 +62,10 @@ GUARDS = {
         "repeatable_read",
     ),
     "what was committed": Guard('return status == "committed"', "return False", "commit_that_was_cut"),
-    "server that cannot tell": Guard("if not before.mark:", "if False:", "cannot_make_sure"),
+    "server that cannot tell": Guard("if not before.mark:", "if False:", "does_not_say_which"),
+    "id that was not made durable": Guard(
+        'or (status == "committed" and lsn)', 'or status == "committed"', "cannot_make_sure"
+    ),
     "calls": Guard("raise Unknown(f\"what {token.text}", "continue; raise Unknown(f\"what {token.text}", "judgement"),
     "INTO": Guard('raise Unknown("INTO makes a table")', "pass", "judgement"),
     "temporary tables": Guard('raise Unknown("a temporary table")', "pass", "judgement"),

@@ -339,6 +339,27 @@ def test_repetition_that_was_interrupted_is_not_committed_by_half(
     assert database("SELECT n, word FROM t ORDER BY n") == [(1, "one"), (2, "two")]
 
 
+def test_interrupted_statement_is_not_left_out_of_a_repetition(
+    engine: sqlalchemy.engine.Engine, database: Ask, cut: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal's exception can come at any point, also when the statement is done and its outcome is not noted."""
+    from hpc_db_client import connection as module
+
+    with pytest.raises(OperationalError), engine.begin() as connection:
+        connection.execute(text("INSERT INTO t VALUES (10, 'debit')"))
+        with monkeypatch.context() as patched:
+
+            def interrupted(*_unused: object) -> bytes:
+                raise TimeLimit
+
+            patched.setattr(module, "digest", interrupted)
+            with contextlib.suppress(TimeLimit):
+                connection.execute(text("INSERT INTO t VALUES (11, 'credit')"))
+        cut()
+        connection.execute(text("INSERT INTO t VALUES (12, 'note')"))
+    assert database("SELECT count(*) FROM t") == [(2,)]
+
+
 def locked(lock: Callable[[], None]) -> bool:
     lock()
     return True

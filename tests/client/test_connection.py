@@ -180,6 +180,27 @@ def test_server_that_cannot_make_sure_is_not_believed(
     assert len(rows()) == 4
 
 
+@pytest.mark.parametrize("way", [REQUEST_LOST, ANSWER_LOST])
+def test_server_that_does_not_say_which_one_it_is_is_not_asked(
+    way: str, engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list], database: Ask,
+    server: Server, capfd: pytest.CaptureFixture,
+) -> None:
+    database("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC")
+    other = sqlalchemy.create_engine(engine.url.set(query={**engine.url.query, "plugin": "hpc_db"}), future=True)
+    try:
+        with other.connect() as connection:
+            connection.execute(text("INSERT INTO t VALUES (10, 'ten')"))
+            proxy.cut_at(b"COMMIT", way)
+            with pytest.raises(OperationalError):
+                connection.commit()
+    finally:
+        other.dispose()
+        database("GRANT EXECUTE ON FUNCTION pg_control_system() TO PUBLIC")
+
+    assert "the server cannot tell whether the transaction was committed" in capfd.readouterr().err
+    assert len(rows()) == (2 if way == REQUEST_LOST else 3)
+
+
 def test_application_can_ask_for_what_it_inserted(
     engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
 ) -> None:

@@ -58,7 +58,7 @@ SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
     has_function_privilege('pg_control_system()', 'EXECUTE'), s.datid::bigint, coalesce((
         SELECT setting FROM pg_db_role_setting, unnest(setconfig) setting
-        WHERE setdatabase = s.datid AND setrole = 0 AND starts_with(setting, 'hpc_db.generation=')), '')
+        WHERE setdatabase = s.datid AND setrole = 0 AND left(setting, 18) = 'hpc_db.generation='), '')
 FROM pg_stat_activity s WHERE s.pid = pg_backend_pid()
 """
 IDENTITY = "SELECT system_identifier::text FROM pg_control_system()"
@@ -411,6 +411,7 @@ class Connection:
             self.real.commit()  # which is an error, nothing, or a rollback
         else:
             self._commit()
+            return
         self._end()
 
     def perform(self, cursor: Cursor, step: Step) -> None:
@@ -446,9 +447,9 @@ class Connection:
                 if not self._link.is_lost(self.real, error):
                     raise
                 self._discard()
-                self._repeat(error, lambda: self._run_in_order(cursor, step))
+                self._repeat(error, lambda: self._run_in_order(cursor, step), step)
         except self._link.dbapi.Error as error:
-            step.outcome = _failure(error)
+            step.outcome, step.done = _failure(error), True
             if not step.kept:
                 journal.give_up("a statement in it failed")
             elif self._lost:
@@ -457,8 +458,6 @@ class Connection:
         except BaseException:  # interrupted: what the server has done is not known
             journal.give_up("an interrupted statement")
             raise
-        finally:
-            journal.add(step)
 
     def _run_in_order(self, cursor: Cursor, step: Step) -> None:
         self._journal.check_order(step)
@@ -508,7 +507,8 @@ class Connection:
         try:
             while not self._commit_once():
                 pass
-        except BaseException:
+            self._end()
+        except BaseException:  # wherever it was interrupted, the transaction may have been committed
             self._journal.give_up("its commit failed before")
             raise
 
@@ -564,8 +564,8 @@ class Connection:
             self._old = before
             self._link.pause(self._current_outage(), error)
 
-    def _repeat(self, error: Exception, again: Callable[[], None]) -> None:
-        """Repeat the transaction on a new connection, and do ``again`` there; else raise ``error``."""
+    def _repeat(self, error: Exception, again: Callable[[], None], current: Step | None = None) -> None:
+        """Repeat the transaction on a new connection, and do ``again`` (``current``) there; else raise ``error``."""
         journal = self._journal
         while True:
             why = self._bound or journal.why_not
@@ -580,6 +580,10 @@ class Connection:
                 self._check_known()
                 late = _ask_for_keys(self.real, journal)
                 for step in journal.steps:
+                    if step is current:
+                        break
+                    if not step.done:
+                        raise Differs("an interrupted statement")
                     journal.note_late(late.get(id(step), set()))
                     _run_again(self.real, step, self._link, journal)
                 self._lost = False
@@ -839,6 +843,7 @@ def _run(cursor: Any, step: Step, text: Any) -> list | None:
     judged = step.judged
     if step.method == "executemany" and step.kept and not judged.adds and not judged.returns and step.parameters[0]:
         _run_each(cursor, step)
+        step.done = True
         return None
     getattr(cursor, step.method)(text, *step.parameters, **step.options)
     rows = cursor.fetchall() if cursor.description is not None else None
@@ -849,6 +854,7 @@ def _run(cursor: Any, step: Step, text: Any) -> list | None:
                 step.key = int(rows[0][0])
             elif judged.insert and step.rows is None:
                 step.rows = rows
+    step.done = True
     return rows
 
 

@@ -49,8 +49,8 @@ class Step:
     """One statement and what came of it."""
 
     __slots__ = (
-        "method", "text", "parameters", "options", "judged", "make_cursor", "free", "size", "kept", "key", "rows",
-        "given", "outcome", "rowcount",
+        "method", "text", "parameters", "options", "judged", "make_cursor", "free", "size", "kept", "done", "key",
+        "rows", "given", "outcome", "rowcount",
     )
 
     def __init__(
@@ -66,6 +66,7 @@ class Step:
         self.free = False  # need not come out the same, unless others depend on it
         self.size = len(text) if isinstance(text, (str, bytes)) else 0
         self.kept = False
+        self.done = False  # its outcome is known
         self.key: int | None = None
         self.rows: list | None = None  # what an INSERT has returned
         self.given: dict[str, tuple[str, list]] = {}  # values that it is told when it is repeated, with their types
@@ -113,10 +114,7 @@ class Journal:
         self._bytes += step.size
         if self._bytes > MOST_BYTES or len(self.steps) >= MOST_STEPS:
             self.give_up("more statements than are kept")
-
-    def add(self, step: Step) -> None:
-        """Take note of what came back."""
-        if step.kept and not self.why_not:
+        if not self.why_not:
             self.steps.append(step)
 
     def note_late(self, tables: set[str]) -> None:
