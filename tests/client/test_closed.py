@@ -270,7 +270,7 @@ def test_copy_that_was_cut_is_no_success(
     copy_in(cursor, "3\tthree\n")
     cut()
     with pytest.raises(DRIVER_ERRORS):
-        cursor.execute("SELECT 1")
+        copy_in(cursor, "4\tfour\n")
     with pytest.raises(DRIVER_ERRORS):
         raw.commit()
     raw.invalidate()

@@ -52,7 +52,7 @@ def test_definitions_are_not_repeated_but_bind_nothing(text: str) -> None:
     "SELECT * INTO TEMP x FROM t", "SELECT dblink_exec('a', 'b')", "SELECT lo_import('/a')", "COMMIT", "BEGIN", "", ";",
     "SELECT setval('s', 1)", "SELECT currval('s')", "SELECT f(1)", 'SELECT "f"(1)', "SELECT f /* (' */ (1)",
     "SELECT 1 AS \"worker's\", f(7), 'x'", "SELECT $$it's$$, f(7), 'x'", "SELECT /* worker's */ f(7) /* don't */",
-    "SELECT E'\\\\', f(7), '", "SELECT E'a'\n'\\', f(7), '", "SELECT U&'\\0061'", "SELECT 'a", "SELECT /* a",
+    "SELECT E'\\\\', f(7), '", "SELECT E'a'\n'b\\', ', f(7) --'", "SELECT U&'\\0061'", "SELECT 'a", "SELECT /* a",
     "SELECT $a$",
     "SELECT a.lower('A')", "SELECT x OPERATOR(f.+) y", "CREATE TABLE pg_temp.t AS SELECT 1",
     "SELECT n FROM pg_temp_3.t",
