@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy
 from hpc_db_client import patience
 from hpc_db_client.journal import Journal, Step, digest
-from hpc_db_client.sql import judge, with_values
+from hpc_db_client.sql import judge, judge_body, with_values
 from sqlalchemy.exc import ArgumentError
 
 
@@ -57,7 +57,8 @@ def test_definitions_are_not_repeated_but_bind_nothing(text: str) -> None:
     "SELECT a.lower('A')", "SELECT x OPERATOR(f.+) y", "CREATE TABLE pg_temp.t AS SELECT 1",
     "SELECT n FROM pg_temp_3.t",
     "UPDATE pg_settings SET setting = 'a'", "SET LOCAL search_path = a", "UPDATE t SET a = 1 WHERE CURRENT OF c",
-    "EXPLAIN ANALYZE SELECT f()", "CREATE TABLE t AS SELECT f()", "SELECT 1 AS a; SELECT f()", "SELECT 1a", "ROLLBACK",
+    "EXPLAIN ANALYZE SELECT f()", "CREATE TABLE t AS SELECT f()",
+    "CREATE TABLE t AS SELECT 1 FROM u JOIN v ON f(v.a)", "SELECT 1 AS a; SELECT f()", "SELECT 1a", "ROLLBACK",
     "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY", "SET TRANSACTION SNAPSHOT '1'",
     "SELECT DISTINCT ON (a) f (b)",
 ])
@@ -65,6 +66,19 @@ def test_what_may_leave_something_behind_binds_the_session(text: str) -> None:
     judged = judge(text)
 
     assert judged.why and judged.binds
+
+
+@pytest.mark.parametrize("body, is_known", [
+    ("BEGIN NEW.at := now(); RETURN NEW; END", True), ("BEGIN INSERT INTO log VALUES (NEW.n); RETURN NULL; END", True),
+    ("DECLARE n int := 1; BEGIN IF (NEW.a > n) THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW; END", True),
+    ("BEGIN PERFORM f(); RETURN NEW; END", False), ("BEGIN EXECUTE 'SELECT f()'; RETURN NEW; END", False),
+    ("BEGIN EXECUTE 'SELECT f()' || a = b; RETURN NEW; END", False), ("BEGIN NOTIFY a; RETURN NEW; END", False),
+    ("BEGIN SET search_path = a; RETURN NEW; END", False), ("BEGIN CREATE TEMP TABLE a (); RETURN NEW; END", False),
+    ("BEGIN UPDATE pg_settings SET setting = 'a'; RETURN NEW; END", False), ("BEGIN CALL p(); RETURN NEW; END", False),
+    ("BEGIN IF a THEN LOCK b; END IF; RETURN NEW; END", False),
+])
+def test_body_of_a_trigger(body: str, is_known: bool) -> None:
+    assert (judge_body(body)[0] == "") is is_known
 
 
 def test_backslash_is_known_only_with_standard_strings() -> None:

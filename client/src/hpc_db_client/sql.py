@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ _CONTEXT = frozenset("""
 _MAY_STAND_BEFORE = KEYWORDS | _CONTEXT
 # Functions that read at most, and leave nothing behind.
 _READING = frozenset("""
-    abs acos age array_agg array_append array_cat array_length array_ndims array_position array_prepend array_remove
+    abs acos array_agg array_append array_cat array_length array_ndims array_position array_prepend array_remove
     array_replace array_to_json array_to_string array_upper array_lower ascii asin atan atan2 avg bit_and bit_length
     bit_or bool_and bool_or btrim bytea cardinality cbrt ceil ceiling char character char_length character_length chr
     col_description concat concat_ws corr cos cot count covar_pop covar_samp cume_dist current_database current_schema
@@ -81,7 +81,7 @@ _READING = frozenset("""
 """.split())  # fmt: skip
 # Their value is another one in a transaction that is repeated.
 CLOCK = frozenset("""
-    clock_timestamp current_date current_time current_timestamp localtime localtimestamp now statement_timestamp
+    age clock_timestamp current_date current_time current_timestamp localtime localtimestamp now statement_timestamp
     timeofday transaction_timestamp
 """.split())
 # They do something, but within the transaction, or (a key) so that nothing is lost if it is done twice.
@@ -281,7 +281,7 @@ def _judge_part(judged: Judgement, part: list[Token], has_arguments: bool) -> No
     ) and part[4].kind in ("name", "string", "number"):
         pass
     elif (len(words) > 1 and words[1] in _DEFINITIONS.get(head, ())) or (head == "truncate" and plain):
-        check_calls(part, definition=True)
+        check_calls(part, definition="select" not in words)
         judged.why = judged.why or "it changes tables"
     else:
         raise Unknown("it is none of those")
@@ -305,10 +305,7 @@ def _judge_query(judged: Judgement, part: list[Token], words: list[str], has_arg
     names = {token.name for token in part}
     judged.free = judged.head in ("select", "values", "with", "table") and not _WRITING & names
     judged.returns = "returning" in words or judged.head in ("select", "values", "with", "table")
-    if not judged.free and any(
-        name.startswith("pg_") and name not in FUNCTIONS and name != "pg_catalog" or name == "information_schema"
-        for name in names
-    ):
+    if not judged.free and _has_server_s_own(names):
         raise Unknown("it may change one of the server's own tables")
     if words[:2] == ["select", "nextval"] and len(part) > 3 and part[3].kind == "string":
         rest = [token.text.lower() for token in part[4:]]
@@ -324,7 +321,14 @@ def _judge_query(judged: Judgement, part: list[Token], words: list[str], has_arg
             judged.insert = None
 
 
-def check_calls(part: Sequence[Token], definition: bool = False) -> None:
+def _has_server_s_own(names: Iterable[str]) -> bool:
+    return any(
+        (name.startswith("pg_") and name not in FUNCTIONS and name != "pg_catalog") or name == "information_schema"
+        for name in names
+    )
+
+
+def check_calls(part: Sequence[Token], definition: bool = False, also: frozenset[str] = frozenset()) -> None:
     """Raise Unknown if something that is not known might be called."""
     for place in range(len(part) - 1):
         token, after = part[place], part[place + 1]
@@ -335,7 +339,7 @@ def check_calls(part: Sequence[Token], definition: bool = False) -> None:
             first -= 2
         before = part[first - 1] if first else None
         qualifiers = [each.name for each in part[first:place:2]]
-        if token.word in _MAY_STAND_BEFORE and first == place:
+        if (token.word in _MAY_STAND_BEFORE or token.word in also) and first == place:
             continue
         if token.name in FUNCTIONS and qualifiers in ([], ["pg_catalog"]):
             continue
@@ -365,7 +369,9 @@ def judge_body(text: str) -> tuple[str, frozenset[str]]:
     try:
         found = tokens(text)
         names = frozenset(each.name for each in found if each.name)
-        check_calls([each for each in found if each.word not in ("if", "elsif", "return")])
+        if _has_server_s_own(names):
+            raise Unknown("it may change one of the server's own tables")
+        check_calls(found, also=frozenset(("if", "elsif", "return")))
         begins = True
         for place, token in enumerate(found):
             if begins and not (token.word in _BODY or token.text == ";" or _is_assignment(found, place)):
