@@ -372,9 +372,11 @@ def judge_body(text: str) -> tuple[str, frozenset[str]]:
         if _has_server_s_own(names):
             raise Unknown("it may change one of the server's own tables")
         check_calls(found, also=frozenset(("if", "elsif", "return")))
-        begins = True
+        begins, declares = True, False
         for place, token in enumerate(found):
-            if begins and not (token.word in _BODY or token.text == ";" or _is_assignment(found, place)):
+            declares = (declares or token.word == "declare") and token.word != "begin"
+            known = declares or token.word in _BODY or token.text == ";" or _is_assignment(found, place)
+            if begins and not known:
                 raise Unknown(f"{token.text} in it")
             begins = token.text == ";" or token.word in _BEGINNERS
     except Unknown as unknown:
