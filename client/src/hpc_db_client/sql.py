@@ -104,7 +104,7 @@ _LOCAL = frozenset("idle_in_transaction_session_timeout lock_timeout statement_t
 _BODY = frozenset("""
     begin declare delete else elsif end exception if insert null perform raise return select update when with
 """.split())
-_BEGINNERS = frozenset("begin declare else exception loop then".split())
+_BEGINNERS = frozenset("begin declare else loop then".split())
 LONGEST_NAME = 63  # bytes; PostgreSQL cuts what is longer
 
 
