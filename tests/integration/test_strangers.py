@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -158,7 +159,7 @@ NAMES_ONLY = {
     "roles/databases/tasks/with_server.yml",
 }
 OPENS = re.compile(
-    r"_connection\.(connect|parameters|conninfo|storage_url)\(|\b(asyncpg|psycopg2?|driver|base)\.connect\("
+    r"_connection\.(connect|parameters|conninfo|storage_url)\(|\b(asyncpg|psycopg2?|driver)\.connect\(|\._invoke_creator\b"
     r"|(create_engine|RDBStorage|get_storage)\(|postgresql\+psycopg2?://%|[\"/](psql|pg_(dump|dumpall|restore))\""
     r"|community\.postgresql\.postgresql_"
 )
@@ -259,14 +260,27 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def rogue(port: int, *options: str) -> Iterator[list[str]]:
-    """Have the rogue server on a port; what clients have given it is in the list afterwards."""
+    """Have the rogue server on a port; what each client has given it is in the list afterwards."""
     got: list[str] = []
+    said: list[str] = []
     with subprocess.Popen([sys.executable, ROGUE, str(port), *options], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stdout.readline() == "listens\n"
-        yield got
-        process.kill()
-        given = re.findall("^got ?(.*)", process.stdout.read(), re.MULTILINE)
-        got += [bytes.fromhex(each).decode() for each in given]
+        stdout = process.stdout
+        assert stdout and stdout.readline() == "listens\n"
+
+        def listen() -> None:
+            for line in stdout:
+                said.append(line)
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        try:
+            yield got
+            # It is through with a client a moment after that one has gone.
+            eventually(lambda: 2 * said.count("accepted\n") == len(said))
+        finally:
+            process.kill()
+            listener.join()
+        got += [bytes.fromhex(line[3:].strip()).decode() for line in said if line.startswith("got")]
 
 
 def run_all(place: Place) -> list[tuple[str, str, float]]:

@@ -70,7 +70,10 @@ def relay(client: socket.socket, start: bytes, address: str) -> bytes:
             if code is None:
                 return b""
             if code != LAST_PROOF:
-                server.sendall(client.recv(10000))
+                answer = client.recv(10000)
+                if not answer:
+                    return b""
+                server.sendall(answer)
 
 
 def trick(client: socket.socket, tls: "ssl.SSLContext | None", relay_to: str) -> bytes:
@@ -119,6 +122,7 @@ def main() -> None:
         print("listens", flush=True)
         while True:
             client = server.accept()[0]
+            print("accepted", flush=True)
             threading.Thread(target=serve, args=(client, tls, given.relay, given.silent), daemon=True).start()
 
 
