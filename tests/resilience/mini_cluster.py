@@ -137,8 +137,10 @@ class MiniCluster:
         return [*servers, *left.values()]
 
     def host_programs(self) -> list[Process]:
-        """Return every hosting program."""
-        return [process for process in self.processes("python3") if "hpc_db_host" in process.command]
+        """Return every hosting program, but not the children that are about to become psql or the like."""
+        found = [process for process in self.processes("python3") if "hpc_db_host" in process.command]
+        pids = {process.pid for process in found}
+        return [process for process in found if process.parent not in pids]
 
     def said(self, name: str) -> dict:
         """Read what the hosting program says; empty if it says nothing."""

@@ -27,6 +27,8 @@ def no_job(cluster: MiniCluster) -> Iterator[None]:
     if not cluster.jobs():  # the place of a successor is taken, so that no server submits one
         cluster.run("sbatch --job-name=hpc_db --hold --wrap true")
     yield
+    for program in cluster.host_programs():  # which a test that failed has left
+        os.kill(program.pid, signal.SIGTERM)
     cluster.run("scancel --name=hpc_db")
     eventually(lambda: not cluster.jobs(), 30)
 
