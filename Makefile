@@ -29,7 +29,7 @@ molecule:  ## the playbooks, on this machine and on the mini Slurm cluster
 integration:  ## the mini Slurm cluster, the conda channel and the hosting program under faults
 
 test: setup  ## all of the above
-	@tools/test lint+sanity+unit+client molecule+integration
+	@tools/test lint+sanity+unit+client molecule integration
 
 soak:  ## tests/client and tests/resilience as often as the targets in docs/reliability.md say: about two hours
 
