@@ -64,6 +64,7 @@ class Server:
         )
 
     def where(self, user: str = "alice") -> dict:
+        """Return libpq's parameters."""
         return {"host": "127.0.0.1", "port": self.port, "user": user, "passfile": self.passfile}
 
     def connect(self, user: str, database: str = "postgres", **given: Any) -> Any:
@@ -111,7 +112,7 @@ def server(bindir: Path, psycopg2: None) -> Iterator[Server]:
 
 
 def passwords_of(server: Server, rotate: bool, check_mode: bool = False) -> dict:
-    params = {**server.where(), "database": "postgres", "roles": ROLES, "rotate": rotate}
+    params = {**server.where(), "tls": False, "database": "postgres", "roles": ROLES, "rotate": rotate}
     return role_passwords.ensure_passwords(params, check_mode)
 
 
@@ -166,7 +167,8 @@ def test_rotation_that_is_killed_anywhere_is_mended_over_the_network(server: Ser
 
 def test_refused_password_leaves_those_that_work(server: Server) -> None:
     passwords_of(server, rotate=False)
-    params = {**server.where(), "database": "postgres", "roles": ["study", "nobody_there"], "rotate": True}
+    roles = {"roles": ["study", "nobody_there"], "rotate": True}
+    params = {**server.where(), "tls": False, "database": "postgres", **roles}
 
     with pytest.raises(_connection.Unreachable, match='role "nobody_there" does not exist'):
         role_passwords.ensure_passwords(params, False)
@@ -192,7 +194,8 @@ HARMFUL = [
 def reader(server: Server) -> dict:
     """The reader of the database mala, as the playbook leaves it."""
     passwords_of(server, rotate=False)
-    params = {**server.where(), "role": "reader", "writer": "study", "databases": ["mala"], "connections": 10}
+    reader = {"role": "reader", "writer": "study", "databases": ["mala"], "connections": 10}
+    params = {**server.where(), "tls": False, **reader}
     planned = reading_role.ensure_reader(params, check_mode=True)
     done = reading_role.ensure_reader(params, check_mode=False)
     again = reading_role.ensure_reader(params, check_mode=False)
