@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from typing import Any
+from unittest import mock
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.modules.last_run import look, questions
@@ -64,7 +66,8 @@ class Instance:
         def ask(command: list) -> str:
             return self.shell(f"{shlex.join(command)} <<'EOF'\n{questions(params)}\nEOF")
 
-        return look(params, lambda command: self.shell(f"cd host && {shlex.join(command)}"), ask)[0]
+        with mock.patch("os.geteuid", return_value=os.stat(self.root).st_uid):  # the module runs as the owner
+            return look(params, lambda command: self.shell(f"cd host && {shlex.join(command)}"), ask)[0]
 
     def differs(self, before: dict) -> tuple[set, dict]:
         after = self.look()
