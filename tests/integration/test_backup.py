@@ -67,8 +67,8 @@ psql -c 'BEGIN; LOCK TABLE trials; SELECT pg_sleep(60)' > /dev/null 2>&1 &
 until [ "$(psql -c "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")" = 1 ]; do sleep 0.05; done
 program &
 program=$!
-until psql -c 'SELECT application_name, wait_event_type FROM pg_stat_activity' | grep -qx 'pg_dump|Lock' ||
-    ! kill -0 $program; do sleep 0.05; done 2> /dev/null
+until psql -c 'SELECT wait_event_type FROM pg_stat_activity' | grep -qx Lock || ! kill -0 $program
+do sleep 0.05; done 2> /dev/null
 """
 UNLOCK = """
 psql -c "SELECT pg_terminate_backend(pid, 9999) FROM pg_stat_activity WHERE wait_event = 'PgSleep'" > /dev/null
