@@ -3,6 +3,7 @@
 """postgres as a child: real processes that behave as it does, where tests/integration has the real one."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -161,17 +162,21 @@ def test_signal_while_it_starts_finds_the_child(make, monkeypatch):
     def tell(_number, _frame):
         raise Told
 
-    before = signal.signal(signal.SIGTERM, tell)
-    monkeypatch.setattr(module, "_die_with_parent", lambda: os.kill(os.getppid(), signal.SIGTERM))
-    postgres = make()
-    try:
+    def start():
+        signal.signal(signal.SIGTERM, tell)
         with pytest.raises(Told):
             postgres.start()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        assert postgres._child is not None
+        postgres._child.kill()
 
-    assert postgres._child is not None
-    postgres._child.kill()
+    monkeypatch.setattr(module, "_die_with_parent", lambda: os.kill(os.getppid(), signal.SIGTERM))
+    postgres = make()
+    # A process without the threads of this one, which would take the signal.
+    alone = multiprocessing.get_context("fork").Process(target=start)
+    alone.start()
+    alone.join(30)
+
+    assert alone.exitcode == 0
 
 
 @pytest.mark.parametrize("content, expected", [
