@@ -198,8 +198,12 @@ def test_sshfs_is_killed(workstation: Workstation) -> None:
 def test_sshfs_hangs(workstation: Workstation) -> None:
     ensure(workstation)
     workstation.run(f"kill -STOP {server(workstation)}")
-    with subprocess.Popen([*workstation.shell, "ls see/logs/x"], env=workstation.environment,
+    with subprocess.Popen([*workstation.shell, "exec ls see/logs/x"], env=workstation.environment,
                           stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as hanging:
+        hangs = "ps -u alice -o args= | grep -c '^ls see/logs/x$' || :"
+        eventually(lambda: workstation.run(hangs) == "1", 30)
+        time.sleep(1)
+        assert workstation.run(hangs) == "1"
         assert ensure(workstation)["found"] == "hung"
         assert read(workstation) == "one"
         assert "No such file" not in hanging.communicate(timeout=60)[1]

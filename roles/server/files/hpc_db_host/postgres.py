@@ -263,7 +263,11 @@ def socket_folder(parent: str, instance: str) -> str:
     longest = LONGEST_SOCKET_FOLDER - len("/%s12345678" % prefix)
     if len(os.fsencode(parent)) > longest:
         raise Failed("server_socket_parent: %s is too long; a socket's path leaves %d bytes for it" % (parent, longest))
-    for name in os.listdir(parent):
+    try:
+        names = os.listdir(parent)
+    except OSError as error:
+        raise Failed("server_socket_parent: %s: %s" % (parent, error.strerror)) from None
+    for name in names:
         folder = os.path.join(parent, name)
         with contextlib.suppress(OSError):
             if name.startswith(prefix) and os.lstat(folder).st_uid == os.geteuid() and not _is_listening(folder):
