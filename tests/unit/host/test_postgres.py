@@ -225,9 +225,9 @@ def test_port_that_is_taken_is_replaced(taken):
         assert (free_port(wanted) != wanted) is taken
 
 
-def test_socket_folder_in_nothing_is_refused(make, tmp_path):
+def test_socket_folder_in_nothing_is_refused(make, short_folder):
     with pytest.raises(Failed, match="^server_socket_parent: .*/nothing: No such file or directory$"):
-        make(socket_parent=str(tmp_path / "nothing"))
+        make(socket_parent=f"{short_folder}/nothing")
 
 
 def test_socket_folder_that_is_too_long_is_refused_and_left_empty(make, tmp_path):
