@@ -18,6 +18,13 @@ CLEAR_TEXT_PASSWORD = struct.pack("!cII", b"R", 8, 3)
 # What binds a login to one TLS connection; a client that does not insist does without it.
 CHANNEL_BINDING = b"SCRAM-SHA-256-PLUS\0"
 LET_IN, MECHANISMS, LAST_PROOF = 0, 10, 12
+_one_at_a_time = threading.Lock()
+
+
+def say(line: str) -> None:
+    """Print a line as a whole, whatever other threads print."""
+    with _one_at_a_time:
+        print(line, flush=True)
 
 
 def read(peer: socket.socket, length: int) -> bytes:
@@ -102,7 +109,7 @@ def serve(client: socket.socket, tls: "ssl.SSLContext | None", relay_to: str, si
         got = trick(client, tls, relay_to)
     except OSError:
         got = b""
-    print("got", got.hex(), flush=True)
+    say(f"got {got.hex()}")
     client.close()
 
 
@@ -119,10 +126,10 @@ def main() -> None:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(*given.certificate)
     with socket.create_server(("", given.port), backlog=100) as server:
-        print("listens", flush=True)
+        say("listens")
         while True:
             client = server.accept()[0]
-            print("accepted", flush=True)
+            say("accepted")
             threading.Thread(target=serve, args=(client, tls, given.relay, given.silent), daemon=True).start()
 
 
