@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from cutting_proxy import CRASHES, WAYS, Proxy
 from real_server import Server
 
@@ -65,3 +66,21 @@ def url(driver: str, proxy: Proxy) -> str:
     """The URL with the plugin, by way of the proxy."""
     where = f"study@127.0.0.1:{proxy.port}/study"
     return f"postgresql+{driver}://{where}?plugin=hpc_db&hpc_db_patience=60&sslmode=disable&gssencmode=disable"
+
+
+@pytest.fixture
+def engine(url: str, database: Callable[[str], list]) -> Iterator[sqlalchemy.engine.Engine]:
+    """An engine that has one connection at rest, and the table t with the rows 1 and 2."""
+    database("DROP TABLE IF EXISTS t")
+    database("CREATE TABLE t (n int PRIMARY KEY, word text); ALTER TABLE t OWNER TO study")
+    database("INSERT INTO t VALUES (1, 'one'), (2, 'two')")
+    engine = sqlalchemy.create_engine(url, future=True)
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("SELECT 1"))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def rows(database: Callable[[str], list]) -> Callable[[], list]:
+    return lambda: database("SELECT n, word FROM t ORDER BY n")
