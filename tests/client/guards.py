@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Shows that each guard of the plugin is needed: it is taken out of a copy, and a test has to fail.
@@ -108,7 +107,7 @@ def notices(guard: Guard, folder: Path) -> bool:
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     try:
         ended = subprocess.run(
-            command, env=environment, timeout=SECONDS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command, env=environment, timeout=SECONDS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
         )
     except subprocess.TimeoutExpired:
         return True

@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,6 +71,15 @@ def use(url: str) -> None:
     optuna.delete_study(study_name="copy", storage=url)
 
 
+def recorder(statements: set[str]) -> Callable:
+    """Return a listener that adds each statement to these."""
+
+    def note(_connection: object, _cursor: object, statement: str, *_others: object) -> None:
+        statements.add(statement)
+
+    return note
+
+
 def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="client-"))
     folder.chmod(0o755)
@@ -81,10 +91,7 @@ def main() -> None:
                 continue
             server.ask("DROP SCHEMA public CASCADE; CREATE SCHEMA public AUTHORIZATION study", "study")
             statements: set[str] = set()
-
-            def note(_connection, _cursor, statement, *_others, said=statements) -> None:  # type: ignore
-                said.add(statement)
-
+            note = recorder(statements)
             sqlalchemy.event.listen(sqlalchemy.engine.Engine, "before_cursor_execute", note)
             use(f"postgresql+{driver}://study@127.0.0.1:{server.port}/study")
             sqlalchemy.event.remove(sqlalchemy.engine.Engine, "before_cursor_execute", note)

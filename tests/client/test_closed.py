@@ -547,13 +547,10 @@ def test_pool_of_somebody_else_s_is_refused() -> None:
         sqlalchemy.create_engine("postgresql+psycopg2:///?plugin=hpc_db", pool=NullPool(lambda: None))
 
 
-@pytest.mark.skipif(IS_OLD, reason="SQLAlchemy 1.4 knows psycopg2 alone")
 def test_async_is_refused_in_one_line() -> None:
-    pytest.importorskip("greenlet")
-    from sqlalchemy.ext.asyncio import create_async_engine
-
     with pytest.raises(ArgumentError, match="works with .*, not create_async_engine"):
-        create_async_engine("postgresql+psycopg:///?plugin=hpc_db")
+        # as create_async_engine calls it, which needs greenlet
+        sqlalchemy.create_engine("postgresql+psycopg2:///?plugin=hpc_db", _is_async=True)
 
 
 def test_what_a_program_sets_on_its_cursor_stays(
@@ -620,11 +617,10 @@ def test_other_database_of_the_same_name_is_other_data(
         connection.execute(text("SELECT 1"))
 
 
+@pytest.mark.parametrize("driver", ["psycopg2"], indirect=True)  # psycopg sends parameters as such
 def test_parameter_that_is_sql_is_not_repeated(
     driver: str, engine: sqlalchemy.engine.Engine, cut: Callable, database: Ask
 ) -> None:
-    if driver != "psycopg2":
-        pytest.skip("psycopg sends parameters as such")
     from psycopg2.extensions import AsIs
 
     raw = engine.raw_connection()
