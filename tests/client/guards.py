@@ -31,6 +31,9 @@ class Guard(NamedTuple):
 
 
 GUARDS = {
+    "data behind a pooler": Guard(
+        "self._link.check(self._facts.identity.system, *data)", "pass", "other_data_behind"
+    ),
     "identity": Guard("if identity != self._identity:", "if False:", "other_data"),
     "what may stay in the session": Guard("if judged.binds:", "if False:", "not_taken_for_the_temporary"),
     "unknown statements": Guard("if judged.why:  #", "if False:  #", "definition_in"),

@@ -252,6 +252,19 @@ def test_copy_after_a_read_behind_a_pooler_is_committed(
     assert database("SELECT count(*) FROM t") == [(4,)]
 
 
+def test_other_data_behind_a_pooler_are_not_written(
+    pooler: int, url: str, proxy: Proxy, make: Make, engine: sqlalchemy.engine.Engine, server: Server, database: Ask
+) -> None:
+    pooled = make(url=url.replace(f":{proxy.port}/", f":{pooler}/"))
+    with pooled.begin() as connection:
+        connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
+    server.ask(f"ALTER DATABASE study SET hpc_db.generation = '{uuid.uuid4()}'")
+    for _turn in range(2):
+        with pytest.raises(OperationalError, match="the database is another one now"), pooled.begin() as connection:
+            connection.execute(text("INSERT INTO t VALUES (4, 'four')"))
+    assert database("SELECT count(*) FROM t") == [(3,)]
+
+
 def copy_in(cursor, lines: str) -> None:  # type: ignore[no-untyped-def]
     if hasattr(cursor, "copy_expert"):
         import io

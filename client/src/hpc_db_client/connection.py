@@ -50,15 +50,19 @@ FUTILE = (
 
 # Optuna stores heartbeats in the session's time zone without naming it, so two workers that differ in PGTZ would take
 # each other for dead: every session is in UTC.
-FACTS = """
+GENERATION = """
+coalesce((
+    SELECT setting FROM pg_db_role_setting, unnest(setconfig) setting
+    WHERE setdatabase = {0} AND setrole = 0 AND left(setting, 18) = 'hpc_db.generation='
+), '')
+"""
+FACTS = f"""
 SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text,
     current_setting('server_version_num')::int, current_setting('transaction_isolation') = 'read committed',
     current_setting('standard_conforming_strings') = 'on', current_setting('search_path') LIKE '%pg\\_temp%',
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
-    has_function_privilege('pg_control_system()', 'EXECUTE'), s.datid::bigint, coalesce((
-        SELECT setting FROM pg_db_role_setting, unnest(setconfig) setting
-        WHERE setdatabase = s.datid AND setrole = 0 AND left(setting, 18) = 'hpc_db.generation='), '')
+    has_function_privilege('pg_control_system()', 'EXECUTE'), s.datid::bigint, {GENERATION.format("s.datid")}
 FROM pg_stat_activity s WHERE s.pid = pg_backend_pid()
 """
 IDENTITY = "SELECT system_identifier::text FROM pg_control_system()"
@@ -71,6 +75,11 @@ FROM pg_current_xact_id_if_assigned() x
 """
 # What there is before PostgreSQL 17: it can prove that a transaction did not happen, but not that it did.
 MARK_WEAKLY = "SELECT pg_current_xact_id_if_assigned()::text, NULL"
+# A pooler may have changed the session for one to other data and said nothing.
+MARK_OF_DATA = f"""
+SELECT m.*, d.oid::bigint, {GENERATION.format("d.oid")}
+FROM ({{mark}}) m, pg_database d WHERE d.datname = current_database()
+"""
 STATUS = """
 SELECT CASE WHEN pg_current_wal_insert_lsn() >= '{lsn}'::pg_lsn THEN pg_xact_status('{xid}'::xid8) END
 """
@@ -178,6 +187,11 @@ class Link:
                 self.patience.is_over()
                 return real, facts
 
+    def check(self, system: str, *data: Any) -> None:
+        """Raise an error if these are other data than before."""
+        if data:
+            self._engine.check(Identity(system, *data))
+
     def park(self, asking: Connection | None = None) -> None:
         """Behind a pooler (PgBouncer in transaction mode) let no thread wait for a connection while it keeps one."""
         for other in [each() for each in list(self.others)]:
@@ -210,9 +224,12 @@ class Link:
         ) = ask(real, FACTS)
         system = ask(real, IDENTITY)[0] if can_identify else ""
         mark = MARK if can_flush else MARK_WEAKLY if version >= 130000 else ""
+        direct = real.info.backend_pid == pid
+        if mark and not direct:
+            mark = MARK_OF_DATA.format(mark=mark)
         return Facts(
-            pid, start, real.info.backend_pid == pid, Identity(system, database, generation), mark if system else "",
-            is_committed, standard_strings, temporary,
+            pid, start, direct, Identity(system, database, generation), mark if system else "", is_committed,
+            standard_strings, temporary,
         )
 
 
@@ -520,7 +537,8 @@ class Connection:
         writes = bool(journal.steps or journal.why_not or self._bound or not self._reads_freely())
         try:
             if self._facts.mark and writes:
-                xid, lsn = ask(self.real, self._facts.mark, in_transaction=True)
+                xid, lsn, *data = ask(self.real, self._facts.mark, in_transaction=True)
+                self._link.check(self._facts.identity.system, *data)  # guard: data behind a pooler
             asked = not self.real.closed
             self.real.commit()
         except self._link.dbapi.Error as error:
