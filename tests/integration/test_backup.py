@@ -57,7 +57,9 @@ dumps = Dumps(settings, types.SimpleNamespace(**json.load(open("../run/endpoint.
 print(dumps.now(float(sys.argv[2]), lambda: None), dumps.told)
 """
 NEXT_TRIAL = "SELECT last_value FROM trials_trial_id_seq"
-GENERATION = "SELECT unnest(setconfig) FROM pg_db_role_setting JOIN pg_database d ON d.oid = setdatabase AND datname = 'studies'"
+GENERATION = """
+SELECT unnest(setconfig) FROM pg_db_role_setting JOIN pg_database d ON d.oid = setdatabase WHERE datname = 'studies'
+"""
 # A worker that is idle.
 HOLD = """
 "$bin/psql" "service={0} dbname=older" -c 'SELECT pg_sleep(600)' > ../log/held 2>&1 &
