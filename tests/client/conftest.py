@@ -13,20 +13,25 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 from cutting_proxy import CRASHES, WAYS, Proxy
-from real_server import Server
+from real_server import DRIVERS, PGBOUNCER, Pooler, Server
 
 # Optuna has had a proxy since 4.2.
 collect_ignore = [] if find_spec("grpc") else ["test_storage_proxy.py"]
-DRIVERS = ["psycopg2", *(["psycopg"] if find_spec("psycopg") else [])]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", action="store_true", help="every cut by itself, and crashes")
+    parser.addoption("--soak", action="store_true", help="every cut by itself, and crashes; a long history")
+    parser.addoption("--history-seed", type=int, default=1, help="of the transactions and faults in test_history.py")
 
 
 @pytest.fixture(scope="session")
 def soak(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--soak")
+
+
+@pytest.fixture(scope="session")
+def history_seed(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--history-seed")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -56,6 +61,17 @@ def database(server: Server) -> Callable[[str], list]:
 def proxy(server: Server) -> Iterator[Proxy]:
     with Proxy(server.port, lambda pid: server.ask(f"SELECT pg_terminate_backend({pid})")) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def pooler(server: Server) -> Iterator[Pooler]:
+    """A PgBouncer in transaction mode."""
+    if not PGBOUNCER:
+        pytest.skip("pgbouncer is not installed")
+    pooler = Pooler(server.data.parent / "pooler")
+    pooler.start(server.port)
+    yield pooler
+    pooler.kill()
 
 
 @pytest.fixture(params=DRIVERS)

@@ -6,20 +6,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
-import socket
-import subprocess
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import sqlalchemy
 from cutting_proxy import ANSWER_LOST, REQUEST_LOST, Proxy
-from real_server import AS_OWNER, IS_ROOT, OWNER, Server, eventually
+from real_server import Pooler, Server, eventually
 from sqlalchemy import event, orm, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
@@ -29,7 +25,6 @@ Ask = Callable[[str], list]
 Make = Callable[..., sqlalchemy.engine.Engine]
 DRIVER_ERRORS = tuple(__import__(driver).Error for driver in ("psycopg2", "psycopg") if find_spec(driver))
 IS_OLD = sqlalchemy.__version__ < "2"
-PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
 
 @pytest.fixture
@@ -209,38 +204,10 @@ def test_executemany_counts_as_the_driver_does(
     assert counts[0] == counts[1]
 
 
-@pytest.fixture
-def pooler(server: Server, tmp_path: Path) -> Iterator[int]:
-    """The port of a PgBouncer in transaction mode."""
-    if not PGBOUNCER:
-        pytest.skip("pgbouncer is not installed")
-    folder = Path(server.data).parent / "pooler"
-    folder.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (folder / "users").write_text('"study" ""\n')
-    (folder / "ini").write_text(
-        f"[databases]\nstudy = host=127.0.0.1 port={server.port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
-        f"listen_port = {port}\nunix_socket_dir =\npool_mode = transaction\nauth_type = trust\n"
-        f"auth_file = {folder}/users\nlogfile = {folder}/log\n"
-    )
-    if IS_ROOT:
-        for each in (folder, *folder.iterdir()):
-            os.chown(each, OWNER.pw_uid, OWNER.pw_gid)
-    bouncer = subprocess.Popen([PGBOUNCER, "-q", str(folder / "ini")], **AS_OWNER)
-    try:
-        eventually(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
-        yield port
-    finally:
-        bouncer.kill()
-        bouncer.wait()
-
-
 def test_copy_after_a_read_behind_a_pooler_is_committed(
-    pooler: int, url: str, proxy: Proxy, make: Make, engine: sqlalchemy.engine.Engine, database: Ask
+    pooler: Pooler, url: str, proxy: Proxy, make: Make, engine: sqlalchemy.engine.Engine, database: Ask
 ) -> None:
-    pooled = make(url=url.replace(f":{proxy.port}/", f":{pooler}/"))
+    pooled = make(url=url.replace(f":{proxy.port}/", f":{pooler.port}/"))
     raw = pooled.raw_connection()
     cursor = raw.cursor()
     cursor.execute("SELECT count(*) FROM t")
@@ -253,9 +220,9 @@ def test_copy_after_a_read_behind_a_pooler_is_committed(
 
 
 def test_other_data_behind_a_pooler_are_not_written(
-    pooler: int, url: str, proxy: Proxy, make: Make, engine: sqlalchemy.engine.Engine, server: Server, database: Ask
+    pooler: Pooler, url: str, proxy: Proxy, make: Make, engine: sqlalchemy.engine.Engine, server: Server, database: Ask
 ) -> None:
-    pooled = make(url=url.replace(f":{proxy.port}/", f":{pooler}/"))
+    pooled = make(url=url.replace(f":{proxy.port}/", f":{pooler.port}/"))
     with pooled.begin() as connection:
         connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
     server.ask(f"ALTER DATABASE study SET hpc_db.generation = '{uuid.uuid4()}'")
