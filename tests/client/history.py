@@ -22,6 +22,9 @@ import sqlalchemy as sa
 
 COUNTERS, ACCOUNTS, BALANCE = 3, 6, 100
 OTHER_DATA = "the database is another one now"
+KINDS = ["counter", "counter", "blind", "blind", "transfer", "transfer", "put", "claim", "bulk", "look", "sum"]
+# Seconds between transactions, in which a session has none.
+MOST_REST = 0.02
 # Beside the file that a worker writes: it may end when it has done its count.
 STOP = "stop"
 
@@ -61,7 +64,7 @@ class Worker:
 
     def transaction(self, number: int) -> dict:
         """Make one; return what became of it."""
-        kind = self.random.choice(["counter", "counter", "transfer", "transfer", "put", "claim", "bulk", "look", "sum"])
+        kind = self.random.choice(KINDS)
         event: dict[str, Any] = {"token": f"{self.name}-{number}", "kind": kind, "began": time.monotonic()}
         try:
             if self._engine is None:
@@ -92,6 +95,16 @@ class Worker:
         n = connection.execute(count).scalar_one()
         self.note(connection, token, "counter", one, n)
         return [one, n]
+
+    def blind(self, connection: Any, token: str) -> list[int]:
+        """Count without reading anything back, so that only what became of the commit tells whether it is done."""
+        one = self.random.randrange(COUNTERS)
+        connection.execute(sa.text("UPDATE counters SET n = n + 1 WHERE id = :one"), {"one": one})
+        connection.execute(
+            sa.text("INSERT INTO log (token, data, kind, one) VALUES (:token, :data, 'counter', :one)"),
+            {"token": token, "data": self.data, "one": one},
+        )
+        return [one]
 
     def transfer(self, connection: Any, token: str) -> list[int]:
         one, other = self.random.sample(range(ACCOUNTS), 2)
@@ -232,6 +245,7 @@ def main() -> None:
         while number < count or not os.path.exists(os.path.join(os.path.dirname(path), STOP)):
             stream.write(json.dumps(worker.transaction(number)) + "\n")
             stream.flush()
+            time.sleep(worker.random.uniform(0, MOST_REST))
             number += 1
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import history
@@ -23,9 +24,10 @@ import sqlalchemy
 from cutting_proxy import ANSWER_LOST, REQUEST_LOST, SESSION_LEFT, WAYS, Proxy
 from real_server import DRIVERS, Pooler, Server, eventually
 
+END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'study'"
 OPTIONS = "plugin=hpc_db&hpc_db_patience=120&sslmode=disable&gssencmode=disable"
 # Each of them first; then as chance has it. The first of two restores keeps a copy.
-FAULTS = ["cut", "cut", "cut", "cut", "cut_pooled", "cut_pooled", "end", "kill", "crash", "restart", "move",
+FAULTS = ["cut", "cut", "cut_commit", "cut_commit", "cut_pooled", "cut_pooled", "end", "kill", "crash", "restart", "move",
           "restart_pooler", "restore", "restore"]
 
 
@@ -42,6 +44,9 @@ class World:
 
     def cut(self, chance: random.Random) -> None:
         self.proxy.cut({chance.randint(1, 40): chance.choice(WAYS)})
+
+    def cut_commit(self, chance: random.Random) -> None:
+        self.proxy.cut_at(b"COMMIT", chance.choice(WAYS))
 
     def cut_pooled(self, chance: random.Random) -> None:
         self.before_pooler.cut({chance.randint(1, 15): chance.choice([REQUEST_LOST, ANSWER_LOST, SESSION_LEFT])})
@@ -77,24 +82,26 @@ class World:
         self.pooler.start()
 
     def restore(self, _chance: random.Random) -> None:
-        """Keep a copy of the database; the next time, put it in the database's place."""
-        self.server.ask("ALTER DATABASE study ALLOW_CONNECTIONS false")
-        eventually(lambda: not self.server.ask(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'study'"
-        ))
+        """Keep a copy of the database; the next time, put it in the database's place, as restore.yml does."""
         ((data,),) = self.server.ask("SELECT oid::bigint FROM pg_database WHERE datname = 'study'")
         if self._saved is None:
+            self.server.ask("ALTER DATABASE study ALLOW_CONNECTIONS false")
+            eventually(lambda: not self.server.ask(END_SESSIONS))
             began = time.monotonic()
             self.server.ask("CREATE DATABASE saved TEMPLATE study OWNER study")
             ((saved,),) = self.server.ask("SELECT oid::bigint FROM pg_database WHERE datname = 'saved'")
             tokens = frozenset(token for token, in self.server.ask("SELECT token FROM log", "saved"))
             self._saved = history.Copy(data, saved, began, tokens)
             self.server.ask("ALTER DATABASE study ALLOW_CONNECTIONS true")
-        else:
-            self.server.ask(f'ALTER DATABASE study RENAME TO "study-{data}"')
-            self.server.ask("ALTER DATABASE saved RENAME TO study")
-            self.copies.append(self._saved)
-            self._saved = None
+            return
+        swap = f'ALTER DATABASE study RENAME TO "study-{data}"; ALTER DATABASE saved RENAME TO study'
+        with ThreadPoolExecutor(1) as pool:
+            swapping = pool.submit(self.server.ask, swap)
+            while not swapping.done():
+                self.server.ask(END_SESSIONS)
+            swapping.result()
+        self.copies.append(self._saved)
+        self._saved = None
 
     def end_of_it(self) -> None:
         for name, in self.server.ask("SELECT datname FROM pg_database WHERE datname ~ '^(study-|saved$)'"):
