@@ -27,8 +27,10 @@ from real_server import DRIVERS, Pooler, Server, eventually
 END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'study'"
 OPTIONS = "plugin=hpc_db&hpc_db_patience=120&sslmode=disable&gssencmode=disable"
 # Each of them first; then as chance has it. The first of two restores keeps a copy.
-FAULTS = ["cut", "cut", "cut_commit", "cut_commit", "cut_pooled", "cut_pooled", "end", "kill", "crash", "restart", "move",
-          "restart_pooler", "restore", "restore"]
+FAULTS = [
+    *2 * ["cut"], *4 * ["cut_commit"], *2 * ["cut_pooled"], "end", "kill", "crash", "restart", "move", "restart_pooler",
+    *2 * ["restore"],
+]
 
 
 class World:
@@ -121,7 +123,7 @@ def world(server: Server, proxy: Proxy, pooler: Pooler) -> Iterator[World]:
 @pytest.fixture
 def amount(soak: bool) -> tuple[int, int, int]:
     """Processes, transactions of each, faults."""
-    return (8, 1250, 300) if soak else (4, 60, 20)
+    return (8, 1250, 300) if soak else (4, 60, 40)
 
 
 def test_history_holds(
