@@ -99,7 +99,7 @@ def test_refused_on_this_machine(here: Target, tmp_path: Path) -> None:
     check_refused(here, {**here.variables, "ansible_connection": "local"}, given, tmp_path)
 
 
-# The longest parent of a socket folder has 75 bytes less those of the instance's name.
+# So many bytes after /tmp/ are one more than server_socket_parent may have: 75 less those of the instance's name.
 TOO_MANY = 75 - len(f"it{os.getpid()}") - len("/tmp/") + 1
 RULE = {"type": "local", "method": "peer"}
 # Names and paths that a shell, a configuration file, a scheduler or libpq could read as something else.

@@ -202,7 +202,7 @@ def test_sshfs_hangs(workstation: Workstation) -> None:
                           stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as hanging:
         hangs = "ps -u alice -o args= | grep -c '^ls see/logs/x$' || :"
         eventually(lambda: workstation.run(hangs) == "1", 30)
-        time.sleep(1)
+        time.sleep(1)  # in which an answer would have come
         assert workstation.run(hangs) == "1"
         assert ensure(workstation)["found"] == "hung"
         assert read(workstation) == "one"
