@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +95,26 @@ def set_cables(host: str, state: str, switches: Path) -> None:
     for cable in cables(host):
         if cable.plug in present:  # a dead host has none
             ip("link", "set", cable.plug, state, netns=switches)
+
+
+def neighbours(host: str, hosts: list[str], switches: Path) -> list[str]:
+    """The addresses that a host can speak to: the workstation's and those of the ``hosts`` that are plugged in."""
+    present = plugged(switches)
+    reached = {cable.switch for cable in cables(host)}
+    there = [cable for other in hosts if other != host for cable in cables(other) if present.get(cable.plug)]
+    addresses = [cable.address for cable in there if cable.switch in reached]
+    return [*addresses, WORKSTATION_ADDRESS] if "campus" in reached else addresses
+
+
+def answers(address: str) -> bool:
+    """Whether an address answers on any port, as seen from the namespace this process is in."""
+    try:
+        socket.create_connection((address, 9), timeout=1).close()
+    except ConnectionRefusedError:
+        pass
+    except OSError:
+        return False
+    return True
 
 
 def unplug(host: str, switches: Path) -> None:

@@ -148,6 +148,19 @@ def test_a_cut_node_lives_on(cluster: Cluster) -> None:
     assert eventually(lambda: cluster.node("c2") == "idle")
 
 
+def test_who_missed_a_host_reaches_it_once_it_is_healed(cluster: Cluster) -> None:
+    cluster("cut", "login")
+    assert "No route to host" in cluster.try_("connect", "login", "22").stderr
+    missed = subprocess.Popen([str(PROGRAM), "connect", "login", "22", "--state", str(cluster.state)],
+                              stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(2.8)  # its network asks for the host three times, a second apart, and gives up a second later
+        cluster("heal", "login")
+        assert cluster.reaches("workstation", "login", 22)
+    finally:
+        missed.wait(30)
+
+
 def test_the_controller_remembers_jobs(cluster: Cluster) -> None:
     submitted = time.time()
     job = cluster.ssh("sbatch --parsable --hold --wrap true").stdout.strip()
