@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,27 @@ def test_nothing_of_the_users_is_there(users_home: Path) -> None:
     assert found["~"] == found["HOME"] == str(HOME)
     assert Path(found["XDG_RUNTIME_DIR"]).stat().st_mode & 0o777 == 0o700
     assert set(OWN) & set(found) == set()
+
+
+@pytest.mark.parametrize(("stage", "ends"), [
+    (":", "stages: 1 passed, 0 failed"),
+    ("mkdir -p $USERS_HOME/hpc_db/demo/run; echo '{}' > $USERS_HOME/hpc_db/demo/run/endpoint.json",
+     "stages: 1 passed, 1 failed"),
+])
+@pytest.mark.parametrize("has_instances", [True, False])
+def test_what_changes_a_users_instance_fails(tmp_path: Path, users_home: Path, has_instances: bool, stage: str,
+                                             ends: str) -> None:
+    home = users_home if has_instances else tmp_path / "nobody"
+    home.mkdir(exist_ok=True)
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT / "tools", clone / "tools")
+    script = f"stage_any() {{ {stage}; }}; export -f stage_any; exec {clone}/tools/test any"
+
+    done = subprocess.run(["bash", "-c", script], env={**os.environ, "HOME": str(home), "CI": "true"},
+                          stdout=subprocess.PIPE, text=True)
+
+    assert done.stdout.splitlines()[-1] == ends, done.stdout
+    assert (done.returncode == 0) == ends.endswith(" 0 failed")
 
 
 def test_these_tests_run_there() -> None:
