@@ -17,6 +17,8 @@ from real_server import DRIVERS, PGBOUNCER, Pooler, Server
 
 # Optuna has had a proxy since 4.2.
 collect_ignore = [] if find_spec("grpc") else ["test_storage_proxy.py"]
+# Their source is that of the newest.
+collect_ignore += [] if find_spec("fakeredis") else ["test_upstream.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -62,7 +62,7 @@ SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::
     current_setting('standard_conforming_strings') = 'on', current_setting('search_path') LIKE '%pg\\_temp%',
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
-    has_function_privilege('pg_control_system()', 'EXECUTE'), s.datid::bigint, {GENERATION.format("s.datid")}
+    has_function_privilege('pg_control_system()', 'EXECUTE'), pg_is_in_recovery(), s.datid::bigint, {GENERATION.format("s.datid")}
 FROM pg_stat_activity s WHERE s.pid = pg_backend_pid()
 """
 IDENTITY = "SELECT system_identifier::text FROM pg_control_system()"
@@ -71,10 +71,12 @@ IDENTITY = "SELECT system_identifier::text FROM pg_control_system()"
 # message would not be flushed, whatever its last argument says; this one carries the transaction's id as well.)
 MARK = """
 SELECT x::text, CASE WHEN x IS NOT NULL THEN pg_logical_emit_message(false, 'hpc_db', '', true) END::text
-FROM pg_current_xact_id_if_assigned() x
+FROM {id} x
 """
 # What there is before PostgreSQL 17: it can prove that a transaction did not happen, but not that it did.
-MARK_WEAKLY = "SELECT pg_current_xact_id_if_assigned()::text, NULL"
+MARK_WEAKLY = "SELECT {id}::text, NULL"
+# With the latter a transaction that has written nothing has none.
+ANY_ID, ID_IF_ANY = "pg_current_xact_id()", "pg_current_xact_id_if_assigned()"
 # A pooler may have changed the session for one to other data and said nothing.
 MARK_OF_DATA = f"""
 SELECT m.*, d.oid::bigint, {GENERATION.format("d.oid")}
@@ -219,16 +221,16 @@ class Link:
     @staticmethod
     def _facts(real: Any) -> Facts:
         (
-            _zone, pid, start, version, is_committed, standard_strings, temporary, can_flush, can_identify, database,
-            generation,
+            _zone, pid, start, version, is_committed, standard_strings, temporary, can_flush, can_identify, standby,
+            database, generation,
         ) = ask(real, FACTS)
         system = ask(real, IDENTITY)[0] if can_identify else ""
         mark = MARK if can_flush else MARK_WEAKLY if version >= 130000 else ""
         direct = real.info.backend_pid == pid
         if mark and not direct:
-            mark = MARK_OF_DATA.format(mark=mark)
+            mark = MARK_OF_DATA.replace("{mark}", mark)
         return Facts(
-            pid, start, direct, Identity(system, database, generation), mark if system else "", is_committed,
+            pid, start, direct, Identity(system, database, generation), mark if system and not standby else "", is_committed,
             standard_strings, temporary,
         )
 
@@ -243,7 +245,7 @@ class Connection:
 
     __slots__ = (
         "real", "_link", "_facts", "_old", "_journal", "_attributes", "_bound", "_outage", "_thread", "_parked",
-        "_lost", "_judged", "_names", "looks", "__weakref__",
+        "_lost", "_judged", "_names", "_mark", "looks", "__weakref__",
     )
     # What can be read or called without leaving anything behind in the session.
     _HARMLESS = frozenset((
@@ -263,6 +265,7 @@ class Connection:
         self._thread = threading.get_ident()
         self._parked = False
         self._lost = False  # of the transaction nothing, or not all, is in the session
+        self._mark: tuple | None = None  # the transaction's id, and where its mark is
         self._judged: set[Judgement] = set()  # statements whose names are in _names
         self._names: set[str] = set()  # in all statements since the session began
         self.looks = False  # SQLAlchemy looks at the server, and leaves nothing in the session
@@ -480,7 +483,21 @@ class Connection:
         self._journal.check_order(step)
         if self._journal.clock_twice and self._journal.repeats:  # guard: clock of a new transaction
             raise Differs("it has read the clock before")
+        self._mark_early(step)
         cursor.run(self.real, step)
+
+    def _mark_early(self, step: Step) -> None:
+        """Set the mark before the transaction locks anything, so that others do not wait until it is durable.
+
+        Only where each statement has a snapshot of its own: else the mark's would be everybody's.
+        """
+        if step.judged.writes and not self._mark and self._facts.mark and self._reads_freely():
+            self._mark = self._set_mark(ANY_ID)
+
+    def _set_mark(self, which: str) -> tuple:
+        xid, lsn, *data = ask(self.real, self._facts.mark.replace("{id}", which), in_transaction=True)
+        self._link.check(self._facts.identity.system, *data)  # guard: data behind a pooler
+        return xid, lsn
 
     def judge(self, text: str, has_arguments: bool) -> Judgement:
         return judge(text, has_arguments, self._facts.standard_strings)
@@ -537,8 +554,7 @@ class Connection:
         writes = bool(journal.steps or journal.why_not or self._bound or not self._reads_freely())
         try:
             if self._facts.mark and writes:
-                xid, lsn, *data = ask(self.real, self._facts.mark, in_transaction=True)
-                self._link.check(self._facts.identity.system, *data)  # guard: data behind a pooler
+                xid, lsn = self._mark or self._set_mark(ID_IF_ANY)
             asked = not self.real.closed
             self.real.commit()
         except self._link.dbapi.Error as error:
@@ -603,6 +619,7 @@ class Connection:
                     if not step.done:
                         raise Differs("an interrupted statement")
                     journal.note_late(late.get(id(step), set()))
+                    self._mark_early(step)
                     _run_again(self.real, step, self._link, journal)
                 self._lost = False
                 again()
@@ -627,7 +644,7 @@ class Connection:
     def _open(self) -> None:
         self.real, self._facts = self._link.open(self._current_outage(), self._old, self._attributes)
         self._parked = False
-        self._old = None
+        self._old = self._mark = None
         if self._facts.temporary:
             self.bind("a search_path that names pg_temp")
 
@@ -649,6 +666,7 @@ class Connection:
 
     def _end(self) -> None:
         self._parked = self._lost = False
+        self._mark = None
         self._journal = Journal()
         self._outage = None
 

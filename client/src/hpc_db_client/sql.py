@@ -154,6 +154,7 @@ class Judgement:
 
     __slots__ = (
         "why", "binds", "free", "head", "names", "clock", "gives", "adds", "isolates", "sequence", "insert", "returns",
+        "writes",
     )
 
     def __init__(self) -> None:
@@ -169,6 +170,7 @@ class Judgement:
         self.sequence = ""  # of which it is asked for a key, and nothing else
         self.insert: Insert | None = None
         self.returns = False
+        self.writes = False  # or locks rows
 
 
 def tokens(text: str, has_arguments: bool = False, standard_strings: bool = True) -> list[Token]:
@@ -313,6 +315,7 @@ def _judge_query(judged: Judgement, part: list[Token], words: list[str], has_arg
             del rest[:2]
         if rest == [")"] or (rest[:2] == [")", "as"] and len(rest) == 3):
             judged.sequence = part[3].text[1:-1].replace("''", "'")
+    judged.writes = judged.writes or not (judged.free or judged.sequence)
     if judged.head == "insert" and part[0].word == "insert":
         judged.gives = given = _values_only(part, words)
         judged.adds = given and "conflict" not in words
