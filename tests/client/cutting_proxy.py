@@ -31,7 +31,7 @@ class Proxy:
     """Listens on ``port``; ``requests`` were made since the last ``cut``."""
 
     def __init__(self, server: int, terminate: Callable[[int], object]) -> None:
-        self._server = server
+        self.server = server
         self._terminate = terminate
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -87,7 +87,7 @@ class Proxy:
         self._sockets.append(server)
         ends = [client, server]
         try:
-            server.connect(("127.0.0.1", self._server))
+            server.connect(("127.0.0.1", self.server))
             if self._talk(client, server):
                 ends.remove(server)  # it stays open
         except (OSError, EOFError):

@@ -14,6 +14,8 @@ from sqlalchemy.pool import QueuePool
 # Longer than a node's failure with its lease (minutes), shorter than what a node that idles for nothing may cost.
 PATIENCE_SECONDS = 600.0
 LONGEST_PATIENCE_SECONDS = 7 * 86400.0
+# SQLAlchemy's own defaults
+POOL_SIZE, OVERFLOW = 5, 10
 PREFIX = "hpc_db_"
 DRIVERS = ("psycopg2", "psycopg")
 
@@ -29,10 +31,14 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
         self._patience = _seconds("hpc_db_patience", url.query.get("hpc_db_patience", PATIENCE_SECONDS))
         base = url.get_dialect()
         self._driver = base.driver
-        if base.name != "postgresql" or self._driver not in DRIVERS or getattr(base, "is_async", False):
+        is_async = kwargs.get("_is_async") or getattr(base, "is_async", False)
+        if base.name != "postgresql" or self._driver not in DRIVERS or is_async:
+            given = "create_async_engine" if is_async else f"{url.drivername}://"
             raise ArgumentError(
-                f"the plugin hpc_db works with postgresql+psycopg2:// and postgresql+psycopg://, not {url.drivername}://"
+                f"the plugin hpc_db works with postgresql+psycopg2:// and postgresql+psycopg://, not {given}"
             )
+        if "pool" in kwargs:
+            raise ArgumentError("pool: the plugin hpc_db has its own; give poolclass, pool_size and their like instead")
         self._url = url.difference_update_query(["plugin", "hpc_db_patience"])
 
     def update_url(self, url: URL) -> URL:
@@ -51,13 +57,17 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
         """Keep one connection at rest, as many in use as by default, and none that is dead."""
         pool_args["pre_ping"] = True
         if issubclass(pool_cls, QueuePool):
-            pool_args.setdefault("pool_size", 1)
-            pool_args.setdefault("max_overflow", 14)
+            overflow = pool_args.setdefault("max_overflow", OVERFLOW)
+            if "pool_size" not in pool_args:
+                pool_args["pool_size"] = 1
+                if overflow >= 0:
+                    pool_args["max_overflow"] = overflow + POOL_SIZE - 1
             # A thread that waits for another one's connection waits for the server, too.
             pool_args.setdefault("timeout", 30 + self._patience)
 
     def engine_created(self, engine: Engine) -> None:
-        """Show users the URL that they know."""
+        """Take over the pool's connections, and show users the URL that they know."""
+        engine.dialect.keep_up(engine.pool)
         engine.url = self._url
 
 

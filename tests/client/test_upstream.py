@@ -1,0 +1,112 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""SQLAlchemy's and Optuna's own tests: what passes without the plugin passes with it, too.
+
+A part of them, or with --soak all that have to do with PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from real_server import DRIVERS, Server
+from test_storage_proxy import Instance
+
+SOURCES = Path(__file__).resolve().parents[2] / ".cache" / "client" / "sources"
+WITHOUT = "sslmode=disable&gssencmode=disable"
+WITH = f"{WITHOUT}&plugin=hpc_db&hpc_db_patience=60"
+SQLALCHEMY = ["test/dialect/postgresql", "test/dialect/test_suite.py", "test/orm", "test/sql", "test/engine"]
+SQLALCHEMY_PART = ["test/dialect/test_suite.py", "test/engine/test_transaction.py"]
+OPTUNA = [
+    *(f"tests/storages_tests/{name}.py" for name in ("test_storages", "test_with_server", "test_heartbeat")),
+    "tests/storages_tests/test_callbacks.py", "tests/study_tests", "tests/trial_tests",
+]
+OPTUNA_PART = ["tests/storages_tests/test_storages.py"]
+# Those that fail with the plugin only, and why.
+LISTED: dict[str, str] = {}
+
+
+class Suite(NamedTuple):
+    """The source of a package, with its tests."""
+
+    folder: Path
+
+    def run(self, tests: list[str], report: Path, *options: str, **environment: str) -> tuple[set[str], set[str]]:
+        """Return what passed and what failed."""
+        command = [
+            sys.executable, "-s", "-m", "pytest", *tests, "-o", "addopts=", "-q", "-p", "no:cacheprovider",
+            f"--junitxml={report}", *options,
+        ]
+        with open(report.with_suffix(".log"), "w") as log:
+            subprocess.run(command, cwd=self.folder, env={**os.environ, **environment}, stdout=log, stderr=log)
+        passed, failed = set(), set()
+        for case in ElementTree.parse(report).iter("testcase"):
+            name = f"{case.get('classname')}::{case.get('name')}"
+            kinds = {child.tag for child in case}
+            if kinds & {"failure", "error"}:
+                failed.add(name)
+            elif "skipped" not in kinds:
+                passed.add(name)
+        return passed - failed, failed
+
+
+def source(name: str) -> Suite:
+    (folder,) = (each for each in SOURCES.glob(f"{name}-*") if each.is_dir())
+    return Suite(folder)
+
+
+@pytest.fixture(scope="module")
+def suite_database(server: Server) -> Iterator[str]:
+    """A database as SQLAlchemy's tests want it, without the driver: ``@HOST:PORT/NAME``."""
+    server.ask("CREATE DATABASE suite")
+    for statement in ("SCHEMA test_schema", "SCHEMA test_schema_2", "EXTENSION hstore", "EXTENSION citext"):
+        server.ask(f"CREATE {statement}", "suite")
+    yield f"owner@127.0.0.1:{server.port}/suite"
+    for name, in server.ask("SELECT datname FROM pg_database WHERE datname LIKE '%suite%'"):
+        server.ask(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_sqlalchemy_s_own(suite_database: str, driver: str, tmp_path: Path, soak: bool) -> None:
+    sqlalchemy = source("sqlalchemy")
+    tests = SQLALCHEMY if soak else SQLALCHEMY_PART
+    if soak and driver != DRIVERS[0]:
+        tests = [test for test in tests if "dialect" in test]
+    parallel = ["--numprocesses=2"] if soak else []
+
+    def run(query: str) -> tuple[set[str], set[str]]:
+        uri = f"--dburi=postgresql+{driver}://{suite_database}?{query}"
+        return sqlalchemy.run(tests, tmp_path / f"{len(query)}.xml", uri, *parallel)
+
+    passed, failed = run(WITH)
+    failed -= set(LISTED)
+    print(f"{len(passed)} passed")
+    if failed:
+        failed &= run(WITHOUT)[0]
+    assert not failed
+    assert len(passed) > (8000 if soak else 500)
+
+
+@pytest.mark.parametrize("way", ["direct", "pooled", "proxy"])
+def test_optuna_s_own(server: Server, request: pytest.FixtureRequest, way: str, tmp_path: Path, soak: bool) -> None:
+    port = request.getfixturevalue("pooler").port if way == "pooled" else server.port
+    url = f"postgresql+psycopg2://study@127.0.0.1:{port}/study?{WITH}"
+    environment = {"TEST_DB_URL": url, "ELSEWHERE": url, "PYTHONPATH": str(Path(__file__).parent)}
+    with ExitStack() as end:
+        if way == "proxy":
+            end.callback(Instance(tmp_path, server).stop)
+            environment["ELSEWHERE"] = f"{tmp_path}/"
+        tests = OPTUNA if soak else OPTUNA_PART
+        passed, failed = source("optuna").run(tests, tmp_path / "report.xml", "-p", "optuna_elsewhere", **environment)
+
+    print(f"{len(passed)} passed")
+    assert not failed
+    assert len(passed) > (300 if soak else 60)
