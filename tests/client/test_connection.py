@@ -34,6 +34,20 @@ def test_commit_that_was_cut_is_done_once(
     assert rows() == [(1, "oneone"), (2, "two"), (3, "three")]
 
 
+def test_transaction_after_one_that_was_ended_in_words_is_not_taken_for_it(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
+) -> None:
+    with engine.connect() as connection:
+        connection.execute(text("UPDATE t SET word = 'mine' WHERE n = 1"))
+        connection.connection.cursor().execute("COMMIT")
+        connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
+        proxy.cut_at(b"COMMIT", REQUEST_LOST)
+        with pytest.raises(OperationalError):
+            connection.commit()
+
+    assert rows() == [(1, "mine"), (2, "two")]
+
+
 def test_transaction_that_would_read_something_else_is_not_repeated(
     engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list], database: Ask,
     capfd: pytest.CaptureFixture,

@@ -551,7 +551,8 @@ class Connection:
         writes = bool(journal.steps or journal.why_not or self._bound or not self._reads_freely())
         try:
             if self._facts.mark and writes:
-                xid, lsn = self._mark or self._set_mark(ID_IF_ANY)
+                early = not (self._bound or journal.why_not) and self._mark  # guard: mark of this transaction
+                xid, lsn = early or self._set_mark(ID_IF_ANY)
             asked = not self.real.closed
             self.real.commit()
         except self._link.dbapi.Error as error:
