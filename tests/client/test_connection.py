@@ -39,7 +39,7 @@ def test_transaction_after_one_that_was_ended_in_words_is_not_taken_for_it(
 ) -> None:
     with engine.connect() as connection:
         connection.execute(text("UPDATE t SET word = 'mine' WHERE n = 1"))
-        connection.connection.cursor().execute("COMMIT")
+        connection.connection.cursor().execute("COMMIT AND CHAIN")
         connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
         proxy.cut_at(b"COMMIT", REQUEST_LOST)
         with pytest.raises(OperationalError):
