@@ -227,6 +227,19 @@ def test_application_can_ask_for_what_it_inserted(
     assert len(rows()) == 3
 
 
+@pytest.mark.parametrize("options, at_rest", [({}, 1), ({"pool_size": 3}, 3), ({"max_overflow": 0}, 5)])
+def test_one_connection_is_kept_unless_the_application_says_how_many(
+    options: dict[str, int], at_rest: int, url: str, server: Server
+) -> None:
+    engine = sqlalchemy.create_engine(url, **options)
+    for _turn in range(2):
+        used = [engine.connect() for _connection in range(5)]
+        for connection in used:
+            connection.close()
+        assert engine.pool.checkedin() == at_rest
+        engine.dispose()
+
+
 def test_connection_at_rest_is_alive_after_a_restart(
     engine: sqlalchemy.engine.Engine, server: Server, capfd: pytest.CaptureFixture
 ) -> None:
