@@ -229,7 +229,7 @@ def test_application_can_ask_for_what_it_inserted(
 
 @pytest.mark.parametrize("options, at_rest", [({}, 1), ({"pool_size": 3}, 3), ({"max_overflow": 0}, 5)])
 def test_one_connection_is_kept_unless_the_application_says_how_many(
-    options: dict[str, int], at_rest: int, url: str, server: Server
+    options: dict[str, int], at_rest: int, url: str
 ) -> None:
     engine = sqlalchemy.create_engine(url, **options)
     for _turn in range(2):
