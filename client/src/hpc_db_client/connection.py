@@ -62,7 +62,8 @@ SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::
     current_setting('standard_conforming_strings') = 'on', current_setting('search_path') LIKE '%pg\\_temp%',
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
-    has_function_privilege('pg_control_system()', 'EXECUTE'), pg_is_in_recovery(), s.datid::bigint, {GENERATION.format("s.datid")}
+    has_function_privilege('pg_control_system()', 'EXECUTE'), pg_is_in_recovery(), s.datid::bigint,
+    {GENERATION.format("s.datid")}
 FROM pg_stat_activity s WHERE s.pid = pg_backend_pid()
 """
 IDENTITY = "SELECT system_identifier::text FROM pg_control_system()"
