@@ -26,6 +26,7 @@ CONFIGURATION = """
 listen_addresses = '127.0.0.1'
 unix_socket_directories = ''
 fsync = off
+max_prepared_transactions = 10
 """
 
 

@@ -28,10 +28,14 @@ SQLALCHEMY_PART = ["test/dialect/test_suite.py", "test/engine/test_transaction.p
 OPTUNA = [
     *(f"tests/storages_tests/{name}.py" for name in ("test_storages", "test_with_server", "test_heartbeat")),
     "tests/storages_tests/test_callbacks.py", "tests/study_tests", "tests/trial_tests",
+    "--ignore=tests/study_tests/test_dataframe.py",  # it wants pandas
 ]
 OPTUNA_PART = ["tests/storages_tests/test_storages.py", "-k", "not sqlite or cached_sqlite and (create or state)"]
 # Those that fail with the plugin only, and why.
-LISTED: dict[str, str] = {}
+LISTED = {
+    "EngineEventsTest::test_insert_connect_is_definitely_first[True-True]":
+        "it puts another on_connect into the dialect after the engine was made; the plugin prepares connections itself",
+}
 
 
 class Suite(NamedTuple):
@@ -42,7 +46,7 @@ class Suite(NamedTuple):
     def run(self, tests: list[str], report: Path, *options: str, **environment: str) -> tuple[set[str], set[str]]:
         """Return what passed and what failed."""
         command = [
-            sys.executable, "-s", "-m", "pytest", *tests, "-o", "addopts=", "-q", "-p", "no:cacheprovider",
+            sys.executable, "-s", "-m", "pytest", *tests, "-o", "addopts=", "-o", f"cache_dir={report.parent}/cache", "-q",
             f"--junitxml={report}", *options,
         ]
         with open(report.with_suffix(".log"), "w") as log:
@@ -55,7 +59,7 @@ class Suite(NamedTuple):
                 failed.add(name)
             elif "skipped" not in kinds:
                 passed.add(name)
-        return passed - failed, failed
+        return passed - failed, {name for name in failed if not name.endswith(tuple(LISTED))}
 
 
 def source(name: str) -> Suite:
@@ -82,15 +86,14 @@ def test_sqlalchemy_s_own(server: Server, database: str, driver: str, tmp_path: 
         tests = [test for test in tests if "dialect" in test]
     parallel = ["--numprocesses=2"] if soak else []
 
-    def run(query: str) -> tuple[set[str], set[str]]:
-        uri = f"--dburi=postgresql+{driver}://owner@127.0.0.1:{server.port}/{database}?{query}"
-        return sqlalchemy.run(tests, tmp_path / f"{len(query)}.xml", uri, *parallel)
+    def run(query: str, *options: str) -> tuple[set[str], set[str]]:
+        uri = f"--dburi=postgresql+{driver}://owner:any@127.0.0.1:{server.port}/{database}?{query}"
+        return sqlalchemy.run(tests, tmp_path / f"{len(query)}.xml", uri, *parallel, *options)
 
     passed, failed = run(WITH)
-    failed -= set(LISTED)
     print(f"{len(passed)} passed")
     if failed:
-        failed &= run(WITHOUT)[0]
+        failed &= run(WITHOUT, "--last-failed")[0]
     assert not failed
     assert len(passed) > (8000 if soak else 500)
 
