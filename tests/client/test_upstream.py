@@ -46,7 +46,7 @@ class Suite(NamedTuple):
     def run(self, tests: list[str], report: Path, *options: str, **environment: str) -> tuple[set[str], set[str]]:
         """Return what passed and what failed."""
         command = [
-            sys.executable, "-s", "-m", "pytest", *tests, "-o", "addopts=", "-o", f"cache_dir={report.parent}/cache", "-q",
+            sys.executable, "-s", "-m", "pytest", *tests, "-q", "-o", "addopts=", "-o", f"cache_dir={report.parent}/cache",
             f"--junitxml={report}", *options,
         ]
         with open(report.with_suffix(".log"), "w") as log:
