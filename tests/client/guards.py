@@ -34,6 +34,7 @@ GUARDS = {
     "data behind a pooler": Guard(
         "self._link.check(self._facts.identity.system, *data)", "pass", "other_data_behind"
     ),
+    "mark of this transaction": Guard("not (self._bound or journal.why_not) and self._mark", "self._mark", "in_words"),
     "identity": Guard("if identity != self._identity:", "if False:", "other_data"),
     "what may stay in the session": Guard("if judged.binds:", "if False:", "not_taken_for_the_temporary"),
     "unknown statements": Guard("if judged.why:  #", "if False:  #", "definition_in"),

@@ -16,16 +16,17 @@ from optuna.testing import storages
 
 ELSEWHERE = os.environ["ELSEWHERE"]
 IS_URL = "://" in ELSEWHERE
+MODES = ["sqlite", "cached_sqlite"] if IS_URL else ["grpc_rdb"]
 
-# Optuna's tests take them from there, each with its own copy of the name.
-storages.STORAGE_MODES[:] = ["sqlite", "cached_sqlite"] if IS_URL else ["grpc_rdb"]
+# Optuna's tests have these lists from there.
+storages.STORAGE_MODES[:] = MODES
 storages.STORAGE_MODES_HEARTBEAT[:] = ["sqlite", "cached_sqlite"] if IS_URL else []
 _enter, _leave = storages.StorageSupplier.__enter__, storages.StorageSupplier.__exit__
 
 
 def enter(self: Any) -> Any:
     """Give a test the storage, with no study in it."""
-    if self.storage_specifier not in ("sqlite", "cached_sqlite", "grpc_rdb"):
+    if self.storage_specifier not in MODES:
         return _enter(self)
     if not IS_URL:
         from hpc_db_client import proxy
@@ -42,7 +43,7 @@ def enter(self: Any) -> Any:
 
 def leave(self: Any, *error: Any) -> None:
     """Close what a test was given."""
-    if self.storage_specifier == "grpc_rdb":
+    if self.storage_specifier == "grpc_rdb" and not IS_URL:
         self.storage.close()
     else:
         _leave(self, *error)

@@ -26,6 +26,7 @@ CONFIGURATION = """
 listen_addresses = '127.0.0.1'
 unix_socket_directories = ''
 fsync = off
+max_prepared_transactions = 10
 """
 
 
@@ -104,7 +105,7 @@ class Pooler:
         self._server_port = server_port or self._server_port
         (self._folder / "users").write_text('"study" ""\n')
         (self._folder / "ini").write_text(
-            f"[databases]\nstudy = host=127.0.0.1 port={self._server_port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+            f"[databases]\n* = host=127.0.0.1 port={self._server_port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
             f"listen_port = {self.port}\nunix_socket_dir =\npool_mode = transaction\nauth_type = trust\n"
             f"auth_file = {self._folder}/users\nlogfile = {self._folder}/log\nserver_login_retry = 1\n"
         )

@@ -34,6 +34,20 @@ def test_commit_that_was_cut_is_done_once(
     assert rows() == [(1, "oneone"), (2, "two"), (3, "three")]
 
 
+def test_transaction_after_one_that_was_ended_in_words_is_not_taken_for_it(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
+) -> None:
+    with engine.connect() as connection:
+        connection.execute(text("UPDATE t SET word = 'mine' WHERE n = 1"))
+        connection.connection.cursor().execute("COMMIT AND CHAIN")
+        connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
+        proxy.cut_at(b"COMMIT", REQUEST_LOST)
+        with pytest.raises(OperationalError):
+            connection.commit()
+
+    assert rows() == [(1, "mine"), (2, "two")]
+
+
 def test_transaction_that_would_read_something_else_is_not_repeated(
     engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list], database: Ask,
     capfd: pytest.CaptureFixture,
@@ -211,6 +225,19 @@ def test_application_can_ask_for_what_it_inserted(
         assert answer.all() == [("three",)]
 
     assert len(rows()) == 3
+
+
+@pytest.mark.parametrize("options, at_rest", [({}, 1), ({"pool_size": 3}, 3), ({"max_overflow": 0}, 5)])
+def test_one_connection_is_kept_unless_the_application_says_how_many(
+    options: dict[str, int], at_rest: int, url: str
+) -> None:
+    engine = sqlalchemy.create_engine(url, **options)
+    for _turn in range(2):
+        used = [engine.connect() for _connection in range(5)]
+        for connection in used:
+            connection.close()
+        assert engine.pool.checkedin() == at_rest
+        engine.dispose()
 
 
 def test_connection_at_rest_is_alive_after_a_restart(

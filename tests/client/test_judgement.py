@@ -202,7 +202,7 @@ def test_url_is_shown_as_it_was_given() -> None:
     engine = sqlalchemy.create_engine("postgresql+psycopg2:///?service=a&plugin=hpc_db&hpc_db_patience=5")
 
     assert str(engine.url) == "postgresql+psycopg2:///?service=a"
-    assert (engine.dialect.name, engine.dialect.driver, engine.pool.size()) == ("postgresql", "psycopg2", 1)
+    assert (engine.dialect.name, engine.dialect.driver, engine.pool.size()) == ("postgresql", "psycopg2", 5)
 
 
 @pytest.mark.parametrize("options, most", [

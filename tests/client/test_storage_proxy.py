@@ -56,7 +56,7 @@ CERTIFICATE = [
 class Instance:
     """An instance directory as far as the client looks at it, and the proxy, which is started again when it ends."""
 
-    def __init__(self, root: Path, server: Server) -> None:
+    def __init__(self, root: Path, server: Server, database: str = "study") -> None:
         self.root = root
         self.server = server
         self.die = root / "die"
@@ -69,7 +69,7 @@ class Instance:
             port = probe.getsockname()[1]
         endpoint = {"proxy": {"host": "127.0.0.1", "port": port}}
         (root / "run" / "endpoint.json").write_text(json.dumps(endpoint))
-        url = f"postgresql+psycopg2://study@127.0.0.1:{server.port}/study?sslmode=disable&gssencmode=disable"
+        url = f"postgresql+psycopg2://study@127.0.0.1:{server.port}/{database}?sslmode=disable&gssencmode=disable"
         self._command = [
             sys.executable, "-c", PROGRAM, str(HOST), str(self.die), "--storage", url, "--listen", "127.0.0.1",
             "--port", str(port), "--connections", "3",

@@ -28,10 +28,14 @@ SQLALCHEMY_PART = ["test/dialect/test_suite.py", "test/engine/test_transaction.p
 OPTUNA = [
     *(f"tests/storages_tests/{name}.py" for name in ("test_storages", "test_with_server", "test_heartbeat")),
     "tests/storages_tests/test_callbacks.py", "tests/study_tests", "tests/trial_tests",
+    "--ignore=tests/study_tests/test_dataframe.py",  # it wants pandas
 ]
-OPTUNA_PART = ["tests/storages_tests/test_storages.py"]
+OPTUNA_PART = ["tests/storages_tests/test_storages.py", "-k", "not sqlite or cached_sqlite and (create or state)"]
 # Those that fail with the plugin only, and why.
-LISTED: dict[str, str] = {}
+LISTED = {
+    "EngineEventsTest::test_insert_connect_is_definitely_first[True-True]":
+        "it puts another on_connect into the dialect after the engine was made; the plugin prepares connections itself",
+}
 
 
 class Suite(NamedTuple):
@@ -42,11 +46,11 @@ class Suite(NamedTuple):
     def run(self, tests: list[str], report: Path, *options: str, **environment: str) -> tuple[set[str], set[str]]:
         """Return what passed and what failed."""
         command = [
-            sys.executable, "-s", "-m", "pytest", *tests, "-o", "addopts=", "-q", "-p", "no:cacheprovider",
+            sys.executable, "-s", "-m", "pytest", *tests, "-q", "-o", "addopts=", "-o", f"cache_dir={report.parent}/cache",
             f"--junitxml={report}", *options,
         ]
         with open(report.with_suffix(".log"), "w") as log:
-            subprocess.run(command, cwd=self.folder, env={**os.environ, **environment}, stdout=log, stderr=log)
+            subprocess.run(command, cwd=self.folder, env={**os.environ, **environment}, stdout=log, stderr=log, check=False)
         passed, failed = set(), set()
         for case in ElementTree.parse(report).iter("testcase"):
             name = f"{case.get('classname')}::{case.get('name')}"
@@ -55,7 +59,7 @@ class Suite(NamedTuple):
                 failed.add(name)
             elif "skipped" not in kinds:
                 passed.add(name)
-        return passed - failed, failed
+        return passed - failed, {name for name in failed if not name.endswith(tuple(LISTED))}
 
 
 def source(name: str) -> Suite:
@@ -64,49 +68,50 @@ def source(name: str) -> Suite:
 
 
 @pytest.fixture(scope="module")
-def suite_database(server: Server) -> Iterator[str]:
-    """A database as SQLAlchemy's tests want it, without the driver: ``@HOST:PORT/NAME``."""
-    server.ask("CREATE DATABASE suite")
+def database(server: Server) -> Iterator[str]:
+    """The name of a database as SQLAlchemy's tests want it."""
+    server.ask("CREATE DATABASE upstream OWNER study")
     for statement in ("SCHEMA test_schema", "SCHEMA test_schema_2", "EXTENSION hstore", "EXTENSION citext"):
-        server.ask(f"CREATE {statement}", "suite")
-    yield f"owner@127.0.0.1:{server.port}/suite"
-    for name, in server.ask("SELECT datname FROM pg_database WHERE datname LIKE '%suite%'"):
+        server.ask(f"CREATE {statement}", "upstream")
+    yield "upstream"
+    for name, in server.ask("SELECT datname FROM pg_database WHERE datname LIKE '%upstream%'"):
         server.ask(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_sqlalchemy_s_own(suite_database: str, driver: str, tmp_path: Path, soak: bool) -> None:
+def test_sqlalchemy_s_own(server: Server, database: str, driver: str, tmp_path: Path, soak: bool) -> None:
     sqlalchemy = source("sqlalchemy")
     tests = SQLALCHEMY if soak else SQLALCHEMY_PART
     if soak and driver != DRIVERS[0]:
         tests = [test for test in tests if "dialect" in test]
     parallel = ["--numprocesses=2"] if soak else []
 
-    def run(query: str) -> tuple[set[str], set[str]]:
-        uri = f"--dburi=postgresql+{driver}://{suite_database}?{query}"
-        return sqlalchemy.run(tests, tmp_path / f"{len(query)}.xml", uri, *parallel)
+    def run(query: str, *options: str) -> tuple[set[str], set[str]]:
+        uri = f"--dburi=postgresql+{driver}://owner:any@127.0.0.1:{server.port}/{database}?{query}"
+        return sqlalchemy.run(tests, tmp_path / f"{len(query)}.xml", uri, *parallel, *options)
 
     passed, failed = run(WITH)
-    failed -= set(LISTED)
     print(f"{len(passed)} passed")
     if failed:
-        failed &= run(WITHOUT)[0]
+        failed &= run(WITHOUT, "--last-failed")[0]
     assert not failed
     assert len(passed) > (8000 if soak else 500)
 
 
 @pytest.mark.parametrize("way", ["direct", "pooled", "proxy"])
-def test_optuna_s_own(server: Server, request: pytest.FixtureRequest, way: str, tmp_path: Path, soak: bool) -> None:
+def test_optuna_s_own(
+    server: Server, database: str, request: pytest.FixtureRequest, way: str, tmp_path: Path, soak: bool
+) -> None:
     port = request.getfixturevalue("pooler").port if way == "pooled" else server.port
-    url = f"postgresql+psycopg2://study@127.0.0.1:{port}/study?{WITH}"
+    url = f"postgresql+psycopg2://study@127.0.0.1:{port}/{database}?{WITH}"
     environment = {"TEST_DB_URL": url, "ELSEWHERE": url, "PYTHONPATH": str(Path(__file__).parent)}
     with ExitStack() as end:
         if way == "proxy":
-            end.callback(Instance(tmp_path, server).stop)
+            end.callback(Instance(tmp_path, server, database).stop)
             environment["ELSEWHERE"] = f"{tmp_path}/"
         tests = OPTUNA if soak else OPTUNA_PART
         passed, failed = source("optuna").run(tests, tmp_path / "report.xml", "-p", "optuna_elsewhere", **environment)
 
     print(f"{len(passed)} passed")
     assert not failed
-    assert len(passed) > (300 if soak else 60)
+    assert len(passed) > (300 if soak else 15)

@@ -62,7 +62,8 @@ SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::
     current_setting('standard_conforming_strings') = 'on', current_setting('search_path') LIKE '%pg\\_temp%',
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
-    has_function_privilege('pg_control_system()', 'EXECUTE'), pg_is_in_recovery(), s.datid::bigint, {GENERATION.format("s.datid")}
+    has_function_privilege('pg_control_system()', 'EXECUTE'), pg_is_in_recovery(), s.datid::bigint,
+    {GENERATION.format("s.datid")}
 FROM pg_stat_activity s WHERE s.pid = pg_backend_pid()
 """
 IDENTITY = "SELECT system_identifier::text FROM pg_control_system()"
@@ -75,7 +76,7 @@ FROM {id} x
 """
 # What there is before PostgreSQL 17: it can prove that a transaction did not happen, but not that it did.
 MARK_WEAKLY = "SELECT {id}::text, NULL"
-# With the latter a transaction that has written nothing has none.
+# By the latter a transaction that has written nothing has none.
 ANY_ID, ID_IF_ANY = "pg_current_xact_id()", "pg_current_xact_id_if_assigned()"
 # A pooler may have changed the session for one to other data and said nothing.
 MARK_OF_DATA = f"""
@@ -229,10 +230,10 @@ class Link:
         direct = real.info.backend_pid == pid
         if mark and not direct:
             mark = MARK_OF_DATA.replace("{mark}", mark)
-        return Facts(
-            pid, start, direct, Identity(system, database, generation), mark if system and not standby else "", is_committed,
-            standard_strings, temporary,
-        )
+        if standby or not system:
+            mark = ""
+        identity = Identity(system, database, generation)
+        return Facts(pid, start, direct, identity, mark, is_committed, standard_strings, temporary)
 
 
 # All connections of this process: a child that it forks must leave their sessions alone.
@@ -282,7 +283,7 @@ class Connection:
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in Connection.__slots__:
+        if name in _OWN:
             object.__setattr__(self, name, value)
         else:
             self.revive()
@@ -487,11 +488,8 @@ class Connection:
         cursor.run(self.real, step)
 
     def _mark_early(self, step: Step) -> None:
-        """Set the mark before the transaction locks anything, so that others do not wait until it is durable.
-
-        Only where each statement has a snapshot of its own: else the mark's would be everybody's.
-        """
-        if step.judged.writes and not self._mark and self._facts.mark and self._reads_freely():
+        """Set the mark before the transaction locks anything, so that others do not wait until it is durable."""
+        if step.judged.writes and not self._mark and self._facts.mark:
             self._mark = self._set_mark(ANY_ID)
 
     def _set_mark(self, which: str) -> tuple:
@@ -554,7 +552,8 @@ class Connection:
         writes = bool(journal.steps or journal.why_not or self._bound or not self._reads_freely())
         try:
             if self._facts.mark and writes:
-                xid, lsn = self._mark or self._set_mark(ID_IF_ANY)
+                early = not (self._bound or journal.why_not) and self._mark  # guard: mark of this transaction
+                xid, lsn = early or self._set_mark(ID_IF_ANY)
             asked = not self.real.closed
             self.real.commit()
         except self._link.dbapi.Error as error:
@@ -669,6 +668,9 @@ class Connection:
         self._mark = None
         self._journal = Journal()
         self._outage = None
+
+
+_OWN = frozenset(Connection.__slots__)
 
 
 class Cursor:

@@ -6,8 +6,31 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
+from sqlalchemy.pool import QueuePool
+
 from .connection import MOST_REPEATS, Connection, Engine, Link
 from .patience import Patience
+
+
+class Pool(QueuePool):  # type: ignore[misc]
+    """SQLAlchemy's, but however many connections were in use, one is kept."""
+
+    at_rest: int | None = 1  # all of pool_size, if the application has given that
+
+    def _do_return_conn(self, record: Any) -> None:
+        somebody_waits = 0 <= self._max_overflow <= self._overflow
+        if self.at_rest is None or self._pool.qsize() < self.at_rest or somebody_waits:
+            super()._do_return_conn(record)
+            return
+        try:
+            record.close()
+        finally:
+            self._dec_overflow()
+
+    def recreate(self) -> Pool:
+        again = super().recreate()
+        again.at_rest = self.at_rest
+        return again
 
 
 class Waiting:
@@ -16,6 +39,7 @@ class Waiting:
     # from SQLAlchemy's dialect
     dbapi: Any
     on_connect_url: Callable
+    poolclass = Pool
 
     def __init__(self, hpc_db_patience: float = 0.0, hpc_db_server: str = "", **options: Any) -> None:
         super().__init__(**options)

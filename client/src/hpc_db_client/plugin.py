@@ -14,8 +14,6 @@ from sqlalchemy.pool import QueuePool
 # Longer than a node's failure with its lease (minutes), shorter than what a node that idles for nothing may cost.
 PATIENCE_SECONDS = 600.0
 LONGEST_PATIENCE_SECONDS = 7 * 86400.0
-# SQLAlchemy's own defaults
-POOL_SIZE, OVERFLOW = 5, 10
 PREFIX = "hpc_db_"
 DRIVERS = ("psycopg2", "psycopg")
 
@@ -54,20 +52,18 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
         dialect_args["hpc_db_server"] = f"service {service}" if service else f"host {host}" if host else "default host"
 
     def handle_pool_kwargs(self, pool_cls: type, pool_args: dict[str, Any]) -> None:
-        """Keep one connection at rest, as many in use as by default, and none that is dead."""
+        """Have no connection that is dead, and as many in use as without the plugin."""
         pool_args["pre_ping"] = True
+        self._keeps_all = "pool_size" in pool_args
         if issubclass(pool_cls, QueuePool):
-            overflow = pool_args.setdefault("max_overflow", OVERFLOW)
-            if "pool_size" not in pool_args:
-                pool_args["pool_size"] = 1
-                if overflow >= 0:
-                    pool_args["max_overflow"] = overflow + POOL_SIZE - 1
             # A thread that waits for another one's connection waits for the server, too.
             pool_args.setdefault("timeout", 30 + self._patience)
 
     def engine_created(self, engine: Engine) -> None:
         """Take over the pool's connections, and show users the URL that they know."""
         engine.dialect.keep_up(engine.pool)
+        if self._keeps_all:
+            engine.pool.at_rest = None
         engine.url = self._url
 
 
