@@ -45,10 +45,8 @@ class Suite(NamedTuple):
 
     def run(self, tests: list[str], report: Path, *options: str, **environment: str) -> tuple[set[str], set[str]]:
         """Return what passed and what failed."""
-        command = [
-            sys.executable, "-s", "-m", "pytest", *tests, "-q", "-o", "addopts=", "-o", f"cache_dir={report.parent}/cache",
-            f"--junitxml={report}", *options,
-        ]
+        command = [sys.executable, "-s", "-m", "pytest", *tests, f"--junitxml={report}", *options]
+        command += ["-q", "-o", "addopts=", "-o", f"cache_dir={report.parent}/cache"]
         with open(report.with_suffix(".log"), "w") as log:
             subprocess.run(command, cwd=self.folder, env={**os.environ, **environment}, stdout=log, stderr=log, check=False)
         passed, failed = set(), set()
