@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import pytest
 from real_server import DRIVERS, Server
@@ -48,7 +48,8 @@ class Suite(NamedTuple):
         command = [sys.executable, "-s", "-m", "pytest", *tests, f"--junitxml={report}", *options]
         command += ["-q", "-o", "addopts=", "-o", f"cache_dir={report.parent}/cache"]
         with open(report.with_suffix(".log"), "w") as log:
-            subprocess.run(command, cwd=self.folder, env={**os.environ, **environment}, stdout=log, stderr=log, check=False)
+            env = {**os.environ, **environment}
+            subprocess.run(command, cwd=self.folder, env=env, stdout=log, stderr=log, check=False)
         passed, failed = set(), set()
         for case in ElementTree.parse(report).iter("testcase"):
             name = f"{case.get('classname')}::{case.get('name')}"
