@@ -14,6 +14,9 @@ description:
   - Its name is C(DATABASE-TIME.kept.dump). The hosting job removes old dumps of its own only, and never this one.
   - A dump is restored into a new database, and takes the place of the old one once it holds every trial of the dump.
     So a restore that fails or is interrupted changes nothing that workers see.
+  - Workers that were connected to the old one are ended, and none of them can go on with what it remembers. The new
+    database has another C(hpc_db.generation), by which the client package knows that it is another one, and gives no
+    study or trial an id that the old one has given.
 author: mala.hpc_db contributors (@mala-project)
 options:
   root:
@@ -116,6 +119,11 @@ LEFTOVER_SECONDS = 3600
 
 EXISTS = "SELECT 1 FROM pg_database WHERE datname = %s"
 COUNTS = "SELECT (SELECT count(*) FROM studies), (SELECT count(*) FROM trials)"
+# What SQLAlchemy and Optuna count with.
+COUNTERS = "SELECT schemaname, sequencename, last_value FROM pg_sequences WHERE last_value IS NOT NULL"
+COUNT_ON = "SELECT setval(to_regclass(%s), %s) WHERE to_regclass(%s) IS NOT NULL"
+# More than workers use in the moment until they are ended.
+SPARE_IDS = 10000
 END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = ANY(%s)"
 
 Run = Callable[[list[str]], str]
@@ -274,6 +282,9 @@ def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
             restored = count(params, aside)
             if restored[1] != trials:
                 raise Failed(f"{path} holds {trials} trials, but {restored[1]} were restored; nothing was changed")
+            if found:
+                count_on(params, aside)
+            execute(params, f"ALTER DATABASE {quoted(aside)} SET hpc_db.generation = '{now()}-{os.urandom(4).hex()}'")
             swap(params, aside, kept)
         if kept and found and not found[0]:
             execute(params, f"DROP DATABASE {quoted(kept)}")
@@ -303,6 +314,19 @@ def restored_aside(bindir: str, params: dict, path: str, run: Run) -> Iterator[s
         yield aside
     finally:
         execute(params, drop)
+
+
+def count_on(params: dict, aside: str) -> None:
+    """Have the database ``aside`` give no ids that the one in its place has given, or is about to."""
+    given: dict[str, int] = {}
+    for database in (params["database"], aside):
+        with _connection.connect(params, database) as connection:
+            for schema, name, last in _connection.rows(connection, COUNTERS):
+                sequence = f"{quoted(schema)}.{quoted(name)}"
+                given[sequence] = max(given.get(sequence, 0), last)
+    with _connection.connect(params, aside) as connection:
+        for sequence, last in given.items():
+            _connection.rows(connection, COUNT_ON, (sequence, last + SPARE_IDS, sequence))
 
 
 def beside(database: str, what: str) -> str:

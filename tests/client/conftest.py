@@ -11,19 +11,29 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from cutting_proxy import CRASHES, WAYS, Proxy
-from real_server import Server
+from real_server import DRIVERS, PGBOUNCER, Pooler, Server
 
-DRIVERS = ["psycopg2", *(["psycopg"] if find_spec("psycopg") else [])]
+# Optuna has had a proxy since 4.2.
+collect_ignore = [] if find_spec("grpc") else ["test_storage_proxy.py"]
+# Their source is that of the newest.
+collect_ignore += [] if find_spec("fakeredis") else ["test_upstream.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", action="store_true", help="every cut by itself, and crashes")
+    parser.addoption("--soak", action="store_true", help="every cut by itself, and crashes; a long history")
+    parser.addoption("--history-seed", type=int, default=1, help="of the transactions and faults in test_history.py")
 
 
 @pytest.fixture(scope="session")
 def soak(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--soak")
+
+
+@pytest.fixture(scope="session")
+def history_seed(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--history-seed")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -55,6 +65,17 @@ def proxy(server: Server) -> Iterator[Proxy]:
         yield proxy
 
 
+@pytest.fixture
+def pooler(server: Server) -> Iterator[Pooler]:
+    """A PgBouncer in transaction mode."""
+    if not PGBOUNCER:
+        pytest.skip("pgbouncer is not installed")
+    pooler = Pooler(server.data.parent / "pooler")
+    pooler.start(server.port)
+    yield pooler
+    pooler.kill()
+
+
 @pytest.fixture(params=DRIVERS)
 def driver(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -65,3 +86,21 @@ def url(driver: str, proxy: Proxy) -> str:
     """The URL with the plugin, by way of the proxy."""
     where = f"study@127.0.0.1:{proxy.port}/study"
     return f"postgresql+{driver}://{where}?plugin=hpc_db&hpc_db_patience=60&sslmode=disable&gssencmode=disable"
+
+
+@pytest.fixture
+def engine(url: str, database: Callable[[str], list]) -> Iterator[sqlalchemy.engine.Engine]:
+    """An engine that has one connection at rest, and the table t with the rows 1 and 2."""
+    database("DROP TABLE IF EXISTS t")
+    database("CREATE TABLE t (n int PRIMARY KEY, word text); ALTER TABLE t OWNER TO study")
+    database("INSERT INTO t VALUES (1, 'one'), (2, 'two')")
+    engine = sqlalchemy.create_engine(url, future=True)
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("SELECT 1"))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def rows(database: Callable[[str], list]) -> Callable[[], list]:
+    return lambda: database("SELECT n, word FROM t ORDER BY n")

@@ -31,13 +31,13 @@ class Proxy:
     """Listens on ``port``; ``requests`` were made since the last ``cut``."""
 
     def __init__(self, server: int, terminate: Callable[[int], object]) -> None:
-        self._server = server
+        self.server = server
         self._terminate = terminate
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._lock = threading.Lock()
         self._then: Callable[[], object] = lambda: None
-        self._sockets: list[socket.socket] = []
+        self._sockets: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._chosen: dict[int, str] = {}
         self._text = (b"", "")
@@ -62,7 +62,7 @@ class Proxy:
 
     def __exit__(self, *_unused: object) -> None:
         # To close what a thread reads from would give its number to another test's socket.
-        for each in (self._listener, *self._sockets):
+        for each in (self._listener, *list(self._sockets)):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
@@ -79,15 +79,15 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 client, _address = self._listener.accept()
-                self._sockets.append(client)
+                self._sockets.add(client)
                 self._start(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
         server = socket.socket()
-        self._sockets.append(server)
+        self._sockets.add(server)
         ends = [client, server]
         try:
-            server.connect(("127.0.0.1", self._server))
+            server.connect(("127.0.0.1", self.server))
             if self._talk(client, server):
                 ends.remove(server)  # it stays open
         except (OSError, EOFError):
@@ -96,6 +96,8 @@ class Proxy:
             for each in ends:
                 with contextlib.suppress(OSError):
                     each.shutdown(socket.SHUT_RDWR)
+                self._sockets.discard(each)
+                each.close()
 
     def _talk(self, client: socket.socket, server: socket.socket) -> bool:
         """Pass on until the end; return whether the server's side is left open."""
@@ -153,7 +155,10 @@ def message(stream: socket.socket) -> tuple[bytes, bytes]:
 
 def pass_on_farewell(server: socket.socket, client: socket.socket) -> None:
     """Wait until the client says something; meanwhile the server may end the session."""
-    while server in select.select([client, server], [], [])[0]:
+    both = select.poll()
+    both.register(client, select.POLLIN)
+    both.register(server, select.POLLIN)
+    while server.fileno() in dict(both.poll()):
         client.sendall(read(server, 1))
 
 

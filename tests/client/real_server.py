@@ -18,12 +18,15 @@ import psycopg2
 
 IS_ROOT = os.geteuid() == 0
 OWNER = pwd.getpwnam("nobody") if IS_ROOT else pwd.getpwuid(os.geteuid())
+DRIVERS = ["psycopg2", *(["psycopg"] if find_spec("psycopg") else [])]
+PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 # PostgreSQL refuses to run as root.
 AS_OWNER: dict = {"user": OWNER.pw_uid, "group": OWNER.pw_gid, "extra_groups": []} if IS_ROOT else {}
 CONFIGURATION = """
 listen_addresses = '127.0.0.1'
 unix_socket_directories = ''
 fsync = off
+max_prepared_transactions = 10
 """
 
 
@@ -38,9 +41,7 @@ class Server:
             shutil.copytree(part, folder / part.name)
         self.bindir = folder / package.name / "pginstall" / "bin"
         self.data = folder / "data"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         if IS_ROOT:
             subprocess.run(["chown", "-R", f"{OWNER.pw_uid}:{OWNER.pw_gid}", str(folder)], check=True)
         self._run("initdb", "-A", "trust", "-U", "owner", "--no-sync")
@@ -62,6 +63,12 @@ class Server:
     def stop(self, mode: str = "fast") -> None:
         self._run("pg_ctl", "stop", "-w", "-m", mode)
 
+    def move(self) -> None:
+        """Have another port from the next start on."""
+        self.port = free_port()
+        with open(self.data / "postgresql.conf", "a") as stream:
+            stream.write(f"port = {self.port}\n")
+
     def ask(self, statement: str, database: str = "postgres") -> list:
         """Run a statement as the owner of everything, if need be after a crash's recovery."""
         limit = time.monotonic() + 30
@@ -82,6 +89,41 @@ class Server:
             return cursor.fetchall() if cursor.description else []
         finally:
             connection.close()
+
+
+class Pooler:
+    """A PgBouncer in transaction mode, on 127.0.0.1."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._folder.mkdir(exist_ok=True)
+        self.port = free_port()
+        self._server_port = 0
+
+    def start(self, server_port: int = 0) -> None:
+        """Start, before the server at that port, or the same as before."""
+        self._server_port = server_port or self._server_port
+        (self._folder / "users").write_text('"study" ""\n')
+        (self._folder / "ini").write_text(
+            f"[databases]\n* = host=127.0.0.1 port={self._server_port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+            f"listen_port = {self.port}\nunix_socket_dir =\npool_mode = transaction\nauth_type = trust\n"
+            f"auth_file = {self._folder}/users\nlogfile = {self._folder}/log\nserver_login_retry = 1\n"
+        )
+        if IS_ROOT:
+            for each in (self._folder, *self._folder.iterdir()):
+                os.chown(each, OWNER.pw_uid, OWNER.pw_gid)
+        self._child = subprocess.Popen([str(PGBOUNCER), "-q", str(self._folder / "ini")], **AS_OWNER)
+        eventually(lambda: socket.socket().connect_ex(("127.0.0.1", self.port)) == 0)
+
+    def kill(self) -> None:
+        self._child.kill()
+        self._child.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def eventually(condition: Callable[[], object], seconds: float = 30) -> None:

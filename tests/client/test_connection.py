@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import optuna
 import pytest
@@ -20,24 +21,6 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 Ask = Callable[[str], list]
 
 
-@pytest.fixture
-def engine(url: str, database: Ask) -> Iterator[sqlalchemy.engine.Engine]:
-    """An engine that has one connection at rest, and the table t with the rows 1 and 2."""
-    database("DROP TABLE IF EXISTS t")
-    database("CREATE TABLE t (n int PRIMARY KEY, word text); ALTER TABLE t OWNER TO study")
-    database("INSERT INTO t VALUES (1, 'one'), (2, 'two')")
-    engine = sqlalchemy.create_engine(url, future=True)
-    with engine.connect() as connection:
-        connection.execute(text("SELECT 1"))
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def rows(database: Ask) -> Callable[[], list]:
-    return lambda: database("SELECT n, word FROM t ORDER BY n")
-
-
 @pytest.mark.parametrize("way", WAYS + CRASHES)
 def test_commit_that_was_cut_is_done_once(
     way: str, engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
@@ -49,6 +32,20 @@ def test_commit_that_was_cut_is_done_once(
         connection.commit()
 
     assert rows() == [(1, "oneone"), (2, "two"), (3, "three")]
+
+
+def test_transaction_after_one_that_was_ended_in_words_is_not_taken_for_it(
+    engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
+) -> None:
+    with engine.connect() as connection:
+        connection.execute(text("UPDATE t SET word = 'mine' WHERE n = 1"))
+        connection.connection.cursor().execute("COMMIT AND CHAIN")
+        connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
+        proxy.cut_at(b"COMMIT", REQUEST_LOST)
+        with pytest.raises(OperationalError):
+            connection.commit()
+
+    assert rows() == [(1, "mine"), (2, "two")]
 
 
 def test_transaction_that_would_read_something_else_is_not_repeated(
@@ -96,9 +93,9 @@ def test_repeatable_read_is_repeated_or_an_error(
             connection.execute(text("SELECT word FROM t WHERE n = 2"))
 
 
-@pytest.mark.parametrize("cut_at", ["INSERT", "count"])
+@pytest.mark.parametrize("cut_at, is_known", [("INSERT", False), ("count", True)])
 def test_keys_that_count_are_not_kept_when_others_were_given_some(
-    cut_at: str, engine: sqlalchemy.engine.Engine, proxy: Proxy, database: Ask, rows: Callable[[], list]
+    cut_at: str, is_known: bool, engine: sqlalchemy.engine.Engine, proxy: Proxy, database: Ask, rows: Callable[[], list]
 ) -> None:
     database("DROP TABLE IF EXISTS numbered")
     database("CREATE TABLE numbered (id serial PRIMARY KEY, n int); ALTER TABLE numbered OWNER TO study")
@@ -122,12 +119,12 @@ def test_keys_that_count_are_not_kept_when_others_were_given_some(
 
     other_engine = sqlalchemy.create_engine(engine.url)
     proxy.cut_at(cut_at.encode(), REQUEST_LOST, other)
-    with pytest.raises(OperationalError), engine.begin() as connection:
+    with pytest.raises(OperationalError) if is_known else contextlib.nullcontext(), engine.begin() as connection:
         number(connection)
     other()
     other_engine.dispose()
 
-    assert database("SELECT n FROM numbered ORDER BY id") == [(0,), (1,)]
+    assert [n for (n,) in database("SELECT n FROM numbered ORDER BY id")] == ([0, 1] if is_known else [0, 1, 2])
 
 
 def test_error_within_a_transaction_is_the_same_when_it_is_repeated(
@@ -197,6 +194,27 @@ def test_server_that_cannot_make_sure_is_not_believed(
     assert len(rows()) == 4
 
 
+@pytest.mark.parametrize("way", [REQUEST_LOST, ANSWER_LOST])
+def test_server_that_does_not_say_which_one_it_is_is_not_asked(
+    way: str, engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list], database: Ask,
+    server: Server, capfd: pytest.CaptureFixture,
+) -> None:
+    database("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC")
+    other = sqlalchemy.create_engine(engine.url.set(query={**engine.url.query, "plugin": "hpc_db"}), future=True)
+    try:
+        with other.connect() as connection:
+            connection.execute(text("INSERT INTO t VALUES (10, 'ten')"))
+            proxy.cut_at(b"COMMIT", way)
+            with pytest.raises(OperationalError):
+                connection.commit()
+    finally:
+        other.dispose()
+        database("GRANT EXECUTE ON FUNCTION pg_control_system() TO PUBLIC")
+
+    assert "the server cannot tell whether the transaction was committed" in capfd.readouterr().err
+    assert len(rows()) == (2 if way == REQUEST_LOST else 3)
+
+
 def test_application_can_ask_for_what_it_inserted(
     engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
 ) -> None:
@@ -207,6 +225,19 @@ def test_application_can_ask_for_what_it_inserted(
         assert answer.all() == [("three",)]
 
     assert len(rows()) == 3
+
+
+@pytest.mark.parametrize("options, at_rest", [({}, 1), ({"pool_size": 3}, 3), ({"max_overflow": 0}, 5)])
+def test_one_connection_is_kept_unless_the_application_says_how_many(
+    options: dict[str, int], at_rest: int, url: str
+) -> None:
+    engine = sqlalchemy.create_engine(url, **options)
+    for _turn in range(2):
+        used = [engine.connect() for _connection in range(5)]
+        for connection in used:
+            connection.close()
+        assert engine.pool.checkedin() == at_rest
+        engine.dispose()
 
 
 def test_connection_at_rest_is_alive_after_a_restart(

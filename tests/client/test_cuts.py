@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import optuna
 import pytest
@@ -13,11 +15,18 @@ from real_server import Server
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 Ask = Callable[[str], list]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def schema(server: Server) -> None:
     optuna.storages.RDBStorage(f"postgresql+psycopg2://study@127.0.0.1:{server.port}/study?plugin=hpc_db")
+    # the trigger that each study database of this collection has
+    spec = importlib.util.spec_from_file_location("_workers", ROOT / "plugins" / "module_utils" / "_workers.py")
+    assert spec and spec.loader
+    workers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(workers)
+    server.ask(workers.TAKE_NOTES, "study")
 
 
 @pytest.fixture

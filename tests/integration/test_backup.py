@@ -56,6 +56,10 @@ settings.update(root=sys.argv[1], databases=["studies"], dump_minutes=0, dump_ke
 dumps = Dumps(settings, types.SimpleNamespace(**json.load(open("../run/endpoint.json"))))
 print(dumps.now(float(sys.argv[2]), lambda: None), dumps.told)
 """
+NEXT_TRIAL = "SELECT last_value FROM trials_trial_id_seq"
+GENERATION = """
+SELECT unnest(setconfig) FROM pg_db_role_setting JOIN pg_database d ON d.oid = setdatabase WHERE datname = 'studies'
+"""
 # A worker that is idle.
 HOLD = """
 "$bin/psql" "service={0} dbname=older" -c 'SELECT pg_sleep(600)' > ../log/held 2>&1 &
@@ -172,6 +176,7 @@ def test_dump_is_complete_and_nobody_else_s(studies: Studies, fetched: Path) -> 
 def test_newest_dump_brings_back_what_was_there(studies: Studies, fetched: Path) -> None:
     before = studies.drill()
     studies.work(5)
+    given = studies.psql(NEXT_TRIAL)
 
     assert "restore_database: studies holds 1 studies with 25 trials; with restore_replace=true" in studies.refusal(
         restore_from="newest"
@@ -182,6 +187,8 @@ def test_newest_dump_brings_back_what_was_there(studies: Studies, fetched: Path)
     kept = re.findall(r"^studies: 20 trials from newest; .* kept as the database (studies-\w+)$", said, re.MULTILINE)
     names = studies.psql("SELECT datname FROM pg_database WHERE datname LIKE 'studies%' ORDER BY 1").split()
     assert names == ["studies", *kept]
+    assert int(studies.psql(NEXT_TRIAL)) > int(given), "no trial has an id that workers know of another trial"
+    assert re.fullmatch(r"hpc_db\.generation=\w+-\w+", studies.psql(GENERATION))
     assert studies.psql("SELECT count(*), has_table_privilege('reader', 'trials', 'SELECT') FROM trials") == "20|t"
     count = "psql -d \"service=$name user=$USER dbname={}\" -c 'SELECT count(*) FROM trials'"
     assert studies.shell(f"name={FIRST}; {count.format(kept[0])}") == "25"

@@ -86,39 +86,6 @@ for who, channel in (
         print(who, error.code().name)
 """
 
-# A trial's end whose answer, or which itself, is lost on its way; in the second case somebody else ends the trial.
-CUT = """
-import grpc
-import optuna
-from hpc_db_client import proxy
-from optuna.trial import TrialState
-
-class Cut(grpc.RpcError):
-    code = lambda self: grpc.StatusCode.UNAVAILABLE
-    details = lambda self: "cut by the test"
-
-storage = proxy.storage("hpc_db")
-study = optuna.load_study(study_name="beryllium", storage=storage)
-stub = storage._channel.stub()
-serve = stub.SetTrialStateValues
-
-def end(meanwhile):
-    def cut(request):
-        stub.SetTrialStateValues = serve
-        meanwhile(request)
-        raise Cut
-    trial = study.ask()
-    stub.SetTrialStateValues = cut
-    try:
-        study.tell(trial, 0.5)
-    except optuna.exceptions.UpdateFinishedTrialError:
-        print("refused", end=" ")
-    print(storage.get_trial(trial._trial_id).state.name)
-
-end(serve)
-end(lambda request: storage.set_trial_state_values(request.trial_id, TrialState.FAIL))
-"""
-
 
 @pytest.fixture(scope="module")
 def instance(mini: Target) -> Iterator[Target]:
@@ -126,7 +93,7 @@ def instance(mini: Target) -> Iterator[Target]:
     played = mini.play("hpc_db", SETTINGS)
     assert re.search(r"^mini .* failed=0", played.stdout, re.MULTILINE), played.stdout
     assert f"\n{POOLED}&plugin=hpc_db\n" in played.stdout
-    for name, text in (("workers.py", WORKERS), ("strangers.py", STRANGERS), ("cut.py", CUT)):
+    for name, text in (("workers.py", WORKERS), ("strangers.py", STRANGERS)):
         mini.run(f"cat > {name} <<'EOF'\n{text}\nEOF")
     eventually(lambda: {"pooler", "proxy"} <= set(endpoint(mini)))
     yield mini
@@ -196,12 +163,6 @@ def test_proxy_serves_nobody_without_the_certificate(instance: Target) -> None:
     assert said == [
         "nobody UNAVAILABLE", "no certificate UNAVAILABLE", "another certificate UNAVAILABLE", "ours was told True"
     ]
-
-
-def test_end_of_a_trial_is_told_once_through_the_proxy(instance: Target) -> None:
-    said = instance.run(f"{PYTHON} cut.py 2>/dev/null").splitlines()
-
-    assert said == ["COMPLETE", "refused FAIL"]
 
 
 def test_trials_go_on_when_the_engines_were_killed(instance: Target) -> None:

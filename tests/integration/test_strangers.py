@@ -159,7 +159,7 @@ NAMES_ONLY = {
     "roles/databases/tasks/with_server.yml",
 }
 OPENS = re.compile(
-    r"_connection\.(connect|parameters|conninfo|storage_url)\(|\b(asyncpg|psycopg2?|driver|base)\.connect\("
+    r"_connection\.(connect|parameters|conninfo|storage_url)\(|\b(asyncpg|psycopg2?|driver)\.connect\(|\._invoke_creator\b"
     r"|(create_engine|RDBStorage|get_storage)\(|postgresql\+psycopg2?://%|[\"/](psql|pg_(dump|dumpall|restore))\""
     r"|community\.postgresql\.postgresql_"
 )

@@ -9,24 +9,36 @@ A transaction that was cut is decided like this, and only like this:
   differ in any case.
 - The commit was asked for: the server says whether it happened (``pg_xact_status``). If so, it is done; if not, it
   is repeated.
-- It cannot be repeated, one of its results differs, or the server cannot say: the error goes up.
+- It is not known to be repeatable, one of its results differs, or the server cannot say: the error goes up.
+
+Each line that keeps something from being done twice or in part is marked ``guard: NAME``; ``tests/client/guards.py``
+takes them out, one at a time, and shows that a test fails.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import select
 import threading
 from typing import Any, Callable, NamedTuple
 from weakref import ref
 
-from .journal import Differs, Journal, Step, digest, judge, only_reads
+from . import catalog
+from .journal import Differs, Journal, Step, digest
 from .patience import GaveUp, Outage, Patience, tell
+from .sql import Judgement, judge, with_values
 
 # A transaction that the server dies of is not what it should be given again and again.
 MOST_REPEATS = 5
-IN_ERROR = 3  # libpq's PQTRANS_INERROR
+# A sequence that is further away than this counts in some other way.
+MOST_KEYS = 1000
+# Of one session; more are not kept.
+MOST_NAMES = 5000
+IDLE, IN_ERROR = 0, 3  # libpq's PQTRANS_IDLE, PQTRANS_INERROR
 IN_THE_FUTURE = "22023"  # what pg_xact_status says of an id that has not been given yet
 CANNOT = "a transaction was cut that cannot be repeated"
+LOST = "hpc_db: the transaction was cut and is not repeated; roll it back"
 # The server ended the session: shutdown, crash, idle for too long.
 ENDED = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
 # What waiting does not mend. Only the first time: a server that once let us in, and now does not, is another's.
@@ -38,12 +50,20 @@ FUTILE = (
 
 # Optuna stores heartbeats in the session's time zone without naming it, so two workers that differ in PGTZ would take
 # each other for dead: every session is in UTC.
-FACTS = """
+GENERATION = """
+coalesce((
+    SELECT setting FROM pg_db_role_setting, unnest(setconfig) setting
+    WHERE setdatabase = {0} AND setrole = 0 AND left(setting, 18) = 'hpc_db.generation='
+), '')
+"""
+FACTS = f"""
 SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text,
     current_setting('server_version_num')::int, current_setting('transaction_isolation') = 'read committed',
+    current_setting('standard_conforming_strings') = 'on', current_setting('search_path') LIKE '%pg\\_temp%',
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
-    has_function_privilege('pg_control_system()', 'EXECUTE')
+    has_function_privilege('pg_control_system()', 'EXECUTE'), pg_is_in_recovery(), s.datid::bigint,
+    {GENERATION.format("s.datid")}
 FROM pg_stat_activity s WHERE s.pid = pg_backend_pid()
 """
 IDENTITY = "SELECT system_identifier::text FROM pg_control_system()"
@@ -52,10 +72,17 @@ IDENTITY = "SELECT system_identifier::text FROM pg_control_system()"
 # message would not be flushed, whatever its last argument says; this one carries the transaction's id as well.)
 MARK = """
 SELECT x::text, CASE WHEN x IS NOT NULL THEN pg_logical_emit_message(false, 'hpc_db', '', true) END::text
-FROM pg_current_xact_id_if_assigned() x
+FROM {id} x
 """
 # What there is before PostgreSQL 17: it can prove that a transaction did not happen, but not that it did.
-MARK_WEAKLY = "SELECT pg_current_xact_id_if_assigned()::text, NULL"
+MARK_WEAKLY = "SELECT {id}::text, NULL"
+# By the latter a transaction that has written nothing has none.
+ANY_ID, ID_IF_ANY = "pg_current_xact_id()", "pg_current_xact_id_if_assigned()"
+# A pooler may have changed the session for one to other data and said nothing.
+MARK_OF_DATA = f"""
+SELECT m.*, d.oid::bigint, {GENERATION.format("d.oid")}
+FROM ({{mark}}) m, pg_database d WHERE d.datname = current_database()
+"""
 STATUS = """
 SELECT CASE WHEN pg_current_wal_insert_lsn() >= '{lsn}'::pg_lsn THEN pg_xact_status('{xid}'::xid8) END
 """
@@ -66,29 +93,65 @@ WHERE pid = {pid} AND backend_start = '{start}'::timestamptz
 """
 
 
+class Identity(NamedTuple):
+    """Whose data a session sees. README.md says how the generation is changed."""
+
+    system: str  # the data directory's identifier; "" if the server does not tell
+    database: int
+    generation: str
+
+
 class Facts(NamedTuple):
     """What has to be known of a session before it is lost."""
 
     pid: int
     start: str
     direct: bool  # no pooler between us and that process
-    system: str  # the data directory's identity; "" if the server does not tell
+    identity: Identity
     mark: str  # the statement that MARK is about; "" if the server has none
     read_committed: bool  # by default, each statement sees what others have committed meanwhile
+    standard_strings: bool  # a backslash in a literal is one
+    temporary: bool  # new tables belong to the session
+
+
+class Engine:
+    """What the connections of one engine share."""
+
+    def __init__(self, dbapi: Any, patience: Patience) -> None:
+        self.dbapi = dbapi
+        self.patience = patience
+        self.connections: set[ref[Connection]] = set()
+        self._identity: Identity | None = None
+
+    def check(self, identity: Identity) -> None:
+        """Raise an error if a session sees other data than the first one did.
+
+        What the application remembers (Optuna its trials) is not in there.
+        """
+        if self._identity is None:
+            self._identity = identity
+        if identity != self._identity:  # guard: identity
+            raise self.dbapi.OperationalError(
+                "hpc_db: the database is another one now, restored or moved to other data:"
+                f" {_in_words(identity)} instead of {_in_words(self._identity)}; start this program anew"
+            )
+
+
+def _in_words(identity: Identity) -> str:
+    generation = identity.generation.partition("=")[2] or "none"
+    return f"system {identity.system or 'unknown'}, database {identity.database}, generation {generation}"
 
 
 class Link:
     """How to open and prepare one connection."""
 
-    def __init__(
-        self, connect: Callable[[], Any], prepare: Callable[[Any], object], dbapi: Any, patience: Patience,
-        others: set[ref[Connection]],
-    ) -> None:
+    def __init__(self, connect: Callable[[], Any], prepare: Callable[[Any], object], engine: Engine) -> None:
         self._connect = connect
         self._prepare = prepare
-        self.dbapi = dbapi
-        self.patience = patience
-        self.others = others  # connections of the same engine
+        self._engine = engine
+        self.dbapi = engine.dbapi
+        self.patience = engine.patience
+        self.others = engine.connections
 
     def open(self, outage: Outage, old: Facts | None, attributes: dict[str, Any]) -> tuple[Any, Facts]:
         """Wait until the server lets us in, end what is left of the old session, and prepare the new one."""
@@ -98,6 +161,7 @@ class Link:
             try:
                 real = self._connect()
                 facts = self._facts(real)
+                self._engine.check(facts.identity)
                 if not facts.direct and hasattr(real, "prepare_threshold"):
                     real.prepare_threshold = None  # psycopg 3's would be prepared on whatever connection was free
                 self._prepare(real)
@@ -106,7 +170,7 @@ class Link:
                         real.set_isolation_level(value)
                     else:
                         setattr(real, name, value)
-                if old and old.direct and old.system == facts.system:
+                if old and old.direct:
                     ask(real, END_OLD.format(pid=old.pid, start=old.start))
             except self.dbapi.Error as error:
                 lost = real is None or self.is_lost(real, error)
@@ -119,9 +183,17 @@ class Link:
                     if other:
                         other.make_room()
                 self.pause(outage, error)
+            except BaseException:
+                close(real)
+                raise
             else:
                 self.patience.is_over()
                 return real, facts
+
+    def check(self, system: str, *data: Any) -> None:
+        """Raise an error if these are other data than before."""
+        if data:
+            self._engine.check(Identity(system, *data))
 
     def park(self, asking: Connection | None = None) -> None:
         """Behind a pooler (PgBouncer in transaction mode) let no thread wait for a connection while it keeps one."""
@@ -149,10 +221,24 @@ class Link:
 
     @staticmethod
     def _facts(real: Any) -> Facts:
-        _zone, pid, start, version, is_committed, can_flush, can_identify = ask(real, FACTS)
+        (
+            _zone, pid, start, version, is_committed, standard_strings, temporary, can_flush, can_identify, standby,
+            database, generation,
+        ) = ask(real, FACTS)
         system = ask(real, IDENTITY)[0] if can_identify else ""
         mark = MARK if can_flush else MARK_WEAKLY if version >= 130000 else ""
-        return Facts(pid, start, real.info.backend_pid == pid, system, mark if system else "", is_committed)
+        direct = real.info.backend_pid == pid
+        if mark and not direct:
+            mark = MARK_OF_DATA.replace("{mark}", mark)
+        if standby or not system:
+            mark = ""
+        identity = Identity(system, database, generation)
+        return Facts(pid, start, direct, identity, mark, is_committed, standard_strings, temporary)
+
+
+# All connections of this process: a child that it forks must leave their sessions alone.
+_connections: set[ref[Connection]] = set()
+_parent_s: list[Any] = []
 
 
 class Connection:
@@ -160,7 +246,7 @@ class Connection:
 
     __slots__ = (
         "real", "_link", "_facts", "_old", "_journal", "_attributes", "_bound", "_outage", "_thread", "_parked",
-        "__weakref__",
+        "_lost", "_judged", "_names", "_mark", "looks", "__weakref__",
     )
     # What can be read or called without leaving anything behind in the session.
     _HARMLESS = frozenset((
@@ -179,8 +265,16 @@ class Connection:
         self._outage: Outage | None = None
         self._thread = threading.get_ident()
         self._parked = False
-        self.real, self._facts = link.open(Outage(link.patience), None, {})
+        self._lost = False  # of the transaction nothing, or not all, is in the session
+        self._mark: tuple | None = None  # the transaction's id, and where its mark is
+        self._judged: set[Judgement] = set()  # statements whose names are in _names
+        self._names: set[str] = set()  # in all statements since the session began
+        self.looks = False  # SQLAlchemy looks at the server, and leaves nothing in the session
+        self.real: Any
+        self._facts: Facts
+        self._open()
         link.others.add(ref(self, link.others.discard))
+        _connections.add(ref(self, _connections.discard))
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.real, name)
@@ -189,12 +283,23 @@ class Connection:
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in Connection.__slots__:
+        if name in _OWN:
             object.__setattr__(self, name, value)
         else:
             self.revive()
             setattr(self.real, name, value)
             self._attributes[name] = value
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, kind: object, _error: object, _trace: object) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.rollback()
+        if hasattr(self.real, "pgconn"):  # psycopg 3 closes it as well
+            self.close()
 
     def set_isolation_level(self, level: Any) -> None:
         """psycopg2's; kept for the next connection."""
@@ -204,11 +309,8 @@ class Connection:
 
     def bind(self, why: str) -> None:
         """From now on the session holds what another one would not have."""
-        self._bound = self._bound or why
-
-    def unbind(self) -> None:
-        """What was done with the driver's own connection has left nothing behind."""
-        self._bound = ""
+        if not self.looks:
+            self._bound = self._bound or why
 
     def cursor(self, *arguments: Any, **options: Any) -> Any:
         """Return a cursor; one on the server is the driver's own, and binds."""
@@ -225,9 +327,11 @@ class Connection:
         """
         self._link.park(self)
         try:
+            if self.real.closed:
+                return False
             news = select.poll()
             news.register(self.real.fileno(), select.POLLIN)
-            if news.poll(0):
+            if self._bound or news.poll(0):
                 ask(self.real, "SELECT 1")
         except self._link.dbapi.Error:
             self._discard()
@@ -236,12 +340,13 @@ class Connection:
 
     def make_room(self) -> None:
         """End the session if the thread that waits for another one has this one as well, and has only read in it."""
-        if self._can_be_cut() and not self.real.closed:
+        if self._can_be_cut():
             self._discard()
+            self._lost = False  # what it had read need not be read again
 
     def park(self) -> None:
         """Give a pooler its connection back if the thread that asks for another one has only read in this one."""
-        if self._facts.direct or self.real.closed or not self._journal.began or not self._can_be_cut():
+        if self._facts.direct or not self._journal.began or not self._can_be_cut():
             return
         self._parked = True
         try:
@@ -250,10 +355,52 @@ class Connection:
             if not self._link.is_lost(self.real, error):
                 raise
             self._discard()
+            self._lost = False
 
     def _can_be_cut(self) -> bool:
-        idle = threading.get_ident() == self._thread and not self._bound
-        return idle and not self._journal.why_not and not self._journal.steps
+        idle = threading.get_ident() == self._thread and not self._bound and not self.real.closed and not self._lost
+        if not idle or self._journal.why_not or self._journal.steps or self._journal.isolated:
+            return False
+        if not self._journal.began:
+            return True
+        if self._journal.clock or self.real.autocommit or self.real.info.transaction_status == IN_ERROR:
+            return False
+        try:
+            return not self._find_unknown(in_transaction=True)
+        except self._link.dbapi.Error:
+            return False  # it is lost already
+
+    def _find_unknown(self, in_transaction: bool = False) -> str:
+        """Return what the statements of this session may have set off that is not known; "" if nothing."""
+        if not self._names:
+            return ""
+        try:
+            return catalog.find_unknown(
+                lambda statement, parameters: ask_all(self.real, statement, parameters, in_transaction), self._names
+            )
+        except self._link.dbapi.Error as error:
+            if self._link.is_lost(self.real, error):
+                raise
+            return str(error).splitlines()[0]
+
+    def disown(self) -> None:
+        """In a process that was forked: the session is the parent's, and so is its transaction.
+
+        To close the driver's connection, or to have it removed, would end the session by a last word on the socket.
+        """
+        real = self.real
+        with contextlib.suppress(Exception):
+            number = real.fileno()
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+        _parent_s.append(real)
+        self.real = _Gone(self._link.dbapi)
+        self._old = None
+        self._facts = self._facts._replace(direct=False)
+        if self._journal.began:
+            self._journal.give_up("it belongs to the process that forked this one")
+            self._lost = True
 
     def close(self) -> None:
         self.real.close()
@@ -271,35 +418,47 @@ class Connection:
 
     def commit(self) -> None:
         """Commit; return only when the transaction is in the database, once."""
-        if self._parked:  # it has only read
+        self._refuse_part()
+        journal = self._journal
+        if self._parked and not self._bound:  # it has only read
             self._end()
             return
-        if not self._journal.began:
-            if not self.real.closed:
+        if not journal.began or self._parked:
+            if self._bound or not self.real.closed:  # what was done with the driver's own is in there
                 self.real.commit()
+            self._end()
             return
-        if self.real.autocommit or self.real.info.transaction_status == IN_ERROR:
+        if self.real.autocommit or (not self.real.closed and self.real.info.transaction_status == IN_ERROR):
             self.real.commit()  # which is an error, nothing, or a rollback
         else:
             self._commit()
+            return
         self._end()
 
-    def perform(self, cursor: Cursor, method: str, text: str, arguments: tuple, options: dict) -> None:
+    def perform(self, cursor: Cursor, step: Step) -> None:
         """Run a statement on ``cursor``, and if the server goes away, run it on the next connection."""
-        why, lasting = judge(text)
-        if why and lasting:
-            self.bind(why)
+        judged = step.judged
+        self._refuse_part()
+        if judged.binds:  # guard: what may stay in the session
+            self.bind(judged.why)
+        try:
+            step.keep()
+        except Exception as error:  # whatever a parameter's own class raises
+            why = f"a parameter that is not known ({error})"
+            self.bind(why)  # guard: parameters
+            self._journal.give_up(why)
+        if step.method == "executemany" and (judged.returns or step.options):
+            self._journal.give_up("an executemany that returns rows")  # guard: rows of an executemany
+        self._note(judged)
         self.revive()
         self._thread = threading.get_ident()
-        step = Step(method, text, arguments, options, cursor.options, self._reads_freely() and only_reads(text))
         if self.real.autocommit:
             cursor.run(self.real, step)  # whether it happened nobody could tell, so its error goes up
             return
+        step.free = judged.free and self._reads_freely()
         journal = self._journal
         self._parked = False  # what it had read need not be read again
         journal.begin(step)
-        if why:
-            journal.give_up(why)
         try:
             try:
                 self._run_in_order(cursor, step)
@@ -309,39 +468,79 @@ class Connection:
                 if not self._link.is_lost(self.real, error):
                     raise
                 self._discard()
-                self._repeat(error, lambda: self._run_in_order(cursor, step))
+                self._repeat(error, lambda: self._run_in_order(cursor, step), step)
         except self._link.dbapi.Error as error:
-            step.outcome = _failure(error)
+            step.outcome, step.done = _failure(error), True
             if not step.kept:
                 journal.give_up("a statement in it failed")
-            elif self.real.closed:
+            elif self._lost:
                 journal.give_up("its error went up before")
             raise
         except BaseException:  # interrupted: what the server has done is not known
             journal.give_up("an interrupted statement")
             raise
-        finally:
-            journal.add(step)
 
     def _run_in_order(self, cursor: Cursor, step: Step) -> None:
         self._journal.check_order(step)
+        if self._journal.clock_twice and self._journal.repeats:  # guard: clock of a new transaction
+            raise Differs("it has read the clock before")
+        self._mark_early(step)
         cursor.run(self.real, step)
+
+    def _mark_early(self, step: Step) -> None:
+        """Set the mark before the transaction locks anything, so that others do not wait until it is durable."""
+        if step.judged.writes and not self._mark and self._facts.mark:
+            self._mark = self._set_mark(ANY_ID)
+
+    def _set_mark(self, which: str) -> tuple:
+        xid, lsn, *data = ask(self.real, self._facts.mark.replace("{id}", which), in_transaction=True)
+        self._link.check(self._facts.identity.system, *data)  # guard: data behind a pooler
+        return xid, lsn
+
+    def judge(self, text: str, has_arguments: bool) -> Judgement:
+        return judge(text, has_arguments, self._facts.standard_strings)
+
+    def _note(self, judged: Judgement) -> None:
+        if judged not in self._judged:
+            if len(self._judged) >= MOST_NAMES:
+                self._judged.clear()
+            self._judged.add(judged)
+            self._names |= judged.names
+            if len(self._names) > MOST_NAMES:
+                self.bind("more names than are kept")
 
     def revive(self) -> None:
         """Between transactions, and if nothing binds us to the old session, take another one for a lost one."""
-        if self.real.closed and not self._journal.began and not self._bound:
+        if self.real.closed and not self._journal.steps and not self._journal.why_not and not self._bound:
+            if self._journal.began and not self._reads_freely():
+                return
             self._outage = None
             self._open()
+            try:
+                self._check_known()
+            except Differs as differs:
+                self.bind(str(differs))
+                self._discard()
 
     def _reads_freely(self) -> bool:
         """Tell whether a result that was read before any write or lock might as well have changed since."""
-        return self._facts.read_committed and not {"isolation_level", "set_isolation_level"} & self._attributes.keys()
+        return (
+            self._facts.read_committed and not self._journal.isolated
+            and "isolation_level" not in self._attributes and "set_isolation_level" not in self._attributes
+        )
+
+    def _refuse_part(self) -> None:
+        """Let nobody go on with a part of a transaction, whatever has interrupted its repetition."""
+        if self._lost:  # guard: half a transaction
+            self._discard()
+            raise self._link.dbapi.InterfaceError(LOST)
 
     def _commit(self) -> None:
         try:
             while not self._commit_once():
                 pass
-        except BaseException:
+            self._end()
+        except BaseException:  # wherever it was interrupted, the transaction may have been committed
             self._journal.give_up("its commit failed before")
             raise
 
@@ -349,9 +548,12 @@ class Connection:
         """Commit; return False if the transaction had to be repeated and is still to be committed."""
         asked = False
         xid = lsn = None
+        journal = self._journal
+        writes = bool(journal.steps or journal.why_not or self._bound or not self._reads_freely())
         try:
-            if self._facts.mark:
-                xid, lsn = ask(self.real, self._facts.mark, in_transaction=True)
+            if self._facts.mark and writes:
+                early = not (self._bound or journal.why_not) and self._mark  # guard: mark of this transaction
+                xid, lsn = early or self._set_mark(ID_IF_ANY)
             asked = not self.real.closed
             self.real.commit()
         except self._link.dbapi.Error as error:
@@ -359,12 +561,12 @@ class Connection:
                 raise
             before = self._facts
             self._discard()
-            if asked and before.mark and xid is None and not self._bound:
+            if asked and before.mark and writes and xid is None and not self._bound and self._reads_freely():
                 return True  # nothing was written
-            if asked and self._has_committed(before, xid, lsn, error):
+            if asked and writes and self._has_committed(before, xid, lsn, error):
                 return True
             self._repeat(error, lambda: None)
-            return False
+            return not writes
         return True
 
     def _has_committed(self, before: Facts, xid: str | None, lsn: str | None, error: Exception) -> bool:
@@ -372,10 +574,10 @@ class Connection:
         cannot = "the server cannot tell whether the transaction was committed"
         if not before.mark:
             self._give_up(cannot, error)
+        if xid is None:
+            return False
         while True:
             self._open()
-            if self._facts.system != before.system:
-                self._give_up("this is not the data that the commit was sent to", error)
             try:
                 status = ask(self.real, STATUS.format(xid=xid, lsn=lsn or "0/0"))[0]
             except self._link.dbapi.Error as again:
@@ -395,8 +597,8 @@ class Connection:
             self._old = before
             self._link.pause(self._current_outage(), error)
 
-    def _repeat(self, error: Exception, again: Callable[[], None]) -> None:
-        """Repeat the transaction on a new connection, and do ``again`` there; else raise ``error``."""
+    def _repeat(self, error: Exception, again: Callable[[], None], current: Step | None = None) -> None:
+        """Repeat the transaction on a new connection, and do ``again`` (``current``) there; else raise ``error``."""
         journal = self._journal
         while True:
             why = self._bound or journal.why_not
@@ -408,8 +610,17 @@ class Connection:
             if self.real.closed:
                 self._open()
             try:
+                self._check_known()
+                late = _ask_for_keys(self.real, journal)
                 for step in journal.steps:
+                    if step is current:
+                        break
+                    if not step.done:
+                        raise Differs("an interrupted statement")
+                    journal.note_late(late.get(id(step), set()))
+                    self._mark_early(step)
                     _run_again(self.real, step, self._link, journal)
+                self._lost = False
                 again()
                 self._outage = None
                 return
@@ -421,10 +632,20 @@ class Connection:
                 self._discard()
                 self._link.pause(self._current_outage(), another)
 
+    def _check_known(self) -> None:
+        """Raise Differs if the transaction cannot begin again on this session."""
+        unknown = self._find_unknown()
+        if unknown:  # guard: what names mean
+            raise Differs(unknown)
+        if self._journal.clock_twice:  # guard: clock
+            raise Differs("it has read the clock before")
+
     def _open(self) -> None:
         self.real, self._facts = self._link.open(self._current_outage(), self._old, self._attributes)
         self._parked = False
-        self._old = None
+        self._old = self._mark = None
+        if self._facts.temporary:
+            self.bind("a search_path that names pg_temp")
 
     def _current_outage(self) -> Outage:
         """Return the wait that this connection is in: one budget until the transaction goes on."""
@@ -433,6 +654,7 @@ class Connection:
         return self._outage
 
     def _discard(self) -> None:
+        self._lost = self._journal.began
         close(self.real)
         self._old = self._facts
 
@@ -442,27 +664,32 @@ class Connection:
         raise error
 
     def _end(self) -> None:
-        self._parked = False
+        self._parked = self._lost = False
+        self._mark = None
         self._journal = Journal()
         self._outage = None
+
+
+_OWN = frozenset(Connection.__slots__)
 
 
 class Cursor:
     """What SQLAlchemy takes for the driver's cursor. It has read its result, so that it outlives its connection."""
 
+    __slots__ = ("connection", "options", "attributes", "rows", "position", "_of", "_made", "_rowcount", "__weakref__")
     _HARMLESS = frozenset((
-        "arraysize", "closed", "description", "format", "itersize", "lastrowid", "mogrify", "name", "pgresult", "query",
-        "row_factory", "rowcount", "scrollable", "statusmessage", "tzinfo_factory", "withhold",
+        "closed", "description", "lastrowid", "mogrify", "name", "pgresult", "query", "statusmessage",
     ))
 
     def __init__(self, connection: Connection, options: dict) -> None:
-        connection.revive()
         self.connection = connection
         self.options = options
+        self.attributes: dict[str, Any] = {}  # what the application has set
         self.rows: list | None = None
         self.position = 0
-        self._of = connection.real
-        self._real = self._of.cursor(**options)
+        self._of: Any = None
+        self._made: Any = None
+        self._rowcount: int | None = None
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._real, name)
@@ -477,18 +704,38 @@ class Cursor:
     def __exit__(self, *_unused: object) -> None:
         self.close()
 
-    def execute(self, statement: Any, *arguments: Any, **options: Any) -> Cursor:
-        return self._perform("execute", statement, arguments, options)
+    @property
+    def _real(self) -> Any:
+        """The driver's own, on the session that there is now, or on the one that gave the result."""
+        if self._made is None:
+            self.connection.revive()
+            self._of, self._made = self.connection.real, self.make(self.connection.real)
+        return self._made
 
-    def executemany(self, statement: Any, *arguments: Any, **options: Any) -> Cursor:
-        return self._perform("executemany", statement, arguments, options)
+    def make(self, real: Any) -> Any:
+        """Return a cursor of the driver's as the application wants it."""
+        made = real.cursor(**self.options)
+        for name, value in self.attributes.items():
+            setattr(made, name, value)
+        return made
+
+    def execute(self, query: Any, *arguments: Any, **options: Any) -> Cursor:
+        return self._perform("execute", query, arguments, options)
+
+    def executemany(self, query: Any, *arguments: Any, **options: Any) -> Cursor:
+        return self._perform("executemany", query, arguments, options)
 
     def run(self, real: Any, step: Step) -> None:
         """Run a statement on a real connection and read its result."""
-        if self._of is not real:
-            self._of, self._real = real, real.cursor(**self.options)
-        self.rows, step.outcome = _run(self._real, step)
+        if self._of is not real or self._made is None:
+            self._of, self._made = real, self.make(real)
+        self.rows = _run(self._made, step, step.text)
+        self._rowcount = step.rowcount
         self.position = 0
+
+    @property
+    def rowcount(self) -> int:
+        return self._real.rowcount if self._rowcount is None else self._rowcount
 
     def fetchone(self) -> Any:
         rows = self._result()
@@ -521,30 +768,101 @@ class Cursor:
     def _result(self) -> list:
         return self._real.fetchall() if self.rows is None else self.rows  # the driver says what is wrong
 
-    def _perform(self, method: str, statement: Any, arguments: tuple, options: dict) -> Cursor:
-        self.rows = None
-        text = statement
-        if hasattr(statement, "as_string"):
-            text = statement.as_string(self._real)
-        elif isinstance(statement, (bytes, bytearray)):
-            text = bytes(statement).decode("utf-8", "replace")
-        self.connection.perform(self, method, text, (statement, *arguments), options)
+    def _perform(self, method: str, query: Any, arguments: tuple, options: dict) -> Cursor:
+        self.rows = self._rowcount = None
+        for name in ("params", "params_seq", "vars", "vars_list"):
+            if name in options:
+                arguments = (options.pop(name), *arguments)
+        if method == "executemany" and arguments and not isinstance(arguments[0], (list, tuple)):
+            arguments = (list(arguments[0]), *arguments[1:])  # guard: an iterator gives its items once
+        text = query
+        if hasattr(query, "as_string"):
+            text = query = query.as_string(self._real)
+        elif isinstance(query, (bytes, bytearray)):
+            with contextlib.suppress(UnicodeDecodeError):
+                text = query.decode()
+        judged = self.connection.judge(
+            text if isinstance(text, str) else "", bool(arguments) and arguments[0] is not None
+        )
+        step = Step(method, query, arguments, options, judged, self.make)
+        self.connection.perform(self, step)
         return self
+
+
+def _passed_on(name: str) -> property:
+    """An attribute of the driver's cursor that the application may set: it is set again on each one that follows."""
+
+    def put(cursor: Cursor, value: Any) -> None:
+        setattr(cursor._real, name, value)
+        cursor.attributes[name] = value
+
+    return property(lambda cursor: getattr(cursor._real, name), put)
+
+
+for _name in ("arraysize", "format", "itersize", "row_factory", "scrollable", "tzinfo_factory", "withhold"):
+    setattr(Cursor, _name, _passed_on(_name))
+
+
+class _Gone:
+    """In the place of a connection that belongs to the process that forked this one."""
+
+    closed = True
+    autocommit = False
+    isolation_level = None
+
+    def __init__(self, dbapi: Any) -> None:
+        self._dbapi = dbapi
+
+    def close(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._dbapi.InterfaceError("hpc_db: this connection belongs to the process that forked this one")
+
+
+def _disown_all() -> None:
+    for each in list(_connections):
+        connection = each()
+        if connection:
+            connection.disown()
+
+
+os.register_at_fork(after_in_child=_disown_all)  # guard: fork
 
 
 def ask(real: Any, statement: str, in_transaction: bool = False) -> Any:
     """Return the first row of a statement of ours; by itself it leaves no transaction open."""
+    rows = ask_all(real, statement, None, in_transaction)
+    return rows[0] if rows else None
+
+
+def ask_all(real: Any, statement: str, parameters: tuple | None, in_transaction: bool = False) -> list:
+    """Return the rows of a statement of ours."""
     toggle = not in_transaction and not real.autocommit
     if toggle:
         real.autocommit = True
-    cursor = real.cursor()
+    cursor = _plain_cursor(real)
     try:
-        cursor.execute(statement)
-        return cursor.fetchone()
+        if parameters is None:
+            cursor.execute(statement)
+        else:
+            cursor.execute(statement, parameters)
+        return cursor.fetchall()
     finally:
         cursor.close()
         if toggle and not real.closed:
             real.autocommit = False
+
+
+def _plain_cursor(real: Any) -> Any:
+    """Return a cursor whose rows are tuples, whatever the application has set."""
+    if hasattr(real, "pgconn"):
+        from psycopg.rows import tuple_row  # type: ignore[import-not-found,unused-ignore]
+
+        return real.cursor(row_factory=tuple_row)
+    from psycopg2.extensions import cursor
+
+    return real.cursor(cursor_factory=cursor)
 
 
 def close(real: Any) -> None:
@@ -558,32 +876,127 @@ def sqlstate(error: BaseException) -> str | None:
     return getattr(error, "pgcode", None) or getattr(error, "sqlstate", None)
 
 
-def _run(cursor: Any, step: Step) -> tuple[list | None, bytes]:
-    getattr(cursor, step.method)(*step.arguments, **step.options)
+def _run(cursor: Any, step: Step, text: Any) -> list | None:
+    """Run a statement and read its result, whose digest becomes the step's outcome."""
+    judged = step.judged
+    if step.method == "executemany" and step.kept and not judged.adds and not judged.returns and step.parameters[0]:
+        _run_each(cursor, step)
+        step.done = True
+        return None
+    getattr(cursor, step.method)(text, *step.parameters, **step.options)
     rows = cursor.fetchall() if cursor.description is not None else None
-    if step.sequence and step.key is None and rows:
-        step.key = int(rows[0][0])
-    return rows, digest(cursor.description, cursor.statusmessage, rows) if step.kept else b""
+    if step.kept:
+        step.outcome = digest(cursor.description, (cursor.statusmessage, cursor.rowcount), rows)
+        if rows and isinstance(rows[0], (tuple, list)):
+            if judged.sequence and step.key is None:
+                step.key = int(rows[0][0])
+            elif judged.insert and step.rows is None:
+                step.rows = rows
+    step.done = True
+    return rows
+
+
+def _run_each(cursor: Any, step: Step) -> None:
+    """Send the statement for each set of parameters, as psycopg2 does, to know what each of them has done."""
+    said = []
+    count = 0
+    for parameters in step.parameters[0]:
+        cursor.execute(step.text, parameters)
+        said.append(cursor.statusmessage)
+        count += max(cursor.rowcount, 0)
+    step.rowcount = count
+    step.outcome = digest(None, said, None)  # guard: each set of parameters
 
 
 def _run_again(real: Any, step: Step, link: Link, journal: Journal) -> None:
     """Run a statement again; raise Differs if its result is another one, unless it is a key that we have."""
     journal.check_order(step)
-    cursor = real.cursor(**step.cursor_options)
+    if step.key is not None:
+        return  # nobody else was given our key, nor will be
+    before = step.outcome
+    text = step.text
+    if step.given and step.judged.insert:
+        text = with_values(text if isinstance(text, str) else text.decode(), step.judged.insert, step.given)
+    cursor = step.make_cursor(real)
     try:
-        rows, outcome = _run(cursor, step)
-        while step.key is not None and rows and int(rows[0][0]) < step.key:  # a crash has set the sequence back
-            rows, outcome = _run(cursor, step)
+        _run(cursor, step, text)
     except link.dbapi.Error as error:
         if link.is_lost(real, error):
             raise
-        outcome = _failure(error)
-    else:
-        if step.key is not None and rows:
-            journal.check_key(step, int(rows[0][0]))
-            return  # nobody else was given our key, nor will be
-    if outcome != step.outcome:
-        raise Differs(f"another result than before ({str(step.arguments[0])[:60]!r})")
+        step.outcome = _failure(error)
+    finally:
+        after, step.outcome = step.outcome, before
+    if after != before:  # guard: results
+        raise Differs(f"another result than before ({str(step.text)[:60]!r})")
+
+
+def _ask_for_keys(real: Any, journal: Journal) -> dict[int, set[str]]:
+    """Find what the INSERTs are to be told, and have the sequences count beyond our keys.
+
+    A crash may have set them back. Return for each step the tables of which others were given keys after ours.
+    """
+
+    def asking(statement: str, parameters: tuple) -> list:
+        return ask_all(real, statement, parameters, in_transaction=True)
+
+    users: dict[str, list[int]] = {}
+    tables: dict[str, set[str]] = {}
+    for step in journal.steps:
+        names = []
+        if step.key is not None:
+            names = [step.judged.sequence]
+            journal.keys.setdefault(names[0], set()).add(step.key)
+        elif step.judged.insert and step.rows:
+            names = _find_given(step, journal, asking)
+            for name in names:
+                tables.setdefault(name, set()).add(step.judged.insert.table)
+        for name in names:
+            users.setdefault(name, []).append(id(step))
+    late: dict[int, set[str]] = {}
+    for name, steps in users.items():
+        sequence = catalog.sequence(asking, name)
+        if sequence and _is_late(asking, sequence, journal.keys[name]):
+            for number in steps:
+                late.setdefault(number, set()).update(
+                    tables.get(name) or (sequence.tables or "").split("/")  # "" is any table
+                )
+        elif sequence is None:
+            raise Differs(f"the sequence {name} is gone")
+    return late
+
+
+def _find_given(step: Step, journal: Journal, asking: Callable[[str, tuple], list]) -> list[str]:
+    """Note what the INSERT is to be told; return the sequences of its keys."""
+    insert, rows = step.judged.insert, step.rows
+    if not insert or not rows or not isinstance(step.text, (str, bytes)):
+        return []
+    if insert.rows and len(insert.rows) != len(rows):
+        return []
+    settable = catalog.settable_columns(asking, insert.relation)
+    names = []
+    for place, column in enumerate(insert.returning):
+        if column in settable:
+            sequence, kind = settable[column]
+            step.given[column] = kind, [row[place] for row in rows]
+            if sequence and column not in insert.columns:
+                journal.keys.setdefault(sequence, set()).update(step.given[column][1])
+                names.append(sequence)
+    return names
+
+
+def _is_late(asking: Callable[[str, tuple], list], sequence: catalog.Sequence, keys: set[int]) -> bool:
+    """Ask for keys up to ours; tell whether others were given some after our first one."""
+    if sequence.cycles:  # guard: sequences that begin again
+        raise Differs(f"{sequence.name} begins again")
+    first, last = (min(keys), max(keys)) if sequence.step > 0 else (max(keys), min(keys))
+    for _turn in range(MOST_KEYS):
+        given = asking("SELECT nextval(%s::regclass)", (sequence.name,))[0][0]
+        between = (given - first) // sequence.step
+        if between >= 0:
+            keys.add(given)
+        if (given - last) // sequence.step >= 0:
+            return between >= len(keys)
+    raise Differs(f"{sequence.name} is not where it was")
 
 
 def _failure(error: BaseException) -> bytes:

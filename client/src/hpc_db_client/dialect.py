@@ -1,41 +1,64 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What is different for SQLAlchemy: connections are ours, and new keys are asked for before they are used."""
+"""What is different for SQLAlchemy: the pool's connections are ours."""
 
 from __future__ import annotations
 
 from typing import Any, Callable
-from weakref import ref
 
-from .connection import MOST_REPEATS, Connection, Link
+from sqlalchemy.pool import QueuePool
+
+from .connection import MOST_REPEATS, Connection, Engine, Link
 from .patience import Patience
+
+
+class Pool(QueuePool):  # type: ignore[misc]
+    """SQLAlchemy's, but however many connections were in use, one is kept."""
+
+    at_rest: int | None = 1  # all of pool_size, if the application has given that
+
+    def _do_return_conn(self, record: Any) -> None:
+        somebody_waits = 0 <= self._max_overflow <= self._overflow
+        if self.at_rest is None or self._pool.qsize() < self.at_rest or somebody_waits:
+            super()._do_return_conn(record)
+            return
+        try:
+            record.close()
+        finally:
+            self._dec_overflow()
+
+    def recreate(self) -> Pool:
+        again = super().recreate()
+        again.at_rest = self.at_rest
+        return again
 
 
 class Waiting:
     """Mixed into a dialect of SQLAlchemy's: its connections wait for the server, and outlive it."""
 
-    # SQLAlchemy then asks the sequence for a key and names it in the INSERT, instead of reading it from the
-    # INSERT's answer. After a crash the key is still ours, so that the same INSERT can be made again.
-    insert_returning = False
-    implicit_returning = False  # the same in SQLAlchemy 1.4
-
     # from SQLAlchemy's dialect
     dbapi: Any
     on_connect_url: Callable
+    poolclass = Pool
 
     def __init__(self, hpc_db_patience: float = 0.0, hpc_db_server: str = "", **options: Any) -> None:
         super().__init__(**options)
         self._patience = Patience(hpc_db_patience, hpc_db_server)
-        self._connections: set[ref[Connection]] = set()
 
-    def connect(self, *arguments: Any, **options: Any) -> Connection:
-        """Open a connection as soon as the server lets us."""
+    def keep_up(self, pool: Any) -> None:
+        """Have the pool's connections wait, however they are opened: by ``creator`` and the event ``do_connect``, too.
+
+        For a connection that is lost that way is gone once more.
+        """
         base: Any = super()
         prepare = base.on_connect() or (lambda _connection: None)
-        link = Link(
-            lambda: base.connect(*arguments, **options), prepare, self.dbapi, self._patience, self._connections
-        )
-        return Connection(link)
+        opened = pool._invoke_creator
+        engine = Engine(self.dbapi, self._patience)
+
+        def connect(connection_record: Any) -> Connection:
+            return Connection(Link(lambda: opened(connection_record), prepare, engine))
+
+        pool._creator = connect
 
     def on_connect(self) -> Callable | None:
         """Return what prepares a connection; ours are prepared as often as they are opened."""
@@ -61,13 +84,15 @@ class Waiting:
         """Look at the server; this uses the driver's own connection, but leaves nothing behind in it."""
         base: Any = super()
         ours = getattr(connection.connection, "dbapi_connection", connection.connection)  # SQLAlchemy 1.4 has it bare
+        if not isinstance(ours, Connection):
+            return base.initialize(connection)
         for left in reversed(range(MOST_REPEATS)):
+            ours.looks = True
             try:
                 return base.initialize(connection)
             except Exception:
-                if not (left and isinstance(ours, Connection) and ours.real.closed):
+                if not (left and ours.real.closed):
                     raise
                 ours.rollback()
             finally:
-                if isinstance(ours, Connection):
-                    ours.unbind()
+                ours.looks = False

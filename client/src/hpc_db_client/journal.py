@@ -3,104 +3,85 @@
 """The journal of one transaction: what was asked and what came back, to ask it again on another connection.
 
 It holds statements and parameters as they were given, and a digest of each result: only whether a result is the
-same again matters. What cannot be asked again, or not safely, is told by ``judge``.
+same again matters.
 """
 
 from __future__ import annotations
 
 import copy
+import datetime
+import decimal
 import hashlib
-import re
+import ipaddress
+import uuid
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from .sql import Judgement
 
 # A journal is no place for a bulk load.
 MOST_STEPS = 10_000
 MOST_BYTES = 16 * 1024**2
 CHUNK = 1000
 
-# Statements whose whole effect is in the transaction, and whose answer tells whether it is the same again.
-_REPEATABLE = re.compile(
-    r"(select|insert|update|delete|merge|with|values|table|show|lock|savepoint|release|rollback\s+to"
-    r"|set\s+(local|transaction|constraints))\b", re.IGNORECASE,
-)
-# Their effect is in the transaction as well, but who makes tables wants to see what becomes of it.
-_DEFINITION = re.compile(
-    r"(create(?!\s+((global|local)\s+)?temp)|alter|drop|comment|grant|revoke|truncate|analyze)\b", re.IGNORECASE
-)
-# Functions and clauses that leave something in the session, or outside of every transaction.
-_BEYOND = re.compile(
-    r"\b((pg_(try_)?advisory_(un)?lock\w*|set_config|setval|dblink\w*|lo_\w+|pg_notify|pg_logical_emit_message"
-    r"|pg_\w*(replication|backup|restore_point|terminate|cancel|reload)\w*)\s*\(|into\s+temp)", re.IGNORECASE,
-)
-# It writes nothing and takes no lock, so that nobody could tell whether the transaction was still there.
-_ONLY_READS = re.compile(r"(select|show)\b(?!.*\b(for|into)\s)", re.IGNORECASE | re.DOTALL)
-_CALL = re.compile(r"""([\w"]+)\s*\(""")
-# What may stand before a parenthesis there: a function that is not known may write.
-_READING = frozenset((
-    "all", "and", "any", "as", "avg", "by", "case", "cast", "coalesce", "count", "current_setting", "distinct", "else",
-    "exists", "extract", "filter", "from", "greatest", "having", "in", "join", "least", "length", "lower", "max", "min",
-    "not", "now", "numeric", "on", "or", "over", "select", "sum", "then", "union", "upper", "using", "varchar",
-    "version", "when", "where",
+# Nobody can change them, and each driver writes them in one way.
+_CONSTANT = frozenset((
+    type(None), bool, int, float, str, bytes, decimal.Decimal, uuid.UUID,
+    datetime.date, datetime.datetime, datetime.time, datetime.timedelta,
+    ipaddress.IPv4Address, ipaddress.IPv6Address, ipaddress.IPv4Network, ipaddress.IPv6Network,
+    ipaddress.IPv4Interface, ipaddress.IPv6Interface,
 ))
-# SQLAlchemy asks for a key in this way: the value is ours from then on, whatever becomes of the transaction.
-_NEXT_KEY = re.compile(r"""select nextval\('([^']*?)(\w+)"?'(?:::regclass)?\)""", re.IGNORECASE)
-
-
-_ONLY_INSERTS = re.compile(r"(insert\s(?!.*\bselect\b)|select nextval\()", re.IGNORECASE | re.DOTALL)
-# What stands in a literal is data. Where a backslash may end one or not, nothing is taken for a literal.
-_LITERAL = re.compile(r"'[^'\\]*'")
+# Subclasses of those, from modules that add nothing to what is written.
+_AS_GOOD = ("numpy", "sqlalchemy.sql.elements", "sqlalchemy.sql._elements_constructors")
+# What the drivers and SQLAlchemy put around a value, and where the value is in it.
+_WRAPPED = {
+    ("psycopg2._json", "Json"): "adapted", ("psycopg2.extensions", "Binary"): "adapted",
+    ("psycopg.types.json", "Json"): "obj", ("psycopg.types.json", "Jsonb"): "obj",
+}
+_RANGES = ("psycopg2._range", "psycopg.types.range")
 
 
 class Differs(Exception):
     """A statement gave another result than before; the message says which."""
 
 
-def judge(text: str) -> tuple[str, bool]:
-    """Return why a statement cannot be repeated ("" if it can), and whether that outlasts its transaction."""
-    body = _body(text)
-    shown = text.strip()[:40].split("\n")[0]
-    if ";" in body:
-        return f"several statements in one ({shown}...)", True
-    if _BEYOND.search(body):
-        return f"a statement whose effect is beyond the transaction ({shown}...)", True
-    if _REPEATABLE.match(body):
-        return "", False
-    return f"a statement that is not repeated ({shown}...)", not _DEFINITION.match(body)
-
-
-def only_reads(text: str) -> bool:
-    """Tell whether a statement certainly leaves nothing that a transaction could lose."""
-    body = _body(text)
-    return bool(_ONLY_READS.match(body)) and all(name.lower() in _READING for name in _CALL.findall(body))
-
-
-def _body(text: str) -> str:
-    body = text.strip(" \t\r\n;").lstrip("( \t\r\n")
-    return body if "\\" in body else _LITERAL.sub("''", body)
-
-
 class Step:
     """One statement and what came of it."""
 
+    __slots__ = (
+        "method", "text", "parameters", "options", "judged", "make_cursor", "free", "size", "kept", "done", "key",
+        "rows", "given", "outcome", "rowcount",
+    )
+
     def __init__(
-        self, method: str, text: str, arguments: tuple, options: dict, cursor_options: dict, free: bool = False
+        self, method: str, text: Any, parameters: tuple, options: dict, judged: Judgement,
+        make_cursor: Callable[[Any], Any],
     ) -> None:
         self.method = method
-        self.arguments = arguments
-        self.options = options
-        self.cursor_options = cursor_options
         self.text = text
-        next_key = _NEXT_KEY.fullmatch(text.strip()) if method == "execute" else None
-        self.sequence = next_key.group(2) if next_key else ""
-        self.free = free  # need not come out the same, unless others depend on it
+        self.parameters = parameters  # none or one
+        self.options = options
+        self.judged = judged
+        self.make_cursor = make_cursor
+        self.free = False  # need not come out the same, unless others depend on it
+        self.size = len(text) if isinstance(text, (str, bytes)) else 0
         self.kept = False
+        self.done = False  # its outcome is known
         self.key: int | None = None
+        self.rows: list | None = None  # what an INSERT has returned
+        self.given: dict[str, tuple[str, list]] = {}  # values that it is told when it is repeated, with their types
         self.outcome = b""
+        self.rowcount: int | None = None  # of an executemany that was sent one by one
 
-    def keep(self) -> int:
-        """Make the parameters ours, as the application may change its own; return about how many bytes they take."""
-        self.arguments, self.options = copy.deepcopy((self.arguments, self.options))
-        return _size(self.arguments)
+    def keep(self) -> None:
+        """Make the parameters ours, as the application may change its own; raise TypeError for one that is not known.
+
+        psycopg2 writes into the statement whatever an object says.
+        """
+        if self.parameters:
+            mine, size = _copied(self.parameters[0])
+            self.parameters = (mine, *self.parameters[1:])
+            self.size += size
 
 
 class Journal:
@@ -111,41 +92,44 @@ class Journal:
         self.began = False
         self.why_not = ""
         self.repeats = 0
-        self._late: set[str] = set()  # sequences that others were given keys of after ours, before our rows were there
+        self.clock = False  # it was read, and is not read again where the application may remember it
+        self.clock_twice = False
+        self.isolated = False  # each statement sees what the first one did
+        self.keys: dict[str, set[int]] = {}  # of each sequence: those that were given to us
+        self._late: set[str] = set()  # tables where others were given keys after ours, before our rows were there
         self._bytes = 0
 
     def begin(self, step: Step) -> None:
         """Take note of a statement before it is sent."""
         self.began = True
-        step.kept = not self.why_not and not (step.free and not self.steps)
+        judged = step.judged
+        if judged.why:  # guard: unknown statements
+            self.give_up(judged.why)
+        self.isolated = self.isolated or judged.isolates
+        self.clock_twice = self.clock_twice or (judged.clock and self.clock)
+        step.kept = not self.why_not and not (step.free and not self.steps and not self.isolated)
         if not step.kept:
+            self.clock = self.clock or judged.clock
             return
-        try:
-            self._bytes += step.keep()
-        except Exception as error:  # whatever a parameter's own class raises
-            self.give_up(f"parameters that cannot be copied ({error})")
+        self._bytes += step.size
         if self._bytes > MOST_BYTES or len(self.steps) >= MOST_STEPS:
             self.give_up("more statements than are kept")
-
-    def add(self, step: Step) -> None:
-        """Take note of what came back."""
-        if step.kept and not self.why_not:
+        if not self.why_not:
             self.steps.append(step)
 
-    def check_key(self, step: Step, key: int) -> None:
-        """Take note of a key that is given now, when the statement is repeated."""
-        if step.key is not None and key > step.key + 1:
-            self._late.add(step.sequence)
+    def note_late(self, tables: set[str]) -> None:
+        """Others were given keys of these tables after ours."""
+        self._late |= tables
 
     def check_order(self, step: Step) -> None:
         """Raise Differs if a statement looks at a table where our row comes later than its key says.
 
         Others may have counted the rows with smaller keys meanwhile: Optuna numbers its trials so.
         """
-        words = set() if _ONLY_INSERTS.match(step.text.strip()) else set(re.findall(r"\w+", step.text))
-        for sequence in self._late:
-            if any(sequence.startswith(f"{word}_") for word in words):
-                raise Differs(f"others were given keys of {sequence} meanwhile")
+        if self._late and not (step.judged.gives or step.judged.sequence):
+            for table in self._late:
+                if not table or table in step.judged.names:
+                    raise Differs(f"others were given keys of {table or 'a sequence'} meanwhile")
 
     def give_up(self, why: str) -> None:
         """Drop the statements: from now on they are not complete."""
@@ -165,11 +149,30 @@ def digest(description: Any, status: Any, rows: list | None) -> bytes:
     return hashed.digest()
 
 
-def _size(value: Any) -> int:
-    if isinstance(value, (str, bytes, bytearray)):
-        return 64 + len(value)
-    if isinstance(value, dict):
-        return 64 + sum(map(_size, value.values()))
-    if isinstance(value, (list, tuple)):
-        return 64 + sum(map(_size, value))
-    return 64
+def _copied(value: Any) -> tuple[Any, int]:
+    """Return a value that nobody else can change, and its size; raise TypeError for a type that is not known."""
+    kind = type(value)
+    if kind in _CONSTANT:
+        return value, 64 + (len(value) if kind in (str, bytes) else 0)
+    if kind is list or kind is tuple:
+        pairs = [_copied(each) for each in value]
+        return kind(pair[0] for pair in pairs), 64 + sum(pair[1] for pair in pairs)
+    if isinstance(value, Mapping):
+        size = 64
+        mine = {}
+        for name, each in value.items():
+            mine[name], more = _copied(each)
+            size += more
+        return mine, size
+    if kind in (bytearray, memoryview):
+        return kind(bytes(value)), 64 + len(value)
+    if isinstance(value, (int, float, str)) and kind.__module__ in _AS_GOOD:
+        return value, 64 + len(str(value))
+    inner = _WRAPPED.get((kind.__module__, kind.__name__))
+    if inner:
+        held = getattr(value, inner)
+        _mine, size = _copied(held)
+        return value if type(held) in _CONSTANT else copy.deepcopy(value), size
+    if kind.__module__ in _RANGES:
+        return copy.deepcopy(value), 256
+    raise TypeError(f"{kind.__module__}.{kind.__qualname__}")

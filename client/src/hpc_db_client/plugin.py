@@ -29,10 +29,14 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
         self._patience = _seconds("hpc_db_patience", url.query.get("hpc_db_patience", PATIENCE_SECONDS))
         base = url.get_dialect()
         self._driver = base.driver
-        if base.name != "postgresql" or self._driver not in DRIVERS or getattr(base, "is_async", False):
+        is_async = kwargs.get("_is_async") or getattr(base, "is_async", False)
+        if base.name != "postgresql" or self._driver not in DRIVERS or is_async:
+            given = "create_async_engine" if is_async else f"{url.drivername}://"
             raise ArgumentError(
-                f"the plugin hpc_db works with postgresql+psycopg2:// and postgresql+psycopg://, not {url.drivername}://"
+                f"the plugin hpc_db works with postgresql+psycopg2:// and postgresql+psycopg://, not {given}"
             )
+        if "pool" in kwargs:
+            raise ArgumentError("pool: the plugin hpc_db has its own; give poolclass, pool_size and their like instead")
         self._url = url.difference_update_query(["plugin", "hpc_db_patience"])
 
     def update_url(self, url: URL) -> URL:
@@ -48,16 +52,18 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
         dialect_args["hpc_db_server"] = f"service {service}" if service else f"host {host}" if host else "default host"
 
     def handle_pool_kwargs(self, pool_cls: type, pool_args: dict[str, Any]) -> None:
-        """Keep one connection at rest, as many in use as by default, and none that is dead."""
+        """Have no connection that is dead, and as many in use as without the plugin."""
         pool_args["pre_ping"] = True
+        self._keeps_all = "pool_size" in pool_args
         if issubclass(pool_cls, QueuePool):
-            pool_args.setdefault("pool_size", 1)
-            pool_args.setdefault("max_overflow", 14)
             # A thread that waits for another one's connection waits for the server, too.
             pool_args.setdefault("timeout", 30 + self._patience)
 
     def engine_created(self, engine: Engine) -> None:
-        """Show users the URL that they know."""
+        """Take over the pool's connections, and show users the URL that they know."""
+        engine.dialect.keep_up(engine.pool)
+        if self._keeps_all:
+            engine.pool.at_rest = None
         engine.url = self._url
 
 

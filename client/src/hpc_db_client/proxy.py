@@ -6,25 +6,32 @@
 
 It finds the proxy in the instance directory and shows the certificate there, which nobody else can read. Needs
 Optuna 4.2 or newer and grpcio. While the proxy is away it waits, as the engine plugin does. A request that was cut
-is sent again, though it may have been served: a value that is set twice is the same, but where the request was for
-a new trial, an empty one may be left RUNNING.
+is sent again, though it may have been served: a value that is set twice is the same, and what must be done once (a
+new study, a new trial, the begin and end of a trial) has an id that the proxy knows again. If the database was
+restored meanwhile, an error says so.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
+import uuid
 from typing import Any
 
 import grpc
+from optuna.exceptions import StorageInternalError
 from optuna.storages import GrpcStorageProxy
-from optuna.storages._grpc.auto_generated import api_pb2
 
 from .patience import GaveUp, Outage, Patience
 
 PATIENCE_SECONDS = 600.0
 # What the certificate is for, on whatever host the proxy runs.
 NAME = "hpc-db"
+# As in roles/server/files/hpc_db_host/storage_proxy.py: the id of a request, whether it is sent again, whose data it is
+# about; and the requests that must not be done twice.
+REQUEST, AGAIN, DATA = "hpc-db-request", "hpc-db-again", "hpc-db-data"
+ONCE = {"CreateNewStudy", "CreateNewTrial", "SetTrialStateValues"}
 OPTIONS = [
     ("grpc.ssl_target_name_override", NAME),
     ("grpc.max_receive_message_length", -1),
@@ -67,7 +74,7 @@ def storage(instance: str = "hpc_db", patience: float = PATIENCE_SECONDS) -> Ins
 
 
 class _Channel:
-    """The channel to wherever the proxy is now."""
+    """The channel to wherever the proxy is now, for all threads. ``data`` is whose data it serves, once known."""
 
     def __init__(self, root: str, patience: float, stub: type) -> None:
         self._root = root
@@ -76,25 +83,32 @@ class _Channel:
         self._address = ""
         self._channel: Any = None
         self._stub: Any = None
+        self._lock = threading.Lock()
+        self.data = ""
 
-    def stub(self) -> Any:
-        """Return Optuna's stub; raise LookupError if no proxy is published."""
+    def stub(self, look: bool) -> Any:
+        """Return Optuna's stub, if wanted after a look where the proxy is; raise LookupError if none is published."""
+        with self._lock:
+            if self._stub is not None and not look:
+                return self._stub
         try:
             with open(os.path.join(self._root, "run", "endpoint.json"), encoding="utf-8") as stream:
                 proxy = json.load(stream)["proxy"]
         except (OSError, ValueError, KeyError) as error:
             raise LookupError("no proxy is published (server_proxy)") from error
         address = f"{proxy['host']}:{proxy['port']}"
-        if self._stub is None or address != self._address:
-            self.close()
-            self._channel = grpc.secure_channel(address, self._credentials(), options=OPTIONS)
-            self._address, self._stub = address, self._make_stub(self._channel)
-        return self._stub
+        with self._lock:
+            if self._stub is None or address != self._address:
+                # The former channel is closed with its last request, that of another thread, say.
+                self._channel = grpc.secure_channel(address, self._credentials(), options=OPTIONS)
+                self._address, self._stub = address, self._make_stub(self._channel)
+            return self._stub
 
     def close(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-        self._channel = self._stub = None
+        with self._lock:
+            if self._channel is not None:
+                self._channel.close()
+            self._channel = self._stub = None
 
     def _credentials(self) -> grpc.ChannelCredentials:
         certificate, key = (self._read(f"proxy.{kind}") for kind in ("crt", "key"))
@@ -110,22 +124,25 @@ class _Stub:
 
     def __init__(self, channel: _Channel) -> None:
         self._channel = channel
-        self._stub: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return lambda request: self._send(name, request)
 
     def _send(self, name: str, request: Any) -> Any:
         outage: Outage | None = None
+        said = {REQUEST: str(uuid.uuid4())} if name in ONCE else {}
         while True:
             try:
-                self._stub = self._stub or self._channel.stub()
-                answer = getattr(self._stub, name)(request)
+                stub = self._channel.stub(look=outage is not None)
+                if self._channel.data:
+                    said[DATA] = self._channel.data
+                answer, call = getattr(stub, name).with_call(request, metadata=tuple(said.items()))
+                self._channel.data = self._channel.data or dict(call.initial_metadata()).get(DATA, "")
                 self._channel.patience.is_over()
                 return answer
             except (LookupError, grpc.RpcError) as error:
-                if outage and _code(error) == grpc.StatusCode.FAILED_PRECONDITION and self._is_so(name, request):
-                    return _Finished()  # by us, before the answer was cut
+                if _code(error) == grpc.StatusCode.ABORTED:
+                    raise StorageInternalError(f"hpc_db: {_Said(error)}") from error
                 if not _is_away(error):
                     raise
                 outage = outage or Outage(self._channel.patience)
@@ -133,14 +150,7 @@ class _Stub:
                     outage.pause(_Said(error))
                 except GaveUp as gave_up:
                     raise ConnectionError(str(gave_up)) from error
-                self._stub = None  # it may be elsewhere now
-
-    def _is_so(self, name: str, request: Any) -> bool:
-        """Tell whether a trial has ended just as the request wants it to."""
-        if name != "SetTrialStateValues":
-            return False
-        trial = self._send("GetTrial", api_pb2.GetTrialRequest(trial_id=request.trial_id)).trial
-        return (trial.state, list(trial.values)) == (request.state, list(request.values))
+                said[AGAIN] = "1"
 
 
 def _code(error: BaseException) -> grpc.StatusCode:
@@ -152,12 +162,6 @@ def _is_away(error: BaseException) -> bool:
     if _code(error) == grpc.StatusCode.UNKNOWN:
         return "Stream removed" in str(error)  # of a process that was killed, as grpcio said it once
     return _code(error) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-
-
-class _Finished:
-    """Optuna's answer to a trial's end."""
-
-    trial_updated = True
 
 
 class _Said(Exception):

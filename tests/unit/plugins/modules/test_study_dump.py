@@ -59,6 +59,8 @@ class FakeServer:
             elif statement.startswith("CREATE"):
                 assert first not in self.databases and more == ["study"]
                 self.databases[first] = None
+            elif " SET " in statement:
+                assert first in self.databases and "hpc_db.generation" in statement
             else:
                 assert more[0] not in self.databases
                 self.databases[more[0]] = self.databases.pop(first)

@@ -1,0 +1,140 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the names of statements mean in a database, asked before anything is repeated.
+
+A statement is known by its text (``sql.py``), but what it sets off is in the database: a view, a trigger, a rule, a
+default or a constraint can call functions. They are judged as a statement is; a name that is also the name of a
+function in the database is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from .sql import judge_body, judge_definition, judge_expression, judge_view
+
+# The relations of these names, and what is written along with them: partitions, and tables that refer to them.
+MEANING = """
+WITH RECURSIVE named AS (
+    SELECT unnest(%s::text[]) AS name
+), ours AS (
+    SELECT oid, nspname::text FROM pg_namespace
+    WHERE nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast') AND nspname !~ '^pg_(toast_)?temp_'
+), leads AS (
+    SELECT inhparent AS one, inhrelid AS other FROM pg_inherits
+    UNION ALL SELECT confrelid, conrelid FROM pg_constraint WHERE contype = 'f'
+), reached AS (
+    SELECT c.oid FROM pg_class c JOIN ours n ON n.oid = c.relnamespace JOIN named ON named.name = c.relname
+    WHERE c.relkind NOT IN ('S', 'i', 'I', 't', 'c')
+        AND (pg_table_is_visible(c.oid) OR n.nspname IN (SELECT name FROM named))
+    UNION SELECT other FROM reached JOIN leads ON one = reached.oid
+), relation AS (
+    SELECT c.oid, c.relkind, c.oid::regclass::text AS name FROM reached JOIN pg_class c USING (oid)
+), domain AS (
+    SELECT oid FROM pg_type WHERE typtype = 'd'
+        AND (oid IN (SELECT atttypid FROM pg_attribute JOIN reached ON attrelid = reached.oid)
+            OR typname IN (SELECT name FROM named))
+), own AS (  -- in other languages than those of the server and its extensions
+    SELECT p.oid, p.proname, p.pronamespace FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
+    WHERE l.lanname NOT IN ('c', 'internal')
+)
+SELECT name, 'a foreign table', 'unknown' FROM relation WHERE relkind NOT IN ('r', 'p', 'v', 'm')
+UNION ALL SELECT name, pg_get_viewdef(oid), 'view' FROM relation WHERE relkind = 'v'
+UNION ALL SELECT name, 'the rule ' || rulename, 'unknown' FROM relation JOIN pg_rewrite ON ev_class = relation.oid
+    WHERE rulename <> '_RETURN'
+UNION ALL SELECT name,
+        CASE WHEN lanname = 'plpgsql' AND proconfig IS NULL THEN prosrc ELSE 'the trigger ' || tgname END,
+        CASE WHEN lanname = 'plpgsql' AND proconfig IS NULL THEN 'body' ELSE 'unknown' END
+    FROM relation JOIN pg_trigger t ON tgrelid = relation.oid JOIN pg_proc p ON p.oid = tgfoid
+    JOIN pg_language l ON l.oid = prolang WHERE NOT tgisinternal AND tgenabled <> 'D'
+UNION ALL SELECT name, pg_get_triggerdef(t.oid), 'definition' FROM relation JOIN pg_trigger t ON tgrelid = relation.oid
+    WHERE NOT tgisinternal AND tgenabled <> 'D'
+UNION ALL SELECT name, pg_get_expr(adbin, adrelid), 'expression' FROM relation JOIN pg_attrdef ON adrelid = relation.oid
+UNION ALL SELECT name, pg_get_expr(conbin, conrelid), 'expression' FROM relation
+    JOIN pg_constraint ON conrelid = relation.oid WHERE conbin IS NOT NULL
+UNION ALL SELECT 'a domain', pg_get_expr(conbin, 0), 'expression' FROM domain
+    JOIN pg_constraint ON contypid = domain.oid WHERE conbin IS NOT NULL
+UNION ALL SELECT name, part, 'expression' FROM relation JOIN pg_index ON indrelid = relation.oid
+    CROSS JOIN LATERAL (VALUES (pg_get_expr(indexprs, indrelid)), (pg_get_expr(indpred, indrelid))) x (part)
+    WHERE part IS NOT NULL
+UNION ALL SELECT name, part, 'expression' FROM relation JOIN pg_policy ON polrelid = relation.oid
+    CROSS JOIN LATERAL (VALUES (pg_get_expr(polqual, polrelid)), (pg_get_expr(polwithcheck, polrelid))) x (part)
+    WHERE part IS NOT NULL
+UNION ALL SELECT own.oid::regprocedure::text, 'a function of the database', 'unknown' FROM own
+    JOIN ours n ON n.oid = pronamespace JOIN named ON named.name = proname
+UNION ALL SELECT oprname::text, 'an operator of the database', 'unknown' FROM pg_operator
+    JOIN ours n ON n.oid = oprnamespace JOIN own ON own.oid = oprcode
+UNION ALL SELECT format('%%s to %%s', castsource::regtype, casttarget::regtype), 'a cast of the database', 'unknown'
+    FROM pg_cast JOIN own ON own.oid = castfunc WHERE own.pronamespace <> 'pg_catalog'::regnamespace
+"""
+# The columns that an INSERT may name, with their sequences and types.
+COLUMNS = """
+SELECT a.attname::text, s.seqrelid::regclass::text, format_type(a.atttypid, a.atttypmod)
+FROM pg_attribute a
+LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+LEFT JOIN pg_sequence s ON s.seqrelid IN (
+    SELECT refobjid FROM pg_depend WHERE classid = 'pg_attrdef'::regclass AND objid = d.oid
+        AND refclassid = 'pg_class'::regclass
+    UNION ALL SELECT objid FROM pg_depend WHERE classid = 'pg_class'::regclass AND refclassid = 'pg_class'::regclass
+        AND refobjid = a.attrelid AND refobjsubid = a.attnum AND deptype = 'i'
+)
+WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+"""
+# In which steps a sequence counts, and whose keys it gives; NULL for the sequence of no table.
+SEQUENCE = """
+SELECT s.seqrelid::regclass::text, s.seqincrement, s.seqcycle, (
+    SELECT string_agg(DISTINCT c.relname, '/') FROM pg_depend p
+    LEFT JOIN pg_attrdef d ON p.classid = 'pg_attrdef'::regclass AND d.oid = p.objid
+    JOIN pg_class c ON c.oid = CASE WHEN p.objid = s.seqrelid THEN p.refobjid ELSE d.adrelid END
+    WHERE (p.classid = 'pg_class'::regclass AND p.objid = s.seqrelid AND p.refclassid = 'pg_class'::regclass
+            AND p.deptype IN ('a', 'i'))
+        OR (p.refclassid = 'pg_class'::regclass AND p.refobjid = s.seqrelid)
+)
+FROM pg_sequence s WHERE s.seqrelid = to_regclass(%s)
+"""
+_JUDGES: dict[str, Callable[[str], tuple[str, frozenset[str]]]] = {
+    "view": judge_view, "body": judge_body, "definition": judge_definition, "expression": judge_expression,
+}
+# Views of views of views
+MOST_ROUNDS = 10
+
+
+class Sequence(NamedTuple):
+    """How a sequence counts."""
+
+    name: str
+    step: int
+    cycles: bool
+    tables: str | None
+
+
+def find_unknown(ask_all: Callable[[str, tuple], list], names: Iterable[str]) -> str:
+    """Return what these names set off in the database that is not known; "" if nothing."""
+    known: set[str] = set()
+    new = set(names)
+    for _round in range(MOST_ROUNDS):
+        if not new:
+            return ""
+        known |= new
+        found: set[str] = set()
+        for name, text, kind in ask_all(MEANING, (sorted(known),)):
+            if kind == "unknown":
+                return f"{name}: {text}"
+            why, more = _JUDGES[kind](text)
+            if why:
+                return f"{name}: {why}"
+            found |= more
+        new = found - known
+    return "views of views"
+
+
+def settable_columns(ask_all: Callable[[str, tuple], list], relation: str) -> dict[str, tuple[str | None, str]]:
+    """Return the columns of a table that an INSERT may name, with their sequences and types."""
+    return {name: (sequence, kind) for name, sequence, kind in ask_all(COLUMNS, (relation,))}
+
+
+def sequence(ask_all: Callable[[str, tuple], list], name: str) -> Sequence | None:
+    """Return how a sequence counts, by its name as it was written."""
+    found: list[Any] = ask_all(SEQUENCE, (name,))
+    return Sequence(*found[0]) if found else None

@@ -1,0 +1,546 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Which statements may be sent a second time: an allow-list over PostgreSQL's tokens.
+
+``judge`` looks at the text that the driver gets, whether SQLAlchemy compiled it or a program wrote it. A statement is
+known if it is one of a few kinds, and if everything in it that could call a function is a known function or a
+keyword. All other names may be tables, columns or types; ``catalog.py`` asks the server what they are before
+anything is repeated. A statement that is not known is never repeated, and neither is its session replaced.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+_WORDS = r"[A-Za-z_\u0080-\U0010ffff][A-Za-z0-9_$\u0080-\U0010ffff]*"
+_TOKEN = re.compile(
+    rf"""
+    (?P<space>[ \t\n\r\f\v]+|--[^\n\r]*)
+    |(?P<comment>/\*)
+    |(?P<unknown>[uU]&['"])
+    |(?P<escaped>[eE]'(?:[^'\\]|\\.|'')*')
+    |(?P<string>[nNbBxX]?'(?:[^']|'')*')
+    |(?P<quoted>"(?:[^"]|"")+")
+    |(?P<name>{_WORDS})
+    |(?P<dollar>\$(?:[A-Za-z_\u0080-\U0010ffff][A-Za-z0-9_\u0080-\U0010ffff]*)?\$)
+    |(?P<number>(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\$\d+)
+    |(?P<placeholder>%(?:\([^()%'"]*\))?[sbt]|%%)
+    |(?P<mark>::|:=|[()\[\],;:.])
+    |(?P<operator>[-+*/<>=~!@\#%^&|`?])
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_NESTED = re.compile(r"/\*|\*/")
+
+# Reserved words, which are no name of a function unless they are quoted, and may stand before a parenthesis.
+KEYWORDS = frozenset("""
+    all and any array as asc between both by case cast coalesce collate cross default delete desc distinct do else end
+    except exists extract false fetch for from full greatest group grouping having ilike in inner insert intersect into
+    is isnull join lateral leading least left like limit natural not notnull null nullif offset on only or order outer
+    overlaps overlay position returning right row select set setof similar some substring symmetric table tablesample
+    then to trailing treat trim true union unique update using values variadic when where window with xmlelement
+""".split())  # fmt: skip
+# Words that are not reserved, but followed by a parenthesis in statements of the known kinds.
+_CONTEXT = frozenset("""
+    conflict cube escape filter first groups key materialized next of over range recursive rollup rows sets within zone
+""".split())
+_MAY_STAND_BEFORE = KEYWORDS | _CONTEXT
+# Functions that read at most, and leave nothing behind.
+_READING = frozenset("""
+    abs acos array_agg array_append array_cat array_length array_ndims array_position array_prepend array_remove
+    array_replace array_to_json array_to_string array_upper array_lower ascii asin atan atan2 avg bit_and bit_length
+    bit_or bool_and bool_or btrim bytea cardinality cbrt ceil ceiling char character char_length character_length chr
+    col_description concat concat_ws corr cos cot count covar_pop covar_samp cume_dist current_database current_schema
+    current_schemas current_setting date date_bin date_part date_trunc decimal decode degrees dense_rank div double
+    encode enum_range every exp factorial first_value floor format format_type gcd gen_random_uuid generate_series
+    generate_subscripts has_table_privilege host hstore inet_client_addr initcap integer int int4 int8 bigint smallint
+    interval isfinite json json_agg json_array_elements json_array_elements_text json_array_length json_build_array
+    json_build_object json_each json_each_text json_extract_path json_extract_path_text json_object json_object_agg
+    json_object_keys json_populate_record json_strip_nulls json_to_record json_typeof jsonb jsonb_agg
+    jsonb_array_elements jsonb_array_elements_text jsonb_array_length jsonb_build_array jsonb_build_object jsonb_each
+    jsonb_each_text jsonb_extract_path jsonb_extract_path_text jsonb_insert jsonb_object jsonb_object_agg
+    jsonb_object_keys jsonb_path_exists jsonb_path_match jsonb_path_query jsonb_path_query_array
+    jsonb_path_query_first jsonb_populate_record jsonb_set jsonb_strip_nulls jsonb_to_record jsonb_typeof justify_days
+    justify_hours justify_interval lag last_value lcm lead left length ln log log10 lower lpad ltrim make_date
+    make_interval make_time make_timestamp make_timestamptz max md5 min mod mode nchar nth_value ntile numeric
+    numrange obj_description octet_length percent_rank percentile_cont percentile_disc pg_get_constraintdef pg_get_expr
+    pg_get_indexdef pg_get_partkeydef pg_get_serial_sequence
+    pg_get_userbyid pg_get_viewdef pg_collation_is_visible pg_sleep pg_table_is_visible pg_type_is_visible
+    shobj_description pi power
+    quote_ident quote_literal quote_nullable radians random rank regexp_count regexp_like regexp_match regexp_matches
+    regexp_replace regexp_split_to_array regexp_split_to_table regr_slope repeat replace reverse right round
+    row_number row_to_json rpad rtrim sign sin split_part sqrt starts_with stddev stddev_pop stddev_samp string_agg
+    string_to_array strpos substr sum tan text time timestamp timestamptz timezone to_char to_date to_hex to_json
+    to_jsonb to_number to_regclass to_timestamp to_tsquery to_tsvector translate trunc unnest upper uuid uuidv7 varbit
+    varchar var_pop var_samp variance version varying width_bucket bit float real boolean
+""".split())  # fmt: skip
+# Their value is another one in a transaction that is repeated.
+CLOCK = frozenset("""
+    age clock_timestamp current_date current_time current_timestamp localtime localtimestamp now statement_timestamp
+    timeofday transaction_timestamp
+""".split())
+# They do something, but within the transaction, or (a key) so that nothing is lost if it is done twice.
+_DOING = frozenset("""
+    nextval pg_advisory_xact_lock pg_advisory_xact_lock_shared pg_try_advisory_xact_lock
+    pg_try_advisory_xact_lock_shared
+""".split())
+FUNCTIONS = _READING | CLOCK | _DOING
+# What a SELECT may not contain if it only reads.
+_WRITING = frozenset("delete for insert merge update".split()) | _DOING
+_DEFINITIONS = {
+    "create": {"index", "sequence", "table", "type", "unique"}, "alter": {"index", "sequence", "table", "type"},
+    "drop": {"index", "sequence", "table", "type"}, "comment": {"on"},
+}
+_DEFINING = frozenset("check identity include".split())
+_DEFINED = frozenset("exists on references table using".split())
+# Settings of one transaction that do not change what names mean.
+_LOCAL = frozenset("idle_in_transaction_session_timeout lock_timeout statement_timeout timezone work_mem".split())
+# How a statement of a PL/pgSQL function that is a trigger may begin.
+_BODY = frozenset("""
+    begin declare delete else elsif end exception if insert null perform raise return select update when with
+""".split())
+_BEGINNERS = frozenset("begin declare else loop then".split())
+LONGEST_NAME = 63  # bytes; PostgreSQL cuts what is longer
+
+
+class Unknown(Exception):
+    """A statement is not known; the message says why."""
+
+
+class Token(NamedTuple):
+    kind: str  # as in _TOKEN; "dollar" is a whole literal
+    text: str  # as it was written
+    start: int
+    end: int
+
+    @property
+    def word(self) -> str:
+        """The keyword or name that is meant; "" if this is none, or a quoted one."""
+        return self.text.lower() if self.kind == "name" else ""
+
+    @property
+    def name(self) -> str:
+        """The name that PostgreSQL looks for; "" if this is none."""
+        if self.kind == "quoted":
+            name = self.text[1:-1].replace('""', '"')
+        elif self.kind == "name":
+            name = re.sub("[A-Z]+", lambda found: found.group().lower(), self.text)
+        else:
+            return ""
+        return name.encode()[:LONGEST_NAME].decode("utf-8", "ignore")
+
+
+class Insert(NamedTuple):
+    """Where an INSERT ... RETURNING can be told the values that it gave before."""
+
+    relation: str  # as it was written
+    table: str
+    columns: dict[str, int]  # and their places
+    first_column: int  # where another one can stand before them; 0 if none is named
+    overriding: int  # where OVERRIDING SYSTEM VALUE can stand
+    rows: list[list[tuple[int, int]]]  # where the values of each row are; none for DEFAULT VALUES
+    counted: int  # where the list of SELECT begins, if the rows are counted by sen_counter; else 0
+    returning: list[str]  # columns; "" where something else is returned
+    has_arguments: bool
+
+
+class Judgement:
+    """What is known of a statement before it is sent."""
+
+    __slots__ = (
+        "why", "binds", "free", "head", "names", "clock", "gives", "adds", "isolates", "sequence", "insert", "returns",
+        "writes",
+    )
+
+    def __init__(self) -> None:
+        self.why = ""  # why it is not repeated
+        self.binds = False  # it may leave something in the session
+        self.free = False  # it only reads
+        self.head = ""
+        self.names: frozenset[str] = frozenset()
+        self.clock = False
+        self.gives = False  # an INSERT whose rows are given
+        self.adds = False  # the same, and nothing can be in its way
+        self.isolates = False  # it changes what the transaction sees
+        self.sequence = ""  # of which it is asked for a key, and nothing else
+        self.insert: Insert | None = None
+        self.returns = False
+        self.writes = False  # or locks rows
+
+
+def tokens(text: str, has_arguments: bool = False, standard_strings: bool = True) -> list[Token]:
+    """Split a text as PostgreSQL does, without spaces and comments; raise Unknown if that is not sure."""
+    found: list[Token] = []
+    place, end = 0, len(text)
+    while place < end:
+        match = _TOKEN.match(text, place)
+        kind = match.lastgroup if match else "unknown"
+        if match is None or kind is None or kind == "unknown":
+            raise Unknown(f"{text[place:place + 10]!r} in it is not understood")
+        start, place = place, match.end()
+        if kind == "comment":
+            place = _end_of_comment(text, place)
+        elif kind == "dollar":
+            place = text.find(match.group(), place) + len(match.group())
+            if place < start + 2 * len(match.group()):
+                raise Unknown("a literal in it has no end")
+        elif kind == "number" and place < end and (text[place].isalnum() or text[place] in "_$"):
+            raise Unknown(f"{text[start:place + 5]!r} in it is not understood")
+        elif kind == "string" and not standard_strings and "\\" in match.group():
+            raise Unknown("a backslash in a literal, with standard_conforming_strings off")
+        elif kind == "string" and found and found[-1].kind == "escaped":
+            raise Unknown("a literal in two parts")
+        part = text[start:place]
+        if has_arguments and (
+            "%" in part.replace("%%", "") if kind not in ("placeholder", "operator") else part == "%"
+        ):
+            raise Unknown("a parameter within a literal, a name or a comment")
+        if not has_arguments and kind == "placeholder":
+            kind, place = "operator", start + 1
+            part = "%"
+        if kind not in ("space", "comment"):
+            found.append(Token("operator" if part == "%%" else kind, part, start, place))
+    return found
+
+
+def _end_of_comment(text: str, place: int) -> int:
+    depth = 1
+    while depth:
+        mark = _NESTED.search(text, place)
+        if not mark:
+            raise Unknown("a comment in it has no end")
+        depth += 1 if mark.group() == "/*" else -1
+        place = mark.end()
+    return place
+
+
+@lru_cache(maxsize=2000)
+def judge(text: str, has_arguments: bool = False, standard_strings: bool = True) -> Judgement:
+    """Tell whether a statement can be repeated."""
+    judged = Judgement()
+    shown = f"({' '.join(text.split())[:60]}...)"
+    adds = True
+    try:
+        found = tokens(text, has_arguments, standard_strings)
+        parts = _parts(found)
+        judged.names = frozenset(each.name for each in found if each.name)
+        judged.clock = any(each.word in CLOCK for each in found)
+        if any(name.startswith("pg_temp") for name in judged.names):
+            raise Unknown("a temporary table")
+        for part in parts:
+            _judge_part(judged, part, has_arguments)
+            adds = adds and judged.adds
+        if len(parts) > 1:
+            judged.free = False
+            judged.insert = None
+            judged.sequence = ""
+            judged.gives = judged.adds = adds
+            if not judged.why and not adds:
+                judged.why = f"several statements in one {shown}"
+    except Unknown as unknown:
+        judged.why = f"a statement that is not known to be repeatable: {unknown} {shown}"
+        judged.binds, judged.free = True, False
+    return judged
+
+
+def _parts(found: list[Token]) -> list[list[Token]]:
+    parts: list[list[Token]] = [[]]
+    for token in found:
+        if token.text == ";" and token.kind == "mark":
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    if len(parts) > 1 and not parts[-1]:
+        parts.pop()
+    return parts
+
+
+def _judge_part(judged: Judgement, part: list[Token], has_arguments: bool) -> None:
+    """Add what one statement is; raise Unknown."""
+    if not part:
+        raise Unknown("it is empty")
+    words = [token.word for token in part]
+    judged.head = head = next((token.word for token in part if token.text != "("), "")
+    judged.adds = False
+    plain = all(token.name or token.text in (".", ",") for token in part)
+    if head in ("select", "insert", "update", "delete", "with", "values", "table"):
+        _judge_query(judged, part, words, has_arguments)
+    elif head == "show" and plain:
+        judged.free = True
+    elif head == "lock" and plain:
+        pass
+    elif plain and _is_savepoint(words):
+        pass
+    elif plain and words[:2] in (["set", "transaction"], ["set", "constraints"]):
+        judged.isolates = words[1] == "transaction"
+    elif words[:2] == ["set", "local"] and len(part) == 5 and words[2] in _LOCAL and (
+        part[3].text == "=" or words[3] == "to"
+    ) and part[4].kind in ("name", "string", "number"):
+        pass
+    elif (len(words) > 1 and words[1] in _DEFINITIONS.get(head, ())) or (head == "truncate" and plain):
+        check_calls(part, definition="select" not in words)
+        judged.why = judged.why or "it changes tables"
+    else:
+        raise Unknown("it is none of those")
+
+
+def _is_savepoint(words: list[str]) -> bool:
+    size = len(words)
+    return (
+        (words[0] == "savepoint" and size == 2) or (words[0] == "release" and size in (2, 3))
+        or (words[:2] == ["rollback", "to"] and size in (3, 4))
+    )
+
+
+def _judge_query(judged: Judgement, part: list[Token], words: list[str], has_arguments: bool) -> None:
+    check_calls(part)
+    for place, word in enumerate(words):
+        if word == "into" and words[place - 1] != "insert":
+            raise Unknown("INTO makes a table")
+        if words[place:place + 2] == ["current", "of"]:
+            raise Unknown("a cursor")
+    names = {token.name for token in part}
+    judged.free = judged.head in ("select", "values", "with", "table") and not _WRITING & names
+    judged.returns = "returning" in words or judged.head in ("select", "values", "with", "table")
+    if not judged.free and _has_server_s_own(names):
+        raise Unknown("it may change one of the server's own tables")
+    if words[:2] == ["select", "nextval"] and len(part) > 3 and part[3].kind == "string":
+        rest = [token.text.lower() for token in part[4:]]
+        if rest[:2] == ["::", "regclass"]:
+            del rest[:2]
+        if rest == [")"] or (rest[:2] == [")", "as"] and len(rest) == 3):
+            judged.sequence = part[3].text[1:-1].replace("''", "'")
+    judged.writes = judged.writes or not (judged.free or judged.sequence)
+    if judged.head == "insert" and part[0].word == "insert":
+        judged.gives = given = _values_only(part, words)
+        judged.adds = given and "conflict" not in words
+        judged.insert = _insert(part, has_arguments)
+        if judged.insert and judged.insert.counted and not given:
+            judged.insert = None
+
+
+def _has_server_s_own(names: Iterable[str]) -> bool:
+    return any(
+        (name.startswith("pg_") and name not in FUNCTIONS and name != "pg_catalog") or name == "information_schema"
+        for name in names
+    )
+
+
+def check_calls(part: Sequence[Token], definition: bool = False, also: frozenset[str] = frozenset()) -> None:
+    """Raise Unknown if something that is not known might be called."""
+    for place in range(len(part) - 1):
+        token, after = part[place], part[place + 1]
+        if not token.name or not (after.text == "(" or after.kind == "placeholder"):
+            continue
+        first = place
+        while first >= 2 and part[first - 1].text == "." and part[first - 2].name:
+            first -= 2
+        before = part[first - 1] if first else None
+        qualifiers = [each.name for each in part[first:place:2]]
+        if (token.word in _MAY_STAND_BEFORE or token.word in also) and first == place:
+            continue
+        if token.name in FUNCTIONS and qualifiers in ([], ["pg_catalog"]):
+            continue
+        if after.kind == "placeholder":
+            pass  # psycopg2 writes a tuple in parentheses
+        elif before and (before.word in ("into", "as", "with", "recursive") or before.text == "::"):
+            continue  # a table with its columns, an alias with its columns, a type with its size
+        elif definition and (token.word in _DEFINING or (before and before.word in _DEFINED)):
+            continue
+        raise Unknown(f"what {token.text}{after.text if after.kind == 'placeholder' else '()'} does")
+
+
+def judge_expression(text: str) -> tuple[str, frozenset[str]]:
+    """Judge a default or a constraint, as the server prints it; return why it is not known, and its names."""
+    judged = judge(f"SELECT {text}")
+    return judged.why, judged.names
+
+
+def judge_view(text: str) -> tuple[str, frozenset[str]]:
+    """Judge the query of a view."""
+    judged = judge(text)
+    return judged.why or ("" if judged.free else "it does not only read"), judged.names
+
+
+def judge_body(text: str) -> tuple[str, frozenset[str]]:
+    """Judge the source of a PL/pgSQL function."""
+    try:
+        found = tokens(text)
+        names = frozenset(each.name for each in found if each.name)
+        if _has_server_s_own(names):
+            raise Unknown("it may change one of the server's own tables")
+        check_calls(found, also=frozenset(("if", "elsif", "return")))
+        begins, declares = True, False
+        for place, token in enumerate(found):
+            declares = (declares or token.word == "declare") and token.word != "begin"
+            known = declares or token.word in _BODY or token.text == ";" or _is_assignment(found, place)
+            if begins and not known:
+                raise Unknown(f"{token.text} in it")
+            begins = token.text == ";" or token.word in _BEGINNERS
+    except Unknown as unknown:
+        return str(unknown), frozenset()
+    return "", names
+
+
+def _is_assignment(found: list[Token], place: int) -> bool:
+    while place + 2 < len(found) and found[place].name and found[place + 1].text == ".":
+        place += 2
+    return place + 1 < len(found) and bool(found[place].name) and found[place + 1].text in (":=", "=")
+
+
+def judge_definition(text: str) -> tuple[str, frozenset[str]]:
+    """Judge the definition of a trigger, as the server prints it."""
+    try:
+        found = tokens(text)
+        called = next(place for place, token in enumerate(found) if token.word in ("function", "procedure"))
+        check_calls(found[:called])
+    except Unknown as unknown:
+        return str(unknown), frozenset()
+    when = next((place for place, token in enumerate(found[:called]) if token.word == "when"), called)
+    return "", frozenset(each.name for each in found[when:called] if each.name)
+
+
+def _values_only(part: list[Token], words: list[str]) -> bool:
+    """Tell whether an INSERT looks at no table: its rows are given, or a SELECT's from VALUES."""
+    selects = words.count("select")
+    if not selects:
+        return "with" not in words and "table" not in words
+    place = words.index("select")
+    froms = [at for at, word in enumerate(words) if word == "from"]
+    return (
+        selects == 1 and len(froms) == 1 and part[froms[0] + 1].text == "(" and words[froms[0] + 2] == "values"
+        and "join" not in words and "with" not in words and "table" not in words and place < froms[0]
+    )
+
+
+def _close(part: list[Token], place: int) -> int:
+    """Return the place of the parenthesis that closes the one at ``place``."""
+    depth = 0
+    for at in range(place, len(part)):
+        depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(part[at].text, 0)
+        if not depth:
+            return at
+    raise Unknown("a parenthesis in it is not closed")
+
+
+def _items(part: list[Token], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Yield where each of the items begins and ends that commas separate, from ``first`` up to ``last``."""
+    place = begin = first
+    while place < last:
+        if part[place].text in "([":
+            place = _close(part, place)
+        elif part[place].text == ",":
+            yield begin, place
+            begin = place + 1
+        place += 1
+    if begin < last:
+        yield begin, last
+
+
+def _insert(part: list[Token], has_arguments: bool) -> Insert | None:
+    """Return where an INSERT ... RETURNING can be told its values; None if it is not that simple."""
+    place = 2
+    while place + 1 < len(part) and part[place].name and part[place + 1].text == ".":
+        place += 2
+    relation = "".join(token.text for token in part[2:place + 1])
+    table = part[place].name
+    place += 1
+    words = [token.word for token in part]
+    if "returning" not in words[place:] or "overriding" in words:
+        return None
+    returned = place + words[place:].index("returning")
+    columns: dict[str, int] = {}
+    first_column = 0
+    if part[place].text == "(":
+        first_column, end = part[place].end, _close(part, place)
+        columns = {part[first].name: number for number, (first, _last) in enumerate(_items(part, place + 1, end))}
+        place = end + 1
+    overriding = part[place - 1].end
+    rows: list[list[tuple[int, int]]] = []
+    counted = 0
+    if words[place:place + 2] == ["default", "values"]:
+        place += 2
+    elif words[place] == "values":
+        place += 1
+        while part[place].text == "(":
+            end = _close(part, place)
+            rows.append([(part[a].start, part[b - 1].end) for a, b in _items(part, place + 1, end)])
+            place = end + 1
+            if part[place].text != ",":
+                break
+            place += 1
+    elif words[place] == "select" and "sen_counter" in words:
+        counted = part[place].end
+        place = returned
+    if words[place:place + 2] == ["on", "conflict"]:
+        place = returned  # what is in its way is found before the key is looked at
+    if place != returned or not (first_column or not rows):
+        return None
+    returning = []
+    for a, b in _items(part, returned + 1, len(part)):
+        item = part[a:b]
+        if len(item) > 2 and item[-2].word == "as":
+            item = item[:-2]
+        simple = item and all(
+            token.name if number % 2 == 0 else token.text == "." for number, token in enumerate(item)
+        ) and len(item) % 2
+        returning.append(item[-1].name if simple else "")
+    return Insert(relation, table, columns, first_column, overriding, rows, counted, returning, has_arguments)
+
+
+def literal(value: Any) -> str | None:
+    """Return a value as PostgreSQL reads it; None for a type that might not come out the same."""
+    if type(value) is int:
+        return str(value) if value >= 0 else f"({value})"
+    if isinstance(value, (str, uuid.UUID)):
+        return "'" + str(value).replace("'", "''") + "'"
+    if isinstance(value, (datetime.date, datetime.datetime)):
+        return f"'{value.isoformat()}'"
+    return None
+
+
+def with_values(text: str, insert: Insert, given: dict[str, tuple[str, list[Any]]]) -> str:
+    """Return the INSERT with these values, one a row, for columns that the server had filled, of these types."""
+
+    def double(part: str) -> str:
+        return part.replace("%", "%%") if insert.has_arguments else part
+
+    changes: list[tuple[int, int, str]] = []
+    more = []
+    for column, (kind, values) in given.items():
+        said = [literal(value) for value in values]
+        if None in said or len(set(map(type, values))) > 1:
+            continue
+        place = insert.columns.get(column)
+        if place is None:
+            more.append((column, double(kind), [double(each) for each in said if each]))
+        elif insert.rows:
+            for row, each in zip(insert.rows, said):
+                if each and not re.fullmatch(r"%\(\w+\)s|%s", text[slice(*row[place])]):
+                    changes.append((*row[place], double(each)))
+    if more:
+        names = "".join('"' + double(column.replace('"', '""')) + '", ' for column, _kind, _said in more)
+        if insert.first_column:
+            changes.append((insert.first_column, insert.first_column, names))
+            changes.append((insert.overriding, insert.overriding, " OVERRIDING SYSTEM VALUE"))
+        if insert.counted:
+            lists = "".join(f" (ARRAY[{', '.join(said)}]::{kind}[])[sen_counter + 1]," for _column, kind, said in more)
+            changes.append((insert.counted, insert.counted, lists))
+        elif insert.rows:
+            for number, row in enumerate(insert.rows):
+                changes.append((row[0][0], row[0][0], "".join(f"{said[number]}, " for _column, _kind, said in more)))
+        else:
+            if insert.first_column:
+                return text
+            values_text = ", ".join(said[0] for _column, _kind, said in more)
+            start = text.upper().index("DEFAULT", insert.overriding)
+            end = text.upper().index("VALUES", start) + len("VALUES")
+            changes = [(start, end, f"({names[:-2]}) OVERRIDING SYSTEM VALUE VALUES ({values_text})")]
+    for start, end, new in sorted(changes, key=lambda change: change[:2], reverse=True):
+        text = text[:start] + new + text[end:]
+    return text

@@ -1,0 +1,137 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Shows that each guard of the plugin is needed: it is taken out of a copy, and a test has to fail.
+
+PYTHON tests/client/guards.py [NAME...]; the Python is one of an environment for tests/client. With the names of
+guards only those.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+PACKAGE = HERE.parents[1] / "client" / "src" / "hpc_db_client"
+FILES = ("connection.py", "catalog.py", "journal.py", "sql.py", "plugin.py", "dialect.py")
+SECONDS = 180  # a test that hangs without a guard has noticed it
+
+
+class Guard(NamedTuple):
+    """What is replaced by what, and the tests that notice it."""
+
+    old: str
+    new: str
+    tests: str  # as pytest's -k has them
+
+
+GUARDS = {
+    "data behind a pooler": Guard(
+        "self._link.check(self._facts.identity.system, *data)", "pass", "other_data_behind"
+    ),
+    "mark of this transaction": Guard("not (self._bound or journal.why_not) and self._mark", "self._mark", "in_words"),
+    "identity": Guard("if identity != self._identity:", "if False:", "other_data"),
+    "what may stay in the session": Guard("if judged.binds:", "if False:", "not_taken_for_the_temporary"),
+    "unknown statements": Guard("if judged.why:  #", "if False:  #", "definition_in"),
+    "rows of an executemany": Guard(
+        'self._journal.give_up("an executemany that returns rows")', "pass", "executemany_that"
+    ),
+    "parameters": Guard("self.bind(why)  #", "return_unused = why  #", "parameter_that_is_sql"),
+    "what names mean": Guard("if unknown:  #", "if False:  #", "not_lost_silently"),
+    "clock": Guard("if self._journal.clock_twice:  #", "if False:  #", "clock"),
+    "clock of a new transaction": Guard(
+        "if self._journal.clock_twice and self._journal.repeats:", "if False:", "clock"
+    ),
+    "half a transaction": Guard("if self._lost:  #", "if False:  #", "interrupted"),
+    "results": Guard("if after != before:", "if False:", "read_something_else or set_of_parameters"),
+    "an iterator gives its items once": Guard(
+        "arguments = (list(arguments[0]), *arguments[1:])", "pass", "iterator"
+    ),
+    "each set of parameters": Guard("digest(None, said, None)", "digest(None, said[-1], None)", "set_of_parameters"),
+    "fork": Guard("os.register_at_fork(", "(lambda **_unused: None)(", "forked"),
+    "sequences that begin again": Guard("if sequence.cycles:", "if False:", "count_otherwise"),
+    "order of keys": Guard("if self._late and not", "if False and not", "keys_that_count"),
+    "keys that were seen": Guard(
+        "if step.given and step.judged.insert:", "if False:", "keys_that_the_program or objects_keep"
+    ),
+    "snapshot": Guard("self.isolated or judged.isolates", "self.isolated", "snapshot"),
+    "isolation level": Guard(
+        'and "isolation_level" not in self._attributes and "set_isolation_level" not in self._attributes', "",
+        "repeatable_read",
+    ),
+    "what was committed": Guard('return status == "committed"', "return False", "commit_that_was_cut"),
+    "server that cannot tell": Guard("if not before.mark:", "if False:", "does_not_say_which"),
+    "id that was not made durable": Guard(
+        'or (status == "committed" and lsn)', 'or status == "committed"', "cannot_make_sure"
+    ),
+    "calls": Guard("raise Unknown(f\"what {token.text}", "continue; raise Unknown(f\"what {token.text}", "judgement"),
+    "INTO": Guard('raise Unknown("INTO makes a table")', "pass", "judgement"),
+    "temporary tables": Guard('raise Unknown("a temporary table")', "pass", "judgement"),
+    "the server's own tables": Guard("if not judged.free and _has_server_s_own(names):", "if False:", "judgement"),
+    "the server's own tables, in triggers": Guard("if _has_server_s_own(names):", "if False:", "judgement"),
+    "parameters within literals": Guard(
+        'raise Unknown("a parameter within a literal, a name or a comment")', "pass", "judgement"
+    ),
+    "a literal in two parts": Guard('raise Unknown("a literal in two parts")', "pass", "judgement"),
+    "backslashes": Guard(
+        'raise Unknown("a backslash in a literal, with standard_conforming_strings off")', "pass", "judgement"
+    ),
+    "bulk": Guard("if self._bytes > MOST_BYTES or len(self.steps) >= MOST_STEPS:", "if False:", "bulk"),
+    "AUTOCOMMIT": Guard(
+        "if self.real.autocommit:\n            cursor.run", "if False:\n            cursor.run", "without_a_transaction"
+    ),
+    "what a listener sets": Guard("if not self.looks:", "if False:", "listener"),
+    "what was done with the driver's own": Guard(
+        "if self._bound or not self.real.closed:", "if not self.real.closed:", "copy_that_was_cut"
+    ),
+    "parked": Guard("if self._parked and not self._bound:", "if self._parked:", "behind_a_pooler"),
+    "pools of others": Guard('if "pool" in kwargs:', "if False:", "pool_of_somebody"),
+    "creators": Guard("pool._creator = connect", "pass", "opened_otherwise"),
+}
+
+
+def notices(guard: Guard, folder: Path) -> bool:
+    """Tell whether a test fails without the guard."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(PACKAGE, folder / "hpc_db_client")
+    found = 0
+    for name in FILES:
+        file = folder / "hpc_db_client" / name
+        text = file.read_text()
+        found += text.count(guard.old)
+        file.write_text(text.replace(guard.old, guard.new))
+    if found != 1:
+        raise SystemExit(f"{guard.old!r} is {found} times in the plugin, not once")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE), "-k", guard.tests, "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    try:
+        ended = subprocess.run(
+            command, env=environment, timeout=SECONDS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return True
+    if ended.returncode not in (0, 1):
+        raise SystemExit(ended.stdout.decode()[-2000:])
+    return ended.returncode == 1
+
+
+def main() -> int:
+    wanted = sys.argv[1:] or list(GUARDS)
+    missed = []
+    with tempfile.TemporaryDirectory(prefix="guards-") as folder:
+        for name in wanted:
+            noticed = notices(GUARDS[name], Path(folder) / "src")
+            print(f"{name}: {'a test fails without it' if noticed else 'NO TEST FAILS WITHOUT IT'}", flush=True)
+            if not noticed:
+                missed.append(name)
+    print(f"{len(wanted) - len(missed)} of {len(wanted)} guards are tested")
+    return len(missed) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
