@@ -35,7 +35,7 @@ soak:  ## tests/client and tests/resilience as often as the targets in docs/reli
 
 bench: storage provision  ## what the figures in docs/ come from: an hour
 
-storage:  ## Optuna on every storage, with 1 to 1,000 workers: ten minutes, for docs/many_workers.md
+storage:  ## Optuna on every storage, with 1 to 1,000 workers: twenty minutes, for docs/many_workers.md
 	@tools/setup bench
 	@tools/bench
 

@@ -40,7 +40,7 @@ from typing import Any
 
 WORKERS = [1, 20, 60, 120, 200, 1000]
 # How long a measurement takes, from the start of all workers; the rate is that of the second half.
-SECONDS = {1: 2.0, 2: 1.5, 20: 4.0, 60: 6.0, 120: 8.0, 200: 12.0, 1000: 40.0}
+SECONDS = {1: 10.0, 2: 1.5, 20: 20.0, 60: 30.0, 120: 8.0, 200: 12.0, 1000: 40.0}
 OTHER_SECONDS = 10.0
 # Those that die or wait at once, or are files, have told all that they can in this time.
 SHORT = ("manual", "pooled", "SQLite", "journal")
