@@ -9,6 +9,7 @@ function in the database is not known.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -68,10 +69,11 @@ UNION ALL SELECT oprname::text, 'an operator of the database', 'unknown' FROM pg
 UNION ALL SELECT format('%%s to %%s', castsource::regtype, casttarget::regtype), 'a cast of the database', 'unknown'
     FROM pg_cast JOIN own ON own.oid = castfunc WHERE own.pronamespace <> 'pg_catalog'::regnamespace
 """
-# The columns that an INSERT may name, with their sequences and types.
+# The columns that an INSERT may name, with their sequences and types, and whether the server fills them by itself.
 COLUMNS = """
-SELECT a.attname::text, s.seqrelid::regclass::text, format_type(a.atttypid, a.atttypmod)
-FROM pg_attribute a
+SELECT a.attname::text, s.seqrelid::regclass::text, format_type(a.atttypid, a.atttypmod),
+    d.oid IS NOT NULL OR a.attidentity <> ''
+FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid AND c.relkind IN ('r', 'p')
 LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 LEFT JOIN pg_sequence s ON s.seqrelid IN (
     SELECT refobjid FROM pg_depend WHERE classid = 'pg_attrdef'::regclass AND objid = d.oid
@@ -83,7 +85,7 @@ WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped AND a
 """
 # In which steps a sequence counts, and whose keys it gives; NULL for the sequence of no table.
 SEQUENCE = """
-SELECT s.seqrelid::regclass::text, s.seqincrement, s.seqcycle, (
+SELECT s.seqrelid::regclass::text, s.seqincrement, s.seqcycle, s.seqcache > 1, (
     SELECT string_agg(DISTINCT c.relname, '/') FROM pg_depend p
     LEFT JOIN pg_attrdef d ON p.classid = 'pg_attrdef'::regclass AND d.oid = p.objid
     JOIN pg_class c ON c.oid = CASE WHEN p.objid = s.seqrelid THEN p.refobjid ELSE d.adrelid END
@@ -93,9 +95,26 @@ SELECT s.seqrelid::regclass::text, s.seqincrement, s.seqcycle, (
 )
 FROM pg_sequence s WHERE s.seqrelid = to_regclass(%s)
 """
-_JUDGES: dict[str, Callable[[str], tuple[str, frozenset[str]]]] = {
+# Whether a statement may look at a table that neither it nor what it writes to names.
+HIDDEN = """
+SELECT EXISTS (SELECT FROM pg_inherits)
+    OR EXISTS (SELECT FROM pg_trigger WHERE NOT tgisinternal AND tgenabled <> 'D')
+    OR EXISTS (
+        SELECT FROM pg_class c WHERE relkind IN ('v', 'm', 'f')
+            AND relnamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
+            AND NOT EXISTS (
+                SELECT FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = c.oid AND deptype = 'e'
+            )
+    )
+"""
+JUDGES: dict[str, Callable[[str], tuple[str, frozenset[str]]]] = {
     "view": judge_view, "body": judge_body, "definition": judge_definition, "expression": judge_expression,
 }
+# The clock that stands still in a transaction.
+_CLOCK = re.compile(
+    r"(?i)\b(now|transaction_timestamp|current_(date|time|timestamp)|localtime|localtimestamp)\b"
+    r"|'(today|tomorrow|yesterday)'"
+)
 # Views of views of views
 MOST_ROUNDS = 10
 
@@ -106,11 +125,15 @@ class Sequence(NamedTuple):
     name: str
     step: int
     cycles: bool
+    caches: bool  # each session takes several keys at once
     tables: str | None
 
 
-def find_unknown(ask_all: Callable[[str, tuple], list], names: Iterable[str]) -> str:
-    """Return what these names set off in the database that is not known; "" if nothing."""
+def find_unknown(ask_all: Callable[[str, tuple], list], names: Iterable[str], timed: Iterable[str] = ()) -> str:
+    """Return what these names set off in the database that is not known; "" if nothing.
+
+    What is of these kinds (keys of JUDGES) may not read the clock, since another reading may be remembered.
+    """
     known: set[str] = set()
     new = set(names)
     for _round in range(MOST_ROUNDS):
@@ -121,7 +144,9 @@ def find_unknown(ask_all: Callable[[str, tuple], list], names: Iterable[str]) ->
         for name, text, kind in ask_all(MEANING, (sorted(known),)):
             if kind == "unknown":
                 return f"{name}: {text}"
-            why, more = _JUDGES[kind](text)
+            if kind in timed and _CLOCK.search(text):  # guard: clock that is not named
+                return f"{name}: it reads the clock"
+            why, more = JUDGES[kind](text)
             if why:
                 return f"{name}: {why}"
             found |= more
@@ -129,9 +154,15 @@ def find_unknown(ask_all: Callable[[str, tuple], list], names: Iterable[str]) ->
     return "views of views"
 
 
-def settable_columns(ask_all: Callable[[str, tuple], list], relation: str) -> dict[str, tuple[str | None, str]]:
-    """Return the columns of a table that an INSERT may name, with their sequences and types."""
-    return {name: (sequence, kind) for name, sequence, kind in ask_all(COLUMNS, (relation,))}
+def settable_columns(ask_all: Callable[[str, tuple], list], relation: str) -> dict[str, tuple[str, str, bool]]:
+    """Return the columns of a table that an INSERT may name: their sequences ("" for none) and types, and whether the
+    server fills them."""
+    return {name: (sequence or "", kind, fills) for name, sequence, kind, fills in ask_all(COLUMNS, (relation,))}
+
+
+def hides(ask_all: Callable[[str, tuple], list]) -> bool:
+    """Tell whether a view, a trigger or a partition may look at a table that a statement does not name."""
+    return ask_all(HIDDEN, ())[0][0]
 
 
 def sequence(ask_all: Callable[[str, tuple], list], name: str) -> Sequence | None:

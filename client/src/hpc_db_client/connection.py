@@ -21,13 +21,13 @@ import contextlib
 import os
 import select
 import threading
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterable, NamedTuple
 from weakref import ref
 
 from . import catalog
 from .journal import Differs, Journal, Step, digest
 from .patience import GaveUp, Outage, Patience, tell
-from .sql import Judgement, judge, with_values
+from .sql import Judgement, judge, sequence_asked, with_values
 
 # A transaction that the server dies of is not what it should be given again and again.
 MOST_REPEATS = 5
@@ -35,7 +35,7 @@ MOST_REPEATS = 5
 MOST_KEYS = 1000
 # Of one session; more are not kept.
 MOST_NAMES = 5000
-IDLE, IN_ERROR = 0, 3  # libpq's PQTRANS_IDLE, PQTRANS_INERROR
+IN_TRANSACTION, IN_ERROR = 2, 3  # libpq's PQTRANS_INTRANS, PQTRANS_INERROR
 IN_THE_FUTURE = "22023"  # what pg_xact_status says of an id that has not been given yet
 CANNOT = "a transaction was cut that cannot be repeated"
 LOST = "hpc_db: the transaction was cut and is not repeated; roll it back"
@@ -59,7 +59,7 @@ coalesce((
 FACTS = f"""
 SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text,
     current_setting('server_version_num')::int, current_setting('transaction_isolation') = 'read committed',
-    current_setting('standard_conforming_strings') = 'on', current_setting('search_path') LIKE '%pg\\_temp%',
+    current_setting('standard_conforming_strings') = 'on', current_setting('search_path'),
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
     has_function_privilege('pg_control_system()', 'EXECUTE'), pg_is_in_recovery(), s.datid::bigint,
@@ -79,10 +79,10 @@ MARK_WEAKLY = "SELECT {id}::text, NULL"
 # By the latter a transaction that has written nothing has none.
 ANY_ID, ID_IF_ANY = "pg_current_xact_id()", "pg_current_xact_id_if_assigned()"
 # A pooler may have changed the session for one to other data and said nothing.
-MARK_OF_DATA = f"""
-SELECT m.*, d.oid::bigint, {GENERATION.format("d.oid")}
-FROM ({{mark}}) m, pg_database d WHERE d.datname = current_database()
+DATA = f"""
+SELECT d.oid::bigint, {GENERATION.format("d.oid")} FROM pg_database d WHERE d.datname = current_database()
 """
+MARK_OF_DATA = f"SELECT m.*, d.* FROM ({{mark}}) m, ({DATA}) d"
 STATUS = """
 SELECT CASE WHEN pg_current_wal_insert_lsn() >= '{lsn}'::pg_lsn THEN pg_xact_status('{xid}'::xid8) END
 """
@@ -111,7 +111,7 @@ class Facts(NamedTuple):
     mark: str  # the statement that MARK is about; "" if the server has none
     read_committed: bool  # by default, each statement sees what others have committed meanwhile
     standard_strings: bool  # a backslash in a literal is one
-    temporary: bool  # new tables belong to the session
+    path: str  # the search_path that a new session has
 
 
 class Engine:
@@ -222,7 +222,7 @@ class Link:
     @staticmethod
     def _facts(real: Any) -> Facts:
         (
-            _zone, pid, start, version, is_committed, standard_strings, temporary, can_flush, can_identify, standby,
+            _zone, pid, start, version, is_committed, standard_strings, path, can_flush, can_identify, standby,
             database, generation,
         ) = ask(real, FACTS)
         system = ask(real, IDENTITY)[0] if can_identify else ""
@@ -233,7 +233,7 @@ class Link:
         if standby or not system:
             mark = ""
         identity = Identity(system, database, generation)
-        return Facts(pid, start, direct, identity, mark, is_committed, standard_strings, temporary)
+        return Facts(pid, start, direct, identity, mark, is_committed, standard_strings, path)
 
 
 # All connections of this process: a child that it forks must leave their sessions alone.
@@ -374,9 +374,11 @@ class Connection:
         """Return what the statements of this session may have set off that is not known; "" if nothing."""
         if not self._names:
             return ""
+        timed = catalog.JUDGES if self._journal.clock else ("view",) if self._journal.began else ()
         try:
             return catalog.find_unknown(
-                lambda statement, parameters: ask_all(self.real, statement, parameters, in_transaction), self._names
+                lambda statement, parameters: ask_all(self.real, statement, parameters, in_transaction),
+                self._names, timed,
             )
         except self._link.dbapi.Error as error:
             if self._link.is_lost(self.real, error):
@@ -425,6 +427,8 @@ class Connection:
             return
         if not journal.began or self._parked:
             if self._bound or not self.real.closed:  # what was done with the driver's own is in there
+                if self._bound and not self.real.closed and self.real.info.transaction_status == IN_TRANSACTION:
+                    self._check_data(in_transaction=True)
                 self.real.commit()
             self._end()
             return
@@ -453,10 +457,14 @@ class Connection:
         self.revive()
         self._thread = threading.get_ident()
         if self.real.autocommit:
+            if not judged.free:
+                self._check_data()
             cursor.run(self.real, step)  # whether it happened nobody could tell, so its error goes up
             return
         step.free = judged.free and self._reads_freely()
         journal = self._journal
+        if not journal.began:
+            journal.path = self._facts.path
         self._parked = False  # what it had read need not be read again
         journal.begin(step)
         try:
@@ -496,6 +504,12 @@ class Connection:
         xid, lsn, *data = ask(self.real, self._facts.mark.replace("{id}", which), in_transaction=True)
         self._link.check(self._facts.identity.system, *data)  # guard: data behind a pooler
         return xid, lsn
+
+    def _check_data(self, in_transaction: bool = False) -> None:
+        """Raise an error if a pooler has changed the session for one to other data."""
+        if not self._facts.direct:
+            data = ask(self.real, DATA, in_transaction)
+            self._link.check(self._facts.identity.system, *data)  # guard: data behind a pooler, without a mark
 
     def judge(self, text: str, has_arguments: bool) -> Judgement:
         return judge(text, has_arguments, self._facts.standard_strings)
@@ -554,6 +568,8 @@ class Connection:
             if self._facts.mark and writes:
                 early = not (self._bound or journal.why_not) and self._mark  # guard: mark of this transaction
                 xid, lsn = early or self._set_mark(ID_IF_ANY)
+            elif writes:
+                self._check_data(in_transaction=True)
             asked = not self.real.closed
             self.real.commit()
         except self._link.dbapi.Error as error:
@@ -611,14 +627,14 @@ class Connection:
                 self._open()
             try:
                 self._check_known()
-                late = _ask_for_keys(self.real, journal)
+                users = _ask_for_keys(self.real, journal)
                 for step in journal.steps:
                     if step is current:
                         break
                     if not step.done:
                         raise Differs("an interrupted statement")
-                    journal.note_late(late.get(id(step), set()))
                     self._mark_early(step)
+                    _note_late(self.real, journal, users.get(id(step), ()))
                     _run_again(self.real, step, self._link, journal)
                 self._lost = False
                 again()
@@ -637,6 +653,8 @@ class Connection:
         unknown = self._find_unknown()
         if unknown:  # guard: what names mean
             raise Differs(unknown)
+        if self._journal.began and self._journal.path != self._facts.path:  # guard: search_path
+            raise Differs(f"the search_path is {self._facts.path} now and was {self._journal.path}")
         if self._journal.clock_twice:  # guard: clock
             raise Differs("it has read the clock before")
 
@@ -644,7 +662,7 @@ class Connection:
         self.real, self._facts = self._link.open(self._current_outage(), self._old, self._attributes)
         self._parked = False
         self._old = self._mark = None
-        if self._facts.temporary:
+        if "pg_temp" in self._facts.path:
             self.bind("a search_path that names pg_temp")
 
     def _current_outage(self) -> Outage:
@@ -930,39 +948,48 @@ def _run_again(real: Any, step: Step, link: Link, journal: Journal) -> None:
         raise Differs(f"another result than before ({str(step.text)[:60]!r})")
 
 
-def _ask_for_keys(real: Any, journal: Journal) -> dict[int, set[str]]:
+def _ask_for_keys(real: Any, journal: Journal) -> dict[int, list[tuple[catalog.Sequence, str, set[str]]]]:
     """Find what the INSERTs are to be told, and have the sequences count beyond our keys.
 
-    A crash may have set them back. Return for each step the tables of which others were given keys after ours.
+    A crash may have set them back. Return for each step the sequences that its keys are of, by the names that they
+    have in the journal, with the tables that get the keys.
     """
-
-    def asking(statement: str, parameters: tuple) -> list:
-        return ask_all(real, statement, parameters, in_transaction=True)
-
-    users: dict[str, list[int]] = {}
+    asking = _asking(real)
+    names: dict[int, list[str]] = {}
     tables: dict[str, set[str]] = {}
     for step in journal.steps:
-        names = []
         if step.key is not None:
-            names = [step.judged.sequence]
-            journal.keys.setdefault(names[0], set()).add(step.key)
+            names[id(step)] = [step.judged.sequence]
+            journal.keys.setdefault(step.judged.sequence, set()).add(step.key)
         elif step.judged.insert and step.rows:
-            names = _find_given(step, journal, asking)
-            for name in names:
+            names[id(step)] = _find_given(step, journal, asking)
+            for name in names[id(step)]:
                 tables.setdefault(name, set()).add(step.judged.insert.table)
-        for name in names:
-            users.setdefault(name, []).append(id(step))
-    late: dict[int, set[str]] = {}
-    for name, steps in users.items():
+    sequences: dict[str, catalog.Sequence] = {}
+    for name in {each for some in names.values() for each in some}:
         sequence = catalog.sequence(asking, name)
-        if sequence and _is_late(asking, sequence, journal.keys[name]):
-            for number in steps:
-                late.setdefault(number, set()).update(
-                    tables.get(name) or (sequence.tables or "").split("/")  # "" is any table
-                )
-        elif sequence is None:
+        if sequence is None:
             raise Differs(f"the sequence {name} is gone")
-    return late
+        sequences[name] = sequence
+        tables.setdefault(name, set((sequence.tables or "").split("/")))  # "" is any table
+        _is_late(asking, sequence, journal.keys[name])
+    return {step: [(sequences[name], name, tables[name]) for name in some] for step, some in names.items()}
+
+
+def _note_late(real: Any, journal: Journal, users: Iterable[tuple[catalog.Sequence, str, set[str]]]) -> None:
+    """Note tables where others were given keys after ours.
+
+    It is asked right before our row is there again, when the locks are held again that keep others from it.
+    """
+    asking = _asking(real)
+    for sequence, name, tables in users:
+        if not tables <= journal.late and _is_late(asking, sequence, journal.keys[name]):
+            journal.late |= tables
+            journal.hidden = journal.hidden or catalog.hides(asking)
+
+
+def _asking(real: Any) -> Callable[[str, tuple], list]:
+    return lambda statement, parameters: ask_all(real, statement, parameters, in_transaction=True)
 
 
 def _find_given(step: Step, journal: Journal, asking: Callable[[str, tuple], list]) -> list[str]:
@@ -973,12 +1000,17 @@ def _find_given(step: Step, journal: Journal, asking: Callable[[str, tuple], lis
     if insert.rows and len(insert.rows) != len(rows):
         return []
     settable = catalog.settable_columns(asking, insert.relation)
+    text = step.text if isinstance(step.text, str) else step.text.decode()
     names = []
     for place, column in enumerate(insert.returning):
-        if column in settable:
-            sequence, kind = settable[column]
+        sequence, kind, fills = settable.get(column, ("", "", False))
+        if column in insert.columns:
+            said = {text[slice(*row[insert.columns[column]])] for row in insert.rows}
+            if said != {"DEFAULT"}:
+                sequence, fills = sequence_asked(said), True
+        if fills and sequence is not None:  # guard: order of keys that something else gives
             step.given[column] = kind, [row[place] for row in rows]
-            if sequence and column not in insert.columns:
+            if sequence:
                 journal.keys.setdefault(sequence, set()).update(step.given[column][1])
                 names.append(sequence)
     return names
@@ -995,7 +1027,7 @@ def _is_late(asking: Callable[[str, tuple], list], sequence: catalog.Sequence, k
         if between >= 0:
             keys.add(given)
         if (given - last) // sequence.step >= 0:
-            return between >= len(keys)
+            return between >= len(keys) or sequence.caches
     raise Differs(f"{sequence.name} is not where it was")
 
 

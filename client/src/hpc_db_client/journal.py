@@ -95,8 +95,10 @@ class Journal:
         self.clock = False  # it was read, and is not read again where the application may remember it
         self.clock_twice = False
         self.isolated = False  # each statement sees what the first one did
+        self.path = ""  # the search_path that it began with
         self.keys: dict[str, set[int]] = {}  # of each sequence: those that were given to us
-        self._late: set[str] = set()  # tables where others were given keys after ours, before our rows were there
+        self.late: set[str] = set()  # tables where others were given keys after ours, before our rows were there
+        self.hidden = False  # such a table may be looked at by what does not name it
         self._bytes = 0
 
     def begin(self, step: Step) -> None:
@@ -117,17 +119,15 @@ class Journal:
         if not self.why_not:
             self.steps.append(step)
 
-    def note_late(self, tables: set[str]) -> None:
-        """Others were given keys of these tables after ours."""
-        self._late |= tables
-
     def check_order(self, step: Step) -> None:
         """Raise Differs if a statement looks at a table where our row comes later than its key says.
 
         Others may have counted the rows with smaller keys meanwhile: Optuna numbers its trials so.
         """
-        if self._late and not (step.judged.gives or step.judged.sequence):
-            for table in self._late:
+        if self.late and self.hidden:  # guard: order behind views and triggers
+            raise Differs("others were given keys meanwhile, and a view, a trigger or a partition may look for them")
+        if not (step.judged.gives or step.judged.sequence):
+            for table in self.late:
                 if not table or table in step.judged.names:
                     raise Differs(f"others were given keys of {table or 'a sequence'} meanwhile")
 

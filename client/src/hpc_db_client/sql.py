@@ -98,6 +98,8 @@ _DEFINITIONS = {
 }
 _DEFINING = frozenset("check identity include".split())
 _DEFINED = frozenset("exists on references table using".split())
+# Literals that are a time when they are read as one.
+TIMES = frozenset("now today tomorrow yesterday".split())
 # Settings of one transaction that do not change what names mean.
 _LOCAL = frozenset("idle_in_transaction_session_timeout lock_timeout statement_timeout timezone work_mem".split())
 # How a statement of a PL/pgSQL function that is a trigger may begin.
@@ -229,7 +231,7 @@ def judge(text: str, has_arguments: bool = False, standard_strings: bool = True)
         found = tokens(text, has_arguments, standard_strings)
         parts = _parts(found)
         judged.names = frozenset(each.name for each in found if each.name)
-        judged.clock = any(each.word in CLOCK for each in found)
+        judged.clock = any(each.word in CLOCK or each.text.strip("'").lower() in TIMES for each in found)
         if any(name.startswith("pg_temp") for name in judged.names):
             raise Unknown("a temporary table")
         for part in parts:
@@ -504,6 +506,16 @@ def literal(value: Any) -> str | None:
     return None
 
 
+def sequence_asked(expressions: set[str]) -> str | None:
+    """Return the sequence that each of these expressions takes a key of; "" if they take none, None if it is not sure.
+    """
+    if not any("nextval" in each.lower() for each in expressions):
+        return ""
+    found = {re.fullmatch(r"nextval\('([^'%]+)'(?:::regclass)?\)", each) for each in expressions}
+    names = {match.group(1) if match else "" for match in found}
+    return names.pop() or None if len(names) == 1 else None
+
+
 def with_values(text: str, insert: Insert, given: dict[str, tuple[str, list[Any]]]) -> str:
     """Return the INSERT with these values, one a row, for columns that the server had filled, of these types."""
 
@@ -521,7 +533,8 @@ def with_values(text: str, insert: Insert, given: dict[str, tuple[str, list[Any]
             more.append((column, double(kind), [double(each) for each in said if each]))
         elif insert.rows:
             for row, each in zip(insert.rows, said):
-                if each and not re.fullmatch(r"%\(\w+\)s|%s", text[slice(*row[place])]):
+                # A placeholder that stands by its place cannot be taken out, and is not told: it is what was given.
+                if each and not re.search(r"^%\(\w+\)s$|%[sbt]", text[slice(*row[place])]):
                     changes.append((*row[place], double(each)))
     if more:
         names = "".join('"' + double(column.replace('"', '""')) + '", ' for column, _kind, _said in more)
