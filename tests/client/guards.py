@@ -32,9 +32,14 @@ class Guard(NamedTuple):
 
 GUARDS = {
     "data behind a pooler": Guard(
-        "self._link.check(self._facts.identity.system, *data)", "pass", "other_data_behind"
+        "self._link.check(self._facts.identity.system, *data)  # guard: data behind a pooler\n", "pass\n",
+        "other_data_behind",
     ),
     "mark of this transaction": Guard("not (self._bound or journal.why_not) and self._mark", "self._mark", "in_words"),
+    "data behind a pooler, without a mark": Guard(
+        "self._link.check(self._facts.identity.system, *data)  # guard: data behind a pooler, without a mark", "pass",
+        "without_a_mark",
+    ),
     "identity": Guard("if identity != self._identity:", "if False:", "other_data"),
     "what may stay in the session": Guard("if judged.binds:", "if False:", "not_taken_for_the_temporary"),
     "unknown statements": Guard("if judged.why:  #", "if False:  #", "definition_in"),
@@ -47,6 +52,10 @@ GUARDS = {
     "clock of a new transaction": Guard(
         "if self._journal.clock_twice and self._journal.repeats:", "if False:", "clock"
     ),
+    "clock that is not named": Guard("if kind in timed and", "if False and", "not_named"),
+    "search_path": Guard(
+        "if self._journal.began and self._journal.path != self._facts.path:", "if False:", "names_mean_the_same"
+    ),
     "half a transaction": Guard("if self._lost:  #", "if False:  #", "interrupted"),
     "results": Guard("if after != before:", "if False:", "read_something_else or set_of_parameters"),
     "an iterator gives its items once": Guard(
@@ -55,7 +64,12 @@ GUARDS = {
     "each set of parameters": Guard("digest(None, said, None)", "digest(None, said[-1], None)", "set_of_parameters"),
     "fork": Guard("os.register_at_fork(", "(lambda **_unused: None)(", "forked"),
     "sequences that begin again": Guard("if sequence.cycles:", "if False:", "count_otherwise"),
-    "order of keys": Guard("if self._late and not", "if False and not", "keys_that_count"),
+    "order of keys": Guard("for table in self.late:", "for table in ():", "keys_that_count"),
+    "order of keys, behind views": Guard("if self.late and self.hidden:", "if False:", "one_number"),
+    "order of keys, when the locks are held": Guard(
+        "if not tables <= journal.late and _is_late(", "if False and _is_late(", "locks_are_held"
+    ),
+    "keys that something else gives": Guard("if fills and sequence is not None:", "if True:", "one_number"),
     "keys that were seen": Guard(
         "if step.given and step.judged.insert:", "if False:", "keys_that_the_program or objects_keep"
     ),

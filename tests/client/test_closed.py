@@ -232,6 +232,33 @@ def test_other_data_behind_a_pooler_are_not_written(
     assert database("SELECT count(*) FROM t") == [(3,)]
 
 
+@pytest.mark.parametrize("what", ["AUTOCOMMIT", "COPY", "a server that does not identify itself"])
+def test_other_data_behind_a_pooler_are_not_written_without_a_mark(
+    what: str, pooler: Pooler, url: str, proxy: Proxy, make: Make, engine: sqlalchemy.engine.Engine, server: Server,
+    database: Ask,
+) -> None:
+    identify = "EXECUTE ON FUNCTION pg_control_system()"
+    if what.startswith("a server"):
+        database(f"REVOKE {identify} FROM PUBLIC")
+    options = {"isolation_level": what} if what == "AUTOCOMMIT" else {}
+    pooled = make(url=url.replace(f":{proxy.port}/", f":{pooler.port}/"), **options)
+    try:
+        raw = pooled.raw_connection()
+        raw.cursor().execute("SELECT 1")
+        raw.commit()
+        server.ask(f"ALTER DATABASE study SET hpc_db.generation = '{uuid.uuid4()}'")
+        with pytest.raises(DRIVER_ERRORS, match="the database is another one now"):
+            if what == "COPY":
+                copy_in(raw.cursor(), "3\tthree\n")
+            else:
+                raw.cursor().execute("INSERT INTO t VALUES (3, 'three')")
+            raw.commit()
+        raw.invalidate()
+    finally:
+        database(f"GRANT {identify} TO PUBLIC")
+    assert database("SELECT count(*) FROM t") == [(2,)]
+
+
 def copy_in(cursor, lines: str) -> None:  # type: ignore[no-untyped-def]
     if hasattr(cursor, "copy_expert"):
         import io
@@ -405,6 +432,109 @@ def test_sequences_that_count_otherwise(
         cut()
         connection.execute(text("INSERT INTO t VALUES (:key, 'key')"), {"key": key + 100})
     assert database("SELECT n FROM t WHERE word = 'key'") == ([(key + 100,)] if is_repeated else [])
+
+
+JOBS = "CREATE TABLE lock (n int); INSERT INTO lock VALUES (1); CREATE TABLE jobs (id serial PRIMARY KEY, number int);"
+ADD = "INSERT INTO jobs (number) VALUES (NULL) RETURNING id"
+COUNT = "SELECT count(*) FROM jobs WHERE id < :id"
+COUNTED = {
+    "the table": ("", ADD, COUNT),
+    "nextval": ("", "INSERT INTO jobs (id, number) VALUES (nextval('jobs_id_seq'), NULL) RETURNING id", COUNT),
+    "DEFAULT": ("", "INSERT INTO jobs (id, number) VALUES (DEFAULT, NULL) RETURNING id", COUNT),
+    "a view": ("CREATE VIEW seen AS SELECT id FROM jobs", ADD, COUNT.replace("jobs", "seen")),
+    "into a view": (
+        "CREATE VIEW seen AS SELECT * FROM jobs", "INSERT INTO seen (number) VALUES (NULL) RETURNING id", COUNT
+    ),
+    "a partition": (
+        "DROP TABLE jobs; CREATE TABLE jobs (id serial, number int) PARTITION BY RANGE (id);"
+        "CREATE TABLE all_jobs PARTITION OF jobs DEFAULT", ADD, COUNT.replace("jobs", "all_jobs"),
+    ),
+    "a trigger": (
+        "CREATE FUNCTION count_them() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN"
+        " NEW.number := (SELECT count(*) FROM f.jobs WHERE id < NEW.id); RETURN NEW; END';"
+        "CREATE TRIGGER count_them BEFORE INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION count_them()", ADD, "",
+    ),
+    "a trigger's key": (
+        "ALTER TABLE jobs ALTER id DROP DEFAULT; CREATE FUNCTION give() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN"
+        " IF NEW.id IS NULL THEN NEW.id := nextval(''f.jobs_id_seq''); END IF; RETURN NEW; END';"
+        "CREATE TRIGGER give BEFORE INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION give()", ADD, COUNT,
+    ),
+}
+
+
+def add_job(connection: sqlalchemy.engine.Connection, add: str, count: str) -> None:
+    """Add a job whose number is how many there are before it, as Optuna does with trials."""
+    connection.execute(text("SELECT n FROM lock FOR UPDATE"))
+    (key,) = connection.execute(text(add)).one()
+    if count:
+        number = connection.execute(text(count), {"id": key}).scalar()
+        connection.execute(text("UPDATE jobs SET number = :number WHERE id = :id"), {"number": number, "id": key})
+
+
+@pytest.mark.parametrize("what", COUNTED)
+def test_no_two_rows_get_one_number(
+    what: str, url: str, proxy: Proxy, server: Server, make: Make, engine: sqlalchemy.engine.Engine, schema: Callable,
+    database: Ask,
+) -> None:
+    more, add, count = COUNTED[what]
+    schema(JOBS + more)
+    path = {"connect_args": {"options": "-csearch_path=f"}}
+    ours, others = make(**path), make(url=url.replace(f":{proxy.port}/", f":{server.port}/"), **path)
+
+    def add_another() -> None:
+        with others.begin() as connection:
+            add_job(connection, add, count)
+
+    add_another()
+    with pytest.raises(OperationalError), ours.begin() as connection:
+        add_job(connection, add, count)
+        proxy.cut_at(b"COMMIT", REQUEST_LOST, add_another)
+    assert [number for (number,) in database("SELECT number FROM f.jobs ORDER BY id")] == [0, 1]
+
+
+def test_order_of_keys_is_asked_when_the_locks_are_held_again(
+    url: str, proxy: Proxy, server: Server, make: Make, engine: sqlalchemy.engine.Engine, schema: Callable,
+    database: Ask,
+) -> None:
+    schema(JOBS)
+    path = {"connect_args": {"options": "-csearch_path=f"}}
+    ours, others = make(**path), make(url=url.replace(f":{proxy.port}/", f":{server.port}/"), **path)
+    locked = threading.Event()
+    waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND usename = 'study'"
+
+    def add_another() -> None:
+        with others.begin() as connection:
+            connection.execute(text("SELECT n FROM lock FOR UPDATE"))
+            locked.set()
+            eventually(lambda: database(waits))
+            add_job(connection, ADD, COUNT)
+
+    another = threading.Thread(target=add_another)
+
+    def add_it_first() -> None:
+        another.start()
+        assert locked.wait(30)
+
+    with pytest.raises(OperationalError), ours.begin() as connection:
+        add_job(connection, ADD, COUNT)
+        proxy.cut_at(b"COMMIT", REQUEST_LOST, add_it_first)
+    another.join(30)
+    assert [number for (number,) in database("SELECT number FROM f.jobs ORDER BY id")] == [0]
+
+
+def test_value_that_a_placeholder_by_place_has_made_is_repeated(
+    engine: sqlalchemy.engine.Engine, schema: Callable, database: Ask, cut: Callable
+) -> None:
+    schema("CREATE TABLE a (id serial PRIMARY KEY, word text, n int)")
+    raw = engine.raw_connection()
+    cursor = raw.cursor()
+    cursor.execute("INSERT INTO f.a (word, n) VALUES (lower(%s), %s) RETURNING id, word", ("X", 1))
+    assert cursor.fetchall() == [(1, "x")]
+    cut()
+    cursor.execute("INSERT INTO t VALUES (3)")
+    raw.commit()
+    raw.close()
+    assert database("SELECT * FROM f.a") == [(1, "x", 1)]
 
 
 KEYS = {
@@ -621,6 +751,40 @@ def test_clock_is_not_read_twice(at: str, engine: sqlalchemy.engine.Engine, data
         connection.execute(text("SELECT 'before' FROM t"))
         connection.execute(text("INSERT INTO t VALUES (3, now()::text)"))
     assert database("SELECT count(*) FROM t") == [(2,)]
+
+
+@pytest.mark.parametrize("statement", ["SELECT now()", "SELECT CAST('now' AS timestamptz)", "SELECT at FROM clock"])
+def test_clock_that_is_not_named_is_not_read_twice(
+    statement: str, make: Make, engine: sqlalchemy.engine.Engine, schema: Callable, database: Ask, cut: Callable
+) -> None:
+    schema("CREATE TABLE made (n int, at timestamptz DEFAULT now()); CREATE VIEW clock AS SELECT now() AS at")
+    engine = make(connect_args={"options": "-csearch_path=f"})
+    with pytest.raises(OperationalError), engine.begin() as connection:
+        connection.execute(text(statement))
+        cut()
+        connection.execute(text("INSERT INTO made VALUES (1)"))
+    with engine.begin() as connection:  # which nobody has read it before
+        connection.execute(text("SELECT n FROM made"))
+        cut()
+        connection.execute(text("INSERT INTO made VALUES (2)"))
+    assert database("SELECT n FROM f.made") == [(2,)]
+
+
+def test_names_mean_the_same_tables_in_one_transaction(
+    engine: sqlalchemy.engine.Engine, schema: Callable, database: Ask, cut: Callable
+) -> None:
+    schema("CREATE TABLE t (n int)")
+    engine.dispose()
+    try:
+        with pytest.raises(OperationalError), engine.begin() as connection:
+            connection.execute(text("INSERT INTO t VALUES (3)"))
+            database("ALTER ROLE study SET search_path = f, public")
+            cut()
+            connection.execute(text("INSERT INTO t VALUES (4)"))
+    finally:
+        database("ALTER ROLE study RESET search_path")
+    assert database("SELECT n FROM t ORDER BY n") == [(1,), (2,)]
+    assert database("SELECT n FROM f.t") == []
 
 
 @pytest.mark.parametrize("at", ["n = 2", "COMMIT"])

@@ -21,7 +21,8 @@ import contextlib
 import os
 import select
 import threading
-from typing import Any, Callable, Iterable, NamedTuple
+from collections.abc import Iterable
+from typing import Any, Callable, NamedTuple
 from weakref import ref
 
 from . import catalog
@@ -983,6 +984,7 @@ def _note_late(real: Any, journal: Journal, users: Iterable[tuple[catalog.Sequen
     """
     asking = _asking(real)
     for sequence, name, tables in users:
+        # guard: order of keys, when the locks are held
         if not tables <= journal.late and _is_late(asking, sequence, journal.keys[name]):
             journal.late |= tables
             journal.hidden = journal.hidden or catalog.hides(asking)
@@ -1008,7 +1010,7 @@ def _find_given(step: Step, journal: Journal, asking: Callable[[str, tuple], lis
             said = {text[slice(*row[insert.columns[column]])] for row in insert.rows}
             if said != {"DEFAULT"}:
                 sequence, fills = sequence_asked(said), True
-        if fills and sequence is not None:  # guard: order of keys that something else gives
+        if fills and sequence is not None:  # guard: keys that something else gives
             step.given[column] = kind, [row[place] for row in rows]
             if sequence:
                 journal.keys.setdefault(sequence, set()).update(step.given[column][1])

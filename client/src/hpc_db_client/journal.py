@@ -124,7 +124,7 @@ class Journal:
 
         Others may have counted the rows with smaller keys meanwhile: Optuna numbers its trials so.
         """
-        if self.late and self.hidden:  # guard: order behind views and triggers
+        if self.late and self.hidden:  # guard: order of keys, behind views
             raise Differs("others were given keys meanwhile, and a view, a trigger or a partition may look for them")
         if not (step.judged.gives or step.judged.sequence):
             for table in self.late:
