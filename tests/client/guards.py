@@ -104,7 +104,7 @@ GUARDS = {
         "if self._bound or not self.real.closed:", "if not self.real.closed:", "copy_that_was_cut"
     ),
     "parked": Guard("if self._parked and not self._bound:", "if self._parked:", "behind_a_pooler"),
-    "pools of others": Guard('if "pool" in kwargs:', "if False:", "pool_of_somebody"),
+    "pools of others": Guard('if kwargs.get("pool") is not None:', "if False:", "pool_of_somebody"),
     "creators": Guard("pool._creator = connect", "pass", "opened_otherwise"),
 }
 

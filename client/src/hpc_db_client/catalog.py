@@ -69,10 +69,15 @@ UNION ALL SELECT oprname::text, 'an operator of the database', 'unknown' FROM pg
 UNION ALL SELECT format('%%s to %%s', castsource::regtype, casttarget::regtype), 'a cast of the database', 'unknown'
     FROM pg_cast JOIN own ON own.oid = castfunc WHERE own.pronamespace <> 'pg_catalog'::regnamespace
 """
-# The columns that an INSERT may name, with their sequences and types, and whether the server fills them by itself.
+# The columns that an INSERT may be told, with their sequences and types, whether the server fills them by itself, and
+# whether no two rows have the same.
 COLUMNS = """
 SELECT a.attname::text, s.seqrelid::regclass::text, format_type(a.atttypid, a.atttypmod),
-    d.oid IS NOT NULL OR a.attidentity <> ''
+    d.oid IS NOT NULL OR a.attidentity <> '',
+    EXISTS (
+        SELECT FROM pg_index WHERE indrelid = a.attrelid AND indisunique AND indimmediate AND indpred IS NULL
+            AND indnkeyatts = 1 AND indkey[0] = a.attnum
+    )
 FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid AND c.relkind IN ('r', 'p')
 LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 LEFT JOIN pg_sequence s ON s.seqrelid IN (
@@ -82,6 +87,10 @@ LEFT JOIN pg_sequence s ON s.seqrelid IN (
         AND refobjid = a.attrelid AND refobjsubid = a.attnum AND deptype = 'i'
 )
 WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+    AND NOT EXISTS (  -- which may have made them out of others, and would again
+        SELECT FROM pg_trigger WHERE NOT tgisinternal AND tgenabled <> 'D' AND tgtype & 6 = 6
+            AND (tgrelid = c.oid OR tgrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))
+    )
 """
 # In which steps a sequence counts, and whose keys it gives; NULL for the sequence of no table.
 SEQUENCE = """
@@ -154,10 +163,19 @@ def find_unknown(ask_all: Callable[[str, tuple], list], names: Iterable[str], ti
     return "views of views"
 
 
-def settable_columns(ask_all: Callable[[str, tuple], list], relation: str) -> dict[str, tuple[str, str, bool]]:
-    """Return the columns of a table that an INSERT may name: their sequences ("" for none) and types, and whether the
-    server fills them."""
-    return {name: (sequence or "", kind, fills) for name, sequence, kind, fills in ask_all(COLUMNS, (relation,))}
+class Column(NamedTuple):
+    """A column that an INSERT may be told."""
+
+    sequence: str  # "" for none
+    kind: str
+    fills: bool  # by a default, or as an identity
+    unique: bool
+
+
+def settable_columns(ask_all: Callable[[str, tuple], list], relation: str) -> dict[str, Column]:
+    """Return the columns of a table that an INSERT may be told."""
+    found: list[Any] = ask_all(COLUMNS, (relation,))
+    return {name: Column(sequence or "", *others) for name, sequence, *others in found}
 
 
 def hides(ask_all: Callable[[str, tuple], list]) -> bool:

@@ -13,6 +13,7 @@ import datetime
 import decimal
 import hashlib
 import ipaddress
+import pickle
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,6 +37,7 @@ _AS_GOOD = ("numpy", "sqlalchemy.sql.elements", "sqlalchemy.sql._elements_constr
 # What the drivers and SQLAlchemy put around a value, and where the value is in it.
 _WRAPPED = {
     ("psycopg2._json", "Json"): "adapted", ("psycopg2.extensions", "Binary"): "adapted",
+    ("psycopg.dbapi20", "Binary"): "obj",
     ("psycopg.types.json", "Json"): "obj", ("psycopg.types.json", "Jsonb"): "obj",
 }
 _RANGES = ("psycopg2._range", "psycopg.types.range")
@@ -96,6 +98,7 @@ class Journal:
         self.clock_twice = False
         self.isolated = False  # each statement sees what the first one did
         self.path = ""  # the search_path that it began with
+        self.started = ""  # when its first server was
         self.keys: dict[str, set[int]] = {}  # of each sequence: those that were given to us
         self.late: set[str] = set()  # tables where others were given keys after ours, before our rows were there
         self.hidden = False  # such a table may be looked at by what does not name it
@@ -142,11 +145,26 @@ def digest(description: Any, status: Any, rows: list | None) -> bytes:
     hashed = hashlib.blake2b(repr((status, [tuple(column)[:2] for column in description or ()])).encode())
     for start in range(0, len(rows or ()), CHUNK):
         chunk = (rows or [])[start:start + CHUNK]
-        text = repr(chunk)
-        if "<memory at " in text:  # psycopg2's bytea, whose content the text does not show
-            text = repr([[bytes(each) if isinstance(each, memoryview) else each for each in row] for row in chunk])
-        hashed.update(text.encode("utf-8", "surrogatepass"))
+        if not all(type(row) is tuple and _CONSTANT.issuperset(map(type, row)) for row in chunk):
+            chunk = _shown(chunk)  # guard: values whose text is not all of them
+        hashed.update(repr(chunk).encode("utf-8", "surrogatepass"))
     return hashed.digest()
+
+
+def _shown(value: Any) -> Any:
+    """Return a value whose text is all of it: of others' types (numpy's arrays, psycopg2's bytea) it is a part."""
+    if type(value) in _CONSTANT:
+        return value
+    if isinstance(value, Mapping):
+        return [(_shown(name), _shown(each)) for name, each in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_shown(each) for each in value]
+    if isinstance(value, memoryview):
+        return bytes(value)
+    try:
+        return pickle.dumps(value)
+    except Exception:  # whatever its class raises
+        return uuid.uuid4()  # never the same again
 
 
 def _copied(value: Any) -> tuple[Any, int]:
@@ -157,7 +175,7 @@ def _copied(value: Any) -> tuple[Any, int]:
     if kind is list or kind is tuple:
         pairs = [_copied(each) for each in value]
         return kind(pair[0] for pair in pairs), 64 + sum(pair[1] for pair in pairs)
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and not hasattr(kind, "__missing__"):
         size = 64
         mine = {}
         for name, each in value.items():

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import threading
@@ -12,11 +13,13 @@ import time
 FIRST_PAUSE = 0.1
 # Thousands of workers that ask every 2 s on average are no load for a server that starts.
 LONGEST_PAUSE = 2.5
+_random = random.Random()  # the program's own may be seeded
 
 
 def tell(text: str) -> None:
-    """Write one line for whoever reads the job's log."""
-    print(f"hpc_db: {text}", file=sys.stderr, flush=True)
+    """Write one line for whoever reads the job's log, if it can be written."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, none
+        print(f"hpc_db: {text}", file=sys.stderr, flush=True)
 
 
 def in_short(error: BaseException) -> str:
@@ -67,5 +70,5 @@ class Outage:
                 f" {self._patience.seconds:g} s (hpc_db_patience): {in_short(error)}"
             ) from error
         self._patience.tell_once(error)
-        time.sleep(min(left, self._pause * random.uniform(0.5, 1.5)))
+        time.sleep(min(left, self._pause * _random.uniform(0.5, 1.5)))
         self._pause = min(2 * self._pause, LONGEST_PAUSE / 1.5)

@@ -35,7 +35,7 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
             raise ArgumentError(
                 f"the plugin hpc_db works with postgresql+psycopg2:// and postgresql+psycopg://, not {given}"
             )
-        if "pool" in kwargs:
+        if kwargs.get("pool") is not None:
             raise ArgumentError("pool: the plugin hpc_db has its own; give poolclass, pool_size and their like instead")
         self._url = url.difference_update_query(["plugin", "hpc_db_patience"])
 
@@ -49,6 +49,8 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
         """Tell the dialect how long to wait, and for whom."""
         service, host = self._url.query.get("service"), self._url.host or self._url.query.get("host")
         dialect_args["hpc_db_patience"] = self._patience
+        if isinstance(host, tuple):
+            host = ", ".join(host)
         dialect_args["hpc_db_server"] = f"service {service}" if service else f"host {host}" if host else "default host"
 
     def handle_pool_kwargs(self, pool_cls: type, pool_args: dict[str, Any]) -> None:

@@ -148,6 +148,7 @@ class Insert(NamedTuple):
     rows: list[list[tuple[int, int]]]  # where the values of each row are; none for DEFAULT VALUES
     counted: int  # where the list of SELECT begins, if the rows are counted by sen_counter; else 0
     returning: list[str]  # columns; "" where something else is returned
+    conflict: frozenset[str]  # names in ON CONFLICT
     has_arguments: bool
 
 
@@ -479,7 +480,9 @@ def _insert(part: list[Token], has_arguments: bool) -> Insert | None:
     elif words[place] == "select" and "sen_counter" in words:
         counted = part[place].end
         place = returned
+    conflict: frozenset[str] = frozenset()
     if words[place:place + 2] == ["on", "conflict"]:
+        conflict = frozenset(token.name for token in part[place:returned])
         place = returned  # what is in its way is found before the key is looked at
     if place != returned or not (first_column or not rows):
         return None
@@ -492,7 +495,7 @@ def _insert(part: list[Token], has_arguments: bool) -> Insert | None:
             token.name if number % 2 == 0 else token.text == "." for number, token in enumerate(item)
         ) and len(item) % 2
         returning.append(item[-1].name if simple else "")
-    return Insert(relation, table, columns, first_column, overriding, rows, counted, returning, has_arguments)
+    return Insert(relation, table, columns, first_column, overriding, rows, counted, returning, conflict, has_arguments)
 
 
 def literal(value: Any) -> str | None:
@@ -501,15 +504,17 @@ def literal(value: Any) -> str | None:
         return str(value) if value >= 0 else f"({value})"
     if isinstance(value, (str, uuid.UUID)):
         return "'" + str(value).replace("'", "''") + "'"
-    if isinstance(value, (datetime.date, datetime.datetime)):
+    if isinstance(value, (datetime.date, datetime.datetime)) and 1 < value.year < 9999:  # else it may be infinite
         return f"'{value.isoformat()}'"
     return None
 
 
 def sequence_asked(expressions: set[str]) -> str | None:
-    """Return the sequence that each of these expressions takes a key of; "" if they take none, None if it is not sure.
+    """Return the sequence that each of these expressions takes a key of.
+
+    "" if they take none, as ``gen_random_uuid()``; None if that is not sure, or they hold what the program has given.
     """
-    if not any("nextval" in each.lower() for each in expressions):
+    if all(re.fullmatch(r"(?!nextval)\w+\(\)", each) for each in expressions):
         return ""
     found = {re.fullmatch(r"nextval\('([^'%]+)'(?:::regclass)?\)", each) for each in expressions}
     names = {match.group(1) if match else "" for match in found}
