@@ -44,7 +44,7 @@ GUARDS = {
     "what may stay in the session": Guard("if judged.binds:", "if False:", "not_taken_for_the_temporary"),
     "unknown statements": Guard("if judged.why:  #", "if False:  #", "definition_in"),
     "rows of an executemany": Guard(
-        'self._journal.give_up("an executemany that returns rows")', "pass", "executemany_that"
+        'self._journal.give_up("an executemany that returns rows, or has options")', "pass", "executemany_that"
     ),
     "parameters": Guard("self.bind(why)  #", "return_unused = why  #", "parameter_that_is_sql"),
     "what names mean": Guard("if unknown:  #", "if False:  #", "not_lost_silently"),

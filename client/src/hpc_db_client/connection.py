@@ -27,7 +27,7 @@ from weakref import ref
 
 from . import catalog
 from .journal import Differs, Journal, Step, digest
-from .patience import GaveUp, Outage, Patience, tell
+from .patience import GaveUp, Outage, Patience, in_short, tell
 from .sql import Judgement, judge, sequence_asked, with_values
 
 # A transaction that the server dies of is not what it should be given again and again.
@@ -46,7 +46,8 @@ ENDED = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
 FUTILE = (
     "password authentication failed", "no password supplied", "no pg_hba.conf entry", "authentication failed for user",
     "does not exist", "permission denied for database", "channel binding", "certificate", "invalid connection option",
-    "server does not support SSL", "root certificate file",
+    "server does not support SSL", "root certificate file", "definition of service", "sslmode value",
+    "unrecognized configuration parameter",
 )
 
 # Optuna stores heartbeats in the session's time zone without naming it, so two workers that differ in PGTZ would take
@@ -61,6 +62,7 @@ FACTS = f"""
 SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text,
     current_setting('server_version_num')::int, current_setting('transaction_isolation') = 'read committed',
     current_setting('standard_conforming_strings') = 'on', current_setting('search_path'),
+    pg_postmaster_start_time()::text,
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
     has_function_privilege('pg_control_system()', 'EXECUTE'), pg_is_in_recovery(), s.datid::bigint,
@@ -113,6 +115,7 @@ class Facts(NamedTuple):
     read_committed: bool  # by default, each statement sees what others have committed meanwhile
     standard_strings: bool  # a backslash in a literal is one
     path: str  # the search_path that a new session has
+    started: str  # when the server was
 
 
 class Engine:
@@ -161,11 +164,14 @@ class Link:
             real = None
             try:
                 real = self._connect()
+                if real.info.transaction_status == IN_TRANSACTION:
+                    real.commit()  # what whoever has opened it has begun
                 facts = self._facts(real)
                 self._engine.check(facts.identity)
                 if not facts.direct and hasattr(real, "prepare_threshold"):
                     real.prepare_threshold = None  # psycopg 3's would be prepared on whatever connection was free
                 self._prepare(real)
+                facts = facts._replace(read_committed=reads_committed(real, facts.read_committed))
                 for name, value in attributes.items():
                     if name == "set_isolation_level":
                         real.set_isolation_level(value)
@@ -213,7 +219,11 @@ class Link:
         """Tell whether an error means that the session is no more."""
         if not isinstance(error, self.dbapi.Error):
             return False
-        return bool(real.closed) or sqlstate(error) in ENDED or (sqlstate(error) or "").startswith("08")
+        if real.closed:
+            return True
+        state = sqlstate(error) or ""  # which a function can raise as well
+        severity = getattr(getattr(error, "diag", None), "severity_nonlocalized", None)
+        return (state in ENDED or state.startswith("08")) and severity != "ERROR"
 
     def _may_pass(self, error: Exception) -> bool:
         if not isinstance(error, self.dbapi.OperationalError):
@@ -223,8 +233,8 @@ class Link:
     @staticmethod
     def _facts(real: Any) -> Facts:
         (
-            _zone, pid, start, version, is_committed, standard_strings, path, can_flush, can_identify, standby,
-            database, generation,
+            _zone, pid, start, version, is_committed, standard_strings, path, started, can_flush, can_identify,
+            standby, database, generation,
         ) = ask(real, FACTS)
         system = ask(real, IDENTITY)[0] if can_identify else ""
         mark = MARK if can_flush else MARK_WEAKLY if version >= 130000 else ""
@@ -234,7 +244,7 @@ class Link:
         if standby or not system:
             mark = ""
         identity = Identity(system, database, generation)
-        return Facts(pid, start, direct, identity, mark, is_committed, standard_strings, path)
+        return Facts(pid, start, direct, identity, mark, is_committed, standard_strings, path, started)
 
 
 # All connections of this process: a child that it forks must leave their sessions alone.
@@ -247,11 +257,11 @@ class Connection:
 
     __slots__ = (
         "real", "_link", "_facts", "_old", "_journal", "_attributes", "_bound", "_outage", "_thread", "_parked",
-        "_lost", "_judged", "_names", "_mark", "looks", "__weakref__",
+        "_lost", "_judged", "_names", "_mark", "_closed", "looks", "__weakref__",
     )
     # What can be read or called without leaving anything behind in the session.
     _HARMLESS = frozenset((
-        "adapters", "autocommit", "broken", "closed", "cursor_factory", "deferrable", "dsn", "encoding", "fileno",
+        "autocommit", "broken", "closed", "cursor_factory", "deferrable", "dsn", "encoding", "fileno",
         "get_backend_pid", "get_dsn_parameters", "get_parameter_status", "get_transaction_status", "info",
         "isolation_level", "notices", "protocol_version", "read_only", "readonly", "row_factory", "server_version",
         "status",
@@ -266,6 +276,7 @@ class Connection:
         self._outage: Outage | None = None
         self._thread = threading.get_ident()
         self._parked = False
+        self._closed = False  # by the application
         self._lost = False  # of the transaction nothing, or not all, is in the session
         self._mark: tuple | None = None  # the transaction's id, and where its mark is
         self._judged: set[Judgement] = set()  # statements whose names are in _names
@@ -289,6 +300,7 @@ class Connection:
         else:
             self.revive()
             setattr(self.real, name, value)
+            self._attributes.pop(name, None)  # they are set again in this order
             self._attributes[name] = value
 
     def __enter__(self) -> Connection:
@@ -303,9 +315,11 @@ class Connection:
             self.close()
 
     def set_isolation_level(self, level: Any) -> None:
-        """psycopg2's; kept for the next connection."""
+        """psycopg2's, which rolls back; kept for the next connection."""
+        self.rollback()
         self.revive()
         self.real.set_isolation_level(level)
+        self._attributes.pop("set_isolation_level", None)
         self._attributes["set_isolation_level"] = level
 
     def bind(self, why: str) -> None:
@@ -332,8 +346,9 @@ class Connection:
                 return False
             news = select.poll()
             news.register(self.real.fileno(), select.POLLIN)
-            if self._bound or news.poll(0):
-                ask(self.real, "SELECT 1")
+            status = self.real.info.transaction_status
+            if (self._bound or news.poll(0)) and status != IN_ERROR:
+                ask(self.real, "SELECT 1", in_transaction=status == IN_TRANSACTION)
         except self._link.dbapi.Error:
             self._discard()
             return False
@@ -375,7 +390,7 @@ class Connection:
         """Return what the statements of this session may have set off that is not known; "" if nothing."""
         if not self._names:
             return ""
-        timed = catalog.JUDGES if self._journal.clock else ("view",) if self._journal.began else ()
+        timed = catalog.JUDGES if self._journal.knows_time() else ("view",) if self._journal.began else ()
         try:
             return catalog.find_unknown(
                 lambda statement, parameters: ask_all(self.real, statement, parameters, in_transaction),
@@ -406,6 +421,8 @@ class Connection:
             self._lost = True
 
     def close(self) -> None:
+        """Close it for ever: no other session takes its place."""
+        self._closed = True
         self.real.close()
 
     def rollback(self) -> None:
@@ -453,7 +470,7 @@ class Connection:
             self.bind(why)  # guard: parameters
             self._journal.give_up(why)
         if step.method == "executemany" and (judged.returns or step.options):
-            self._journal.give_up("an executemany that returns rows")  # guard: rows of an executemany
+            self._journal.give_up("an executemany that returns rows, or has options")  # guard: rows of an executemany
         self._note(judged)
         self.revive()
         self._thread = threading.get_ident()
@@ -465,7 +482,7 @@ class Connection:
         step.free = judged.free and self._reads_freely()
         journal = self._journal
         if not journal.began:
-            journal.path = self._facts.path
+            journal.path, journal.started = self._facts.path, self._facts.started
         self._parked = False  # what it had read need not be read again
         journal.begin(step)
         try:
@@ -526,16 +543,23 @@ class Connection:
 
     def revive(self) -> None:
         """Between transactions, and if nothing binds us to the old session, take another one for a lost one."""
-        if self.real.closed and not self._journal.steps and not self._journal.why_not and not self._bound:
+        if self.real.closed and not self._closed and not self._journal.steps and not self._journal.why_not and not self._bound:
             if self._journal.began and not self._reads_freely():
                 return
             self._outage = None
-            self._open()
-            try:
-                self._check_known()
-            except Differs as differs:
-                self.bind(str(differs))
-                self._discard()
+            while self.real.closed:
+                self._open()
+                try:
+                    self._check_known()
+                except Differs as differs:
+                    self.bind(str(differs))
+                    self._discard()
+                    return
+                except self._link.dbapi.Error as error:
+                    if not self._link.is_lost(self.real, error):
+                        raise
+                    self._discard()
+                    self._link.pause(self._current_outage(), error)
 
     def _reads_freely(self) -> bool:
         """Tell whether a result that was read before any write or lock might as well have changed since."""
@@ -545,7 +569,9 @@ class Connection:
         )
 
     def _refuse_part(self) -> None:
-        """Let nobody go on with a part of a transaction, whatever has interrupted its repetition."""
+        """Let nobody go on with a closed connection, or a part of a transaction, whatever interrupted its repetition."""
+        if self._closed:  # guard: closed
+            self.real.commit()  # the driver says what is wrong
         if self._lost:  # guard: half a transaction
             self._discard()
             raise self._link.dbapi.InterfaceError(LOST)
@@ -628,7 +654,7 @@ class Connection:
                 self._open()
             try:
                 self._check_known()
-                users = _ask_for_keys(self.real, journal)
+                users = _ask_for_keys(self.real, journal, journal.started != self._facts.started)
                 for step in journal.steps:
                     if step is current:
                         break
@@ -645,7 +671,7 @@ class Connection:
                 self._give_up(f"{CANNOT}: {differs}", error)
             except self._link.dbapi.Error as another:
                 if not self._link.is_lost(self.real, another):
-                    raise
+                    self._give_up(f"{CANNOT}: {in_short(another)}", error)
                 self._discard()
                 self._link.pause(self._current_outage(), another)
 
@@ -712,10 +738,22 @@ class Cursor:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._real, name)
-        if name not in self._HARMLESS and not name.startswith("_"):
-            self.connection.bind(f"the driver's own cursor.{name}")
-            self.rows = None
+        if name in self._HARMLESS or name.startswith("_"):
+            return value
+        if callable(value):
+            return self._let(name, value)
+        self.connection.bind(f"the driver's own cursor.{name}")
         return value
+
+    def _let(self, name: str, method: Callable) -> Callable:
+        """Return a method of the driver's, which has its own result when it was called."""
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.connection.bind(f"the driver's own cursor.{name}")
+            self.rows, self.position = None, 0
+            return method(*arguments, **options)
+
+        return call
 
     def __enter__(self) -> Cursor:
         return self
@@ -763,9 +801,11 @@ class Cursor:
         self.position += 1
         return rows[self.position - 1]
 
-    def fetchmany(self, size: int = 0) -> list:
+    def fetchmany(self, size: int | None = None) -> list:
         rows, start = self._result(), self.position
-        self.position = min(len(rows), start + (size or self._real.arraysize))
+        if size is None or (not size and hasattr(self._real, "pgresult")):
+            size = self._real.arraysize
+        self.position = min(len(rows), start + size)
         return rows[start:self.position]
 
     def fetchall(self) -> list:
@@ -773,8 +813,20 @@ class Cursor:
         self.position = len(rows)
         return rows[start:]
 
-    def __iter__(self) -> Any:
-        return iter(self.fetchone, None)
+    def __iter__(self) -> Cursor:
+        return self
+
+    def __next__(self) -> Any:
+        row = self.fetchone()
+        if row is None:
+            raise StopIteration
+        return row
+
+    def scroll(self, value: int, mode: str = "relative") -> None:
+        place = value + (self.position if mode == "relative" else 0)
+        if mode not in ("relative", "absolute") or not 0 <= place < len(self._result()):
+            self._real.scroll(-1, "absolute")  # the driver says what is wrong
+        self.position = place
 
     @property
     def rownumber(self) -> int:
@@ -785,7 +837,9 @@ class Cursor:
         self._real.close()
 
     def _result(self) -> list:
-        return self._real.fetchall() if self.rows is None else self.rows  # the driver says what is wrong
+        if self.rows is None:
+            self.rows, self.position = self._real.fetchall(), 0  # or the driver says what is wrong
+        return self.rows
 
     def _perform(self, method: str, query: Any, arguments: tuple, options: dict) -> Cursor:
         self.rows = self._rowcount = None
@@ -849,6 +903,16 @@ def _disown_all() -> None:
 os.register_at_fork(after_in_child=_disown_all)  # guard: fork
 
 
+def reads_committed(real: Any, default: bool) -> bool:
+    """Tell whether each statement of the next transaction sees what others have committed meanwhile."""
+    level = real.isolation_level
+    if level is None:
+        return default
+    if hasattr(real, "pgconn"):
+        return level.name in ("READ_COMMITTED", "READ_UNCOMMITTED")
+    return level in (0, 1, 4)  # psycopg2's AUTOCOMMIT, READ_COMMITTED, READ_UNCOMMITTED
+
+
 def ask(real: Any, statement: str, in_transaction: bool = False) -> Any:
     """Return the first row of a statement of ours; by itself it leaves no transaction open."""
     rows = ask_all(real, statement, None, in_transaction)
@@ -858,19 +922,21 @@ def ask(real: Any, statement: str, in_transaction: bool = False) -> Any:
 def ask_all(real: Any, statement: str, parameters: tuple | None, in_transaction: bool = False) -> list:
     """Return the rows of a statement of ours."""
     toggle = not in_transaction and not real.autocommit
-    if toggle:
-        real.autocommit = True
-    cursor = _plain_cursor(real)
     try:
-        if parameters is None:
-            cursor.execute(statement)
-        else:
-            cursor.execute(statement, parameters)
-        return cursor.fetchall()
+        if toggle:
+            real.autocommit = True
+        with contextlib.closing(_plain_cursor(real)) as cursor:
+            if parameters is None:
+                cursor.execute(statement)
+            else:
+                cursor.execute(statement, parameters)
+            return cursor.fetchall()
     finally:
-        cursor.close()
         if toggle and not real.closed:
-            real.autocommit = False
+            try:
+                real.autocommit = False
+            except Exception:  # interrupted in the middle of the statement
+                real.close()
 
 
 def _plain_cursor(real: Any) -> Any:
@@ -949,21 +1015,25 @@ def _run_again(real: Any, step: Step, link: Link, journal: Journal) -> None:
         raise Differs(f"another result than before ({str(step.text)[:60]!r})")
 
 
-def _ask_for_keys(real: Any, journal: Journal) -> dict[int, list[tuple[catalog.Sequence, str, set[str]]]]:
+def _ask_for_keys(
+    real: Any, journal: Journal, anew: bool
+) -> dict[int, list[tuple[catalog.Sequence, str, set[str]]]]:
     """Find what the INSERTs are to be told, and have the sequences count beyond our keys.
 
-    A crash may have set them back. Return for each step the sequences that its keys are of, by the names that they
-    have in the journal, with the tables that get the keys.
+    A crash may have set them back; ``anew`` says that the server was started since. Return for each step the sequences
+    that its keys are of, by the names that they have in the journal, with the tables that get the keys.
     """
     asking = _asking(real)
     names: dict[int, list[str]] = {}
     tables: dict[str, set[str]] = {}
     for step in journal.steps:
         if step.key is not None:
+            if anew:  # guard: keys that a crash gives twice
+                raise Differs("the server was started anew, and may have given its key to somebody else")
             names[id(step)] = [step.judged.sequence]
             journal.keys.setdefault(step.judged.sequence, set()).add(step.key)
         elif step.judged.insert and step.rows:
-            names[id(step)] = _find_given(step, journal, asking)
+            names[id(step)] = _find_given(step, journal, asking, anew)
             for name in names[id(step)]:
                 tables.setdefault(name, set()).add(step.judged.insert.table)
     sequences: dict[str, catalog.Sequence] = {}
@@ -994,7 +1064,7 @@ def _asking(real: Any) -> Callable[[str, tuple], list]:
     return lambda statement, parameters: ask_all(real, statement, parameters, in_transaction=True)
 
 
-def _find_given(step: Step, journal: Journal, asking: Callable[[str, tuple], list]) -> list[str]:
+def _find_given(step: Step, journal: Journal, asking: Callable[[str, tuple], list], anew: bool) -> list[str]:
     """Note what the INSERT is to be told; return the sequences of its keys."""
     insert, rows = step.judged.insert, step.rows
     if not insert or not rows or not isinstance(step.text, (str, bytes)):
@@ -1005,15 +1075,21 @@ def _find_given(step: Step, journal: Journal, asking: Callable[[str, tuple], lis
     text = step.text if isinstance(step.text, str) else step.text.decode()
     names = []
     for place, column in enumerate(insert.returning):
-        sequence, kind, fills = settable.get(column, ("", "", False))
+        known = settable.get(column)
+        if not known or column in insert.conflict or "constraint" in insert.conflict:
+            continue
+        sequence: str | None = known.sequence
+        values, fills = [row[place] for row in rows], known.fills
         if column in insert.columns:
             said = {text[slice(*row[insert.columns[column]])] for row in insert.rows}
             if said != {"DEFAULT"}:
                 sequence, fills = sequence_asked(said), True
+        if sequence and (not all(type(value) is int for value in values) or (anew and not known.unique)):
+            continue
         if fills and sequence is not None:  # guard: keys that something else gives
-            step.given[column] = kind, [row[place] for row in rows]
+            step.given[column] = known.kind, values
             if sequence:
-                journal.keys.setdefault(sequence, set()).update(step.given[column][1])
+                journal.keys.setdefault(sequence, set()).update(values)
                 names.append(sequence)
     return names
 
