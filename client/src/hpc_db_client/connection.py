@@ -543,7 +543,9 @@ class Connection:
 
     def revive(self) -> None:
         """Between transactions, and if nothing binds us to the old session, take another one for a lost one."""
-        if self.real.closed and not self._closed and not self._journal.steps and not self._journal.why_not and not self._bound:
+        if self._closed or self._bound:
+            return
+        if self.real.closed and not self._journal.steps and not self._journal.why_not:
             if self._journal.began and not self._reads_freely():
                 return
             self._outage = None
@@ -569,7 +571,7 @@ class Connection:
         )
 
     def _refuse_part(self) -> None:
-        """Let nobody go on with a closed connection, or a part of a transaction, whatever interrupted its repetition."""
+        """Let nobody go on with a closed connection, or with a part of a transaction that was interrupted."""
         if self._closed:  # guard: closed
             self.real.commit()  # the driver says what is wrong
         if self._lost:  # guard: half a transaction
