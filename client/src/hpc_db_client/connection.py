@@ -62,7 +62,7 @@ FACTS = f"""
 SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::text,
     current_setting('server_version_num')::int, current_setting('transaction_isolation') = 'read committed',
     current_setting('standard_conforming_strings') = 'on', current_setting('search_path'),
-    pg_postmaster_start_time()::text,
+    (SELECT coalesce(stats_reset::text, '') FROM pg_stat_bgwriter),
     coalesce(has_function_privilege(
         to_regprocedure('pg_logical_emit_message(boolean, text, text, boolean)')::oid, 'EXECUTE'), false),
     has_function_privilege('pg_control_system()', 'EXECUTE'), pg_is_in_recovery(), s.datid::bigint,
@@ -115,7 +115,7 @@ class Facts(NamedTuple):
     read_committed: bool  # by default, each statement sees what others have committed meanwhile
     standard_strings: bool  # a backslash in a literal is one
     path: str  # the search_path that a new session has
-    started: str  # when the server was
+    crash: str  # the server's last one: since then it has its statistics
 
 
 class Engine:
@@ -233,7 +233,7 @@ class Link:
     @staticmethod
     def _facts(real: Any) -> Facts:
         (
-            _zone, pid, start, version, is_committed, standard_strings, path, started, can_flush, can_identify,
+            _zone, pid, start, version, is_committed, standard_strings, path, crash, can_flush, can_identify,
             standby, database, generation,
         ) = ask(real, FACTS)
         system = ask(real, IDENTITY)[0] if can_identify else ""
@@ -244,7 +244,7 @@ class Link:
         if standby or not system:
             mark = ""
         identity = Identity(system, database, generation)
-        return Facts(pid, start, direct, identity, mark, is_committed, standard_strings, path, started)
+        return Facts(pid, start, direct, identity, mark, is_committed, standard_strings, path, crash)
 
 
 # All connections of this process: a child that it forks must leave their sessions alone.
@@ -482,7 +482,7 @@ class Connection:
         step.free = judged.free and self._reads_freely()
         journal = self._journal
         if not journal.began:
-            journal.path, journal.started = self._facts.path, self._facts.started
+            journal.path, journal.crash = self._facts.path, self._facts.crash
         self._parked = False  # what it had read need not be read again
         journal.begin(step)
         try:
@@ -656,7 +656,7 @@ class Connection:
                 self._open()
             try:
                 self._check_known()
-                users = _ask_for_keys(self.real, journal, journal.started != self._facts.started)
+                users = _ask_for_keys(self.real, journal, journal.crash != self._facts.crash)
                 for step in journal.steps:
                     if step is current:
                         break
@@ -1018,24 +1018,24 @@ def _run_again(real: Any, step: Step, link: Link, journal: Journal) -> None:
 
 
 def _ask_for_keys(
-    real: Any, journal: Journal, anew: bool
+    real: Any, journal: Journal, crashed: bool
 ) -> dict[int, list[tuple[catalog.Sequence, str, set[str]]]]:
     """Find what the INSERTs are to be told, and have the sequences count beyond our keys.
 
-    A crash may have set them back; ``anew`` says that the server was started since. Return for each step the sequences
-    that its keys are of, by the names that they have in the journal, with the tables that get the keys.
+    A crash may have set them back; ``crashed`` says that one was. Return for each step the sequences that its keys are
+    of, by the names that they have in the journal, with the tables that get the keys.
     """
     asking = _asking(real)
     names: dict[int, list[str]] = {}
     tables: dict[str, set[str]] = {}
     for step in journal.steps:
         if step.key is not None:
-            if anew:  # guard: keys that a crash gives twice
-                raise Differs("the server was started anew, and may have given its key to somebody else")
+            if crashed:  # guard: keys that a crash gives twice
+                raise Differs("the server has crashed, and may have given its key to somebody else")
             names[id(step)] = [step.judged.sequence]
             journal.keys.setdefault(step.judged.sequence, set()).add(step.key)
         elif step.judged.insert and step.rows:
-            names[id(step)] = _find_given(step, journal, asking, anew)
+            names[id(step)] = _find_given(step, journal, asking, crashed)
             for name in names[id(step)]:
                 tables.setdefault(name, set()).add(step.judged.insert.table)
     sequences: dict[str, catalog.Sequence] = {}
@@ -1066,7 +1066,7 @@ def _asking(real: Any) -> Callable[[str, tuple], list]:
     return lambda statement, parameters: ask_all(real, statement, parameters, in_transaction=True)
 
 
-def _find_given(step: Step, journal: Journal, asking: Callable[[str, tuple], list], anew: bool) -> list[str]:
+def _find_given(step: Step, journal: Journal, asking: Callable[[str, tuple], list], crashed: bool) -> list[str]:
     """Note what the INSERT is to be told; return the sequences of its keys."""
     insert, rows = step.judged.insert, step.rows
     if not insert or not rows or not isinstance(step.text, (str, bytes)):
@@ -1086,7 +1086,7 @@ def _find_given(step: Step, journal: Journal, asking: Callable[[str, tuple], lis
             said = {text[slice(*row[insert.columns[column]])] for row in insert.rows}
             if said != {"DEFAULT"}:
                 sequence, fills = sequence_asked(said), True
-        if sequence and (not all(type(value) is int for value in values) or (anew and not known.unique)):
+        if sequence and (not all(type(value) is int for value in values) or (crashed and not known.unique)):
             continue
         if fills and sequence is not None:  # guard: keys that something else gives
             step.given[column] = known.kind, values

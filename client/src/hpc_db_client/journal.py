@@ -98,7 +98,7 @@ class Journal:
         self.clock_twice = False
         self.isolated = False  # each statement sees what the first one did
         self.path = ""  # the search_path that it began with
-        self.started = ""  # when its first server was
+        self.crash = ""  # the server's last one before it
         self.keys: dict[str, set[int]] = {}  # of each sequence: those that were given to us
         self.late: set[str] = set()  # tables where others were given keys after ours, before our rows were there
         self.hidden = False  # such a table may be looked at by what does not name it
