@@ -140,6 +140,14 @@ def test_insert_is_told_the_keys_that_it_gave(text: str, given: dict, wanted: st
     assert with_values(text, insert, {name: ("integer", values) for name, values in given.items()}) == wanted
 
 
+def test_value_that_could_end_its_literal_is_not_told() -> None:
+    """With standard_conforming_strings off, a backslash makes SQL of what follows the quote."""
+    for text in ("INSERT INTO t (a) VALUES (1) RETURNING b", "INSERT INTO t (a, b) VALUES (1, f) RETURNING b"):
+        insert = judge(text).insert
+        assert insert is not None
+        assert with_values(text, insert, {"b": ("text", ["\\', 1); COMMIT; DELETE FROM t; --"])}) == text
+
+
 def test_parameters_are_those_of_the_moment() -> None:
     given = {"a": [1]}
     journal, step = Journal(), a_step("SELECT %(a)s FOR UPDATE", given)

@@ -498,6 +498,8 @@ def literal(value: Any) -> str | None:
     if type(value) is int:
         return str(value) if value >= 0 else f"({value})"
     if isinstance(value, (str, uuid.UUID)):
+        if "\\" in str(value):  # guard: values with a backslash
+            return None  # whether it is one, standard_conforming_strings says
         return "'" + str(value).replace("'", "''") + "'"
     if isinstance(value, (datetime.date, datetime.datetime)):
         return f"'{value.isoformat()}'"
