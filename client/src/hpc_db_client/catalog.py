@@ -60,7 +60,8 @@ UNION ALL SELECT name, pg_get_viewdef(oid), 'view' FROM relation WHERE relkind =
 UNION ALL SELECT name, 'the rule ' || rulename, 'unknown' FROM relation JOIN pg_rewrite ON ev_class = relation.oid
     WHERE rulename <> '_RETURN'
 UNION ALL SELECT name,
-        CASE WHEN is_known THEN prosrc ELSE 'the trigger ' || tgname END, CASE WHEN is_known THEN 'body' ELSE 'unknown' END
+        CASE WHEN is_known THEN prosrc ELSE 'the trigger ' || tgname END,
+        CASE WHEN is_known THEN 'body' ELSE 'unknown' END
     FROM relation JOIN pg_trigger t ON tgrelid = relation.oid JOIN pg_proc p ON p.oid = tgfoid
     JOIN pg_language l ON l.oid = prolang CROSS JOIN LATERAL (SELECT
         lanname = 'plpgsql' AND proconfig IS NULL

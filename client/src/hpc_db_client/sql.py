@@ -36,10 +36,8 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _NESTED = re.compile(r"/\*|\*/")
-# How literals and quoted names end: a single mark, as two are one within.
-_QUOTES = {
-    "escaped": re.compile(r"\\.|''|'", re.DOTALL), "string": re.compile("''|'"), "quoted": re.compile('""|"'),
-}
+# What can end literals and quoted names: an odd number of marks, as two are one within.
+_QUOTES = {"escaped": re.compile(r"\\.|'+", re.DOTALL), "string": re.compile("'+"), "quoted": re.compile('"+')}
 # What is longer is not looked at, and what is longer than the last is looked at each time.
 MOST_CHARACTERS = 4 * 1024**2
 MOST_TOKENS = 200_000
@@ -60,6 +58,7 @@ _CONTEXT = {
     "insert": set(), "key": {"primary", "foreign"}, "materialized": {"as", "as not"}, "next": {"fetch"},
     "rollup": {"group by"}, "sets": {"grouping"}, "update": set(), "zone": {"time"},
 }
+_MAY_STAND_BEFORE = KEYWORDS.difference(_CONTEXT)
 # Functions that read at most, and leave nothing behind.
 _READING = frozenset("""
     abs acos acosh any_value array_agg array_append array_cat array_dims array_fill array_length array_lower array_ndims
@@ -244,7 +243,7 @@ def _end_of_literal(text: str, place: int, ends: re.Pattern[str]) -> int:
         if not mark:
             raise Unknown("a literal in it has no end")
         place = mark.end()
-        if len(mark.group()) == 1:
+        if len(mark.group()) % 2:
             return place
 
 
@@ -397,7 +396,7 @@ def check_calls(part: Sequence[Token], definition: bool = False, also: frozenset
             first -= 2
         before = part[first - 1] if first else None
         qualifiers = [each.name for each in part[first:place:2]]
-        if (token.word in KEYWORDS.difference(_CONTEXT) or token.word in also) and first == place:
+        if (token.word in _MAY_STAND_BEFORE or token.word in also) and first == place:
             continue
         if token.name in FUNCTIONS and qualifiers in ([], ["pg_catalog"]):
             continue
