@@ -158,7 +158,10 @@ def test_what_a_database_does_by_itself_is_repeated_where_it_is_known(
     make: Make, engine: sqlalchemy.engine.Engine, schema: Callable, database: Ask, cut: Callable
 ) -> None:
     schema("""
-        CREATE TABLE log (n int);
+        CREATE DOMAIN small AS int CHECK (VALUE < 100);
+        CREATE DOMAIN counted AS small DEFAULT 1 + 1;
+        CREATE TABLE log (n counted, of_log small[]) PARTITION BY RANGE (abs(n));
+        CREATE TABLE log1 PARTITION OF log DEFAULT;
         CREATE TABLE watched (n int CHECK (n > 0), m timestamptz DEFAULT now());
         CREATE FUNCTION watch() RETURNS trigger LANGUAGE plpgsql AS
             'BEGIN INSERT INTO f.log (n) VALUES (NEW.n); NEW.m := now(); RETURN NEW; END';
@@ -173,6 +176,39 @@ def test_what_a_database_does_by_itself_is_repeated_where_it_is_known(
         cut()
         assert connection.execute(text("SELECT n FROM seen")).scalar() == 1
     assert database("SELECT n FROM f.log") == [(2,)]
+
+
+@pytest.mark.parametrize("driver", ["psycopg2"], indirect=True)
+def test_name_that_is_cut_elsewhere_is_not_taken_for_nothing(
+    driver: str, make: Make, url: str, engine: sqlalchemy.engine.Engine, server: Server, cut: Callable
+) -> None:
+    name = "ä" * 40  # 80 bytes in UTF-8, of which PostgreSQL would take 63
+    server.ask("DROP DATABASE IF EXISTS latin WITH (FORCE)")
+    server.ask("CREATE DATABASE latin OWNER study ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    engine = make(url=url.replace("/study?", "/latin?"))
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE log (n int)"))
+        connection.execute(text("CREATE FUNCTION note() RETURNS int LANGUAGE sql AS"
+                                " 'INSERT INTO log VALUES (1) RETURNING n'"))
+        connection.execute(text(f"CREATE VIEW {name} AS SELECT note()"))
+    with pytest.raises(OperationalError), make(url=url.replace("/study?", "/latin?")).begin() as connection:
+        connection.execute(text(f"SELECT * FROM {name}"))
+        cut()
+        connection.execute(text("INSERT INTO log VALUES (2)"))
+    assert server.ask("SELECT * FROM log", "latin") == []
+
+
+@pytest.mark.parametrize("driver", ["psycopg2"], indirect=True)
+def test_value_of_the_server_s_is_no_sql(
+    driver: str, make: Make, engine: sqlalchemy.engine.Engine, schema: Callable, database: Ask, cut: Callable
+) -> None:
+    schema("CREATE TABLE told (n int, word text DEFAULT E'\\\\'', 1); COMMIT; DELETE FROM public.t; COMMIT; --')")
+    engine = make(connect_args={"options": "-csearch_path=f,public -cstandard_conforming_strings=off"})
+    with contextlib.suppress(OperationalError), engine.begin() as connection:
+        connection.execute(text("INSERT INTO told (n) VALUES (1) RETURNING word"))
+        cut()
+        connection.execute(text("INSERT INTO t VALUES (3)"))
+    assert database("SELECT n FROM t WHERE n < 3") == [(1,), (2,)]
 
 
 @pytest.mark.parametrize("statement", [
