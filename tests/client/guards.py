@@ -95,6 +95,7 @@ GUARDS = {
     "backslashes": Guard(
         'raise Unknown("a backslash in a literal, with standard_conforming_strings off")', "pass", "judgement"
     ),
+    "values with a backslash": Guard('if "\\\\" in str(value):', "if False:", "end_its_literal"),
     "bulk": Guard("if self._bytes > MOST_BYTES or len(self.steps) >= MOST_STEPS:", "if False:", "bulk"),
     "AUTOCOMMIT": Guard(
         "if self.real.autocommit:\n            cursor.run", "if False:\n            cursor.run", "without_a_transaction"

@@ -98,11 +98,70 @@ def test_effects_of_the_server_s_functions_are_not_lost_silently(
     assert database("SELECT count(*) FROM t") == [(2,)]
 
 
+@pytest.mark.parametrize("driver", ["psycopg2"], indirect=True)
+@pytest.mark.parametrize("statement", [
+    "SELECT first(n) FROM t", "SELECT max(n > 0) FROM t", "SELECT n FROM \"a%b\"", "INSERT INTO over VALUES (1)",
+    "INSERT INTO listed VALUES ('{1}')", "INSERT INTO composed VALUES ('(1)')", "SELECT CAST('({1})' AS listed)",
+    "SELECT CAST('[1,2]' AS spans)", "INSERT INTO defaulting (m) VALUES (1)", "INSERT INTO part VALUES (1)",
+    "UPDATE settings SET setting = '5s' WHERE name = 'lock_timeout'", "INSERT INTO setting VALUES (1)",
+    "INSERT INTO conditional VALUES (1, 1)", "INSERT INTO executing VALUES (1)",
+])
+def test_effects_are_looked_for_in_all_that_a_database_has(
+    driver: str, statement: str, make: Make, engine: sqlalchemy.engine.Engine, schema: Callable, database: Ask,
+    cut: Callable, capfd: pytest.CaptureFixture,
+) -> None:
+    schema("""
+        CREATE TABLE log (n int);
+        CREATE FUNCTION note() RETURNS int LANGUAGE sql AS 'INSERT INTO f.log VALUES (1) RETURNING n';
+        CREATE FUNCTION note(int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS 'BEGIN RETURN f.note(); END';
+        CREATE FUNCTION note(int, int) RETURNS int LANGUAGE sql AS 'SELECT f.note()';
+        CREATE FUNCTION note(int, bool) RETURNS int LANGUAGE sql AS 'SELECT f.note()';
+        CREATE AGGREGATE first(int) (SFUNC = note, STYPE = int);
+        CREATE AGGREGATE max(bool) (SFUNC = note, STYPE = int);
+        CREATE VIEW "a%b" AS SELECT f.note() AS n;
+        CREATE DOMAIN noting AS int CHECK (note(VALUE) > 0);
+        CREATE DOMAIN above AS noting;
+        CREATE TABLE over (n above);
+        CREATE TABLE listed (n noting[]);
+        CREATE TYPE pair AS (n noting);
+        CREATE TABLE composed (n pair);
+        CREATE TYPE spans AS RANGE (subtype = noting, subtype_opclass = int4_ops);
+        CREATE DOMAIN filled AS int DEFAULT note();
+        CREATE TABLE defaulting (m int, n filled);
+        CREATE TABLE part (n int) PARTITION BY RANGE (note(n));
+        CREATE TABLE part1 PARTITION OF part DEFAULT;
+        CREATE VIEW settings AS SELECT * FROM pg_settings;
+        CREATE FUNCTION set_it() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
+            UPDATE f.settings SET setting = '5s' WHERE name = 'lock_timeout'; RETURN NEW; END$$;
+        CREATE TABLE setting (n int);
+        CREATE TRIGGER set_it BEFORE INSERT ON setting FOR EACH ROW EXECUTE FUNCTION set_it();
+        CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+        CREATE TABLE conditional (n int, procedure int);
+        CREATE TRIGGER function BEFORE INSERT OR UPDATE OF procedure ON conditional FOR EACH ROW
+            WHEN (f.note(NEW.n) > 0) EXECUTE FUNCTION nothing();
+        CREATE FUNCTION execute_it() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
+            PERFORM 1 AS declare; EXECUTE 'SELECT f.no' || 'te()'; RETURN NEW; END$$;
+        CREATE TABLE executing (n int);
+        CREATE TRIGGER execute_it BEFORE INSERT ON executing FOR EACH ROW EXECUTE FUNCTION execute_it();
+    """)
+    engine = make(connect_args={"options": "-csearch_path=f,public"})
+    with pytest.raises(OperationalError), engine.begin() as connection:
+        connection.exec_driver_sql(statement.replace("%", "%%"), {})
+        cut()
+        connection.execute(text("INSERT INTO t VALUES (5)"))
+
+    assert "the error goes up" in capfd.readouterr().err
+    assert database("SELECT count(*) FROM t") == [(2,)]
+
+
 def test_what_a_database_does_by_itself_is_repeated_where_it_is_known(
     make: Make, engine: sqlalchemy.engine.Engine, schema: Callable, database: Ask, cut: Callable
 ) -> None:
     schema("""
-        CREATE TABLE log (n int);
+        CREATE DOMAIN small AS int CHECK (VALUE < 100);
+        CREATE DOMAIN counted AS small DEFAULT 1 + 1;
+        CREATE TABLE log (n counted, of_log small[]) PARTITION BY RANGE (abs(n));
+        CREATE TABLE log1 PARTITION OF log DEFAULT;
         CREATE TABLE watched (n int CHECK (n > 0), m timestamptz DEFAULT now());
         CREATE FUNCTION watch() RETURNS trigger LANGUAGE plpgsql AS
             'BEGIN INSERT INTO f.log (n) VALUES (NEW.n); NEW.m := now(); RETURN NEW; END';
@@ -117,6 +176,39 @@ def test_what_a_database_does_by_itself_is_repeated_where_it_is_known(
         cut()
         assert connection.execute(text("SELECT n FROM seen")).scalar() == 1
     assert database("SELECT n FROM f.log") == [(2,)]
+
+
+@pytest.mark.parametrize("driver", ["psycopg2"], indirect=True)
+def test_name_that_is_cut_elsewhere_is_not_taken_for_nothing(
+    driver: str, make: Make, url: str, engine: sqlalchemy.engine.Engine, server: Server, cut: Callable
+) -> None:
+    name = "ä" * 40  # 80 bytes in UTF-8, of which PostgreSQL would take 63
+    server.ask("DROP DATABASE IF EXISTS latin WITH (FORCE)")
+    server.ask("CREATE DATABASE latin OWNER study ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    engine = make(url=url.replace("/study?", "/latin?"))
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE log (n int)"))
+        connection.execute(text("CREATE FUNCTION note() RETURNS int LANGUAGE sql AS"
+                                " 'INSERT INTO log VALUES (1) RETURNING n'"))
+        connection.execute(text(f"CREATE VIEW {name} AS SELECT note()"))
+    with pytest.raises(OperationalError), make(url=url.replace("/study?", "/latin?")).begin() as connection:
+        connection.execute(text(f"SELECT * FROM {name}"))
+        cut()
+        connection.execute(text("INSERT INTO log VALUES (2)"))
+    assert server.ask("SELECT * FROM log", "latin") == []
+
+
+@pytest.mark.parametrize("driver", ["psycopg2"], indirect=True)
+def test_value_of_the_server_s_is_no_sql(
+    driver: str, make: Make, engine: sqlalchemy.engine.Engine, schema: Callable, database: Ask, cut: Callable
+) -> None:
+    schema("CREATE TABLE told (n int, word text DEFAULT E'\\\\'', 1); COMMIT; DELETE FROM public.t; COMMIT; --')")
+    engine = make(connect_args={"options": "-csearch_path=f,public -cstandard_conforming_strings=off"})
+    with contextlib.suppress(OperationalError), engine.begin() as connection:
+        connection.execute(text("INSERT INTO told (n) VALUES (1) RETURNING word"))
+        cut()
+        connection.execute(text("INSERT INTO t VALUES (3)"))
+    assert database("SELECT n FROM t WHERE n < 3") == [(1,), (2,)]
 
 
 @pytest.mark.parametrize("statement", [

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import copy
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import sqlalchemy
-from hpc_db_client import patience
+from hpc_db_client import patience, sql
 from hpc_db_client.journal import Journal, Step, digest
-from hpc_db_client.sql import judge, judge_body, with_values
+from hpc_db_client.sql import judge, judge_body, judge_definition, with_values
 from sqlalchemy.exc import ArgumentError
 
 
@@ -28,6 +29,13 @@ from sqlalchemy.exc import ArgumentError
     "SELECT count(*) FILTER (WHERE a > 1) OVER (PARTITION BY b) FROM t",
     "INSERT INTO t VALUES (1); INSERT INTO t VALUES (2)",
     "SELECT x.a FROM (VALUES (1, 2)) AS x (a, b)", "SELECT 'a\\'", "UPDATE t SET (a, b) = (1, 2)",
+    "SELECT pg_advisory_xact_lock(1) AS pg_advisory_xact_lock_1", "SELECT 0x1F, 1 OPERATOR(pg_catalog.+) 2",
+    "WITH RECURSIVE one(id) AS (SELECT 1), two(id) AS (SELECT 2) SELECT 3", "SELECT a @@ plainto_tsquery('b') FROM t",
+    "SELECT g.n FROM generate_series(1, 3) g(n), (VALUES (1)) v(n)", 'SELECT "a""", "b" FROM t',
+    "SELECT sum(a), mode() WITHIN GROUP (ORDER BY a) FILTER (WHERE b) OVER (ORDER BY (a)) FROM t GROUP BY CUBE (a)",
+    "SELECT a FROM t TABLESAMPLE system(5) REPEATABLE (1) FETCH FIRST (1) ROWS ONLY", "SELECT a AT TIME ZONE ('UTC')",
+    "INSERT INTO t VALUES (1) ON CONFLICT (a) WHERE a > 1 DO NOTHING", "SELECT lower_inc(int4range(1, 5))",
+    "WITH a AS NOT MATERIALIZED (SELECT 1), b AS MATERIALIZED (SELECT 2) SELECT a FROM t GROUP BY GROUPING SETS ((a))",
 ])
 def test_what_is_all_in_the_transaction_is_repeated(text: str) -> None:
     judged = judge(text)
@@ -37,7 +45,8 @@ def test_what_is_all_in_the_transaction_is_repeated(text: str) -> None:
 
 @pytest.mark.parametrize("text", [
     "CREATE TABLE t (a int PRIMARY KEY, b varchar(3) CHECK (b <> ''))", "ALTER TABLE t ADD b int", "DROP TABLE t",
-    "TRUNCATE t", "CREATE UNIQUE INDEX i ON t (a)", "UPDATE t SET a = 1; DELETE FROM t",
+    "CREATE TABLE t (a int) PARTITION BY LIST (a)", "TRUNCATE t",
+    "CREATE UNIQUE INDEX i ON t (a)", "UPDATE t SET a = 1; DELETE FROM t",
 ])
 def test_definitions_are_not_repeated_but_bind_nothing(text: str) -> None:
     judged = judge(text)
@@ -60,7 +69,13 @@ def test_definitions_are_not_repeated_but_bind_nothing(text: str) -> None:
     "EXPLAIN ANALYZE SELECT f()", "CREATE TABLE t AS SELECT f()",
     "CREATE TABLE t AS SELECT 1 FROM u JOIN v ON f(v.a)", "SELECT 1 AS a; SELECT f()", "SELECT 1a", "ROLLBACK",
     "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY", "SET TRANSACTION SNAPSHOT '1'",
-    "SELECT DISTINCT ON (a) f (b)",
+    "SELECT DISTINCT ON (a) f (b)", "SELECT DISTINCT ON (a) filter(b)", "SELECT * FROM a, f(1) AS (b int)",
+    "SELECT a FROM t TABLESAMPLE system(5)", "SELECT a, cube(b) FROM t", "SELECT a FROM t ORDER BY cube(a)",
+    "SELECT a FROM t JOIN u ON conflict(a)", "SELECT NOT materialized(1)", 'SELECT ""(1)', "SELECT operator(1)",
+    *(f"SELECT 1, {word}(1)" for word in (
+        "first", "key", "range", "rows", "zone", "next", "filter", "over", "escape", "sets", "list", "update", "by",
+    )),
+    "INSERT", "INSERT INTO", "INSERT INTO t SELECT a FROM", "INSERT INTO t (a",
 ])
 def test_what_may_leave_something_behind_binds_the_session(text: str) -> None:
     judged = judge(text)
@@ -75,10 +90,39 @@ def test_what_may_leave_something_behind_binds_the_session(text: str) -> None:
     ("BEGIN EXECUTE 'SELECT f()' || a = b; RETURN NEW; END", False), ("BEGIN NOTIFY a; RETURN NEW; END", False),
     ("BEGIN SET search_path = a; RETURN NEW; END", False), ("BEGIN CREATE TEMP TABLE a (); RETURN NEW; END", False),
     ("BEGIN UPDATE pg_settings SET setting = 'a'; RETURN NEW; END", False), ("BEGIN CALL p(); RETURN NEW; END", False),
-    ("BEGIN IF a THEN LOCK b; END IF; RETURN NEW; END", False),
+    ("BEGIN IF a THEN LOCK b; END IF; RETURN NEW; END", False), ("", True),
+    ("BEGIN PERFORM 1 AS declare; EXECUTE 'SELECT f()'; RETURN NEW; END", False),
+    ("BEGIN PERFORM CASE WHEN a THEN declare END; EXECUTE 'SELECT f()'; RETURN NEW; END", False),
 ])
 def test_body_of_a_trigger(body: str, is_known: bool) -> None:
     assert (judge_body(body)[0] == "") is is_known
+
+
+@pytest.mark.parametrize("text, is_known", [
+    ("CREATE TRIGGER function BEFORE UPDATE OF procedure ON a WHEN (f(new.n)) EXECUTE FUNCTION w()", False),
+    ("CREATE TRIGGER function BEFORE UPDATE OF procedure ON a WHEN (new.n > 1) EXECUTE FUNCTION execute.x()", True),
+    ("CREATE TRIGGER w AFTER INSERT ON a FOR EACH ROW EXECUTE PROCEDURE w('when')", True),
+])
+def test_definition_of_a_trigger(text: str, is_known: bool) -> None:
+    assert (judge_definition(text)[0] == "") is is_known
+
+
+@pytest.mark.parametrize("character", ["y", "''", "''y"])
+def test_long_text_takes_little_memory_and_is_not_remembered(character: str) -> None:
+    text = f"INSERT INTO t VALUES (1, '{character * 50_000}')"
+    tracemalloc.start()
+    assert not judge(text).why
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 8 * len(text) and kept < 20_000
+
+
+def test_too_long_a_text_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql, "MOST_TOKENS", 100)
+    for text in ("INSERT INTO t VALUES ('" + "a" * sql.MOST_CHARACTERS + "')", "SELECT 1" + ",1" * 50):
+        judged = judge(text)
+        assert judged.binds and "it is too long to be looked at" in judged.why and len(judged.why) < 200
 
 
 def test_backslash_is_known_only_with_standard_strings() -> None:
@@ -111,6 +155,15 @@ def test_names_are_those_that_postgresql_looks_for() -> None:
     assert judge(f'SELECT Ab, "Ab", "x""y" FROM S.T AS {long}').names >= {"ab", "Ab", 'x"y', "s", "t", "a" * 63}
 
 
+def test_doubled_percent_sign_is_one() -> None:
+    judged = judge('INSERT INTO "a%%b" ("c%%") VALUES (%s) RETURNING "d%%e"', True)
+    assert judged.insert is not None
+
+    assert judged.names >= {"a%b", "c%", "d%e"} and "a%%b" in judge('TABLE "a%%b"').names
+    assert (judged.insert.relation, judged.insert.returning) == ('"a%b"', ["d%e"])
+    assert judge("SELECT nextval('a%%b')", True).sequence == "a%b"
+
+
 def test_each_statement_of_optuna_s_is_known() -> None:
     """The newest, the middle and the oldest Optuna that are tested, by way of each driver."""
     recorded = json.loads((Path(__file__).with_name("optuna_statements.json")).read_text())
@@ -126,6 +179,8 @@ def test_each_statement_of_optuna_s_is_known() -> None:
      {"id": [7]}, 'INSERT INTO t ("id", a) OVERRIDING SYSTEM VALUE VALUES (7, %(a)s) RETURNING t.id'),
     ("INSERT INTO t DEFAULT VALUES RETURNING id",
      {"id": ["a'%"]}, """INSERT INTO t ("id") OVERRIDING SYSTEM VALUE VALUES ('a''%%') RETURNING id"""),
+    ("INSERT INTO ßßt DEFAULT /* VALUES */ VALUES RETURNING id",
+     {"id": [7]}, 'INSERT INTO ßßt ("id") OVERRIDING SYSTEM VALUE VALUES (7) RETURNING id'),
     ("INSERT INTO t (id, a) VALUES (nextval('s'), %s), (%s, (1)) RETURNING id, f(a)",
      {"id": [7, -8]}, "INSERT INTO t (id, a) VALUES (7, %s), (%s, (1)) RETURNING id, f(a)"),
     ("INSERT INTO t (a) SELECT p0::TEXT FROM (VALUES (%s, 0), (%s, 1)) AS imp_sen(p0, sen_counter)"
@@ -138,6 +193,14 @@ def test_insert_is_told_the_keys_that_it_gave(text: str, given: dict, wanted: st
     assert insert is not None
 
     assert with_values(text, insert, {name: ("integer", values) for name, values in given.items()}) == wanted
+
+
+def test_value_that_could_end_its_literal_is_not_told() -> None:
+    """With standard_conforming_strings off, a backslash makes SQL of what follows the quote."""
+    for text in ("INSERT INTO t (a) VALUES (1) RETURNING b", "INSERT INTO t (a, b) VALUES (1, f) RETURNING b"):
+        insert = judge(text).insert
+        assert insert is not None
+        assert with_values(text, insert, {"b": ("text", ["\\', 1); COMMIT; DELETE FROM t; --"])}) == text
 
 
 def test_parameters_are_those_of_the_moment() -> None:

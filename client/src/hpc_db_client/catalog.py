@@ -15,47 +15,70 @@ from typing import Any, NamedTuple
 
 from .sql import judge_body, judge_definition, judge_expression, judge_view
 
-# The relations of these names, and what is written along with them: partitions, and tables that refer to them.
+# What is not the server's own has an oid from 16384 on (FirstNormalObjectId).
+# The relations of these names, what is written along with them (partitions, and tables that refer to them), and the
+# types of their columns, down to the last domain.
 MEANING = """
 WITH RECURSIVE named AS (
     SELECT unnest(%s::text[]) AS name
-), ours AS (
-    SELECT oid, nspname::text FROM pg_namespace
-    WHERE nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast') AND nspname !~ '^pg_(toast_)?temp_'
 ), leads AS (
     SELECT inhparent AS one, inhrelid AS other FROM pg_inherits
+    UNION ALL SELECT inhrelid, inhparent FROM pg_inherits
     UNION ALL SELECT confrelid, conrelid FROM pg_constraint WHERE contype = 'f'
 ), reached AS (
-    SELECT c.oid FROM pg_class c JOIN ours n ON n.oid = c.relnamespace JOIN named ON named.name = c.relname
-    WHERE c.relkind NOT IN ('S', 'i', 'I', 't', 'c')
+    SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN named ON named.name = c.relname
+    WHERE c.oid >= 16384 AND c.relkind NOT IN ('S', 'i', 'I', 't', 'c') AND n.nspname !~ '^pg_(toast_)?temp_'
         AND (pg_table_is_visible(c.oid) OR n.nspname IN (SELECT name FROM named))
     UNION SELECT other FROM reached JOIN leads ON one = reached.oid
 ), relation AS (
     SELECT c.oid, c.relkind, c.oid::regclass::text AS name FROM reached JOIN pg_class c USING (oid)
+), consists AS (
+    SELECT oid AS one, typbasetype AS other FROM pg_type
+    UNION ALL SELECT oid, typelem FROM pg_type
+    UNION ALL SELECT t.oid, atttypid FROM pg_type t JOIN pg_attribute ON attrelid = typrelid
+    UNION ALL SELECT rngtypid, rngsubtype FROM pg_range
+    UNION ALL SELECT oid, rngtypid FROM pg_type, pg_range WHERE typtype = 'm'
+), type AS (
+    SELECT oid FROM pg_type JOIN named ON named.name = typname WHERE oid >= 16384
+    UNION SELECT atttypid FROM pg_attribute JOIN reached ON attrelid = reached.oid WHERE atttypid >= 16384
+    UNION SELECT other FROM type JOIN consists ON one = type.oid WHERE other >= 16384
 ), domain AS (
-    SELECT oid FROM pg_type WHERE typtype = 'd'
-        AND (oid IN (SELECT atttypid FROM pg_attribute JOIN reached ON attrelid = reached.oid)
-            OR typname IN (SELECT name FROM named))
-), own AS (  -- in other languages than those of the server and its extensions
-    SELECT p.oid, p.proname, p.pronamespace FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
-    WHERE l.lanname NOT IN ('c', 'internal')
+    SELECT t.oid, t.typdefaultbin, format_type(t.oid, NULL) AS name FROM type JOIN pg_type t USING (oid)
+    WHERE typtype = 'd'
+), foreign_language AS (
+    SELECT p.oid FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang WHERE l.lanname NOT IN ('c', 'internal')
+), own AS (  -- what neither the server nor an extension's library does; an aggregate is what it calls
+    SELECT p.oid, p.proname FROM pg_proc p LEFT JOIN pg_aggregate a ON a.aggfnoid = p.oid
+    WHERE p.oid >= 16384 AND (
+        NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e')
+        OR EXISTS (SELECT FROM foreign_language f WHERE f.oid IN (
+            p.oid, aggtransfn, aggfinalfn, aggcombinefn, aggmtransfn, aggminvtransfn, aggmfinalfn
+        ))
+    )
 )
 SELECT name, 'a foreign table', 'unknown' FROM relation WHERE relkind NOT IN ('r', 'p', 'v', 'm')
 UNION ALL SELECT name, pg_get_viewdef(oid), 'view' FROM relation WHERE relkind = 'v'
 UNION ALL SELECT name, 'the rule ' || rulename, 'unknown' FROM relation JOIN pg_rewrite ON ev_class = relation.oid
     WHERE rulename <> '_RETURN'
 UNION ALL SELECT name,
-        CASE WHEN lanname = 'plpgsql' AND proconfig IS NULL THEN prosrc ELSE 'the trigger ' || tgname END,
-        CASE WHEN lanname = 'plpgsql' AND proconfig IS NULL THEN 'body' ELSE 'unknown' END
+        CASE WHEN is_known THEN prosrc ELSE 'the trigger ' || tgname END,
+        CASE WHEN is_known THEN 'body' ELSE 'unknown' END
     FROM relation JOIN pg_trigger t ON tgrelid = relation.oid JOIN pg_proc p ON p.oid = tgfoid
-    JOIN pg_language l ON l.oid = prolang WHERE NOT tgisinternal AND tgenabled <> 'D'
+    JOIN pg_language l ON l.oid = prolang CROSS JOIN LATERAL (SELECT
+        lanname = 'plpgsql' AND proconfig IS NULL
+        AND (current_setting('standard_conforming_strings') = 'on' OR strpos(prosrc, chr(92)) = 0) AS is_known
+    ) x
+    WHERE NOT tgisinternal AND tgenabled <> 'D'
 UNION ALL SELECT name, pg_get_triggerdef(t.oid), 'definition' FROM relation JOIN pg_trigger t ON tgrelid = relation.oid
     WHERE NOT tgisinternal AND tgenabled <> 'D'
 UNION ALL SELECT name, pg_get_expr(adbin, adrelid), 'expression' FROM relation JOIN pg_attrdef ON adrelid = relation.oid
 UNION ALL SELECT name, pg_get_expr(conbin, conrelid), 'expression' FROM relation
     JOIN pg_constraint ON conrelid = relation.oid WHERE conbin IS NOT NULL
-UNION ALL SELECT 'a domain', pg_get_expr(conbin, 0), 'expression' FROM domain
+UNION ALL SELECT name, pg_get_expr(partexprs, partrelid), 'expression' FROM relation
+    JOIN pg_partitioned_table ON partrelid = relation.oid WHERE partexprs IS NOT NULL
+UNION ALL SELECT name, pg_get_expr(conbin, 0), 'expression' FROM domain
     JOIN pg_constraint ON contypid = domain.oid WHERE conbin IS NOT NULL
+UNION ALL SELECT name, pg_get_expr(typdefaultbin, 0), 'expression' FROM domain WHERE typdefaultbin IS NOT NULL
 UNION ALL SELECT name, part, 'expression' FROM relation JOIN pg_index ON indrelid = relation.oid
     CROSS JOIN LATERAL (VALUES (pg_get_expr(indexprs, indrelid)), (pg_get_expr(indpred, indrelid))) x (part)
     WHERE part IS NOT NULL
@@ -63,11 +86,18 @@ UNION ALL SELECT name, part, 'expression' FROM relation JOIN pg_policy ON polrel
     CROSS JOIN LATERAL (VALUES (pg_get_expr(polqual, polrelid)), (pg_get_expr(polwithcheck, polrelid))) x (part)
     WHERE part IS NOT NULL
 UNION ALL SELECT own.oid::regprocedure::text, 'a function of the database', 'unknown' FROM own
-    JOIN ours n ON n.oid = pronamespace JOIN named ON named.name = proname
-UNION ALL SELECT oprname::text, 'an operator of the database', 'unknown' FROM pg_operator
-    JOIN ours n ON n.oid = oprnamespace JOIN own ON own.oid = oprcode
+    JOIN named ON named.name = proname
+UNION ALL SELECT oprname::text, 'an operator of the database', 'unknown' FROM pg_operator JOIN own ON own.oid = oprcode
+UNION ALL SELECT amproc::regprocedure::text, 'an operator class of the database', 'unknown'
+    FROM pg_amproc JOIN own ON own.oid = amproc
 UNION ALL SELECT format('%%s to %%s', castsource::regtype, casttarget::regtype), 'a cast of the database', 'unknown'
-    FROM pg_cast JOIN own ON own.oid = castfunc WHERE own.pronamespace <> 'pg_catalog'::regnamespace
+    FROM pg_cast JOIN own ON own.oid = castfunc
+UNION ALL SELECT format_type(t.oid, NULL), 'a type of the database', 'unknown' FROM type JOIN pg_type t USING (oid)
+    LEFT JOIN pg_range ON rngtypid = t.oid JOIN own ON own.oid IN (
+        typinput, typoutput, typreceive, typsend, typmodin, typmodout, rngcanonical, rngsubdiff
+    )
+UNION ALL SELECT name, 'a name that this database may read otherwise, as it is not in UTF8', 'unknown' FROM named
+    WHERE getdatabaseencoding() <> 'UTF8' AND name ~ '[^ -~]'
 """
 # The columns that an INSERT may be told, with their sequences and types, whether the server fills them by itself, and
 # whether no two rows have the same.

@@ -257,7 +257,7 @@ class Connection:
 
     __slots__ = (
         "real", "_link", "_facts", "_old", "_journal", "_attributes", "_bound", "_outage", "_thread", "_parked",
-        "_lost", "_judged", "_names", "_mark", "_closed", "looks", "__weakref__",
+        "_lost", "_names", "_mark", "_closed", "looks", "__weakref__",
     )
     # What can be read or called without leaving anything behind in the session.
     _HARMLESS = frozenset((
@@ -279,7 +279,6 @@ class Connection:
         self._closed = False  # by the application
         self._lost = False  # of the transaction nothing, or not all, is in the session
         self._mark: tuple | None = None  # the transaction's id, and where its mark is
-        self._judged: set[Judgement] = set()  # statements whose names are in _names
         self._names: set[str] = set()  # in all statements since the session began
         self.looks = False  # SQLAlchemy looks at the server, and leaves nothing in the session
         self.real: Any
@@ -533,10 +532,7 @@ class Connection:
         return judge(text, has_arguments, self._facts.standard_strings)
 
     def _note(self, judged: Judgement) -> None:
-        if judged not in self._judged:
-            if len(self._judged) >= MOST_NAMES:
-                self._judged.clear()
-            self._judged.add(judged)
+        if not judged.names <= self._names:
             self._names |= judged.names
             if len(self._names) > MOST_NAMES:
                 self.bind("more names than are kept")

@@ -22,13 +22,13 @@ _TOKEN = re.compile(
     rf"""
     (?P<space>[ \t\n\r\f\v]+|--[^\n\r]*)
     |(?P<comment>/\*)
-    |(?P<unknown>[uU]&['"])
-    |(?P<escaped>[eE]'(?:[^'\\]|\\.|'')*')
-    |(?P<string>[nNbBxX]?'(?:[^']|'')*')
-    |(?P<quoted>"(?:[^"]|"")+")
+    |(?P<unknown>[uU]&['"]|""(?!"))
+    |(?P<escaped>[eE]')
+    |(?P<string>[nNbBxX]?')
+    |(?P<quoted>")
     |(?P<name>{_WORDS})
     |(?P<dollar>\$(?:[A-Za-z_\u0080-\U0010ffff][A-Za-z0-9_\u0080-\U0010ffff]*)?\$)
-    |(?P<number>(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\$\d+)
+    |(?P<number>0[xX][0-9a-fA-F_]+|(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\$\d+)
     |(?P<placeholder>%(?:\([^()%'"]*\))?[sbt]|%%)
     |(?P<mark>::|:=|[()\[\],;:.])
     |(?P<operator>[-+*/<>=~!@\#%^&|`?])
@@ -36,8 +36,15 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _NESTED = re.compile(r"/\*|\*/")
+# What can end literals and quoted names: an odd number of marks, as two are one within.
+_QUOTES = {"escaped": re.compile(r"\\.|'+", re.DOTALL), "string": re.compile("'+"), "quoted": re.compile('"+')}
+# What is longer is not looked at, and what is longer than the last is looked at each time.
+MOST_CHARACTERS = 4 * 1024**2
+MOST_TOKENS = 200_000
+MOST_REMEMBERED = 8 * 1024
 
-# Reserved words, which are no name of a function unless they are quoted, and may stand before a parenthesis.
+# Words that are no name of a function unless they are quoted, or only of the server's, and may stand before a
+# parenthesis. (The catalog looks for a function of each name, whatever it is here.)
 KEYWORDS = frozenset("""
     all and any array as asc between both by case cast coalesce collate cross default delete desc distinct do else end
     except exists extract false fetch for from full greatest group grouping having ilike in inner insert intersect into
@@ -45,39 +52,50 @@ KEYWORDS = frozenset("""
     overlaps overlay position returning right row select set setof similar some substring symmetric table tablesample
     then to trailing treat trim true union unique update using values variadic when where window with xmlelement
 """.split())  # fmt: skip
-# Words that are not reserved, but followed by a parenthesis in statements of the known kinds.
-_CONTEXT = frozenset("""
-    conflict cube escape filter first groups key materialized next of over range recursive rollup rows sets within zone
-""".split())
-_MAY_STAND_BEFORE = KEYWORDS | _CONTEXT
+# Words that could be functions unless they follow one of these.
+_CONTEXT = {
+    "by": {"group", "order", "partition"}, "cube": {"group by"}, "delete": set(), "first": {"fetch"},
+    "insert": set(), "key": {"primary", "foreign"}, "materialized": {"as", "as not"}, "next": {"fetch"},
+    "rollup": {"group by"}, "sets": {"grouping"}, "update": set(), "zone": {"time"},
+}
+_MAY_STAND_BEFORE = KEYWORDS.difference(_CONTEXT)
 # Functions that read at most, and leave nothing behind.
 _READING = frozenset("""
-    abs acos array_agg array_append array_cat array_length array_ndims array_position array_prepend array_remove
-    array_replace array_to_json array_to_string array_upper array_lower ascii asin atan atan2 avg bit_and bit_length
-    bit_or bool_and bool_or btrim bytea cardinality cbrt ceil ceiling char character char_length character_length chr
-    col_description concat concat_ws corr cos cot count covar_pop covar_samp cume_dist current_database current_schema
-    current_schemas current_setting date date_bin date_part date_trunc decimal decode degrees dense_rank div double
-    encode enum_range every exp factorial first_value floor format format_type gcd gen_random_uuid generate_series
-    generate_subscripts has_table_privilege host hstore inet_client_addr initcap integer int int4 int8 bigint smallint
-    interval isfinite json json_agg json_array_elements json_array_elements_text json_array_length json_build_array
-    json_build_object json_each json_each_text json_extract_path json_extract_path_text json_object json_object_agg
-    json_object_keys json_populate_record json_strip_nulls json_to_record json_typeof jsonb jsonb_agg
-    jsonb_array_elements jsonb_array_elements_text jsonb_array_length jsonb_build_array jsonb_build_object jsonb_each
-    jsonb_each_text jsonb_extract_path jsonb_extract_path_text jsonb_insert jsonb_object jsonb_object_agg
-    jsonb_object_keys jsonb_path_exists jsonb_path_match jsonb_path_query jsonb_path_query_array
-    jsonb_path_query_first jsonb_populate_record jsonb_set jsonb_strip_nulls jsonb_to_record jsonb_typeof justify_days
-    justify_hours justify_interval lag last_value lcm lead left length ln log log10 lower lpad ltrim make_date
-    make_interval make_time make_timestamp make_timestamptz max md5 min mod mode nchar nth_value ntile numeric
-    numrange obj_description octet_length percent_rank percentile_cont percentile_disc pg_get_constraintdef pg_get_expr
-    pg_get_indexdef pg_get_partkeydef pg_get_serial_sequence
-    pg_get_userbyid pg_get_viewdef pg_collation_is_visible pg_sleep pg_table_is_visible pg_type_is_visible
-    shobj_description pi power
-    quote_ident quote_literal quote_nullable radians random rank regexp_count regexp_like regexp_match regexp_matches
-    regexp_replace regexp_split_to_array regexp_split_to_table regr_slope repeat replace reverse right round
-    row_number row_to_json rpad rtrim sign sin split_part sqrt starts_with stddev stddev_pop stddev_samp string_agg
-    string_to_array strpos substr sum tan text time timestamp timestamptz timezone to_char to_date to_hex to_json
-    to_jsonb to_number to_regclass to_timestamp to_tsquery to_tsvector translate trunc unnest upper uuid uuidv7 varbit
-    varchar var_pop var_samp variance version varying width_bucket bit float real boolean
+    abs acos acosh any_value array_agg array_append array_cat array_dims array_fill array_length array_lower array_ndims
+    array_position array_positions array_prepend array_remove array_replace array_reverse array_sample array_shuffle
+    array_sort array_to_json array_to_string array_upper ascii asin asinh atan atan2 atanh avg bigint bit bit_and
+    bit_count bit_length bit_or bit_xor bool bool_and bool_or boolean broadcast btrim bytea cardinality casefold cbrt
+    ceil ceiling char char_length character character_length chr col_description concat concat_ws corr cos cosd cosh cot
+    count covar_pop covar_samp crc32 crc32c cume_dist current_database current_schema current_schemas current_setting
+    date date_bin date_part date_trunc datemultirange daterange decimal decode degrees dense_rank div double encode
+    enum_range erf erfc every exp factorial family first_value float floor format format_type gcd gen_random_uuid
+    generate_series generate_subscripts get_bit get_byte has_table_privilege host hstore inet_client_addr initcap int
+    int4 int4multirange int4range int8 int8multirange int8range integer interval isempty isfinite json json_agg
+    json_array_elements json_array_elements_text json_array_length json_build_array json_build_object json_each
+    json_each_text json_extract_path json_extract_path_text json_object json_object_agg json_object_keys
+    json_populate_record json_populate_recordset json_strip_nulls json_to_record json_to_recordset json_typeof jsonb
+    jsonb_agg jsonb_array_elements jsonb_array_elements_text jsonb_array_length jsonb_build_array jsonb_build_object
+    jsonb_each jsonb_each_text jsonb_extract_path jsonb_extract_path_text jsonb_insert jsonb_object jsonb_object_agg
+    jsonb_object_keys jsonb_path_exists jsonb_path_match jsonb_path_query jsonb_path_query_array jsonb_path_query_first
+    jsonb_path_query_tz jsonb_populate_record jsonb_populate_recordset jsonb_pretty jsonb_set jsonb_strip_nulls
+    jsonb_to_record jsonb_to_recordset jsonb_typeof justify_days justify_hours justify_interval lag last_value lcm lead
+    left length ln log log10 lower lower_inc lower_inf lpad ltrim make_date make_interval make_time make_timestamp
+    make_timestamptz masklen max md5 min min_scale mod mode nchar netmask network nth_value ntile num_nonnulls num_nulls
+    numeric nummultirange numnode numrange obj_description octet_length parse_ident percent_rank percentile_cont
+    percentile_disc pg_collation_is_visible pg_column_size pg_database_size pg_get_constraintdef pg_get_expr
+    pg_get_indexdef pg_get_partkeydef pg_get_serial_sequence pg_get_userbyid pg_get_viewdef pg_relation_size
+    pg_size_pretty pg_sleep pg_table_is_visible pg_table_size pg_total_relation_size pg_type_is_visible pg_typeof
+    phraseto_tsquery pi plainto_tsquery power querytree quote_ident quote_literal quote_nullable radians random
+    range_agg range_intersect_agg range_merge rank real regexp_count regexp_instr regexp_like regexp_match
+    regexp_matches regexp_replace regexp_split_to_array regexp_split_to_table regexp_substr regr_avgx regr_avgy
+    regr_count regr_intercept regr_r2 regr_slope regr_sxx regr_sxy regr_syy repeat replace reverse right round
+    row_number row_to_json rpad rtrim scale setweight sha224 sha256 sha384 sha512 shobj_description sign sin sind sinh
+    smallint split_part sqrt starts_with stddev stddev_pop stddev_samp string_agg string_to_array string_to_table strip
+    strpos substr sum tan tand tanh text time timestamp timestamptz timezone to_bin to_char to_date to_hex to_json
+    to_jsonb to_number to_oct to_regclass to_timestamp to_tsquery to_tsvector translate trim_array trim_scale trunc
+    ts_headline ts_rank ts_rank_cd tsmultirange tsrange tstzmultirange tstzrange tsvector_to_array unnest upper
+    upper_inc upper_inf uuid uuidv7 var_pop var_samp varbit varchar variance varying version websearch_to_tsquery
+    width_bucket
 """.split())  # fmt: skip
 # Their value is another one in a transaction that is repeated.
 CLOCK = frozenset("""
@@ -97,6 +115,7 @@ _DEFINITIONS = {
     "drop": {"index", "sequence", "table", "type"}, "comment": {"on"},
 }
 _DEFINING = frozenset("check identity include".split())
+_PARTITIONS = frozenset("hash list range".split())
 _DEFINED = frozenset("exists on references table using".split())
 # Literals that are a time when they are read as one.
 TIMES = frozenset("now today tomorrow yesterday".split())
@@ -104,9 +123,9 @@ TIMES = frozenset("now today tomorrow yesterday".split())
 _LOCAL = frozenset("idle_in_transaction_session_timeout lock_timeout statement_timeout timezone work_mem".split())
 # How a statement of a PL/pgSQL function that is a trigger may begin.
 _BODY = frozenset("""
-    begin declare delete else elsif end exception if insert null perform raise return select update when with
+    begin delete else elsif end exception if insert null perform raise return select update when with
 """.split())
-_BEGINNERS = frozenset("begin declare else loop then".split())
+_BEGINNERS = frozenset("begin else loop then".split())
 LONGEST_NAME = 63  # bytes; PostgreSQL cuts what is longer
 
 
@@ -116,7 +135,7 @@ class Unknown(Exception):
 
 class Token(NamedTuple):
     kind: str  # as in _TOKEN; "dollar" is a whole literal
-    text: str  # as it was written
+    text: str  # as the server gets it
     start: int
     end: int
 
@@ -140,11 +159,12 @@ class Token(NamedTuple):
 class Insert(NamedTuple):
     """Where an INSERT ... RETURNING can be told the values that it gave before."""
 
-    relation: str  # as it was written
+    relation: str  # as the server gets it
     table: str
     columns: dict[str, int]  # and their places
     first_column: int  # where another one can stand before them; 0 if none is named
     overriding: int  # where OVERRIDING SYSTEM VALUE can stand
+    default_values: tuple[int, int]  # where DEFAULT VALUES stands, if it does
     rows: list[list[tuple[int, int]]]  # where the values of each row are; none for DEFAULT VALUES
     counted: int  # where the list of SELECT begins, if the rows are counted by sen_counter; else 0
     returning: list[str]  # columns; "" where something else is returned
@@ -181,6 +201,8 @@ def tokens(text: str, has_arguments: bool = False, standard_strings: bool = True
     found: list[Token] = []
     place, end = 0, len(text)
     while place < end:
+        if end > MOST_CHARACTERS or len(found) >= MOST_TOKENS:  # guard: long texts
+            raise Unknown("it is too long to be looked at")
         match = _TOKEN.match(text, place)
         kind = match.lastgroup if match else "unknown"
         if match is None or kind is None or kind == "unknown":
@@ -192,12 +214,14 @@ def tokens(text: str, has_arguments: bool = False, standard_strings: bool = True
             place = text.find(match.group(), place) + len(match.group())
             if place < start + 2 * len(match.group()):
                 raise Unknown("a literal in it has no end")
+        elif kind in _QUOTES:
+            place = _end_of_literal(text, place, _QUOTES[kind])
+            if kind == "string" and not standard_strings and text.find("\\", start, place) >= 0:
+                raise Unknown("a backslash in a literal, with standard_conforming_strings off")
+            if kind == "string" and found and found[-1].kind == "escaped":
+                raise Unknown("a literal in two parts")
         elif kind == "number" and place < end and (text[place].isalnum() or text[place] in "_$"):
             raise Unknown(f"{text[start:place + 5]!r} in it is not understood")
-        elif kind == "string" and not standard_strings and "\\" in match.group():
-            raise Unknown("a backslash in a literal, with standard_conforming_strings off")
-        elif kind == "string" and found and found[-1].kind == "escaped":
-            raise Unknown("a literal in two parts")
         part = text[start:place]
         if has_arguments and (
             "%" in part.replace("%%", "") if kind not in ("placeholder", "operator") else part == "%"
@@ -207,8 +231,23 @@ def tokens(text: str, has_arguments: bool = False, standard_strings: bool = True
             kind, place = "operator", start + 1
             part = "%"
         if kind not in ("space", "comment"):
-            found.append(Token("operator" if part == "%%" else kind, part, start, place))
+            meant = part.replace("%%", "%") if has_arguments else part  # guard: percent signs in names
+            found.append(Token("operator" if part == "%%" else kind, meant, start, place))
     return found
+
+
+def _end_of_literal(text: str, place: int, ends: re.Pattern[str]) -> int:
+    """Return where it ends that has begun before ``place``.
+
+    One pattern for all of it would take 300 bytes for each of its characters.
+    """
+    while True:
+        mark = ends.search(text, place)
+        if not mark:
+            raise Unknown("a literal in it has no end")
+        place = mark.end()
+        if len(mark.group()) % 2:
+            return place
 
 
 def _end_of_comment(text: str, place: int) -> int:
@@ -222,11 +261,15 @@ def _end_of_comment(text: str, place: int) -> int:
     return place
 
 
-@lru_cache(maxsize=2000)
 def judge(text: str, has_arguments: bool = False, standard_strings: bool = True) -> Judgement:
     """Tell whether a statement can be repeated."""
+    remembers = len(text) <= MOST_REMEMBERED
+    return (_remembered if remembers else _judge)(text, has_arguments, standard_strings)
+
+
+def _judge(text: str, has_arguments: bool, standard_strings: bool) -> Judgement:
     judged = Judgement()
-    shown = f"({' '.join(text.split())[:60]}...)"
+    shown = f"({' '.join(text[:200].split())[:60]}...)"
     adds = True
     try:
         found = tokens(text, has_arguments, standard_strings)
@@ -236,7 +279,10 @@ def judge(text: str, has_arguments: bool = False, standard_strings: bool = True)
         if any(name.startswith("pg_temp") for name in judged.names):
             raise Unknown("a temporary table")
         for part in parts:
-            _judge_part(judged, part, has_arguments)
+            try:
+                _judge_part(judged, part, has_arguments)
+            except IndexError:
+                raise Unknown("it ends too early") from None
             adds = adds and judged.adds
         if len(parts) > 1:
             judged.free = False
@@ -249,6 +295,9 @@ def judge(text: str, has_arguments: bool = False, standard_strings: bool = True)
         judged.why = f"a statement that is not known to be repeatable: {unknown} {shown}"
         judged.binds, judged.free = True, False
     return judged
+
+
+_remembered = lru_cache(maxsize=2000)(_judge)
 
 
 def _parts(found: list[Token]) -> list[list[Token]]:
@@ -329,9 +378,14 @@ def _judge_query(judged: Judgement, part: list[Token], words: list[str], has_arg
 
 def _has_server_s_own(names: Iterable[str]) -> bool:
     return any(
-        (name.startswith("pg_") and name not in FUNCTIONS and name != "pg_catalog") or name == "information_schema"
+        (name.startswith("pg_") and not _is_of_function(name) and name != "pg_catalog") or name == "information_schema"
         for name in names
     )
+
+
+def _is_of_function(name: str) -> bool:
+    """Tell whether it is a function, or what SQLAlchemy calls its result."""
+    return name in FUNCTIONS or name.rstrip("0123456789").rstrip("_") in FUNCTIONS
 
 
 def check_calls(part: Sequence[Token], definition: bool = False, also: frozenset[str] = frozenset()) -> None:
@@ -351,11 +405,55 @@ def check_calls(part: Sequence[Token], definition: bool = False, also: frozenset
             continue
         if after.kind == "placeholder":
             pass  # psycopg2 writes a tuple in parentheses
+        elif first == place and _is_syntax(part, place, definition):  # guard: words that are not reserved
+            continue
         elif before and (before.word in ("into", "as", "with", "recursive") or before.text == "::"):
             continue  # a table with its columns, an alias with its columns, a type with its size
         elif definition and (token.word in _DEFINING or (before and before.word in _DEFINED)):
             continue
         raise Unknown(f"what {token.text}{after.text if after.kind == 'placeholder' else '()'} does")
+
+
+def _is_syntax(part: Sequence[Token], place: int, definition: bool) -> bool:
+    """Tell whether the name there, before a parenthesis, cannot be a function by what stands around it."""
+    token, before = part[place], part[place - 1] if place else None
+    if before is None:
+        return False
+    two = " ".join(each.word for each in part[max(place - 2, 0):place])
+    if {before.word, two} & _CONTEXT.get(token.word, set()):
+        return True
+    close = _close(part, place + 1)
+    after = [each.word or each.text for each in part[close + 1:close + 4]]
+    if token.word == "conflict":
+        joins = any(each.word == "join" for each in part[:place])
+        return before.word == "on" and (after[:1] == ["do"] or (after[:1] == ["where"] and not joins))
+    if token.word in _PARTITIONS:
+        return definition and two == "partition by"
+    if token.word == "operator":
+        inner = part[place + 2:close]
+        return [each.text.lower() for each in inner[:2]] == ["pg_catalog", "."] and all(
+            each.kind == "operator" for each in inner[2:]
+        )
+    if before.word == "tablesample":
+        return token.word in ("bernoulli", "system") and after[:1] == ["repeatable"]  # the same rows again
+    if before.text == ",":  # the second of WITH RECURSIVE: a function's columns cannot be called so
+        return after in (["as", "(", "select"], ["as", "(", "with"], ["as", "(", "("])
+    if before.text == ")":  # FROM f(1) g(n), FROM (SELECT ...) g(n), f(1) OVER (...), but not DISTINCT ON (a) f(b)
+        opened = _open(part, place - 1)
+        ahead = part[opened - 1] if opened else before
+        is_name = ahead.name != "" and ahead.word not in KEYWORDS
+        return is_name or ahead.text == "," or ahead.word in ("from", "group", "join", "lateral")
+    return False
+
+
+def _open(part: Sequence[Token], place: int) -> int:
+    """Return the place of the parenthesis that the one at ``place`` closes."""
+    depth = 0
+    for at in range(place, -1, -1):
+        depth += {")": 1, "]": 1, "(": -1, "[": -1}.get(part[at].text, 0)
+        if not depth:
+            return at
+    raise Unknown("a parenthesis in it is not opened")
 
 
 def judge_expression(text: str) -> tuple[str, frozenset[str]]:
@@ -367,7 +465,10 @@ def judge_expression(text: str) -> tuple[str, frozenset[str]]:
 def judge_view(text: str) -> tuple[str, frozenset[str]]:
     """Judge the query of a view."""
     judged = judge(text)
-    return judged.why or ("" if judged.free else "it does not only read"), judged.names
+    why = judged.why or ("" if judged.free else "it does not only read")
+    if not why and _has_server_s_own(judged.names):  # guard: the server's own tables, in views
+        why = "what is written to it may change one of the server's own tables"
+    return why, judged.names
 
 
 def judge_body(text: str) -> tuple[str, frozenset[str]]:
@@ -378,9 +479,10 @@ def judge_body(text: str) -> tuple[str, frozenset[str]]:
         if _has_server_s_own(names):
             raise Unknown("it may change one of the server's own tables")
         check_calls(found, also=frozenset(("if", "elsif", "return")))
-        begins, declares = True, False
+        # Elsewhere DECLARE may be a name; within its section nothing is done but the calls that are checked.
+        begins, declares = True, found[:1] != [] and found[0].word == "declare"
         for place, token in enumerate(found):
-            declares = (declares or token.word == "declare") and token.word != "begin"
+            declares = declares and token.word != "begin"
             known = declares or token.word in _BODY or token.text == ";" or _is_assignment(found, place)
             if begins and not known:
                 raise Unknown(f"{token.text} in it")
@@ -400,11 +502,15 @@ def judge_definition(text: str) -> tuple[str, frozenset[str]]:
     """Judge the definition of a trigger, as the server prints it."""
     try:
         found = tokens(text)
-        called = next(place for place, token in enumerate(found) if token.word in ("function", "procedure"))
-        check_calls(found[:called])
+        words = [token.word for token in found]
+        called = max(  # guard: triggers named like a keyword
+            place for place in range(len(words) - 1)
+            if words[place] == "execute" and words[place + 1] in ("function", "procedure")
+        )
+        when = words.index("when") if "when" in words[:called] else called
+        check_calls(found[when:called])
     except Unknown as unknown:
         return str(unknown), frozenset()
-    when = next((place for place, token in enumerate(found[:called]) if token.word == "when"), called)
     return "", frozenset(each.name for each in found[when:called] if each.name)
 
 
@@ -421,7 +527,7 @@ def _values_only(part: list[Token], words: list[str]) -> bool:
     )
 
 
-def _close(part: list[Token], place: int) -> int:
+def _close(part: Sequence[Token], place: int) -> int:
     """Return the place of the parenthesis that closes the one at ``place``."""
     depth = 0
     for at in range(place, len(part)):
@@ -466,7 +572,9 @@ def _insert(part: list[Token], has_arguments: bool) -> Insert | None:
     overriding = part[place - 1].end
     rows: list[list[tuple[int, int]]] = []
     counted = 0
+    default_values = 0, 0
     if words[place:place + 2] == ["default", "values"]:
+        default_values = part[place].start, part[place + 1].end
         place += 2
     elif words[place] == "values":
         place += 1
@@ -495,7 +603,10 @@ def _insert(part: list[Token], has_arguments: bool) -> Insert | None:
             token.name if number % 2 == 0 else token.text == "." for number, token in enumerate(item)
         ) and len(item) % 2
         returning.append(item[-1].name if simple else "")
-    return Insert(relation, table, columns, first_column, overriding, rows, counted, returning, conflict, has_arguments)
+    return Insert(
+        relation, table, columns, first_column, overriding, default_values, rows, counted, returning, conflict,
+        has_arguments,
+    )
 
 
 def literal(value: Any) -> str | None:
@@ -503,6 +614,8 @@ def literal(value: Any) -> str | None:
     if type(value) is int:
         return str(value) if value >= 0 else f"({value})"
     if isinstance(value, (str, uuid.UUID)):
+        if "\\" in str(value):  # guard: values with a backslash
+            return None  # whether it is one, standard_conforming_strings says
         return "'" + str(value).replace("'", "''") + "'"
     if isinstance(value, (datetime.date, datetime.datetime)) and 1 < value.year < 9999:  # else it may be infinite
         return f"'{value.isoformat()}'"
@@ -556,9 +669,7 @@ def with_values(text: str, insert: Insert, given: dict[str, tuple[str, list[Any]
             if insert.first_column:
                 return text
             values_text = ", ".join(said[0] for _column, _kind, said in more)
-            start = text.upper().index("DEFAULT", insert.overriding)
-            end = text.upper().index("VALUES", start) + len("VALUES")
-            changes = [(start, end, f"({names[:-2]}) OVERRIDING SYSTEM VALUE VALUES ({values_text})")]
+            changes = [(*insert.default_values, f"({names[:-2]}) OVERRIDING SYSTEM VALUE VALUES ({values_text})")]
     for start, end, new in sorted(changes, key=lambda change: change[:2], reverse=True):
         text = text[:start] + new + text[end:]
     return text
