@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -58,7 +60,12 @@ for name in dir(service):
     if name[0].isupper() and not name.startswith("Get"):
         setattr(service, name, deadly(getattr(service, name)))
 storage_proxy.FORGET_SECONDS = 0.2
-storage_proxy.main()
+while True:
+    child = os.fork()  # a proxy takes most of its start to import all this
+    if not child:
+        storage_proxy.main()
+    print("began", child, flush=True)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 WAITS = 20.0
 CERTIFICATE = [
@@ -74,7 +81,7 @@ class Instance:
         self.root = root
         self.server = server
         self.die = root / "die"
-        self.ended: list[int | None] = []
+        self.ended: list[int] = []
         (root / "secrets").mkdir()
         (root / "run").mkdir()
         self.certify()
@@ -82,21 +89,27 @@ class Instance:
         endpoint = {"proxy": {"host": "127.0.0.1", "port": listen}}
         (root / "run" / "endpoint.json").write_text(json.dumps(endpoint))
         url = f"postgresql+psycopg2://study@127.0.0.1:{port or server.port}/{database}?sslmode=disable&gssencmode=disable"
-        self._command = [
+        command = [
             sys.executable, "-c", PROGRAM, str(HOST), str(self.die), "--storage", url, "--listen", "127.0.0.1",
             "--port", str(listen), "--connections", "3",
             f"--certificate={root}/secrets/proxy.crt", f"--key={root}/secrets/proxy.key",
         ]
-        self._stopping = False
-        self._child: subprocess.Popen | None = None
-        self._keeper = threading.Thread(target=self._keep)
-        self._keeper.start()
+        self._child = 0
+        with open(root / "log", "ab") as log:
+            self._program = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
 
-    def _keep(self) -> None:
-        while not self._stopping:
-            with open(self.root / "log", "ab") as log:
-                self._child = subprocess.Popen(self._command, stdout=log, stderr=log)
-            self.ended.append(self._child.wait())
+    def _read(self) -> None:
+        assert self._program.stdout
+        for line in self._program.stdout:
+            what, number = line.split()
+            if what == "began":
+                self._child = int(number)
+            else:
+                self.ended.append(int(number))
 
     def certify(self) -> None:
         """Make a certificate, in the place of the former."""
@@ -106,13 +119,12 @@ class Instance:
         return client.storage(str(self.root) + "/", patience=patience)
 
     def kill(self) -> None:
-        assert self._child
-        self._child.kill()
+        os.kill(self._child, signal.SIGKILL)
 
     def stop(self) -> None:
-        self._stopping = True
-        self.kill()
-        self._keeper.join(60)
+        os.killpg(self._program.pid, signal.SIGKILL)
+        self._program.wait()
+        self._reader.join(60)
 
 
 @pytest.fixture(scope="module")
