@@ -88,10 +88,11 @@ class Instance:
         listen = free_port()
         endpoint = {"proxy": {"host": "127.0.0.1", "port": listen}}
         (root / "run" / "endpoint.json").write_text(json.dumps(endpoint))
-        url = f"postgresql+psycopg2://study@127.0.0.1:{port or server.port}/{database}?sslmode=disable&gssencmode=disable"
+        where = f"127.0.0.1:{port or server.port}/{database}?sslmode=disable&gssencmode=disable"
         command = [
-            sys.executable, "-c", PROGRAM, str(HOST), str(self.die), "--storage", url, "--listen", "127.0.0.1",
-            "--port", str(listen), "--connections", "3",
+            sys.executable, "-c", PROGRAM, str(HOST), str(self.die), "--storage",
+            f"postgresql+psycopg2://study@{where}", "--listen", "127.0.0.1", "--port", str(listen),
+            "--connections", "3",
             f"--certificate={root}/secrets/proxy.crt", f"--key={root}/secrets/proxy.key",
         ]
         self._child = 0

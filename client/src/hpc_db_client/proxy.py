@@ -33,8 +33,8 @@ PATIENCE_SECONDS = 600.0
 MOST_SECONDS = 30 * 86400.0
 # What the certificate is for, on whatever host the proxy runs.
 NAME = "hpc-db"
-# As in roles/server/files/hpc_db_host/storage_proxy.py: the id of a request, whether it is sent again, the ids of earlier
-# ones that were answered and will not be, and whose data it is about.
+# As in roles/server/files/hpc_db_host/storage_proxy.py: the id of a request, whether it is sent again, the ids of
+# earlier ones that were answered and will not be, and whose data it is about.
 REQUEST, AGAIN, ANSWERED, DATA = "hpc-db-request", "hpc-db-again", "hpc-db-answered", "hpc-db-data"
 # Requests that the proxy does once, and those that may be done twice: only the worker that runs a trial sends them. Of
 # the others only those that read are sent again.
@@ -79,7 +79,7 @@ class InstanceStorage(GrpcStorageProxy):  # type: ignore[misc]
 
 def storage(instance: str = "hpc_db", patience: float = PATIENCE_SECONDS) -> InstanceStorage:
     """Return the storage of an instance, by its name or by its directory, that waits ``patience`` seconds."""
-    if not 0 <= patience <= MOST_SECONDS:
+    if not 0 <= patience <= MOST_SECONDS:  # guard: longest patience
         raise ValueError(f"patience is {patience:g}; it may be 0 to {MOST_SECONDS:.0f} seconds")
     root = os.path.expanduser(instance if os.sep in instance else f"~/hpc_db/{instance}")
     if not os.path.isdir(os.path.join(root, "run")):
@@ -113,7 +113,7 @@ class _Channel:
         address = f"{proxy['host']}:{proxy['port']}"
         try:
             certificate, key = (self._read(f"proxy.{kind}") for kind in ("crt", "key"))
-        except FileNotFoundError as error:
+        except FileNotFoundError as error:  # guard: certificate that is missing
             raise LookupError(f"{error.filename} is missing until hpc_db.yml makes another one") from error
         with self._lock:
             if self._stub is None or (address, certificate, key) != self._made_for:
@@ -162,12 +162,14 @@ class _Stub:
                 self._channel.data = self._channel.data or dict(call.initial_metadata()).get(DATA, "")
                 self._channel.patience.is_over()
                 if name in ONCE and AGAIN not in said:  # else the proxy may have the first one still before it
-                    self._answered.append(said[REQUEST])
+                    self._answered.append(said[REQUEST])  # guard: notes that nobody needs
                 return answer
             except (LookupError, grpc.RpcError) as error:
                 if _code(error) == grpc.StatusCode.ABORTED:
                     raise StorageInternalError(f"hpc_db: {_Said(error)}") from error
-                if not _is_away(error) or not (name in ONCE | TWICE or name.startswith("Get")):
+                if not _is_away(error):
+                    raise
+                if name not in ONCE | TWICE and not name.startswith("Get"):  # guard: requests that nobody knows
                     raise
                 outage = outage or Outage(self._channel.patience)
                 try:

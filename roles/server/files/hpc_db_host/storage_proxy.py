@@ -13,7 +13,8 @@ its trials: if the database is another one now, it is told.
 
 Done once are new and deleted studies, new trials, a trial's begin and end, and a study's attributes, since a repetition
 could undo what another worker has set meanwhile. A trial's parameters, attributes and intermediate values are set only
-by the worker that runs it, so that to set them twice is the same. All else reads.
+by the worker that runs it, so that to set them twice is the same. All else reads. ``guard: NAME`` is as in
+``hpc_db_client.connection``.
 """
 
 import argparse
@@ -148,7 +149,7 @@ class Once:
             did = act()
         except Exception:
             # It was done though an answer of the server was cut, or the first one was still under way, and has won.
-            what = self._done(request)
+            what = self._done(request)  # guard: note of a commit that was cut
             if what is None:
                 raise
             return found(what)
@@ -161,7 +162,7 @@ class Once:
     def _write_note(self, session: "Any") -> None:
         if getattr(self._note, "now", None):
             session.flush()
-            session.execute(*self._note.now)
+            session.execute(*self._note.now)  # guard: notes
 
     def _done(self, request: str) -> "Optional[int]":
         with self._engine.connect() as connection:
@@ -207,7 +208,7 @@ class Serving(grpc.ServerInterceptor):  # type: ignore[misc]
 
     def _turn(self, request: "Optional[str]") -> "contextlib.AbstractContextManager":
         """Have a repetition wait for the first one, which would undo what comes after if it went on later."""
-        if request is None:
+        if request is None:  # guard: repetitions
             return contextlib.nullcontext()
         with self._lock:
             return self._turns.setdefault(request, threading.Semaphore())
@@ -231,7 +232,7 @@ def stay_with(engine: "Any") -> str:
     def check(connection: "Any", _record: object) -> None:
         if identity(connection) != data:
             print(OTHER_DATA.partition(";")[0], file=sys.stderr, flush=True)
-            os._exit(ANEW)
+            os._exit(ANEW)  # guard: other data behind the storage proxy
 
     raw = engine.raw_connection()
     data = identity(raw)
