@@ -54,7 +54,7 @@ class Proxy:
     def cut_at(
         self, text: bytes, way: str, then: Callable[[], object] = lambda: None, after: bytes = b""
     ) -> None:
-        """Cut the next request that holds this text, if need be after another one; do something before it is noticed."""
+        """Cut the next request that holds this text, perhaps after another; do something before it is noticed."""
         self.cut({})
         self._then = then
         self._text, self._after = (text, way), after
