@@ -116,6 +116,8 @@ SUM = ".sha256"
 KEPT = ".kept"
 # What a dump that was killed leaves behind stands still for longer than a dump ever does.
 LEFTOVER_SECONDS = 3600
+# Of a database's name, in the names of those beside it.
+MOST_BESIDE = 45
 
 EXISTS = "SELECT 1 FROM pg_database WHERE datname = %s"
 COUNTS = "SELECT (SELECT count(*) FROM studies), (SELECT count(*) FROM trials)"
@@ -331,7 +333,10 @@ def count_on(params: dict, aside: str) -> None:
 
 def beside(database: str, what: str) -> str:
     """Return a name that no study database has, and that PostgreSQL, which takes 63 bytes, does not cut short."""
-    return f"{database[:45]}-{what}"
+    if len(database) > MOST_BESIDE:  # others may begin like it
+        digest = hashlib.sha256(database.encode()).hexdigest()[:8]
+        database = f"{database[:MOST_BESIDE - 9]}-{digest}"
+    return f"{database}-{what}"
 
 
 def swap(params: dict, aside: str, kept: str | None) -> None:

@@ -41,20 +41,28 @@ class Proxy:
         self._threads: list[threading.Thread] = []
         self._chosen: dict[int, str] = {}
         self._text = (b"", "")
+        self._after = b""
         self.requests: list[bytes] = []
 
     def cut(self, chosen: dict[int, str]) -> None:
         """Cut these requests, numbered by one from now on, in these ways."""
         with self._lock:
             self._chosen = dict(chosen)
-            self._text = (b"", "")
+            self._text, self._after = (b"", ""), b""
             self.requests = []
 
-    def cut_at(self, text: bytes, way: str, then: Callable[[], object] = lambda: None) -> None:
-        """Cut the next request that holds this text; do something before anybody notices."""
+    def cut_at(
+        self, text: bytes, way: str, then: Callable[[], object] = lambda: None, after: bytes = b""
+    ) -> None:
+        """Cut the next request that holds this text, perhaps after another; do something before it is noticed."""
         self.cut({})
         self._then = then
-        self._text = (text, way)
+        self._text, self._after = (text, way), after
+
+    @property
+    def due(self) -> bool:
+        """Tell whether the chosen text is still waited for."""
+        return bool(self._text[0])
 
     def __enter__(self) -> Proxy:
         self._start(self._listen)
@@ -118,7 +126,9 @@ class Proxy:
             with self._lock:
                 self.requests.append(request)
                 way = self._chosen.pop(len(self.requests), None) if kind != b"X" else None
-                if self._text[0] and self._text[0] in request:
+                if self._after and self._after in request:
+                    self._after = b""
+                elif self._text[0] and not self._after and self._text[0] in request:
                     way, self._text = self._text[1], (b"", "")
             if way in (ANSWER_LOST, SESSION_LEFT, ANSWERED_AND_KILLED, None):
                 server.sendall(request)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Shows that each guard of the plugin is needed: it is taken out of a copy, and a test has to fail.
+"""Shows that each guard of the plugin and of the storage proxy is needed: without it, in a copy, a test has to fail.
 
 PYTHON tests/client/guards.py [NAME...]; the Python is one of an environment for tests/client. With the names of
 guards only those.
@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-PACKAGE = HERE.parents[1] / "client" / "src" / "hpc_db_client"
-FILES = ("connection.py", "catalog.py", "journal.py", "sql.py", "plugin.py", "dialect.py")
+PACKAGES = [HERE.parents[1] / "client/src/hpc_db_client", HERE.parents[1] / "roles/server/files/hpc_db_host"]
+FILES = (
+    "connection.py", "catalog.py", "journal.py", "sql.py", "plugin.py", "dialect.py", "proxy.py", "storage_proxy.py"
+)
 SECONDS = 180  # a test that hangs without a guard has noticed it
 
 
@@ -107,16 +109,37 @@ GUARDS = {
     "parked": Guard("if self._parked and not self._bound:", "if self._parked:", "behind_a_pooler"),
     "pools of others": Guard('if kwargs.get("pool") is not None:', "if False:", "pool_of_somebody"),
     "creators": Guard("pool._creator = connect", "pass", "opened_otherwise"),
+    "notes": Guard("session.execute(*self._note.now)", "pass", "told_once"),
+    "note of a commit that was cut": Guard("what = self._done(request)  #", "what = None  #", "commit_s_answer"),
+    "deletions": Guard("lambda: self._storage.delete_study(study_id)", "lambda: None", "deleted_once"),
+    "attributes of studies": Guard('NOTE_CHANGE = NOTE + ":study"', 'NOTE_CHANGE = "SELECT 1"', "another_worker_has"),
+    "notes that are waited for": Guard("now() - interval '90 days'", "now() - interval '1 day'", "after_weeks"),
+    "notes that nobody needs": Guard("self._answered.append(said[REQUEST])", "pass", "nobody_needs"),
+    "notes of clients that have ended": Guard("        once.forget()\n", "        pass\n", "nobody_needs"),
+    "longest patience": Guard("if not 0 <= patience <= MOST_SECONDS:", "if False:", "patience_ends"),
+    "requests that nobody knows": Guard(
+        'if name not in ONCE | TWICE and not name.startswith("Get"):', "if False:", "unknown_request"
+    ),
+    "repetitions": Guard("if request is None:", "if True:", "repetition_waits"),
+    "other certificate": Guard(
+        "(address, certificate, key) != self._made_for", "address != (self._made_for or [0])[0]", "other_certificate"
+    ),
+    "certificate that is missing": Guard(
+        "except FileNotFoundError as error:  #", "except EOFError as error:  #", "made_anew"
+    ),
+    "other data behind the storage proxy": Guard("os._exit(ANEW)", "pass", "clients_are_told"),
 }
 
 
 def notices(guard: Guard, folder: Path) -> bool:
     """Tell whether a test fails without the guard."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(PACKAGE, folder / "hpc_db_client")
+    for package in PACKAGES:
+        shutil.copytree(package, folder / package.name)
     found = 0
-    for name in FILES:
-        file = folder / "hpc_db_client" / name
+    for file in folder.rglob("*.py"):
+        if file.name not in FILES:
+            continue
         text = file.read_text()
         found += text.count(guard.old)
         file.write_text(text.replace(guard.old, guard.new))

@@ -6,17 +6,20 @@
 
 It finds the proxy in the instance directory and shows the certificate there, which nobody else can read. Needs
 Optuna 4.2 or newer and grpcio. While the proxy is away it waits, as the engine plugin does. A request that was cut
-is sent again, though it may have been served: a value that is set twice is the same, and what must be done once (a
-new study, a new trial, the begin and end of a trial) has an id that the proxy knows again. If the database was
-restored meanwhile, an error says so.
+is sent again, though it may have been served: a value of a trial that is set twice is the same, and what must be done
+once (a study's making, attributes and end, a new trial, a trial's begin and end) has an id that the proxy knows again.
+If the database was restored meanwhile, an error says so.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import threading
 import uuid
+from collections import deque
 from typing import Any
 
 import grpc
@@ -26,12 +29,21 @@ from optuna.storages import GrpcStorageProxy
 from .patience import GaveUp, Outage, Patience
 
 PATIENCE_SECONDS = 600.0
+# The proxy forgets what it has done after 90 days.
+MOST_SECONDS = 30 * 86400.0
 # What the certificate is for, on whatever host the proxy runs.
 NAME = "hpc-db"
-# As in roles/server/files/hpc_db_host/storage_proxy.py: the id of a request, whether it is sent again, whose data it is
-# about; and the requests that must not be done twice.
-REQUEST, AGAIN, DATA = "hpc-db-request", "hpc-db-again", "hpc-db-data"
-ONCE = {"CreateNewStudy", "CreateNewTrial", "SetTrialStateValues"}
+# As in roles/server/files/hpc_db_host/storage_proxy.py: the id of a request, whether it is sent again, the ids of
+# earlier ones that were answered and will not be, and whose data it is about.
+REQUEST, AGAIN, ANSWERED, DATA = "hpc-db-request", "hpc-db-again", "hpc-db-answered", "hpc-db-data"
+# Requests that the proxy does once, and those that may be done twice: only the worker that runs a trial sends them. Of
+# the others only those that read are sent again.
+ONCE = {
+    "CreateNewStudy", "DeleteStudy", "SetStudyUserAttribute", "SetStudySystemAttribute", "CreateNewTrial",
+    "SetTrialStateValues",
+}
+TWICE = {"SetTrialParameter", "SetTrialIntermediateValue", "SetTrialUserAttribute", "SetTrialSystemAttribute"}
+MOST_ANSWERED = 50  # in one request
 OPTIONS = [
     ("grpc.ssl_target_name_override", NAME),
     ("grpc.max_receive_message_length", -1),
@@ -67,6 +79,8 @@ class InstanceStorage(GrpcStorageProxy):  # type: ignore[misc]
 
 def storage(instance: str = "hpc_db", patience: float = PATIENCE_SECONDS) -> InstanceStorage:
     """Return the storage of an instance, by its name or by its directory, that waits ``patience`` seconds."""
+    if not 0 <= patience <= MOST_SECONDS:  # guard: longest patience
+        raise ValueError(f"patience is {patience:g}; it may be 0 to {MOST_SECONDS:.0f} seconds")
     root = os.path.expanduser(instance if os.sep in instance else f"~/hpc_db/{instance}")
     if not os.path.isdir(os.path.join(root, "run")):
         raise ValueError(f"{root} is no instance directory; give its path, as instance_root has it")
@@ -80,7 +94,7 @@ class _Channel:
         self._root = root
         self.patience = Patience(patience, f"storage proxy of {root}")
         self._make_stub = stub
-        self._address = ""
+        self._made_for: tuple[str, bytes, bytes] | None = None  # address, certificate, key
         self._channel: Any = None
         self._stub: Any = None
         self._lock = threading.Lock()
@@ -97,11 +111,16 @@ class _Channel:
         except (OSError, ValueError, KeyError) as error:
             raise LookupError("no proxy is published (server_proxy)") from error
         address = f"{proxy['host']}:{proxy['port']}"
+        try:
+            certificate, key = (self._read(f"proxy.{kind}") for kind in ("crt", "key"))
+        except FileNotFoundError as error:  # guard: certificate that is missing
+            raise LookupError(f"{error.filename} is missing until hpc_db.yml makes another one") from error
         with self._lock:
-            if self._stub is None or address != self._address:
+            if self._stub is None or (address, certificate, key) != self._made_for:
                 # The former channel is closed with its last request, that of another thread, say.
-                self._channel = grpc.secure_channel(address, self._credentials(), options=OPTIONS)
-                self._address, self._stub = address, self._make_stub(self._channel)
+                credentials = grpc.ssl_channel_credentials(certificate, key, certificate)
+                self._channel = grpc.secure_channel(address, credentials, options=OPTIONS)
+                self._made_for, self._stub = (address, certificate, key), self._make_stub(self._channel)
             return self._stub
 
     def close(self) -> None:
@@ -110,13 +129,13 @@ class _Channel:
                 self._channel.close()
             self._channel = self._stub = None
 
-    def _credentials(self) -> grpc.ChannelCredentials:
-        certificate, key = (self._read(f"proxy.{kind}") for kind in ("crt", "key"))
-        return grpc.ssl_channel_credentials(certificate, key, certificate)
-
     def _read(self, name: str) -> bytes:
-        with open(os.path.join(self._root, "secrets", name), "rb") as stream:
-            return stream.read()
+        path = os.path.join(self._root, "secrets", name)
+        with open(path, "rb") as stream:
+            found = stream.read()
+        if not found:  # not yet written, and nothing to give to gRPC, which would end the process
+            raise FileNotFoundError(errno.ENOENT, "it is empty", path)
+        return found
 
 
 class _Stub:
@@ -124,13 +143,16 @@ class _Stub:
 
     def __init__(self, channel: _Channel) -> None:
         self._channel = channel
+        self._answered: deque[str] = deque()
 
     def __getattr__(self, name: str) -> Any:
         return lambda request: self._send(name, request)
 
     def _send(self, name: str, request: Any) -> Any:
         outage: Outage | None = None
-        said = {REQUEST: str(uuid.uuid4())} if name in ONCE else {}
+        said = {REQUEST: str(uuid.uuid4())} if name in ONCE | TWICE else {}
+        if name in ONCE:
+            said[ANSWERED] = " ".join(self._take_answered())
         while True:
             try:
                 stub = self._channel.stub(look=outage is not None)
@@ -139,11 +161,15 @@ class _Stub:
                 answer, call = getattr(stub, name).with_call(request, metadata=tuple(said.items()))
                 self._channel.data = self._channel.data or dict(call.initial_metadata()).get(DATA, "")
                 self._channel.patience.is_over()
+                if name in ONCE and AGAIN not in said:  # else the proxy may have the first one still before it
+                    self._answered.append(said[REQUEST])  # guard: notes that nobody needs
                 return answer
             except (LookupError, grpc.RpcError) as error:
                 if _code(error) == grpc.StatusCode.ABORTED:
                     raise StorageInternalError(f"hpc_db: {_Said(error)}") from error
                 if not _is_away(error):
+                    raise
+                if name not in ONCE | TWICE and not name.startswith("Get"):  # guard: requests that nobody knows
                     raise
                 outage = outage or Outage(self._channel.patience)
                 try:
@@ -151,6 +177,13 @@ class _Stub:
                 except GaveUp as gave_up:
                     raise ConnectionError(str(gave_up)) from error
                 said[AGAIN] = "1"
+
+    def _take_answered(self) -> list[str]:
+        taken: list[str] = []
+        with contextlib.suppress(IndexError):  # other threads take some, too
+            while len(taken) < MOST_ANSWERED:
+                taken.append(self._answered.popleft())
+        return taken
 
 
 def _code(error: BaseException) -> grpc.StatusCode:

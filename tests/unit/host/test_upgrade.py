@@ -272,6 +272,20 @@ def test_way_back_to_an_earlier_state_must_be_asked_for(instance):
     assert (instance.used(), instance.rows("17"), instance.rows("18")) == ("17", TRIALS, later)
 
 
+@pytest.mark.parametrize("before, later", [(None, 0), (2, 3), (2, None)])
+def test_storage_proxy_that_ran_meanwhile_is_no_later_state(instance, before, later):
+    def noted(rows):
+        return TRIALS + (f'["table", "hpc_db.requests", {rows}, "{rows}"]\n' if rows is not None else "")
+
+    instance.upgrade()
+    (instance.root / "data" / "17" / "rows").write_text(noted(before))
+    (instance.root / "data" / "18" / "rows").write_text(noted(later))
+
+    instance.upgrade(17)
+
+    assert instance.used() == "17"
+
+
 def test_run_that_came_late_moves_nothing(instance):
     instance.upgrade()
     instance.write("settings-18.json", 18)

@@ -8,14 +8,22 @@ program does not.
 
 A client whose answer was cut sends its request again, perhaps to a proxy that was started meanwhile. So requests that
 must not be done twice have an id, and what they did is noted with it in the same transaction, in the table
-``hpc_db.requests``. And a client remembers its trials: if the database is another one now, it is told.
+``hpc_db.requests``. The client names the notes that it will not need in its next such request. And a client remembers
+its trials: if the database is another one now, it is told.
+
+Done once are new and deleted studies, new trials, a trial's begin and end, and a study's attributes, since a repetition
+could undo what another worker has set meanwhile. A trial's parameters, attributes and intermediate values are set only
+by the worker that runs it, so that to set them twice is the same. All else reads. ``guard: NAME`` is as in
+``hpc_db_client.connection``.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import threading
 import urllib.parse
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, Optional  # noqa: F401 - some in annotations
 
@@ -25,12 +33,13 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, get_storage
 from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.servicer import OptunaStorageProxyService
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 # Everybody: both families, or the one that this host has.
 EVERYWHERE = ("[::]", "0.0.0.0")
-# The metadata of requests and answers: the id of a request, whether it is sent again, and whose data it is about.
-REQUEST, AGAIN, DATA = "hpc-db-request", "hpc-db-again", "hpc-db-data"
+# The metadata of requests and answers: the id of a request, whether it is sent again, the ids of earlier ones that were
+# answered and will not be, and whose data it is about.
+REQUEST, AGAIN, ANSWERED, DATA = "hpc-db-request", "hpc-db-again", "hpc-db-answered", "hpc-db-data"
 OTHER_DATA = "the database is another one now, restored or moved to other data; start this program anew"
 # Of the hosting program: an engine that ended is started again.
 ANEW = 3
@@ -40,23 +49,28 @@ SELECT (SELECT system_identifier FROM pg_control_system()), oid::bigint, coalesc
     WHERE setdatabase = oid AND setrole = 0 AND left(setting, 18) = 'hpc_db.generation='), '')
 FROM pg_database WHERE datname = current_database()
 """
-# Rows of clients that do not ask again are removed after a day.
 PREPARE = (
     "CREATE SCHEMA IF NOT EXISTS hpc_db",
     "CREATE TABLE IF NOT EXISTS hpc_db.requests ("
     "id uuid PRIMARY KEY, made timestamptz NOT NULL DEFAULT now(), what bigint NOT NULL)",
-    "DELETE FROM hpc_db.requests WHERE made < now() - interval '1 day'",
 )
-# In the transaction of the request: the row that it has written, if it has.
+# The last notes of clients that have ended. Those that wait do so for at most 30 days (hpc_db_client.proxy).
+FORGET = "DELETE FROM hpc_db.requests WHERE made < now() - interval '90 days'"
+FORGET_SECONDS = 86400.0
+# In the transaction of the request.
 NOTE = """
+WITH answered AS (DELETE FROM hpc_db.requests WHERE id = ANY (CAST(:answered AS uuid[])))
 INSERT INTO hpc_db.requests (id, what)
-SELECT CAST(:request AS uuid), {0} FROM {1} WHERE {2} AND xmin = pg_current_xact_id()::xid
-"""
-NOTE_STUDY = NOTE.format("study_id", "studies", "study_name = :name")
-NOTE_STATE = NOTE.format("trial_id", "trials", "trial_id = :trial")
-NOTE_TRIAL = NOTE.format(
+SELECT CAST(:request AS uuid), """
+# The row that it has written, if it has.
+NOTE_ROW = NOTE + "{0} FROM {1} WHERE {2} AND xmin = pg_current_xact_id()::xid"
+NOTE_STUDY = NOTE_ROW.format("study_id", "studies", "study_name = :name")
+NOTE_STATE = NOTE_ROW.format("trial_id", "trials", "trial_id = :trial")
+NOTE_TRIAL = NOTE_ROW.format(
     "trial_id", "trials", "study_id = :study AND trial_id = currval(pg_get_serial_sequence('trials', 'trial_id'))"
 )
+# The study that it has deleted, or given an attribute, perhaps the same as before.
+NOTE_CHANGE = NOTE + ":study"
 DONE = "SELECT what FROM hpc_db.requests WHERE id = CAST(:request AS uuid)"
 
 
@@ -66,21 +80,39 @@ class Once:
     def __init__(self, storage: "Any") -> None:
         self._storage = storage
         self._engine = storage._backend.engine
-        self.request = threading.local()  # id, again: of the request that this thread serves
+        self.request = threading.local()  # id, again, answered: of the request that this thread serves
         self._note = threading.local()
         with self._engine.begin() as connection:
             for statement in PREPARE:
                 connection.exec_driver_sql(statement)
+        self.forget()
         sqlalchemy.event.listen(storage._backend.scoped_session, "before_commit", self._write_note)
 
     def __getattr__(self, name: str) -> "Any":
         return getattr(self._storage, name)
+
+    def forget(self) -> None:
+        """Delete what nobody will ask for; if the server is away, another time."""
+        with contextlib.suppress(SQLAlchemyError), self._engine.begin() as connection:
+            connection.exec_driver_sql(FORGET)
 
     def create_new_study(self, directions: "Any", study_name: "Optional[str]" = None) -> int:
         """Optuna's, once."""
         return self._once(
             lambda: self._storage.create_new_study(directions, study_name), int, NOTE_STUDY, {"name": study_name}
         )
+
+    def delete_study(self, study_id: int) -> None:
+        """Optuna's, once."""
+        self._change(study_id, lambda: self._storage.delete_study(study_id))
+
+    def set_study_user_attr(self, study_id: int, key: str, value: "Any") -> None:
+        """Optuna's, once."""
+        self._change(study_id, lambda: self._storage.set_study_user_attr(study_id, key, value))
+
+    def set_study_system_attr(self, study_id: int, key: str, value: "Any") -> None:
+        """Optuna's, once."""
+        self._change(study_id, lambda: self._storage.set_study_system_attr(study_id, key, value))
 
     def create_new_trial(self, study_id: int, template_trial: "Any" = None) -> int:
         """Optuna's, once."""
@@ -100,6 +132,9 @@ class Once:
             {"trial": trial_id},
         )
 
+    def _change(self, study_id: int, act: "Callable") -> None:
+        self._once(act, lambda _study_id: None, NOTE_CHANGE, {"study": study_id})
+
     def _once(self, act: "Callable", found: "Callable", note: str, parameters: "Dict[str, Any]") -> "Any":
         request = getattr(self.request, "id", None)
         if not request:
@@ -108,12 +143,13 @@ class Once:
             what = self._done(request)
             if what is not None:
                 return found(what)
-        self._note.now = sqlalchemy.text(note), {"request": request, **parameters}
+        parameters = {"request": request, "answered": self.request.answered, **parameters}
+        self._note.now = sqlalchemy.text(note), parameters
         try:
             did = act()
         except Exception:
-            # The first one was still under way, and has won.
-            what = self._done(request) if self.request.again else None
+            # It was done though an answer of the server was cut, or the first one was still under way, and has won.
+            what = self._done(request)  # guard: note of a commit that was cut
             if what is None:
                 raise
             return found(what)
@@ -126,7 +162,7 @@ class Once:
     def _write_note(self, session: "Any") -> None:
         if getattr(self._note, "now", None):
             session.flush()
-            session.execute(*self._note.now)
+            session.execute(*self._note.now)  # guard: notes
 
     def _done(self, request: str) -> "Optional[int]":
         with self._engine.connect() as connection:
@@ -139,6 +175,8 @@ class Serving(grpc.ServerInterceptor):  # type: ignore[misc]
     def __init__(self, once: Once, data: str) -> None:
         self._request = once.request
         self._data = data
+        self._turns = weakref.WeakValueDictionary()  # type: weakref.WeakValueDictionary[str, threading.Semaphore]
+        self._lock = threading.Lock()
 
     def intercept_service(self, continuation: "Callable", details: "grpc.HandlerCallDetails") -> object:
         """Wrap the handler of a request."""
@@ -156,8 +194,10 @@ class Serving(grpc.ServerInterceptor):  # type: ignore[misc]
             return context.abort(grpc.StatusCode.ABORTED, OTHER_DATA)
         context.send_initial_metadata(((DATA, self._data),))
         self._request.id, self._request.again = said.get(REQUEST), AGAIN in said
+        self._request.answered = said.get(ANSWERED, "").split()
         try:
-            return serve(request, context)
+            with self._turn(said.get(REQUEST)):
+                return serve(request, context)
         except (StorageInternalError, DBAPIError) as error:
             cause = error.__cause__ if isinstance(error, StorageInternalError) else error
             if not isinstance(cause, DBAPIError) or not (cause.connection_invalidated or is_outage(cause)):
@@ -165,6 +205,13 @@ class Serving(grpc.ServerInterceptor):  # type: ignore[misc]
             return context.abort(grpc.StatusCode.UNAVAILABLE, "the server is away")
         finally:
             self._request.id = None
+
+    def _turn(self, request: "Optional[str]") -> "contextlib.AbstractContextManager":
+        """Have a repetition wait for the first one, which would undo what comes after if it went on later."""
+        if request is None:  # guard: repetitions
+            return contextlib.nullcontext()
+        with self._lock:
+            return self._turns.setdefault(request, threading.Semaphore())
 
 
 def is_outage(error: DBAPIError) -> bool:
@@ -185,7 +232,7 @@ def stay_with(engine: "Any") -> str:
     def check(connection: "Any", _record: object) -> None:
         if identity(connection) != data:
             print(OTHER_DATA.partition(";")[0], file=sys.stderr, flush=True)
-            os._exit(ANEW)
+            os._exit(ANEW)  # guard: other data behind the storage proxy
 
     raw = engine.raw_connection()
     data = identity(raw)
@@ -248,7 +295,8 @@ def main() -> None:
     for address in arguments.listen.split(","):
         listen(server, address.strip(), arguments.port, credentials)
     server.start()
-    server.wait_for_termination()
+    while server.wait_for_termination(FORGET_SECONDS):
+        once.forget()
 
 
 if __name__ == "__main__":

@@ -220,6 +220,10 @@ def test_names_beside_a_database_are_never_its_own(database, what):
     assert len(name) <= 63 and name.endswith(f"-{what}")
 
 
+def test_names_beside_databases_that_begin_alike_differ():
+    assert study_dump.beside("x" * 45 + "a", "restoring") != study_dump.beside("x" * 45 + "b", "restoring")
+
+
 @pytest.mark.parametrize("script, rows", [
     ("", 0), ("COPY t (a) FROM stdin;\n\\.\n", 0), (f"SET\nCOPY t (a) FROM stdin;\n{ROW}{ROW}\\.\nSET\n", 2),
     ("COPY t (a) FROM stdin;\na\x0bb\u2028c\x1c\n\\.\n", 1),
