@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 from cutting_proxy import CRASHES, WAYS, Proxy
-from real_server import DRIVERS, PGBOUNCER, Pooler, Server
+from real_server import DRIVERS, PGBOUNCER, Ask, Make, Pooler, Server
 
 # Optuna has had a proxy since 4.2.
 collect_ignore = [] if find_spec("grpc") else ["test_storage_proxy.py"]
@@ -104,3 +104,35 @@ def engine(url: str, database: Callable[[str], list]) -> Iterator[sqlalchemy.eng
 @pytest.fixture
 def rows(database: Callable[[str], list]) -> Callable[[], list]:
     return lambda: database("SELECT n, word FROM t ORDER BY n")
+
+
+@pytest.fixture
+def make(url: str) -> Iterator[Make]:
+    """Return an engine; all are disposed of in the end."""
+    made = []
+
+    def engine(**options: object) -> sqlalchemy.engine.Engine:
+        made.append(sqlalchemy.create_engine(options.pop("url", url), future=True, **options))
+        return made[-1]
+
+    yield engine
+    for each in made:
+        each.dispose()
+
+
+@pytest.fixture
+def cut(database: Ask) -> Callable[[], object]:
+    """End the workers' sessions, as a server does that moves."""
+    return lambda: database("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'study'")
+
+
+@pytest.fixture
+def schema(database: Ask) -> Iterator[Callable[[str], None]]:
+    """Make the schema f, with what a test wants in it."""
+
+    def make(definitions: str) -> None:
+        database("DROP SCHEMA IF EXISTS f CASCADE; CREATE SCHEMA f AUTHORIZATION study; SET search_path = f, public;"
+                 f"SET ROLE study; {definitions}")
+
+    yield make
+    database("DROP SCHEMA IF EXISTS f CASCADE")

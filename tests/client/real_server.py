@@ -15,10 +15,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import psycopg2
+import sqlalchemy
 
 IS_ROOT = os.geteuid() == 0
 OWNER = pwd.getpwnam("nobody") if IS_ROOT else pwd.getpwuid(os.geteuid())
 DRIVERS = ["psycopg2", *(["psycopg"] if find_spec("psycopg") else [])]
+DRIVER_ERRORS = tuple(__import__(driver).Error for driver in DRIVERS)
+IS_OLD = sqlalchemy.__version__ < "2"
+Ask = Callable[[str], list]
+Make = Callable[..., sqlalchemy.engine.Engine]
 PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 # PostgreSQL refuses to run as root.
 AS_OWNER: dict = {"user": OWNER.pw_uid, "group": OWNER.pw_gid, "extra_groups": []} if IS_ROOT else {}

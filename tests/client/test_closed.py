@@ -10,53 +10,15 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 
 import pytest
 import sqlalchemy
 from cutting_proxy import ANSWER_LOST, REQUEST_LOST, Proxy
-from real_server import Pooler, Server, eventually
+from real_server import DRIVER_ERRORS, IS_OLD, Ask, Make, Pooler, Server, eventually
 from sqlalchemy import event, orm, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool
-
-Ask = Callable[[str], list]
-Make = Callable[..., sqlalchemy.engine.Engine]
-DRIVER_ERRORS = tuple(__import__(driver).Error for driver in ("psycopg2", "psycopg") if find_spec(driver))
-IS_OLD = sqlalchemy.__version__ < "2"
-
-
-@pytest.fixture
-def make(url: str) -> Iterator[Make]:
-    """Return an engine; all are disposed of in the end."""
-    made = []
-
-    def engine(**options: object) -> sqlalchemy.engine.Engine:
-        made.append(sqlalchemy.create_engine(options.pop("url", url), future=True, **options))
-        return made[-1]
-
-    yield engine
-    for each in made:
-        each.dispose()
-
-
-@pytest.fixture
-def cut(database: Ask) -> Callable[[], object]:
-    """End the workers' sessions, as a server does that moves."""
-    return lambda: database("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'study'")
-
-
-@pytest.fixture
-def schema(database: Ask) -> Iterator[Callable[[str], None]]:
-    """Make the schema f, with what a test wants in it."""
-
-    def make(definitions: str) -> None:
-        database("DROP SCHEMA IF EXISTS f CASCADE; CREATE SCHEMA f AUTHORIZATION study; SET search_path = f, public;"
-                 f"SET ROLE study; {definitions}")
-
-    yield make
-    database("DROP SCHEMA IF EXISTS f CASCADE")
 
 
 @pytest.mark.parametrize("statement", [
