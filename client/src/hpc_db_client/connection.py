@@ -389,7 +389,7 @@ class Connection:
         """Return what the statements of this session may have set off that is not known; "" if nothing."""
         if not self._names:
             return ""
-        timed = catalog.JUDGES if self._journal.knows_time() else ("view",) if self._journal.began else ()
+        timed = catalog.JUDGES if self._journal.clock else ("view",) if self._journal.began else ()
         try:
             return catalog.find_unknown(
                 lambda statement, parameters: ask_all(self.real, statement, parameters, in_transaction),

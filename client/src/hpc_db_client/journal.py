@@ -122,11 +122,6 @@ class Journal:
         if not self.why_not:
             self.steps.append(step)
 
-    def knows_time(self) -> bool:
-        """Tell whether the clock was read, and what is done again may read it once more."""
-        told = any(isinstance(value, datetime.date) for step in self.steps for row in step.rows or () for value in row)
-        return self.clock or (told and sum(step.judged.writes for step in self.steps) > 1)
-
     def check_order(self, step: Step) -> None:
         """Raise Differs if a statement looks at a table where our row comes later than its key says.
 
