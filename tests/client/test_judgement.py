@@ -189,6 +189,8 @@ def test_each_statement_of_optuna_s_is_known() -> None:
      {"id": [7]}, 'INSERT INTO t ("id", a) OVERRIDING SYSTEM VALUE VALUES (7, %(a)s) RETURNING t.id'),
     ("INSERT INTO t DEFAULT VALUES RETURNING id",
      {"id": ["a'%"]}, """INSERT INTO t ("id") OVERRIDING SYSTEM VALUE VALUES ('a''%%') RETURNING id"""),
+    ("INSERT INTO t (id, a) VALUES (abs(%s), lower(%(a)s)) RETURNING id, a", {"id": [7], "a": ["b"]},
+     "INSERT INTO t (id, a) VALUES (abs(%s), 'b') RETURNING id, a"),
     ("INSERT INTO ßßt DEFAULT /* VALUES */ VALUES RETURNING id",
      {"id": [7]}, 'INSERT INTO ßßt ("id") OVERRIDING SYSTEM VALUE VALUES (7) RETURNING id'),
     ("INSERT INTO t (id, a) VALUES (nextval('s'), %s), (%s, (1)) RETURNING id, f(a)",

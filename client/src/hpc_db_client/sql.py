@@ -659,7 +659,8 @@ def with_values(text: str, insert: Insert, given: dict[str, tuple[str, list[Any]
             more.append((column, double(kind), [double(each) for each in said if each]))
         elif insert.rows:
             for row, each in zip(insert.rows, said):
-                if each and not re.fullmatch(r"%\(\w+\)s|%s", text[slice(*row[place])]):
+                # An argument that is given by its place would be left over.
+                if each and not re.search(r"^%\(\w+\)s$|%[sbt]", text[slice(*row[place])]):
                     changes.append((*row[place], double(each)))
     if more:
         names = "".join('"' + double(column.replace('"', '""')) + '", ' for column, _kind, _said in more)
