@@ -97,6 +97,29 @@ GUARDS = {
     "backslashes": Guard(
         'raise Unknown("a backslash in a literal, with standard_conforming_strings off")', "pass", "judgement"
     ),
+    "long texts": Guard("if end > MOST_CHARACTERS or len(found) >= MOST_TOKENS:", "if False:", "too_long"),
+    "percent signs in names": Guard(
+        'meant = part.replace("%%", "%") if has_arguments else part', "meant = part", "doubled_percent"
+    ),
+    "words that are not reserved": Guard(
+        "if {before.word, two} & _CONTEXT.get(token.word, set()):", "if token.word in _CONTEXT:", "judgement"
+    ),
+    "DECLARE": Guard(
+        'declares = declares and token.word != "begin"',
+        'declares = (declares or token.word == "declare") and token.word != "begin"', "body_of_a_trigger",
+    ),
+    "the server's own tables, in views": Guard(
+        "if not why and _has_server_s_own(judged.names):", "if False:", "all_that_a_database"
+    ),
+    "aggregates": Guard("WHERE p.oid >= 16384 AND (", "WHERE p.prokind <> 'a' AND (", "all_that_a_database"),
+    "types within types": Guard(
+        "UNION SELECT other FROM type JOIN consists ON one = type.oid WHERE other >= 16384", "", "all_that_a_database"
+    ),
+    "relations that are gone": Guard(
+        "WHERE NOT EXISTS (SELECT FROM pg_class WHERE relname", "WHERE false AND NOT EXISTS (SELECT FROM pg_class"
+        " WHERE relname", "that_is_gone",
+    ),
+    "other encodings": Guard("WHERE getdatabaseencoding() <> 'UTF8'", "WHERE false", "cut_elsewhere"),
     "values with a backslash": Guard('if "\\\\" in str(value):', "if False:", "end_its_literal"),
     "bulk": Guard("if self._bytes > MOST_BYTES or len(self.steps) >= MOST_STEPS:", "if False:", "bulk"),
     "AUTOCOMMIT": Guard(

@@ -141,6 +141,23 @@ def test_what_a_database_does_by_itself_is_repeated_where_it_is_known(
 
 
 @pytest.mark.parametrize("driver", ["psycopg2"], indirect=True)
+def test_effects_of_a_view_that_is_gone_are_not_lost_silently(
+    driver: str, engine: sqlalchemy.engine.Engine, schema: Callable, database: Ask, cut: Callable
+) -> None:
+    schema("""
+        CREATE TABLE log (n int);
+        CREATE FUNCTION note() RETURNS int LANGUAGE sql AS 'INSERT INTO f.log VALUES (1) RETURNING n';
+        CREATE VIEW gone AS SELECT note();
+    """)
+    with pytest.raises(OperationalError), engine.begin() as connection:
+        connection.execute(text("SELECT * FROM f.gone"))
+        cut()
+        database("DROP VIEW f.gone")
+        connection.execute(text("INSERT INTO t VALUES (5)"))
+    assert database("SELECT count(*) FROM t") == [(2,)]
+
+
+@pytest.mark.parametrize("driver", ["psycopg2"], indirect=True)
 def test_name_that_is_cut_elsewhere_is_not_taken_for_nothing(
     driver: str, make: Make, url: str, engine: sqlalchemy.engine.Engine, server: Server, cut: Callable
 ) -> None:

@@ -155,6 +155,16 @@ def test_names_are_those_that_postgresql_looks_for() -> None:
     assert judge(f'SELECT Ab, "Ab", "x""y" FROM S.T AS {long}').names >= {"ab", "Ab", 'x"y', "s", "t", "a" * 63}
 
 
+def test_relations_are_those_that_have_to_be_there() -> None:
+    for text, wanted in (
+        ("WITH x AS (SELECT 1), y(a) AS (SELECT 2), z AS MATERIALIZED (SELECT 3)"
+         " SELECT * FROM x, y JOIN s.u AS q ON q.a = x.b JOIN z ON true JOIN y AS r ON true", {"u"}),
+        ("INSERT INTO t (a) SELECT b FROM generate_series(1, 2) g(n) JOIN LATERAL (SELECT 1) v ON true", {"t"}),
+        ("UPDATE t SET a = 1 FROM u", {"t", "u"}), ("DELETE FROM t USING v", {"t", "v"}),
+    ):
+        assert judge(text).relations == wanted, text
+
+
 def test_doubled_percent_sign_is_one() -> None:
     judged = judge('INSERT INTO "a%%b" ("c%%") VALUES (%s) RETURNING "d%%e"', True)
     assert judged.insert is not None
@@ -179,6 +189,8 @@ def test_each_statement_of_optuna_s_is_known() -> None:
      {"id": [7]}, 'INSERT INTO t ("id", a) OVERRIDING SYSTEM VALUE VALUES (7, %(a)s) RETURNING t.id'),
     ("INSERT INTO t DEFAULT VALUES RETURNING id",
      {"id": ["a'%"]}, """INSERT INTO t ("id") OVERRIDING SYSTEM VALUE VALUES ('a''%%') RETURNING id"""),
+    ("INSERT INTO t (id, a) VALUES (abs(%s), lower(%(a)s)) RETURNING id, a", {"id": [7], "a": ["b"]},
+     "INSERT INTO t (id, a) VALUES (abs(%s), 'b') RETURNING id, a"),
     ("INSERT INTO ßßt DEFAULT /* VALUES */ VALUES RETURNING id",
      {"id": [7]}, 'INSERT INTO ßßt ("id") OVERRIDING SYSTEM VALUE VALUES (7) RETURNING id'),
     ("INSERT INTO t (id, a) VALUES (nextval('s'), %s), (%s, (1)) RETURNING id, f(a)",

@@ -41,6 +41,7 @@ WITH RECURSIVE named AS (
 ), type AS (
     SELECT oid FROM pg_type JOIN named ON named.name = typname WHERE oid >= 16384
     UNION SELECT atttypid FROM pg_attribute JOIN reached ON attrelid = reached.oid WHERE atttypid >= 16384
+    -- guard: types within types
     UNION SELECT other FROM type JOIN consists ON one = type.oid WHERE other >= 16384
 ), domain AS (
     SELECT t.oid, t.typdefaultbin, format_type(t.oid, NULL) AS name FROM type JOIN pg_type t USING (oid)
@@ -50,6 +51,7 @@ WITH RECURSIVE named AS (
 ), own AS (  -- what neither the server nor an extension's library does; an aggregate is what it calls
     SELECT p.oid, p.proname FROM pg_proc p LEFT JOIN pg_aggregate a ON a.aggfnoid = p.oid
     WHERE p.oid >= 16384 AND (
+        -- guard: aggregates
         NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e')
         OR EXISTS (SELECT FROM foreign_language f WHERE f.oid IN (
             p.oid, aggtransfn, aggfinalfn, aggcombinefn, aggmtransfn, aggminvtransfn, aggmfinalfn
@@ -96,7 +98,12 @@ UNION ALL SELECT format_type(t.oid, NULL), 'a type of the database', 'unknown' F
     LEFT JOIN pg_range ON rngtypid = t.oid JOIN own ON own.oid IN (
         typinput, typoutput, typreceive, typsend, typmodin, typmodout, rngcanonical, rngsubdiff
     )
+UNION ALL SELECT name, 'it is not there', 'unknown' FROM unnest(%s::text[]) AS needed (name)
+    WHERE NOT EXISTS (SELECT FROM pg_class WHERE relname = name::name)  -- guard: relations that are gone
+        AND NOT EXISTS (SELECT FROM pg_attribute WHERE attname = name::name)
+        AND name NOT IN (SELECT word FROM pg_get_keywords())
 UNION ALL SELECT name, 'a name that this database may read otherwise, as it is not in UTF8', 'unknown' FROM named
+    -- guard: other encodings
     WHERE getdatabaseencoding() <> 'UTF8' AND name ~ '[^ -~]'
 """
 # The columns that an INSERT may be told, with their sequences and types, whether the server fills them by itself, and
@@ -168,10 +175,13 @@ class Sequence(NamedTuple):
     tables: str | None
 
 
-def find_unknown(ask_all: Callable[[str, tuple], list], names: Iterable[str], timed: Iterable[str] = ()) -> str:
+def find_unknown(
+    ask_all: Callable[[str, tuple], list], names: Iterable[str], relations: Iterable[str], timed: Iterable[str] = ()
+) -> str:
     """Return what these names set off in the database that is not known; "" if nothing.
 
-    What is of these kinds (keys of JUDGES) may not read the clock, since another reading may be remembered.
+    ``relations`` are those of the names that have to be there. What is of the kinds ``timed`` (keys of JUDGES) may not
+    read the clock, since another reading may be remembered.
     """
     known: set[str] = set()
     new = set(names)
@@ -180,7 +190,7 @@ def find_unknown(ask_all: Callable[[str, tuple], list], names: Iterable[str], ti
             return ""
         known |= new
         found: set[str] = set()
-        for name, text, kind in ask_all(MEANING, (sorted(known),)):
+        for name, text, kind in ask_all(MEANING, (sorted(known), sorted(relations))):
             if kind == "unknown":
                 return f"{name}: {text}"
             if kind in timed and _CLOCK.search(text):  # guard: clock that is not named

@@ -257,7 +257,7 @@ class Connection:
 
     __slots__ = (
         "real", "_link", "_facts", "_old", "_journal", "_attributes", "_bound", "_outage", "_thread", "_parked",
-        "_lost", "_names", "_mark", "_closed", "looks", "__weakref__",
+        "_lost", "_names", "_relations", "_mark", "_closed", "looks", "__weakref__",
     )
     # What can be read or called without leaving anything behind in the session.
     _HARMLESS = frozenset((
@@ -280,6 +280,7 @@ class Connection:
         self._lost = False  # of the transaction nothing, or not all, is in the session
         self._mark: tuple | None = None  # the transaction's id, and where its mark is
         self._names: set[str] = set()  # in all statements since the session began
+        self._relations: set[str] = set()
         self.looks = False  # SQLAlchemy looks at the server, and leaves nothing in the session
         self.real: Any
         self._facts: Facts
@@ -393,7 +394,7 @@ class Connection:
         try:
             return catalog.find_unknown(
                 lambda statement, parameters: ask_all(self.real, statement, parameters, in_transaction),
-                self._names, timed,
+                self._names, self._relations, timed,
             )
         except self._link.dbapi.Error as error:
             if self._link.is_lost(self.real, error):
@@ -532,8 +533,9 @@ class Connection:
         return judge(text, has_arguments, self._facts.standard_strings)
 
     def _note(self, judged: Judgement) -> None:
-        if not judged.names <= self._names:
+        if not (judged.names <= self._names and judged.relations <= self._relations):
             self._names |= judged.names
+            self._relations |= judged.relations
             if len(self._names) > MOST_NAMES:
                 self.bind("more names than are kept")
 

@@ -176,8 +176,8 @@ class Judgement:
     """What is known of a statement before it is sent."""
 
     __slots__ = (
-        "why", "binds", "free", "head", "names", "clock", "gives", "adds", "isolates", "sequence", "insert", "returns",
-        "writes",
+        "why", "binds", "free", "head", "names", "relations", "clock", "gives", "adds", "isolates", "sequence",
+        "insert", "returns", "writes",
     )
 
     def __init__(self) -> None:
@@ -186,6 +186,7 @@ class Judgement:
         self.free = False  # it only reads
         self.head = ""
         self.names: frozenset[str] = frozenset()
+        self.relations: frozenset[str] = frozenset()  # those of the names that have to be found
         self.clock = False
         self.gives = False  # an INSERT whose rows are given
         self.adds = False  # the same, and nothing can be in its way
@@ -275,6 +276,7 @@ def _judge(text: str, has_arguments: bool, standard_strings: bool) -> Judgement:
         found = tokens(text, has_arguments, standard_strings)
         parts = _parts(found)
         judged.names = frozenset(each.name for each in found if each.name)
+        judged.relations = _relations(found)
         judged.clock = any(each.word in CLOCK or each.text.strip("'").lower() in TIMES for each in found)
         if any(name.startswith("pg_temp") for name in judged.names):
             raise Unknown("a temporary table")
@@ -298,6 +300,30 @@ def _judge(text: str, has_arguments: bool, standard_strings: bool) -> Judgement:
 
 
 _remembered = lru_cache(maxsize=2000)(_judge)
+
+
+def _relations(found: list[Token]) -> frozenset[str]:
+    """Return the names that stand where tables and views do, or a column (SUBSTRING), and are none of the statement's.
+
+    One that the catalog does not find might be read otherwise there, or have been dropped since.
+    """
+    named, own = set(), set()
+    for place, token in enumerate(found[:-1]):
+        before, after = found[place - 1], found[place + 1]
+        if before.word in ("as", "with", "recursive") or (after.text == "(" and before.text == ","):
+            own.add(token.name)  # an alias, one of WITH, or a function
+        elif after.word == "as" and any(
+            not each.name or each.word in ("materialized", "not") for each in found[place + 2:place + 3]
+        ):
+            own.add(token.name)  # one of WITH
+        if token.word in ("from", "into", "join", "only", "table", "update", "using"):
+            at = place + 1
+            while at + 2 < len(found) and found[at + 1].text == "." and found[at].name:
+                at += 2
+            is_called = at + 1 < len(found) and found[at + 1].text == "(" and token.word != "into"
+            if found[at].name and found[at].word not in KEYWORDS and not is_called:
+                named.add(found[at].name)
+    return frozenset(named - own)
 
 
 def _parts(found: list[Token]) -> list[list[Token]]:
@@ -405,7 +431,7 @@ def check_calls(part: Sequence[Token], definition: bool = False, also: frozenset
             continue
         if after.kind == "placeholder":
             pass  # psycopg2 writes a tuple in parentheses
-        elif first == place and _is_syntax(part, place, definition):  # guard: words that are not reserved
+        elif first == place and _is_syntax(part, place, definition):
             continue
         elif before and (before.word in ("into", "as", "with", "recursive") or before.text == "::"):
             continue  # a table with its columns, an alias with its columns, a type with its size
@@ -420,7 +446,7 @@ def _is_syntax(part: Sequence[Token], place: int, definition: bool) -> bool:
     if before is None:
         return False
     two = " ".join(each.word for each in part[max(place - 2, 0):place])
-    if {before.word, two} & _CONTEXT.get(token.word, set()):
+    if {before.word, two} & _CONTEXT.get(token.word, set()):  # guard: words that are not reserved
         return True
     close = _close(part, place + 1)
     after = [each.word or each.text for each in part[close + 1:close + 4]]
@@ -482,7 +508,7 @@ def judge_body(text: str) -> tuple[str, frozenset[str]]:
         # Elsewhere DECLARE may be a name; within its section nothing is done but the calls that are checked.
         begins, declares = True, found[:1] != [] and found[0].word == "declare"
         for place, token in enumerate(found):
-            declares = declares and token.word != "begin"
+            declares = declares and token.word != "begin"  # guard: DECLARE
             known = declares or token.word in _BODY or token.text == ";" or _is_assignment(found, place)
             if begins and not known:
                 raise Unknown(f"{token.text} in it")
@@ -503,7 +529,7 @@ def judge_definition(text: str) -> tuple[str, frozenset[str]]:
     try:
         found = tokens(text)
         words = [token.word for token in found]
-        called = max(  # guard: triggers named like a keyword
+        called = max(
             place for place in range(len(words) - 1)
             if words[place] == "execute" and words[place + 1] in ("function", "procedure")
         )
@@ -651,7 +677,7 @@ def with_values(text: str, insert: Insert, given: dict[str, tuple[str, list[Any]
             more.append((column, double(kind), [double(each) for each in said if each]))
         elif insert.rows:
             for row, each in zip(insert.rows, said):
-                # A placeholder that stands by its place cannot be taken out, and is not told: it is what was given.
+                # An argument that is given by its place would be left over.
                 if each and not re.search(r"^%\(\w+\)s$|%[sbt]", text[slice(*row[place])]):
                     changes.append((*row[place], double(each)))
     if more:
