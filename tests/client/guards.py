@@ -169,6 +169,7 @@ def notices(guard: Guard, folder: Path) -> bool:
     if found != 1:
         raise SystemExit(f"{guard.old!r} is {found} times in the plugin, not once")
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE), "-k", guard.tests, "-p", "no:cacheprovider"]
+    command += ["-o", f"pythonpath={folder} {HERE}"]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     try:
         ended = subprocess.run(

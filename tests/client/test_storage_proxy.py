@@ -23,20 +23,17 @@ import optuna
 import pytest
 from cutting_proxy import ANSWER_LOST, Proxy
 from hpc_db_client import proxy as client
+from hpc_db_host import storage_proxy
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import TrialState
 from real_server import Server, eventually, free_port
 
 HOST = Path(__file__).resolve().parents[2] / "roles" / "server" / "files"
-# Behind a copy without one of the guards, if there is one.
-sys.path.append(str(HOST))
-from hpc_db_host import storage_proxy  # noqa: E402
-
 # The proxy; if the file "die" is there when it is about to serve a request that writes, it does what is in the file
 # instead, and ends as if by kill -9.
 PROGRAM = """
 import os, sys
-sys.path.append(sys.argv.pop(1))
+sys.path.append(sys.argv.pop(1))  # after a copy without one of the guards
 die = sys.argv.pop(1)
 from hpc_db_host import storage_proxy
 from optuna.trial import TrialState
