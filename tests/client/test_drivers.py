@@ -9,6 +9,7 @@ import io
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import sqlalchemy
@@ -20,11 +21,11 @@ from sqlalchemy.exc import OperationalError
 PSYCOPG2 = pytest.mark.parametrize("driver", ["psycopg2"], indirect=True)
 
 
-def dbapi_of(raw):  # type: ignore[no-untyped-def]
+def dbapi_of(raw: Any) -> Any:
     return raw.connection if IS_OLD else raw.dbapi_connection
 
 
-def open_serializable(driver: str, port: int) -> object:
+def open_serializable(driver: str, port: int) -> Any:
     where = f"host=127.0.0.1 port={port} user=study dbname=study sslmode=disable gssencmode=disable"
     if driver == "psycopg2":
         import psycopg2
@@ -32,7 +33,7 @@ def open_serializable(driver: str, port: int) -> object:
         connection = psycopg2.connect(where)
         connection.set_session(isolation_level="SERIALIZABLE")
     else:
-        import psycopg
+        import psycopg  # type: ignore[import-not-found,unused-ignore]
 
         connection = psycopg.connect(where)
         connection.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
@@ -165,7 +166,7 @@ def test_rows_that_are_mappings_are_compared_whole(
 
         cursor = engine.raw_connection().cursor(cursor_factory=RealDictCursor)
     else:
-        from psycopg.rows import dict_row
+        from psycopg.rows import dict_row  # type: ignore[import-not-found,unused-ignore]
 
         cursor = engine.raw_connection().cursor()
         cursor.row_factory = dict_row
@@ -209,7 +210,7 @@ def test_transaction_of_a_creator_is_committed(
 ) -> None:
     def create() -> object:
         connection = open_serializable(driver, server.port)
-        connection.cursor().execute("SET search_path = f, public")  # type: ignore[attr-defined]
+        connection.cursor().execute("SET search_path = f, public")
         return connection
 
     with make(creator=create).connect() as connection:

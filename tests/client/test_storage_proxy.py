@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import optuna
@@ -143,7 +144,11 @@ def instance(server: Server, cutting: Proxy, tmp_path_factory: pytest.TempPathFa
 def killed(instance: Instance) -> Iterator[Callable[..., None]]:
     """Have the proxy die of what it does next, and see that it has."""
     before = len(instance.ended)
-    yield lambda does="serve()": instance.die.write_text(does)
+
+    def die(does: str = "serve()") -> None:
+        instance.die.write_text(does)
+
+    yield die
     assert instance.ended[before:] == [9]
 
 
@@ -293,7 +298,7 @@ def test_every_request_is_known(instance: Instance) -> None:
 
 
 def test_unknown_request_is_not_sent_again(instance: Instance) -> None:
-    class Away(grpc.RpcError):
+    class Away(grpc.RpcError):  # type: ignore[misc]
         def code(self) -> grpc.StatusCode:
             return grpc.StatusCode.UNAVAILABLE
 
@@ -313,7 +318,7 @@ def test_unknown_request_is_not_sent_again(instance: Instance) -> None:
 
     channel = Channel()
     with pytest.raises(Away):
-        client._Stub(channel).SetSomethingNew("request")
+        client._Stub(cast(Any, channel)).SetSomethingNew("request")
     assert channel.sent == 1
 
 
@@ -328,7 +333,7 @@ def test_repetition_waits_for_the_first_one() -> None:
         time.sleep(0.3 if request == "first" else 0)
         served.append(request)
 
-    serving = storage_proxy.Serving(SimpleNamespace(request=threading.local()), "data")
+    serving = storage_proxy.Serving(cast(Any, SimpleNamespace(request=threading.local())), "data")
     threads = [
         threading.Thread(target=serving._serve, args=(serve, what, Context(), {storage_proxy.REQUEST: request}))
         for what, request in (("first", "1"), ("again", "1"), ("another", "2"))
