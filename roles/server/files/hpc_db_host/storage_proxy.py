@@ -206,10 +206,10 @@ class Serving(grpc.ServerInterceptor):  # type: ignore[misc]
         finally:
             self._request.id = None
 
-    def _turn(self, request: "Optional[str]") -> "contextlib.AbstractContextManager":
+    def _turn(self, request: "Optional[str]") -> threading.Semaphore:
         """Have a repetition wait for the first one, which would undo what comes after if it went on later."""
         if request is None:  # guard: repetitions
-            return contextlib.nullcontext()
+            return threading.Semaphore()  # of its own
         with self._lock:
             return self._turns.setdefault(request, threading.Semaphore())
 
