@@ -111,7 +111,9 @@ GUARDS = {
     "the server's own tables, in views": Guard(
         "if not why and _has_server_s_own(judged.names):", "if False:", "all_that_a_database"
     ),
-    "aggregates": Guard("WHERE p.oid >= 16384 AND (", "WHERE p.prokind <> 'a' AND (", "all_that_a_database"),
+    "aggregates": Guard(
+        "WHERE p.oid >= 16384 AND (", "WHERE p.oid >= 16384 AND p.prokind <> 'a' AND (", "all_that_a_database"
+    ),
     "types within types": Guard(
         "UNION SELECT other FROM type JOIN consists ON one = type.oid WHERE other >= 16384", "", "all_that_a_database"
     ),

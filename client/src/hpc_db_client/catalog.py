@@ -52,7 +52,10 @@ WITH RECURSIVE named AS (
     SELECT p.oid, p.proname FROM pg_proc p LEFT JOIN pg_aggregate a ON a.aggfnoid = p.oid
     WHERE p.oid >= 16384 AND (
         -- guard: aggregates
-        NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e')
+        NOT EXISTS (
+            SELECT FROM pg_depend WHERE classid = 'pg_proc'::regclass AND objid = p.oid
+                AND deptype IN ('e', 'i')  -- of an extension, or made with a range type
+        )
         OR EXISTS (SELECT FROM foreign_language f WHERE f.oid IN (
             p.oid, aggtransfn, aggfinalfn, aggcombinefn, aggmtransfn, aggminvtransfn, aggmfinalfn
         ))
