@@ -256,8 +256,10 @@ def test_nowhere_to_complain_is_no_reason_to_end(
     assert rows() == [(1, "one"), (2, "two"), (5, None), (6, None)]
 
 
-def test_cursor_is_the_driver_s(driver: str, engine: sqlalchemy.engine.Engine) -> None:
-    raw = engine.raw_connection()
+def test_cursor_is_the_driver_s(
+    driver: str, url: str, proxy: Proxy, server: Server, make: Make, engine: sqlalchemy.engine.Engine
+) -> None:
+    raw = make(url=url.replace(f":{proxy.port}/", f":{server.port}/")).raw_connection()  # proxy knows no pipelines
     cursor = raw.cursor()
     cursor.execute("SELECT n FROM t ORDER BY n")
     assert not hasattr(cursor, "no_such_attribute")
