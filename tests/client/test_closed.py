@@ -304,7 +304,7 @@ def test_other_data_behind_a_pooler_are_not_written(
     assert database("SELECT count(*) FROM t") == [(3,)]
 
 
-@pytest.mark.parametrize("what", ["AUTOCOMMIT", "COPY", "a server that does not identify itself"])
+@pytest.mark.parametrize("what", ["AUTOCOMMIT", "COPY", "SELECT", "a server that does not identify itself"])
 def test_other_data_behind_a_pooler_are_not_written_without_a_mark(
     what: str, pooler: Pooler, url: str, proxy: Proxy, make: Make, engine: sqlalchemy.engine.Engine, server: Server,
     database: Ask,
@@ -323,7 +323,7 @@ def test_other_data_behind_a_pooler_are_not_written_without_a_mark(
             if what == "COPY":
                 copy_in(raw.cursor(), "3\tthree\n")
             else:
-                raw.cursor().execute("INSERT INTO t VALUES (3, 'three')")
+                raw.cursor().execute("SELECT n FROM t" if what == "SELECT" else "INSERT INTO t VALUES (3, 'three')")
             raw.commit()
         raw.invalidate()
     finally:

@@ -257,7 +257,7 @@ class Connection:
 
     __slots__ = (
         "real", "_link", "_facts", "_old", "_journal", "_attributes", "_bound", "_outage", "_thread", "_parked",
-        "_lost", "_names", "_relations", "_mark", "_closed", "looks", "__weakref__",
+        "_lost", "_names", "_relations", "_mark", "_closed", "_checked", "looks", "__weakref__",
     )
     # What can be read or called without leaving anything behind in the session.
     _HARMLESS = frozenset((
@@ -277,6 +277,7 @@ class Connection:
         self._thread = threading.get_ident()
         self._parked = False
         self._closed = False  # by the application
+        self._checked = False  # whose data this transaction sees
         self._lost = False  # of the transaction nothing, or not all, is in the session
         self._mark: tuple | None = None  # the transaction's id, and where its mark is
         self._names: set[str] = set()  # in all statements since the session began
@@ -365,6 +366,7 @@ class Connection:
         if self._facts.direct or not self._journal.began or not self._can_be_cut():
             return
         self._parked = True
+        self._checked = False
         try:
             self.real.rollback()
         except self._link.dbapi.Error as error:
@@ -475,8 +477,7 @@ class Connection:
         self.revive()
         self._thread = threading.get_ident()
         if self.real.autocommit:
-            if not judged.free:
-                self._check_data()
+            self._check_data()
             cursor.run(self.real, step)  # whether it happened nobody could tell, so its error goes up
             return
         step.free = judged.free and self._reads_freely()
@@ -514,13 +515,19 @@ class Connection:
         cursor.run(self.real, step)
 
     def _mark_early(self, step: Step) -> None:
-        """Set the mark before the transaction locks anything, so that others do not wait until it is durable."""
+        """Set the mark before the transaction locks anything, so that others do not wait until it is durable.
+
+        Behind a pooler it also tells whose data they are; where there is no mark, that is asked by itself.
+        """
         if step.judged.writes and not self._mark and self._facts.mark:
             self._mark = self._set_mark(ANY_ID)
+        elif not self._checked:
+            self._check_data(in_transaction=True)
 
     def _set_mark(self, which: str) -> tuple:
         xid, lsn, *data = ask(self.real, self._facts.mark.replace("{id}", which), in_transaction=True)
         self._link.check(self._facts.identity.system, *data)  # guard: data behind a pooler
+        self._checked = True
         return xid, lsn
 
     def _check_data(self, in_transaction: bool = False) -> None:
@@ -528,6 +535,7 @@ class Connection:
         if not self._facts.direct:
             data = ask(self.real, DATA, in_transaction)
             self._link.check(self._facts.identity.system, *data)  # guard: data behind a pooler, without a mark
+        self._checked = True
 
     def judge(self, text: str, has_arguments: bool) -> Judgement:
         return judge(text, has_arguments, self._facts.standard_strings)
@@ -687,7 +695,7 @@ class Connection:
 
     def _open(self) -> None:
         self.real, self._facts = self._link.open(self._current_outage(), self._old, self._attributes)
-        self._parked = False
+        self._parked = self._checked = False
         self._old = self._mark = None
         if "pg_temp" in self._facts.path:
             self.bind("a search_path that names pg_temp")
@@ -709,7 +717,7 @@ class Connection:
         raise error
 
     def _end(self) -> None:
-        self._parked = self._lost = False
+        self._parked = self._lost = self._checked = False
         self._mark = None
         self._journal = Journal()
         self._outage = None
