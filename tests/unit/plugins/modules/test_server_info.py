@@ -23,7 +23,7 @@ def server(monkeypatch):
         if query == server_info.DATABASES:
             return [(name, 100 + index) for index, name in enumerate(server)]
         if "to_regclass" in query:
-            return [(None if server[database] is None else "trials",)]
+            return [(None, None) if server[database] is None else ("version_info", "alembic_version")]
         return server[database]
 
     monkeypatch.setattr(_connection, "connect", lambda params, database: contextlib.nullcontext(database))
