@@ -38,10 +38,12 @@ _TOKEN = re.compile(
 _NESTED = re.compile(r"/\*|\*/")
 # What can end literals and quoted names: an odd number of marks, as two are one within.
 _QUOTES = {"escaped": re.compile(r"\\.|'+", re.DOTALL), "string": re.compile("'+"), "quoted": re.compile('"+')}
-# What is longer is not looked at, and what is longer than the last is looked at each time.
+# What is longer is not looked at.
 MOST_CHARACTERS = 4 * 1024**2
 MOST_TOKENS = 200_000
-MOST_REMEMBERED = 8 * 1024
+# Judgements of short and of long texts that are remembered: 16 MiB and 12.5 MiB of texts. Of longer ones none is.
+SHORT, MOST_SHORT = 8 * 1024, 2000
+LONG, MOST_LONG = 256 * 1024, 50
 
 # Words that are no name of a function unless they are quoted, or only of the server's, and may stand before a
 # parenthesis. (The catalog looks for a function of each name, whatever it is here.)
@@ -261,8 +263,9 @@ def _end_of_comment(text: str, place: int) -> int:
 
 def judge(text: str, has_arguments: bool = False, standard_strings: bool = True) -> Judgement:
     """Tell whether a statement can be repeated."""
-    remembers = len(text) <= MOST_REMEMBERED
-    return (_remembered if remembers else _judge)(text, has_arguments, standard_strings)
+    size = len(text)
+    how = _judge_short if size <= SHORT else _judge_long if size <= LONG else _judge
+    return how(text, has_arguments, standard_strings)
 
 
 def _judge(text: str, has_arguments: bool, standard_strings: bool) -> Judgement:
@@ -296,7 +299,8 @@ def _judge(text: str, has_arguments: bool, standard_strings: bool) -> Judgement:
     return judged
 
 
-_remembered = lru_cache(maxsize=2000)(_judge)
+_judge_short = lru_cache(maxsize=MOST_SHORT)(_judge)
+_judge_long = lru_cache(maxsize=MOST_LONG)(_judge)
 
 
 def _relations(found: list[Token]) -> frozenset[str]:
@@ -503,7 +507,7 @@ def judge_body(text: str) -> tuple[str, frozenset[str]]:
             raise Unknown("it may change one of the server's own tables")
         check_calls(found, also=frozenset(("if", "elsif", "return")))
         # Elsewhere DECLARE may be a name; within its section nothing is done but the calls that are checked.
-        begins, declares = True, found[:1] != [] and found[0].word == "declare"
+        begins, declares = True, bool(found) and found[0].word == "declare"
         for place, token in enumerate(found):
             declares = declares and token.word != "begin"  # guard: DECLARE
             known = declares or token.word in _BODY or token.text == ";" or _is_assignment(found, place)
@@ -526,10 +530,10 @@ def judge_definition(text: str) -> tuple[str, frozenset[str]]:
     try:
         found = tokens(text)
         words = [token.word for token in found]
-        called = max(
+        called = max((
             place for place in range(len(words) - 1)
             if words[place] == "execute" and words[place + 1] in ("function", "procedure")
-        )
+        ), default=len(words))
         when = words.index("when") if "when" in words[:called] else called
         check_calls(found[when:called])
     except Unknown as unknown:
