@@ -143,7 +143,7 @@ GUARDS = {
     "requests that nobody knows": Guard(
         'if name not in ONCE | TWICE and not name.startswith("Get"):', "if False:", "unknown_request"
     ),
-    "repetitions": Guard("if request is None:", "if True:", "repetition_waits"),
+    "repetitions": Guard("if request else alone", "if False else alone", "repetition_waits"),
     "other certificate": Guard(
         "(address, certificate, key) != self._made_for", "address != (self._made_for or [0])[0]", "other_certificate"
     ),

@@ -26,7 +26,7 @@ import grpc
 from optuna.exceptions import StorageInternalError
 from optuna.storages import GrpcStorageProxy
 
-from .patience import GaveUp, Outage, Patience
+from .patience import LONGEST_PAUSE, GaveUp, Outage, Patience
 
 PATIENCE_SECONDS = 600.0
 # The proxy forgets what it has done after 90 days.
@@ -47,6 +47,8 @@ MOST_ANSWERED = 50  # in one request
 OPTIONS = [
     ("grpc.ssl_target_name_override", NAME),
     ("grpc.max_receive_message_length", -1),
+    # Else it would look for the proxy every two minutes in the end.
+    ("grpc.max_reconnect_backoff_ms", int(LONGEST_PAUSE * 1000)),
     # A node that vanished says nothing: ask whether it is there while a request is under way.
     ("grpc.keepalive_time_ms", 20000),
     ("grpc.keepalive_timeout_ms", 10000),

@@ -206,12 +206,11 @@ class Serving(grpc.ServerInterceptor):  # type: ignore[misc]
         finally:
             self._request.id = None
 
-    def _turn(self, request: "Optional[str]") -> "contextlib.AbstractContextManager":
+    def _turn(self, request: "Optional[str]") -> threading.Semaphore:
         """Have a repetition wait for the first one, which would undo what comes after if it went on later."""
-        if request is None:  # guard: repetitions
-            return contextlib.nullcontext()
+        alone = threading.Semaphore()
         with self._lock:
-            return self._turns.setdefault(request, threading.Semaphore())
+            return self._turns.setdefault(request, alone) if request else alone  # guard: repetitions
 
 
 def is_outage(error: DBAPIError) -> bool:
