@@ -46,7 +46,7 @@ ENDED = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
 FUTILE = (
     "password authentication failed", "no password supplied", "no pg_hba.conf entry", "authentication failed for user",
     "does not exist", "permission denied for database", "channel binding", "certificate", "invalid connection option",
-    "server does not support SSL", "root certificate file", "definition of service", "sslmode value",
+    "server does not support SSL", "root certificate file", "sslmode value",
     "unrecognized configuration parameter",
 )
 
