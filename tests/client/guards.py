@@ -71,6 +71,9 @@ GUARDS = {
     "order of keys, when the locks are held": Guard(
         "if not tables <= journal.late and _is_late(", "if False and _is_late(", "locks_are_held"
     ),
+    "keys that a crash gives twice": Guard("if crashed:  #", "if False:  #", "crash_may"),
+    "closed": Guard("if self._closed:  #", "if False:  #", "stays_closed"),
+    "values whose text is not all of them": Guard("chunk = _shown(chunk)", "pass", "show_what_they_are"),
     "keys that something else gives": Guard("if fills and sequence is not None:", "if True:", "one_number"),
     "keys that were seen": Guard(
         "if step.given and step.judged.insert:", "if False:", "keys_that_the_program or objects_keep"

@@ -178,6 +178,31 @@ def test_rows_that_are_mappings_are_compared_whole(
     assert database("SELECT n FROM f.b") == [(110,)]
 
 
+class Vague(int):
+    """As a long array of numpy's, it does not show all that it is."""
+
+    def __repr__(self) -> str:
+        return "vague"
+
+
+@PSYCOPG2
+def test_values_that_do_not_show_what_they_are_are_compared(
+    engine: sqlalchemy.engine.Engine, schema: Callable, database: Ask, proxy: Proxy
+) -> None:
+    from psycopg2 import extensions
+
+    schema("CREATE TABLE b (n bigint); INSERT INTO b VALUES (10)")
+    extensions.register_type(extensions.new_type((20,), "VAGUE", lambda value, _cursor: Vague(value)))
+    try:
+        with pytest.raises(OperationalError), engine.begin() as connection:
+            n = connection.execute(text("SELECT n FROM f.b FOR UPDATE")).scalar()
+            proxy.cut_at(b"UPDATE f.b", REQUEST_LOST, lambda: database("UPDATE f.b SET n = n + 100"))
+            connection.execute(text("UPDATE f.b SET n = :n"), {"n": int(n) + 1})
+    finally:
+        extensions.register_type(extensions.LONGINTEGER)
+    assert database("SELECT n FROM f.b") == [(110,)]
+
+
 def test_closed_connection_stays_closed(engine: sqlalchemy.engine.Engine, rows: Callable[[], list]) -> None:
     raw = engine.raw_connection()
     connection = dbapi_of(raw)
