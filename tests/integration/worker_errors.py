@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import sys
 import time
@@ -66,10 +67,18 @@ def wait_for_slots() -> None:
         time.sleep(0.2)
 
 
-def with_plugin() -> None:
-    """Wait with the client package, which is on the path but has not been installed."""
+def with_plugin() -> sqlalchemy.engine.Engine:
+    """Have the client package, which is on the path but has not been installed."""
     plugins.register("hpc_db", "hpc_db_client.plugin", "HpcDb")
-    connect(f"{URL}&plugin=hpc_db&hpc_db_patience=1")
+    return sqlalchemy.create_engine(f"{URL}&plugin=hpc_db&hpc_db_patience=1")
+
+
+def as_owner(statement: str) -> None:
+    """Do what only the owner may."""
+    user = getpass.getuser()
+    with contextlib.closing(psycopg2.connect(f"service={INSTANCE} user={user} dbname={user}")) as connection:
+        connection.autocommit = True
+        connection.cursor().execute(statement)
 
 
 def while_serving() -> None:
@@ -120,6 +129,14 @@ def while_serving() -> None:
         with sqlalchemy.create_engine(URL).connect() as other:
             other.execute(sqlalchemy.text(f"SELECT pg_terminate_backend({pid}, 60000)"))
         connection.execute(sqlalchemy.text("SELECT 1"))
+    engine = with_plugin()
+    with engine.connect() as connection:
+        database = connection.scalar(sqlalchemy.text("SELECT current_database()"))
+    engine.dispose()
+    as_owner(f"ALTER DATABASE {database} SET hpc_db.generation = 'errors'")
+    with tried("other data"):
+        engine.connect()
+    as_owner(f"ALTER DATABASE {database} RESET hpc_db.generation")
 
 
 def while_stopped() -> None:
@@ -127,7 +144,7 @@ def while_stopped() -> None:
     with tried("no server"):
         connect()
     with tried("no server, with the plugin"):
-        with_plugin()
+        with_plugin().connect()
 
 
 warnings.simplefilter("ignore")
