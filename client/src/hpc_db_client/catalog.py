@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from .sql import judge_body, judge_definition, judge_expression, judge_view
+from .sql import TIMES, TRANSACTION_CLOCK, judge_body, judge_definition, judge_expression, judge_view
 
 # What is not the server's own has an oid from 16384 on (FirstNormalObjectId).
 # The relations of these names, what is written along with them (partitions, and tables that refer to them), and the
@@ -127,7 +127,7 @@ LEFT JOIN pg_sequence s ON s.seqrelid IN (
         AND refobjid = a.attrelid AND refobjsubid = a.attnum AND deptype = 'i'
 )
 WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
-    AND NOT EXISTS (  -- which may have made them out of others, and would again
+    AND NOT EXISTS (  -- a BEFORE INSERT trigger, which would change the returned values a second time
         SELECT FROM pg_trigger WHERE NOT tgisinternal AND tgenabled <> 'D' AND tgtype & 6 = 6
             AND (tgrelid = c.oid OR tgrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))
     )
@@ -144,7 +144,7 @@ SELECT s.seqrelid::regclass::text, s.seqincrement, s.seqcycle, s.seqcache > 1, (
 )
 FROM pg_sequence s WHERE s.seqrelid = to_regclass(%s)
 """
-# Whether a statement may look at a table that neither it nor what it writes to names.
+# Whether there are views, triggers or partitions, through which a statement may read a table that it does not name.
 HIDDEN = """
 SELECT EXISTS (SELECT FROM pg_inherits)
     OR EXISTS (SELECT FROM pg_trigger WHERE NOT tgisinternal AND tgenabled <> 'D')
@@ -159,11 +159,7 @@ SELECT EXISTS (SELECT FROM pg_inherits)
 JUDGES: dict[str, Callable[[str], tuple[str, frozenset[str]]]] = {
     "view": judge_view, "body": judge_body, "definition": judge_definition, "expression": judge_expression,
 }
-# The clock that stands still in a transaction.
-_CLOCK = re.compile(
-    r"(?i)\b(now|transaction_timestamp|current_(date|time|timestamp)|localtime|localtimestamp)\b"
-    r"|'(today|tomorrow|yesterday)'"
-)
+_CLOCK = re.compile(rf"(?i)\b({'|'.join(sorted(TRANSACTION_CLOCK))})\b|'({'|'.join(sorted(TIMES))})'")
 # Views of views of views
 MOST_ROUNDS = 10
 
@@ -183,8 +179,8 @@ def find_unknown(
 ) -> str:
     """Return what these names set off in the database that is not known; "" if nothing.
 
-    ``relations`` are those of the names that have to be there. What is of the kinds ``timed`` (keys of JUDGES) may not
-    read the clock, since another reading may be remembered.
+    ``relations`` are those of the names that must exist. Definitions of the kinds ``timed`` (keys of JUDGES) must not
+    read the clock, since the program may remember an earlier reading.
     """
     known: set[str] = set()
     new = set(names)
@@ -222,7 +218,7 @@ def settable_columns(ask_all: Callable[[str, tuple], list], relation: str) -> di
 
 
 def hides(ask_all: Callable[[str, tuple], list]) -> bool:
-    """Tell whether a view, a trigger or a partition may look at a table that a statement does not name."""
+    """Tell whether a statement may read a table that it does not name."""
     return ask_all(HIDDEN, ())[0][0]
 
 

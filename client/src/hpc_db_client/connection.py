@@ -115,7 +115,7 @@ class Facts(NamedTuple):
     read_committed: bool  # by default, each statement sees what others have committed meanwhile
     standard_strings: bool  # a backslash in a literal is one
     path: str  # the search_path that a new session has
-    crash: str  # the server's last one: since then it has its statistics
+    crash: str  # when the server's statistics began: a crash discards them
 
 
 class Engine:
@@ -165,7 +165,7 @@ class Link:
             try:
                 real = self._connect()
                 if real.info.transaction_status == IN_TRANSACTION:
-                    real.commit()  # what whoever has opened it has begun
+                    real.commit()  # a transaction that creator= left open
                 facts = self._facts(real)
                 self._engine.check(facts.identity)
                 if not facts.direct and hasattr(real, "prepare_threshold"):
@@ -277,7 +277,7 @@ class Connection:
         self._thread = threading.get_ident()
         self._parked = False
         self._closed = False  # by the application
-        self._checked = False  # whose data this transaction sees
+        self._checked = False  # the identity of the data was compared in this transaction
         self._lost = False  # of the transaction nothing, or not all, is in the session
         self._mark: tuple | None = None  # the transaction's id, and where its mark is
         self._names: set[str] = set()  # in all statements since the session began
@@ -301,8 +301,12 @@ class Connection:
         else:
             self.revive()
             setattr(self.real, name, value)
-            self._attributes.pop(name, None)  # they are set again in this order
-            self._attributes[name] = value
+            self._keep(name, value)
+
+    def _keep(self, name: str, value: Any) -> None:
+        """Remember an attribute for later sessions, which set them in the order of their last assignment."""
+        self._attributes.pop(name, None)
+        self._attributes[name] = value
 
     def __enter__(self) -> Connection:
         return self
@@ -320,8 +324,7 @@ class Connection:
         self.rollback()
         self.revive()
         self.real.set_isolation_level(level)
-        self._attributes.pop("set_isolation_level", None)
-        self._attributes["set_isolation_level"] = level
+        self._keep("set_isolation_level", level)
 
     def bind(self, why: str) -> None:
         """From now on the session holds what another one would not have."""
@@ -749,12 +752,12 @@ class Cursor:
         if name in self._HARMLESS or name.startswith("_"):
             return value
         if callable(value):
-            return self._let(name, value)
+            return self._wrap(name, value)
         self.connection.bind(f"the driver's own cursor.{name}")
         return value
 
-    def _let(self, name: str, method: Callable) -> Callable:
-        """Return a method of the driver's, which has its own result when it was called."""
+    def _wrap(self, name: str, method: Callable) -> Callable:
+        """Return a method of the driver's whose call binds the session and replaces the cursor's result."""
 
         def call(*arguments: Any, **options: Any) -> Any:
             self.connection.bind(f"the driver's own cursor.{name}")
@@ -912,7 +915,7 @@ os.register_at_fork(after_in_child=_disown_all)  # guard: fork
 
 
 def reads_committed(real: Any, default: bool) -> bool:
-    """Tell whether each statement of the next transaction sees what others have committed meanwhile."""
+    """Tell whether transactions of this driver connection are READ COMMITTED; ``default`` is the server's own level."""
     level = real.isolation_level
     if level is None:
         return default
@@ -1056,9 +1059,9 @@ def _ask_for_keys(
 
 
 def _note_late(real: Any, journal: Journal, users: Iterable[tuple[catalog.Sequence, str, set[str]]]) -> None:
-    """Note tables where others were given keys after ours.
+    """Note tables where other sessions were given keys after ours.
 
-    It is asked right before our row is there again, when the locks are held again that keep others from it.
+    Call it right before a row is inserted again: only then does the transaction hold its locks again.
     """
     asking = _asking(real)
     for sequence, name, tables in users:

@@ -98,10 +98,10 @@ class Journal:
         self.clock_twice = False
         self.isolated = False  # each statement sees what the first one did
         self.path = ""  # the search_path that it began with
-        self.crash = ""  # the server's last one before it
+        self.crash = ""  # Facts.crash when it began
         self.keys: dict[str, set[int]] = {}  # of each sequence: those that were given to us
         self.late: set[str] = set()  # tables where others were given keys after ours, before our rows were there
-        self.hidden = False  # such a table may be looked at by what does not name it
+        self.hidden = False  # a statement may read such a table without naming it
         self._bytes = 0
 
     def begin(self, step: Step) -> None:
@@ -152,7 +152,7 @@ def digest(description: Any, status: Any, rows: list | None) -> bytes:
 
 
 def _shown(value: Any) -> Any:
-    """Return a value whose text is all of it: of others' types (numpy's arrays, psycopg2's bytea) it is a part."""
+    """Return a value whose repr is complete; that of numpy's arrays and psycopg2's bytea shows only a part."""
     if type(value) in _CONSTANT:
         return value
     if isinstance(value, Mapping):

@@ -97,11 +97,11 @@ _READING = frozenset("""
     upper_inc upper_inf uuid uuidv7 var_pop var_samp varbit varchar variance varying version websearch_to_tsquery
     width_bucket
 """.split())  # fmt: skip
-# Their value is another one in a transaction that is repeated.
-CLOCK = frozenset("""
-    age clock_timestamp current_date current_time current_timestamp localtime localtimestamp now statement_timestamp
-    timeofday transaction_timestamp
+# Functions of the clock that return one value within a transaction, and another one when it is repeated.
+TRANSACTION_CLOCK = frozenset("""
+    current_date current_time current_timestamp localtime localtimestamp now transaction_timestamp
 """.split())
+CLOCK = TRANSACTION_CLOCK | frozenset("age clock_timestamp statement_timestamp timeofday".split())
 # They do something, but within the transaction, or (a key) so that nothing is lost if it is done twice.
 _DOING = frozenset("""
     nextval pg_advisory_xact_lock pg_advisory_xact_lock_shared pg_try_advisory_xact_lock
@@ -117,7 +117,7 @@ _DEFINITIONS = {
 _DEFINING = frozenset("check identity include".split())
 _PARTITIONS = frozenset("hash list range".split())
 _DEFINED = frozenset("exists on references table using".split())
-# Literals that are a time when they are read as one.
+# Literals that PostgreSQL reads as the current time when they are cast to a date or timestamp.
 TIMES = frozenset("now today tomorrow yesterday".split())
 # Settings of one transaction that do not change what names mean.
 _LOCAL = frozenset("idle_in_transaction_session_timeout lock_timeout statement_timeout timezone work_mem".split())
@@ -364,7 +364,7 @@ def _judge_part(judged: Judgement, part: list[Token], has_arguments: bool) -> No
         check_calls(part, definition="select" not in words)
         judged.why = judged.why or "it changes tables"
     else:
-        raise Unknown("it is none of those")
+        raise Unknown("its kind is not on the allow-list")
 
 
 def _is_savepoint(words: list[str]) -> bool:
@@ -649,9 +649,9 @@ def literal(value: Any) -> str | None:
 
 
 def sequence_asked(expressions: set[str]) -> str | None:
-    """Return the sequence that each of these expressions takes a key of.
+    """Return the sequence that these expressions take their keys from.
 
-    "" if they take none, as ``gen_random_uuid()``; None if that is not sure, or they hold what the program has given.
+    "" if they are functions without arguments, such as ``gen_random_uuid()``; None for all other expressions.
     """
     if all(re.fullmatch(r"(?!nextval)\w+\(\)", each) for each in expressions):
         return ""
@@ -677,7 +677,7 @@ def with_values(text: str, insert: Insert, given: dict[str, tuple[str, list[Any]
             more.append((column, double(kind), [double(each) for each in said if each]))
         elif insert.rows:
             for row, each in zip(insert.rows, said):
-                # An argument that is given by its place would be left over.
+                # Without its placeholder, a positional argument would be left over.
                 if each and not re.search(r"^%\(\w+\)s$|%[sbt]", text[slice(*row[place])]):
                     changes.append((*row[place], double(each)))
     if more:
