@@ -128,7 +128,8 @@ GUARDS = {
     "values with a backslash": Guard('if "\\\\" in str(value):', "if False:", "end_its_literal"),
     "bulk": Guard("if self._bytes > MOST_BYTES or len(self.steps) >= MOST_STEPS:", "if False:", "bulk"),
     "AUTOCOMMIT": Guard(
-        "if self.real.autocommit:\n            cursor.run", "if False:\n            cursor.run", "without_a_transaction"
+        "if self.real.autocommit:\n            self._check_data", "if False:\n            self._check_data",
+        "without_a_transaction",
     ),
     "what a listener sets": Guard("if not self.looks:", "if False:", "listener"),
     "what was done with the driver's own": Guard(

@@ -161,13 +161,14 @@ def test_what_the_session_held_is_not_forgotten_silently(
 def test_without_a_transaction_nobody_can_tell_and_the_error_goes_up(
     engine: sqlalchemy.engine.Engine, proxy: Proxy, rows: Callable[[], list]
 ) -> None:
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("SELECT 1"))
-        proxy.cut_at(b"INSERT", ANSWER_LOST)
-        with pytest.raises(OperationalError):
-            connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
+    for statement in ("INSERT INTO t VALUES (3, 'three')", "UPDATE t SET word = word || '!' WHERE n = 3"):
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("SELECT 1"))
+            proxy.cut_at(statement.encode(), ANSWER_LOST)
+            with pytest.raises(OperationalError):
+                connection.execute(text(statement))
 
-    assert len(rows()) == 3
+    assert rows()[2:] == [(3, "three!")]
 
 
 def test_server_that_cannot_make_sure_is_not_believed(
