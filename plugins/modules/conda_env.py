@@ -244,6 +244,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     difference,
     explain,
     has_secret,
+    is_whole,
     major_of,
     may_pass,
     parse_answer,
@@ -270,6 +271,12 @@ CHANGING = "changing"  # with the version of PostgreSQL there was, whose record 
 
 # How many seconds to wait before a second and a third attempt. Clients try for a few seconds by themselves.
 PAUSES = (2, 8)
+
+# What is blamed while an environment is not touched yet. Rattler links some packages while it fetches others.
+BEFORE_LINKING = {
+    "rattler": ("specs", "lock", "rattler_python"),
+    "conda": ("specs", "lock", "client", "channels", "package_cache"),
+}
 
 NO_LOCK = "none is given, but it alone says which of the archives to install"
 
@@ -301,6 +308,8 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
             if before is not None:
                 check_change(params, before)
             params = {**params, **find_program(params, run)}
+            if params["provider"] == "conda":
+                _lock.check_archives(locked)
             if params["archives"] and not locked and not check_mode:
                 raise CondaError(f"lock: {NO_LOCK}")
             if check_mode:
@@ -543,6 +552,8 @@ def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> 
             answer = Answer({}, "lock", NO_LOCK)
         else:
             answer = ask(harmless, run, specs, before, dry_run=True)
+    if not answer.problem and not all_satisfied(answer.packages, specs):
+        answer = Answer({}, "provider", "it did not say what it would install")
     # An earlier task installs it or stages them, unless that is in check mode too.
     if answer.setting in ("rattler_python", "lock"):
         present = before or {}
@@ -572,13 +583,16 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
             clear(prefix, left)
         answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),))
         after = look(prefix, "")
-        if not answer.problem and after is not None and is_wanted(after, specs, params["locked"]):
+        # Its records tell what was done, whatever the client says, unless they said the same before.
+        shown = not is_wanted(before or {}, specs, params["locked"]) and is_whole(records_of(params["prefix"]))
+        if after is not None and is_wanted(after, specs, params["locked"]) and (shown or not answer.problem):
             rewrite(note, "")
             return before, after
         if before is None:
             clear(prefix, MAKING)
-        if before is None or answer.setting in ("specs", "lock"):
-            rewrite(note, "")  # nothing half-done is left
+            rewrite(note, "")
+        elif answer.setting in BEFORE_LINKING[params["provider"]]:
+            rewrite(note, left)
         lacking = Answer({}, "provider", f"it ended well, but {prefix} lacks what it should have")
         raise CondaError(explain(answer if answer.problem else lacking, params, specs, glibc_of(params)))
 
