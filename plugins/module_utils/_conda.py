@@ -187,7 +187,7 @@ def is_whole(records: list[dict]) -> bool:
     packages = {record["name"]: Package(record["name"], record["version"], record["build"]) for record in records}
 
     def is_met(text: str) -> bool:
-        name = re.split(r"[\s=<>!~\[]", text, maxsplit=1)[0]
+        name = re.split(r"[\s=<>!~\[]", text.lower(), maxsplit=1)[0]
         with suppress(CondaError):
             return name in packages and satisfies(packages[name], parse_spec(text))
         return name in packages

@@ -583,15 +583,15 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
             clear(prefix, left)
         answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),))
         after = look(prefix, "")
-        # Its records tell what was done, whatever the client says, unless they said the same before.
-        shown = not is_wanted(before or {}, specs, params["locked"]) and is_whole(records_of(params["prefix"]))
-        if after is not None and is_wanted(after, specs, params["locked"]) and (shown or not answer.problem):
+        # The records decide whether it worked, whatever the client says, unless they were as wanted before.
+        proven = not is_wanted(before or {}, specs, params["locked"]) and is_whole(records_of(params["prefix"]))
+        if after is not None and is_wanted(after, specs, params["locked"]) and (proven or not answer.problem):
             rewrite(note, "")
             return before, after
         if before is None:
             clear(prefix, MAKING)
             rewrite(note, "")
-        elif answer.setting in BEFORE_LINKING[params["provider"]]:
+        elif before == after and answer.setting in BEFORE_LINKING[params["provider"]]:
             rewrite(note, left)
         lacking = Answer({}, "provider", f"it ended well, but {prefix} lacks what it should have")
         raise CondaError(explain(answer if answer.problem else lacking, params, specs, glibc_of(params)))
