@@ -33,7 +33,7 @@ _BOUND = re.compile(rf"(?P<sign>[<>]=?|!=)(?P<version>{_VERSION})")
 # The setting to blame, by what is in the name of a client's error. Errors not listed are the client's own trouble.
 _BLAME = {
     "specs": r"Packages?NotFound|Unsatisfiable|InvalidMatchSpec|SolverError",
-    "channels": r"Channel|HTTP|SSL|Proxy|Gateway|Checksum|Connect|ChunkedEncoding|Timeout|PathNotFound",
+    "channels": r"Channel|HTTP|SSL|Proxy|Gateway|Checksum|Connect|ChunkedEncoding|Timeout|PathNotFound|EOF|Archive",
     "lock": r"ValidatePackageRecords",
     "": r"^(Import|ModuleNotFound)Error$",  # the one that names the client
 }
