@@ -37,6 +37,11 @@ _BLAME = {
     "lock": r"ValidatePackageRecords",
     "": r"^(Import|ModuleNotFound)Error$",  # the one that names the client
 }
+# What is blamed while no file of an environment is touched yet. Rattler links some packages while it fetches others.
+BEFORE_LINKING = {
+    "rattler": ("specs", "lock", "rattler_python"),
+    "conda": ("specs", "lock", "client", "channels", "package_cache"),
+}
 # A package in conda's cache that is not all there.
 _DAMAGED = re.compile(r"located at (/.+?)\s+appears to be corrupted")
 _FETCHING = re.compile(

@@ -13,7 +13,7 @@ author: mala.hpc_db contributors (@mala-project)
 description:
   - Creates a conda environment at a path, or brings an existing one to the wanted packages.
   - What is installed is read from the environment itself, in milliseconds. A client runs only when that does
-    not satisfy O(specs), and has succeeded only when it does afterwards.
+    not satisfy O(specs), and has succeeded if it does afterwards, whatever the client prints.
   - Other packages in the environment stay. Its major version of PostgreSQL is never changed, since the data
     directory could not be opened any more; make another environment for another major.
   - A channel that cannot be reached is tried twice again, after 2 and 8 seconds, besides what the client does itself.
@@ -69,7 +69,7 @@ options:
       - What solves and installs.
       - V(rattler) needs no conda, but an interpreter that has py-rattler.
       - V(conda) uses the conda, mamba or micromamba that is there. What conda solves with, C(classic), C(libmamba)
-        or C(rattler), is the user's own configuration (C(solver)).
+        or C(rattler), is the user's own configuration (C(solver)). Its C(create_default_packages) are left out.
       - All count what the host is among the packages (C(__glibc)). What needs a newer host is refused.
     type: str
     choices: [rattler, conda]
@@ -143,6 +143,8 @@ options:
       - The folder for downloaded packages. The environment shares its files by hard links where both are on
         one file system.
       - The client's own if not set, mostly in the home directory.
+      - conda does not mend a package that it was killed in the middle of unpacking there. The command that removes it
+        is named then.
     type: path
   timeout:
     description:
@@ -231,6 +233,7 @@ from urllib.parse import urlsplit
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _lock, _rattler_helper
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
+    BEFORE_LINKING,
     LOAD_FAILED,
     Answer,
     CondaError,
@@ -271,12 +274,6 @@ CHANGING = "changing"  # with the version of PostgreSQL there was, whose record 
 
 # How many seconds to wait before a second and a third attempt. Clients try for a few seconds by themselves.
 PAUSES = (2, 8)
-
-# What is blamed while an environment is not touched yet. Rattler links some packages while it fetches others.
-BEFORE_LINKING = {
-    "rattler": ("specs", "lock", "rattler_python"),
-    "conda": ("specs", "lock", "client", "channels", "package_cache"),
-}
 
 NO_LOCK = "none is given, but it alone says which of the archives to install"
 
@@ -384,9 +381,7 @@ def features_of(bindir: str, run: Run, version: str) -> list[str]:
 
 def wanted_specs(params: dict) -> list[Spec]:
     """Return the specs; raise for values that no client should see."""
-    if not os.path.isabs(params["prefix"]):
-        raise CondaError(f"prefix: {params['prefix']!r} is not absolute; give a path that begins with / or ~")
-    for name in ("rattler_python", "package_cache", "lease", "archives"):
+    for name in ("prefix", "rattler_python", "package_cache", "lease", "archives"):
         if params[name] is not None and not os.path.isabs(params[name]):
             raise CondaError(f"{name}: {params[name]!r} is not absolute; give a path that begins with / or ~")
     for channel in params["channels"]:
