@@ -308,7 +308,9 @@ def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Packa
         return Answer({}, program, _one_line(stderr))
     last_words = "\n".join((stderr or stdout).strip().splitlines()[-3:]) or "it said nothing"
     blamed = [_blame(error, last_words, program) for error in content.get("errors") or [content]]
-    setting = min((setting for setting, _problem in blamed), key="channels".__eq__)  # what may pass comes last
+    # what has a remedy comes first, and what may pass last
+    ranks = {"package_cache": 0, "channels": 2}
+    setting = min((setting for setting, _problem in blamed), key=lambda setting: ranks.get(setting, 1))
     return Answer({}, setting, "; ".join(dict.fromkeys(problem for blames, problem in blamed if blames == setting)))
 
 

@@ -391,7 +391,7 @@ The channel is not accessible or is invalid.
         (nested(NOT_IN_FOLDER, NOT_IN_FOLDER), "channels", "/c/linux-64/libpq-17.11-h_0.tar.bz2"),
         (nested(unavailable("libpq"), {"exception_name": "CondaOSError", "message": "full"}), "provider", "full"),
         (
-            nested(SHORT_FILE, NO_FILE, NO_FILE),
+            nested({"exception_name": "ClobberError", "message": "a path"}, SHORT_FILE, NO_FILE, NO_FILE),
             "package_cache",
             "rm -r '/a b/pkgs/libpq-17.10-h_0'; rm -r /pkgs/postgresql-17.10-h_0",
         ),
