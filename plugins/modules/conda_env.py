@@ -622,12 +622,7 @@ def clear(prefix: Path, note: str) -> None:
 
 
 def ask(
-    params: dict,
-    run: Run,
-    specs: list[Spec],
-    before: Packages | None,
-    dry_run: bool,
-    keep_open: tuple[int, ...] = (),
+    params: dict, run: Run, specs: list[Spec], before: Packages | None, dry_run: bool, keep_open: tuple[int, ...] = ()
 ) -> Answer:
     """Have a client install the packages, or say what it would; it alone needs internet and time."""
     with tempfile.NamedTemporaryFile("w", prefix="conda_env-", suffix=".txt", encoding="utf-8") as lock_file:
@@ -641,12 +636,7 @@ def ask(
 
 
 def ask_again(
-    params: dict,
-    run: Run,
-    command: list[str],
-    before: Packages | None,
-    dry_run: bool,
-    keep_open: tuple[int, ...],
+    params: dict, run: Run, command: list[str], before: Packages | None, dry_run: bool, keep_open: tuple[int, ...]
 ) -> Answer:
     """Run a client, and again as long as the network is at fault and there is time."""
     channels = sorted({each.channel for each in params["locked"]}) or params["channels"]
