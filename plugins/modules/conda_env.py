@@ -577,7 +577,7 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
         if before is None:
             clear(prefix, left)
         answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),))
-        after = look(prefix, "")
+        after = look(prefix, "") if (prefix / "conda-meta").is_dir() else None
         # The records decide whether it worked, whatever the client says, unless they were as wanted before.
         proven = not is_wanted(before or {}, specs, params["locked"]) and is_whole(records_of(params["prefix"]))
         if after is not None and is_wanted(after, specs, params["locked"]) and (proven or not answer.problem):

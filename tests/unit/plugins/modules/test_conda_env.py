@@ -620,6 +620,17 @@ def test_cache_that_a_kill_has_left_is_named_with_what_mends_it(
     assert ensure_env(params, client, False)["packages"] == NEW
 
 
+def test_folder_that_a_failed_client_leaves_is_not_what_is_blamed(prefix: Path) -> None:
+    def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        (prefix / "pkgs").mkdir(parents=True)
+        return 1, json.dumps({"exception_name": "NoSpaceLeftError", "message": "No space left on devices."}), ""
+
+    with pytest.raises(CondaError, match="^provider: conda: No space left on devices.$"):
+        ensure_env(params_for(prefix, provider="conda"), run, False)
+
+    assert os.listdir(prefix.parent) == []
+
+
 @pytest.mark.parametrize("before", [{}, OLD])
 def test_nothing_is_no_plan(prefix: Path, provider: str, before: dict) -> None:
     if before:
