@@ -46,6 +46,12 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+unreachable:
+  description:
+    - Why the server cannot be asked, as while its node is dead and the scheduler does not know it; empty if it can be.
+    - It is no failure, and nothing else is returned then.
+  returned: success
+  type: str
 version:
   description: PostgreSQL's version.
   returned: success
@@ -193,6 +199,14 @@ def read_server(params: dict) -> dict:
     }
 
 
+def read_if_reached(params: dict) -> dict:
+    """Return what the server holds, or why nobody can say."""
+    try:
+        return {"unreachable": "", **read_server(params)}
+    except _connection.Unreachable as error:
+        return {"unreachable": one_line(error)}
+
+
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
@@ -203,11 +217,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    try:
-        result = read_server(module.params)
-    except _connection.Unreachable as error:
-        module.fail_json(msg=one_line(error))
-    module.exit_json(changed=False, **result)
+    module.exit_json(changed=False, **read_if_reached(module.params))
 
 
 if __name__ == "__main__":

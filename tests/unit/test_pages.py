@@ -68,6 +68,17 @@ def with_texts(value: Any, change: Callable[[str], str]) -> Any:
     return change(value) if isinstance(value, str) else value
 
 
+def test_status_page_of_a_server_whose_node_is_dead(ansible: Reader) -> None:
+    role, own, sent = PAGES["status.txt.j2"]
+    unreachable = {**sent, "__server_held": {"unreachable": "database alice: timeout expired"}}
+
+    (text,) = ansible.render(role, ["status.txt.j2"], own, copy.deepcopy(unreachable))
+
+    assert "  endpoint     c1 port 5432\n" in text
+    assert "  PostgreSQL   does not answer: database alice: timeout expired\n" in text
+    assert text.rstrip().endswith("URL          postgresql:///")
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_cluster_says_is_only_seen(page: str, ansible: Reader) -> None:
     role, own, sent = PAGES[page]

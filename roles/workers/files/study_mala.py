@@ -7,7 +7,7 @@ import os
 import mala
 
 parameters = mala.Parameters()
-if os.environ.get("SLURM_NTASKS", "1") != "1":  # several GPUs of a node, a process each
+if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # started by srun for several GPUs of a node, a process each
     parameters.optuna_singlenode_setup(wait_time=int(os.environ["HPC_DB_WAIT_TIME"]))
 
 parameters.data.input_rescaling_type = "feature-wise-standard"

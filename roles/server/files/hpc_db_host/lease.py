@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import re
+import socket
 import time
 import uuid
 from typing import Callable, Optional
@@ -49,6 +50,22 @@ def describe(holder: dict) -> str:
     what = "job %s" % holder["job"] if holder.get("job") else "a short-lived server"
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder.get("since", 0)))
     return "%s on %s (PID %s) since %s" % (what, holder.get("host", "?"), holder.get("pid", "?"), since)
+
+
+def can_be_asked(holder: dict, cluster: str) -> bool:
+    """Tell whether anything here, and not only the user, can know that this holder has ended."""
+    if holder.get("kind") == "bootstrap" and not holder.get("allocation"):
+        return True  # its long silence tells
+    if holder.get("cluster") != cluster:
+        return False  # another scheduler's
+    return holder.get("kind") != "local" or _is_here(holder)
+
+
+def _is_here(holder: dict) -> bool:
+    """Tell whether a holder is, or was before a reboot, on this machine."""
+    if holder.get("host") == socket.gethostname():
+        return True
+    return any(word in processes.this_machine() for word in holder.get("machine") or [])
 
 
 class Lease:

@@ -47,7 +47,7 @@ class FakeCluster:
     def run(self, command):
         self.looks.append(command[0])
         assert command[0] in ("squeue", "scontrol")
-        return "c1\n" if command[0] == "scontrol" else "".join(f"{line}|\n" for line in self.listed)
+        return "c1\n" if command[0] == "scontrol" else "".join(f"{line}|\n" for line in ["JOBID", *self.listed])
 
     def requeue(self, _params, trial):
         if trial.number not in self.running:

@@ -22,7 +22,7 @@ class Instance:
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "hpc_db"
-        self.queue = "4711|RUNNING|c1|1:00:00|hpc_db|None\n"
+        self.queue = "JOBID|STATE\n4711|RUNNING|c1|1:00:00|hpc_db|None\n"
         self.answer = "study|f|f|f|t|f|f|SCRAM\nstudies|study\n"
         self.environment = folder / "env"
         files = {
@@ -131,7 +131,7 @@ def test_what_the_server_says_is_compared(noted: Instance) -> None:
 
 
 @pytest.mark.parametrize("queue", [
-    "", "4712|RUNNING|c1|1:00:00|hpc_db|None\n", "4711|PENDING||1:00:00|hpc_db|Priority\n",
+    "JOBID|\n", "JOBID|\n4712|RUNNING|c1|1:00:00|hpc_db|None\n", "JOBID|\n4711|PENDING||1:00:00|hpc_db|Priority\n",
 ])
 def test_without_the_server_nothing_is_kept(noted: Instance, queue: str) -> None:
     noted.queue = queue

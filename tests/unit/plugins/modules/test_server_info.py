@@ -97,3 +97,18 @@ def test_name_server_that_does_not_answer_keeps_nobody(monkeypatch):
 
     assert server_info.names_of({"10.0.0.1", "10.0.0.2"}) == {"10.0.0.1": "10.0.0.1", "10.0.0.2": "10.0.0.2"}
     answer.set()
+
+
+def test_server_that_does_not_answer_is_said(monkeypatch):
+    """Its node is dead, and the scheduler does not know yet: that is no reason to fail."""
+
+    def connect(_params, _database):
+        raise _connection.Unreachable("database alice: timeout expired")
+
+    monkeypatch.setattr(_connection, "connect", connect)
+
+    assert server_info.read_if_reached({"database": "alice"}) == {"unreachable": "database alice: timeout expired"}
+
+
+def test_server_that_answers_is_reached(server):
+    assert server_info.read_if_reached({"database": "alice", "idle_nodes": []})["unreachable"] == ""
