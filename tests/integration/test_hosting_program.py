@@ -374,6 +374,7 @@ def test_successor_goes_on_where_a_clean_stop_left_off(instance: Instance) -> No
     instance.psql("CREATE TABLE t AS SELECT 1 AS n")
     second = instance.start("serve", "--lease-patience", "30", job="8")
     eventually(lambda: "waiting: the data directory is held by job 7" in instance.log())
+    assert re.search(r"held by job 7 .*; if it has died, it is replaced after [0-9.]+ s without a ", instance.log())
 
     first.terminate()
     eventually(lambda: first.poll() == 0 and instance.state() == "serving")

@@ -5,6 +5,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -442,6 +443,21 @@ def test_which_holders_have_ended(holder, ended, host, monkeypatch):
     monkeypatch.setattr(processes, "this_machine", lambda: ["this", "too"])
 
     assert program.Host(str(host.root), bootstrap=False)._has_ended({"cluster": "hemera5", **holder}) is ended
+
+
+@pytest.mark.parametrize("holder, told", [
+    ({}, "it has died, it is replaced after"), ({"kind": "bootstrap"}, "it was killed, it is replaced at once on"),
+    ({"cluster": "another"}, None),
+])
+@pytest.mark.parametrize("what", ["serve", "bootstrap"])
+def test_who_waits_for_the_lease_says_for_how_long(what, holder, told, host, monkeypatch, capsys):
+    monkeypatch.setattr(scheduler, "job_has_ended", lambda *_asked: False)
+    host.lease(**holder).try_acquire()
+
+    assert host.run(what, "--lease-patience", "0.05") == 3
+
+    (waiting,) = re.findall("starting: waiting: the data directory is held by (.*)", capsys.readouterr().err)
+    assert (f"; if {told}" in waiting) if told else ("replaced" not in waiting)
 
 
 def test_job_waits_for_a_holder_that_is_cut_off_and_nobody_else_does(host, monkeypatch, capsys):
