@@ -128,6 +128,8 @@ LONGEST_PAUSE_SECONDS = 1
 # A job may have begun, and its worker connected, since the scheduler was asked.
 ORPHANED_SECONDS = 10
 LOOKUP_SECONDS = 5.0
+# As the workers' service entry has it: a node that is dead does not answer at all.
+CONNECT_SECONDS = 5
 # What connects over the unix socket has no address.
 HERE = "socket"
 
@@ -202,7 +204,7 @@ def read_server(params: dict) -> dict:
 def read_if_reached(params: dict) -> dict:
     """Return what the server holds, or why nobody can say."""
     try:
-        return {"unreachable": "", **read_server(params)}
+        return {"unreachable": "", **read_server({**params, "connect_timeout": CONNECT_SECONDS})}
     except _connection.Unreachable as error:
         return {"unreachable": one_line(error)}
 

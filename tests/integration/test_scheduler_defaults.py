@@ -290,7 +290,8 @@ def test_endpoint_that_a_dead_server_left_behind_is_withdrawn(slurm: Site) -> No
     home = slurm.state / "home/alice"
     slurm.login.run("mkdir -p hpc_db/host hpc_db/run; ln -s /srv/host/hpc_db_host hpc_db/host")
     (home / "hpc_db/host/settings.json").write_text(json.dumps({"instance": "hpc_db", "cluster": "mini"}))
-    slurm.login.run("touch hpc_db/run/endpoint.json; printf '[hpc_db]\\nhost=c1\\n[other]\\nhost=x\\n' > .pg_service.conf")
+    (home / ".pg_service.conf").write_text("[hpc_db]\nhost=c1\n[other]\nhost=x\n")
+    slurm.login.run("touch hpc_db/run/endpoint.json")
 
     job = slurm.present(partition="work", time="10")
     wait(lambda: slurm.login.run("squeue --noheader --me --format=%T") == "RUNNING")
