@@ -160,8 +160,14 @@ def submit_job(params: dict, run: Run, command: list, known: Iterable[dict]) -> 
         if job:
             raise SchedulerError(f"{error}; but job {job['id']} ({params['name']}) is in the queue") from None
         raise
-    job, told = find_new(), SCHEDULERS[params["scheduler"]].parse_submit(printed)
+    told = SCHEDULERS[params["scheduler"]].parse_submit(printed)
     words = f"{command[0]} printed no job id: {' '.join(printed.split())!r}"
+    try:
+        job = find_new()
+    except (SchedulerError, ValueError) as error:
+        if not told:
+            raise SchedulerError(f"{words}, and whether the job is in the queue cannot be asked: {error}") from None
+        job = None
     if job and not told:
         return Submitted(job["id"], f"{words}; job {job['id']}, found by its name {params['name']}, is in the queue")
     if job or told:

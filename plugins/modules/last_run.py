@@ -251,7 +251,9 @@ def literal(text: str) -> str:
 def psql_command(root: str, settings: dict, endpoint: dict) -> list[str]:
     """Return the call that asks the server, as the owner, whose name is the user's."""
     owner = pwd.getpwuid(os.geteuid()).pw_name
-    server = {**endpoint, "user": owner, "passfile": os.path.join(root, "secrets", "pgpass")}
+    # A dead node is not waited for longer than by workers.
+    wait = {"connect_timeout": 5}
+    server = {**endpoint, **wait, "user": owner, "passfile": os.path.join(root, "secrets", "pgpass")}
     words = _connection.conninfo(server, "postgres")
     return [os.path.join(settings["bindir"], "psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", words]
 

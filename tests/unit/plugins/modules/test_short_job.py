@@ -98,6 +98,23 @@ def test_job_is_found_whatever_sbatch_prints(tmp_path):
     assert slurm.cancelled == ["12"]
 
 
+@pytest.mark.parametrize("printed, said", [
+    ("12\n", ""),
+    ("Hi\n", "sbatch printed no job id: 'Hi', and whether the job is in the queue cannot be asked: x"),
+])
+def test_queue_that_cannot_be_asked_after_a_submission(printed, said, tmp_path):
+    slurm = FakeSlurm(tmp_path / "out", '{"host": "c1"}', printed=printed)
+    asked = []
+
+    def run(command):
+        asked.append(command[0])
+        if asked == ["squeue", "sbatch", "squeue"]:
+            raise SchedulerError("x")
+        return slurm(command)
+
+    assert run_job(params(tmp_path), run, lambda _seconds: None)["said"] == said
+
+
 def test_option_of_the_login_alone_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("SBATCH_QOS", "long")
 
