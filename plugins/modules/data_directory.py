@@ -145,6 +145,7 @@ def main() -> None:
     # initdb reads PGDATA and its like; postgres --version loads libraries
     for name in [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]:
         del os.environ[name]
+    os.environ["LC_ALL"] = "C"  # their words are read here
     try:
         outcome = ensure_data_directory(module.params, lambda command: run_command(module, command), module.check_mode)
     except (Failed, OSError) as error:

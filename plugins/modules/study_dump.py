@@ -398,6 +398,7 @@ def main() -> None:
     # PostgreSQL's programs read PGOPTIONS and its like, and load libraries.
     for name in [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]:
         del os.environ[name]
+    os.environ["LC_ALL"] = "C"  # their words are read here
     act = ensure_dumped if module.params["state"] == "dumped" else ensure_restored
     try:
         result = act(module.params, lambda command: run_command(module, command), module.check_mode)

@@ -123,7 +123,7 @@ HOSTILE = [
     ("server_lease_ttl", 0), ("server_stop_notice", 0),
     *[("postgres_networks", [name]) for name in ("10.0.0.0/33", "300.0.0.1/8", "::1/129", "all\n", "all trust")],
     *[("postgres_max_connections", text) for text in ("100\nfsync = off", "0", "many")],
-    *[("postgres_settings", {name: 1}) for name in ("work mem", "work_mem\n", "it's", "-x", "log_line_prefix")],
+    *[("postgres_settings", {name: 1}) for name in ("work mem", "work_mem\n", "it's", "-x", "log_line_prefix", "lc_messages")],
     *[("postgres_hba_rules", [{**RULE, "users": [name]}]) for name in ('a" trust', "a\nb", "")],
     ("postgres_hba_rules", [{**RULE, "options": "map=a\nlocal all all trust"}]),
     *[("databases_studies", [{"name": name}]) for name in ("a\n", "$(touch CANARY)", "it's", "-x", "\u03a9")],
