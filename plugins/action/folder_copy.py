@@ -10,12 +10,14 @@ import re
 import subprocess
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from ansible.module_utils.common.text.converters import to_text
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.mala.hpc_db.plugins.module_utils import _banner
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
 
 # Seconds until the first line about a transfer, and between two.
@@ -142,7 +144,7 @@ def megabytes(size: int) -> str:
 
 def explain(code: int, complaints: str) -> str:
     """Return why rsync has failed."""
-    if code == 127 or "rsync: command not found" in complaints or "rsync: not found" in complaints:
+    if code == 127 or re.search("rsync: ([Cc]ommand )?not found", complaints):
         return f"there is no rsync on the cluster: have the package rsync installed there, {INSTEAD}"
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
     return f"rsync ended with {code}: {'; '.join(lines[-3:]) or 'it said nothing'}"
@@ -180,6 +182,7 @@ def pull_command(ssh: list[str], host: str, source: str, target: str, dry_run: b
 
     ``ssh`` is the call of ssh without a host. Raise ValueError for a host that could be an option or a path.
     """
+    mark = uuid.uuid4().hex
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*", host):
         raise ValueError(f"ansible_host: {host!r} is no host; allowed are letters, digits, '.', '_', '-', ':' and '%'")
     return [
@@ -192,7 +195,8 @@ def pull_command(ssh: list[str], host: str, source: str, target: str, dry_run: b
         "--no-inc-recursive", "--info=progress2", "--stats",  # how much it is in all is known from the start
         f"--timeout={SILENCE}",
         *(["--dry-run"] if dry_run else []),
-        f"--rsh={' '.join(map(quote, ssh))}",
+        f"--rsh={' '.join(map(quote, _banner.command(mark, ssh)))}",
+        f"--rsync-path={_banner.announced(mark, 'rsync')}",
         "--",
         f"{f'[{host}]' if ':' in host else host}:{source.rstrip('/')}/",
         f"{target.rstrip('/')}/",

@@ -70,7 +70,11 @@ return Math.max(0, ...[...arguments].map(canvas => canvas.width && canvas.height
 
 @pytest.fixture(scope="module")
 def job(mini: Target) -> Iterator[Callable[[int], None]]:
-    """A job that writes into both folders; call it with 1, 2 and so on to have its next values written."""
+    """A job that writes into both folders; call it with 1, 2 and so on to have its next values written.
+
+    The login node's shell prints a line, at each login and each command over ssh.
+    """
+    mini.run("echo 'echo Welcome, quota 81 %' > .bashrc")
     packages = "tensorboard protobuf numpy absl-py packaging typing-extensions"
     mini.run(f"pip3 install --quiet --no-index --find-links=/srv/wheels --no-deps --no-compile --target=lib {packages}")
     folders = shlex.join([f"./{BERYLLIUM}/logs", "aluminium/first", "aluminium/second"])
