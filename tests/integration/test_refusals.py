@@ -213,6 +213,10 @@ def test_unfit_programs_are_refused_before_anything_changes(
     tell_no_library = 'case "$*" in *ssl_library*) exit; esac'
     (no_tls / "postgres").write_text(f'#!/bin/sh\n{tell_no_library}\nexec {bindir}/postgres "$@"\n')
     (no_tls / "postgres").chmod(0o755)
+    bare = open_folder / "bare"  # as Debian's Python is without the package python3-venv
+    no_ensurepip = '[ "$2" != ensurepip ] || { echo No module named ensurepip >&2; exit 1; }'
+    bare.write_text(f'#!/bin/sh\n{no_ensurepip}\nexec python3 "$@"\n')
+    bare.chmod(0o755)
     major = int(bindir.parts[-2])
     settings = {
         "postgres_provider": "system", "postgres_major": major, "postgres_bindir": str(bindir), "postgres_tls": True,
@@ -230,6 +234,7 @@ def test_unfit_programs_are_refused_before_anything_changes(
          "postgres_module_load: 'module load PostgreSQL/0' failed in a login shell: .*PostgreSQL/0"),
         ({"postgres_bindir": "", "postgres_module_load": "PATH=/usr/bin:/bin"},
          "postgres_module_load: '.*' brings no program postgres onto the PATH; set postgres_bindir"),
+        ({"postgres_python": str(bare)}, f"No module named ensurepip .{bare} cannot make environments with pip: set p"),
         ({"postgres_python_provider": "conda"}, "postgres_python_provider: conda with .* no conda packages"),
     ]
     check_refused(here, {**here.variables, "ansible_connection": "local", **settings}, given, tmp_path)

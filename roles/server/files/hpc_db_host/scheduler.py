@@ -72,6 +72,7 @@ def call(
     spoken: ModuleType, bin_dir: str, command: List[str], timeout: float
 ) -> "subprocess.CompletedProcess[str]":
     """Run one of the scheduler's commands; after the time-out nothing is left of it, not even what it has started."""
+    bin_dir = os.path.expanduser(bin_dir)
     with subprocess.Popen(
         [os.path.join(bin_dir, command[0])] + command[1:], env=spoken.environment(dict(os.environ), bin_dir),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
