@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """python_env against a pip and a venv that leave behind what the real ones do."""
 
+import base64
+import http.server
 import os
 import re
 import subprocess
@@ -532,3 +534,61 @@ def test_index_of_the_inventory_counts_more_than_the_users(params, tmp_path, mon
 
     result = ensure_packages({**params, "index_url": f"file://{tmp_path}/simple"}, run, check_mode=False)
     assert result["packages"] == {"a": "1.0"}
+
+
+class Index(http.server.BaseHTTPRequestHandler):
+    """A package index that wants a password, and has one package."""
+
+    def do_GET(self):
+        given = self.headers.get("Authorization", "")
+        if given != "Basic " + base64.b64encode(b"alice:s3cret").decode():
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", "Basic")
+            body = b""
+        else:
+            self.send_response(200)
+            is_page = self.path.endswith("/")
+            body = b'<a href="a-1.0-py3-none-any.whl">a</a>' if is_page else self.server.wheel
+            self.send_header("Content-Type", "text/html" if is_page else "application/octet-stream")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_unused):
+        pass
+
+
+@pytest.fixture
+def index(tmp_path):
+    (tmp_path / "wheels").mkdir()
+    make_wheel(tmp_path / "wheels", "a")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index) as server:
+        server.wheel = (tmp_path / "wheels" / "a-1.0-py3-none-any.whl").read_bytes()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}/simple"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("lines, says", [
+    ("index-url = http://alice:s3cret@{}", None),
+    ("index-url = http://alice:gu3ss@{}", r"\(the source was read, but offers none .* or wants a password\)$"),
+    ("index-url = http://alice:gu3ss@{}\nproxy = http://bob:gu3ss@127.0.0.1:1", r"\(the proxy lets nobody through: "),
+    ("index-url = http://alice:gu3ss@127.0.0.1:1", r"\(without internet there: set postgres_staged, "),
+    ("index-url = https://alice:gu3ss@{}", r"\(the index speaks no TLS that pip knows: "),
+])
+def test_index_and_proxy_of_pips_own_configuration(lines, says, index, params, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("PIP_") or "proxy" in name.lower()]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    (tmp_path / "pip.conf").write_text(f"[global]\nretries = 1\ntimeout = 5\n{lines.format(index)}\n")
+    params = {**params, "layout": "flat", "python": sys.executable, "requirements": ["a"]}
+
+    def run(command, pass_fds=()):
+        return run_command(FakeModule(), command)
+
+    if not says:
+        assert ensure_packages(params, run, check_mode=False)["packages"] == {"a": "1.0"}
+        return
+    with pytest.raises(Failed, match=says) as failed:
+        ensure_packages(params, run, check_mode=False)
+    assert "gu3ss" not in str(failed.value)
