@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -17,7 +18,6 @@ from typing import Any, Callable, NamedTuple
 from ansible.module_utils.common.text.converters import to_text
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
-from ansible_collections.mala.hpc_db.plugins.module_utils import _banner
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
 
 # Seconds until the first line about a transfer, and between two.
@@ -30,6 +30,22 @@ OLDEST = (3, 1)
 SILENCE = 60
 # Files that vanished in between are no failure: jobs go on meanwhile.
 VANISHED = 24
+
+# python -I -c THIS MARK SSH_COMMAND: ssh without what comes before the mark, since a login shell may print (.bashrc).
+AFTER_MARK = """
+import os, subprocess, sys
+mark, said = sys.argv[1].encode(), b""
+os.set_blocking(1, True)  # rsync has it otherwise
+with subprocess.Popen(sys.argv[2:], stdout=subprocess.PIPE) as ssh:
+    some = b"begin"
+    while some and mark not in said:
+        some = os.read(ssh.stdout.fileno(), 65536)
+        said += some
+    rest = said.partition(mark)[2] or os.read(ssh.stdout.fileno(), 65536)
+    while rest:
+        rest = rest[os.write(1, rest):] or os.read(ssh.stdout.fileno(), 65536)
+sys.exit(ssh.returncode if ssh.returncode >= 0 else 128 - ssh.returncode)
+"""
 
 _PROGRESS = re.compile(r"\s*([\d,.]+)\s+(\d{1,3})%\s+(\S+/s)\s")
 
@@ -195,17 +211,22 @@ def pull_command(ssh: list[str], host: str, source: str, target: str, dry_run: b
         "--no-inc-recursive", "--info=progress2", "--stats",  # how much it is in all is known from the start
         f"--timeout={SILENCE}",
         *(["--dry-run"] if dry_run else []),
-        f"--rsh={' '.join(map(quote, _banner.command(mark, ssh)))}",
-        f"--rsync-path={_banner.announced(mark, 'rsync')}",
+        f"--rsh={' '.join(map(quote, after_mark(mark, ssh)))}",
+        f"--rsync-path=printf %s {mark}; exec rsync",  # in any shell
         "--",
         f"{f'[{host}]' if ':' in host else host}:{source.rstrip('/')}/",
         f"{target.rstrip('/')}/",
     ]
 
 
+def after_mark(mark: str, ssh: list[str]) -> list[str]:
+    """Return the call of ssh that prints only what the remote command prints after the mark."""
+    return [sys.executable, "-I", "-c", AFTER_MARK, mark, *ssh]
+
+
 def quote(word: str) -> str:
     """Return a word of the remote shell's call as rsync reads it: it knows quotes, but no escapes."""
-    return "'" + word.replace("'", "''") + "'" if not word or re.search(r"[ '\"]", word) else word
+    return "'" + word.replace("'", "''") + "'" if not word or re.search(r"[\s'\"]", word) else word
 
 
 def parse_progress(line: str) -> Progress | None:

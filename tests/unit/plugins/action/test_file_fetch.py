@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _banner
+from ansible_collections.mala.hpc_db.plugins.action.folder_copy import after_mark
 
 ROOT = Path(__file__).resolve().parents[4]
 BANNER = "Welcome, quota 81 %"
@@ -69,16 +71,29 @@ def test_file_that_does_not_come_leaves_nothing(ssh: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("banner", [":", f"echo '{BANNER}'", "head -c 200000 /dev/zero"])
 def test_banner_is_dropped_and_nothing_else(banner: str) -> None:
     mark = "0f" * 16
-    remote = _banner.announced(mark, "tee /dev/fd/1")
-    ssh = ["sh", "-c", f"{banner}; {remote}"]
+    ssh = ["sh", "-c", f"{banner}; printf %s {mark}; exec tee /dev/fd/1"]
 
-    done = subprocess.run(_banner.command(mark, ssh), input=b"binary\xff\x00", capture_output=True, check=False)
+    done = subprocess.run(after_mark(mark, ssh), input=b"binary\xff\x00", capture_output=True, check=False)
 
     assert (done.returncode, done.stdout) == (0, b"binary\xff\x00" * 2), done.stderr
 
 
+def test_reader_that_is_slow_loses_nothing() -> None:
+    """rsync's own end of the pipe does not block."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    ssh = ["sh", "-c", f"echo '{BANNER}'; printf mark; head -c 3000000 /dev/zero"]
+    with ours, theirs, subprocess.Popen(after_mark("mark", ssh), stdout=theirs) as running:
+        theirs.close()
+        received = 0
+        while some := len(ours.recv(1 << 20)):
+            received += some
+            time.sleep(0.001)
+    assert (running.returncode, received) == (0, 3_000_000)
+
+
 @pytest.mark.parametrize("script, code", [("exit 7", 7), ("echo banner; exit 127", 127), ("kill -9 $$", 137)])
 def test_exit_code_is_that_of_ssh(script: str, code: int) -> None:
-    done = subprocess.run(_banner.command("mark", ["sh", "-c", script]), capture_output=True, check=False)
+    done = subprocess.run(after_mark("mark", ["sh", "-c", script]), capture_output=True, check=False)
 
     assert (done.returncode, done.stdout) == (code, b"")
