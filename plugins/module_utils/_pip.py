@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 # Variables of the user's shell that would make a Python load other packages or libraries.
 MISLEADING = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")
 
-OFFLINE = (
-    "without internet there: set postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"
-)
+OFFLINE = "without internet there: set postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"
 # What pip says, and what that asks for. Those that come with others are the first ones. {0} is the advice if pip
 # reached no index.
 ADVICE = (
@@ -56,8 +54,8 @@ def normalise(name: str) -> str:
 
 def pip_command(python: str, arguments: list[str], host: dict[str, str] | None = None) -> list[str]:
     """Return the call of a Python's pip. ``host`` are the markers of another one that it downloads for."""
-    source = inspect.getsource(_pip_helper)
-    return [python, "-I", "-c", source, *([f"--host={json.dumps(host)}"] if host else []), *arguments]
+    other = [f"--host={json.dumps(host)}"] if host else []
+    return [python, "-I", "-c", inspect.getsource(_pip_helper), *other, *arguments]
 
 
 def source_arguments(wheelhouse: str | None, index_url: str | None) -> list[str]:
@@ -88,7 +86,7 @@ def explain(command: list[str], stdout: str, stderr: str, offline: str = OFFLINE
     words = (stderr.strip() or stdout.strip()).splitlines() or ["no output"]
     words = [line for line in words if line.startswith("ERROR")] or words[-3:]
     program, hint = " ".join(command[:3]), ""
-    if "-c" in command[:3]:
+    if inspect.getsource(_pip_helper) in command:
         program = f"{command[0]} -m pip"
         said = stdout + stderr
         hint = next((f" ({advice.format(offline)})" for pattern, advice in ADVICE if re.search(pattern, said)), "")

@@ -12,6 +12,7 @@ import threading
 import zipfile
 
 import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils._pip import pip_command
 from ansible_collections.mala.hpc_db.plugins.modules import python_env
 from ansible_collections.mala.hpc_db.plugins.modules.python_env import (
     Failed,
@@ -400,7 +401,7 @@ class FakeModule:
         self.params = {"advice": advice, "layout": layout}
 
     def run_command(self, command, **_options):
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         return done.returncode, done.stdout, done.stderr
 
 
@@ -416,6 +417,19 @@ def test_failure_is_one_line_with_what_to_do(command, message):
     with pytest.raises(Failed, match=message) as failed:
         run_command(FakeModule(), command)
     assert "\n" not in str(failed.value)
+
+
+@pytest.fixture
+def failing_python(tmp_path):
+    """Return a Python that says so much and fails, whatever it is asked."""
+
+    def make(said):
+        (tmp_path / "said").write_text(said)
+        (tmp_path / "failing").write_text(f"#!/bin/sh\ncat {tmp_path}/said >&2\nexit 1\n")
+        (tmp_path / "failing").chmod(0o755)
+        return str(tmp_path / "failing")
+
+    return make
 
 
 RETRYING = "WARNING: Retrying (Retry(total=0)) after connection broken by "
@@ -440,20 +454,25 @@ SOME = "ERROR: Could not find a version that satisfies the requirement optuna>=9
      "requirements exclude each other; those of a constraint in pip.conf count, too"),
     ("ERROR: Can not perform a '--user' install.", None),
 ])
-def test_hint_fits_the_failure(said, hint):
+def test_hint_fits_the_failure(said, hint, failing_python):
+    python = failing_python(said)
     with pytest.raises(Failed) as failed:
-        run_command(FakeModule(), ["sh", "-c", 'printf "%s\n" "$1" >&2; exit 1', "pip", said])
+        run_command(FakeModule(), pip_command(python, ["install"]))
     last = said.splitlines()[-1]
-    assert str(failed.value) == f"sh -m pip … failed: {last}{f' ({hint})' if hint else ''}"
+    assert str(failed.value) == f"{python} -m pip … failed: {last}{f' ({hint})' if hint else ''}"
+    with pytest.raises(Failed) as failed:
+        run_command(FakeModule(), [python, "-I", "-c", "import psycopg2"])
+    assert str(failed.value) == f"{python} -I -c … failed: {last}"
 
 
 @pytest.mark.parametrize("module, says", [
     (FakeModule("look into pip's configuration"), r"failed: ERROR: x \(look into pip's configuration\)$"),
     (FakeModule(layout="wheels"), r"\(the workstation asks for it: set postgres_python_index_url, or "),
 ])
-def test_advice_for_no_network_is_that_of_the_caller(module, says):
+def test_advice_for_no_network_is_that_of_the_caller(module, says, failing_python):
+    python = failing_python("connection broken by x\nERROR: x")
     with pytest.raises(Failed, match=says):
-        run_command(module, ["sh", "-c", "echo connection broken by x; echo ERROR: x; exit 1"])
+        run_command(module, pip_command(python, ["install"]))
 
 
 def test_passwords_are_not_told():
