@@ -9,8 +9,10 @@ import locale
 import os
 import socket
 import struct
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import sqlalchemy
@@ -88,16 +90,16 @@ def test_error_without_a_server_is_judged_by_its_words() -> None:
     assert not is_futile(OSError('connection to server at "x" failed: Connection refused'))
 
 
-def test_c_library_speaks_english_meanwhile() -> None:
-    """Where the machine has German; tests/integration has libpq's own words."""
+def test_c_library_speaks_english_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so does libpq. Where the machine has no German this shows only that nothing else changes."""
+    subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"], check=False)
+    monkeypatch.setenv("LOCPATH", str(tmp_path))
+    with contextlib.suppress(locale.Error):
+        locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
     try:
-        locale.setlocale(locale.LC_MESSAGES, "de_DE.UTF-8")
-    except locale.Error:
-        locale.setlocale(locale.LC_MESSAGES, "C")
-    try:
-        before = os.strerror(2)
+        before = os.strerror(2), locale.localeconv(), locale.setlocale(locale.LC_ALL)
         with english():
             assert os.strerror(2) == "No such file or directory"
-        assert os.strerror(2) == before
+        assert (os.strerror(2), locale.localeconv(), locale.setlocale(locale.LC_ALL)) == before
     finally:
-        locale.setlocale(locale.LC_MESSAGES, "C")
+        locale.setlocale(locale.LC_ALL, "C.UTF-8")
