@@ -94,6 +94,7 @@ def test_c_library_speaks_english_meanwhile(tmp_path: Path, monkeypatch: pytest.
     """And so does libpq. Where the machine has no German this shows only that nothing else changes."""
     subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"], check=False)
     monkeypatch.setenv("LOCPATH", str(tmp_path))
+    usual = locale.setlocale(locale.LC_ALL)
     with contextlib.suppress(locale.Error):
         locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
     try:
@@ -102,4 +103,4 @@ def test_c_library_speaks_english_meanwhile(tmp_path: Path, monkeypatch: pytest.
             assert os.strerror(2) == "No such file or directory"
         assert (os.strerror(2), locale.localeconv(), locale.setlocale(locale.LC_ALL)) == before
     finally:
-        locale.setlocale(locale.LC_ALL, "C.UTF-8")
+        locale.setlocale(locale.LC_ALL, usual)
