@@ -54,23 +54,30 @@ def stamp(seconds: float) -> str:
 
 
 def literal_distribution(text: str) -> Any:
-    """Return a distribution whose choices plotly shows as they are."""
+    """Return a distribution whose choices plotly shows as they are, and a list as its text."""
     from optuna import distributions
 
     distribution = distributions.json_to_distribution(text)
-    if isinstance(distribution, distributions.CategoricalDistribution):
-        choices = [literal(choice) if isinstance(choice, str) else choice for choice in distribution.choices]
-        return distributions.CategoricalDistribution(choices)
-    return distribution
+    if not isinstance(distribution, distributions.CategoricalDistribution):
+        return distribution
+    choices = [json.dumps(each) if isinstance(each, (dict, list)) else each for each in distribution.choices]
+    return distributions.CategoricalDistribution([literal(each) if isinstance(each, str) else each for each in choices])
 
 
 def rebuild(exported: dict[str, Any], trials: Iterable[dict[str, Any]]) -> Any:
-    """Return a study in memory with these trials of the exported one, and their numbers if these are all."""
+    """Return a study in memory with these trials of the exported one."""
     import optuna
 
     distributions = [literal_distribution(text) for text in exported["distributions"]]
-    study = optuna.create_study(directions=exported["directions"])
-    study.add_trials(rebuild_trial(trial, distributions) for trial in trials)
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(directions=exported["directions"], storage=storage)
+    study_id = storage.get_study_id_from_name(study.study_name)
+    # Not Study.add_trials, which refuses what Optuna itself has stored, such as an enqueued value out of range.
+    rebuilt = [rebuild_trial(trial, distributions) for trial in trials]
+    for trial in rebuilt:
+        storage.create_new_trial(study_id, trial)
+    for trial, held in zip(rebuilt, storage.get_all_trials(study_id, deepcopy=False)):
+        held.number = trial.number  # which in a study without one of its trials is not its place
     return study
 
 
@@ -80,24 +87,27 @@ def rebuild_trial(exported: dict[str, Any], distributions: list[Any]) -> Any:
 
     state = optuna.trial.TrialState[exported["state"]]
     held = {literal(name): (distributions[index], value) for name, (index, value) in exported["params"].items()}
-    trial = optuna.trial.create_trial(
-        state=state,
+    start, complete = (
+        None if seconds is None else datetime.datetime.fromtimestamp(seconds)
+        for seconds in (exported["start"], exported["complete"])
+    )
+    trial = optuna.trial.FrozenTrial(
+        number=exported["number"], trial_id=exported["number"], state=state, value=None,
         values=exported["values"] if state == optuna.trial.TrialState.COMPLETE else None,
+        datetime_start=start, datetime_complete=complete,
         params={name: distribution.to_external_repr(value) for name, (distribution, value) in held.items()},
         distributions={name: distribution for name, (distribution, _value) in held.items()},
-        intermediate_values=dict(exported["intermediate"]),
-        constraints=exported["constraints"] or None,
+        user_attrs={}, system_attrs={}, intermediate_values=dict(exported["intermediate"]),
     )
-    for name, seconds in (("datetime_start", exported["start"]), ("datetime_complete", exported["complete"])):
-        if seconds is not None:
-            setattr(trial, name, datetime.datetime.fromtimestamp(seconds))
+    for name, value in exported["constraints"].items():
+        trial.set_constraint(name, value)
     return trial
 
 
 def complete_trials(exported: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the complete trials with finite values."""
     complete = [trial for trial in exported["trials"] if trial["state"] == "COMPLETE"]
-    return [trial for trial in complete if all(math.isfinite(value) for value in trial["values"])]
+    return [trial for trial in complete if trial["values"] and all(map(math.isfinite, trial["values"]))]
 
 
 def is_feasible(trial: dict[str, Any]) -> bool:
@@ -115,8 +125,9 @@ def best_first(exported: dict[str, Any], objective: int = 0) -> list[dict[str, A
 def objectives(exported: dict[str, Any]) -> list[str]:
     """Return the objectives' names."""
     several = len(exported["directions"]) > 1
-    names = exported["metrics"] or [f"objective {number}" for number in range(len(exported["directions"]))]
-    return [literal(name) for name in names] if several or exported["metrics"] else ["objective value"]
+    named = exported["metrics"] and len(exported["metrics"]) == len(exported["directions"])
+    names = exported["metrics"] if named else [f"objective {number}" for number in range(len(exported["directions"]))]
+    return [literal(str(name)) for name in names] if several or named else ["objective value"]
 
 
 def evenly(items: list, most: int) -> list:
@@ -133,7 +144,6 @@ def figures_of(exported: dict[str, Any]) -> list[Figure]:
     """Return the plots of a study; one that cannot be drawn says why."""
     if not exported["trials"]:
         return []
-    study = rebuild(exported, exported["trials"])
     wanted: list[tuple[str, Callable[[], tuple[Any, str]]]] = [
         ("Trials over time", partial(trials_over_time, exported)),
     ]
@@ -142,7 +152,7 @@ def figures_of(exported: dict[str, Any]) -> list[Figure]:
         for number, name in enumerate(objectives(exported)):
             of = f" of {html.unescape(name)}" if several else ""
             wanted += [
-                (f"Optimisation history{of}", partial(history, exported, study, number)),
+                (f"Optimisation history{of}", partial(history, exported, number)),
                 (f"Parameter importances{of}", partial(importances, exported, number)),
             ]
         wanted.append(("Parallel coordinates", partial(parallel_coordinates, exported)))
@@ -170,7 +180,8 @@ def trials_over_time(exported: dict[str, Any]) -> tuple[Any, str]:
     figure = graph_objects.Figure()
     thinned = False
     for state, colour in STATES.items():
-        ended = sorted(trial["complete"] for trial in exported["trials"] if trial["state"] == state)
+        held = [trial["complete"] for trial in exported["trials"] if trial["state"] == state]
+        ended = sorted(when for when in held if when is not None)
         points = evenly(list(enumerate(ended, 1)), MOST_POINTS)
         thinned = thinned or len(points) < len(ended)
         figure.add_scatter(
@@ -181,11 +192,12 @@ def trials_over_time(exported: dict[str, Any]) -> tuple[Any, str]:
     return figure, f"Of each state {MOST_POINTS} steps are drawn, evenly spaced." if thinned else ""
 
 
-def history(exported: dict[str, Any], study: Any, objective: int) -> tuple[Any, str]:
+def history(exported: dict[str, Any], objective: int) -> tuple[Any, str]:
     """The values of the trials, and the best until then."""
     import optuna
 
     name = objectives(exported)[objective]
+    study = rebuild(exported, exported["trials"])
     target = (lambda trial: trial.values[objective]) if len(exported["directions"]) > 1 else None
     figure = optuna.visualization.plot_optimization_history(study, target=target, target_name=name)
     notes = []
@@ -310,13 +322,14 @@ def running_over_time(studies: list[dict[str, Any]], log: dict[str, Any], until:
 
 
 def running_steps(trials: list[dict[str, Any]], until: float) -> list[tuple[float, int]]:
-    """Return from when on how many trials ran."""
+    """Return from when on how many trials ran; those that have ended nobody knows when are left out."""
     changes: Counter[float] = Counter()
     for trial in trials:
-        if trial["start"] is not None:
+        runs, ended = trial["state"] == "RUNNING", trial["complete"]
+        if trial["start"] is not None and (runs or ended is not None):
             changes[trial["start"]] += 1
-            if trial["complete"] is not None:
-                changes[max(trial["start"], trial["complete"])] -= 1
+            if not runs:
+                changes[max(trial["start"], ended)] -= 1
     times = sorted(changes)
     steps = list(zip(times, accumulate(changes[when] for when in times)))
     return [*steps, (until, steps[-1][1])] if steps and steps[-1][0] < until else steps
