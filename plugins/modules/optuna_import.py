@@ -98,10 +98,6 @@ studies:
     ended:
       description: How many of them are C(RUNNING) in the file.
       type: int
-    odd:
-      description: What is odd about its trials, and is brought as it is. A line for each kind.
-      type: list
-      elements: str
     seconds:
       description: How long it took to bring and to compare them.
       type: float
@@ -111,7 +107,6 @@ studies:
       imported: true
       trials: {COMPLETE: 400, FAIL: 12}
       ended: 0
-      odd: []
       seconds: 3.1
 """
 
@@ -211,7 +206,6 @@ class Study:
             "imported": imported,
             "trials": dict(sorted(states.items())),
             "ended": self.ended,
-            "odd": self.odd,
             "seconds": round(seconds, 1),
         }
 
@@ -654,7 +648,10 @@ def ensure_imported(params: dict, check_mode: bool) -> dict:
     return {
         "changed": bool(missing),
         "studies": [study.report(study in missing, took.get(study.name, 0)) for study in studies],
-        "warnings": _optuna.clock_warnings(params["database"], clocks, installed),
+        "warnings": [
+            *(f"study {study.source}: {odd}; brought as it is" for study in missing for odd in study.odd),
+            *_optuna.clock_warnings(params["database"], clocks, installed),
+        ],
         "diff": {
             "before": "",
             "after": "".join(f"{study.name}: {len(study.trials)} trials\n" for study in missing),
@@ -691,7 +688,7 @@ def main() -> None:
     except (OSError, _connection.Unreachable, Refused) as error:
         module.fail_json(msg=one_line(explain(error)))
     for warning in result.pop("warnings"):
-        module.warn(warning)
+        module.warn(one_line(warning))
     module.exit_json(**encodable_data(result))
 
 

@@ -106,7 +106,7 @@ from collections import Counter
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 SETTINGS = "SELECT current_setting('max_connections')::int, current_setting('server_version')"
@@ -116,7 +116,10 @@ SELECT pid, coalesce(host(client_addr), ''), coalesce(usename, '-'), coalesce(da
        extract(epoch FROM clock_timestamp() - backend_start)::float
 FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() ORDER BY pid
 """
-DATABASES = "SELECT datname, pg_database_size(oid) FROM pg_database WHERE NOT datistemplate ORDER BY datname"
+DATABASES = """
+SELECT datname, pg_database_size(oid) FROM pg_database
+WHERE NOT datistemplate AND datallowconn ORDER BY datname
+"""
 TRIALS = """
 SELECT study_name, lower(state::text), count(trial_id)
 FROM studies LEFT JOIN trials USING (study_id) GROUP BY study_name, state ORDER BY study_name, state
@@ -179,7 +182,7 @@ def by_client(sessions: list[tuple], idle_nodes: list[str]) -> dict[str, list[di
 def studies_of(params: dict, database: str) -> list[dict[str, Any]]:
     """Return the studies in a database; none where Optuna has made no schema."""
     with _connection.connect(params, database) as connection:
-        if _connection.rows(connection, "SELECT to_regclass('trials')") == [(None,)]:
+        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
             return []
         found: dict[str, dict[str, int]] = {}
         for name, state, count in _connection.rows(connection, TRIALS):
