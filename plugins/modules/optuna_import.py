@@ -470,7 +470,7 @@ def unfit_parameters(trial: Any, first: dict[str, tuple[int, Any]]) -> Iterator[
             since = f"differs from trial {number} in its distribution" if earlier != kind else "has no fit value"
             yield f"its parameter {_optuna.cut(name)} {since}: {' '.join(str(error).split()).rstrip('.')}"
             continue
-        if text_of(back) != text_of(value):
+        if text_of(as_held(back, kind)) != text_of(as_held(value, kind)):
             yield f"its parameter {_optuna.cut(name)} is {_optuna.cut(value)}, which would become {_optuna.cut(back)}"
 
 
@@ -483,7 +483,7 @@ def fields_of(trial: Any) -> dict[str, str]:
         "number": trial.number,
         "state": trial.state.name,
         "values": trial.values and [float(value) for value in trial.values],
-        "params": trial.params,
+        "params": {name: as_held(value, trial.distributions.get(name)) for name, value in trial.params.items()},
         "distributions": {name: distribution_to_json(kind) for name, kind in trial.distributions.items()},
         "user attributes": trial.user_attrs,
         "system attributes": attributes,
@@ -492,6 +492,11 @@ def fields_of(trial: Any) -> dict[str, str]:
         "end": trial.datetime_complete,
     }
     return {name: text_of(value) for name, value in fields.items()}
+
+
+def as_held(value: Any, distribution: Any) -> Any:
+    """Return a parameter's value; of those that are numbers the database has floats only."""
+    return float(value) if hasattr(distribution, "low") else value
 
 
 def text_of(value: Any) -> str:

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Print studies that hold whatever Optuna can store, as hypothesis draws it: python everything.py NUMBER > studies.json.
+"""Print studies that hold whatever Optuna can store: python everything.py NUMBER > studies.json.
 
-fill.py makes them. Each run prints the same.
+hypothesis draws them, the same in each run; fill.py makes them.
 """
 
 import json
@@ -22,7 +22,10 @@ TEXTS = some.text(LETTERS, max_size=12) | some.sampled_from(["\ud800", "\0", "\u
 NUMBERS = some.floats() | some.floats(-1, 1)
 FINITE = some.floats(-1e6, 1e6)
 LEAVES = some.none() | some.booleans() | some.integers(-(2**70), 2**70) | NUMBERS | TEXTS
-JSON = some.recursive(LEAVES, lambda held: some.lists(held, max_size=3) | some.dictionaries(TEXTS, held, max_size=3), max_leaves=6)
+JSON = some.recursive(
+    LEAVES, lambda held: some.lists(held, max_size=3) | some.dictionaries(TEXTS, held, max_size=3), max_leaves=6
+)
+STEPS = some.integers(-(2**31), 2**31 - 1)
 # NaN within a list is no choice that Optuna itself finds again.
 CHOICES = some.recursive(
     some.none() | some.booleans() | some.integers(-9, 9) | FINITE | TEXTS,
@@ -63,14 +66,14 @@ def trials(draw: some.DrawFn, objectives: int, space: dict[str, tuple[str, some.
     state = draw(some.sampled_from(["COMPLETE", "COMPLETE", "COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING"]))
     values = [draw(NUMBERS.filter(lambda value: not math.isnan(value))) for _objective in range(objectives)]
     names = [name for name in space if draw(some.integers(0, 3))]
-    marks = draw(some.sampled_from([{}, {}, {"constraints": values}, {"constraints:size": values[0]}, {"note": "\ud800"}]))
+    marks = [{}, {}, {"constraints": values}, {"constraints:size": values[0]}, {"note": "\ud800"}]
     return {
         "state": state,
         "values": values if state == "COMPLETE" else None,
         "params": {name: [space[name][0], draw(space[name][1])] for name in names},
         "user_attrs": draw(some.dictionaries(NAMES, JSON, max_size=2)),
-        "system_attrs": marks,
-        "intermediate": draw(some.dictionaries(some.integers(-(2**31), 2**31 - 1), NUMBERS, max_size=3).map(dict.items).map(list)),
+        "system_attrs": draw(some.sampled_from(marks)),
+        "intermediate": list(draw(some.dictionaries(STEPS, NUMBERS, max_size=3)).items()),
         "start": draw(TIMES),
         "complete": draw(TIMES) if state in ("COMPLETE", "PRUNED", "FAIL") else None,
     }

@@ -112,6 +112,13 @@ def test_trial_that_ends_meanwhile_is_left(use, monkeypatch):
     assert [trial["why"] for trial in result["left"]] == ["it has ended meanwhile"]
 
 
+@pytest.mark.parametrize("held, listed", [
+    (None, []), ("[0, 3]", [0, 3]), ("{}", []), ("[0, \"x\"", []), ('[1, "\\u0000"]', [1]),
+])
+def test_history_that_optuna_has_not_written_keeps_no_trial_from_the_queue(held, listed):
+    assert abandoned_trials.numbers(held) == listed
+
+
 @pytest.mark.parametrize("name, left", [("hpc_db", 0), ("notebook", 0), ("train", 1)])
 def test_jobs_without_workers_do_not_count(name, left, use):
     cluster = use(FakeCluster([""], [f"13|0|RUNNING|900||{name}"]))
