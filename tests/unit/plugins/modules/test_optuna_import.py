@@ -226,7 +226,7 @@ def test_every_trial_is_compared(field, value, import_):
 
     database.create_new_trial = add_another
     with pytest.raises(Refused, match="study be: the database and the file differ in the .* of trial 0; nothing"):
-        import_(FakeStorage(be=[trial(0, params={"x": 1})]), database)
+        import_(FakeStorage(be=[trial(0, params={"x": 1}, distributions={"x": Choices("1")})]), database)
     assert database.studies == {}
 
 
@@ -242,7 +242,8 @@ def test_every_trial_is_compared(field, value, import_):
     ([trial(0, intermediate_values={0: None})], "trial 0: its intermediate value None is no number of 64 bits"),
     ([trial(0), trial(1, distributions={"x": Kind("0..2")})],
      "trial 1: its parameter x differs from trial 0 in its distribution: no dynamic value space$"),
-    ([trial(0, params={"x": True}, distributions={"x": Choices("1, True")})], "trial 0: its parameter x is True, which would become 1"),
+    ([trial(0, params={"x": True}, distributions={"x": Choices("1, True")})],
+     "trial 0: its parameter x is True, which would become 1"),
     ([trial(0), trial(2)], "trial 1 is missing, .*; import_repair=true numbers trials anew"),
     ([trial(0), trial(1), trial(1)], "two trials have the number 1; import_repair=true numbers trials anew"),
 ])
