@@ -16,7 +16,8 @@ from hypothesis import strategies as some
 LETTERS = some.characters(exclude_categories=["Cs"], exclude_characters="\0")
 # Of a name in the database, and of a text within JSON, where halves of characters and NUL may be.
 NAMES = some.text(LETTERS, min_size=1, max_size=12) | some.sampled_from(
-    ["<script>alert(1)</script>", "Ω" * 512, "%(x)s", "{x}", "{{ x }}", "it's \"x\"", "\\", "\u202e", "constraints"]
+    ["<script>alert(1)</script>", "Ω" * 512, "%(x)s", "{x}", "{{ x }}", "it's \"x\"", "\\", "\u202e", "constraints",
+     "a\u2028\x85b\n\r\x0c"]
 )
 TEXTS = some.text(LETTERS, max_size=12) | some.sampled_from(["\ud800", "\0", "\udc80.traj", "</script>", "x" * 5000])
 NUMBERS = some.floats() | some.floats(-1, 1)

@@ -77,19 +77,19 @@ def storage_of(url: str) -> Any:
 
 
 def main() -> None:
-    """Make the studies, one of them with TRIALS trials."""
+    """Make the studies, one of them with TRIALS trials, or only those of FILE if TRIALS is 0."""
     url, trials = sys.argv[1], int(sys.argv[2])
     warnings.simplefilter("ignore")  # of choices that are lists
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = storage_of(url)
     if sys.argv[3:]:
-        storage = storage_of(url)
         with open(sys.argv[3], encoding="utf-8") as stream:
             for described in json.load(stream):
                 make(storage, described)
     chance = random.Random(1)
     studies = {"many": (["minimize"], trials), "two Ω": (["minimize", "maximize"], 20), "empty": (["maximize"], 0)}
     for name, (directions, count) in studies.items():
-        study = optuna.create_study(storage=url, study_name=name, directions=directions)
+        study = optuna.create_study(storage=storage, study_name=name, directions=directions)
         study.set_user_attr("cutoff", {"radius": 4.67637, "notes": ["'", None]})
         study.add_trials([some_trial(number, len(directions), chance) for number in range(count)])
 

@@ -236,7 +236,8 @@ class Upgrade:
         command = [self._at(settings, "psql"), "-XqAt", "-v", "ON_ERROR_STOP=1"] + where(server)
         environment = dict(client_environment(), PGOPTIONS=SAME_TEXT)
         printed = self._program(command + ["-d", conninfo(database)], environment, given=script)
-        return [json.loads(line) for line in printed.splitlines()]
+        # Not splitlines: the name of a study may hold what separates lines elsewhere.
+        return [json.loads(line) for line in printed.split("\n") if line]
 
     @contextlib.contextmanager
     def _server(self, settings: Settings) -> Iterator[Postgres]:
