@@ -23,6 +23,7 @@ from typing import Any, Callable, NamedTuple
 MOST_POINTS = 5000
 MOST_LINES = 500
 MOST_CURVES = 100
+MOST_STEPS = 100000  # of all curves together
 # Optuna copies all of a study once for each parameter whose importance it draws.
 MOST_COMPARED = 2000
 MOST_PARAMETERS = 12
@@ -280,11 +281,16 @@ def intermediate_values(exported: dict[str, Any]) -> tuple[Any, str]:
     reported = [trial for trial in exported["trials"] if trial["intermediate"]]
     chosen = evenly(reported, MOST_CURVES)
     figure = optuna.visualization.plot_intermediate_values(rebuild(exported, chosen))
+    most = MOST_STEPS // len(chosen)
+    notes = [f"{len(chosen)} of {len(reported)} trials are drawn, evenly spaced."] if len(chosen) < len(reported) else []
     for trace, trial in zip(figure.data, chosen):
         trace.name = f"Trial{trial['number']}"
+        points = list(zip(trace.x, trace.y))
+        if len(points) > most:
+            notes.append(f"Of a trial {most} steps are drawn, evenly spaced.")
+            trace.x, trace.y = zip(*evenly(points, most))
     figure.update_layout(showlegend=False)
-    note = f"{len(chosen)} of {len(reported)} trials are drawn, evenly spaced."
-    return figure, note if len(chosen) < len(reported) else ""
+    return figure, " ".join(dict.fromkeys(notes))
 
 
 # --- workers and outages

@@ -175,6 +175,12 @@ UNFITTING = {
     "nul.log": "line 9 of 20 is nothing but NUL bytes",
     "last.log": "line 17 of 17 is damaged, .*; import_repair=true leaves out blank lines and a damaged last one",
 }
+# As many steps as Optuna would take half a minute for.
+STEPS = """
+INSERT INTO trial_intermediate_values (trial_id, step, intermediate_value, intermediate_value_type)
+SELECT trial_id, step, 0.5, 'FINITE' FROM trials JOIN studies USING (study_id), generate_series(300, 9999) AS step
+WHERE study_name = '300 steps'
+"""
 # So many studies are drawn.
 DRAWN = 25
 # Nothing can be added to a table that somebody reads all of.
@@ -364,6 +370,7 @@ def test_whatever_optuna_can_store_is_imported(instance: Instance, everything: i
 
 def test_whatever_optuna_can_store_is_shown(instance: Instance, everything: int, open_folder: Path) -> None:
     names = {f"second/{each['name']}" for each in json.loads((open_folder / "studies.json").read_text())}
+    instance.psql(STEPS, "second")
     workstation = {"report_root": str(open_folder / "report"), "dashboard_root": str(open_folder / "dashboard")}
 
     page = instance.play("status")

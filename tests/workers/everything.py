@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Print studies that hold whatever Optuna can store: python everything.py NUMBER > studies.json.
+"""Print NUMBER studies and one more, of whatever Optuna can store: python everything.py NUMBER > studies.json.
 
 hypothesis draws them, the same in each run; fill.py makes them.
 """
@@ -35,6 +35,15 @@ CHOICES = some.recursive(
 TIMES = some.floats(0, 2e9) | some.none()
 
 
+# One trial that has reported often; Optuna takes 3 ms for each.
+LONG = {
+    "name": "300 steps", "directions": ["minimize"], "user_attrs": {}, "system_attrs": {}, "trials": [{
+        "state": "PRUNED", "values": None, "params": {}, "user_attrs": {}, "system_attrs": {},
+        "intermediate": [[step, 1 / (step + 1)] for step in range(300)], "start": 1e9, "complete": 1.1e9,
+    }],
+}
+
+
 def distribution(name: str, **attributes: Any) -> str:
     """Return a distribution as Optuna writes it."""
     return json.dumps({"name": name, "attributes": attributes})
@@ -53,12 +62,12 @@ def parameters(draw: some.DrawFn) -> tuple[str, some.SearchStrategy]:
         log = draw(some.booleans())
         held = distribution("IntDistribution", low=low, high=high, step=1, log=log)
         return held, some.integers(low, high) | some.just(high + 7)
-    low, high = sorted([abs(draw(FINITE)) + 1e-9, abs(draw(FINITE)) + 1e-9])
+    least, most = sorted([abs(draw(FINITE)) + 1e-9, abs(draw(FINITE)) + 1e-9])
     if kind == "step":
-        low, high = float(int(low)), float(int(low)) + 10
+        least, most = float(int(least)), float(int(least)) + 10
     step = 0.25 if kind == "step" else None
-    held = distribution("FloatDistribution", low=low, high=high, step=step, log=kind == "log")
-    return held, (some.sampled_from([low, high]) if step else some.floats(low, high)) | some.just(high + 7)
+    held = distribution("FloatDistribution", low=least, high=most, step=step, log=kind == "log")
+    return held, (some.sampled_from([least, most]) if step else some.floats(least, most)) | some.just(most + 7)
 
 
 @some.composite
@@ -108,7 +117,7 @@ def drawn(number: int) -> list[dict[str, Any]]:
         found.append({**study, "name": f"{len(found)} {study['name']}"[:512]})
 
     collect()
-    return found
+    return [*found, LONG]
 
 
 if __name__ == "__main__":
