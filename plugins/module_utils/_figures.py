@@ -282,7 +282,9 @@ def intermediate_values(exported: dict[str, Any]) -> tuple[Any, str]:
     chosen = evenly(reported, MOST_CURVES)
     figure = optuna.visualization.plot_intermediate_values(rebuild(exported, chosen))
     most = MOST_STEPS // len(chosen)
-    notes = [f"{len(chosen)} of {len(reported)} trials are drawn, evenly spaced."] if len(chosen) < len(reported) else []
+    notes = [f"{len(chosen)} of {len(reported)} trials are drawn, evenly spaced."]
+    if len(chosen) == len(reported):
+        notes = []
     for trace, trial in zip(figure.data, chosen):
         trace.name = f"Trial{trial['number']}"
         points = list(zip(trace.x, trace.y))

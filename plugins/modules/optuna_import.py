@@ -410,8 +410,8 @@ def check_fit(label: str, studies: list[Study]) -> None:
 
 
 def numbering(study: Study) -> list[str]:
-    """Return why the trials' numbers are not those that Optuna gives, which are from 0 on."""
-    numbers = [trial.number for trial in study.trials]
+    """Return why the trials' numbers are not those that Optuna gives; a trial that cannot be read leaves a gap, too."""
+    numbers = [] if study.unreadable else [trial.number for trial in study.trials]
     for number, held in enumerate(numbers):
         if held > number:
             return [f"trial {number} is missing, as if it had been deleted"]
