@@ -32,9 +32,13 @@ class Reader:
         """Return what a role makes of its templates. ``sent`` is what modules return, which Ansible marks as unsafe."""
         return self._ask(role=role, templates=templates, own=own, sent=sent)
 
+    def settings(self, given: dict) -> dict:
+        """Return the settings of all roles as the module ``settings`` does; these are given."""
+        return self._ask(given=given)
+
     def load(self, inventory: Path) -> dict[str, Any]:
         """Return each host of an inventory with its variables, evaluated."""
-        return self._ask(inventory=str(inventory))
+        return self._ask(path=str(inventory))
 
     def _ask(self, **question: Any) -> Any:
         assert self._process.stdin and self._process.stdout
@@ -63,33 +67,61 @@ def serve() -> None:
     for line in sys.stdin:
         question = json.loads(line)
         try:
-            found = load(question["inventory"]) if "inventory" in question else render(**question)
+            found = FUNCTIONS[next(iter(question))](**question)
             answer = {"found": found}
-        except AnsibleError as error:
+        except (AnsibleError, ValueError) as error:
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)
 
 
 def render(role: str, templates: list[str], own: dict, sent: dict) -> list[str]:
     """Return what Ansible makes of templates."""
-    from ansible import template
-    from ansible.parsing.dataloader import DataLoader
     from ansible.utils.unsafe_proxy import wrap_var
 
     folder = ROOT / "roles" / role
-    loader = DataLoader()
-    loader.set_basedir(str(folder))
-    # For newer Ansibles only what is from a file of ours is a template.
-    trust = getattr(template, "trust_as_template", str)
-    trusting = {"trusted_as_template": True} if hasattr(template, "trust_as_template") else {}
-    variables = dict(own, role_path=str(folder), **{name: wrap_var(value) for name, value in sent.items()})
-    for file in (folder / "defaults" / "main.yml", folder / "vars" / "main.yml"):
-        variables = {**(loader.load_from_file(str(file), **trusting) or {}), **variables}
-    templar = template.Templar(loader=loader, variables=variables)
+    given = dict(own, role_path=str(folder), **{name: wrap_var(value) for name, value in sent.items()})
+    templar, variables, trust = templar_of([folder], given)
+    templar.available_variables = {**variables, "__settings": settings_of(templar, variables)}
     return [
         str(templar.template(trust("{{ lookup('ansible.builtin.template', '%s') }}" % (folder / "templates" / each))))
         for each in templates
     ]
+
+
+def settings(given: dict) -> dict[str, Any]:
+    """Return the settings of all roles."""
+    host = {"inventory_hostname": "mini", "ansible_playbook_python": sys.executable}
+    templar, variables, trust = templar_of(sorted((ROOT / "roles").iterdir()), {})
+    variables.update({name: trust(value) if isinstance(value, str) else value for name, value in given.items()}, **host)
+    return settings_of(templar, variables)
+
+
+def templar_of(roles: list[Path], given: dict) -> tuple[Any, dict, Any]:
+    """Return a templar with the variables of roles, these, and what makes a template of a text."""
+    from ansible import template
+    from ansible.parsing.dataloader import DataLoader
+
+    loader = DataLoader()
+    loader.set_basedir(str(roles[0]))
+    # For newer Ansibles only what is from a file of ours is a template.
+    trust = getattr(template, "trust_as_template", str)
+    trusting = {"trusted_as_template": True} if hasattr(template, "trust_as_template") else {}
+    variables: dict[str, Any] = {}
+    for file in [role / part / "main.yml" for role in roles for part in ("defaults", "vars")]:
+        variables.update((file.exists() and loader.load_from_file(str(file), **trusting)) or {})
+    variables.update(given)
+    return template.Templar(loader=loader, variables=variables), variables, trust
+
+
+def settings_of(templar: Any, variables: dict) -> dict[str, Any]:
+    """Return the settings as the module ``settings`` does."""
+    from ansible_collections.mala.hpc_db.plugins.action.settings import options_of_roles, read_settings
+
+    def evaluate(value: Any, known: Any) -> Any:
+        with templar.set_temporary_context(available_variables={**variables, **known}):
+            return templar.template(value)
+
+    return read_settings(variables, options_of_roles(), templar.is_template, evaluate)
 
 
 def load(path: str) -> dict[str, Any]:
@@ -109,6 +141,9 @@ def load(path: str) -> dict[str, Any]:
         found[host.name] = template.Templar(loader=loader, variables=variables).template(variables)
     return found
 
+
+# What there is to be asked for, by the first name in the question.
+FUNCTIONS: dict[str, Any] = {"role": render, "given": settings, "path": load}
 
 if __name__ == "__main__":
     serve()

@@ -208,13 +208,13 @@ def phase_of(task_path: str) -> str:
     if not found:
         return ""
     role, file = found.groups()
-    return "settings" if file.startswith("check") else PHASES.get(f"{role}/{file}", PHASES.get(role, ""))
+    return "settings" if file.startswith(("check", "settings")) else PHASES.get(f"{role}/{file}", PHASES.get(role, ""))
 
 
 def one_line(result: dict[str, Any], unreachable: bool) -> str:
     """Return what a task that failed says, without what Ansible puts before it."""
     text = " ".join(str(result.get("msg") or result.get("module_stderr") or "it failed without a word").split())
-    text = re.sub(r"^(Task failed: )?((Module|Action) failed: )?(Validation of arguments failed: )?", "", text)
+    text = re.sub(r"^(Task failed: )?((Module|Action) failed: )?", "", text)
     if unreachable and NOBODY_ANSWERS.search(text):
         text += (
             "; nobody can answer ssh's questions here: load a key into ssh-agent, or open the connection that Ansible "

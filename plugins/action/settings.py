@@ -1,0 +1,217 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible.errors import AnsibleError, AnsibleUndefinedVariable
+from ansible.module_utils.common.validation import check_type_dict
+from ansible.module_utils.common.yaml import yaml_load
+from ansible.module_utils.parsing.convert_bool import BOOLEANS_FALSE, BOOLEANS_TRUE
+from ansible.plugins.action import ActionBase
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+
+ROLES = Path(__file__).parents[2] / "roles"
+ALLOWED = {
+    "bool": "true or false",
+    "dict": "names with values, such as {partition: work}",
+    "int": "a whole number",
+    "list": "a list, such as [a, b]",
+    "str": "text, in quotes if YAML takes it for something else",
+}
+
+
+class Refused(ValueError):
+    """A value is not what its setting takes."""
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]
+    """Return the settings of this host as their types have them."""
+
+    TRANSFERS_FILES = False
+    _requires_connection = False
+
+    def run(self, tmp: str | None = None, task_vars: dict | None = None) -> dict[str, Any]:
+        result = super().run(tmp, task_vars)
+        self.validate_argument_spec({})
+
+        def evaluate(value: Any, known: Mapping[str, Any]) -> Any:
+            with self._templar.set_temporary_context(available_variables={**(task_vars or {}), **known}):
+                return self._templar.template(value)
+
+        try:
+            found = read_settings(task_vars or {}, options_of_roles(), self._templar.is_template, evaluate)
+        except Refused as refused:
+            return dict(result, failed=True, msg=one_line(refused))
+        return dict(result, changed=False, _ansible_verbose_override=True, **found)  # some hold passwords
+
+
+def options_of_roles(roles: Path = ROLES) -> dict[str, dict]:
+    """Return what the roles document of each setting; what the entry point ``main`` has counts first."""
+    options: dict[str, dict] = {}
+    for path in sorted(roles.glob("*/meta/argument_specs.yml")):
+        for entry_point in yaml_load(path.read_text(encoding="utf-8"))["argument_specs"].values():
+            for name, option in entry_point.get("options", {}).items():
+                options.setdefault(name, option)
+    return options
+
+
+def read_settings(
+    variables: Mapping[str, Any], options: Mapping[str, dict], is_template: Callable[[Any], bool],
+    evaluate: Callable[[Any, Mapping[str, Any]], Any],
+) -> dict[str, Any]:
+    """Return every setting as its type has it, and ``None`` for one that is not given and has no default.
+
+    A template is evaluated once the settings that it reads are known; ``evaluate`` takes it and what is known so far.
+    """
+    settings: dict[str, Any] = {}
+    given = {name: variables.get(name, option.get("default")) for name, option in options.items()}
+    templates = {name for name in given if is_template(given[name])}
+    nothing = {name for name in given if name not in variables and (given[name] is None or name in templates)}
+    settings.update(dict.fromkeys(nothing))  # the default of a role that is not in this play may need its variables
+    settings.update(take_all({name: given[name] for name in given if name not in templates | nothing}, options))
+    waiting = templates - nothing
+    while waiting:
+        known = {**{name: value for name, value in settings.items() if value is not None}, "__settings": settings}
+        found, unknown = {}, {}
+        for name in sorted(waiting):
+            try:
+                found[name] = evaluate(given[name], known)
+            except AnsibleUndefinedVariable as error:
+                unknown[name] = error
+            except AnsibleError as error:
+                raise Refused(f"{name}: {error}") from error
+        if not found:
+            raise Refused("; ".join(f"{name}: {error}" for name, error in unknown.items()))
+        settings.update(take_all(found, options))
+        waiting -= set(found)
+    return settings
+
+
+def take_all(given: Mapping[str, Any], options: Mapping[str, dict]) -> dict[str, Any]:
+    """Return values as their settings' types have them; raise Refused with all that are wrong."""
+    settings, wrong = {}, []
+    for name, value in given.items():
+        try:
+            settings[name] = typed(value, options[name], name)
+        except Refused as refused:
+            wrong.append(str(refused))
+    if wrong:
+        raise Refused("; ".join(wrong))
+    return settings
+
+
+def typed(value: Any, option: Mapping[str, Any], path: str) -> Any:
+    """Return a value as a type has it, whether it is given as text, in YAML or as JSON."""
+    kind = option["type"]
+    try:
+        found = TYPES[kind](value)
+    except (TypeError, ValueError):
+        raise Refused(f"{path}: {shown(value)} is not allowed; {ALLOWED[kind]}") from None
+    if kind == "list":
+        element = {**option, "type": option["elements"]}
+        return [typed(each, element, f"{path}[{number}]") for number, each in enumerate(found)]
+    if "choices" in option and found not in option["choices"]:
+        raise Refused(f"{path}: {shown(value)} is not allowed; {', '.join(option['choices'])}")
+    if kind == "dict" and "options" in option:
+        return typed_entries(found, option["options"], path)
+    return found
+
+
+def typed_entries(given: Mapping[str, Any], options: Mapping[str, dict], path: str) -> dict[str, Any]:
+    """Return a dictionary's values as their types have them, with defaults."""
+    for key in given:
+        if key not in options:
+            raise Refused(f"{path}: {shown(key)} is not allowed; {', '.join(options)}")
+    missing = [key for key, option in options.items() if option.get("required") and key not in given]
+    if missing:
+        raise Refused(f"{path}: {', '.join(missing)} is not given")
+    defaults = {key: option["default"] for key, option in options.items() if "default" in option}
+    return {key: typed(value, options[key], f"{path}.{key}") for key, value in {**defaults, **given}.items()}
+
+
+def shown(value: Any) -> str:
+    """Return a value as a person writes it."""
+    return "nothing" if value is None or value == "" else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def to_bool(value: Any) -> bool:
+    """Return true or false."""
+    word = value.strip().lower() if isinstance(value, str) else value
+    if not isinstance(word, (str, int, float)) or word not in BOOLEANS_TRUE | BOOLEANS_FALSE:
+        raise ValueError
+    return word in BOOLEANS_TRUE
+
+
+def to_int(value: Any) -> int:
+    """Return a whole number. Text with a leading zero would be an octal number in YAML."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?(0|[1-9][0-9]*)(\.0+)?\s*", value):
+        return int(value.partition(".")[0])
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value != int(value):
+        raise ValueError
+    return int(value)
+
+
+def to_str(value: Any) -> str:
+    """Return text. What YAML has made of yes, of 1.10 or of a time is not what was written."""
+    if value is None:
+        return ""
+    if isinstance(value, (bool, datetime.datetime)) or not isinstance(value, (str, int, datetime.date)):
+        raise TypeError
+    return str(value)
+
+
+def to_list(value: Any) -> list:
+    """Return a list; that of a text has its parts between commas, unless it is written as a list."""
+    if value is None or value == "":
+        return []
+    if isinstance(value, str):
+        return parsed(value, list) if value.lstrip().startswith("[") else [part.strip() for part in value.split(",")]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    raise TypeError
+
+
+def to_dict(value: Any) -> dict:
+    """Return a dictionary; that of a text may be written as ``name=value,name=value``."""
+    if value is None or value == "":
+        return {}
+    if isinstance(value, str):
+        if value.lstrip().startswith("{"):
+            return parsed(value, dict)
+        words = {"true": True, "false": False}
+        return {name: words.get(word, word) for name, word in check_type_dict(value).items()}
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError
+
+
+def parsed(text: str, kind: type) -> Any:
+    """Return what a text holds as JSON or YAML."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        try:
+            found = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError from error
+    if not isinstance(found, kind):
+        raise TypeError
+    return found
+
+
+TYPES: dict[str, Callable[[Any], Any]] = {
+    "bool": to_bool, "dict": to_dict, "int": to_int, "list": to_list, "str": to_str,
+}
