@@ -78,8 +78,9 @@ def test_one_look_is_enough_until_something_differs(here: Target, quick_settings
     instance = Instance(here, quick_settings)
 
     assert not NOTHING.search(instance.play())
-    for option in ("--diff", "--check"):
-        again = instance.play(option)
+    as_text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in instance.settings.items()}
+    for option, given in (("--diff", {}), ("--check", as_text)):
+        again = instance.play(option, **given)
         assert NOTHING.search(again) and URL.search(again) and "changed=0" in again
         assert again.count("TASK [") < 10
     refused = here.play("hpc_db", {**instance.settings, "postgres_port": 80}, "--check").stdout

@@ -238,3 +238,20 @@ def test_unfit_programs_are_refused_before_anything_changes(
         ({"postgres_python_provider": "conda"}, "postgres_python_provider: conda with .* no conda packages"),
     ]
     check_refused(here, {**here.variables, "ansible_connection": "local", **settings}, given, tmp_path)
+
+
+def test_text_is_what_it_says(mini: Target) -> None:
+    """What follows ``-e`` is text to Ansible."""
+    switches = "server_chain=false server_pooler=false server_proxy=true server_wait=false postgres_tls=false"
+    text = f"{switches} databases_upgrade_schema=true databases_workers=40 postgres_networks=10.0.0.0/8,samenet"
+
+    played = mini.play("hpc_db", None, "--check", "--diff", f"--extra-vars={text}")
+
+    assert played.returncode == 0, played.stdout
+    written = dict(re.findall(r'^\+ {4}"(\w+)": ([^ {\[].*|\{\}|\[\]),?$', played.stdout, re.MULTILINE))
+    assert written["chain"] == "false" and written["successor"] == "[]" and written["pooler"] == "{}"
+    assert "proxy" not in written  # which is not empty
+    assert re.search(r"^\+max_connections = 140$", played.stdout, re.MULTILINE)
+    assert re.search(r"^\+host .* 10.0.0.0/8 scram-sha-256", played.stdout, re.MULTILINE)
+    assert "ssl_cert_file" not in played.stdout and "hostssl" not in played.stdout
+    assert re.search(r"^postgresql\+psycopg2:///\?service=\w+$", played.stdout, re.MULTILINE)
