@@ -125,7 +125,7 @@ def test_all_wrong_values_are_named_at_once(ansible: Reader) -> None:
     ("postgres_networks", "[a", "postgres_networks: [a is not allowed; a list, such as [a, b]"),
     ("postgres_networks", True, "postgres_networks: true is not allowed; a list, such as [a, b]"),
     ("databases_studies", "mala", "databases_studies[0]: mala is not allowed; names with values, such as "),
-    ("databases_studies", [{"nme": "a"}], "databases_studies[0]: nme is not allowed; name, studies"),
+    ("databases_studies", [{"nme": "a"}], "databases_studies[0]: nme is not allowed; name, tables, role, studies"),
     ("databases_studies", [{"studies": []}], "databases_studies[0]: name is not given"),
     ("databases_studies", [{"name": "a", "studies": [{"name": "b", "directions": "up"}]}],
      "databases_studies[0].studies[0].directions[0]: up is not allowed; minimize, maximize"),
@@ -145,7 +145,7 @@ def test_wrong_value_is_refused_in_one_line(name: str, value: Any, says: str) ->
     ("server_job_options", None, {}), ("server_job_options", "", {}), ("postgres_python", None, ""),
     ("server_job_options", "{time: '72:00:00'}", {"time": "72:00:00"}),
     ("server_job_options", "time=72:00:00", {"time": "72:00:00"}),
-    ("databases_studies", "name=a", [{"name": "a", "studies": []}]),
+    ("databases_studies", "name=a", [{"name": "a", "studies": [], "tables": "optuna"}]),
 ])
 def test_text_has_its_type(name: str, value: Any, found: Any) -> None:
     assert typed(value, OPTIONS[name], name) == found
