@@ -157,7 +157,7 @@ def to_int(value: Any) -> int:
     """Return a whole number. Text with a leading zero would be an octal number in YAML."""
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?(0|[1-9][0-9]*)(\.0+)?\s*", value):
         return int(value.partition(".")[0])
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value % 1:
         raise ValueError
     return int(value)
 

@@ -223,8 +223,8 @@ def check_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int:
         raise Refused(f"restore_from: {name} is no dump, or a damaged one: {error}") from None
     if counted is None:
         raise Refused(
-            f"restore_from: {name} is a dump of something else: it has no table of Optuna's trials; a database of another "
-            "program is in databases_studies with tables: none"
+            f"restore_from: {name} is a dump of something else: it has no table of Optuna's trials; a database of "
+            "another program is in databases_studies with tables: none"
         )
     return counted
 

@@ -44,10 +44,12 @@ PAGES: dict[str, tuple[str, dict, dict]] = {
         "from": "16", "to": "17", "seconds": 3, "way": "kept", "kept": "/data/16", "databases": {
             "studies": {"studies": [{"study": "be", "trials": 3, "best": "0.1", "direction": "MINIMIZE"}]}},
     }}),
-    "requeued.txt.j2": ("workers", {**INSTANCE, "databases_workers": 1, "__instance": {"root": "/r"}}, {"__workers_requeued": {
-        "requeued": [{"study": "be", "number": 1, "new_number": 2, "why": "job 7 has ended"}],
-        "left": [{"study": "be", "number": 3, "why": "job 8 runs", "unknown": True}],
-    }}),
+    "requeued.txt.j2": ("workers", {**INSTANCE, "databases_workers": 1, "__instance": {"root": "/r"}}, {
+        "__workers_requeued": {
+            "requeued": [{"study": "be", "number": 1, "new_number": 2, "why": "job 7 has ended"}],
+            "left": [{"study": "be", "number": 3, "why": "job 8 runs", "unknown": True}],
+        },
+    }),
 }
 
 

@@ -5,18 +5,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ansible.parsing.splitter import parse_kv
 from ansible_collections.mala.hpc_db.plugins.action.settings import Refused, options_of_roles, typed
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from ansible_reader import Reader, Refused as Unusable
+from ansible_reader import Reader
+from ansible_reader import Refused as Unusable
 
 OPTIONS = options_of_roles()
 

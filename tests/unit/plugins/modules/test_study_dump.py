@@ -95,7 +95,8 @@ def params(tmp_path, monkeypatch):
     (tmp_path / "host" / "settings.json").write_text('{"bindir": "/opt/bin"}')
     (tmp_path / "dumps").mkdir()
     given = {"host": "c1", "port": 5432, "user": "alice", "passfile": "/home/o'neill/pgpass", "owner": "study"}
-    return {"root": str(tmp_path), "database": "studies", "file": "newest", "replace": False, "tables": "optuna", **given}
+    wanted = {"file": "newest", "replace": False, "tables": "optuna"}
+    return {"root": str(tmp_path), "database": "studies", **wanted, **given}
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def test_newest_dump_is_chosen_whoever_made_it(names, newest, tmp_path):
 @pytest.mark.parametrize("content, checksum, message", [
     ((1, 5), "", r"restore_database: studies holds 2 studies with 9 trials; with restore_replace=true"),
     ("PGDMP", "", r"^restore_from: studies-\w+.dump is no dump, or a damaged one: pg_restore failed: end of file$"),
-    ("null", "", r"^restore_from: .* is a dump of something else: it has no table of Optuna's trials; .* with tables: none$"),
+    ("null", "", r"^restore_from: .* something else: it has no table of Optuna's trials; .* with tables: none$"),
     ((1, 5), "0" * 64, r"^restore_from: studies-(\w+).dump is damaged: it does not fit studies-\1.dump.sha256$"),
     (None, "", r"dumps holds no dump of studies$"),
 ])
