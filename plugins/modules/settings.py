@@ -37,7 +37,7 @@ EXAMPLES = r"""
 
 - name: Print one
   ansible.builtin.debug:
-    msg: "{{ __settings['server_wait'] }}"
+    msg: "{{ __settings.server_wait }}"
 """
 
 RETURN = r"""
