@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ansible.errors import AnsibleError, AnsibleUndefinedVariable
+from ansible import template
+from ansible.errors import AnsibleError
 from ansible.module_utils.common.validation import check_type_dict
 from ansible.module_utils.common.yaml import yaml_load
 from ansible.module_utils.parsing.convert_bool import BOOLEANS_FALSE, BOOLEANS_TRUE
@@ -35,6 +36,10 @@ class Refused(ValueError):
     """A value is not what its setting takes."""
 
 
+class Unknown(Refused):
+    """A template reads a setting that is not there."""
+
+
 class ActionModule(ActionBase):  # type: ignore[misc]
     """Return the settings of this host as their types have them."""
 
@@ -45,15 +50,35 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         result = super().run(tmp, task_vars)
         self.validate_argument_spec({})
 
-        def evaluate(value: Any, known: Mapping[str, Any]) -> Any:
-            with self._templar.set_temporary_context(available_variables={**(task_vars or {}), **known}):
-                return self._templar.template(value)
-
         try:
-            found = read_settings(task_vars or {}, options_of_roles(), self._templar.is_template, evaluate)
+            found = find_settings(task_vars or {}, self._templar, self._loader)
         except Refused as refused:
             return dict(result, failed=True, msg=one_line(refused))
         return dict(result, changed=False, _ansible_verbose_override=True, **found)  # some hold passwords
+
+
+def find_settings(variables: Mapping[str, Any], templar: Any, loader: Any) -> dict[str, Any]:
+    """Return the settings as the play's variables have them, with Ansible's templar and loader."""
+    options = options_of_roles()
+
+    def evaluate(value: Any, known: Mapping[str, Any]) -> Any:
+        return templar.copy_with_new_env(available_variables=known).template(value)
+
+    try:
+        return read_settings(variables, options, templar.is_template, evaluate)
+    except Unknown:  # it has its default in a role that is not in this play; to read them all takes its time
+        every = {**variables_of_roles(loader), **variables}
+        return read_settings(every, options, templar.is_template, evaluate, has_every_role=True)
+
+
+def variables_of_roles(loader: Any, roles: Path = ROLES) -> dict[str, Any]:
+    """Return defaults and variables of all roles."""
+    # For newer Ansibles only what is from a file of ours is a template.
+    trusting = {"trusted_as_template": True} if hasattr(template, "trust_as_template") else {}
+    found: dict[str, Any] = {}
+    for path in sorted([*roles.glob("*/defaults/main.yml"), *roles.glob("*/vars/main.yml")]):
+        found.update(loader.load_from_file(str(path), **trusting) or {})
+    return found
 
 
 def options_of_roles(roles: Path = ROLES) -> dict[str, dict]:
@@ -68,34 +93,53 @@ def options_of_roles(roles: Path = ROLES) -> dict[str, dict]:
 
 def read_settings(
     variables: Mapping[str, Any], options: Mapping[str, dict], is_template: Callable[[Any], bool],
-    evaluate: Callable[[Any, Mapping[str, Any]], Any],
+    evaluate: Callable[[Any, Mapping[str, Any]], Any], has_every_role: bool = False,
 ) -> dict[str, Any]:
-    """Return every setting as its type has it, and ``None`` for one that is not given and has no default.
+    """Return every setting as its type has it, and ``None`` for one that is not given and has no default here.
 
-    A template is evaluated once the settings that it reads are known; ``evaluate`` takes it and what is known so far.
+    A template is evaluated after the settings that it reads; ``evaluate`` takes it and all variables.
     """
-    settings: dict[str, Any] = {}
-    given = {name: variables.get(name, option.get("default")) for name, option in options.items()}
+    defaults = {name: option["default"] for name, option in options.items() if "default" in option}
+    given = {name: value for name, value in defaults.items() if "{{" not in str(value)}
+    given.update({name: variables[name] for name in options if name in variables})
     templates = {name for name in given if is_template(given[name])}
-    nothing = {name for name in given if name not in variables and (given[name] is None or name in templates)}
-    settings.update(dict.fromkeys(nothing))  # the default of a role that is not in this play may need its variables
-    settings.update(take_all({name: given[name] for name in given if name not in templates | nothing}, options))
-    waiting = templates - nothing
-    while waiting:
-        known = {**{name: value for name, value in settings.items() if value is not None}, "__settings": settings}
-        found, unknown = {}, {}
-        for name in sorted(waiting):
-            try:
-                found[name] = evaluate(given[name], known)
-            except AnsibleUndefinedVariable as error:
-                unknown[name] = error
-            except AnsibleError as error:
-                raise Refused(f"{name}: {error}") from error
-        if not found:
-            raise Refused("; ".join(f"{name}: {error}" for name, error in unknown.items()))
-        settings.update(take_all(found, options))
-        waiting -= set(found)
-    return settings
+    settings = take_all({name: given[name] for name in given if name not in templates}, options)
+
+    def settle(name: str, before: tuple[str, ...] = ()) -> None:
+        if name in before:
+            raise Refused(f"{name}: {shown(given[name])} is not allowed; it follows from itself")
+        if name not in given and not has_every_role:
+            raise Unknown(f"{before[-1]}: {name} is not known")
+        if name in settings or name not in given:
+            return
+        for other in sorted(read_by(given[name], variables, options, is_template)):
+            settle(other, (*before, name))
+        try:
+            found = evaluate(given[name], {**variables, **settings, "__settings": settings})
+        except AnsibleError as error:
+            raise Refused(f"{name}: {error}") from error
+        settings.update(take_all({name: found}, options))
+
+    for name in sorted(templates):
+        settle(name)
+    return {**dict.fromkeys(options), **settings}
+
+
+def read_by(
+    value: Any, variables: Mapping[str, Any], options: Mapping[str, dict], is_template: Callable[[Any], bool]
+) -> set[str]:
+    """Return the settings that a template may read, by way of other variables too."""
+    found: set[str] = set()
+    seen = {"hostvars", "vars"}
+    texts = [str(value)]
+    while texts:
+        for name in set(re.findall(r"\w+", texts.pop())) - seen:
+            seen.add(name)
+            if name in options:
+                found.add(name)
+            elif isinstance(variables.get(name), (str, list, dict)) and is_template(variables[name]):
+                texts.append(str(variables[name]))
+    return found
 
 
 def take_all(given: Mapping[str, Any], options: Mapping[str, dict]) -> dict[str, Any]:

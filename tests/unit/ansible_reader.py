@@ -32,9 +32,9 @@ class Reader:
         """Return what a role makes of its templates. ``sent`` is what modules return, which Ansible marks as unsafe."""
         return self._ask(role=role, templates=templates, own=own, sent=sent)
 
-    def settings(self, given: dict) -> dict:
-        """Return the settings of all roles as the module ``settings`` does; these are given."""
-        return self._ask(given=given)
+    def settings(self, given: dict, roles: list[str] | None = None) -> dict:
+        """Return the settings as the module ``settings`` does in a play with these roles, or all; these are given."""
+        return self._ask(given=given, roles=roles)
 
     def load(self, inventory: Path) -> dict[str, Any]:
         """Return each host of an inventory with its variables, evaluated."""
@@ -77,27 +77,31 @@ def serve() -> None:
 def render(role: str, templates: list[str], own: dict, sent: dict) -> list[str]:
     """Return what Ansible makes of templates."""
     from ansible.utils.unsafe_proxy import wrap_var
+    from ansible_collections.mala.hpc_db.plugins.action.settings import find_settings
 
     folder = ROOT / "roles" / role
     given = dict(own, role_path=str(folder), **{name: wrap_var(value) for name, value in sent.items()})
-    templar, variables, trust = templar_of([folder], given)
-    templar.available_variables = {**variables, "__settings": settings_of(templar, variables)}
+    templar, variables, trust, loader = templar_of([folder], given)
+    templar.available_variables = {**variables, "__settings": find_settings(variables, templar, loader)}
     return [
         str(templar.template(trust("{{ lookup('ansible.builtin.template', '%s') }}" % (folder / "templates" / each))))
         for each in templates
     ]
 
 
-def settings(given: dict) -> dict[str, Any]:
-    """Return the settings of all roles."""
-    host = {"inventory_hostname": "mini", "ansible_playbook_python": sys.executable}
-    templar, variables, trust = templar_of(sorted((ROOT / "roles").iterdir()), {})
-    variables.update({name: trust(value) if isinstance(value, str) else value for name, value in given.items()}, **host)
-    return settings_of(templar, variables)
+def settings(given: dict, roles: list[str] | None) -> dict[str, Any]:
+    """Return the settings in a play with these roles."""
+    from ansible_collections.mala.hpc_db.plugins.action.settings import find_settings
+
+    folders = [path for path in sorted((ROOT / "roles").iterdir()) if roles is None or path.name in roles]
+    templar, variables, trust, loader = templar_of(folders, {})
+    variables.update({name: trust(value) if isinstance(value, str) else value for name, value in given.items()})
+    variables.update(inventory_hostname="mini", ansible_playbook_python=sys.executable)
+    return find_settings(variables, templar, loader)
 
 
-def templar_of(roles: list[Path], given: dict) -> tuple[Any, dict, Any]:
-    """Return a templar with the variables of roles, these, and what makes a template of a text."""
+def templar_of(roles: list[Path], given: dict) -> tuple[Any, dict, Any, Any]:
+    """Return a templar, the variables of roles with these, what makes a template of a text, and a loader."""
     from ansible import template
     from ansible.parsing.dataloader import DataLoader
 
@@ -110,18 +114,7 @@ def templar_of(roles: list[Path], given: dict) -> tuple[Any, dict, Any]:
     for file in [role / part / "main.yml" for role in roles for part in ("defaults", "vars")]:
         variables.update((file.exists() and loader.load_from_file(str(file), **trusting)) or {})
     variables.update(given)
-    return template.Templar(loader=loader, variables=variables), variables, trust
-
-
-def settings_of(templar: Any, variables: dict) -> dict[str, Any]:
-    """Return the settings as the module ``settings`` does."""
-    from ansible_collections.mala.hpc_db.plugins.action.settings import options_of_roles, read_settings
-
-    def evaluate(value: Any, known: Any) -> Any:
-        with templar.set_temporary_context(available_variables={**variables, **known}):
-            return templar.template(value)
-
-    return read_settings(variables, options_of_roles(), templar.is_template, evaluate)
+    return template.Templar(loader=loader, variables=variables), variables, trust, loader
 
 
 def load(path: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ansible_reader import Reader
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "x\n    ok  job\r\x1b[2J\x1b]0;x\x07\x9b2J\u202ex\u2028\x85\x00{{ 1 }}{% x %}'\"\\\udc80"
-INSTANCE = {"instance_name": "hpc_db", "instance_cluster": "mini", "ansible_check_mode": False}
+INSTANCE = {"instance_name": "hpc_db", "inventory_hostname": "mini", "ansible_check_mode": False}
 CLIENT = {"host": "c1", "count": 1, "user": "study", "database": "studies", "seconds": 7, "pid": 8}
 
 # The role, its page, what it knows by itself, and what is from the cluster.

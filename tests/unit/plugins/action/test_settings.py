@@ -5,17 +5,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ansible.parsing.splitter import parse_kv
-from ansible_collections.mala.hpc_db.plugins.action.settings import Refused, options_of_roles, typed
+from ansible_collections.mala.hpc_db.plugins.action.settings import ROLES, Refused, options_of_roles, typed
 from ansible_reader import Reader
 from ansible_reader import Refused as Unusable
 
 OPTIONS = options_of_roles()
+PLAYBOOKS = sorted((ROLES.parent / "playbooks").glob("*.yml"))
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,21 @@ def test_every_default_is_found(ansible: Reader) -> None:
     assert found["databases_workers"] == 100
 
 
+def roles_of(playbook: Path) -> list[str]:
+    return sorted(set(re.findall(r"name: mala\.hpc_db\.(\w+)$", playbook.read_text(), re.MULTILINE)))
+
+
+@pytest.mark.parametrize("playbook", PLAYBOOKS, ids=lambda path: path.stem)
+def test_every_playbook_finds_its_settings(playbook: Path, ansible: Reader) -> None:
+    """Without the roles that others have."""
+    roles = roles_of(playbook)
+    assert roles
+    every, found = ansible.settings({}), ansible.settings({}, roles)
+
+    own = [name for role in roles for name in yaml.safe_load((ROLES / role / "defaults/main.yml").read_text())]
+    assert {name: found[name] for name in own} == {name: every[name] for name in own}
+
+
 @pytest.mark.parametrize("given, follows", [
     ({"databases_workers": "40"}, {"postgres_max_connections": "140", "workers_number": 40}),
     ({"databases_workers": "40", "client_environment": "{{ '~' }}/env"}, {"postgres_max_connections": "100"}),
@@ -81,6 +99,9 @@ def test_every_default_is_found(ansible: Reader) -> None:
     ({"postgres_settings": "work_mem=4MB"}, {"postgres_settings": {"work_mem": "4MB"}}),
     ({"databases_studies": '[{"name":"a"},{"name":"b"}]'}, {"dashboard_databases": ["a", "b"]}),
     ({"instance_workers": 10}, {"databases_workers": 10}),
+    # 4096 MB less 409 of cache and 128 besides, for 320 connections with 3 MB of their own
+    ({}, {"postgres_work_mem": "8MB"}),
+    ({"instance_memory": "{{ 2 }}G", "postgres_settings": "shared_buffers=1GB"}, {"postgres_work_mem": "1MB"}),
 ])
 def test_what_follows_from_a_setting(given: dict, follows: dict, ansible: Reader) -> None:
     found = ansible.settings(given)
@@ -148,6 +169,12 @@ def test_text_has_its_type(name: str, value: Any, found: Any) -> None:
     assert typed(value, OPTIONS[name], name) == found
 
 
-def test_template_without_a_value_is_named(ansible: Reader) -> None:
-    with pytest.raises(Unusable, match=r"^instance_root: '?nowhere'? is undefined"):
-        ansible.settings({"instance_root": "{{ nowhere }}/x"})
+@pytest.mark.parametrize("given, says", [
+    ({"instance_root": "{{ nowhere }}/x"}, r"^instance_root: .*'?nowhere'? is undefined"),
+    ({"instance_name": "{{ instance_cluster }}", "instance_cluster": "{{ instance_name }}"},
+     r"^instance_cluster: \{\{ instance_name \}\} is not allowed; it follows from itself$"),
+    ({"databases_workers": "{{ 'many' }}"}, "^databases_workers: many is not allowed; a whole number$"),
+])
+def test_template_without_a_value_is_named(given: dict, says: str, ansible: Reader) -> None:
+    with pytest.raises(Unusable, match=says):
+        ansible.settings(given)
