@@ -30,6 +30,8 @@ ALLOWED = {
     "list": "a list, such as [a, b]",
     "str": "text, in quotes if YAML takes it for something else",
 }
+EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
+QUOTED = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""")
 
 
 class Refused(ValueError):
@@ -133,7 +135,8 @@ def read_by(
     seen = {"hostvars", "vars"}
     texts = [str(value)]
     while texts:
-        for name in set(re.findall(r"\w+", texts.pop())) - seen:
+        expressions = " ".join(EXPRESSION.findall(texts.pop()))
+        for name in set(re.findall(r"\w+", QUOTED.sub("", expressions))) - seen:
             seen.add(name)
             if name in options:
                 found.add(name)

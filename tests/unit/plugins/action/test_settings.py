@@ -99,6 +99,8 @@ def test_every_playbook_finds_its_settings(playbook: Path, ansible: Reader) -> N
     ({"postgres_settings": "work_mem=4MB"}, {"postgres_settings": {"work_mem": "4MB"}}),
     ({"databases_studies": '[{"name":"a"},{"name":"b"}]'}, {"dashboard_databases": ["a", "b"]}),
     ({"instance_workers": 10}, {"databases_workers": 10}),
+    ({"server_job_name": "{{ 'my' ~ ' server_job_name' }}/server_job_name"},
+     {"server_job_name": "my server_job_name/server_job_name"}),
     # 4096 MB less 409 of cache and 128 besides, for 320 connections with 3 MB of their own
     ({}, {"postgres_work_mem": "8MB"}),
     ({"instance_memory": "{{ 2 }}G", "postgres_settings": "shared_buffers=1GB"}, {"postgres_work_mem": "1MB"}),
