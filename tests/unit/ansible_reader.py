@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,12 @@ class Reader:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
 
-    def render(self, role: str, templates: list[str], own: dict, sent: dict) -> list[str]:
-        """Return what a role makes of its templates. ``sent`` is what modules return, which Ansible marks as unsafe."""
-        return self._ask(role=role, templates=templates, own=own, sent=sent)
+    def render(self, role: str, templates: list[str], own: dict, sent: dict, beside: Sequence[str] = ()) -> list[str]:
+        """Return what a role makes of its templates, in a play with the roles ``beside``.
+
+        ``sent`` is what modules return, which Ansible marks as unsafe.
+        """
+        return self._ask(role=role, templates=templates, own=own, sent=sent, beside=list(beside))
 
     def settings(self, given: dict, roles: list[str] | None = None) -> dict:
         """Return the settings as the module ``settings`` does in a play with these roles, or all; these are given."""
@@ -74,14 +78,14 @@ def serve() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def render(role: str, templates: list[str], own: dict, sent: dict) -> list[str]:
+def render(role: str, templates: list[str], own: dict, sent: dict, beside: list[str]) -> list[str]:
     """Return what Ansible makes of templates."""
     from ansible.utils.unsafe_proxy import wrap_var
     from ansible_collections.mala.hpc_db.plugins.action.settings import find_settings
 
     folder = ROOT / "roles" / role
     given = dict(own, role_path=str(folder), **{name: wrap_var(value) for name, value in sent.items()})
-    templar, variables, trust, loader = templar_of([folder], given)
+    templar, variables, trust, loader = templar_of([*(ROOT / "roles" / each for each in beside), folder], given)
     templar.available_variables = {**variables, "__settings": find_settings(variables, templar, loader)}
     return [
         str(templar.template(trust("{{ lookup('ansible.builtin.template', '%s') }}" % (folder / "templates" / each))))
@@ -106,7 +110,7 @@ def templar_of(roles: list[Path], given: dict) -> tuple[Any, dict, Any, Any]:
     from ansible.parsing.dataloader import DataLoader
 
     loader = DataLoader()
-    loader.set_basedir(str(roles[0]))
+    loader.set_basedir(str(roles[-1]))
     # For newer Ansibles only what is from a file of ours is a template.
     trust = getattr(template, "trust_as_template", str)
     trusting = {"trusted_as_template": True} if hasattr(template, "trust_as_template") else {}
