@@ -26,15 +26,19 @@ OFFLINE = "without internet there: set postgres_staged, postgres_python_wheelhou
 ADVICE = (
     ("No space left on device|Disk quota exceeded",
      "a disk or quota is full: that of the folder, of pip's cache (~/.cache/pip) or of TMPDIR"),
-    ("ProxyError|Tunnel connection failed|Unable to connect to proxy|407 Proxy",
+    ("ProxyError|Tunnel connection failed|Unable to connect to proxy|407 Proxy|proxy-connection-failed",
      "the proxy lets nobody through: see proxy in pip.conf, http_proxy and https_proxy there"),
     ("CERTIFICATE_VERIFY_FAILED", "pip does not trust the index's certificate: see cert in pip.conf there"),
-    ("SSLError", "the index speaks no TLS that pip knows: see its address, and whether a proxy is in between"),
-    ("connection broken by|Max retries exceeded|NewConnectionError|ReadTimeout|Read timed out", "{0}"),
+    ("SSLError|ssl-verification-failed",
+     "the index speaks no TLS that pip knows: see its address, and whether a proxy is in between"),
+    ("connection broken by|Max retries exceeded|NewConnectionError|ReadTimeout|Read timed out|"
+     "connection-(?:failed|timeout)", "{0}"),
     (r"\b40[13] (?:Client )?Error|Unauthorized|Forbidden|Credentials not correct",
      "the index lets nobody in without the right password: in ~/.netrc, or index-url in pip.conf there"),
     ("ResolutionImpossible|conflicting dependencies",
      "requirements exclude each other; those of a constraint in pip.conf count, too"),
+    ("Location '.*' is ignored",
+     "a folder of wheels is not there: see postgres_python_wheelhouse, or find-links in pip.conf there"),
     ("Could not find a version .*from versions: none",
      "the source was read, but offers none for this Python and machine, or wants a password"),
     ("Could not find a version|requires a different Python", "the source has other versions only"),
@@ -84,7 +88,7 @@ def explain(command: list[str], stdout: str, stderr: str, offline: str = OFFLINE
     ``offline`` is the advice if pip reached no index.
     """
     words = (stderr.strip() or stdout.strip()).splitlines() or ["no output"]
-    words = [line for line in words if line.startswith("ERROR")] or words[-3:]
+    words = [line for line in words if line.startswith(("ERROR", "×"))] or words[-3:]
     program, hint = " ".join(command[:3]), ""
     if inspect.getsource(_pip_helper) in command:
         program = f"{command[0]} -m pip"

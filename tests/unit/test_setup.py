@@ -26,3 +26,8 @@ def test_old_pip_knows_all_options() -> None:
 
 def test_no_pip_is_called_as_its_user_has_set_it_up() -> None:
     assert not re.search(r"-m pip|bin/pip", SETUP)
+
+
+def test_old_pip_is_replaced_before_a_project_without_setup_py_is_installed() -> None:
+    assert SETUP.count("--editable") == 1
+    assert re.search(r'install -qq "pip>=21\.3" && pip \S+ install -qq "\$\{@:4\}"', SETUP)

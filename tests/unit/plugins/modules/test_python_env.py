@@ -419,6 +419,12 @@ def test_failure_is_one_line_with_what_to_do(command, message):
     assert "\n" not in str(failed.value)
 
 
+def test_workstation_is_not_told_of_the_cluster_s_settings():
+    with pytest.raises(Failed, match=r"cannot make environments with pip; Debian .* python3-venv for it\)$") as failed:
+        run_command(FakeModule("look into pip.conf"), ["false", "-m", "ensurepip", "--version"])
+    assert "postgres_" not in str(failed.value)
+
+
 @pytest.fixture
 def failing_python(tmp_path):
     """Return a Python that says so much and fails, whatever it is asked."""
@@ -446,6 +452,8 @@ SOME = "ERROR: Could not find a version that satisfies the requirement optuna>=9
      "pip does not trust the index's certificate: see cert in pip.conf there"),
     (f"WARNING: 401 Error, Credentials not correct for https://pypi.example/simple/optuna/\n{NONE}",
      "the index lets nobody in without the right password: in ~/.netrc, or index-url in pip.conf there"),
+    (f"WARNING: Location '/wheels' is ignored: it is either a non-existing path or lacks a specific scheme.\n{NONE}",
+     "a folder of wheels is not there: see postgres_python_wheelhouse, or find-links in pip.conf there"),
     (NONE, "the source was read, but offers none for this Python and machine, or wants a password"),
     (SOME, "the source has other versions only"),
     ("ERROR: Could not install packages due to an OSError: [Errno 122] Disk quota exceeded",
@@ -463,6 +471,18 @@ def test_hint_fits_the_failure(said, hint, failing_python):
     with pytest.raises(Failed) as failed:
         run_command(FakeModule(), [python, "-I", "-c", "import psycopg2"])
     assert str(failed.value) == f"{python} -I -c … failed: {last}"
+
+
+@pytest.mark.parametrize("reference, hint", [
+    ("connection-failed", "without internet there: "), ("connection-timeout", "without internet there: "),
+    ("proxy-connection-failed", "the proxy lets "), ("ssl-verification-failed", "the index speaks no TLS "),
+])
+def test_newer_pip_says_it_otherwise(reference, hint, failing_python):
+    words = "× Failed to connect to pypi.example"
+    python = failing_python(f"error: {reference}\n\n{words}\n╰─> [Errno 111] refused\n\nhint: Are you connected?\n")
+    with pytest.raises(Failed) as failed:
+        run_command(FakeModule(), pip_command(python, ["install"]))
+    assert str(failed.value).startswith(f"{python} -m pip … failed: {words} ({hint}")
 
 
 @pytest.mark.parametrize("module, says", [
