@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy
+from hpc_db_client import refusal
 from hpc_db_client.refusal import english, is_futile
 from sqlalchemy.exc import OperationalError
 
@@ -62,7 +63,7 @@ def serve(server: socket.socket, answer: bytes) -> None:
 
 @pytest.mark.parametrize("severity, state, words", [
     ("FATAL", "28P01", PASSWORD), ("ВАЖНО", "28000", "нет записи в pg_hba.conf"),
-    ("致命错误", "3D000", '数据库 "study" 不存在'),
+    ("致命错误", "3D000", '数据库 "study" 不存在'), ("NGHIÊM TRỌNG", "28P01", "sai mật khẩu"),
 ])
 def test_what_a_server_says_in_another_language_is_told_at_once(
     severity: str, state: str, words: str, driver: str, foreigner: Callable[..., int],
@@ -88,6 +89,17 @@ def test_what_passes_is_waited_for_in_another_language_as_well(
 def test_error_without_a_server_is_judged_by_its_words() -> None:
     assert is_futile(OSError('connection to server at "x" failed: fe_sendauth: no password supplied'))
     assert not is_futile(OSError('connection to server at "x" failed: Connection refused'))
+
+
+def test_python_without_ctypes_connects_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was built without libffi's headers."""
+    monkeypatch.setattr(refusal, "ctypes", None)
+
+    with pytest.raises(OSError, match="FATAL") as told, english():
+        raise OSError("FATAL:  verweigert")
+    refusal.note_state(told.value, None, (), {})
+
+    assert told.value.__context__ is None and not is_futile(told.value)
 
 
 def test_c_library_speaks_english_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ The drivers do not pass on the SQLSTATE of a server that lets nobody in.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import inspect
 import re
 import select
@@ -17,6 +16,11 @@ import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+
+try:
+    import ctypes
+except ImportError:  # of a Python that was built without libffi
+    ctypes = None  # type: ignore[assignment]
 
 # What waiting does not mend.
 FUTILE = re.compile(
@@ -28,8 +32,8 @@ FUTILE = re.compile(
 FUTILE_STATES = ("28", "3D", "42")
 # What it mends.
 PASSING = re.compile("the database system is|terminating connection|too many|remaining connection slots|timeout")
-# A server's own words after their severity, in any language. libpq's have one space.
-OF_SERVER = re.compile(r"(?:^|: )\S+:  ", re.MULTILINE)
+# A server's own words after their severity, in any language: one word or two. libpq's have one space.
+OF_SERVER = re.compile(r"(?:^|: )[^:\n]+:  ", re.MULTILINE)
 STATE = re.compile(r":  ([0-9A-Z]{5})$", re.MULTILINE)
 SECONDS = 10.0
 
@@ -86,14 +90,8 @@ def _ask(dbapi: Any, arguments: tuple, options: dict) -> str:
 @contextlib.contextmanager
 def english() -> Iterator[None]:
     """Have the C library, and so libpq, speak English in this thread."""
-    try:
-        library = ctypes.CDLL(None)
-        library.newlocale.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p]
-        for function in (library.newlocale, library.duplocale, library.uselocale, library.freelocale):
-            function.restype = ctypes.c_void_p
-        for function in (library.duplocale, library.uselocale, library.freelocale):
-            function.argtypes = [ctypes.c_void_p]
-    except (AttributeError, OSError):  # a C library without
+    library = _library()
+    if library is None:
         yield
         return
     before = library.uselocale(None)
@@ -104,3 +102,17 @@ def english() -> Iterator[None]:
     finally:
         library.uselocale(before)
         library.freelocale(ours)
+
+
+def _library() -> Any:
+    """Return the C library; None if it, or this Python, cannot do that."""
+    try:
+        library = ctypes.CDLL(None)
+        library.newlocale.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p]
+        for function in (library.newlocale, library.duplocale, library.uselocale, library.freelocale):
+            function.restype = ctypes.c_void_p
+        for function in (library.duplocale, library.uselocale, library.freelocale):
+            function.argtypes = [ctypes.c_void_p]
+    except (AttributeError, OSError):
+        return None
+    return library
