@@ -305,6 +305,26 @@ def test_node_that_died_is_told_once_and_no_address_is_blamed(answers, instance,
     assert re.match("job 7 RUNNING on c1, but the server has given no sign of life for 20. s: its node may ", told[1])
 
 
+@pytest.mark.parametrize("beats, ttl", [(False, 0.5), (True, 60.0)])
+def test_node_that_died_just_now_is_told_from_a_wrong_address(beats, ttl, instance, monkeypatch):
+    """Its last heartbeat is a fresh one: the next shows that the server lives."""
+    run = Path(instance["root"]) / "run"
+    (run / "lease.3").write_text("{}")
+    (run / "hb.3").write_text("1")
+    (run / "endpoint.json").write_text('{"host": "127.0.0.1", "port": 1, "job": "7"}')
+    wanted = dict(instance, lease_ttl=ttl)
+    renewal = threading.Timer(0.2, (run / "hb.3").write_text, ["2"])
+    monkeypatch.setattr(doctor, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(doctor, "ask_python", lambda python, url: HELD)
+
+    if beats:
+        renewal.start()
+    here = doctor.look_from_here(wanted)
+    job = doctor.look_at_server(wanted).findings[0]
+
+    assert (states(here)["port"], job["state"]) == (("found", "ok") if beats else ("skipped", "found"))
+
+
 def test_connections_that_wait_for_the_next_start_are_told(instance, no_network):
     told = found(doctor.look_from_here(dict(instance, max_connections=320)))
 

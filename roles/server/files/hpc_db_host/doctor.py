@@ -24,6 +24,7 @@ from . import causes, files, lease
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 PORT_SECONDS = 5.0
 PROBE_SECONDS = 120.0
+PAUSE_SECONDS = 1.0
 
 HOST_IT = "the playbook hpc_db.yml"
 HOST_IT_AGAIN = "the playbooks stop.yml and hpc_db.yml"
@@ -64,18 +65,29 @@ def read_wanted(path: str) -> dict:
         config=settings.get("config", ""), tls="sslmode" in settings.get("service", {}),
         databases=[wanted["owner"]] + settings.get("databases", []), plugin="plugin=" in wanted["url"],
         max_connections=_configured(settings.get("config", "")),
-        silent=_silence(wanted, float(settings.get("lease_ttl", lease.DEFAULT_TTL))),
+        lease_ttl=float(settings.get("lease_ttl", lease.DEFAULT_TTL)), silent=0.0,
     )
+    if wanted["endpoint"] and os.path.isdir(os.path.join(wanted["root"], "run")):
+        still = _lease(wanted).still() or 0.0
+        wanted["silent"] = still if still > wanted["lease_ttl"] else 0.0
     return wanted
 
 
-def _silence(wanted: dict, ttl: float) -> float:
-    """Return for how many seconds a server that should serve has not renewed its lease; 0 if that is in order."""
-    folder = os.path.join(wanted["root"], "run")
-    if not wanted["endpoint"] or not os.path.isdir(folder):
-        return 0.0
-    still = lease.Lease(folder, {"pid": os.getpid()}, lambda _holder: False).still()
-    return still if still and still > ttl else 0.0
+def _lease(wanted: dict) -> lease.Lease:
+    return lease.Lease(os.path.join(wanted["root"], "run"), {"pid": os.getpid()}, lambda _holder: False)
+
+
+def _is_dead(wanted: dict) -> bool:
+    """Tell whether a server that does not answer has not renewed its lease either; wait for that if it might still."""
+    seen = _lease(wanted)
+    beat = "" if wanted["silent"] else seen.beat()
+    limit = time.monotonic() + wanted["lease_ttl"] - (seen.still() or 0.0)
+    while beat and seen.beat() == beat:
+        if time.monotonic() > limit:
+            wanted["silent"] = seen.still() or wanted["lease_ttl"]
+            break
+        time.sleep(PAUSE_SECONDS)
+    return bool(wanted["silent"])
 
 
 def _configured(path: str) -> int:
@@ -249,7 +261,7 @@ def _look_at_network(report: Report, wanted: dict, host: str, port: int) -> None
     try:
         addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
     except OSError as error:
-        if wanted["silent"]:
+        if _is_dead(wanted):
             _skip_network(report, "the server gives no sign of life, and %s has no address here" % host)
             return
         report.found("name", "%s cannot be resolved: %s" % (host, error.strerror or error),
@@ -270,7 +282,7 @@ def _look_at_network(report: Report, wanted: dict, host: str, port: int) -> None
             report.well("port", "%s port %d answers after %.0f ms" % (host, port, 1000 * (time.monotonic() - began)))
             _look_at_tls(report, wanted, connection)
     except OSError as error:
-        if wanted["silent"]:
+        if _is_dead(wanted):
             _skip_network(report, "the server gives no sign of life, and nothing answers")
             return
         meaning, mend = causes.explain(error.strerror or str(error), wanted)

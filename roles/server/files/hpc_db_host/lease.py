@@ -232,6 +232,10 @@ class Lease:
         except OSError:
             return None
 
+    def beat(self) -> str:
+        """Return what changes with each heartbeat of the holder; "" if there is none."""
+        return self._beat(self._newest())
+
     def _is_free(self, epoch: int) -> bool:
         holder = self._read(epoch) or {}
         if self._is_released(epoch):
