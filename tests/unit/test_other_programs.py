@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from ansible_reader import Reader
 
 OWN = {
@@ -34,3 +37,18 @@ def test_nobody_else_gets_in_and_each_has_a_url() -> None:
         "postgresql+psycopg2://mlflow@/mlflow?service=hpc_db", "postgresql+psycopg2:///raw?service=hpc_db",
         "postgresql+psycopg2:///second?service=hpc_db", "postgresql+psycopg2:///?service=hpc_db",
     ]
+
+
+def test_studies_reach_modules_as_they_are_given(tmp_path: Path) -> None:
+    attributes = {"rate": 1e-05, "nothing": None, "texts": ["it's", "1e-05"]}
+    studies = [{"name": "\U0001f600 {x}", "directions": ["minimize"], "user_attributes": attributes}]
+    given = [{"name": "mala", "studies": studies}, {"name": "mlflow", "tables": "none", "role": "mlflow"}]
+    page = tmp_path / "page.j2"
+    page.write_text("studies: {{ __databases_optuna | to_json }}")
+    ansible = Reader()
+    try:
+        (text,) = ansible.render("databases", [str(page)], {**OWN, "databases_studies": given}, {})
+    finally:
+        ansible.end()
+
+    assert json.loads(text.partition(" ")[2]) == given[:1]
