@@ -31,6 +31,8 @@ ALLOWED = {
     "str": "text, in quotes if YAML takes it for something else",
 }
 EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
+# What comes after another dot is a part of something, and may be called as a setting is.
+READ = re.compile(r"(?<![\w.])(?:__settings\.)?(\w+)")
 QUOTED = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""")
 
 
@@ -136,7 +138,7 @@ def read_by(
     texts = [str(value)]
     while texts:
         expressions = " ".join(EXPRESSION.findall(texts.pop()))
-        for name in set(re.findall(r"\w+", QUOTED.sub("", expressions))) - seen:
+        for name in set(READ.findall(QUOTED.sub("", expressions))) - seen:
             seen.add(name)
             if name in options:
                 found.add(name)
@@ -150,12 +152,21 @@ def take_all(given: Mapping[str, Any], options: Mapping[str, dict]) -> dict[str,
     settings, wrong = {}, []
     for name, value in given.items():
         try:
-            settings[name] = typed(value, options[name], name)
+            settings[name] = typed(decrypted(value), options[name], name)
         except Refused as refused:
             wrong.append(str(refused))
     if wrong:
         raise Refused("; ".join(wrong))
     return settings
+
+
+def decrypted(value: Any) -> Any:
+    """Return a value with text in the place of what ansible-vault has encrypted, which is of a type of its own."""
+    if isinstance(value, Mapping):
+        return {name: decrypted(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [decrypted(each) for each in value]
+    return str(value) if hasattr(value, "_ciphertext") else value
 
 
 def typed(value: Any, option: Mapping[str, Any], path: str) -> Any:
@@ -239,7 +250,7 @@ def to_dict(value: Any) -> dict:
         if value.lstrip().startswith("{"):
             return parsed(value, dict)
         words = {"true": True, "false": False}
-        return {name: words.get(word, word) for name, word in check_type_dict(value).items()}
+        return {name: words.get(word.lower(), word) for name, word in check_type_dict(value).items()}
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,10 @@ class Reader:
         return self._ask(role=role, templates=templates, own=own, sent=sent, beside=list(beside))
 
     def settings(self, given: dict, roles: list[str] | None = None) -> dict:
-        """Return the settings as the module ``settings`` does in a play with these roles, or all; these are given."""
+        """Return the settings as the module ``settings`` does in a play with these roles, or all; these are given.
+
+        ``{"__vault__": text}`` is what ansible-vault makes of the text.
+        """
         return self._ask(given=given, roles=roles)
 
     def load(self, inventory: Path) -> dict[str, Any]:
@@ -99,9 +104,36 @@ def settings(given: dict, roles: list[str] | None) -> dict[str, Any]:
 
     folders = [path for path in sorted((ROOT / "roles").iterdir()) if roles is None or path.name in roles]
     templar, variables, trust, loader = templar_of(folders, {})
-    variables.update({name: trust(value) if isinstance(value, str) else value for name, value in given.items()})
+    variables.update({name: as_in_a_file(value, trust, loader) for name, value in given.items()})
     variables.update(inventory_hostname="mini", ansible_playbook_python=sys.executable)
     return find_settings(variables, templar, loader)
+
+
+def as_in_a_file(value: Any, trust: Any, loader: Any) -> Any:
+    """Return a value as Ansible reads it."""
+    from ansible.parsing.vault import VaultLib
+
+    if isinstance(value, list):
+        return [as_in_a_file(each, trust, loader) for each in value]
+    if isinstance(value, dict) and "__vault__" not in value:
+        return {name: as_in_a_file(each, trust, loader) for name, each in value.items()}
+    if isinstance(value, dict):
+        secrets = vault_secrets()
+        loader.set_vault_secrets(secrets)
+        text = VaultLib(secrets).encrypt(value["__vault__"]).decode()
+        return loader.load("it: !vault |\n" + textwrap.indent(text, "  "))["it"]
+    return trust(value) if isinstance(value, str) else value
+
+
+@cache
+def vault_secrets() -> list:
+    """Return the passwords with which ansible-vault encrypts; newer Ansibles are told them once."""
+    from ansible.parsing import vault
+
+    secrets = [("default", vault.VaultSecret(b"a password"))]
+    if hasattr(vault, "VaultSecretsContext"):
+        vault.VaultSecretsContext.initialize(vault.VaultSecretsContext(secrets))
+    return secrets
 
 
 def templar_of(roles: list[Path], given: dict) -> tuple[Any, dict, Any, Any]:

@@ -113,12 +113,27 @@ def test_no_playbook_forgets_its_settings(playbook: Path) -> None:
      {"server_job_name": "my server_job_name/server_job_name"}),
     # 4096 MB less 409 of cache and 128 besides, for 320 connections with 3 MB of their own
     ({}, {"postgres_work_mem": "8MB"}),
+    ({"instance_name": "{{ site.instance_name }}", "site": {"instance_name": "mine"}}, {"server_job_name": "mine"}),
     ({"instance_memory": "{{ 2 }}G", "postgres_settings": "shared_buffers=1GB"}, {"postgres_work_mem": "1MB"}),
 ])
 def test_what_follows_from_a_setting(given: dict, follows: dict, ansible: Reader) -> None:
     found = ansible.settings(given)
 
     assert {name: found[name] for name in follows} == follows
+
+
+def test_what_is_encrypted_is_text(ansible: Reader) -> None:
+    options = {"account": "{{ 'x' ~ databases_workers }}", "comment": {"__vault__": "secret"}}
+    given = {
+        "postgres_python_index_url": {"__vault__": "https://me:secret@example.org"}, "server_job_options": options,
+        "databases_workers": {"__vault__": "40"}, "postgres_networks": [{"__vault__": "10.0.0.0/8"}],
+    }
+
+    found = ansible.settings(given)
+
+    assert (found["postgres_python_index_url"], found["workers_number"]) == ("https://me:secret@example.org", 40)
+    assert found["server_job_options"] == {"account": "x40", "comment": "secret"}
+    assert found["postgres_networks"] == ["10.0.0.0/8"]
 
 
 def test_all_wrong_values_are_named_at_once(ansible: Reader) -> None:
