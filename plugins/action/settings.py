@@ -64,15 +64,25 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 def find_settings(variables: Mapping[str, Any], templar: Any, loader: Any) -> dict[str, Any]:
     """Return the settings as the play's variables have them, with Ansible's templar and loader."""
     options = options_of_roles()
+    here = roles_in(variables, options)
 
     def evaluate(value: Any, known: Mapping[str, Any]) -> Any:
         return templar.copy_with_new_env(available_variables=known).template(value)
 
     try:
-        return read_settings(variables, options, templar.is_template, evaluate)
+        return read_settings(variables, options, here, templar.is_template, evaluate)
     except Unknown:  # it has its default in a role that is not in this play; to read them all takes its time
         every = {**variables_of_roles(loader), **variables}
-        return read_settings(every, options, templar.is_template, evaluate, has_every_role=True)
+        return read_settings(every, options, here, templar.is_template, evaluate, has_every_role=True)
+
+
+def roles_in(variables: Mapping[str, Any], options: Mapping[str, dict]) -> set[str]:
+    """Return the roles in the play: those whose defaults are all there."""
+    absent = {
+        option["role"] for name, option in options.items()
+        if "default" in option and name.startswith(option["role"]) and name not in variables
+    }
+    return {option["role"] for option in options.values()} - absent
 
 
 def variables_of_roles(loader: Any, roles: Path = ROLES) -> dict[str, Any]:
@@ -86,22 +96,23 @@ def variables_of_roles(loader: Any, roles: Path = ROLES) -> dict[str, Any]:
 
 
 def options_of_roles(roles: Path = ROLES) -> dict[str, dict]:
-    """Return what the roles document of each setting; what the entry point ``main`` has counts first."""
+    """Return what the roles document of each setting, and which one does; the entry point ``main`` counts first."""
     options: dict[str, dict] = {}
     for path in sorted(roles.glob("*/meta/argument_specs.yml")):
         for entry_point in yaml_load(path.read_text(encoding="utf-8"))["argument_specs"].values():
             for name, option in entry_point.get("options", {}).items():
-                options.setdefault(name, option)
+                options.setdefault(name, {**option, "role": path.parts[-3]})
     return options
 
 
 def read_settings(
-    variables: Mapping[str, Any], options: Mapping[str, dict], is_template: Callable[[Any], bool],
+    variables: Mapping[str, Any], options: Mapping[str, dict], here: set[str], is_template: Callable[[Any], bool],
     evaluate: Callable[[Any, Mapping[str, Any]], Any], has_every_role: bool = False,
 ) -> dict[str, Any]:
     """Return every setting as its type has it, and ``None`` for one that is not given and has no default here.
 
-    A template is evaluated after the settings that it reads; ``evaluate`` takes it and all variables.
+    A template is evaluated after the settings that it reads; ``evaluate`` takes it and all variables. What it needs may
+    be given for some playbooks only, so that of a role that is not ``here`` may fail.
     """
     defaults = {name: option["default"] for name, option in options.items() if "default" in option}
     given = {name: value for name, value in defaults.items() if "{{" not in str(value)}
@@ -121,6 +132,8 @@ def read_settings(
         try:
             found = evaluate(given[name], {**variables, **settings, "__settings": settings})
         except AnsibleError as error:
+            if options[name]["role"] not in here:
+                return
             raise Refused(f"{name}: {error}") from error
         settings.update(take_all({name: found}, options))
 

@@ -13,7 +13,8 @@ author: mala.hpc_db contributors (@mala-project)
 description:
   - Returns each setting that a role of this collection documents, as the type in its C(argument_specs) has it.
     Whether it is given as text (C(-e NAME=VALUE)), in YAML or as JSON makes no difference then.
-  - The roles read the settings from here only. A setting that is not given has its default, or else V(null).
+  - The roles read the settings from here only. A setting that is not given has its default, or else V(null). So has one
+    of a role that is not in the play, if it is a template that cannot be evaluated there.
   - "In a text, a list may be written as C(a,b) or C([a, b]), and a dictionary as C(name=value,name=value) or
     C({name: value}). An empty text and V(null) are an empty text, list or dictionary."
   - A value that does not fit its type, or is none of the choices, is refused with the setting's name and what is

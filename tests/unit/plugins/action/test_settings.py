@@ -205,3 +205,14 @@ def test_text_has_its_type(name: str, value: Any, found: Any) -> None:
 def test_template_without_a_value_is_named(given: dict, says: str, ansible: Reader) -> None:
     with pytest.raises(Unusable, match=says):
         ansible.settings(given)
+
+
+def test_template_of_another_playbook_may_lack_a_value(ansible: Reader) -> None:
+    """Such as what is only given when that playbook is run."""
+    given = {"tensorboard_root": "~/{{ run }}", "restore_from": "{{ dump }}", "server_job_name": "mine"}
+
+    found = ansible.settings(given, ["instance", "server"])
+
+    assert (found["tensorboard_root"], found["restore_from"], found["server_job_name"]) == (None, None, "mine")
+    with pytest.raises(Unusable, match="^tensorboard_root: .*'?run'? is undefined"):
+        ansible.settings(given, ["instance", "tensorboard"])
