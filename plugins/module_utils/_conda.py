@@ -49,8 +49,11 @@ _FETCHING = re.compile(
 )
 # What a channel answers for good. All else may be better in a moment.
 _FINAL = re.compile(r"\b40[0134]\b|\b410\b|could not find subdir|certificate", re.IGNORECASE)
-# What conda adds to a problem, in several lines.
-_ADVICE = re.compile(r"\s+(Elapsed: |Current channels:).*", re.DOTALL)
+# What conda adds to a problem. Between and after these lines may be why a connection failed.
+_ADVICE = re.compile(
+    r"\s+(?:Elapsed: .*|CF-RAY: .*|An HTTP error occurred when .*|HTTP errors are often .*"
+    r"|If your current network has .*\n.*|Current channels:[\s\S]*)"
+)
 _SECRET = re.compile(r"(://)[^/\s]+(?=@)|(https?://\S*?/t/)[^/\s]+")
 # What is asked of the host, in the words of rattler and libmamba, or of conda's classic solver.
 _HOST_NEED = re.compile(r"__(?P<name>\w+)(?:\[version=')?\s*(?P<bounds>[<>]=?[\w.]+(?:,[<>]=?[\w.]+)*)")
@@ -297,8 +300,10 @@ def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Packa
     content = _last_object(stdout)
     if content.get("success") or (not content and code == 0):  # conda prints nothing about a lock file
         actions = content.get("actions") or {}
-        links = actions.get("LINK") or [] if isinstance(actions, dict) else []
-        return Answer(_after(actions, installed), links=tuple(links))
+        with suppress(AttributeError, KeyError, TypeError, ValueError):
+            links = actions.get("LINK") or [] if isinstance(actions, dict) else []
+            return Answer(_after(actions, installed), links=tuple(links))
+        return Answer({}, "provider", "its answer has an unknown form")
     if content.get("solver_problems"):
         return Answer({}, "specs", _one_line("; ".join(content["solver_problems"])))
     if not content and code in (124, 137):
@@ -307,16 +312,23 @@ def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Packa
     if not content and code in (126, 127):
         return Answer({}, program, _one_line(stderr))
     last_words = "\n".join((stderr or stdout).strip().splitlines()[-3:]) or "it said nothing"
-    blamed = [_blame(error, last_words, program) for error in content.get("errors") or [content]]
+    blamed = [_blame(error, last_words, program) for error in _flat(content)]
     # what has a remedy comes first, and what may pass last
     ranks = {"package_cache": 0, "channels": 2}
     setting = min((setting for setting, _problem in blamed), key=lambda setting: ranks.get(setting, 1))
     return Answer({}, setting, "; ".join(dict.fromkeys(problem for blames, problem in blamed if blames == setting)))
 
 
+def _flat(error: dict) -> list[dict]:
+    """Return the errors that this one is made of, or itself: conda nests them."""
+    parts = [part if isinstance(part, dict) else {"message": part} for part in error.get("errors") or []]
+    return [each for part in parts for each in _flat(part)] or [error]
+
+
 def _blame(error: dict, last_words: str, program: str) -> tuple[str, str]:
     """Return the setting to blame for an error, and the problem; ``program`` is the setting that names the client."""
-    name, problem = error.get("exception_name", ""), error.get("message") or error.get("error") or last_words
+    name, problem = (str(error.get(key) or "") for key in ("exception_name", "message"))
+    problem = problem or str(error.get("error") or last_words)
     damaged = _DAMAGED.search(problem)
     if damaged:
         return "package_cache", f"rm -r {shlex.quote(damaged[1])}"

@@ -320,7 +320,7 @@ def test_nothing_is_no_failure(stdout: str) -> None:
     assert parse_answer(0, stdout, "", BOTH, "conda") == Answer(BOTH)
 
 
-def nested(*errors: dict) -> dict:
+def nested(*errors: dict | str) -> dict:
     return {"error": "Multiple Errors Encountered.", "exception_name": "CondaMultiError", "errors": list(errors)}
 
 
@@ -361,6 +361,23 @@ looking for, navigate to
 
 and use the search bar at the top of the page.
 """
+# as in reports on conda 4 to 25
+NO_CERTIFICATE = """HTTP 000 CONNECTION FAILED for url <https://host/c/linux-64/repodata.json>
+Elapsed: -
+CF-RAY: a0d4d50e0e2572ed-IAD
+
+An HTTP error occurred when trying to retrieve this URL.
+HTTP errors are often intermittent, and a simple retry will get you on your way.
+
+If your current network has https://www.anaconda.com blocked, please file
+a support request with your network engineering team.
+
+SSLError(MaxRetryError("certificate verify failed"))
+"""
+NO_CERTIFICATE_IN_ONE_LINE = (
+    "HTTP 000 CONNECTION FAILED for url <https://host/c/linux-64/repodata.json> "
+    'SSLError(MaxRetryError("certificate verify failed"))'
+)
 NO_CHANNEL = """HTTP 404 UNAVAILABLE OR INVALID for channel channel <file:///no/channel>
 
 The channel is not accessible or is invalid.
@@ -401,6 +418,31 @@ The channel is not accessible or is invalid.
 def test_failure_of_a_real_conda(content: dict, setting: str, problem: str) -> None:
     """As conda 26.7.1 has said it, shortened."""
     assert parse_answer(1, json.dumps(content, indent=2), "", BOTH, "conda") == Answer({}, setting, problem)
+
+
+@pytest.mark.parametrize(
+    ("content", "setting", "problem"),
+    [
+        (nested(nested(CUT_OFF), nested(nested(CUT_OFF))), "channels", CUT_OFF["message"]),
+        (nested("no space"), "provider", "no space"),
+        ({"exception_name": None, "message": None, "error": "full"}, "provider", "full"),
+        ({"exception_name": "CondaHTTPError", "message": NO_CERTIFICATE}, "channels", NO_CERTIFICATE_IN_ONE_LINE),
+    ],
+)
+def test_failure_in_other_words(content: dict, setting: str, problem: str) -> None:
+    answer = parse_answer(1, json.dumps(content), "", BOTH, "conda")
+
+    assert answer == Answer({}, setting, problem)
+    assert may_pass(answer, ["conda-forge"]) is (answer.problem == CUT_OFF["message"])  # not with a wrong certificate
+
+
+@pytest.mark.parametrize(
+    "actions", ["none", ["none"], {"LINK": ["c::libpq-17.10-h_0"]}, {"LINK": [{"dist_name": "a"}]}]
+)
+def test_success_in_other_words(actions: object) -> None:
+    answer = parse_answer(0, json.dumps({"success": True, "actions": actions}), "", BOTH, "conda")
+
+    assert answer == Answer({}, "provider", "its answer has an unknown form")
 
 
 def test_warnings_come_before_the_answer() -> None:

@@ -99,7 +99,7 @@ def fail_to_fetch(name: str, problem: str, channel: str) -> NoReturn:
             fail(name, "UnavailableInvalidChannel", f"{words}\n\nThe channel is not accessible or is invalid.")
         fail(name, "", f"Download error (37) Couldn't read a file:// file [{channel}/linux-64/repodata.json]")
     if not status:
-        text = f"HTTP 000 CONNECTION FAILED for url <{channel}/linux-64/repodata.json>\nElapsed: -\n\nAn HTTP error"
+        text = f"HTTP 000 CONNECTION FAILED for url <{channel}/linux-64/repodata.json>\nElapsed: -\n"
         fail(name, "CondaHTTPError", text if name == "conda" else f"Download error (7) Could not connect [{channel}]")
     if name != "conda":
         fail(name, "", f"Transfer finalized, status: {status[1]} [{status[3]}] 0 bytes")
