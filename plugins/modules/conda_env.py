@@ -576,11 +576,21 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
         rewrite(note, MAKING if before is None else f"{CHANGING} {version}")
         if before is None:
             clear(prefix, left)
-        answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),))
-        after = look(prefix, "") if (prefix / "conda-meta").is_dir() else None
-        # The records decide whether it worked, whatever the client says, unless they were as wanted before.
-        proven = not is_wanted(before or {}, specs, params["locked"]) and is_whole(records_of(params["prefix"]))
-        if after is not None and is_wanted(after, specs, params["locked"]) and (proven or not answer.problem):
+
+        def look_again() -> Packages | None:
+            return look(prefix, "") if (prefix / "conda-meta").is_dir() else None
+
+        def is_done() -> bool:
+            """Tell whether the records, not as wanted before, prove that it worked, whatever the client says."""
+            if is_wanted(before or {}, specs, params["locked"]):
+                return False
+            with suppress(CondaError):  # a record is damaged
+                return is_wanted(look_again() or {}, specs, params["locked"]) and is_whole(records_of(params["prefix"]))
+            return False
+
+        answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),), is_done=is_done)
+        after = look_again()
+        if after is not None and is_wanted(after, specs, params["locked"]) and (is_done() or not answer.problem):
             rewrite(note, "")
             return before, after
         if before is None:
@@ -622,23 +632,35 @@ def clear(prefix: Path, note: str) -> None:
 
 
 def ask(
-    params: dict, run: Run, specs: list[Spec], before: Packages | None, dry_run: bool, keep_open: tuple[int, ...] = ()
+    params: dict,
+    run: Run,
+    specs: list[Spec],
+    before: Packages | None,
+    dry_run: bool,
+    keep_open: tuple[int, ...] = (),
+    is_done: Callable[[], bool] = lambda: False,
 ) -> Answer:
     """Have a client install the packages, or say what it would; it alone needs internet and time."""
     with tempfile.NamedTemporaryFile("w", prefix="conda_env-", suffix=".txt", encoding="utf-8") as lock_file:
         lock_file.write(params["lock"] or "")
         lock_file.flush()
         command = client_command(params, specs, before, dry_run, lock_file.name)
-        answer = ask_again(params, run, command, before, dry_run, keep_open)
+        answer = ask_again(params, run, command, before, dry_run, keep_open, is_done)
     if params["locked"] and answer.setting in ("channels", "specs"):
         return answer._replace(setting="lock")  # which alone names what is fetched
     return answer
 
 
 def ask_again(
-    params: dict, run: Run, command: list[str], before: Packages | None, dry_run: bool, keep_open: tuple[int, ...]
+    params: dict,
+    run: Run,
+    command: list[str],
+    before: Packages | None,
+    dry_run: bool,
+    keep_open: tuple[int, ...],
+    is_done: Callable[[], bool],
 ) -> Answer:
-    """Run a client, and again as long as the network is at fault and there is time."""
+    """Run a client, and again as long as the network is at fault, the work is not done and there is time."""
     channels = sorted({each.channel for each in params["locked"]}) or params["channels"]
     latest = time.monotonic() + params["timeout"]
     earlier: list[str] = []
@@ -649,7 +671,7 @@ def ask_again(
         if answer.setting == "timeout" and earlier:  # the network is why
             answer = Answer({}, "channels", f"{earlier[-1]}; the last attempt was stopped")
             break
-        if not may_pass(answer, channels) or time.monotonic() + pause >= latest:
+        if not may_pass(answer, channels) or is_done() or time.monotonic() + pause >= latest:
             break
         earlier.append(answer.problem)
         if before is None and not dry_run:
