@@ -175,6 +175,25 @@ def test_damaged_lock_file_changes_nothing(tmp_path: Path, channel: Path, provid
     assert env.neighbours == []
 
 
+@pytest.mark.parametrize("provider", ["conda", "micromamba"])
+def test_update_that_cannot_be_fetched_leaves_the_environment(tmp_path: Path, channel: Path, provider: str) -> None:
+    env = Environment(tmp_path, channel, provider)
+    env.keep()
+    files = env.files()
+    env.publish(hidden="none")
+    newer = next((tmp_path / "growing").glob("linux-64/libpq-17.10-*"))
+    whole = newer.read_bytes()
+    newer.unlink()
+    newer.write_bytes(whole[:-1000])
+
+    with pytest.raises(CondaError, match="channels: cannot read "):
+        env.keep(update=True)
+
+    assert env.neighbours == ["postgresql-17"] and env.files() == files  # not marked: a server may start
+    newer.write_bytes(whole)
+    assert env.keep(update=True)["packages"] == NEW
+
+
 def test_cache_that_a_kill_has_left_is_mended_by_the_command_that_is_named(tmp_path: Path, channel: Path) -> None:
     env = Environment(tmp_path, channel, "conda")
     env.keep()

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -194,10 +196,14 @@ async def main(name: str, options: argparse.Namespace) -> None:
         say(success=True, message="All requested packages already installed" + "." * (name == "conda"))
     if not options.dry_run:
         check_cache(name, [record for record in solved if describe(name, record) not in old.values()], cache)
+        cache.mkdir(parents=True, exist_ok=True)
+        install = functools.partial(rattler.install, solved, cache_dir=cache, show_progress=False, client=client)
         try:
-            await rattler.install(solved, target_prefix=prefix, cache_dir=cache, show_progress=False, client=client)
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:  # all is fetched before the prefix is touched
+                await install(target_prefix=scratch)
         except InstallerError as error:
             fail_to_install(name, str(error), solved)
+        await install(target_prefix=prefix)
     unlinked = [package for package in old.values() if package not in new.values()]
     linked = [package for package in new.values() if package not in old.values()]
     actions = {"PREFIX": str(prefix), "UNLINK": unlinked, "LINK": linked}
