@@ -35,8 +35,10 @@ ARGUMENT_SPEC = {
 TIMEOUT = 120
 # Its end has begun and nothing brings it back.
 LEAVING = "COMPLETING"
-# What colours an answer, or moves the cursor.
-ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])|\r")
+# Whatever colours an answer or moves the cursor: escape sequences, and all control characters but tab and newline.
+ESCAPES = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])|[\x00-\x08\x0b-\x1f\x7f]"
+)
 
 
 class SchedulerError(Exception):

@@ -110,7 +110,7 @@ def submit_command(name: str, script: str, options: dict, output: str) -> list[s
 
 def parse_submit(text: str) -> str | None:
     """Return the id of the new job, which may stand in a sentence, between lines of the site; None if there is none."""
-    found = re.findall(r"^\s*(?:Submitted batch job )?(\d+)(?:;.*)?\s*$", text, re.ASCII | re.MULTILINE)
+    found = re.findall(r"^\s*(?:Submitted batch job )?(\d+)(?:;.*| on cluster \S+)?\s*$", text, re.ASCII | re.MULTILINE)
     return found[-1] if found else None
 
 

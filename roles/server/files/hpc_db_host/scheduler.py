@@ -30,8 +30,10 @@ from typing import Dict, List, Optional, Sequence, Tuple
 # The variables that every scheduler's commands are given. All others stay out: SQUEUE_PARTITION in a .bashrc hides
 # jobs, and inside a job there are variables that describe that job. plugins/module_utils/_environment.py has the same.
 INHERITED = ("HOME", "KRB5CCNAME", "LD_LIBRARY_PATH", "LOGNAME", "PATH", "SHELL", "TZ", "USER")
-# What colours an answer, or moves the cursor.
-ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])|\r")
+# Whatever colours an answer or moves the cursor: escape sequences, and all control characters but tab and newline.
+ESCAPES = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])|[\x00-\x08\x0b-\x1f\x7f]"
+)
 
 
 def adapter(name: str) -> Optional[ModuleType]:

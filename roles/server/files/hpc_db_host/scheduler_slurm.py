@@ -52,7 +52,7 @@ def parse_queue(stdout: str) -> List[Tuple[str, str]]:
 
 def parse_submit(stdout: str) -> Optional[str]:
     """Return the id, which may stand in a sentence, between lines of the site."""
-    found = re.findall(r"^\s*(?:Submitted batch job )?([0-9]+)(?:;.*)?\s*$", stdout, re.MULTILINE)
+    found = re.findall(r"^\s*(?:Submitted batch job )?([0-9]+)(?:;.*| on cluster \S+)?\s*$", stdout, re.MULTILINE)
     return found[-1] if found else None
 
 

@@ -14,7 +14,7 @@ from ansible_collections.mala.hpc_db.plugins.doc_fragments.scheduler import Modu
 from ansible_collections.mala.hpc_db.plugins.module_utils import _local, _scheduler, _slurm
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SCHEDULERS, SchedulerError, make_run
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
-from hpc_db_host import scheduler_slurm
+from hpc_db_host import scheduler, scheduler_slurm
 
 
 def test_submission_passes_every_option_as_one_argument():
@@ -43,6 +43,7 @@ def test_check_neither_needs_a_script_nor_submits():
     ("Welcome!\nYou have 3 hours left.\n12\n", "12"),
     ("Welcome!\n12\n--> 12 % of the allocation are left\n", "12"),
     ("Submitted batch job 12\n", "12"),
+    ("Submitted batch job 12 on cluster hemera\n", "12"),
     ("", None),
     ("12 13", None),
     ("--> 12 % of the allocation are left\n", None),
@@ -253,11 +254,16 @@ def test_run_gives_a_few_variables_that_are_known(monkeypatch):
     assert "SLURM_CONF=/s\n" in said and f"PATH={os.environ['PATH']}\n" in said
 
 
-def test_run_returns_no_colours():
-    printed = make_run(Module())(["printf", "\\033[1;32m12\\033[0m;mini\\r\\n\\033]0;title\\007x\\n"])
+@pytest.mark.parametrize("printed", [
+    r"\033[1;32m12\033[0m;mini\r\n\033]0;title\007",
+    r"\033(B\033[m\033[32m12\033(B\033[m\n", r"\033712\0338\a\n", r"12\033[m\017\033",  # as of tput
+])
+def test_colours_are_no_answer(printed):
+    """Neither for modules nor for the hosting program."""
+    said = make_run(Module())(["printf", printed])
 
-    assert _slurm.parse_submit(printed) == "12"
-    assert "\x1b" not in printed and "\r" not in printed
+    assert said.strip() in ("12", "12;mini")
+    assert scheduler.ESCAPES == _scheduler.ESCAPES
 
 
 def test_run_is_where_later_jobs_are_submitted_from(tmp_path):
