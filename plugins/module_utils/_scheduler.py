@@ -195,10 +195,16 @@ def find_idle_nodes(params: dict, run: Run) -> list[str]:
 
 
 def hosts_of(scheduler: ModuleType, nodes: Iterable[str], run: Run) -> set[str]:
-    """Return the single nodes of what jobs have, such as c[1-3]."""
+    """Return the single nodes of what jobs have, such as c[1-3]; raise ValueError if the answer names none."""
     written = ",".join(sorted(filter(None, nodes)))
+    if not written:
+        return set()
     command = scheduler.nodes_command(written)
-    return set(scheduler.parse_hosts(run(command) if command else written)) if written else set()
+    printed = run(command) if command else written
+    found = set(scheduler.parse_hosts(printed))
+    if not found:
+        raise ValueError(f"no nodes of {written} in what was printed: {printed.strip()[:200]!r}")
+    return found
 
 
 def _weight(job: dict) -> tuple:

@@ -154,7 +154,7 @@ def limit_command(options: dict) -> list[str] | None:
 
 def check_limit(text: str, options: dict) -> None:
     """Raise ValueError if the time that was asked for is above the limit of every partition."""
-    limits = dict(line.strip().rsplit("|", 1) for line in text.splitlines() if "|" in line)
+    limits = dict(re.findall(r"^[ \t]*([^\s|]+)\|(\S+)[ \t]*$", text, re.MULTILINE))
     longest = max((parse_time(limit) or math.inf for limit in limits.values()), default=math.inf)
     if (parse_time(str(options["time"])) or 0) > longest:
         known = ", ".join(f"{partition} {limit}" for partition, limit in sorted(limits.items()))

@@ -182,6 +182,7 @@ def test_limit_is_asked_for_only_where_it_decides(options, asked):
     ("short|30:00\nlong|7-00:00:00\n", "72:00:00", False),
     ("short|30:00\nlong|2-00:00:00\n", "72:00:00", True),
     ("", "72:00:00", False),
+    ("Welcome to | mini\ndefq|1-00:00:00\n--> 12 % are left\n", "72:00:00", True),
 ])
 def test_time_above_the_limit_of_every_partition(limits, time, refused):
     options = {"partition": "defq", "time": time}

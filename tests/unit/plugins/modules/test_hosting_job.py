@@ -462,5 +462,13 @@ def test_nodes_without_a_job_of_ours(jobs, idle):
     assert find_idle_nodes({"scheduler": "slurm"}, run) == idle
 
 
+@pytest.mark.parametrize("printed", ["", "\n", "Welcome to Slurm\n"])
+def test_nodes_are_not_idle_where_those_of_our_jobs_are_not_told(printed):
+    answers = {"squeue": "JOBID|\n5|0|RUNNING|7|c1|train|\n", "sinfo": "idle|c1\n", "scontrol": printed}
+
+    with pytest.raises(ValueError, match="^no nodes of c1 in what was printed: '"):
+        find_idle_nodes({"scheduler": "slurm"}, lambda command: answers[command[0]])
+
+
 def test_a_machine_without_a_scheduler_has_no_idle_nodes():
     assert find_idle_nodes({"scheduler": "local"}, None) == []
