@@ -49,7 +49,9 @@ PASSING = re.compile(
     r"|Required node not available \(down, drained or reserved\)"
 )
 # Of a node's state: no job begins there now. The signs stand for one that does not answer, or is under maintenance.
-OUT = re.compile(r"down|drain|fail|maint|reserved|reboot|power|unknown|[*$@!%]", re.IGNORECASE)
+OUT = re.compile(r"down|drain|fail|inval|maint|reserved|reboot|power|unknown|[*$@^!%]", re.IGNORECASE)
+# Flags that choose among nodes by what is not read here.
+CHOOSING = re.compile(r"--((cluster-)?constraint|exclu|gpus|gres=|node(file|list)|reservation|tmp|tres-)")
 MEMORY = re.compile(r"\d+([KMGT]B?)?", re.ASCII | re.IGNORECASE)
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
 
@@ -181,9 +183,18 @@ def parse_unavailable(text: str, options: dict) -> str:
     cpus = whole(options.get("cpus-per-task")) * whole(options.get("ntasks-per-node"))
     memory = max(megabytes(options.get("mem")), megabytes(options.get("mem-per-cpu")) * cpus)
     fitting = {row[2]: row for row in rows if int(row[4]) >= memory and int(row[5]) >= cpus}
-    missing = [f"{name} {row[3]}" for name, row in sorted(fitting.items()) if OUT.search(row[3])]
+    there = {name: row for name, row in fitting.items() if not OUT.search(row[3])}
     shut = sorted({f"partition {row[0].rstrip('*')} {row[1]}" for row in fitting.values() if row[1] != "up"})
-    return ", ".join(shut or missing) if len(fitting) >= whole(options.get("nodes")) else ""
+    chosen = any(CHOOSING.match(flag) for flag in flags(options))
+    if not suffice(fitting, options) or (not shut and not chosen and suffice(there, options)):
+        return ""
+    return ", ".join(shut or [f"{name} {fitting[name][3]}" for name in sorted(fitting.keys() - there.keys())])
+
+
+def suffice(nodes: dict, options: dict) -> bool:
+    """Tell whether these nodes, each with its CPUs as the last field, are enough for all of the job's tasks."""
+    cpus = whole(options.get("ntasks")) * whole(options.get("cpus-per-task"))
+    return len(nodes) >= whole(options.get("nodes")) and sum(int(row[5]) for row in nodes.values()) >= cpus
 
 
 def megabytes(value: object) -> int:

@@ -182,13 +182,19 @@ UNAVAILABLE = "sbatch: error: allocation failure: Requested node configuration i
     ({"partition": "defq", "mem": "3G"}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|2000|4\n", "c1 drained"),
     ({"partition": "defq"}, "Welcome!\ndefq*|up|c1|maint|4000|4\n", "c1 maint"),
     ({"partition": "defq"}, "defq*|down|c1|idle|4000|4\n", "partition defq down"),
+    ({"nodes": 2}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 drained"),
+    ({"ntasks": 8}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 drained"),
+    ({"constraint": "a100"}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 drained"),
+    ({"nodelist": "c1"}, "defq*|up|c1|idle^|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 idle^"),
     # No node has that, whatever its state is.
     ({"partition": "defq", "mem": "5G"}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "mem": 5000}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "mem-per-cpu": "2G", "cpus-per-task": 2}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "cpus-per-task": 8}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "nodes": "2-4"}, "defq*|up|c1|drained|4000|4\n", None),
-    # All are there, so it is something else.
+    ({"partition": "defq", "ntasks": 8}, "defq*|up|c1|drained|4000|4\n", None),
+    # All are there, or as many as it takes, so it is something else.
+    ({"constraint": False}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", None),
     ({"partition": "defq"}, "defq*|up|c1|idle|4000|4\ndefq*|up|c2|mixed|4000|4\n", None),
     ({"partition": "defq"}, "", None),
 ])
