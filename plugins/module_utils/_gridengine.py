@@ -28,10 +28,10 @@ OWNED = (
 OWN_VARIABLES = ["SGE_CELL", "SGE_CLUSTER_NAME", "SGE_EXECD_PORT", "SGE_QMASTER_PORT", "SGE_ROOT"]
 # Options of qstat that choose jobs, or print something else, and that no option overrides without a loss.
 FILTERS = ("-U", "-dj", "-dq", "-explain", "-f", "-F", "-g", "-help", "-j", "-l", "-pe", "-q", "-qs")
-# Options of qsub that make it wait, print or hold a job, or that end postgres beside its supervisor (see ask_command),
-# and that no option overrides; those of the second list are followed by yes or no.
-BREAKING = ("-C", "-h", "-help", "-notify", "-now", "-soft", "-sync", "-t", "-verify")
-ANSWERED = ("-now", "-sync")
+# Options of qsub that make it wait, print or hold a job, take a script for a program, or end postgres beside its
+# supervisor (see ask_command), and that a job script cannot override; those of the second list take yes or no.
+BREAKING = ("-C", "-b", "-h", "-help", "-notify", "-now", "-soft", "-sync", "-t", "-verify")
+ANSWERED = ("-b", "-now", "-sync")
 # Options that say yes or no.
 SWITCHES = ("R", "r")
 # What the hosts report, which qsub does not look at when it judges a job: it would refuse it.

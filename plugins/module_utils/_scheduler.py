@@ -54,7 +54,7 @@ def make_run(module: AnsibleModule, params: dict | None = None) -> Run:
     local = params["scheduler"] == "local"
     bin_dir = None if local else params["bin_dir"]
     host = Path(params["root"], "host")  # where all later jobs are submitted from
-    cwd = next(folder for folder in (host, *host.parents) if folder.is_dir())
+    cwd = next(folder for folder in (host, *host.parents) if os.access(folder, os.X_OK))
     environment = SCHEDULERS[params["scheduler"]].environment(os.environ, bin_dir or "")
 
     def run(command: list) -> str:

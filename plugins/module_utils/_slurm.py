@@ -25,8 +25,8 @@ HEAD = ("array", "job-name", "output")
 # or Slurm itself has set the variable, inside a job.
 UNTOLD = re.compile(r"debug|export|get-user-env|ignore-pbs|mem-bind.*|threads-per-core")
 RENAMED = {
-    "array-inx": "array", "mem-per-node": "mem", "req-switch": "switches", "timelimit": "time",
-    "wait4switch": "switches",
+    "array-inx": "array", "burst-buffer": "bb", "cpu-freq-req": "cpu-freq", "mem-per-node": "mem",
+    "req-switch": "switches", "segment-size": "segment", "timelimit": "time", "wait4switch": "switches",
 }
 # What has no process any more. Any other state counts as one that has, also one that says something else and may hide
 # that the job runs: REVOKED (on another cluster of a federation), LAUNCH_FAILED.

@@ -258,7 +258,8 @@ def test_defaults_of_qstat_that_hide_jobs_are_refused(name, ask, home):
 @pytest.mark.parametrize("name", [".sge_request", "sge/default/common/sge_request"])
 @pytest.mark.parametrize("text, option", [
     ("-q all.q\n-sync y\n", "-sync"), ("-notify\n", "-notify"), ("-t 1-3", "-t"), ("-h -j y\n", "-h"),
-    ("-sync n -now no\n# -t 1-3\n-P project -m n\n", ""), ("", ""),
+    ("-cwd -b yes\n", "-b"),
+    ("-sync n -now no -b n\n# -t 1-3\n-P project -m n\n", ""), ("", ""),
 ])
 def test_defaults_of_qsub_with_which_no_job_is_hosted_are_refused(text, option, name, home):
     (home / name).write_text(text)

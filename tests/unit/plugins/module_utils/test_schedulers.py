@@ -294,6 +294,7 @@ def test_run_gives_up_a_command_that_does_not_answer(monkeypatch):
     ({"SBATCH_ACCOUNT": "hpc"}, {}, "account: not set, but your login shell sets SBATCH_ACCOUNT='hpc', which no "),
     ({"SBATCH_PARTITION": "debug"}, {"account": "hpc"}, "partition: not set, but "),
     ({"SBATCH_TIMELIMIT": "10"}, {}, "time: not set, but "),
+    ({"SBATCH_CPU_FREQ_REQ": "high"}, {}, "cpu-freq: not set, but "),
     ({"SBATCH_MEM_PER_CPU": "1G"}, {}, "mem-per-cpu: not set, but "),
     ({"SBATCH_EXCLUSIVE": ""}, {}, "exclusive: not set, but "),
     ({"SBATCH_ACCOUNT": "a\nb"}, {}, r"SBATCH_ACCOUNT='a\nb'"),
