@@ -19,6 +19,8 @@ description:
   - A channel that cannot be reached is tried twice again, after 2 and 8 seconds, besides what the client does itself.
   - An installation that was interrupted is repeated from the start by the next run. The file O(prefix) with
     C(.unfinished) appended marks it until then, and makes a second run at the same time wait for the first.
+extends_documentation_fragment:
+  - mala.hpc_db.slices
 attributes:
   check_mode:
     support: full
@@ -231,7 +233,7 @@ from typing import Callable
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils import _lock, _rattler_helper
+from ansible_collections.mala.hpc_db.plugins.module_utils import _lock, _rattler_helper, _slices
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     BEFORE_LINKING,
     LOAD_FAILED,
@@ -291,7 +293,7 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
     prefix = Path(params["prefix"])
     marker = prefix.with_name(prefix.name + ".unfinished")
     if params["state"] == "absent":
-        before, after = remove(prefix, marker, params["timeout"], check_mode), None
+        before, after = remove(params, prefix, marker, check_mode), None
     else:
         note = note_of(marker)
         before = after = look(prefix, note)
@@ -564,7 +566,7 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
     """Create or change the environment; return its packages before and after."""
     prefix = Path(params["prefix"])
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with alone_at(marker, params["timeout"], "timeout") as note:
+    with alone_at(marker, params["timeout"], "timeout", params) as note:
         left = note.read()
         before = look(prefix, left)  # again, since another run may have ended just now
         if before is not None and not left and is_wanted(before, specs, params["locked"]):
@@ -602,7 +604,7 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
         raise CondaError(explain(answer if answer.problem else lacking, params, specs, glibc_of(params)))
 
 
-def remove(prefix: Path, marker: Path, timeout: int, check_mode: bool) -> Packages | None:
+def remove(params: dict, prefix: Path, marker: Path, check_mode: bool) -> Packages | None:
     """Remove the environment, or the rest of one; return its packages, or None if there was nothing."""
 
     def look_for_rest(note: str) -> Packages | None:
@@ -614,7 +616,7 @@ def remove(prefix: Path, marker: Path, timeout: int, check_mode: bool) -> Packag
         raise CondaError(f"prefix: {prefix} is a conda installation; only an environment is removed")
     if check_mode or (before is None and not marker.exists()):
         return before
-    with alone_at(marker, timeout, "timeout") as note:
+    with alone_at(marker, params["timeout"], "timeout", params) as note:
         before = look_for_rest(note.read())
         if before is not None:
             rewrite(note, MAKING)
@@ -770,6 +772,7 @@ def main() -> None:
             "module_load": {"type": "str"},
             "package_cache": {"type": "path"},
             "timeout": {"type": "int", "default": 1800},
+            **_slices.OPTIONS,
         },
         required_if=[("state", "present", ["specs"]), ("state", "staged", ["specs", "host", "archives"])],
         supports_check_mode=True,
@@ -777,6 +780,8 @@ def main() -> None:
     run = functools.partial(module.run_command, expand_user_and_vars=False)
     try:
         result = ensure_env(module.params, run, module.check_mode)
+    except _slices.Waiting as waiting:
+        result = waiting.result()
     except (CondaError, OSError) as error:
         module.fail_json(msg=one_line(error))
     module.exit_json(**result)

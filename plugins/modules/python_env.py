@@ -88,6 +88,7 @@ options:
     type: str
 extends_documentation_fragment:
   - mala.hpc_db.attributes
+  - mala.hpc_db.slices
 attributes:
   check_mode:
     support: full
@@ -131,6 +132,7 @@ from pathlib import Path
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _slices
 from ansible_collections.mala.hpc_db.plugins.module_utils._marker import alone_at, rewrite
 from ansible_collections.mala.hpc_db.plugins.module_utils._pip import (
     OFFLINE,
@@ -254,7 +256,7 @@ def bring(params: dict, run: Run) -> bool:
     """
     path, marker = params["path"], Path(params["path"] + UNFINISHED)
     marker.parent.mkdir(parents=True, exist_ok=True)
-    with alone_at(marker, PATIENCE, "path") as note:
+    with alone_at(marker, PATIENCE, "path", params) as note:
         left = note.read()
         if not left and is_satisfied(params):  # another run has done it just now
             return False
@@ -386,6 +388,7 @@ def main() -> None:
                 "requirements": {"type": "list", "elements": "str", "required": True},
             }},
             "advice": {"type": "str"},
+            **_slices.OPTIONS,
         },
         required_if=[("layout", "wheels", ["host"])],
         supports_check_mode=True,
@@ -393,6 +396,8 @@ def main() -> None:
     os.umask(0o077)
     try:
         result = ensure_all(module.params, functools.partial(run_command, module), module.check_mode)
+    except _slices.Waiting as waiting:
+        result = waiting.result()
     except (Failed, OSError) as error:
         module.fail_json(msg=one_line(error))
     module.exit_json(**result)

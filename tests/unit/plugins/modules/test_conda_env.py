@@ -24,6 +24,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     parse_spec,
     satisfies,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils._slices import Waiting
 from ansible_collections.mala.hpc_db.plugins.modules import conda_env
 from ansible_collections.mala.hpc_db.plugins.modules.conda_env import ensure_env, find_program
 
@@ -778,6 +779,8 @@ def test_waits_for_another_run(prefix: Path, client: FakeClient) -> None:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(TimeoutError, match=f"timeout: after 0 s another run still holds {marker}"):
             ensure_env(params_for(prefix, timeout=0), client, False)
+        with pytest.raises(Waiting, match=f"^another run holds {marker}, "):
+            ensure_env(params_for(prefix, slice=1e-9), client, False)
 
         def finish() -> None:
             make_env(prefix, NEW)

@@ -13,6 +13,7 @@ import zipfile
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._pip import pip_command
+from ansible_collections.mala.hpc_db.plugins.module_utils._slices import Waiting
 from ansible_collections.mala.hpc_db.plugins.modules import python_env
 from ansible_collections.mala.hpc_db.plugins.modules.python_env import (
     Failed,
@@ -185,9 +186,11 @@ def test_pip_that_outlives_its_killed_run_is_waited_for(params, tmp_path, monkey
         with pytest.raises(TimeoutError, match="path: after 0 s another run still holds .*/python.unfinished"):
             ensure_packages(params, second, check_mode=False)
         assert second.calls == []
+        patched.setattr(python_env, "PATIENCE", 60)
+        with pytest.raises(Waiting, match="^another run holds .*/python.unfinished, 60 s are allowed$"):
+            ensure_packages({**params, "slice": 1e-9}, second, check_mode=False)
         ending = threading.Timer(0.5, pip.stdin.close)
         ending.start()
-        patched.setattr(python_env, "PATIENCE", 60)
         result = ensure_packages(params, second, check_mode=False)
         assert pip.wait(0) == 0
 
