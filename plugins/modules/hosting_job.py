@@ -301,7 +301,7 @@ def main() -> None:
 
     def endpoint(verb: str) -> bool:
         host = os.path.join(module.params["root"], "host")
-        command = [sys.executable, "-m", "hpc_db_host.endpoint", verb]
+        command = [sys.executable, "-m", "hpc_db_host.endpoint", verb, module.params["name"]]
         if not os.path.isdir(host):
             return False
         returncode, stdout, stderr = module.run_command(

@@ -290,7 +290,8 @@ def test_endpoint_that_a_dead_server_left_behind_is_withdrawn(slurm: Site) -> No
     """And only once no job of the name is left."""
     home = slurm.state / "home/alice"
     slurm.login.run("mkdir -p hpc_db/host hpc_db/run; ln -s /srv/host/hpc_db_host hpc_db/host")
-    (home / "hpc_db/host/settings.json").write_text(json.dumps({"instance": "hpc_db", "cluster": "mini"}))
+    settings = dict.fromkeys(["instance", "job_name", "cluster"], "hpc_db")
+    (home / "hpc_db/host/settings.json").write_text(json.dumps(settings))
     (home / ".pg_service.conf").write_text("[hpc_db]\nhost=c1\n[other]\nhost=x\n")
     slurm.login.run("touch hpc_db/run/endpoint.json")
 

@@ -200,7 +200,9 @@ def left_behind(tmp_path):
     for folder in ("host", "run"):
         (tmp_path / folder).mkdir()
     service = tmp_path / "service"
-    settings = {"instance": "hpc_db", "cluster": "mini", "service_file": str(service), "lease_ttl": 90}
+    settings = {
+        "instance": "hpc_db", "job_name": "studies", "cluster": "mini", "service_file": str(service), "lease_ttl": 90,
+    }
     (tmp_path / "host" / "settings.json").write_text(json.dumps(settings))
     service.write_text("[other]\nhost=x\n")
     where = {"instance": "hpc_db", "host": "c1", "port": 5433, "job": "7", "pooler": {"host": "c1", "port": 6432}}
@@ -208,8 +210,8 @@ def left_behind(tmp_path):
     return tmp_path
 
 
-def say(root, verb):
-    call = [sys.executable, "-m", "hpc_db_host.endpoint", verb]
+def say(root, verb, job="studies"):
+    call = [sys.executable, "-m", "hpc_db_host.endpoint", verb, job]
     environment = {**os.environ, "PYTHONPATH": str(Path(endpoint.__file__).parents[1])}
     return subprocess.run(call, cwd=root / "host", env=environment, capture_output=True, text=True, check=True).stdout
 
@@ -234,6 +236,11 @@ def test_server_of_which_nobody_here_knows_keeps_its_endpoint(holder, withdrawn,
 
     assert json.loads(say(left_behind, "withdraw")) is withdrawn
     assert (left_behind / "run" / "endpoint.json").exists() is not withdrawn
+
+
+def test_server_under_the_name_before_the_last_change_keeps_its_endpoint(left_behind):
+    assert [say(left_behind, verb, "renamed") for verb in ("look", "withdraw")] == ["false\n"] * 2
+    assert say(left_behind, "look") == "true\n"
 
 
 def test_nothing_is_withdrawn_where_nothing_was_ever_hosted(tmp_path):

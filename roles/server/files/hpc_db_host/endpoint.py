@@ -8,8 +8,8 @@ beside it, the section with ``-pooled`` after the instance's name leads there; n
 
 For one that nobody took back, as its node died, call it in <root>/host:
 
-    python3 -m hpc_db_host.endpoint look        print whether there is an endpoint, as JSON
-    python3 -m hpc_db_host.endpoint withdraw    the same, and take it back
+    python3 -m hpc_db_host.endpoint look JOB        print whether jobs of this name have left an endpoint, as JSON
+    python3 -m hpc_db_host.endpoint withdraw JOB    the same, and take it back
 """
 
 import argparse
@@ -166,15 +166,16 @@ def main() -> int:
         prog="hpc_db_host.endpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("verb", choices=("look", "withdraw"))
-    verb = parser.parse_args().verb
+    parser.add_argument("job")
+    asked = parser.parse_args()
     os.umask(0o077)
     settings, run = files.read_json("settings.json") or {}, os.path.join("..", "run")
     try:
-        found = "instance" in settings and is_there(run, service_file(settings), settings["instance"])
+        found = settings.get("job_name") == asked.job and is_there(run, service_file(settings), settings["instance"])
         holder = contender(run).holder() if found else None
         if holder and not can_be_asked(holder, settings["cluster"]):
             found = False  # that of a server elsewhere, of which the scheduler here knows nothing
-        if found and verb == "withdraw":
+        if found and asked.verb == "withdraw":
             withdraw(run, service_file(settings), settings["instance"], PATIENCE_SECONDS)
     except OSError as error:
         raise SystemExit(str(error)) from None
