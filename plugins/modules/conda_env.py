@@ -71,7 +71,7 @@ options:
       - What solves and installs.
       - V(rattler) needs no conda, but an interpreter that has py-rattler.
       - V(conda) uses the conda, mamba or micromamba that is there. What conda solves with, C(classic), C(libmamba)
-        or C(rattler), is the user's own configuration (C(solver)). Its C(create_default_packages) are left out.
+        or C(rattler), is the user's own configuration (C(solver)). C(create_default_packages) there is ignored.
       - All count what the host is among the packages (C(__glibc)). What needs a newer host is refused.
     type: str
     choices: [rattler, conda]
@@ -145,8 +145,8 @@ options:
       - The folder for downloaded packages. The environment shares its files by hard links where both are on
         one file system.
       - The client's own if not set, mostly in the home directory.
-      - conda does not mend a package that it was killed in the middle of unpacking there. The command that removes it
-        is named then.
+      - If conda is killed while it unpacks a package there, it keeps using the incomplete package. The error message
+        then names the command that removes it.
     type: path
   timeout:
     description:
@@ -464,6 +464,12 @@ def records_of(prefix: str) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in Path(prefix).glob("conda-meta/*.json")]
 
 
+def has_all_files(prefix: Path) -> bool:
+    """Tell whether every file in the records exists: a client that failed may have removed some before their record."""
+    named = (name for record in records_of(str(prefix)) for name in record.get("files") or [])
+    return all(os.path.lexists(prefix / name) for name in named)
+
+
 def newest(params: dict, run: Run, specs: list[Spec], version: str) -> list[Spec]:
     """Return the newest packages that satisfy the specs, exactly. PostgreSQL gets no older, nor another major."""
     solved = plan(params, run, [*keep_major(specs, version), *no_older(version)], None).packages
@@ -598,7 +604,7 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
         if before is None:
             clear(prefix, MAKING)
             rewrite(note, "")
-        elif before == after and answer.setting in BEFORE_LINKING[params["provider"]]:
+        elif before == after and (answer.setting in BEFORE_LINKING[params["provider"]] or has_all_files(prefix)):
             rewrite(note, left)
         lacking = Answer({}, "provider", f"it ended well, but {prefix} lacks what it should have")
         raise CondaError(explain(answer if answer.problem else lacking, params, specs, glibc_of(params)))

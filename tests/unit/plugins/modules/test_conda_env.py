@@ -545,6 +545,29 @@ def test_records_that_a_kill_has_left_tell_nothing(prefix: Path, client: FakeCli
     assert marker.read_text() == "changing 17.2"
 
 
+@pytest.mark.parametrize("is_touched", [False, True])
+@pytest.mark.parametrize("problem", ["No writeable pkgs directories configured.", "solver libmamba was not recognized"])
+def test_environment_of_which_every_file_is_there_is_not_marked(
+    prefix: Path, client: FakeClient, provider: str, problem: str, is_touched: bool
+) -> None:
+    make_env(prefix, OLD)
+    record = prefix / "conda-meta/libpq-17.2-h_0.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "files": ["keep"]}))
+
+    def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        if is_touched:
+            (prefix / "keep").unlink()
+        return 1, json.dumps({"exception_name": "CondaError", "message": problem}), ""
+
+    params = params_for(prefix, provider=provider, specs=["postgresql==17.10"])
+    with pytest.raises(CondaError, match=f"^provider: {provider}: {problem}$"):
+        ensure_env(params, run, False)
+
+    marker = prefix.with_name("postgresql-17.unfinished")
+    assert (marker.read_text() if marker.exists() else "") == ("changing 17.2" if is_touched else "")
+    assert ensure_env(params, client, False)["packages"] == NEW
+
+
 NOT_THERE = """The following packages are not available from current channels:
 
   - postgresql==17.99
