@@ -20,7 +20,7 @@ NAMES = some.text(LETTERS, min_size=1, max_size=12) | some.sampled_from(
      "a\u2028\x85b\n\r\x0c"]
 )
 TEXTS = some.text(LETTERS, max_size=12) | some.sampled_from(["\ud800", "\0", "\udc80.traj", "</script>", "x" * 5000])
-NUMBERS = some.floats() | some.floats(-1, 1)
+NUMBERS = some.floats() | some.floats(-1, 1) | some.sampled_from([math.inf, -math.inf, math.nan, -0.0, 5e-324])
 FINITE = some.floats(-1e6, 1e6)
 LEAVES = some.none() | some.booleans() | some.integers(-(2**70), 2**70) | NUMBERS | TEXTS
 JSON = some.recursive(
@@ -58,10 +58,12 @@ def parameters(draw: some.DrawFn) -> tuple[str, some.SearchStrategy]:
         choices = [each for number, each in enumerate(choices) if choices.index(each) == number]
         return distribution("CategoricalDistribution", choices=choices), some.integers(0, len(choices) - 1)
     if kind == "int":
-        low, high = sorted([draw(some.integers(1, 10**9)), draw(some.integers(1, 10**9))])
         log = draw(some.booleans())
-        held = distribution("IntDistribution", low=low, high=high, step=1, log=log)
-        return held, some.integers(low, high) | some.just(high + 7)
+        stride = 1 if log else draw(some.integers(1, 3))
+        low, steps = draw(some.integers(1 if log else -(10**9), 10**9)), draw(some.integers(0, 10**9))
+        high = low + stride * steps
+        held = distribution("IntDistribution", low=low, high=high, step=stride, log=log)
+        return held, some.integers(0, steps).map(lambda number: low + stride * number) | some.just(high + 7)
     least, most = sorted([abs(draw(FINITE)) + 1e-9, abs(draw(FINITE)) + 1e-9])
     if kind == "step":
         least, most = float(int(least)), float(int(least)) + 10
@@ -104,17 +106,21 @@ def studies(draw: some.DrawFn) -> dict[str, Any]:
 
 
 def drawn(number: int) -> list[dict[str, Any]]:
-    """Return so many studies, the same each time."""
+    """Return so many studies, the same each time, and no two of the same parameters, as hypothesis likes to draw."""
     found: list[dict[str, Any]] = []
+    spaces: list[set[str]] = [set()]
 
     @settings(
-        max_examples=number, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+        max_examples=number * 5, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
     @given(studies())
     def collect(study: dict[str, Any]) -> None:
-        # Two of one name would be one study.
-        found.append({**study, "name": f"{len(found)} {study['name']}"[:512]})
+        space = {text for trial in study["trials"] for text, _value in trial["params"].values()}
+        if space not in spaces and len(found) < number:
+            spaces.append(space)
+            # Two of one name would be one study.
+            found.append({**study, "name": f"{len(found)} {study['name']}"[:512]})
 
     collect()
     return [*found, LONG]
