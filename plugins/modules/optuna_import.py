@@ -482,12 +482,12 @@ def fields_of(trial: Any) -> dict[str, str]:
     fields = {
         "number": trial.number,
         "state": trial.state.name,
-        "values": trial.values and [float(value) for value in trial.values],
+        "values": trial.values and [as_number(value) for value in trial.values],
         "params": {name: as_held(value, trial.distributions.get(name)) for name, value in trial.params.items()},
         "distributions": {name: distribution_to_json(kind) for name, kind in trial.distributions.items()},
         "user attributes": trial.user_attrs,
         "system attributes": attributes,
-        "intermediate values": {step: float(value) for step, value in trial.intermediate_values.items()},
+        "intermediate values": {step: as_number(value) for step, value in trial.intermediate_values.items()},
         "start": trial.datetime_start,
         "end": trial.datetime_complete,
     }
@@ -496,7 +496,12 @@ def fields_of(trial: Any) -> dict[str, str]:
 
 def as_held(value: Any, distribution: Any) -> Any:
     """Return a parameter's value; of those that are numbers the database has floats only."""
-    return float(value) if hasattr(distribution, "low") else value
+    return as_number(value) if hasattr(distribution, "low") else value
+
+
+def as_number(value: Any) -> float:
+    """Return a number as psycopg2 brings it into the database, where -0.0 becomes 0.0."""
+    return float(value) + 0.0
 
 
 def text_of(value: Any) -> str:

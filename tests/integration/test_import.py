@@ -106,9 +106,12 @@ def held(storage, study):
         ended = trial.state.name == "RUNNING"
         attributes = {key: value for key, value in trial.system_attrs.items() if key != "hpc_db:worker"}
         trials.append([
-            trial.number, "FAIL" if ended else trial.state.name, trial.values, sorted(trial.params.items()),
+            trial.number, "FAIL" if ended else trial.state.name,
+            trial.values and [value + 0.0 for value in trial.values],  # psycopg2 makes 0.0 of -0.0
+            sorted(trial.params.items()),
             sorted(trial.distributions.items()), sorted(trial.user_attrs.items()), sorted(attributes.items()),
-            sorted(trial.intermediate_values.items()), trial.datetime_start, ended or trial.datetime_complete])
+            sorted((step, value + 0.0) for step, value in trial.intermediate_values.items()), trial.datetime_start,
+            ended or trial.datetime_complete])
     return study.directions, sorted(study.user_attrs.items()), sorted(study.system_attrs.items()), trials
 file, database = (optuna.storages.RDBStorage(url) for url in sys.argv[1:])
 brought = {study.study_name: study for study in database.get_all_studies()}

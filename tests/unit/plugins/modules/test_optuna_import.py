@@ -423,3 +423,7 @@ def test_fields_tell_apart_what_python_does_not():
         one, other = (optuna_import.fields_of(trial(0, params={"c": value})) for value in (True, 1))
 
     assert one["params"] != other["params"] and one["intermediate values"] == other["intermediate values"]
+
+
+def test_minus_zero_is_zero_in_the_database():
+    assert optuna_import.text_of(optuna_import.as_number(-0.0)) == "0.0"
