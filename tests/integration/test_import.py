@@ -184,6 +184,11 @@ INSERT INTO trial_intermediate_values (trial_id, step, intermediate_value, inter
 SELECT trial_id, step, 0.5, 'FINITE' FROM trials JOIN studies USING (study_id), generate_series(300, 9999) AS step
 WHERE study_name = '300 steps'
 """
+# A parameter's value that is none of its choices, and back.
+UNREADABLE = """
+UPDATE trial_params SET param_value = {} WHERE param_id =
+(SELECT min(param_id) FROM trial_params WHERE distribution_json LIKE '%Categorical%')
+"""
 # So many studies are drawn.
 DRAWN = 25
 # Nothing can be added to a table that somebody reads all of.
@@ -374,6 +379,7 @@ def test_whatever_optuna_can_store_is_imported(instance: Instance, everything: i
 def test_whatever_optuna_can_store_is_shown(instance: Instance, everything: int, open_folder: Path) -> None:
     names = {f"second/{each['name']}" for each in json.loads((open_folder / "studies.json").read_text())}
     instance.psql(STEPS, "second")
+    instance.psql(UNREADABLE.format(99), "second")
     workstation = {"report_root": str(open_folder / "report"), "dashboard_root": str(open_folder / "dashboard")}
 
     page = instance.play("status")
@@ -386,11 +392,15 @@ def test_whatever_optuna_can_store_is_shown(instance: Instance, everything: int,
                    for study in json.loads(ask(f"{address}api/studies"))["study_summaries"]]
     finally:
         instance.play("dashboard", dashboard_state="stopped", **workstation)
+        instance.psql(UNREADABLE.format(0), "second")
 
     assert page.count(" second/") == everything
     assert re.findall(r"This (?:study )?cannot be [^<]*", report) == []
     assert {escape(printable(name)) for name in names} <= set(re.findall("<h2>(.*?)</h2>", report))
     assert re.search('<p class="bad">trial .* outside of .*Distribution', report)
+    assert re.search('<p class="bad">trial .* cannot be read: IndexError', report)
+    attributes = [each["key"] for answer in answers for trial in answer["trials"] for each in trial["user_attrs"]]
+    assert attributes.count("cannot be read") == 1
     assert len(answers) == everything and sum(len(answer["trials"]) for answer in answers) > DRAWN
 
 
