@@ -66,7 +66,7 @@ def literal_distribution(text: str) -> Any:
 
 
 def rebuild(exported: dict[str, Any], trials: Iterable[dict[str, Any]]) -> Any:
-    """Return a study in memory with these trials of the exported one."""
+    """Return a study in memory with these trials of the exported one, numbered by their places."""
     import optuna
 
     distributions = [literal_distribution(text) for text in exported["distributions"]]
@@ -74,11 +74,8 @@ def rebuild(exported: dict[str, Any], trials: Iterable[dict[str, Any]]) -> Any:
     study = optuna.create_study(directions=exported["directions"], storage=storage)
     study_id = storage.get_study_id_from_name(study.study_name)
     # Not Study.add_trials, which refuses what Optuna itself has stored, such as an enqueued value out of range.
-    rebuilt = [rebuild_trial(trial, distributions) for trial in trials]
-    for trial in rebuilt:
-        storage.create_new_trial(study_id, trial)
-    for trial, held in zip(rebuilt, storage.get_all_trials(study_id, deepcopy=False)):
-        held.number = trial.number  # which in a study without one of its trials is not its place
+    for trial in trials:
+        storage.create_new_trial(study_id, rebuild_trial(trial, distributions))
     return study
 
 
@@ -105,10 +102,16 @@ def rebuild_trial(exported: dict[str, Any], distributions: list[Any]) -> Any:
     return trial
 
 
+def whole_trials(exported: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return all trials but the complete ones that lack a value."""
+    count = len(exported["directions"])
+    return [each for each in exported["trials"] if each["state"] != "COMPLETE" or len(each["values"] or ()) == count]
+
+
 def complete_trials(exported: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the complete trials with finite values."""
-    complete = [trial for trial in exported["trials"] if trial["state"] == "COMPLETE"]
-    return [trial for trial in complete if trial["values"] and all(map(math.isfinite, trial["values"]))]
+    complete = [trial for trial in whole_trials(exported) if trial["state"] == "COMPLETE"]
+    return [trial for trial in complete if all(map(math.isfinite, trial["values"]))]
 
 
 def is_feasible(trial: dict[str, Any]) -> bool:
@@ -126,7 +129,7 @@ def best_first(exported: dict[str, Any], objective: int = 0) -> list[dict[str, A
 def objectives(exported: dict[str, Any]) -> list[str]:
     """Return the objectives' names."""
     several = len(exported["directions"]) > 1
-    named = exported["metrics"] and len(exported["metrics"]) == len(exported["directions"])
+    named = isinstance(exported["metrics"], list) and len(exported["metrics"]) == len(exported["directions"])
     names = exported["metrics"] if named else [f"objective {number}" for number in range(len(exported["directions"]))]
     return [literal(str(name)) for name in names] if several or named else ["objective value"]
 
@@ -198,19 +201,20 @@ def history(exported: dict[str, Any], objective: int) -> tuple[Any, str]:
     import optuna
 
     name = objectives(exported)[objective]
-    study = rebuild(exported, exported["trials"])
+    trials = whole_trials(exported)
+    study = rebuild(exported, trials)
     target = (lambda trial: trial.values[objective]) if len(exported["directions"]) > 1 else None
     figure = optuna.visualization.plot_optimization_history(study, target=target, target_name=name)
     notes = []
     for trace in figure.data:
-        points = list(zip(trace.x, trace.y))
+        # where a trial is missing, the others' places are not their numbers
+        points = [(trials[place]["number"], y) for place, y in zip(trace.x, trace.y)]
         if len(points) > MOST_POINTS:
             notes.append(f"{MOST_POINTS} of {len(points)} points are drawn, evenly spaced, and each new best value.")
             kept = {points[0][0], *(x for x, _y in evenly(points, MOST_POINTS)), *new_best(points, exported, objective)}
             points = [point for point in points if point[0] in kept]
         trace.x, trace.y = [x for x, _y in points], [y for _x, y in points]
-    complete = [trial for trial in exported["trials"] if trial["state"] == "COMPLETE"]
-    infinite = len(complete) - len(complete_trials(exported))
+    infinite = sum(trial["state"] == "COMPLETE" for trial in trials) - len(complete_trials(exported))
     notes += [f"Trials that are complete with an infinite value, and not drawn: {infinite}."] if infinite else []
     return figure, " ".join(dict.fromkeys(notes))
 

@@ -154,16 +154,21 @@ def is_lost(error: Exception) -> bool:
     return bool(getattr(error, "connection_invalidated", False))
 
 
-def oddities(trials: list[Any]) -> list[str]:
+def oddities(trials: list[Any], objectives: int) -> list[str]:
     """Return what is odd about trials, which Optuna stores, but refuses in a study that is made anew: a line a kind."""
     outside = [found for trial in trials for found in values_outside(trial)[:1]]
+    valued = [(trial, sum(value == value for value in trial.values or [])) for trial in trials]  # NaN is none
+    short = [
+        f"trial {trial.number} is COMPLETE with {count} of {objectives} values"
+        for trial, count in valued if trial.state.name == "COMPLETE" and count != objectives
+    ]
     endless = [
         f"trial {trial.number} is {trial.state.name} without the time of its end"
         for trial in trials if trial.state.name in ENDED and trial.datetime_complete is None
     ]
     return [
         kind[0] + (f" (and so on, in {len(kind)} trials)" if len(kind) > 1 else "")
-        for kind in (outside, endless) if kind
+        for kind in (outside, short, endless) if kind
     ]
 
 

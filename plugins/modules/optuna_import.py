@@ -188,7 +188,7 @@ class Study:
             for trial in sorted(trials, key=lambda trial: trial.number)
         ]
         self.ended = sum(trial.state.name == "RUNNING" for trial in trials)
-        self.odd = _optuna.oddities(self.trials)
+        self.odd = _optuna.oddities(self.trials, len(self.directions))
 
     def number_anew(self) -> None:
         """Number the trials in their order."""

@@ -174,7 +174,8 @@ def read_studies(params: dict, database: str, names: list[str]) -> tuple[list[di
             try:
                 study = optuna.load_study(study_name=name, storage=storage)
                 trials, unreadable = _optuna.read_trials(storage, storage.get_study_id_from_name(name))
-                studies.append(export_study(database, study, trials, [*unreadable, *_optuna.oddities(trials)]))
+                odd = _optuna.oddities(trials, len(study.directions))
+                studies.append(export_study(database, study, trials, [*unreadable, *odd]))
             except Exception as error:  # one study must not cost the others
                 if _optuna.is_lost(error):
                     raise

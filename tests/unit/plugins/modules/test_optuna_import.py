@@ -281,12 +281,14 @@ def test_gap_is_mended_on_request(numbers, import_):
 
 def test_odd_trials_are_brought_and_named(import_):
     database = FakeDatabase()
-    odd = [trial(0, params={"x": 2.0}), trial(1, "FAIL"), trial(2, "FAIL"), trial(3, "RUNNING", datetime_start=None)]
+    odd = [trial(0, params={"x": 2.0}), trial(1, "FAIL"), trial(2, "FAIL"), trial(3, "RUNNING", datetime_start=None),
+           trial(4, values=[math.nan])]
 
     result = import_(FakeStorage(be=odd), database)
 
     assert result["warnings"] == [
         "study be: trial 0 has x = 2.0 outside of 0..1; brought as it is",
+        "study be: trial 4 is COMPLETE with 0 of 1 values; brought as it is",
         "study be: trial 1 is FAIL without the time of its end (and so on, in 2 trials); brought as it is",
     ]
     assert database.studies["be"][3][3].datetime_complete == LATER

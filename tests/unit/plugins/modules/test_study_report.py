@@ -4,6 +4,8 @@
 
 import gzip
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _figures, _report
@@ -128,6 +130,19 @@ def test_study_that_cannot_be_shown_costs_itself_only():
 
 def test_complete_trial_without_a_value_is_none_to_compare():
     assert _figures.complete_trials(study(trial(0), trial(1, 1.0))) == [trial(1, 1.0)]
+    whole = trial(2, values=[1.0, 2.0])
+    assert _figures.best_first(study(trial(0), trial(1, 1.0), whole, directions=["minimize"] * 2), 1) == [whole]
+
+
+def test_trials_keep_their_numbers_where_one_is_missing(monkeypatch):
+    drawn = SimpleNamespace(data=[SimpleNamespace(x=[0, 1], y=[3.0, 1.0])])
+    plots = SimpleNamespace(plot_optimization_history=lambda study, target, target_name: drawn)
+    monkeypatch.setitem(sys.modules, "optuna", SimpleNamespace(visualization=plots))
+    monkeypatch.setattr(_figures, "rebuild", lambda exported, trials: [each["number"] for each in trials])
+
+    _figures.history(study(trial(0, 3.0), trial(1), trial(3, 1.0)), 0)
+
+    assert drawn.data[0].x == [0, 3]
 
 
 def test_best_trials_come_first():
