@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,14 +144,26 @@ def read_trials(storage: Any, study_id: int) -> tuple[list[Any], list[str]]:
     return trials, unreadable
 
 
-def said(error: Exception) -> str:
-    """Return an error of Optuna's in one line; many of them say nothing without their kind."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Return an error, and what it was raised from: Optuna's, SQLAlchemy's, the driver's."""
+    while error:
+        yield error
+        error = error.__cause__
+
+
+def said(error: BaseException) -> str:
+    """Return the first cause and its kind in one line, since Optuna calls any of them invalid data."""
+    *_others, first = causes(error)
+    return f"{type(first).__name__}: {' '.join(str(first).split())}".rstrip(": ")
 
 
 def is_lost(error: Exception) -> bool:
-    """Tell whether the connection to the database is gone, so that the error is none of a row."""
-    return bool(getattr(error, "connection_invalidated", False))
+    """Tell whether the connection to the database is gone, or cannot be made, so that the error is none of a row."""
+    return any(
+        getattr(each, "connection_invalidated", False)  # by SQLAlchemy
+        or getattr(each, "pgcode", "") is None  # by psycopg2, for an error that is not the server's
+        for each in causes(error)
+    )
 
 
 def oddities(trials: list[Any], objectives: int) -> list[str]:

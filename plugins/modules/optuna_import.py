@@ -369,11 +369,19 @@ def open_copy(path: str, label: str, kind: str, repair: bool, installed: _optuna
         ) from None
 
 
-def read_source(params: dict, storage: Any) -> list[Study]:
-    """Return the wanted studies of the file; raise Refused if one of them does not fit."""
+def study_names(storage: Any) -> list[str]:
+    """Return the names of the file's studies, also where an attribute of one of them cannot be read."""
     import optuna
 
-    held = sorted(optuna.get_all_study_names(storage))
+    if not hasattr(storage, "engine"):
+        return optuna.get_all_study_names(storage)
+    with storage.engine.connect() as connection:
+        return [name for name, in connection.exec_driver_sql(NAMES).fetchall()]
+
+
+def read_source(params: dict, storage: Any) -> list[Study]:
+    """Return the wanted studies of the file; raise Refused if one of them does not fit."""
+    held = sorted(study_names(storage))
     label = os.path.basename(params["file"])
     if not held:
         raise Refused(f"import_from: {label} holds no study")
@@ -389,7 +397,8 @@ def read_source(params: dict, storage: Any) -> list[Study]:
         try:
             studies.append(Study(storage, name, params["name"] or name, changed))
         except Exception as error:  # whatever Optuna and SQLAlchemy raise
-            raise Refused(f"import_from: {label}: study {name} cannot be read: {_optuna.said(error)}") from None
+            told = [f"study {name} cannot be read: {_optuna.said(error)}", *others([n for n in wanted if n != name])]
+            raise Refused(f"import_from: {label}: {'; '.join(told)}") from None
     for study in studies if params["repair"] else ():
         study.number_anew()
     check_fit(label, studies)
@@ -405,8 +414,12 @@ def check_fit(label: str, studies: list[Study]) -> None:
     more = [f"and {len(found) - MOST_NAMED} more"] if found[MOST_NAMED:] else []
     ways = ["import_repair=true numbers trials anew"] if any(map(numbering, studies)) else []
     fit = [study.source for study in studies if study not in [study for study, _problem in found]]
-    ways += [f"import_studies can name the others ({', '.join(fit)})"] if fit else []
-    raise Refused(f"import_from: {label}: {'; '.join([*named, *more, *ways])}")
+    raise Refused(f"import_from: {label}: {'; '.join([*named, *more, *ways, *others(fit)])}")
+
+
+def others(names: list[str]) -> list[str]:
+    """Return how to import the studies that fit."""
+    return [f"import_studies can name the others ({', '.join(names)})"] if names else []
 
 
 def numbering(study: Study) -> list[str]:
@@ -633,7 +646,7 @@ def read_file(params: dict, installed: _optuna.Optuna, stamp: tuple) -> list[Stu
         except (Refused, OSError):
             raise
         except Exception as error:  # whatever Optuna and SQLAlchemy raise for a damaged file
-            raise Refused(f"import_from: {label}: Optuna says: {' '.join(str(error).split())}") from None
+            raise Refused(f"import_from: {label}: Optuna says: {_optuna.said(error)}") from None
 
 
 def ensure_imported(params: dict, check_mode: bool) -> dict:
@@ -651,7 +664,7 @@ def ensure_imported(params: dict, check_mode: bool) -> dict:
         except (Refused, OSError, _connection.Unreachable):
             raise
         except Exception as error:  # whatever Optuna, SQLAlchemy and psycopg2 raise
-            raise Refused(f"database {params['database']}: {' '.join(str(error).split())}") from None
+            raise Refused(f"database {params['database']}: {_optuna.said(error)}") from None
         names = {study.name for study in missing}
         clocks = [row for row in _connection.rows(connection, _optuna.CLOCKS) if row[0] in names] if seconds else []
     took = {study.name: time for study, time in zip(missing, seconds)}

@@ -181,7 +181,7 @@ def read_studies(params: dict, database: str, names: list[str]) -> tuple[list[di
                     raise
                 problems.append(f"study {database}/{name} cannot be read and is not shown: {_optuna.said(error)}")
     except Exception as error:  # whatever Optuna, SQLAlchemy and psycopg2 raise
-        raise _connection.Unreachable(f"database {database}: Optuna says: {' '.join(str(error).split())}") from None
+        raise _connection.Unreachable(f"database {database}: {_optuna.said(error)}") from None
     return studies, problems
 
 

@@ -205,10 +205,10 @@ def test_failure_leaves_nothing_and_what_was_killed_is_removed(import_):
 
     def break_at_the_second():
         if "1" in "".join(database.studies):
-            raise RuntimeError("server closed\nthe connection")
+            raise RuntimeError("invalid data in the commit") from ConnectionError("server closed\nthe connection")
 
     database.breaks = break_at_the_second
-    with pytest.raises(Refused, match="^database mala: server closed the connection$"):
+    with pytest.raises(Refused, match="^database mala: ConnectionError: server closed the connection$"):
         import_(source, database)
     assert database.studies == {}
 
@@ -262,6 +262,15 @@ def test_other_studies_are_named_as_a_way_out(attribute, import_):
     source.studies["be"][1] = {attribute: 1}
 
     with pytest.raises(Refused, match=r"study be: its attribute k.*; import_studies can name the others \(al\)$"):
+        import_(source, FakeDatabase())
+    assert import_(source, FakeDatabase(), studies=["al"])["changed"]
+
+
+def test_study_that_cannot_be_read_leaves_the_others_as_a_way_out(import_):
+    source = FakeStorage(al=[trial(0)], be=[trial(0)])
+    source.studies["be"][3] = None
+
+    with pytest.raises(Refused, match=r"study be cannot be read: TypeError.*; import_studies can name .* \(al\)$"):
         import_(source, FakeDatabase())
     assert import_(source, FakeDatabase(), studies=["al"])["changed"]
 

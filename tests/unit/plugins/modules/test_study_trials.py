@@ -31,7 +31,7 @@ class FakeStorage:
     """Studies by name. Those in ``broken`` have a trial that Optuna cannot read, which is why it reads none of them."""
 
     def __init__(self, studies):
-        self.studies, self.broken, self.lost = studies, {}, False
+        self.studies, self.broken, self.lost = studies, {}, None
         self.engine = self
 
     def get_study_id_from_name(self, name):
@@ -39,7 +39,7 @@ class FakeStorage:
 
     def get_all_trials(self, study_id, deepcopy):
         if study_id in self.broken:
-            raise Lost if self.lost else IndexError("tuple index out of range")
+            raise IndexError("tuple index out of range") from self.lost
         return list(self.studies.values())[study_id].trials
 
     def get_trial(self, trial_id):
@@ -55,7 +55,17 @@ class FakeStorage:
 
 
 class Lost(Exception):
-    connection_invalidated = True
+    """An error of SQLAlchemy's, from which Optuna raises its own."""
+
+    def __init__(self, code, invalidated):
+        super().__init__("(psycopg2.OperationalError) server closed")
+        self.connection_invalidated = invalidated
+        self.__cause__ = Driver("server closed\nthe connection")
+        self.__cause__.pgcode = code
+
+
+class Driver(Exception):
+    pass
 
 
 def trial(number, state="COMPLETE", **held):
@@ -188,10 +198,11 @@ def test_study_that_cannot_be_read_costs_itself_only(server, optuna):
     assert held["problems"][0].startswith("study mala/al cannot be read and is not shown: AttributeError: ")
 
 
-def test_server_that_goes_away_is_no_odd_row(server, optuna):
-    optuna.broken, optuna.lost = {0}, True
+@pytest.mark.parametrize("lost", [Lost("57P01", True), Lost(None, False)])
+def test_server_that_goes_away_is_no_odd_row(lost, server, optuna):
+    optuna.broken, optuna.lost = {0}, lost
 
-    with pytest.raises(_connection.Unreachable, match="^database mala: Optuna says: "):
+    with pytest.raises(_connection.Unreachable, match="^database mala: Driver: server closed the connection$"):
         study_trials.read_all(PARAMS)
 
 
