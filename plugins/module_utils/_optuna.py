@@ -152,7 +152,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def said(error: BaseException) -> str:
-    """Return the first cause and its kind in one line, since Optuna calls any of them invalid data."""
+    """Return the first cause and its kind in one line: Optuna's own message is the same for all of them."""
     *_others, first = causes(error)
     return f"{type(first).__name__}: {' '.join(str(first).split())}".rstrip(": ")
 

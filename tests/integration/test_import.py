@@ -147,6 +147,9 @@ with sqlite3.connect("patched.db") as connection:
 make("unreadable", lambda trial: trial.suggest_categorical("k", [1, 2]))
 with sqlite3.connect("unreadable.db") as connection:
     connection.execute("UPDATE trial_params SET param_value = 7 WHERE trial_id = 3")
+make("attribute").set_user_attr("k", 1)
+with sqlite3.connect("attribute.db") as connection:
+    connection.execute("UPDATE study_user_attributes SET value_json = '{cut'")
 make("gap"), make("twice")
 with sqlite3.connect("gap.db") as connection:
     for table in ("trial_params", "trial_values", "trials"):
@@ -171,6 +174,7 @@ UNFITTING = {
     "step.db": "study step: trial 0: its step 2147483648, with an intermediate value, is beyond 32 bits",
     "patched.db": "study patched: trial 3: its parameter k differs from trial 0 in its distribution: Categorical",
     "unreadable.db": "study unreadable: trial 2 cannot be read: IndexError: tuple index out of range$",
+    "attribute.db": "study attribute cannot be read: JSONDecodeError: ",
     "gap.db": "study gap: trial 2 is missing, as if it had been deleted; import_repair=true numbers trials anew",
     "twice.db": "study twice: two trials have the number 2; import_repair=true numbers trials anew",
     "cut.log": r"line 11 of 19 is damaged, or none of Optuna's \(.*op_code",
@@ -184,10 +188,12 @@ INSERT INTO trial_intermediate_values (trial_id, step, intermediate_value, inter
 SELECT trial_id, step, 0.5, 'FINITE' FROM trials JOIN studies USING (study_id), generate_series(300, 9999) AS step
 WHERE study_name = '300 steps'
 """
-# A parameter's value that is none of its choices, and back.
+# A parameter's value that is none of its choices, and an attribute that is no JSON; and back.
 UNREADABLE = """
-UPDATE trial_params SET param_value = {} WHERE param_id =
-(SELECT min(param_id) FROM trial_params WHERE distribution_json LIKE '%Categorical%')
+UPDATE trial_params SET param_value = {0} WHERE param_id =
+(SELECT min(param_id) FROM trial_params WHERE distribution_json LIKE '%Categorical%');
+UPDATE study_user_attributes SET value_json = '{1}' WHERE key = 'cutoff' AND study_id =
+(SELECT study_id FROM studies WHERE study_name = 'empty')
 """
 # So many studies are drawn.
 DRAWN = 25
@@ -379,7 +385,7 @@ def test_whatever_optuna_can_store_is_imported(instance: Instance, everything: i
 def test_whatever_optuna_can_store_is_shown(instance: Instance, everything: int, open_folder: Path) -> None:
     names = {f"second/{each['name']}" for each in json.loads((open_folder / "studies.json").read_text())}
     instance.psql(STEPS, "second")
-    instance.psql(UNREADABLE.format(99), "second")
+    instance.psql(UNREADABLE.format(99, "cut ["), "second")
     workstation = {"report_root": str(open_folder / "report"), "dashboard_root": str(open_folder / "dashboard")}
 
     page = instance.play("status")
@@ -392,13 +398,14 @@ def test_whatever_optuna_can_store_is_shown(instance: Instance, everything: int,
                    for study in json.loads(ask(f"{address}api/studies"))["study_summaries"]]
     finally:
         instance.play("dashboard", dashboard_state="stopped", **workstation)
-        instance.psql(UNREADABLE.format(0), "second")
+        instance.psql(UNREADABLE.format(0, 1), "second")
 
     assert page.count(" second/") == everything
     assert re.findall(r"This (?:study )?cannot be [^<]*", report) == []
     assert {escape(printable(name)) for name in names} <= set(re.findall("<h2>(.*?)</h2>", report))
     assert re.search('<p class="bad">trial .* outside of .*Distribution', report)
     assert re.search('<p class="bad">trial .* cannot be read: IndexError', report)
+    assert "study second/empty cannot be read and is not shown: JSONDecodeError: " in report
     attributes = [each["key"] for answer in answers for trial in answer["trials"] for each in trial["user_attrs"]]
     assert attributes.count("cannot be read") == 1
     assert len(answers) == everything and sum(len(answer["trials"]) for answer in answers) > DRAWN

@@ -3,7 +3,8 @@
 """optuna-dashboard, as its own command starts it, but with what else would cost a whole study.
 
 It keeps choices in sets, where a list cannot be: such a choice is its text here. It answers with numbers that a browser
-does not read, for which it shows nothing. And it does not read a study with a trial that Optuna cannot read.
+does not read, which then shows nothing. And it does not read a study with a trial, nor any of them with a study's
+attribute, that Optuna cannot read.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import math
 import re
 from collections.abc import Sequence
 from functools import partialmethod
+from types import SimpleNamespace
 from typing import Any
 
 from bottle import JSONPlugin
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import RDBStorage
+from optuna.storages._rdb import storage
 from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard._cli import main
 
@@ -49,6 +52,14 @@ def build_or_why(self: RDBStorage, row: Any) -> FrozenTrial:
         )
 
 
+def attribute(text: str) -> Any:
+    """Return an attribute's value; the text that is there if it is no JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def as_json(value: Any) -> str:
     """Return JSON that a browser reads."""
     try:
@@ -61,6 +72,7 @@ def prepare() -> None:
     """Put these in the place of Optuna's and bottle's own."""
     CategoricalDistribution.__init__ = initialise_with_texts
     RDBStorage._build_frozen_trial_from_trial_model = build_or_why
+    storage.json = SimpleNamespace(loads=attribute, dumps=json.dumps)
     JSONPlugin.__init__ = partialmethod(JSONPlugin.__init__, as_json)
 
 

@@ -31,17 +31,19 @@ class Plugin:
 
 @pytest.fixture
 def prepared(monkeypatch):
+    module = SimpleNamespace(json=json)
     for name, held in {
         "bottle": {"JSONPlugin": Plugin}, "optuna.distributions": {"CategoricalDistribution": Distribution},
         "optuna.storages": {"RDBStorage": Storage}, "optuna_dashboard._cli": {"main": None},
         "optuna.trial": {"FrozenTrial": SimpleNamespace, "TrialState": SimpleNamespace(FAIL="FAIL")},
-        "optuna": {}, "optuna_dashboard": {},
+        "optuna.storages._rdb": {"storage": module}, "optuna": {}, "optuna_dashboard": {},
     }.items():
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**held))
     for each, method in ((Plugin, "__init__"), (Distribution, "__init__"),
                          (Storage, "_build_frozen_trial_from_trial_model")):
         monkeypatch.setattr(each, method, getattr(each, method))
     runpy.run_path(str(PROGRAM))["prepare"]()
+    return module
 
 
 @pytest.mark.parametrize("value, answer", [
@@ -55,6 +57,11 @@ def test_answer_is_what_a_browser_reads(value, answer, prepared):
 
 def test_choices_can_be_in_a_set(prepared):
     assert Distribution(choices=[[64, 64], {"a": 1}, "b", None]).choices == ["[64, 64]", '{"a": 1}', "b", None]
+
+
+@pytest.mark.parametrize("text, value", [('{"a": NaN}', {"a": math.nan}), ("{cut", "{cut"), ("", "")])
+def test_attribute_that_is_no_json_is_the_text_that_is_there(text, value, prepared):
+    assert repr(prepared.json.loads(text)) == repr(value)
 
 
 @pytest.mark.parametrize("read, why", [
