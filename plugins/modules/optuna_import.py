@@ -410,7 +410,7 @@ def check_fit(label: str, studies: list[Study]) -> None:
     found = [(study, problem) for study in studies for problem in [*numbering(study), *study.unreadable, *unfit(study)]]
     if not found:
         return
-    named = [f"study {study.source}: {problem}" for study, problem in found[:MOST_NAMED]]
+    named = [f"study {_optuna.cut(study.source)}: {problem}" for study, problem in found[:MOST_NAMED]]
     more = [f"and {len(found) - MOST_NAMED} more"] if found[MOST_NAMED:] else []
     ways = ["import_repair=true numbers trials anew"] if any(map(numbering, studies)) else []
     fit = [study.source for study in studies if study not in [study for study, _problem in found]]
@@ -435,7 +435,8 @@ def numbering(study: Study) -> list[str]:
 
 def unfit(study: Study) -> Iterator[str]:
     """Return what the database cannot hold."""
-    yield from unfit_names([("its name", study.name)])
+    for problem in unfit_names([("its name", study.name)]):
+        yield f"{problem} (import_as gives it another)"
     yield from unfit_names(("its attribute", key) for key in [*study.user_attributes, *study.system_attributes])
     first: dict[str, tuple[int, Any]] = {}
     found: dict[str, list[int]] = {}

@@ -266,6 +266,15 @@ def test_other_studies_are_named_as_a_way_out(attribute, import_):
     assert import_(source, FakeDatabase(), studies=["al"])["changed"]
 
 
+@pytest.mark.parametrize("name", ["n" * 513, "n\udc80"])
+def test_study_with_an_unfit_name_can_get_another(name, import_):
+    source = FakeStorage(**{name: [trial(0)]})
+
+    with pytest.raises(Refused, match=r"study n.*: its name n.* PostgreSQL .* \(import_as gives it another\)$"):
+        import_(source, FakeDatabase())
+    assert import_(source, FakeDatabase(), name="be")["changed"]
+
+
 def test_study_that_cannot_be_read_leaves_the_others_as_a_way_out(import_):
     source = FakeStorage(al=[trial(0)], be=[trial(0)])
     source.studies["be"][3] = None
