@@ -195,8 +195,13 @@ UPDATE trial_params SET param_value = {0} WHERE param_id =
 UPDATE study_user_attributes SET value_json = '{1}' WHERE key = 'cutoff' AND study_id =
 (SELECT study_id FROM studies WHERE study_name = 'empty')
 """
-# So many studies are drawn.
+# So many studies are drawn; and what they have to hold at least.
 DRAWN = 25
+KINDS = [
+    "-Infinity", "NaN", "FloatDistribution", "IntDistribution", "CategoricalDistribution", r'\"log\": true',
+    "COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING", '"start": null', '"complete": null', "constraints:size",
+    r"\ud800", r"\u0000",
+]
 # Nothing can be added to a table that somebody reads all of.
 LOCK = """
 (psql -c 'BEGIN; LOCK TABLE trials IN SHARE MODE; SELECT pg_sleep(600)') > /dev/null 2>&1 &
@@ -362,6 +367,7 @@ def everything(instance: Instance, open_folder: Path) -> int:
         [sys.executable, str(ROOT / "tests" / "workers" / "everything.py"), str(DRAWN)],
         check=True, capture_output=True, text=True,
     )
+    assert [kind for kind in KINDS if kind not in drawn.stdout] == []
     (open_folder / "studies.json").write_text(drawn.stdout)
     script = (ROOT / "tests" / "workers" / "fill.py").read_text()
     for url in (f"sqlite:///{instance.home}/everything.db", f"{instance.home}/everything.log"):
