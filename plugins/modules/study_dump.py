@@ -118,6 +118,7 @@ from typing import Any, Callable
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
+from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import ENGLISH
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 # The database in which others are created and renamed.
@@ -405,7 +406,7 @@ def quoted(name: str) -> str:
 def run_command(module: AnsibleModule, command: list[str]) -> str:
     """Run one of PostgreSQL's programs; raise Failed with its own words."""
     try:
-        returncode, stdout, stderr = module.run_command(command, handle_exceptions=False)
+        returncode, stdout, stderr = module.run_command(command, handle_exceptions=False, environ_update=ENGLISH)
     except OSError as error:
         raise Failed(f"{command[0]}: {error.strerror}") from None
     if returncode:
@@ -435,7 +436,6 @@ def main() -> None:
     # PostgreSQL's programs read PGOPTIONS and its like, and load libraries.
     for name in [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]:
         del os.environ[name]
-    os.environ["LC_ALL"] = "C"  # their words are read here
     act = ensure_dumped if module.params["state"] == "dumped" else ensure_restored
     try:
         result = act(module.params, lambda command: run_command(module, command), module.check_mode)
