@@ -25,6 +25,7 @@ attributes:
     description: It runs on the controller only.
   check_mode:
     support: full
+    description: The settings are read in check mode too.
   diff_mode:
     support: none
     description: Nothing is ever changed.
