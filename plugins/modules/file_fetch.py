@@ -11,14 +11,14 @@ module: file_fetch
 short_description: Bring a file from the target to this machine, whole or not at all
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Does what M(ansible.builtin.fetch) does, into a file that only the user can read, and that is there under its name
+  - Does what C(ansible.builtin.fetch) does, into a file that only the user can read, and that is there under its name
     only when its checksum is that of the target's.
   - A login shell that prints (in C(.bashrc), say) does no harm. Where ssh has no sftp, such text comes before the file.
     The file is then read by a module, as a whole into memory.
 attributes:
   action:
     support: full
-    description: It runs on this machine only, besides what M(ansible.builtin.fetch) runs on the target.
+    description: It runs on this machine only, besides what C(ansible.builtin.fetch) runs on the target.
   check_mode:
     support: none
     description: Nothing is brought in check mode.
