@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -169,7 +170,7 @@ def is_lost(error: Exception) -> bool:
 def oddities(trials: list[Any], objectives: int) -> list[str]:
     """Return what is odd about trials, which Optuna stores, but refuses in a study that is made anew: a line a kind."""
     outside = [found for trial in trials for found in values_outside(trial)[:1]]
-    valued = [(trial, sum(value == value for value in trial.values or [])) for trial in trials]  # NaN is none
+    valued = [(trial, sum(not math.isnan(value) for value in trial.values or [])) for trial in trials]
     short = [
         f"trial {trial.number} is COMPLETE with {count} of {objectives} values"
         for trial, count in valued if trial.state.name == "COMPLETE" and count != objectives

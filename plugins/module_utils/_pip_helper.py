@@ -49,16 +49,14 @@ def main(arguments: list[str]) -> int:
         from pip._internal.exceptions import PipError
         from pip._vendor.packaging import markers
     except ImportError as error:
-        print(f"ERROR: {sys.executable} has no pip: {error}", file=sys.stderr)
-        return 1
+        raise SystemExit(f"ERROR: {sys.executable} has no pip: {error}") from None
     if arguments[0].startswith("--host="):
         host = {**markers.default_environment(), **json.loads(arguments.pop(0).partition("=")[2])}
         markers.default_environment = lambda: dict(host)
     try:
         sources = read_sources(next((word for word in arguments if not word.startswith("-")), ""))
     except PipError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
-        return 1
+        raise SystemExit(f"ERROR: {error}") from None
     if any(word.startswith("--index-url=") for word in arguments):
         sources.pop("no-index", None)
     for name in [each for each in os.environ if each.startswith("PIP_")]:

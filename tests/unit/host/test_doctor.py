@@ -276,6 +276,10 @@ def test_server_that_is_down_is_told_once(instance, no_network):
     assert told[0] == "service" and "leads to a server that is down" in told[1] and told[2] == doctor.HOST_IT
 
 
+def hang_up(server):
+    server.accept()[0].close()
+
+
 @pytest.mark.parametrize("answers", [False, True])
 def test_node_that_died_is_told_once_and_no_address_is_blamed(answers, instance, monkeypatch):
     """The scheduler has not noticed yet. A server that answers is alive, whatever the clocks say."""
@@ -292,7 +296,7 @@ def test_node_that_died_is_told_once_and_no_address_is_blamed(answers, instance,
         service = Path(instance["root"]).parent / ".pg_service.conf"
         service.write_text(service.read_text().replace("c1", "127.0.0.1").replace("5433", str(place["port"])))
         if answers:
-            threading.Thread(target=lambda: server.accept()[0].close(), daemon=True).start()
+            threading.Thread(target=hang_up, args=[server], daemon=True).start()
 
         here = doctor.look_from_here(wanted)
         (told, *others) = found(doctor.look_at_server(wanted)) or [("",) * 3]
