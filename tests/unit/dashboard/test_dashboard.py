@@ -65,7 +65,8 @@ def test_attribute_that_is_no_json_is_the_text_that_is_there(text, value, prepar
 
 
 @pytest.mark.parametrize("read, why", [
-    (lambda: "one".split()[7], "IndexError: list index out of range"), (lambda: [math.nan], "ValueError: its value is NaN"),
+    (lambda: "one".split()[7], "IndexError: list index out of range"),
+    (lambda: [math.nan], "ValueError: its value is NaN"),
 ])
 def test_trial_that_cannot_be_read_is_a_failed_one(read, why, prepared):
     trial = Storage()._build_frozen_trial_from_trial_model(SimpleNamespace(number=3, trial_id=9, read=read))
