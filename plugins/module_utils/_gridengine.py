@@ -52,7 +52,7 @@ def check_environment(variables: Mapping[str, str], options: dict, setting: str)
 
     qsub takes no options from its environment; other defaults of a user or a site count for every job alike.
     """
-    check_defaults("request", BREAKING, "every job that qsub submits")
+    check_defaults("request", BREAKING, "changes every job that qsub submits")
 
 
 def overridden(variables: Mapping[str, str], options: dict, setting: str) -> list[str]:
@@ -324,11 +324,11 @@ def listing() -> list[str]:
 
     Its defaults from files are overridden as far as that can be; what hides jobs nevertheless is refused.
     """
-    check_defaults("qstat", FILTERS, "what every qstat shows")
+    check_defaults("qstat", FILTERS, "changes what every qstat shows")
     return ["qstat", "-s", "prs", "-u", user()]
 
 
-def check_defaults(command: str, refused: Sequence[str], changed: str) -> None:
+def check_defaults(command: str, refused: Sequence[str], effect: str) -> None:
     """Raise ValueError for one of these options in a file of defaults, the user's or the site's."""
     root, cell = os.environ.get("SGE_ROOT", "/nonexistent"), os.environ.get("SGE_CELL", "default")
     home = pwd.getpwuid(os.geteuid()).pw_dir
@@ -340,7 +340,7 @@ def check_defaults(command: str, refused: Sequence[str], changed: str) -> None:
             if option in refused and not (option in ANSWERED and value in ("n", "no"))
         )
         if found:
-            raise ValueError(f"{path}: the option {found[0]} changes {changed}; remove it there")
+            raise ValueError(f"{path}: the option {found[0]} {effect}; remove it there")
 
 
 def user() -> str:

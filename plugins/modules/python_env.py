@@ -356,10 +356,12 @@ def run_command(module: AnsibleModule, command: list[str], pass_fds: tuple[int, 
     """Run pip or venv; raise Failed with its own last words."""
     returncode, stdout, stderr = call(module, command, pass_fds)
     if returncode and "ensurepip" in f"{command[:3]} {stdout} {stderr}":
-        other = "" if module.params["advice"] else ": set postgres_python to one that can"
+        wrong = "cannot make environments with pip"
+        if not module.params["advice"]:
+            wrong = "cannot make environments with pip: set postgres_python to one that can"
         raise Failed(
-            f"{explain(command, stdout, stderr)} ({command[0]} cannot make environments with pip{other}; Debian and "
-            "Ubuntu have the package python3-venv for it)"
+            f"{explain(command, stdout, stderr)} ({command[0]} {wrong}; Debian and Ubuntu have the package "
+            "python3-venv for it)"
         )
     if returncode:
         offline = module.params["advice"] or OFFLINE
