@@ -131,7 +131,7 @@ def check_command(name: str, options: dict) -> list[str] | None:
     return ["qsub", "-w", "v", "-N", name, *flags({**options, "l": judged}), "-b", "y", "/bin/true"]
 
 
-def unavailable_command(refusal: str, options: dict) -> list[str] | None:
+def unavailable_command(refusal: str) -> list[str] | None:
     """Return None: ``-w v`` looks at all hosts and queues, whatever their state is."""
 
 

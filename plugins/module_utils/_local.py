@@ -70,7 +70,7 @@ def check_command(name: str, options: dict) -> list[str] | None:
     """Return None: nothing can be refused."""
 
 
-def unavailable_command(refusal: str, options: dict) -> list[str] | None:
+def unavailable_command(refusal: str) -> list[str] | None:
     """Return None: there are no nodes."""
 
 

@@ -125,7 +125,7 @@ def judge_job(params: dict, run: Run, command: list, setting: str) -> list[str]:
         return []
     except SchedulerError as error:
         refused = SchedulerError(f"{setting}: {command[0]} says: {error}")
-        question = scheduler.unavailable_command(str(error), params["options"])
+        question = scheduler.unavailable_command(str(error))
     try:
         nodes = scheduler.parse_unavailable(run(question), params["options"]) if question else ""
     except SchedulerError:

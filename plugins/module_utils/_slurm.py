@@ -163,21 +163,23 @@ def check_limit(text: str, options: dict) -> None:
         raise ValueError(f"time: {options['time']} is above the limit ({known}), the job would never start")
 
 
-def unavailable_command(refusal: str, options: dict) -> list[str] | None:
+def unavailable_command(refusal: str) -> list[str] | None:
     """Return a call that prints the nodes, if a refusal by ``--test-only`` may be true only now.
 
     It looks at the nodes that are up, where sbatch without it looks at all of them.
     """
     if not PASSING.search(refusal):
         return None
-    where = [f"--partition={options['partition']}"] if options.get("partition") else []
-    return ["sinfo", "--noheader", "--local", "--all", "--exact", "--Node", "--format=%P|%a|%N|%T|%m|%c", *where]
+    # All partitions, as hidden ones may be asked for; sinfo does not take --partition besides.
+    return ["sinfo", "--noheader", "--local", "--all", "--exact", "--Node", "--format=%P|%a|%N|%T|%m|%c"]
 
 
 def parse_unavailable(text: str, options: dict) -> str:
     """Return in words which nodes could have the job, and are not available now; nothing if it can never run."""
     rows = [line.strip().split("|") for line in text.splitlines() if line.count("|") == 5]
-    if not options.get("partition"):
+    if options.get("partition"):
+        rows = [row for row in rows if row[0].rstrip("*") in str(options["partition"]).split(",")]
+    else:
         rows = [row for row in rows if row[0].endswith("*")] or rows  # the default one
     rows = [row for row in rows if row[4].isdigit() and row[5].isdigit()]
     cpus = whole(options.get("cpus-per-task")) * whole(options.get("ntasks-per-node"))

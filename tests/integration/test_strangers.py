@@ -313,7 +313,9 @@ def why_failed(done: subprocess.CompletedProcess[str]) -> str:
     """Return what a program has said, if it failed; the last line, where Python says it."""
     if done.stdout.strip().startswith("{"):
         said = json.loads(done.stdout)
-        return said["msg"].strip() if said.get("failed") else said.get("error") or said.get("why") or ""
+        if said.get("failed"):
+            return said["msg"].strip()
+        return next((said[name] for name in ("error", "why", "unreachable") if said.get(name)), "")
     return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else ""
 
 

@@ -86,7 +86,7 @@ def test_status_prints_the_page(
     page = capsys.readouterr().out
     assert page.startswith(f"{NAME} on localhost\n"), page
     assert re.search(rf"^  job +{server.job} RUNNING$", page, re.MULTILINE), page
-    assert re.search(r"^  database +studies +\d", page, re.MULTILINE), page
+    assert re.search(r"^ +(database +)?studies +\d", page, re.MULTILINE), page
     assert page.endswith(f" {server.url}\n"), page
 
 
