@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -28,6 +30,22 @@ OLDEST = (3, 1)
 SILENCE = 60
 # Files that vanished in between are no failure: jobs go on meanwhile.
 VANISHED = 24
+
+# python -I -c THIS MARK SSH_COMMAND: ssh without what comes before the mark, since a login shell may print (.bashrc).
+AFTER_MARK = """
+import os, subprocess, sys
+mark, said = sys.argv[1].encode(), b""
+os.set_blocking(1, True)  # rsync has it otherwise
+with subprocess.Popen(sys.argv[2:], stdout=subprocess.PIPE) as ssh:
+    some = b"begin"
+    while some and mark not in said:
+        some = os.read(ssh.stdout.fileno(), 65536)
+        said += some
+    rest = said.partition(mark)[2] or os.read(ssh.stdout.fileno(), 65536)
+    while rest:
+        rest = rest[os.write(1, rest):] or os.read(ssh.stdout.fileno(), 65536)
+sys.exit(ssh.returncode if ssh.returncode >= 0 else 128 - ssh.returncode)
+"""
 
 _PROGRESS = re.compile(r"\s*([\d,.]+)\s+(\d{1,3})%\s+(\S+/s)\s")
 
@@ -142,7 +160,7 @@ def megabytes(size: int) -> str:
 
 def explain(code: int, complaints: str) -> str:
     """Return why rsync has failed."""
-    if code == 127 or "rsync: command not found" in complaints or "rsync: not found" in complaints:
+    if code == 127 or re.search("rsync: ([Cc]ommand )?not found", complaints):
         return f"there is no rsync on the cluster: have the package rsync installed there, {INSTEAD}"
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
     return f"rsync ended with {code}: {'; '.join(lines[-3:]) or 'it said nothing'}"
@@ -180,6 +198,7 @@ def pull_command(ssh: list[str], host: str, source: str, target: str, dry_run: b
 
     ``ssh`` is the call of ssh without a host. Raise ValueError for a host that could be an option or a path.
     """
+    mark = uuid.uuid4().hex
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*", host):
         raise ValueError(f"ansible_host: {host!r} is no host; allowed are letters, digits, '.', '_', '-', ':' and '%'")
     return [
@@ -192,16 +211,22 @@ def pull_command(ssh: list[str], host: str, source: str, target: str, dry_run: b
         "--no-inc-recursive", "--info=progress2", "--stats",  # how much it is in all is known from the start
         f"--timeout={SILENCE}",
         *(["--dry-run"] if dry_run else []),
-        f"--rsh={' '.join(map(quote, ssh))}",
+        f"--rsh={' '.join(map(quote, after_mark(mark, ssh)))}",
+        f"--rsync-path=printf %s {mark}; exec rsync",  # in any shell
         "--",
         f"{f'[{host}]' if ':' in host else host}:{source.rstrip('/')}/",
         f"{target.rstrip('/')}/",
     ]
 
 
+def after_mark(mark: str, ssh: list[str]) -> list[str]:
+    """Return the call of ssh that prints only what the remote command prints after the mark."""
+    return [sys.executable, "-I", "-c", AFTER_MARK, mark, *ssh]
+
+
 def quote(word: str) -> str:
     """Return a word of the remote shell's call as rsync reads it: it knows quotes, but no escapes."""
-    return "'" + word.replace("'", "''") + "'" if not word or re.search(r"[ '\"]", word) else word
+    return "'" + word.replace("'", "''") + "'" if not word or re.search(r"[\s'\"]", word) else word
 
 
 def parse_progress(line: str) -> Progress | None:

@@ -13,6 +13,7 @@ import fnmatch
 import json
 import operator
 import re
+import shlex
 import textwrap
 from contextlib import suppress
 from itertools import zip_longest
@@ -29,22 +30,30 @@ _EQUAL = re.compile(
 )
 _BOUND = re.compile(rf"(?P<sign>[<>]=?|!=)(?P<version>{_VERSION})")
 
-# The setting to blame, by the name of a client's error. Errors not listed are the client's own trouble.
+# The setting to blame, by what is in the name of a client's error. Errors not listed are the client's own trouble.
 _BLAME = {
-    **dict.fromkeys(("GatewayError", "InvalidChannelError", "UnavailableInvalidChannel"), "channels"),
-    **dict.fromkeys(("CondaHTTPError", "CondaSSLError", "ProxyError"), "channels"),
-    **dict.fromkeys(("ChecksumMismatchError", "ConnectionFailedError"), "channels"),
-    **dict.fromkeys(("InvalidMatchSpec", "InvalidMatchSpecError", "SolverError"), "specs"),
-    **dict.fromkeys(("PackagesNotFoundError", "ResolvePackageNotFound", "UnsatisfiableError"), "specs"),
-    **dict.fromkeys(("LibMambaUnsatisfiableError", "RattlerUnsatisfiableError"), "specs"),
-    **dict.fromkeys(("ImportError", "ModuleNotFoundError"), "rattler_python"),
-    "ValidatePackageRecordsError": "lock",
+    "specs": r"Packages?NotFound|Unsatisfiable|InvalidMatchSpec|SolverError",
+    "channels": r"Channel|HTTP|SSL|Proxy|Gateway|Checksum|Connect|ChunkedEncoding|Timeout|PathNotFound|EOF|Archive",
+    "lock": r"ValidatePackageRecords",
+    "": r"^(Import|ModuleNotFound)Error$",  # the one that names the client
 }
+# What is blamed while no file of an environment is touched yet. Rattler links some packages while it fetches others.
+BEFORE_LINKING = {
+    "rattler": ("specs", "lock", "rattler_python"),
+    "conda": ("specs", "lock", "client", "channels", "package_cache"),
+}
+# A package in conda's cache that is not all there.
+_DAMAGED = re.compile(r"located at (/.+?)\s+appears to be corrupted")
 _FETCHING = re.compile(
     r"failed to fetch|failed to download|download error|incorrect download|transfer finalized|https?://", re.IGNORECASE
 )
 # What a channel answers for good. All else may be better in a moment.
 _FINAL = re.compile(r"\b40[0134]\b|\b410\b|could not find subdir|certificate", re.IGNORECASE)
+# What conda adds to a problem. Between and after these lines may be why a connection failed.
+_ADVICE = re.compile(
+    r"\s+(?:Elapsed: .*|CF-RAY: .*|An HTTP error occurred when .*|HTTP errors are often .*"
+    r"|If your current network has .*\n.*|Current channels:[\s\S]*)"
+)
 _SECRET = re.compile(r"(://)[^/\s]+(?=@)|(https?://\S*?/t/)[^/\s]+")
 # What is asked of the host, in the words of rattler and libmamba, or of conda's classic solver.
 _HOST_NEED = re.compile(r"__(?P<name>\w+)(?:\[version=')?\s*(?P<bounds>[<>]=?[\w.]+(?:,[<>]=?[\w.]+)*)")
@@ -178,6 +187,23 @@ def parse_record(text: str) -> Package:
     return Package(record["name"], record["version"], record["build"])
 
 
+def is_whole(records: list[dict]) -> bool:
+    """Tell whether the packages are there that those in an environment's records depend on, as far as that is legible.
+
+    A build or an alternative among versions is not: then the name has to do.
+    """
+    packages = {record["name"]: Package(record["name"], record["version"], record["build"]) for record in records}
+
+    def is_met(text: str) -> bool:
+        name = re.split(r"[\s=<>!~\[]", text.lower(), maxsplit=1)[0]
+        with suppress(CondaError):
+            return name in packages and satisfies(packages[name], parse_spec(text))
+        return name in packages
+
+    needs = {text for record in records for text in record.get("depends") or []}
+    return all(is_met(text) for text in needs if not text.startswith("__"))  # which is what the host is
+
+
 def difference(before: dict[str, Package], after: dict[str, Package]) -> dict[str, dict[str, str]]:
     """Return what an Ansible diff shows: the packages that come, go or change."""
 
@@ -191,13 +217,18 @@ def difference(before: dict[str, Package], after: dict[str, Package]) -> dict[st
     return {"before": changed(before, after), "after": changed(after, before)}
 
 
+def verb_command(client: str, create: bool) -> list[str]:
+    """Return how a call of conda, mamba or micromamba begins; conda alone adds packages of the user's own choice."""
+    plain = ["--no-default-packages"] if create and client.rpartition("/")[2] == "conda" else []
+    return [client, "create" if create else "install", *plain]
+
+
 def conda_command(
     client: str, create: bool, prefix: str, channels: list[str], specs: list[Spec], dry_run: bool
 ) -> list[str]:
     """Return the call of conda, mamba or micromamba. ``create`` destroys what is at ``prefix``."""
     return [
-        client,
-        "create" if create else "install",
+        *verb_command(client, create),
         *("-y", "-q", "--json"),
         *(["--dry-run"] if dry_run else []),
         "--override-channels",
@@ -245,10 +276,11 @@ def describe_host(platform: str, machine: str, release: str, glibc: str) -> dict
 
 def clean_command(command: list[str], timeout: int, cache: str | None) -> list[str]:
     """Return the command with an end in time and an environment that leads no client astray."""
+    strict = "CONDA_SAFETY_CHECKS=enabled"  # else conda installs a file that a kill has cut off while it was unpacked
     unset = [word for name in ("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME") for word in ("-u", name)]
     # the cache is laid out as mamba's root, so that mamba takes it for one
     caches = [f"CONDA_PKGS_DIRS={cache}/pkgs", f"MAMBA_ROOT_PREFIX={cache}"] if cache else []
-    return ["timeout", "--kill-after=10", str(timeout), "env", *unset, *caches, *command]
+    return ["timeout", "--kill-after=10", str(timeout), "env", *unset, strict, *caches, *command]
 
 
 def search_command(module_load: str | None, names: list[str]) -> list[str]:
@@ -264,30 +296,56 @@ def parse_search(stdout: str, names: list[str]) -> list[str]:
 
 
 def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Package], provider: str) -> Answer:
-    """Read any client's answer. A return code says little: clients have crashed after all work was done."""
-    content = _first_object(stdout)
-    if content.get("success"):
+    """Read any client's answer. Only the environment tells what was done: clients crash after all work was done."""
+    content = _last_object(stdout)
+    if content.get("success") or (not content and code == 0):  # conda prints nothing about a lock file
         actions = content.get("actions") or {}
-        links = actions.get("LINK") or [] if isinstance(actions, dict) else []
-        return Answer(_after(actions, installed), links=tuple(links))
+        with suppress(AttributeError, KeyError, TypeError, ValueError):
+            links = actions.get("LINK") or [] if isinstance(actions, dict) else []
+            return Answer(_after(actions, installed), links=tuple(links))
+        return Answer({}, "provider", "its answer has an unknown form")
     if content.get("solver_problems"):
         return Answer({}, "specs", _one_line("; ".join(content["solver_problems"])))
     if not content and code in (124, 137):
         return Answer({}, "timeout", "the client was stopped")
+    program = "rattler_python" if provider == "rattler" else "client"
     if not content and code in (126, 127):
-        return Answer({}, "rattler_python" if provider == "rattler" else "client", _one_line(stderr))
-    last_words = "\n".join((stderr or stdout).strip().splitlines()[-3:])
-    problem = content.get("message") or content.get("error") or last_words or "it said nothing"
+        return Answer({}, program, _one_line(stderr))
+    last_words = "\n".join((stderr or stdout).strip().splitlines()[-3:]) or "it said nothing"
+    blamed = [_blame(error, last_words, program) for error in _flat(content)]
+    # what has a remedy comes first, and what may pass last
+    ranks = {"package_cache": 0, "channels": 2}
+    setting = min((setting for setting, _problem in blamed), key=lambda setting: ranks.get(setting, 1))
+    return Answer({}, setting, "; ".join(dict.fromkeys(problem for blames, problem in blamed if blames == setting)))
+
+
+def _flat(error: dict) -> list[dict]:
+    """Return the errors that this one is made of, or itself: conda nests them."""
+    parts = [part if isinstance(part, dict) else {"message": part} for part in error.get("errors") or []]
+    return [each for part in parts for each in _flat(part)] or [error]
+
+
+def _blame(error: dict, last_words: str, program: str) -> tuple[str, str]:
+    """Return the setting to blame for an error, and the problem; ``program`` is the setting that names the client."""
+    name, problem = (str(error.get(key) or "") for key in ("exception_name", "message"))
+    problem = problem or str(error.get("error") or last_words)
+    damaged = _DAMAGED.search(problem)
+    if damaged:
+        return "package_cache", f"rm -r {shlex.quote(damaged[1])}"
     guess = "channels" if _FETCHING.search(problem) else "provider"
-    return Answer({}, _BLAME.get(content.get("exception_name", ""), guess), _one_line(problem))
+    setting = next((setting for setting, names in _BLAME.items() if re.search(names, name)), guess)
+    return setting or program, _one_line(_ADVICE.sub("", problem))
 
 
-def _first_object(stdout: str) -> dict:
-    """Return the JSON in a client's output, whatever lines of words come before it."""
-    for line in re.finditer(r"^\s*\{", stdout, re.MULTILINE):
-        with suppress(ValueError):
-            return json.JSONDecoder().raw_decode(stdout[line.start() :].lstrip())[0]
-    return {}
+def _last_object(stdout: str) -> dict:
+    """Return the last JSON in a client's output: lines of words and warnings, in JSON as well, come before it."""
+    last: dict = {}
+    end = 0
+    for line in re.finditer(r"^\s*(?=\{)", stdout, re.MULTILINE):
+        if line.end() >= end:
+            with suppress(ValueError):
+                last, end = json.JSONDecoder().raw_decode(stdout, line.end())
+    return last
 
 
 def _after(actions: dict | list, installed: dict[str, Package]) -> dict[str, Package]:
@@ -344,6 +402,11 @@ def explain(answer: Answer, params: dict, specs: list[Spec], glibc: str) -> str:
         return f"channels: cannot read {', '.join(named)}: {problem}"
     if answer.setting == "lock":
         return f"lock: {problem}"
+    if answer.setting == "package_cache":
+        return (
+            "package_cache: the client's cache holds incomplete packages (it was probably killed while unpacking); "
+            f"remove them and run this again: {answer.problem}"
+        )
     if answer.setting == "specs":
         wanted = " ".join(spec.text for spec in specs)
         need = unmet_need(answer.problem, glibc)

@@ -62,6 +62,7 @@ def parameters(params: dict, database: str) -> dict[str, Any]:
         "dbname": database,
         "application_name": "mala.hpc_db",
         **safety(params["host"], params.get("tls", True)),
+        **{name: params[name] for name in ("connect_timeout",) if name in params},
     }
 
 

@@ -23,6 +23,7 @@ from typing import Any, Callable, NamedTuple
 MOST_POINTS = 5000
 MOST_LINES = 500
 MOST_CURVES = 100
+MOST_STEPS = 100000  # of all curves together
 # Optuna copies all of a study once for each parameter whose importance it draws.
 MOST_COMPARED = 2000
 MOST_PARAMETERS = 12
@@ -54,23 +55,27 @@ def stamp(seconds: float) -> str:
 
 
 def literal_distribution(text: str) -> Any:
-    """Return a distribution whose choices plotly shows as they are."""
+    """Return a distribution whose choices plotly shows as they are, and a list as its text."""
     from optuna import distributions
 
     distribution = distributions.json_to_distribution(text)
-    if isinstance(distribution, distributions.CategoricalDistribution):
-        choices = [literal(choice) if isinstance(choice, str) else choice for choice in distribution.choices]
-        return distributions.CategoricalDistribution(choices)
-    return distribution
+    if not isinstance(distribution, distributions.CategoricalDistribution):
+        return distribution
+    choices = [json.dumps(each) if isinstance(each, (dict, list)) else each for each in distribution.choices]
+    return distributions.CategoricalDistribution([literal(each) if isinstance(each, str) else each for each in choices])
 
 
 def rebuild(exported: dict[str, Any], trials: Iterable[dict[str, Any]]) -> Any:
-    """Return a study in memory with these trials of the exported one, and their numbers if these are all."""
+    """Return a study in memory with these trials of the exported one, numbered by their places."""
     import optuna
 
     distributions = [literal_distribution(text) for text in exported["distributions"]]
-    study = optuna.create_study(directions=exported["directions"])
-    study.add_trials(rebuild_trial(trial, distributions) for trial in trials)
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(directions=exported["directions"], storage=storage)
+    study_id = storage.get_study_id_from_name(study.study_name)
+    # Not Study.add_trials, which refuses what Optuna itself has stored, such as an enqueued value out of range.
+    for trial in trials:
+        storage.create_new_trial(study_id, rebuild_trial(trial, distributions))
     return study
 
 
@@ -80,24 +85,33 @@ def rebuild_trial(exported: dict[str, Any], distributions: list[Any]) -> Any:
 
     state = optuna.trial.TrialState[exported["state"]]
     held = {literal(name): (distributions[index], value) for name, (index, value) in exported["params"].items()}
-    trial = optuna.trial.create_trial(
-        state=state,
+    start, complete = (
+        None if seconds is None else datetime.datetime.fromtimestamp(seconds)
+        for seconds in (exported["start"], exported["complete"])
+    )
+    trial = optuna.trial.FrozenTrial(
+        number=exported["number"], trial_id=exported["number"], state=state, value=None,
         values=exported["values"] if state == optuna.trial.TrialState.COMPLETE else None,
+        datetime_start=start, datetime_complete=complete,
         params={name: distribution.to_external_repr(value) for name, (distribution, value) in held.items()},
         distributions={name: distribution for name, (distribution, _value) in held.items()},
-        intermediate_values=dict(exported["intermediate"]),
-        constraints=exported["constraints"] or None,
+        user_attrs={}, system_attrs={}, intermediate_values=dict(exported["intermediate"]),
     )
-    for name, seconds in (("datetime_start", exported["start"]), ("datetime_complete", exported["complete"])):
-        if seconds is not None:
-            setattr(trial, name, datetime.datetime.fromtimestamp(seconds))
+    for name, value in exported["constraints"].items():
+        trial.set_constraint(name, value)
     return trial
+
+
+def whole_trials(exported: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return all trials but the complete ones that lack a value."""
+    count = len(exported["directions"])
+    return [each for each in exported["trials"] if each["state"] != "COMPLETE" or len(each["values"] or ()) == count]
 
 
 def complete_trials(exported: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the complete trials with finite values."""
-    complete = [trial for trial in exported["trials"] if trial["state"] == "COMPLETE"]
-    return [trial for trial in complete if all(math.isfinite(value) for value in trial["values"])]
+    complete = [trial for trial in whole_trials(exported) if trial["state"] == "COMPLETE"]
+    return [trial for trial in complete if all(map(math.isfinite, trial["values"]))]
 
 
 def is_feasible(trial: dict[str, Any]) -> bool:
@@ -115,8 +129,9 @@ def best_first(exported: dict[str, Any], objective: int = 0) -> list[dict[str, A
 def objectives(exported: dict[str, Any]) -> list[str]:
     """Return the objectives' names."""
     several = len(exported["directions"]) > 1
-    names = exported["metrics"] or [f"objective {number}" for number in range(len(exported["directions"]))]
-    return [literal(name) for name in names] if several or exported["metrics"] else ["objective value"]
+    named = isinstance(exported["metrics"], list) and len(exported["metrics"]) == len(exported["directions"])
+    names = exported["metrics"] if named else [f"objective {number}" for number in range(len(exported["directions"]))]
+    return [literal(str(name)) for name in names] if several or named else ["objective value"]
 
 
 def evenly(items: list, most: int) -> list:
@@ -133,7 +148,6 @@ def figures_of(exported: dict[str, Any]) -> list[Figure]:
     """Return the plots of a study; one that cannot be drawn says why."""
     if not exported["trials"]:
         return []
-    study = rebuild(exported, exported["trials"])
     wanted: list[tuple[str, Callable[[], tuple[Any, str]]]] = [
         ("Trials over time", partial(trials_over_time, exported)),
     ]
@@ -142,7 +156,7 @@ def figures_of(exported: dict[str, Any]) -> list[Figure]:
         for number, name in enumerate(objectives(exported)):
             of = f" of {html.unescape(name)}" if several else ""
             wanted += [
-                (f"Optimisation history{of}", partial(history, exported, study, number)),
+                (f"Optimisation history{of}", partial(history, exported, number)),
                 (f"Parameter importances{of}", partial(importances, exported, number)),
             ]
         wanted.append(("Parallel coordinates", partial(parallel_coordinates, exported)))
@@ -170,7 +184,8 @@ def trials_over_time(exported: dict[str, Any]) -> tuple[Any, str]:
     figure = graph_objects.Figure()
     thinned = False
     for state, colour in STATES.items():
-        ended = sorted(trial["complete"] for trial in exported["trials"] if trial["state"] == state)
+        held = [trial["complete"] for trial in exported["trials"] if trial["state"] == state]
+        ended = sorted(when for when in held if when is not None)
         points = evenly(list(enumerate(ended, 1)), MOST_POINTS)
         thinned = thinned or len(points) < len(ended)
         figure.add_scatter(
@@ -181,23 +196,25 @@ def trials_over_time(exported: dict[str, Any]) -> tuple[Any, str]:
     return figure, f"Of each state {MOST_POINTS} steps are drawn, evenly spaced." if thinned else ""
 
 
-def history(exported: dict[str, Any], study: Any, objective: int) -> tuple[Any, str]:
+def history(exported: dict[str, Any], objective: int) -> tuple[Any, str]:
     """The values of the trials, and the best until then."""
     import optuna
 
     name = objectives(exported)[objective]
+    trials = whole_trials(exported)
+    study = rebuild(exported, trials)
     target = (lambda trial: trial.values[objective]) if len(exported["directions"]) > 1 else None
     figure = optuna.visualization.plot_optimization_history(study, target=target, target_name=name)
     notes = []
     for trace in figure.data:
-        points = list(zip(trace.x, trace.y))
+        # where a trial is missing, the others' places are not their numbers
+        points = [(trials[place]["number"], y) for place, y in zip(trace.x, trace.y)]
         if len(points) > MOST_POINTS:
             notes.append(f"{MOST_POINTS} of {len(points)} points are drawn, evenly spaced, and each new best value.")
             kept = {points[0][0], *(x for x, _y in evenly(points, MOST_POINTS)), *new_best(points, exported, objective)}
             points = [point for point in points if point[0] in kept]
         trace.x, trace.y = [x for x, _y in points], [y for _x, y in points]
-    complete = [trial for trial in exported["trials"] if trial["state"] == "COMPLETE"]
-    infinite = len(complete) - len(complete_trials(exported))
+    infinite = sum(trial["state"] == "COMPLETE" for trial in trials) - len(complete_trials(exported))
     notes += [f"Trials that are complete with an infinite value, and not drawn: {infinite}."] if infinite else []
     return figure, " ".join(dict.fromkeys(notes))
 
@@ -268,11 +285,18 @@ def intermediate_values(exported: dict[str, Any]) -> tuple[Any, str]:
     reported = [trial for trial in exported["trials"] if trial["intermediate"]]
     chosen = evenly(reported, MOST_CURVES)
     figure = optuna.visualization.plot_intermediate_values(rebuild(exported, chosen))
+    most = MOST_STEPS // len(chosen)
+    notes = [f"{len(chosen)} of {len(reported)} trials are drawn, evenly spaced."]
+    if len(chosen) == len(reported):
+        notes = []
     for trace, trial in zip(figure.data, chosen):
         trace.name = f"Trial{trial['number']}"
+        points = list(zip(trace.x, trace.y))
+        if len(points) > most:
+            notes.append(f"Of a trial {most} steps are drawn, evenly spaced.")
+            trace.x, trace.y = zip(*evenly(points, most))
     figure.update_layout(showlegend=False)
-    note = f"{len(chosen)} of {len(reported)} trials are drawn, evenly spaced."
-    return figure, note if len(chosen) < len(reported) else ""
+    return figure, " ".join(dict.fromkeys(notes))
 
 
 # --- workers and outages
@@ -310,13 +334,14 @@ def running_over_time(studies: list[dict[str, Any]], log: dict[str, Any], until:
 
 
 def running_steps(trials: list[dict[str, Any]], until: float) -> list[tuple[float, int]]:
-    """Return from when on how many trials ran."""
+    """Return from when on how many trials ran; those that have ended nobody knows when are left out."""
     changes: Counter[float] = Counter()
     for trial in trials:
-        if trial["start"] is not None:
+        runs, ended = trial["state"] == "RUNNING", trial["complete"]
+        if trial["start"] is not None and (runs or ended is not None):
             changes[trial["start"]] += 1
-            if trial["complete"] is not None:
-                changes[max(trial["start"], trial["complete"])] -= 1
+            if not runs:
+                changes[max(trial["start"], ended)] -= 1
     times = sorted(changes)
     steps = list(zip(times, accumulate(changes[when] for when in times)))
     return [*steps, (until, steps[-1][1])] if steps and steps[-1][0] < until else steps

@@ -12,7 +12,7 @@ import pwd
 import re
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -28,6 +28,10 @@ OWNED = (
 OWN_VARIABLES = ["SGE_CELL", "SGE_CLUSTER_NAME", "SGE_EXECD_PORT", "SGE_QMASTER_PORT", "SGE_ROOT"]
 # Options of qstat that choose jobs, or print something else, and that no option overrides without a loss.
 FILTERS = ("-U", "-dj", "-dq", "-explain", "-f", "-F", "-g", "-help", "-j", "-l", "-pe", "-q", "-qs")
+# Options of qsub that make it wait, print or hold a job, take a script for a program, or end postgres beside its
+# supervisor (see ask_command), and that a job script cannot override; those of the second list take yes or no.
+BREAKING = ("-C", "-b", "-h", "-help", "-notify", "-now", "-soft", "-sync", "-t", "-verify")
+ANSWERED = ("-b", "-now", "-sync")
 # Options that say yes or no.
 SWITCHES = ("R", "r")
 # What the hosts report, which qsub does not look at when it judges a job: it would refuse it.
@@ -43,8 +47,17 @@ def environment(variables: Mapping[str, str], bin_dir: str) -> dict[str, str]:
     return {**({"SGE_ROOT": found[1]} if found else {}), **build_environment(variables, OWN_VARIABLES)}
 
 
-def check_environment(variables: Mapping[str, str], options: dict) -> None:
-    """Accept anything: qsub takes no options from its environment, but from files, which count for every job."""
+def check_environment(variables: Mapping[str, str], options: dict, setting: str) -> None:
+    """Raise ValueError for an option in a file of defaults with which no job is hosted.
+
+    qsub takes no options from its environment; other defaults of a user or a site count for every job alike.
+    """
+    check_defaults("request", BREAKING, "changes every job that qsub submits")
+
+
+def overridden(variables: Mapping[str, str], options: dict, setting: str) -> list[str]:
+    """Return nothing: what stands in a job script counts more than any default."""
+    return []
 
 
 def hosting_options(options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:
@@ -82,12 +95,11 @@ def submit_command(name: str, script: str, options: dict, output: str) -> list[s
     return ["qsub", "-terse", "-N", name, *log, "-S", "/bin/sh", *flags(options), script]
 
 
-def parse_submit(text: str) -> str:
-    """Return the id of the new job; sites may print lines of their own before and after it."""
-    found = re.findall(r"^\d+$", text, re.ASCII | re.MULTILINE)
-    if not found:
-        raise ValueError(f"no job id in what was printed: {text.strip()!r}")
-    return found[-1]
+def parse_submit(text: str) -> str | None:
+    """Return the id of the new job, which may stand in a sentence, between lines of the site; None if there is none."""
+    told = r"^\s*(?:Your job )?(\d+)(?: \(.*\) has been submitted)?\s*$"
+    found = re.findall(told, text, re.ASCII | re.MULTILINE)
+    return found[-1] if found else None
 
 
 def batch_lines(name: str, number: int, folder: str, options: dict) -> list[str]:
@@ -117,6 +129,15 @@ def check_command(name: str, options: dict) -> list[str] | None:
     """Return a call that fails for a job that can never start, without submitting; qsub itself would take it."""
     judged = {key: value for key, value in parse_resources(options.get("l")).items() if not REPORTED.fullmatch(key)}
     return ["qsub", "-w", "v", "-N", name, *flags({**options, "l": judged}), "-b", "y", "/bin/true"]
+
+
+def unavailable_command(refusal: str) -> list[str] | None:
+    """Return None: ``-w v`` looks at all hosts and queues, whatever their state is."""
+
+
+def parse_unavailable(text: str, options: dict) -> str:
+    """Return nothing."""
+    return ""
 
 
 def limit_command(options: dict) -> list[str] | None:
@@ -303,14 +324,23 @@ def listing() -> list[str]:
 
     Its defaults from files are overridden as far as that can be; what hides jobs nevertheless is refused.
     """
+    check_defaults("qstat", FILTERS, "changes what every qstat shows")
+    return ["qstat", "-s", "prs", "-u", user()]
+
+
+def check_defaults(command: str, refused: Sequence[str], effect: str) -> None:
+    """Raise ValueError for one of these options in a file of defaults, the user's or the site's."""
     root, cell = os.environ.get("SGE_ROOT", "/nonexistent"), os.environ.get("SGE_CELL", "default")
-    for path in (Path(pwd.getpwuid(os.geteuid()).pw_dir, ".sge_qstat"), Path(root, cell, "common", "sge_qstat")):
+    home = pwd.getpwuid(os.geteuid()).pw_dir
+    for path in (Path(home, f".sge_{command}"), Path(root, cell, "common", f"sge_{command}")):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         words = [word for line in lines if not line.startswith("#") for word in line.split()]
-        hidden = sorted(set(words) & set(FILTERS))
-        if hidden:
-            raise ValueError(f"{path}: the option {hidden[0]} changes what every qstat shows; remove it there")
-    return ["qstat", "-s", "prs", "-u", user()]
+        found = sorted(
+            option for option, value in zip(words, [*words[1:], ""])
+            if option in refused and not (option in ANSWERED and value in ("n", "no"))
+        )
+        if found:
+            raise ValueError(f"{path}: the option {found[0]} {effect}; remove it there")
 
 
 def user() -> str:
@@ -319,9 +349,10 @@ def user() -> str:
 
 
 def tree(text: str) -> ElementTree.Element:
-    """Return what was printed as XML, without a site's own message before it."""
+    """Return what was printed as XML, without a site's own lines before and after it."""
+    found = re.search(r"<\?xml[^>]*>\s*<(\w+).*</\1\s*>", text, re.DOTALL)
     try:
-        return ElementTree.fromstring(text[max(text.find("<?xml"), 0):])
+        return ElementTree.fromstring(found[0] if found else "")
     except ElementTree.ParseError:
         raise ValueError(f"no XML in what was printed: {text.strip()[:200]!r}") from None
 

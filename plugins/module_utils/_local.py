@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# The hosting program prints its queue and its ids as Slurm does.
-from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import (
-    parse_hosts,
-    parse_jobs,
-    parse_nodes,
-    parse_queue,
-    parse_submit,
-)
+# The hosting program prints its queue and its ids as Slurm does, without a head.
+from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_hosts, parse_nodes, parse_submit
+from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import read_jobs as parse_jobs
+from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import read_queue as parse_queue
 
 __all__ = ["parse_hosts", "parse_jobs", "parse_nodes", "parse_queue", "parse_submit"]
 
@@ -27,8 +23,13 @@ def environment(variables: Mapping[str, str], bin_dir: str) -> dict[str, str]:
     return dict(variables)
 
 
-def check_environment(variables: Mapping[str, str], options: dict) -> None:
+def check_environment(variables: Mapping[str, str], options: dict, setting: str) -> None:
     """Accept anything."""
+
+
+def overridden(variables: Mapping[str, str], options: dict, setting: str) -> list[str]:
+    """Return nothing."""
+    return []
 
 
 def hosting_options(options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:
@@ -67,6 +68,15 @@ def check_batch_command(script: str, options: dict) -> list[str] | None:
 
 def check_command(name: str, options: dict) -> list[str] | None:
     """Return None: nothing can be refused."""
+
+
+def unavailable_command(refusal: str) -> list[str] | None:
+    """Return None: there are no nodes."""
+
+
+def parse_unavailable(text: str, options: dict) -> str:
+    """Return nothing."""
+    return ""
 
 
 def limit_command(options: dict) -> list[str] | None:

@@ -9,12 +9,23 @@ conda, mamba and micromamba install the same list by ``create --prefix PREFIX --
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from ansible_collections.mala.hpc_db.plugins.module_utils._conda import CondaError, Package, Spec, has_secret, satisfies
+from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
+    CondaError,
+    Package,
+    Spec,
+    has_secret,
+    satisfies,
+    verb_command,
+)
 
 HEADER = "# A lock file of conda's, for: conda create --prefix PREFIX --file THIS\n# platform: {platform}\n@EXPLICIT\n"
 
@@ -93,6 +104,19 @@ def check_sums(locked: list[Locked], records: Iterable[dict]) -> None:
             )
 
 
+def check_archives(locked: list[Locked]) -> None:
+    """Raise CondaError if a package in a folder is not the locked one: conda looks only at what it downloads."""
+    for each in locked:
+        url = urlsplit(each.url)
+        if url.scheme == "file":
+            try:
+                found = hashlib.new(each.kind, Path(url2pathname(url.path)).read_bytes()).hexdigest()
+            except OSError as error:
+                raise CondaError(f"lock: cannot read {each.url}: {error.strerror}") from error
+            if found != each.sum:
+                raise CondaError(f"lock: {each.url} has the {each.kind} {found}, but {each.sum} is locked")
+
+
 def lock_text(records: list[dict], platform: str) -> str:
     """Return the lock file of an environment from its ``conda-meta``; raise CondaError if that says too little."""
     lines = []
@@ -126,7 +150,7 @@ def _dependencies_first(records: list[dict]) -> list[dict]:
 
 def install_command(client: str, create: bool, prefix: str, lock: str) -> list[str]:
     """Return the call of conda, mamba or micromamba for a lock file at the path ``lock``."""
-    return [client, "create" if create else "install", "-y", "-q", "--json", "-p", prefix, "--file", lock]
+    return [*verb_command(client, create), "-y", "-q", "--json", "-p", prefix, "--file", lock]
 
 
 def rattler_command(

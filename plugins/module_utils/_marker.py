@@ -18,19 +18,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from ansible_collections.mala.hpc_db.plugins.module_utils._slices import Slice
+
 
 @contextmanager
-def alone_at(marker: Path, patience: int, setting: str) -> Iterator[TextIO]:
+def alone_at(marker: Path, patience: int, setting: str, params: dict) -> Iterator[TextIO]:
     """Hold the file, after any other run that does; remove it in the end if it is empty.
 
     The lock ends with its last holder, whichever way that ends; what the file says stays then. Raise TimeoutError,
-    with ``setting`` to begin with, when another run still holds it after ``patience`` seconds.
+    with ``setting`` to begin with, when another run still holds it after ``patience`` seconds. ``params`` are the
+    module's, which may wait in slices.
     """
-    latest = time.monotonic() + patience
+    slice_ = Slice(params)
+    latest = slice_.began + patience
     note = _lock(marker)
     while note is None:
         if time.monotonic() > latest:
             raise TimeoutError(f"{setting}: after {patience} s another run still holds {marker}")
+        slice_.check(f"another run holds {marker}, {patience} s are allowed")
         time.sleep(0.2)
         note = _lock(marker)
     with note:

@@ -4,16 +4,20 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What Optuna's tables say about who made them, and about the clocks of who writes to them.
 
-Optuna is never imported here, since that takes a second: its revisions are read from its files.
+Optuna is imported only where its trials are read already, since that takes a second: its revisions are read from its
+files.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
+import math
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Where Optuna keeps the steps that bring one revision of its schema to the next, since 0.9.
 REVISIONS = "storages/_rdb/alembic/versions/*.py"
@@ -37,6 +41,9 @@ SELECT study_name, coalesce(max(ahead), 0)::float,
        count(*) FILTER (WHERE back >= 1680)
 FROM studies JOIN steps USING (study_id) GROUP BY study_name ORDER BY study_name
 """
+LONGEST_SHOWN = 60
+ENDED = ("COMPLETE", "PRUNED", "FAIL")
+
 # The clocks of two nodes may differ by this much.
 AHEAD_SECONDS = 300
 # Fewer steps, or fewer than half of all, may be chance: 7 % of those of trials that waited look like half hours.
@@ -101,6 +108,99 @@ def mismatch(database: str, schema: Schema, optuna: Optuna) -> str:
         f"{said}, which is newer than the installed Optuna {optuna.version}: have optuna=={schema.library} in "
         "postgres_python_packages"
     )
+
+
+def attribute(value_json: str | None) -> Any:
+    """Return an attribute's value; the text that is there if it is no JSON."""
+    try:
+        return json.loads(value_json or "")
+    except (ValueError, RecursionError):
+        return value_json
+
+
+def cut(value: Any) -> str:
+    """Return a value as a message has it."""
+    text = str(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+def read_trials(storage: Any, study_id: int) -> tuple[list[Any], list[str]]:
+    """Return a study's trials, and a line for each that Optuna cannot read, which would not read the others then."""
+    try:
+        return storage.get_all_trials(study_id, deepcopy=False), []
+    except Exception as error:  # whatever Optuna and SQLAlchemy raise
+        if is_lost(error) or not hasattr(storage, "engine"):
+            raise
+    with storage.engine.connect() as connection:
+        query = f"SELECT trial_id, number FROM trials WHERE study_id = {int(study_id)} ORDER BY trial_id"
+        held = connection.exec_driver_sql(query).fetchall()
+    trials, unreadable = [], []
+    for trial_id, number in held:
+        try:
+            trials.append(storage.get_trial(trial_id))
+        except Exception as error:  # the same
+            if is_lost(error):
+                raise
+            unreadable.append(f"trial {number} cannot be read: {said(error)}")
+    return trials, unreadable
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Return an error, and what it was raised from: Optuna's, SQLAlchemy's, the driver's."""
+    while error:
+        yield error
+        error = error.__cause__
+
+
+def said(error: BaseException) -> str:
+    """Return the first cause and its kind in one line: Optuna's own message is the same for all of them."""
+    *_others, first = causes(error)
+    return f"{type(first).__name__}: {' '.join(str(first).split())}".rstrip(": ")
+
+
+def is_lost(error: Exception) -> bool:
+    """Tell whether the connection to the database is gone, or cannot be made, so that the error is none of a row."""
+    return any(
+        getattr(each, "connection_invalidated", False)  # by SQLAlchemy
+        or getattr(each, "pgcode", "") is None  # by psycopg2, for an error that is not the server's
+        for each in causes(error)
+    )
+
+
+def oddities(trials: list[Any], objectives: int) -> list[str]:
+    """Return what is odd about trials, which Optuna stores, but refuses in a study that is made anew: a line a kind."""
+    outside = [found for trial in trials for found in values_outside(trial)[:1]]
+    valued = [(trial, sum(not math.isnan(value) for value in trial.values or [])) for trial in trials]
+    short = [
+        f"trial {trial.number} is COMPLETE with {count} of {objectives} values"
+        for trial, count in valued if trial.state.name == "COMPLETE" and count != objectives
+    ]
+    endless = [
+        f"trial {trial.number} is {trial.state.name} without the time of its end"
+        for trial in trials if trial.state.name in ENDED and trial.datetime_complete is None
+    ]
+    return [
+        kind[0] + (f" (and so on, in {len(kind)} trials)" if len(kind) > 1 else "")
+        for kind in (outside, short, endless) if kind
+    ]
+
+
+def values_outside(trial: Any) -> list[str]:
+    """Return which of a trial's parameters have a value that is not in their distribution, as one can be enqueued."""
+    from optuna.trial import create_trial
+
+    def is_outside(names: Iterable[str]) -> bool:
+        held = {name: trial.params[name] for name in names}
+        try:
+            create_trial(value=0.0, params=held, distributions={name: trial.distributions[name] for name in names})
+        except (TypeError, ValueError):
+            return True
+        return False
+
+    return [
+        f"trial {trial.number} has {cut(name)} = {cut(trial.params[name])} outside of {trial.distributions[name]}"
+        for name in trial.params if is_outside([name])
+    ] if is_outside(trial.params) else []
 
 
 def clock_warnings(database: str, clocks: list[tuple], optuna: Optuna) -> list[str]:

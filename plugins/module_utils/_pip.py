@@ -6,15 +6,45 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import re
 from typing import TYPE_CHECKING
 
+from ansible_collections.mala.hpc_db.plugins.module_utils import _pip_helper
+
 if TYPE_CHECKING:
     from ansible.module_utils.basic import AnsibleModule
 
-# Variables of the user's shell that would make pip install elsewhere, or load other libraries.
-MISLEADING = "PYTHONPATH PYTHONHOME LD_LIBRARY_PATH PIP_TARGET PIP_PREFIX PIP_USER PIP_REQUIRE_VIRTUALENV".split()
+# Variables of the user's shell that would make a Python load other packages or libraries.
+MISLEADING = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")
+
+OFFLINE = "without internet there: set postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"
+# What pip says, and what that asks for. Those that come with others are the first ones. {0} is the advice if pip
+# reached no index.
+ADVICE = (
+    ("No space left on device|Disk quota exceeded",
+     "a disk or quota is full: that of the folder, of pip's cache (~/.cache/pip) or of TMPDIR"),
+    ("ProxyError|Tunnel connection failed|Unable to connect to proxy|407 Proxy|proxy-connection-failed",
+     "the proxy lets nobody through: see proxy in pip.conf, http_proxy and https_proxy there"),
+    ("CERTIFICATE_VERIFY_FAILED", "pip does not trust the index's certificate: see cert in pip.conf there"),
+    ("SSLError|ssl-verification-failed",
+     "the index speaks no TLS that pip knows: see its address, and whether a proxy is in between"),
+    ("connection broken by|Max retries exceeded|NewConnectionError|ReadTimeout|Read timed out|"
+     "connection-(?:failed|timeout)", "{0}"),
+    (r"\b40[13] (?:Client )?Error|Unauthorized|Forbidden|Credentials not correct",
+     "the index lets nobody in without the right password: in ~/.netrc, or index-url in pip.conf there"),
+    ("ResolutionImpossible|conflicting dependencies",
+     "requirements exclude each other; those of a constraint in pip.conf count, too"),
+    ("Location '.*' is ignored",
+     "a folder of wheels is not there: see postgres_python_wheelhouse, or find-links in pip.conf there"),
+    ("Could not find a version .*from versions: none",
+     "the source was read, but offers none for this Python and machine, or wants a password"),
+    ("Could not find a version|requires a different Python", "the source has other versions only"),
+)
+# In the place of user and password.
+SECRET = re.compile(r"(?<=://)[^\s/@]*(?::[^\s/]*)?@")
 
 
 class Failed(Exception):
@@ -24,6 +54,12 @@ class Failed(Exception):
 def normalise(name: str) -> str:
     """Return a project's name as PEP 503 compares it."""
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pip_command(python: str, arguments: list[str], host: dict[str, str] | None = None) -> list[str]:
+    """Return the call of a Python's pip. ``host`` are the markers of another one that it downloads for."""
+    other = [f"--host={json.dumps(host)}"] if host else []
+    return [python, "-I", "-c", inspect.getsource(_pip_helper), *other, *arguments]
 
 
 def source_arguments(wheelhouse: str | None, index_url: str | None) -> list[str]:
@@ -46,7 +82,16 @@ def call(module: AnsibleModule, command: list[str], pass_fds: tuple[int, ...] = 
         raise Failed(f"{command[0]}: {error.strerror}") from None
 
 
-def last_words(stdout: str, stderr: str) -> str:
-    """Return what a pip that failed had to say, in one line."""
+def explain(command: list[str], stdout: str, stderr: str, offline: str = OFFLINE) -> str:
+    """Return which program failed, its last words and what mends it, in one line without passwords.
+
+    ``offline`` is the advice if pip reached no index.
+    """
     words = (stderr.strip() or stdout.strip()).splitlines() or ["no output"]
-    return " ".join([line for line in words if line.startswith("ERROR")] or words[-3:])
+    words = [line for line in words if line.startswith(("ERROR", "×"))] or words[-3:]
+    program, hint = " ".join(command[:3]), ""
+    if inspect.getsource(_pip_helper) in command:
+        program = f"{command[0]} -m pip"
+        said = stdout + stderr
+        hint = next((f" ({advice.format(offline)})" for pattern, advice in ADVICE if re.search(pattern, said)), "")
+    return SECRET.sub("****@", f"{program} … failed: {' '.join(words)}{hint}")

@@ -14,6 +14,9 @@ import shlex
 REQUIRED = ("postgres", "initdb", "psql", "pg_dump", "pg_restore")
 OPTIONAL = ("pg_controldata", "pg_ctl", "pg_dumpall", "pg_resetwal", "pg_upgrade")
 
+# What those are told whose words are read here, for run_command's environ_update.
+ENGLISH = {"LC_ALL": "C"}
+
 # The exit code of a login shell whose site's line has failed.
 LOAD_FAILED = 93
 # A login shell prints whatever it likes besides.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Callable
 
 # Ansible evaluates a string of an inventory in which one of these begins.
 TEMPLATE = re.compile(r"\{[{%#]")
@@ -34,15 +34,20 @@ def one_line(said: object) -> str:
     return printable(" ".join(str(said).splitlines()))
 
 
-def printable_data(value: Any) -> Any:
+def printable_data(value: Any, convert: Callable[[str], str] = printable) -> Any:
     """Return the same for each text in lists and dictionaries."""
     if isinstance(value, str):
-        return printable(value)
+        return convert(value)
     if isinstance(value, Mapping):
-        return {printable_data(key): printable_data(each) for key, each in value.items()}
+        return {printable_data(key, convert): printable_data(each, convert) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [printable_data(each) for each in value]
+        return [printable_data(each, convert) for each in value]
     return value
+
+
+def encodable_data(value: Any) -> Any:
+    r"""Return a module's result with ``\ud800`` and the like for halves of characters, which Ansible does not read."""
+    return printable_data(value, lambda text: text.encode("utf-8", "backslashreplace").decode())
 
 
 def yaml_data(value: Any, setting: str) -> str:

@@ -165,11 +165,21 @@ def counts(study: dict[str, Any]) -> str:
     return f"{number} trial{'' if number == 1 else 's'}: {told}" if number else "no trials yet"
 
 
+def study_or_why(study: dict[str, Any], figures: list[Figure], name: str) -> str:
+    """Return all about a study, or why it cannot be shown: one must not cost the others."""
+    try:
+        return study_section(study, figures, name)
+    except Exception as error:  # a value of a kind that nobody has thought of
+        why = note(f"This study cannot be shown: {type(error).__name__}: {error}", "bad")
+        return f"<section><h2>{escape(study['database'])}/{escape(study['name'])}</h2>{why}</section>"
+
+
 def study_section(study: dict[str, Any], figures: list[Figure], name: str) -> str:
     """Return all about a study."""
     parts = [f"<h2>{escape(study['database'])}/{escape(study['name'])}</h2>"]
     aims = ", ".join(study["directions"])
     parts.append(note(f"{counts(study)}. Aim: {aims}."))
+    parts += [note(odd, "bad") for odd in study.get("odd", [])]
     if study["attributes"]:
         parts.append(table((key, shown(value)) for key, value in sorted(study["attributes"].items())))
     best = best_first(study)[:MOST_BEST]
@@ -208,7 +218,7 @@ def page(
     """Return the whole file."""
     nonce = digest[:32]
     title = escape(f"{status['instance']} on {status['cluster']}")
-    sections = [study_section(study, each, f"plot-{number}")
+    sections = [study_or_why(study, each, f"plot-{number}")
                 for number, (study, each) in enumerate(zip(held["studies"], figures))]
     return "\n".join([
         "<!DOCTYPE html>",

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from ansible_collections.mala.hpc_db.plugins.module_utils import _gridengine, _local, _slurm
 
@@ -33,6 +35,10 @@ ARGUMENT_SPEC = {
 TIMEOUT = 120
 # Its end has begun and nothing brings it back.
 LEAVING = "COMPLETING"
+# Whatever colours an answer or moves the cursor: escape sequences, and all control characters but tab and newline.
+ESCAPES = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])|[\x00-\x08\x0b-\x1f\x7f]"
+)
 
 
 class SchedulerError(Exception):
@@ -47,7 +53,8 @@ def make_run(module: AnsibleModule, params: dict | None = None) -> Run:
     params = params or module.params
     local = params["scheduler"] == "local"
     bin_dir = None if local else params["bin_dir"]
-    cwd = os.path.join(params["root"], "host") if local else None
+    host = Path(params["root"], "host")  # where all later jobs are submitted from
+    cwd = next(folder for folder in (host, *host.parents) if os.access(folder, os.X_OK))
     environment = SCHEDULERS[params["scheduler"]].environment(os.environ, bin_dir or "")
 
     def run(command: list) -> str:
@@ -68,21 +75,27 @@ def make_run(module: AnsibleModule, params: dict | None = None) -> Run:
 
 
 def call(
-    command: list, environment: dict, timeout: float, cwd: str | None = None
+    command: list, environment: dict, timeout: float, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command with these variables and no others, which run_command of a module cannot."""
-    return subprocess.run(
-        command, env=environment, cwd=cwd, timeout=timeout, stdin=subprocess.DEVNULL, capture_output=True,
-        encoding="utf-8", errors="replace", check=False,
-    )
+    """Run a command with these variables and no others, which run_command of a module cannot.
+
+    After the time-out nothing is left of it, not even what it has started.
+    """
+    with subprocess.Popen(
+        command, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        encoding="utf-8", errors="replace", start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, ESCAPES.sub("", stdout), ESCAPES.sub("", stderr))
 
 
 def check_environment(params: dict, setting: str) -> None:
     """Raise ValueError for an option that is set by the login's environment only; ``setting`` is where it belongs."""
-    try:
-        SCHEDULERS[params["scheduler"]].check_environment(os.environ, params["options"])
-    except ValueError as error:
-        raise ValueError(f"{setting}: {error}") from None
+    SCHEDULERS[params["scheduler"]].check_environment(os.environ, params["options"], setting)
 
 
 def check_name(name: str) -> None:
@@ -104,6 +117,66 @@ def find_jobs(params: dict, run: Run) -> list[dict]:
     return sorted((job for job in jobs if job["name"] == params["name"]), key=_weight)
 
 
+def judge_job(params: dict, run: Run, command: list, setting: str) -> list[str]:
+    """Let the scheduler judge a job that is not submitted. Raise its refusal; return what keeps the job waiting now."""
+    scheduler = SCHEDULERS[params["scheduler"]]
+    try:
+        run(command)
+        return []
+    except SchedulerError as error:
+        refused = SchedulerError(f"{setting}: {command[0]} says: {error}")
+        question = scheduler.unavailable_command(str(error))
+    try:
+        nodes = scheduler.parse_unavailable(run(question), params["options"]) if question else ""
+    except SchedulerError:
+        nodes = ""
+    if not nodes:
+        raise refused
+    return [f"{refused}; that is true now, not for ever, so the job is going to wait in the queue: {nodes}"]
+
+
+class Submitted(NamedTuple):
+    """A job that was submitted just now; ``said`` is for the user where its id could not be read."""
+
+    id: str
+    said: str
+
+
+def submit_job(params: dict, run: Run, command: list, known: Iterable[dict]) -> Submitted:
+    """Submit a job of the name, beside those that are ``known``.
+
+    The queue tells its id: a site's sbatch may print anything around it, other numbers as well.
+    """
+    before = {job["id"] for job in known}
+
+    def find_new() -> dict | None:
+        return next((job for job in find_jobs(params, run) if job["id"] not in before), None)
+
+    try:
+        printed = run(command)
+    except SchedulerError as error:
+        try:
+            job = find_new()
+        except (SchedulerError, ValueError):
+            job = None
+        if job:
+            raise SchedulerError(f"{error}; but job {job['id']} ({params['name']}) is in the queue") from None
+        raise
+    told = SCHEDULERS[params["scheduler"]].parse_submit(printed)
+    words = f"{command[0]} printed no job id: {' '.join(printed.split())!r}"
+    try:
+        job = find_new()
+    except (SchedulerError, ValueError) as error:
+        if not told:
+            raise SchedulerError(f"{words}, and whether the job is in the queue cannot be asked: {error}") from None
+        job = None
+    if job and not told:
+        return Submitted(job["id"], f"{words}; job {job['id']}, found by its name {params['name']}, is in the queue")
+    if job or told:
+        return Submitted(job["id"] if job else told, "")
+    raise SchedulerError(f"{words}, and no new job of the name {params['name']} is in the queue")
+
+
 def serving_job(endpoint: dict | None, jobs: list[dict]) -> dict | None:
     """Return the job whose server has published the endpoint, if it runs: one that was killed leaves it behind."""
     return next(
@@ -122,10 +195,16 @@ def find_idle_nodes(params: dict, run: Run) -> list[str]:
 
 
 def hosts_of(scheduler: ModuleType, nodes: Iterable[str], run: Run) -> set[str]:
-    """Return the single nodes of what jobs have, such as c[1-3]."""
+    """Return the single nodes of what jobs have, such as c[1-3]; raise ValueError if the answer names none."""
     written = ",".join(sorted(filter(None, nodes)))
+    if not written:
+        return set()
     command = scheduler.nodes_command(written)
-    return set(scheduler.parse_hosts(run(command) if command else written)) if written else set()
+    printed = run(command) if command else written
+    found = set(scheduler.parse_hosts(printed))
+    if not found:
+        raise ValueError(f"no nodes of {written} in what was printed: {printed.strip()[:200]!r}")
+    return found
 
 
 def _weight(job: dict) -> tuple:

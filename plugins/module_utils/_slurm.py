@@ -19,12 +19,14 @@ OWNED = (
     "array", "clusters", "error", "help", "input", "job-name", "open-mode", "output", "parsable", "quiet",
     "test-only", "usage", "verbose", "version", "wait", "wrap",
 )
+# What every job script here says itself.
+HEAD = ("array", "job-name", "output")
 # What sbatch's variables may say without a word to the user: it changes nothing for a job whose environment is built,
 # or Slurm itself has set the variable, inside a job.
 UNTOLD = re.compile(r"debug|export|get-user-env|ignore-pbs|mem-bind.*|threads-per-core")
 RENAMED = {
-    "array-inx": "array", "mem-per-node": "mem", "req-switch": "switches", "timelimit": "time",
-    "wait4switch": "switches",
+    "array-inx": "array", "burst-buffer": "bb", "cpu-freq-req": "cpu-freq", "mem-per-node": "mem",
+    "req-switch": "switches", "segment-size": "segment", "timelimit": "time", "wait4switch": "switches",
 }
 # What has no process any more. Any other state counts as one that has, also one that says something else and may hide
 # that the job runs: REVOKED (on another cluster of a federation), LAUNCH_FAILED.
@@ -32,7 +34,7 @@ ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }
 # All jobs, whatever a site hides or adds: partitions that are hidden, other clusters, jobs that have ended just now.
-LISTING = ["squeue", "--noheader", "--all", "--local", "--states=all", "--me"]
+LISTING = ["squeue", "--all", "--local", "--states=all", "--me"]
 # Reasons that no waiting resolves: the job itself has to change, or somebody has to release it.
 # A limit per job or node is one; a limit on all jobs of a user, group or account is not.
 # Nor is PartitionNodeLimit, which Slurm also reports while nodes are down.
@@ -41,6 +43,15 @@ HOPELESS = re.compile(
     r"|JobHeld(Admin|User)|JobHoldMaxRequeue|MaxMemPerLimit|PartitionConfig|PartitionTimeLimit"
     r"|QOSMin\w+|QOSNotAllowed|Reservation(Deleted|Invalid)|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?"
 )
+# Words of --test-only for a job that may be waiting for nodes only.
+PASSING = re.compile(
+    r"Requested node configuration is not available|Requested nodes are busy"
+    r"|Required node not available \(down, drained or reserved\)"
+)
+# Of a node's state: no job begins there now. The signs stand for one that does not answer, or is under maintenance.
+OUT = re.compile(r"down|drain|fail|inval|maint|reserved|reboot|power|unknown|[*$@^!%]", re.IGNORECASE)
+# Flags that choose among nodes by what is not read here.
+CHOOSING = re.compile(r"--((cluster-)?constraint|exclu|gpus|gres=|node(file|list)|reservation|tmp|tres-)")
 MEMORY = re.compile(r"\d+([KMGT]B?)?", re.ASCII | re.IGNORECASE)
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
 
@@ -50,17 +61,31 @@ def environment(variables: Mapping[str, str], bin_dir: str) -> dict[str, str]:
     return {**build_environment(variables, ["SLURM_CONF", "SLURM_JWT"]), "SLURM_TIME_FORMAT": "%s"}
 
 
-def check_environment(variables: Mapping[str, str], options: dict) -> None:
+def flags_of(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that sbatch takes for options, each with its flag."""
+    words = {name: name[7:].lower().replace("_", "-") for name in sorted(variables) if name.startswith("SBATCH_")}
+    return {name: RENAMED.get(word, word) for name, word in words.items()}
+
+
+def check_environment(variables: Mapping[str, str], options: dict, setting: str) -> None:
     """Raise ValueError for an option that is left to a variable of sbatch's, which no job here is given."""
-    for name in sorted(name for name in variables if name.startswith("SBATCH_")):
-        word = name.removeprefix("SBATCH_").lower().replace("_", "-")
-        flag = RENAMED.get(word, word)
+    for name, flag in flags_of(variables).items():
         memory = flag.startswith("mem") and any(str(option).startswith("mem") for option in options)
         if not (flag in options or flag in OWNED or memory or UNTOLD.fullmatch(flag)):
             raise ValueError(
-                f"{flag}: not set, but your login shell sets {name}={variables[name]!r}, which no job is given; "
-                f"set {flag} here, to false if the job needs none"
+                f"{setting}: {flag}: not set, but your login shell sets {name}={variables[name]!r}, which no job is "
+                f"given; set {flag} here, to false if the job needs none"
             )
+
+
+def overridden(variables: Mapping[str, str], options: dict, setting: str) -> list[str]:
+    """Return what is to be said of variables that sbatch obeys before a job script, which the user submits."""
+    return [
+        f"{setting}: {flag} in the job script counts for nothing while your shell sets {name}={variables[name]!r}, "
+        f"which sbatch obeys first; unset {name} before you submit it"
+        for name, flag in flags_of(variables).items()
+        if flag in HEAD or options.get(flag) not in (None, False, True) and str(options[flag]) != variables[name]
+    ]
 
 
 def hosting_options(options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:
@@ -85,12 +110,10 @@ def submit_command(name: str, script: str, options: dict, output: str) -> list[s
     return ["sbatch", "--parsable", f"--job-name={name}", *log, *flags(options), script]
 
 
-def parse_submit(text: str) -> str:
-    """Return the id of the new job; sites may print lines of their own before and after it."""
-    found = re.findall(r"^(\d+)(?:;.*)?$", text, re.ASCII | re.MULTILINE)
-    if not found:
-        raise ValueError(f"no job id in what was printed: {text.strip()!r}")
-    return found[-1]
+def parse_submit(text: str) -> str | None:
+    """Return the id of the new job, which may stand in a sentence, between lines of the site; None if there is none."""
+    found = re.findall(r"^\s*(?:Submitted batch job )?(\d+)(?:;.*| on cluster \S+)?\s*$", text, re.ASCII | re.MULTILINE)
+    return found[-1] if found else None
 
 
 def batch_lines(name: str, number: int, folder: str, options: dict) -> list[str]:
@@ -133,11 +156,59 @@ def limit_command(options: dict) -> list[str] | None:
 
 def check_limit(text: str, options: dict) -> None:
     """Raise ValueError if the time that was asked for is above the limit of every partition."""
-    limits = dict(line.strip().rsplit("|", 1) for line in text.splitlines() if "|" in line)
+    limits = dict(re.findall(r"^[ \t]*([^\s|]+)\|(\S+)[ \t]*$", text, re.MULTILINE))
     longest = max((parse_time(limit) or math.inf for limit in limits.values()), default=math.inf)
     if (parse_time(str(options["time"])) or 0) > longest:
         known = ", ".join(f"{partition} {limit}" for partition, limit in sorted(limits.items()))
         raise ValueError(f"time: {options['time']} is above the limit ({known}), the job would never start")
+
+
+def unavailable_command(refusal: str) -> list[str] | None:
+    """Return a call that prints the nodes, if a refusal by ``--test-only`` may be true only now.
+
+    It looks at the nodes that are up, where sbatch without it looks at all of them.
+    """
+    if not PASSING.search(refusal):
+        return None
+    # All partitions, as hidden ones may be asked for; sinfo does not take --partition besides.
+    return ["sinfo", "--noheader", "--local", "--all", "--exact", "--Node", "--format=%P|%a|%N|%T|%m|%c"]
+
+
+def parse_unavailable(text: str, options: dict) -> str:
+    """Return in words which nodes could have the job, and are not available now; nothing if it can never run."""
+    rows = [line.strip().split("|") for line in text.splitlines() if line.count("|") == 5]
+    if options.get("partition"):
+        rows = [row for row in rows if row[0].rstrip("*") in str(options["partition"]).split(",")]
+    else:
+        rows = [row for row in rows if row[0].endswith("*")] or rows  # the default one
+    rows = [row for row in rows if row[4].isdigit() and row[5].isdigit()]
+    cpus = whole(options.get("cpus-per-task")) * whole(options.get("ntasks-per-node"))
+    memory = max(megabytes(options.get("mem")), megabytes(options.get("mem-per-cpu")) * cpus)
+    fitting = {row[2]: row for row in rows if int(row[4]) >= memory and int(row[5]) >= cpus}
+    there = {name: row for name, row in fitting.items() if not OUT.search(row[3])}
+    shut = sorted({f"partition {row[0].rstrip('*')} {row[1]}" for row in fitting.values() if row[1] != "up"})
+    chosen = any(CHOOSING.match(flag) for flag in flags(options))
+    if not suffice(fitting, options) or (not shut and not chosen and suffice(there, options)):
+        return ""
+    return ", ".join(shut or [f"{name} {fitting[name][3]}" for name in sorted(fitting.keys() - there.keys())])
+
+
+def suffice(nodes: dict, options: dict) -> bool:
+    """Tell whether these nodes, each with its CPUs as the last field, are enough for all of the job's tasks."""
+    cpus = whole(options.get("ntasks")) * whole(options.get("cpus-per-task"))
+    return len(nodes) >= whole(options.get("nodes")) and sum(int(row[5]) for row in nodes.values()) >= cpus
+
+
+def megabytes(value: object) -> int:
+    """Return a memory as sbatch reads it; 0 for none."""
+    found = re.fullmatch(r"(\d+)([KMGT]?)B?", str(value), re.ASCII | re.IGNORECASE)
+    return int(found[1]) * 1024 ** "KMGT".index(found[2].upper() or "M") // 1024 if found else 0
+
+
+def whole(value: object) -> int:
+    """Return a number as sbatch reads it, of a range such as 1-2 the lower one; 1 for none."""
+    found = re.match(r"\d+", str(value), re.ASCII)
+    return int(found[0]) if found else 1
 
 
 def queue_command(name: str) -> list[str]:
@@ -147,6 +218,19 @@ def queue_command(name: str) -> list[str]:
 
 def parse_queue(text: str) -> list[dict]:
     """Return the jobs that have not ended. The state is Slurm's own word; one that nobody knows here is data too."""
+    return read_queue(listed(text))
+
+
+def listed(text: str) -> str:
+    """Return what squeue has printed below its head; without one it is no list of jobs, not even an empty one."""
+    found = re.search(r"^JOBID\|.*$", text, re.MULTILINE)
+    if not found:
+        raise ValueError(f"squeue: no list of jobs in what was printed: {text.strip()[:200]!r}")
+    return text[found.end():]
+
+
+def read_queue(text: str) -> list[dict]:
+    """Return the same of what has no head."""
     jobs = []
     for line in text.splitlines():
         if line.count("|") < 5:  # a site's own message
@@ -175,6 +259,11 @@ def jobs_command(_ids: list[str]) -> list[str]:
 
 def parse_jobs(text: str) -> list[Job]:
     """Return the jobs that have not ended."""
+    return read_jobs(listed(text))
+
+
+def read_jobs(text: str) -> list[Job]:
+    """Return the same of what has no head."""
     jobs = []
     for line in text.splitlines():
         if line.count("|") < 6:  # a site's own message
@@ -197,8 +286,8 @@ def nodes_command(nodes: str) -> list[str] | None:
 
 
 def parse_hosts(text: str) -> list[str]:
-    """Return the nodes."""
-    return text.split()
+    """Return the nodes; sites may print lines of their own before and after them."""
+    return re.findall(r"^[ \t]*(\w[\w.-]*)[ \t]*$", text, re.MULTILINE)
 
 
 def parse_nodes(text: str) -> list[str]:

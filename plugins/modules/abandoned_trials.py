@@ -108,12 +108,13 @@ left:
 """
 
 import datetime
+import json
 import socket
 from collections.abc import Iterable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
-from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
     SCHEDULERS,
@@ -149,7 +150,7 @@ WHERE trial_id = %(id)s AND state = 'RUNNING' AND datetime_start::text IS NOT DI
 RETURNING number
 """
 WAIT = """
-INSERT INTO trials (study_id, number, state) SELECT study_id, count(*), 'WAITING' FROM trials
+INSERT INTO trials (study_id, number, state) SELECT study_id, greatest(count(*), max(number) + 1), 'WAITING' FROM trials
 WHERE study_id = (SELECT study_id FROM trials WHERE trial_id = %(id)s) GROUP BY study_id RETURNING trial_id, number
 """
 COPY = """
@@ -163,10 +164,9 @@ AND key NOT IN (%(note)s, 'failed_trial', 'retry_history');
 INSERT INTO trial_system_attributes (trial_id, key, value_json)
 SELECT %(new)s, 'failed_trial', coalesce(max(value_json), %(number)s::text) FROM trial_system_attributes
 WHERE trial_id = %(id)s AND key = 'failed_trial';
-INSERT INTO trial_system_attributes (trial_id, key, value_json)
-SELECT %(new)s, 'retry_history', (coalesce(max(value_json), '[]')::jsonb || %(number)s::text::jsonb)::text
-FROM trial_system_attributes WHERE trial_id = %(id)s AND key = 'retry_history'
+INSERT INTO trial_system_attributes (trial_id, key, value_json) VALUES (%(new)s, 'retry_history', %(history)s)
 """
+HISTORY = "SELECT value_json FROM trial_system_attributes WHERE trial_id = %s AND key = 'retry_history'"
 
 
 class Refused(Exception):
@@ -271,6 +271,12 @@ def now() -> datetime.datetime:
     return datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
 
 
+def numbers(held: str | None) -> list[int]:
+    """Return the trials that an attribute lists; none if it is not what Optuna writes."""
+    value = _optuna.attribute(held)
+    return [each for each in value if isinstance(each, int)] if isinstance(value, list) else []
+
+
 def requeue(params: dict, trial: _workers.Trial) -> int | None:
     """Fail a trial, and have a new one wait in its place; return its number. None if it is not running any more."""
     values = {
@@ -285,7 +291,8 @@ def requeue(params: dict, trial: _workers.Trial) -> int | None:
             return None
         cursor.execute(WAIT, values)
         ((new, number),) = cursor.fetchall()
-        cursor.execute(COPY, {**values, "new": new})
+        history = [each for held, in _connection.rows(connection, HISTORY, (trial.trial_id,)) for each in numbers(held)]
+        cursor.execute(COPY, {**values, "new": new, "history": json.dumps([*history, trial.number])})
         cursor.execute("COMMIT")
     return number
 
@@ -336,7 +343,7 @@ def main() -> None:
         result = ensure_requeued(module.params, make_run(module), module.check_mode)
     except (_connection.Unreachable, SchedulerError, Refused, ValueError) as error:
         module.fail_json(msg=one_line(error))
-    module.exit_json(**result)
+    module.exit_json(**encodable_data(result))
 
 
 if __name__ == "__main__":

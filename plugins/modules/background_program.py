@@ -340,7 +340,7 @@ def ensure_program(params: dict, run: Run, check_mode: bool) -> dict:
         return act(params, run, check_mode)
     os.makedirs(params["root"], 0o700, exist_ok=True)
     os.chmod(params["root"], 0o700)
-    with alone_at(path.with_suffix(".lock"), params["timeout"] + 2 * (GRACE + DEATH), "root"):
+    with alone_at(path.with_suffix(".lock"), params["timeout"] + 2 * (GRACE + DEATH), "root", params):
         return act(params, run, check_mode)
 
 

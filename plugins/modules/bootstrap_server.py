@@ -36,6 +36,7 @@ options:
     default: 180
 extends_documentation_fragment:
   - mala.hpc_db.attributes
+  - mala.hpc_db.slices
 attributes:
   check_mode:
     support: partial
@@ -85,7 +86,7 @@ import time
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _slices
 from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
@@ -137,7 +138,7 @@ def find_server(root: str, is_served: IsServed) -> dict | None:
     bootstrap = read_json(os.path.join(root, "run", "bootstrap.json"))
     for said, host in ((endpoint, "host"), (bootstrap, "socket")):
         server = {"host": said[host], "port": said["port"], "job": said["job"]} if said else {}
-        if said and answers(server) and (said is bootstrap or is_served(said)):
+        if said and (said is bootstrap or is_served(said)) and answers(server):
             tls = said.get("tls", True)
             return {**server, "tls": tls, "connect_params": _connection.safety(server["host"], tls)}
     return None
@@ -189,8 +190,9 @@ def ensure_started(params: dict, run: Run, is_served: IsServed) -> dict:
     """Return a server that answers, starting one if need be. ``run`` takes an argument list, returns its stdout."""
     root = params["root"]
     log = os.path.join(root, "log", "bootstrap.log")
-    limit = time.monotonic() + params["timeout"]
-    pid = 0
+    slice_ = _slices.Slice(params)
+    limit = slice_.began + params["timeout"]
+    pid = slice_.resume.get("pid", 0)
     while time.monotonic() < limit:
         server = find_server(root, is_served)
         if server:
@@ -204,10 +206,21 @@ def ensure_started(params: dict, run: Run, is_served: IsServed) -> dict:
             pid = int(run(start_command(root, params["lifetime"], params["timeout"], log)))
         elif not runs(pid):
             raise Failed(f"the short-lived server did not start: {last_words(log)}")
+        slice_.check(f"the short-lived server: {last_line(log)}, {params['timeout']} s are allowed", pid=pid)
         time.sleep(POLL_SECONDS)
     if pid and runs(pid):
         os.kill(pid, signal.SIGTERM)
     raise Failed(f"no server answered within {params['timeout']} s: {last_words(log)}")
+
+
+def last_line(log: str) -> str:
+    """Return what the program does, without the time before it."""
+    try:
+        with open(log, encoding="utf-8", errors="replace") as stream:
+            lines = stream.read().split("\n")[:-1] or ["starting"]
+    except FileNotFoundError:
+        return "starting"
+    return lines[-1].partition(" starting: ")[2] or lines[-1]
 
 
 def last_words(log: str) -> str:
@@ -224,11 +237,14 @@ def ensure_stopped(params: dict) -> bool:
     said = read_json(path)
     if not said or said["host"] != socket.gethostname() or not answers({"host": said["socket"], "port": said["port"]}):
         return False
-    os.kill(said["pid"], signal.SIGTERM)
-    limit = time.monotonic() + params["timeout"]
+    slice_ = _slices.Slice(params)
+    if not slice_.resume:
+        os.kill(said["pid"], signal.SIGTERM)
+    limit = slice_.began + params["timeout"]
     while os.path.exists(path) or answers({"host": said["socket"], "port": said["port"]}):
         if time.monotonic() > limit:
             raise Failed(f"the short-lived server (PID {said['pid']}) has not stopped within {params['timeout']} s")
+        slice_.check(f"the short-lived server (PID {said['pid']}) stops", pid=said["pid"])
         time.sleep(POLL_SECONDS)
     return True
 
@@ -241,6 +257,7 @@ def main() -> None:
             "state": {"type": "str", "choices": ["started", "stopped"], "default": "started"},
             "lifetime": {"type": "int", "default": 900},
             "timeout": {"type": "int", "default": 180},
+            **_slices.OPTIONS,
         },
         supports_check_mode=True,
     )
@@ -266,6 +283,8 @@ def main() -> None:
             server = ensure_started(module.params, run, is_served)
         else:
             ensure_stopped(module.params)
+    except _slices.Waiting as waiting:
+        module.exit_json(server=None, **waiting.result())
     except (Failed, OSError, SchedulerError, ValueError) as error:
         module.fail_json(msg=one_line(error))
     # A server that comes and goes within the play is no change.

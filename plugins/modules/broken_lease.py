@@ -45,6 +45,10 @@ still:
   description: How many seconds ago the holder renewed the lease, before anything was done; null if never.
   returned: success
   type: float
+watch:
+  description: For how many seconds the heartbeat is watched before the lease is broken; null if nobody holds it.
+  returned: success
+  type: float
 """
 
 import json

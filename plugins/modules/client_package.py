@@ -92,8 +92,9 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._pip import (
     Failed,
     call,
-    last_words,
+    explain,
     normalise,
+    pip_command,
     source_arguments,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
@@ -307,12 +308,13 @@ def check_installable(held: dict) -> None:
 
 def install(params: dict, project: Project, missing: list[str], python: str, run: Run) -> None:
     """Install what is missing, then the client package."""
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
+    pip = ["--disable-pip-version-check", "--no-input", "install", "--quiet"]
     if missing:
-        run([*pip, "--only-binary=:all:", *source_arguments(params["wheelhouse"], params["index_url"]), *missing])
+        source = source_arguments(params["wheelhouse"], params["index_url"])
+        run(pip_command(python, [*pip, "--only-binary=:all:", *source, *missing]))
     with tempfile.TemporaryDirectory(prefix="hpc_db-client-") as folder:
         wheel = write_wheel(folder, project, params["files"])
-        run([*pip, "--no-index", "--no-deps", "--force-reinstall", wheel])
+        run(pip_command(python, [*pip, "--no-index", "--no-deps", "--force-reinstall", wheel]))
 
 
 def ensure_client(params: dict, run: Run, check_mode: bool) -> dict:
@@ -353,11 +355,7 @@ def run_command(module: AnsibleModule, command: list[str]) -> str:
     """Run a Python; raise Failed with its last words."""
     returncode, stdout, stderr = call(module, command)
     if returncode:
-        hint = ""
-        if "--only-binary=:all:" in command:
-            settings = "postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"
-            hint = f" (without internet there: set {settings})"
-        raise Failed(f"{' '.join(command[:3])} … failed: {last_words(stdout, stderr)}{hint}")
+        raise Failed(explain(command, stdout, stderr))
     return stdout
 
 

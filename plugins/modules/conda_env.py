@@ -13,12 +13,14 @@ author: mala.hpc_db contributors (@mala-project)
 description:
   - Creates a conda environment at a path, or brings an existing one to the wanted packages.
   - What is installed is read from the environment itself, in milliseconds. A client runs only when that does
-    not satisfy O(specs), and has succeeded only when it does afterwards.
+    not satisfy O(specs), and has succeeded if it does afterwards, whatever the client prints.
   - Other packages in the environment stay. Its major version of PostgreSQL is never changed, since the data
     directory could not be opened any more; make another environment for another major.
   - A channel that cannot be reached is tried twice again, after 2 and 8 seconds, besides what the client does itself.
   - An installation that was interrupted is repeated from the start by the next run. The file O(prefix) with
     C(.unfinished) appended marks it until then, and makes a second run at the same time wait for the first.
+extends_documentation_fragment:
+  - mala.hpc_db.slices
 attributes:
   check_mode:
     support: full
@@ -69,7 +71,7 @@ options:
       - What solves and installs.
       - V(rattler) needs no conda, but an interpreter that has py-rattler.
       - V(conda) uses the conda, mamba or micromamba that is there. What conda solves with, C(classic), C(libmamba)
-        or C(rattler), is the user's own configuration (C(solver)).
+        or C(rattler), is the user's own configuration (C(solver)). C(create_default_packages) there is ignored.
       - All count what the host is among the packages (C(__glibc)). What needs a newer host is refused.
     type: str
     choices: [rattler, conda]
@@ -143,6 +145,8 @@ options:
       - The folder for downloaded packages. The environment shares its files by hard links where both are on
         one file system.
       - The client's own if not set, mostly in the home directory.
+      - If conda is killed while it unpacks a package there, it keeps using the incomplete package. The error message
+        then names the command that removes it.
     type: path
   timeout:
     description:
@@ -229,8 +233,9 @@ from typing import Callable
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils import _lock, _rattler_helper
+from ansible_collections.mala.hpc_db.plugins.module_utils import _lock, _rattler_helper, _slices
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
+    BEFORE_LINKING,
     LOAD_FAILED,
     Answer,
     CondaError,
@@ -244,6 +249,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     difference,
     explain,
     has_secret,
+    is_whole,
     major_of,
     may_pass,
     parse_answer,
@@ -287,7 +293,7 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
     prefix = Path(params["prefix"])
     marker = prefix.with_name(prefix.name + ".unfinished")
     if params["state"] == "absent":
-        before, after = remove(prefix, marker, params["timeout"], check_mode), None
+        before, after = remove(params, prefix, marker, check_mode), None
     else:
         note = note_of(marker)
         before = after = look(prefix, note)
@@ -301,6 +307,8 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
             if before is not None:
                 check_change(params, before)
             params = {**params, **find_program(params, run)}
+            if params["provider"] == "conda":
+                _lock.check_archives(locked)
             if params["archives"] and not locked and not check_mode:
                 raise CondaError(f"lock: {NO_LOCK}")
             if check_mode:
@@ -375,9 +383,7 @@ def features_of(bindir: str, run: Run, version: str) -> list[str]:
 
 def wanted_specs(params: dict) -> list[Spec]:
     """Return the specs; raise for values that no client should see."""
-    if not os.path.isabs(params["prefix"]):
-        raise CondaError(f"prefix: {params['prefix']!r} is not absolute; give a path that begins with / or ~")
-    for name in ("rattler_python", "package_cache", "lease", "archives"):
+    for name in ("prefix", "rattler_python", "package_cache", "lease", "archives"):
         if params[name] is not None and not os.path.isabs(params[name]):
             raise CondaError(f"{name}: {params[name]!r} is not absolute; give a path that begins with / or ~")
     for channel in params["channels"]:
@@ -456,6 +462,12 @@ def check_lease(folder: str | None) -> None:
 
 def records_of(prefix: str) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in Path(prefix).glob("conda-meta/*.json")]
+
+
+def has_all_files(prefix: Path) -> bool:
+    """Tell whether every file in the records exists: a client that failed may have removed some before their record."""
+    named = (name for record in records_of(str(prefix)) for name in record.get("files") or [])
+    return all(os.path.lexists(prefix / name) for name in named)
 
 
 def newest(params: dict, run: Run, specs: list[Spec], version: str) -> list[Spec]:
@@ -543,6 +555,8 @@ def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> 
             answer = Answer({}, "lock", NO_LOCK)
         else:
             answer = ask(harmless, run, specs, before, dry_run=True)
+    if not answer.problem and not all_satisfied(answer.packages, specs):
+        answer = Answer({}, "provider", "it did not say what it would install")
     # An earlier task installs it or stages them, unless that is in check mode too.
     if answer.setting in ("rattler_python", "lock"):
         present = before or {}
@@ -558,7 +572,7 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
     """Create or change the environment; return its packages before and after."""
     prefix = Path(params["prefix"])
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with alone_at(marker, params["timeout"], "timeout") as note:
+    with alone_at(marker, params["timeout"], "timeout", params) as note:
         left = note.read()
         before = look(prefix, left)  # again, since another run may have ended just now
         if before is not None and not left and is_wanted(before, specs, params["locked"]):
@@ -570,20 +584,33 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
         rewrite(note, MAKING if before is None else f"{CHANGING} {version}")
         if before is None:
             clear(prefix, left)
-        answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),))
-        after = look(prefix, "")
-        if not answer.problem and after is not None and is_wanted(after, specs, params["locked"]):
+
+        def look_again() -> Packages | None:
+            return look(prefix, "") if (prefix / "conda-meta").is_dir() else None
+
+        def is_done() -> bool:
+            """Tell whether the records, not as wanted before, prove that it worked, whatever the client says."""
+            if is_wanted(before or {}, specs, params["locked"]):
+                return False
+            with suppress(CondaError):  # a record is damaged
+                return is_wanted(look_again() or {}, specs, params["locked"]) and is_whole(records_of(params["prefix"]))
+            return False
+
+        answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),), is_done=is_done)
+        after = look_again()
+        if after is not None and is_wanted(after, specs, params["locked"]) and (is_done() or not answer.problem):
             rewrite(note, "")
             return before, after
         if before is None:
             clear(prefix, MAKING)
-        if before is None or answer.setting in ("specs", "lock"):
-            rewrite(note, "")  # nothing half-done is left
+            rewrite(note, "")
+        elif before == after and (answer.setting in BEFORE_LINKING[params["provider"]] or has_all_files(prefix)):
+            rewrite(note, left)
         lacking = Answer({}, "provider", f"it ended well, but {prefix} lacks what it should have")
         raise CondaError(explain(answer if answer.problem else lacking, params, specs, glibc_of(params)))
 
 
-def remove(prefix: Path, marker: Path, timeout: int, check_mode: bool) -> Packages | None:
+def remove(params: dict, prefix: Path, marker: Path, check_mode: bool) -> Packages | None:
     """Remove the environment, or the rest of one; return its packages, or None if there was nothing."""
 
     def look_for_rest(note: str) -> Packages | None:
@@ -595,7 +622,7 @@ def remove(prefix: Path, marker: Path, timeout: int, check_mode: bool) -> Packag
         raise CondaError(f"prefix: {prefix} is a conda installation; only an environment is removed")
     if check_mode or (before is None and not marker.exists()):
         return before
-    with alone_at(marker, timeout, "timeout") as note:
+    with alone_at(marker, params["timeout"], "timeout", params) as note:
         before = look_for_rest(note.read())
         if before is not None:
             rewrite(note, MAKING)
@@ -619,13 +646,14 @@ def ask(
     before: Packages | None,
     dry_run: bool,
     keep_open: tuple[int, ...] = (),
+    is_done: Callable[[], bool] = lambda: False,
 ) -> Answer:
     """Have a client install the packages, or say what it would; it alone needs internet and time."""
     with tempfile.NamedTemporaryFile("w", prefix="conda_env-", suffix=".txt", encoding="utf-8") as lock_file:
         lock_file.write(params["lock"] or "")
         lock_file.flush()
         command = client_command(params, specs, before, dry_run, lock_file.name)
-        answer = ask_again(params, run, command, before, dry_run, keep_open)
+        answer = ask_again(params, run, command, before, dry_run, keep_open, is_done)
     if params["locked"] and answer.setting in ("channels", "specs"):
         return answer._replace(setting="lock")  # which alone names what is fetched
     return answer
@@ -638,8 +666,9 @@ def ask_again(
     before: Packages | None,
     dry_run: bool,
     keep_open: tuple[int, ...],
+    is_done: Callable[[], bool],
 ) -> Answer:
-    """Run a client, and again as long as the network is at fault and there is time."""
+    """Run a client, and again as long as the network is at fault, the work is not done and there is time."""
     channels = sorted({each.channel for each in params["locked"]}) or params["channels"]
     latest = time.monotonic() + params["timeout"]
     earlier: list[str] = []
@@ -650,7 +679,7 @@ def ask_again(
         if answer.setting == "timeout" and earlier:  # the network is why
             answer = Answer({}, "channels", f"{earlier[-1]}; the last attempt was stopped")
             break
-        if not may_pass(answer, channels) or time.monotonic() + pause >= latest:
+        if not may_pass(answer, channels) or is_done() or time.monotonic() + pause >= latest:
             break
         earlier.append(answer.problem)
         if before is None and not dry_run:
@@ -749,6 +778,7 @@ def main() -> None:
             "module_load": {"type": "str"},
             "package_cache": {"type": "path"},
             "timeout": {"type": "int", "default": 1800},
+            **_slices.OPTIONS,
         },
         required_if=[("state", "present", ["specs"]), ("state", "staged", ["specs", "host", "archives"])],
         supports_check_mode=True,
@@ -756,6 +786,8 @@ def main() -> None:
     run = functools.partial(module.run_command, expand_user_and_vars=False)
     try:
         result = ensure_env(module.params, run, module.check_mode)
+    except _slices.Waiting as waiting:
+        result = waiting.result()
     except (CondaError, OSError) as error:
         module.fail_json(msg=one_line(error))
     module.exit_json(**result)

@@ -55,7 +55,7 @@ import shutil
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import parse_version
+from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import ENGLISH, parse_version
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 Run = Callable[[list[str]], str]
@@ -127,7 +127,9 @@ def result(changed: bool, path: str, version: str | None, major: int | None) -> 
 def run_command(module: AnsibleModule, command: list[str]) -> str:
     """Run one of PostgreSQL's programs; raise Failed with its own words."""
     try:
-        returncode, stdout, stderr = module.run_command(command, expand_user_and_vars=False, handle_exceptions=False)
+        returncode, stdout, stderr = module.run_command(
+            command, expand_user_and_vars=False, handle_exceptions=False, environ_update=ENGLISH
+        )
     except OSError as error:
         raise Failed(f"{command[0]}: {error.strerror}") from None
     if returncode:

@@ -23,12 +23,14 @@ description:
     have it, too.
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
+  - mala.hpc_db.slices
 attributes:
   check_mode:
     support: full
     description:
-      - In check mode C(sbatch --test-only) says whether Slurm would accept the job. It also refuses while all
-        nodes are down or drained, when a real submission would be queued.
+      - In check mode C(sbatch --test-only) says whether Slurm would accept the job. It also refuses while the nodes
+        for it are down, drained or reserved, when a real submission is queued; then the job is not refused, and a
+        warning says which nodes these are.
   diff_mode:
     support: full
     description: Shows what is submitted or cancelled.
@@ -38,6 +40,7 @@ options:
       - V(present) means that one job is queued or runs.
       - V(absent) cancels all jobs of this name, a successor that waits in the queue included, and waits until
         they have ended. A running job's script has 30 s to end by itself before the scheduler ends all its processes.
+        An endpoint that a job left behind, because its node died, is withdrawn.
     type: str
     choices: [present, absent]
     default: present
@@ -143,11 +146,15 @@ job:
     time_limit: 259200
 """
 
+import json
 import os
 import pathlib
+import sys
 import time
+from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _slices
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
@@ -158,61 +165,76 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     check_environment,
     check_name,
     find_jobs,
+    judge_job,
     make_run,
+    submit_job,
 )
+
+# What the hosting program says about the endpoint: whether there is one, or was. It takes "look" or "withdraw".
+Endpoint = Callable[[str], bool]
 
 # How long a job that was asked to end has for it, running transactions and a checkpoint included.
 GENTLE_SECONDS = 30
 
 
-def ensure_job(params: dict, run: Run, check_mode: bool) -> dict:
+def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = lambda _verb: False) -> dict:
     """Bring the job to the wanted state. ``run`` takes an argument list and returns its stdout."""
-    scheduler = SCHEDULERS[params["scheduler"]]
     check_name(params["name"])
-    scheduler.check_options(params["options"])
+    SCHEDULERS[params["scheduler"]].check_options(params["options"])
     jobs = find_jobs(params, run)
+    said: list[str] = []
     wanted = params["state"] == "present"
     changed = wanted != any(job["state"] != LEAVING for job in jobs)
     diff = {"before": {"jobs": _shown(jobs)}, "after": {"jobs": _shown(jobs) if wanted else []}}
+    slice_ = _slices.Slice(params)
+    changed, diff = slice_.resume.get("changed", changed), slice_.resume.get("diff", diff)
     if changed and wanted:
-        _check_submission(params, run, check_mode)
+        said += _check_submission(params, run, check_mode)
         diff["after"]["jobs"].append({"script": params["script"], "options": params["options"]})
-    if not check_mode:
-        if changed and wanted:
-            wishes = params["script"], params["options"], params["output"]
-            scheduler.parse_submit(_ask(run, scheduler.submit_command(params["name"], *wishes)))
-            jobs = find_jobs(params, run)
-        elif not wanted:
-            jobs = _clear_queue(params, run, jobs)
-    return {"changed": changed, "job": next(iter(jobs), None), "diff": diff}
+    if changed and wanted and not check_mode:
+        said += _submit(params, run, jobs)
+        jobs = find_jobs(params, run)
+    elif not wanted:
+        try:
+            rest = jobs if check_mode else _clear_queue(params, run, jobs, slice_)
+        except _slices.Waiting as waiting:
+            waiting.resume.update(changed=changed, diff=diff)
+            raise
+        # A job whose node has died cannot take its endpoint back; one that goes has done so.
+        changed |= endpoint("look" if check_mode else "withdraw")
+        if rest and not check_mode:
+            raise SchedulerError(f"{params['name']} has not ended after {params['timeout']} s: {_in_words(rest)}")
+        jobs = rest
+    return {"changed": changed, "job": next(iter(jobs), None), "diff": diff, "warnings": said}
 
 
-def _check_submission(params: dict, run: Run, check_mode: bool) -> None:
-    """Raise what a submission would; a real one hears from sbatch itself."""
+def _submit(params: dict, run: Run, jobs: list[dict]) -> list[str]:
+    """Submit the job; return what is to be said about it."""
+    wishes = params["script"], params["options"], params["output"]
+    command = SCHEDULERS[params["scheduler"]].submit_command(params["name"], *wishes)
+    try:
+        said = submit_job(params, run, command, jobs).said
+    except SchedulerError as error:
+        raise SchedulerError(f"server_job_options: {command[0]} says: {error}") from None
+    return [said] if said else []
+
+
+def _check_submission(params: dict, run: Run, check_mode: bool) -> list[str]:
+    """Raise what a submission would; a real one hears from sbatch itself. Return what is to be said."""
     scheduler = SCHEDULERS[params["scheduler"]]
     check_environment(params, "server_job_options")
     limit = scheduler.limit_command(params["options"])
     if limit:
         scheduler.check_limit(run(limit), params["options"])
-    check = scheduler.check_command(params["name"], params["options"])
-    if check and check_mode:
-        _ask(run, check)
+    check = scheduler.check_command(params["name"], params["options"]) if check_mode else None
+    return judge_job(params, run, check, "server_job_options") if check else []
 
 
-def _ask(run: Run, command: list) -> str:
-    """Run a submission; raise what the scheduler has against it, with the setting that it is about."""
-    try:
-        return run(command)
-    except SchedulerError as error:
-        raise SchedulerError(f"server_job_options: {command[0]} says: {error}") from None
-
-
-def _clear_queue(params: dict, run: Run, jobs: list[dict]) -> list[dict]:
-    """Cancel every job of the name, also one that a running job submits meanwhile, and wait for their end."""
-    began = time.monotonic()
+def _clear_queue(params: dict, run: Run, jobs: list[dict], slice_: _slices.Slice) -> list[dict]:
+    """Cancel every job of the name, also one that a running job submits meanwhile; return those that have not ended."""
+    began, asked = slice_.began, set(slice_.resume.get("asked", []))
     deadline = began + params["timeout"]
     pause = 0.1
-    asked = set()
     while jobs:
         # The last in the line first, or a successor starts when its predecessor goes.
         for job in reversed(jobs):
@@ -221,8 +243,9 @@ def _clear_queue(params: dict, run: Run, jobs: list[dict]) -> list[dict]:
                 _cancel(params, run, job["id"], gently)
                 asked.update([job["id"]] if gently else [])
         if time.monotonic() >= deadline:
-            rest = ", ".join(f"{job['id']} {job['state']}" for job in jobs)
-            raise SchedulerError(f"{params['name']} has not ended after {params['timeout']} s: {rest}")
+            return jobs
+        told = f"{params['name']} was told to end, {params['timeout']} s are allowed: {_in_words(jobs)}"
+        slice_.check(told, asked=list(asked))
         time.sleep(pause)
         pause = min(2 * pause, 2.0)
         jobs = find_jobs(params, run)
@@ -250,6 +273,10 @@ def _wish_path(params: dict, job_id: str) -> pathlib.Path:
     return pathlib.Path(params["root"], "run", f"stop.{job_id}")
 
 
+def _in_words(jobs: list[dict]) -> str:
+    return ", ".join(f"{job['id']} {job['state']}{' on ' if job['node'] else ''}{job['node']}" for job in jobs)
+
+
 def _shown(jobs: list[dict]) -> list[dict]:
     """Return what a diff shows of the jobs: what does not change by itself from one look to the next."""
     return [{"id": job["id"], "state": job["state"]} for job in jobs]
@@ -265,15 +292,33 @@ def main() -> None:
             output={"type": "path"},
             options={"type": "dict", "default": {}},
             timeout={"type": "int", "default": 60},
+            **_slices.OPTIONS,
         ),
         required_if=[("state", "present", ("script", "output"))],
         supports_check_mode=True,
     )
     os.umask(0o077)  # sbatch gives it to the job, whose log is nobody else's to read
+
+    def endpoint(verb: str) -> bool:
+        host = os.path.join(module.params["root"], "host")
+        command = [sys.executable, "-m", "hpc_db_host.endpoint", verb, module.params["name"]]
+        if not os.path.isdir(host):
+            return False
+        returncode, stdout, stderr = module.run_command(
+            command, cwd=host, ignore_invalid_cwd=False, expand_user_and_vars=False
+        )
+        if returncode:
+            raise OSError(f"the endpoint is not withdrawn: {' '.join(stderr.split())}")
+        return json.loads(stdout or "false")  # a hosting program that is older says nothing
+
     try:
-        result = ensure_job(module.params, make_run(module), module.check_mode)
+        result = ensure_job(module.params, make_run(module), module.check_mode, endpoint)
+    except _slices.Waiting as waiting:
+        result = waiting.result()
     except (OSError, SchedulerError, ValueError) as error:
         module.fail_json(msg=one_line(error))
+    for warning in result.pop("warnings", []):
+        module.warn(warning)
     module.exit_json(**result)
 
 

@@ -12,6 +12,8 @@ short_description: Check whether the scheduler would accept a job script
 author: mala.hpc_db contributors (@mala-project)
 description:
   - Lets the scheduler judge a job script without submitting it, and fails with the scheduler's own words.
+  - Warns where the job would only wait, since its nodes are down, drained or reserved now, and of C(SBATCH_PARTITION)
+    and its like in the login's environment, which C(sbatch) obeys before the script.
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
 attributes:
@@ -52,6 +54,8 @@ EXAMPLES = r"""
 
 RETURN = r""" # """
 
+import os
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
@@ -60,19 +64,21 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     Run,
     SchedulerError,
     check_environment,
+    judge_job,
     make_run,
 )
 
 
-def judge(params: dict, run: Run) -> None:
-    """Raise what the scheduler has against the script. ``run`` takes an argument list and returns its stdout."""
-    check_environment(params, params["setting"])
-    command = SCHEDULERS[params["scheduler"]].check_batch_command(params["script"], params["options"])
-    try:
-        if command:
-            run(command)
-    except SchedulerError as error:
-        raise SchedulerError(f"{params['setting']}: {command[0]} says: {error}") from None
+def judge(params: dict, run: Run) -> list[str]:
+    """Raise what the scheduler has against the script; return what is to be said about it.
+
+    ``run`` takes an argument list and returns its stdout.
+    """
+    scheduler, setting = SCHEDULERS[params["scheduler"]], params["setting"]
+    check_environment(params, setting)
+    command = scheduler.check_batch_command(params["script"], params["options"])
+    said = judge_job(params, run, command, setting) if command else []
+    return [*said, *scheduler.overridden(os.environ, params["options"], setting)]
 
 
 def main() -> None:
@@ -87,8 +93,8 @@ def main() -> None:
         supports_check_mode=True,
     )
     try:
-        if not module.check_mode:
-            judge(module.params, make_run(module))
+        for warning in [] if module.check_mode else judge(module.params, make_run(module)):
+            module.warn(warning)
     except (SchedulerError, ValueError) as error:
         module.fail_json(msg=one_line(error))
     module.exit_json(changed=False)

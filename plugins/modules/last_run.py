@@ -62,6 +62,11 @@ options:
             description: Attributes that it has to have.
             type: dict
             default: {}
+  others:
+    description: Databases of other programs, which only have to be there.
+    type: list
+    elements: str
+    default: []
   environment:
     description: An environment of the workers that has the client package.
     type: path
@@ -207,7 +212,7 @@ def questions(params: dict) -> str:
         # psql's own commands end with the line, and what comes after may be another one.
         if not re.fullmatch(r"\w+", database["name"]):
             raise ValueError(f"databases: {database['name']!r} is not allowed; letters, digits and underscores are")
-    names = ", ".join(literal(database["name"]) for database in params["databases"])
+    names = ", ".join(map(literal, [*(database["name"] for database in params["databases"]), *params["others"]]))
     roles = ", ".join(literal(role) for role in params["roles"])
     asked = [
         "SELECT rolname, rolsuper, rolcreatedb, rolcreaterole, rolcanlogin, rolreplication, rolbypassrls, rolconnlimit,"
@@ -251,7 +256,9 @@ def literal(text: str) -> str:
 def psql_command(root: str, settings: dict, endpoint: dict) -> list[str]:
     """Return the call that asks the server, as the owner, whose name is the user's."""
     owner = pwd.getpwuid(os.geteuid()).pw_name
-    server = {**endpoint, "user": owner, "passfile": os.path.join(root, "secrets", "pgpass")}
+    # A dead node is not waited for longer than by workers.
+    wait = {"connect_timeout": 5}
+    server = {**endpoint, **wait, "user": owner, "passfile": os.path.join(root, "secrets", "pgpass")}
     words = _connection.conninfo(server, "postgres")
     return [os.path.join(settings["bindir"], "psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", words]
 
@@ -324,6 +331,7 @@ def main() -> None:
                 "name": {"type": "str", "required": True},
                 "studies": {"type": "list", "elements": "dict", "default": [], "options": study_options},
             }},
+            others={"type": "list", "elements": "str", "default": []},
             environment={"type": "path"},
         ),
         supports_check_mode=True,

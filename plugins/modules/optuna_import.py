@@ -12,6 +12,8 @@ short_description: Bring studies of an SQLite or journal file into a database
 description:
   - Optuna itself reads a copy of the file, adds the trials to the database beside running workers, and reads them
     back. Only what equals the file in every trial gets its name, all studies at once.
+  - Before anything is copied, each study is looked through for what PostgreSQL and Optuna's tables there cannot hold,
+    and each line of a journal file for what Optuna cannot read.
   - A run that fails leaves nothing; what one that was killed has left, the next one removes.
   - The file is never changed. Tables that an older Optuna has made are upgraded in the copy.
   - Trials that are C(RUNNING) in the file become C(FAIL), ended at the last time that their study knows, since nobody
@@ -39,6 +41,13 @@ options:
   name:
     description: What the study is called in the database, if there is one only. Else studies keep their names.
     type: str
+  repair:
+    description:
+      - Whether to import a file that lacks something. Trials of a study with a gap in their numbers, or with a number
+        twice, are numbered anew in their order; blank lines and a last line that is damaged are left out of a journal.
+      - Without it such a file is refused.
+    type: bool
+    default: false
 extends_documentation_fragment:
   - mala.hpc_db.attributes
   - mala.hpc_db.connection
@@ -103,24 +112,37 @@ studies:
 
 import contextlib
 import copy
+import datetime
 import json
 import os
 import shutil
 import sqlite3
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
-from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
 
 SQLITE = b"SQLite format 3\0"
 # What SQLite and Optuna keep beside a file while somebody writes to it.
 IN_USE = ("-journal", "-wal", ".lock")
 # The folder for the copy; there is one import at a time.
 SCRATCH = ".import"
+# What Optuna's tables in PostgreSQL hold: characters of a name, numbers of a step, and whole numbers as a value.
+LONGEST_NAME = 512
+STEPS = range(-(2**31), 2**31)
+LARGEST = int(sys.float_info.max)
+# So many bytes are shown of a line of a journal.
+LINE_SHOWN = 40
+BLANK = "blank"
+# A journal is known by one of so many lines; the first may be damaged.
+LINES_READ = 5
+# As many problems are named at once.
+MOST_NAMED = 3
 # Under this name a study comes into being; the number is that of the study in the run.
 UNFINISHED = "hpc_db:importing:"
 
@@ -147,15 +169,33 @@ class Refused(Exception):
 
 
 class Study:
-    """A study of the file: its name there and here, and its trials as they shall be here."""
+    """A study of the file: its name there and here, and its trials as they shall be here.
 
-    def __init__(self, study: Any, name: str, system_attributes: dict) -> None:
-        self.source, self.name, self.directions = study.study_name, name, study.directions
-        self.user_attributes, self.system_attributes = study.user_attrs, system_attributes
-        trials = study.get_trials(deepcopy=False)
+    ``changed`` is when the file was, which is the end of running trials if no trial has a time.
+    """
+
+    def __init__(self, storage: Any, source: str, name: str, changed: datetime.datetime) -> None:
+        self.source, self.name = source, name
+        held = storage.get_study_id_from_name(source)
+        self.directions = storage.get_study_directions(held)
+        self.user_attributes = storage.get_study_user_attrs(held)
+        self.system_attributes = storage.get_study_system_attrs(held)
+        trials, self.unreadable = _optuna.read_trials(storage, held)
         times = [time for trial in trials for time in (trial.datetime_start, trial.datetime_complete) if time]
-        self.trials = [end(trial, max(times)) if trial.state.name == "RUNNING" else trial for trial in trials]
+        last = max(times, default=changed)
+        self.trials = [
+            end(trial, last) if trial.state.name == "RUNNING" else trial
+            for trial in sorted(trials, key=lambda trial: trial.number)
+        ]
         self.ended = sum(trial.state.name == "RUNNING" for trial in trials)
+        self.odd = _optuna.oddities(self.trials, len(self.directions))
+
+    def number_anew(self) -> None:
+        """Number the trials in their order."""
+        for number, trial in enumerate(self.trials):
+            if trial.number != number:
+                self.trials[number] = copy.copy(trial)
+                self.trials[number].number = number
 
     def report(self, imported: bool, seconds: float) -> dict[str, Any]:
         """Return what the module reports of it."""
@@ -179,18 +219,70 @@ def end(trial: Any, when: Any) -> Any:
     return ended
 
 
+def operation(line: bytes) -> dict | None:
+    """Return what a line of a journal tells to do; None if it is none of Optuna's."""
+    try:
+        held = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return held if isinstance(held, dict) and {"op_code", "worker_id"} <= set(held) else None
+
+
+def describe(line: bytes) -> str:
+    """Return what is wrong with a line of a journal."""
+    if not line.strip():
+        return BLANK
+    if not line.strip(b"\0\r\n"):
+        return "nothing but NUL bytes"
+    shown = line[:LINE_SHOWN].decode(errors="replace").strip()
+    return f"damaged, or none of Optuna's ({shown}{'…' if len(line) > LINE_SHOWN else ''})"
+
+
+class Journal:
+    """The lines of a journal file, as Optuna reads them from a backend.
+
+    ``line`` is the number of the one that it reads: it does not say which of them it cannot.
+    """
+
+    def __init__(self, path: str, label: str, repair: bool) -> None:
+        self.path, self.line = path, 0
+        damaged = []
+        last = 0
+        with open(path, "rb") as stream:
+            for last, line in enumerate(stream, 1):
+                if operation(line) is None:
+                    damaged.append((last, describe(line)))
+        self.left_out = {number for number, said in damaged if said == BLANK or number == last}
+        if len(damaged) == len(self.left_out) and (repair or not damaged):
+            return
+        named = [f"line {number} of {last} is {said}" for number, said in damaged[:MOST_NAMED]]
+        named += [f"and {len(damaged) - MOST_NAMED} more"] if damaged[MOST_NAMED:] else []
+        if len(damaged) == len(self.left_out):
+            way_out = "import_repair=true leaves out blank lines and a damaged last one"
+        else:
+            way_out = "later lines may depend on what it was, so the file has to be mended by hand, or from a copy"
+        raise Refused(f"import_from: {label}: {'; '.join([*named, way_out])}")
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict]:
+        """Return the operations; all at once, since nobody adds any."""
+        with open(self.path, "rb") as stream:
+            for self.line, line in enumerate(stream if not log_number_from else (), 1):
+                if self.line not in self.left_out:
+                    yield operation(line) or {}
+
+    def append_logs(self, logs: list[dict]) -> None:
+        """Refuse to write."""
+        raise NotImplementedError
+
+
 def kind_of(path: str) -> str:
     """Return what the file is: sqlite or journal."""
     with open(path, "rb") as stream:
         if stream.read(len(SQLITE)) == SQLITE:
             return "sqlite"
         stream.seek(0)
-        try:
-            first = json.loads(stream.readline(1 << 20))
-        except ValueError:
-            first = None
-    if isinstance(first, dict) and {"op_code", "worker_id"} <= set(first):
-        return "journal"
+        if any(operation(stream.readline(1 << 20)) for _line in range(LINES_READ)):
+            return "journal"
     raise Refused(f"import_from: {os.path.basename(path)} is neither an SQLite file nor one of Optuna's JournalStorage")
 
 
@@ -235,9 +327,16 @@ def look_at_schema(path: str, label: str, optuna: _optuna.Optuna) -> bool:
     """Tell whether an SQLite file's tables have to be upgraded; raise Refused if they are not Optuna's, or newer."""
     try:
         with contextlib.closing(sqlite3.connect(path)) as connection:
-            rows = connection.execute(_optuna.SCHEMA).fetchall()
-    except sqlite3.Error as error:
+            damage = [said for said, in connection.execute("PRAGMA quick_check(1)") if said != "ok"]
+            rows = [] if damage else connection.execute(_optuna.SCHEMA).fetchall()
+    except sqlite3.OperationalError as error:
         raise Refused(f"import_from: {label} holds no studies of Optuna's: SQLite says: {error}") from None
+    except sqlite3.Error as error:
+        damage = [str(error)]
+    if damage:
+        raise Refused(
+            f"import_from: {label} is damaged: SQLite says: {damage[0]}; its command .recover prints what can be read"
+        )
     if not rows:
         raise Refused(f"import_from: {label} holds no studies of Optuna's")
     schema = _optuna.Schema(*rows[0])
@@ -249,7 +348,7 @@ def look_at_schema(path: str, label: str, optuna: _optuna.Optuna) -> bool:
     return _optuna.is_older(schema, optuna)
 
 
-def open_copy(path: str, label: str, kind: str, installed: _optuna.Optuna) -> Any:
+def open_copy(path: str, label: str, kind: str, repair: bool, installed: _optuna.Optuna) -> Any:
     """Return Optuna's storage for the copy, upgraded if it has to be."""
     from optuna import storages
 
@@ -259,18 +358,30 @@ def open_copy(path: str, label: str, kind: str, installed: _optuna.Optuna) -> An
         if old:
             storage.upgrade()
         return storage
+    journal: Any = Journal(path, label, repair)
     try:
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError:  # Optuna before 4
-        from optuna.storages import JournalFileStorage as JournalFileBackend
-    return storages.JournalStorage(JournalFileBackend(path))
+        return storages.JournalStorage(journal)
+    except OSError:
+        raise
+    except Exception as error:  # whatever Optuna raises for a line that it cannot read
+        raise Refused(
+            f"import_from: {label}: Optuna {installed.version} cannot read line {journal.line}: {_optuna.said(error)}"
+        ) from None
+
+
+def study_names(storage: Any) -> list[str]:
+    """Return the names of the file's studies, also where an attribute of one of them cannot be read."""
+    import optuna
+
+    if not hasattr(storage, "engine"):
+        return optuna.get_all_study_names(storage)
+    with storage.engine.connect() as connection:
+        return [name for name, in connection.exec_driver_sql(NAMES).fetchall()]
 
 
 def read_source(params: dict, storage: Any) -> list[Study]:
-    """Return the wanted studies of the file."""
-    import optuna
-
-    held = sorted(optuna.get_all_study_names(storage))
+    """Return the wanted studies of the file; raise Refused if one of them does not fit."""
+    held = sorted(study_names(storage))
     label = os.path.basename(params["file"])
     if not held:
         raise Refused(f"import_from: {label} holds no study")
@@ -280,14 +391,101 @@ def read_source(params: dict, storage: Any) -> list[Study]:
         raise Refused(f"import_studies: {label} holds no study {', '.join(missing)}, but {', '.join(held)}")
     if params["name"] and len(wanted) != 1:
         raise Refused(f"import_as: {params['name']} is one name for {len(wanted)} studies; name one in import_studies")
-    return [
-        Study(
-            optuna.load_study(study_name=name, storage=storage),
-            params["name"] or name,
-            storage.get_study_system_attrs(storage.get_study_id_from_name(name)),
-        )
-        for name in dict.fromkeys(wanted)
-    ]
+    changed = datetime.datetime.fromtimestamp(os.stat(params["file"]).st_mtime)
+    studies = []
+    for name in dict.fromkeys(wanted):
+        try:
+            studies.append(Study(storage, name, params["name"] or name, changed))
+        except Exception as error:  # whatever Optuna and SQLAlchemy raise
+            told = [f"study {name} cannot be read: {_optuna.said(error)}", *others([n for n in wanted if n != name])]
+            raise Refused(f"import_from: {label}: {'; '.join(told)}") from None
+    for study in studies if params["repair"] else ():
+        study.number_anew()
+    check_fit(label, studies)
+    return studies
+
+
+def check_fit(label: str, studies: list[Study]) -> None:
+    """Raise Refused if a study holds what the database cannot."""
+    found = [(study, problem) for study in studies for problem in [*numbering(study), *study.unreadable, *unfit(study)]]
+    if not found:
+        return
+    named = [f"study {_optuna.cut(study.source)}: {problem}" for study, problem in found[:MOST_NAMED]]
+    more = [f"and {len(found) - MOST_NAMED} more"] if found[MOST_NAMED:] else []
+    ways = ["import_repair=true numbers trials anew"] if any(map(numbering, studies)) else []
+    fit = [study.source for study in studies if study not in [study for study, _problem in found]]
+    raise Refused(f"import_from: {label}: {'; '.join([*named, *more, *ways, *others(fit)])}")
+
+
+def others(names: list[str]) -> list[str]:
+    """Return how to import the studies that fit."""
+    return [f"import_studies can name the others ({', '.join(names)})"] if names else []
+
+
+def numbering(study: Study) -> list[str]:
+    """Return why the trials' numbers are not those that Optuna gives; a trial that cannot be read leaves a gap, too."""
+    numbers = [] if study.unreadable else [trial.number for trial in study.trials]
+    for number, held in enumerate(numbers):
+        if held > number:
+            return [f"trial {number} is missing, as if it had been deleted"]
+        if held < number:
+            return [f"two trials have the number {held}"]
+    return []
+
+
+def unfit(study: Study) -> Iterator[str]:
+    """Return what the database cannot hold."""
+    for problem in unfit_names([("its name", study.name)]):
+        yield f"{problem} (import_as gives it another)"
+    yield from unfit_names(("its attribute", key) for key in [*study.user_attributes, *study.system_attributes])
+    first: dict[str, tuple[int, Any]] = {}
+    found: dict[str, list[int]] = {}
+    for trial in study.trials:
+        names = [("its parameter", name) for name in trial.params]
+        names += [("its attribute", key) for key in [*trial.user_attrs, *trial.system_attrs]]
+        for problem in [*unfit_names(names), *unfit_numbers(trial), *unfit_parameters(trial, first)]:
+            found.setdefault(problem, []).append(trial.number)
+    for problem, numbers in found.items():
+        yield f"trial {numbers[0]}: {problem}" + (f" (and so on, in {len(numbers)} trials)" if numbers[1:] else "")
+
+
+def unfit_names(names: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Return which names the database cannot hold."""
+    for what, name in names:
+        if len(name) > LONGEST_NAME:
+            yield f"{what} {_optuna.cut(name)} has {len(name)} characters, of which PostgreSQL holds {LONGEST_NAME}"
+        elif "\0" in name or name != name.encode("utf-8", "replace").decode():
+            yield f"{what} {_optuna.cut(name)} has a character that PostgreSQL cannot hold"
+
+
+def unfit_numbers(trial: Any) -> Iterator[str]:
+    """Return which of a trial's numbers the database cannot hold."""
+    held = {"value": trial.values or [], "intermediate value": trial.intermediate_values.values()}
+    for what, numbers in held.items():
+        for number in numbers:
+            if not isinstance(number, float) and not (isinstance(number, int) and abs(number) <= LARGEST):
+                yield f"its {what} {_optuna.cut(number)} is no number of 64 bits"
+    for step in trial.intermediate_values:
+        if step not in STEPS:
+            yield f"its step {step}, with an intermediate value, is beyond 32 bits"
+
+
+def unfit_parameters(trial: Any, first: dict[str, tuple[int, Any]]) -> Iterator[str]:
+    """Return which parameters Optuna would not take, or give back as others; note in ``first`` who had them first."""
+    from optuna.distributions import check_distribution_compatibility
+
+    for name, value in trial.params.items():
+        kind = trial.distributions.get(name)
+        number, earlier = first.setdefault(name, (trial.number, kind))
+        try:
+            check_distribution_compatibility(earlier, kind)
+            back = kind.to_external_repr(float(kind.to_internal_repr(value)))
+        except Exception as error:  # whatever Optuna raises for a value that is none of its distribution's
+            since = f"differs from trial {number} in its distribution" if earlier != kind else "has no fit value"
+            yield f"its parameter {_optuna.cut(name)} {since}: {' '.join(str(error).split()).rstrip('.')}"
+            continue
+        if text_of(as_held(back, kind)) != text_of(as_held(value, kind)):
+            yield f"its parameter {_optuna.cut(name)} is {_optuna.cut(value)}, which would become {_optuna.cut(back)}"
 
 
 def fields_of(trial: Any) -> dict[str, str]:
@@ -298,16 +496,31 @@ def fields_of(trial: Any) -> dict[str, str]:
     fields = {
         "number": trial.number,
         "state": trial.state.name,
-        "values": trial.values,
-        "params": trial.params,
+        "values": trial.values and [as_number(value) for value in trial.values],
+        "params": {name: as_held(value, trial.distributions.get(name)) for name, value in trial.params.items()},
         "distributions": {name: distribution_to_json(kind) for name, kind in trial.distributions.items()},
         "user attributes": trial.user_attrs,
         "system attributes": attributes,
-        "intermediate values": trial.intermediate_values,
+        "intermediate values": {step: as_number(value) for step, value in trial.intermediate_values.items()},
         "start": trial.datetime_start,
         "end": trial.datetime_complete,
     }
-    return {name: json.dumps(value, sort_keys=True, default=str) for name, value in fields.items()}
+    return {name: text_of(value) for name, value in fields.items()}
+
+
+def as_held(value: Any, distribution: Any) -> Any:
+    """Return a parameter's value; of those that are numbers the database has floats only."""
+    return as_number(value) if hasattr(distribution, "low") else value
+
+
+def as_number(value: Any) -> float:
+    """Return a number as psycopg2 brings it into the database, where -0.0 becomes 0.0."""
+    return float(value) + 0.0
+
+
+def text_of(value: Any) -> str:
+    """Return a value as text."""
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def difference(study: Study, storage: Any, name: str, grown: bool) -> str:
@@ -430,11 +643,11 @@ def read_file(params: dict, installed: _optuna.Optuna, stamp: tuple) -> list[Stu
     with copied(params) as path:
         check_unchanged(params["file"], stamp)
         try:
-            return read_source(params, open_copy(path, label, kind, installed))
+            return read_source(params, open_copy(path, label, kind, params["repair"], installed))
         except (Refused, OSError):
             raise
         except Exception as error:  # whatever Optuna and SQLAlchemy raise for a damaged file
-            raise Refused(f"import_from: {label}: Optuna says: {' '.join(str(error).split())}") from None
+            raise Refused(f"import_from: {label}: Optuna says: {_optuna.said(error)}") from None
 
 
 def ensure_imported(params: dict, check_mode: bool) -> dict:
@@ -452,14 +665,17 @@ def ensure_imported(params: dict, check_mode: bool) -> dict:
         except (Refused, OSError, _connection.Unreachable):
             raise
         except Exception as error:  # whatever Optuna, SQLAlchemy and psycopg2 raise
-            raise Refused(f"database {params['database']}: {' '.join(str(error).split())}") from None
+            raise Refused(f"database {params['database']}: {_optuna.said(error)}") from None
         names = {study.name for study in missing}
         clocks = [row for row in _connection.rows(connection, _optuna.CLOCKS) if row[0] in names] if seconds else []
     took = {study.name: time for study, time in zip(missing, seconds)}
     return {
         "changed": bool(missing),
         "studies": [study.report(study in missing, took.get(study.name, 0)) for study in studies],
-        "warnings": _optuna.clock_warnings(params["database"], clocks, installed),
+        "warnings": [
+            *(f"study {study.source}: {odd}; brought as it is" for study in missing for odd in study.odd),
+            *_optuna.clock_warnings(params["database"], clocks, installed),
+        ],
         "diff": {
             "before": "",
             "after": "".join(f"{study.name}: {len(study.trials)} trials\n" for study in missing),
@@ -485,6 +701,7 @@ def main() -> None:
             "root": {"type": "path", "required": True},
             "studies": {"type": "list", "elements": "str", "default": []},
             "name": {"type": "str"},
+            "repair": {"type": "bool", "default": False},
             **_connection.CONNECTION_OPTIONS,
         },
         supports_check_mode=True,
@@ -495,8 +712,8 @@ def main() -> None:
     except (OSError, _connection.Unreachable, Refused) as error:
         module.fail_json(msg=one_line(explain(error)))
     for warning in result.pop("warnings"):
-        module.warn(warning)
-    module.exit_json(**result)
+        module.warn(one_line(warning))
+    module.exit_json(**encodable_data(result))
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def by_study(attributes: list[tuple]) -> dict[str, dict[str, Any]]:
     """Return the rows of ATTRIBUTES as each study's attributes."""
     held: dict[str, dict[str, Any]] = {}
     for name, key, value in attributes:
-        held.setdefault(name, {})[key] = json.loads(value)
+        held.setdefault(name, {})[key] = _optuna.attribute(value)
     return held
 
 

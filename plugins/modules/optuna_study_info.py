@@ -61,7 +61,7 @@ studies:
       type: list
       elements: str
     user_attributes:
-      description: The study's user attributes.
+      description: The study's user attributes; what is no JSON as the text that is there.
       type: dict
     trials:
       description: How many trials there are in each state that occurs, by the state in lower case.
@@ -77,14 +77,13 @@ studies:
       best_value: 0.25
 """
 
-import json
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
-from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
 
-# Infinity is kept apart from the values, so that it is no candidate here.
+# Infinity is kept apart from the values, so that it is no candidate here. To PostgreSQL NaN is the greatest number.
 STUDIES = """
 SELECT study_name, array_agg(lower(direction::text) ORDER BY objective),
   (SELECT coalesce(json_object_agg(key, value_json), '{}') FROM study_user_attributes AS held
@@ -94,7 +93,7 @@ SELECT study_name, array_agg(lower(direction::text) ORDER BY objective),
      WHERE trials.study_id = studies.study_id GROUP BY 1) AS counts),
   (SELECT CASE WHEN max(direction::text) = 'MAXIMIZE' THEN max(value) ELSE min(value) END
    FROM trials JOIN trial_values USING (trial_id)
-   WHERE trials.study_id = studies.study_id AND state = 'COMPLETE' AND value_type = 'FINITE')
+   WHERE trials.study_id = studies.study_id AND state = 'COMPLETE' AND value_type = 'FINITE' AND value <> 'NaN')
 FROM studies JOIN study_directions USING (study_id) GROUP BY study_id, study_name ORDER BY study_name
 """
 
@@ -109,7 +108,7 @@ def read_studies(params: dict) -> list[dict[str, Any]]:
         {
             "name": name,
             "directions": directions,
-            "user_attributes": {key: json.loads(value) for key, value in attributes.items()},
+            "user_attributes": {key: _optuna.attribute(value) for key, value in attributes.items()},
             "trials": trials,
             "best_value": best if len(directions) == 1 else None,
         }
@@ -127,7 +126,7 @@ def main() -> None:
         studies = read_studies(module.params)
     except _connection.Unreachable as error:
         module.fail_json(msg=one_line(error))
-    module.exit_json(changed=False, studies=studies)
+    module.exit_json(changed=False, studies=encodable_data(studies))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ options:
     type: str
 extends_documentation_fragment:
   - mala.hpc_db.attributes
+  - mala.hpc_db.slices
 attributes:
   check_mode:
     support: full
@@ -131,12 +132,15 @@ from pathlib import Path
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _slices
 from ansible_collections.mala.hpc_db.plugins.module_utils._marker import alone_at, rewrite
 from ansible_collections.mala.hpc_db.plugins.module_utils._pip import (
+    OFFLINE,
     Failed,
     call,
-    last_words,
+    explain,
     normalise,
+    pip_command,
     source_arguments,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
@@ -153,15 +157,6 @@ PATIENCE = 600
 Run = Callable[..., str]
 
 
-# pip itself compares the markers of requirements with the host it runs on, whatever platform it downloads for.
-AS_ANOTHER_HOST = """
-import json, sys
-from pip._vendor.packaging import markers
-host = {**markers.default_environment(), **json.loads(sys.argv.pop(1))}
-markers.default_environment = lambda: dict(host)
-from pip._internal.cli.main import main
-raise SystemExit(main())
-"""
 # What manylinux_2_x was called before.
 OLD_MANYLINUX = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
 
@@ -261,7 +256,7 @@ def bring(params: dict, run: Run) -> bool:
     """
     path, marker = params["path"], Path(params["path"] + UNFINISHED)
     marker.parent.mkdir(parents=True, exist_ok=True)
-    with alone_at(marker, PATIENCE, "path") as note:
+    with alone_at(marker, PATIENCE, "path", params) as note:
         left = note.read()
         if not left and is_satisfied(params):  # another run has done it just now
             return False
@@ -285,12 +280,10 @@ def fill(params: dict, run: Run) -> None:
         if not os.path.exists(os.path.join(path, "bin", "python")):
             run([params["python"], "-m", "venv", path])
         python = os.path.join(path, "bin", "python")
-        if pip_is_old(run([python, "-m", "pip", "--version"])):
-            run([python, "-m", "pip", *pip_arguments(params, os.devnull)[:-1], "--upgrade", "pip"])
-    pip = ["-m", "pip"]
-    if params["layout"] == "wheels":
-        pip = ["-I", "-c", AS_ANOTHER_HOST, json.dumps(markers(params["host"]))]
-    run([python, *pip, *pip_arguments(params, path + UNFINISHED)])
+        if pip_is_old(run(pip_command(python, ["--version"]))):
+            run(pip_command(python, [*pip_arguments(params, os.devnull)[:-1], "--upgrade", "pip"]))
+    host = markers(params["host"]) if params["layout"] == "wheels" else None
+    run(pip_command(python, pip_arguments(params, path + UNFINISHED), host))
 
 
 def close_to_others(path: str) -> None:
@@ -320,6 +313,9 @@ def ensure_packages(params: dict, run: Run, check_mode: bool) -> dict:
     check_path(path)
     before = installed(site_packages(path, layout))
     changed = os.path.exists(path + UNFINISHED) or not is_satisfied(params)
+    there = os.path.exists(os.path.join(path, "bin", "python")) and not os.path.exists(path + UNFINISHED)
+    if changed and layout == "venv" and not there:
+        run([params["python"], "-m", "ensurepip", "--version"])
     if changed and not check_mode:
         changed = bring(params, run)
     folder = site_packages(path, layout)
@@ -359,19 +355,19 @@ def as_lines(packages: dict[str, str]) -> str:
 def run_command(module: AnsibleModule, command: list[str], pass_fds: tuple[int, ...] = ()) -> str:
     """Run pip or venv; raise Failed with its own last words."""
     returncode, stdout, stderr = call(module, command, pass_fds)
+    if returncode and "ensurepip" in f"{command[:3]} {stdout} {stderr}":
+        wrong = "cannot make environments with pip"
+        if not module.params["advice"]:
+            wrong = "cannot make environments with pip: set postgres_python to one that can"
+        raise Failed(
+            f"{explain(command, stdout, stderr)} ({command[0]} {wrong}; Debian and Ubuntu have the package "
+            "python3-venv for it)"
+        )
     if returncode:
-        said, hint = " ".join(command[:4]), ""
-        if "ensurepip" in stdout + stderr:
-            hint = f" ({command[0]} cannot make environments with pip: set postgres_python to one that can)"
-        elif module.params["advice"]:
-            hint = f" ({module.params['advice']})"
-        elif "pip" in command[:4]:
-            settings = "postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"
-            hint = f" (without internet there: set {settings})"
-        elif AS_ANOTHER_HOST in command:
-            said = f"{command[0]} -m pip"
-            hint = " (the workstation asks for it: set postgres_python_index_url, or a folder of wheels there)"
-        raise Failed(f"{said} … failed: {last_words(stdout, stderr)}{hint}")
+        offline = module.params["advice"] or OFFLINE
+        if module.params["layout"] == "wheels":
+            offline = "the workstation asks for it: set postgres_python_index_url, or a folder of wheels there"
+        raise Failed(explain(command, stdout, stderr, offline))
     return stdout
 
 
@@ -394,6 +390,7 @@ def main() -> None:
                 "requirements": {"type": "list", "elements": "str", "required": True},
             }},
             "advice": {"type": "str"},
+            **_slices.OPTIONS,
         },
         required_if=[("layout", "wheels", ["host"])],
         supports_check_mode=True,
@@ -401,6 +398,8 @@ def main() -> None:
     os.umask(0o077)
     try:
         result = ensure_all(module.params, functools.partial(run_command, module), module.check_mode)
+    except _slices.Waiting as waiting:
+        result = waiting.result()
     except (Failed, OSError) as error:
         module.fail_json(msg=one_line(error))
     module.exit_json(**result)

@@ -46,6 +46,12 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+unreachable:
+  description:
+    - Why the server cannot be asked, as while its node is dead and the scheduler does not know it; empty if it can be.
+    - It is no failure, and nothing else is returned then.
+  returned: success
+  type: str
 version:
   description: PostgreSQL's version.
   returned: success
@@ -100,7 +106,7 @@ from collections import Counter
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 SETTINGS = "SELECT current_setting('max_connections')::int, current_setting('server_version')"
@@ -110,7 +116,10 @@ SELECT pid, coalesce(host(client_addr), ''), coalesce(usename, '-'), coalesce(da
        extract(epoch FROM clock_timestamp() - backend_start)::float
 FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() ORDER BY pid
 """
-DATABASES = "SELECT datname, pg_database_size(oid) FROM pg_database WHERE NOT datistemplate ORDER BY datname"
+DATABASES = """
+SELECT datname, pg_database_size(oid) FROM pg_database
+WHERE NOT datistemplate AND datallowconn ORDER BY datname
+"""
 TRIALS = """
 SELECT study_name, lower(state::text), count(trial_id)
 FROM studies LEFT JOIN trials USING (study_id) GROUP BY study_name, state ORDER BY study_name, state
@@ -122,6 +131,8 @@ LONGEST_PAUSE_SECONDS = 1
 # A job may have begun, and its worker connected, since the scheduler was asked.
 ORPHANED_SECONDS = 10
 LOOKUP_SECONDS = 5.0
+# As the workers' service entry has it: a node that is dead does not answer at all.
+CONNECT_SECONDS = 5
 # What connects over the unix socket has no address.
 HERE = "socket"
 
@@ -171,7 +182,7 @@ def by_client(sessions: list[tuple], idle_nodes: list[str]) -> dict[str, list[di
 def studies_of(params: dict, database: str) -> list[dict[str, Any]]:
     """Return the studies in a database; none where Optuna has made no schema."""
     with _connection.connect(params, database) as connection:
-        if _connection.rows(connection, "SELECT to_regclass('trials')") == [(None,)]:
+        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
             return []
         found: dict[str, dict[str, int]] = {}
         for name, state, count in _connection.rows(connection, TRIALS):
@@ -193,6 +204,14 @@ def read_server(params: dict) -> dict:
     }
 
 
+def read_if_reached(params: dict) -> dict:
+    """Return what the server holds, or why nobody can say."""
+    try:
+        return {"unreachable": "", **read_server({**params, "connect_timeout": CONNECT_SECONDS})}
+    except _connection.Unreachable as error:
+        return {"unreachable": one_line(error)}
+
+
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
@@ -203,11 +222,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    try:
-        result = read_server(module.params)
-    except _connection.Unreachable as error:
-        module.fail_json(msg=one_line(error))
-    module.exit_json(changed=False, **result)
+    module.exit_json(changed=False, **read_if_reached(module.params))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ description:
   - A job that is refused, does not start in time, or answers nothing is no error, but said in RV(said).
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
+  - mala.hpc_db.slices
 attributes:
   check_mode:
     support: none
@@ -83,6 +84,7 @@ import time
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _slices
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
@@ -93,6 +95,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     check_name,
     find_jobs,
     make_run,
+    submit_job,
 )
 
 # A shared file system may show the output after the scheduler has forgotten the job, NFS up to a minute; what is
@@ -106,28 +109,34 @@ CONNECT_SECONDS = 5
 def run_job(params: dict, run: Run, sleep: Callable[[float], None] = time.sleep) -> dict:
     """Submit the job and wait for its answer. ``run`` takes an argument list and returns its stdout."""
     check_name(params["name"])
-    scheduler = SCHEDULERS[params["scheduler"]]
-    door = _Door(params["listening"])
+    slice_ = _slices.Slice(params)
+    door = _Door(params["listening"], slice_.resume.get("reached"))
     try:
-        scheduler.check_options(params["options"])
-        check_environment(params, "server_job_options")
-        find_jobs(params, run)  # refuses paths that are not absolute
-        wishes = params["script"], params["options"], params["output"]
-        job_id = scheduler.parse_submit(run(scheduler.submit_command(params["name"], *wishes)))
-        stuck = _wait(params, job_id, run, sleep, door)
+        job_id = slice_.resume.get("job") or _submit(params, run)
+        stuck = _wait(params, job_id, run, sleep, door, slice_)
     except (SchedulerError, ValueError) as error:
         return _result(None, " ".join(str(error).split()), door)
     if stuck:
         return _result(None, f"job {job_id} was {stuck} after {params['timeout']} s, and was cancelled", door)
-    return _result(*_read(params["output"], job_id, sleep), door)
+    return _result(*_read(params["output"], job_id, sleep, door, slice_), door)
+
+
+def _submit(params: dict, run: Run) -> str:
+    """Submit the job; return its id."""
+    scheduler = SCHEDULERS[params["scheduler"]]
+    scheduler.check_options(params["options"])
+    check_environment(params, "server_job_options")
+    jobs = find_jobs(params, run)  # refuses paths that are not absolute
+    wishes = params["script"], params["options"], params["output"]
+    return submit_job(params, run, scheduler.submit_command(params["name"], *wishes), jobs).id
 
 
 class _Door:
     """Where the job listens, if it does."""
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, reached: bool | None) -> None:
         self.path = path
-        self.reached: bool | None = None
+        self.reached = reached
 
     def knock(self) -> None:
         """Connect once, as soon as it says where."""
@@ -145,26 +154,33 @@ class _Door:
             self.reached = False
 
 
-def _wait(params: dict, job_id: str, run: Run, sleep: Callable[[float], None], door: _Door) -> str:
+def _wait(
+    params: dict, job_id: str, run: Run, sleep: Callable[[float], None], door: _Door, slice_: _slices.Slice
+) -> str:
     """Wait for the end of the job; when it takes too long, cancel it and return what it was doing."""
-    deadline = time.monotonic() + params["timeout"]
+    deadline = slice_.began + params["timeout"]
     pause = 0.2
     while True:
         door.knock()
         job = next((each for each in find_jobs(params, run) if each["id"] == job_id), None)
         if job is None:
             return ""
+        state = f"{job['state']} ({job['reason']})" if job["reason"] else job["state"]
         if time.monotonic() >= deadline:
             run(SCHEDULERS[params["scheduler"]].cancel_command(job_id))
-            return f"{job['state']} ({job['reason']})" if job["reason"] else job["state"]
+            return state
+        told = f"{params['name']}: job {job_id} is {state}, {params['timeout']} s are allowed"
+        slice_.check(told, job=job_id, reached=door.reached)
         sleep(pause)
         pause = min(2 * pause, 2.0)
 
 
-def _read(path: str, job_id: str, sleep: Callable[[float], None]) -> tuple[dict | None, str]:
+def _read(
+    path: str, job_id: str, sleep: Callable[[float], None], door: _Door, slice_: _slices.Slice
+) -> tuple[dict | None, str]:
     """Return the answer in the output, or why there is none."""
     last = ""
-    for second in range(LATE_SECONDS):
+    for second in range(slice_.resume.get("second", 0), LATE_SECONDS):
         last = _last_line(path)
         try:
             answer = json.loads(last)
@@ -174,6 +190,8 @@ def _read(path: str, job_id: str, sleep: Callable[[float], None]) -> tuple[dict 
             return answer, ""
         if last and second >= SETTLED_SECONDS:
             break
+        told = f"job {job_id} has ended, and {path} does not show its whole answer yet"
+        slice_.check(told, job=job_id, reached=door.reached, second=second)
         sleep(1.0)
     return None, f"job {job_id} ended without an answer: {last or 'it printed nothing'}"
 
@@ -200,12 +218,15 @@ def main() -> None:
             options={"type": "dict", "default": {}},
             timeout={"type": "int", "default": 120},
             listening={"type": "path"},
+            **_slices.OPTIONS,
         ),
         supports_check_mode=False,
     )
     os.umask(0o077)  # sbatch gives it to the job
     try:
         result = run_job(module.params, make_run(module))
+    except _slices.Waiting as waiting:
+        result = waiting.result()
     except ValueError as error:
         module.fail_json(msg=one_line(error))
     module.exit_json(**result)

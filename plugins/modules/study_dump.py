@@ -46,6 +46,13 @@ options:
       - Connections to it are ended.
     type: bool
     default: false
+  tables:
+    description:
+      - V(optuna) for a study database. Its trials are counted to see that all are in a dump, and in what was restored.
+      - V(none) for one of another program, of which the tables are counted.
+    type: str
+    choices: [optuna, none]
+    default: optuna
 extends_documentation_fragment:
   - mala.hpc_db.attributes
   - mala.hpc_db.connection
@@ -86,7 +93,11 @@ file:
   returned: success
   type: str
 trials:
-  description: The number of trials in the dump; null in check mode with O(state=dumped).
+  description: The number of trials in the dump; null in check mode with O(state=dumped), and with O(tables=none).
+  returned: success
+  type: int
+tables:
+  description: The number of tables in the dump with O(tables=none), else null; null in check mode with O(state=dumped).
   returned: success
   type: int
 kept:
@@ -107,6 +118,7 @@ from typing import Any, Callable
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
+from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import ENGLISH
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
 # The database in which others are created and renamed.
@@ -119,8 +131,16 @@ LEFTOVER_SECONDS = 3600
 # Of a database's name, in the names of those beside it.
 MOST_BESIDE = 45
 
+# What there is to count in a database.
+COUNTED = {"optuna": "trials", "none": "tables"}
 EXISTS = "SELECT 1 FROM pg_database WHERE datname = %s"
 COUNTS = "SELECT (SELECT count(*) FROM studies), (SELECT count(*) FROM trials)"
+# As a dump has them: not those of extensions.
+TABLES = """
+SELECT count(*) FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+WHERE relkind = 'r' AND nspname <> 'information_schema' AND nspname !~ '^pg_'
+AND NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = pg_class.oid AND deptype = 'e')
+"""
 # What SQLAlchemy and Optuna count with.
 COUNTERS = "SELECT schemaname, sequencename, last_value FROM pg_sequences WHERE last_value IS NOT NULL"
 COUNT_ON = "SELECT setval(to_regclass(%s), %s) WHERE to_regclass(%s) IS NOT NULL"
@@ -175,31 +195,39 @@ def checksum(path: str) -> str:
     return digest.hexdigest()
 
 
-def count_trials(bindir: str, path: str, run: Run) -> int | None:
-    """Read the whole dump, and return its number of trials; None if it has no table for them."""
+def count_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int | None:
+    """Read the whole dump, and return its number of trials; None if it has no table for them.
+
+    Of another program's dump it is the number of tables.
+    """
     command = [f"{bindir}/pg_restore", "--format=custom", path]
     listed = run([*command, "--list"])
     # The list is at the front: a dump that was cut off has it, too.
     run([*command, f"--file={os.devnull}"])
+    if tables == "none":
+        return listed.count(" TABLE DATA ")
     if " TABLE DATA public trials " not in listed:
         return None
     return count_rows(run([*command, "--data-only", "--table=trials", "--file=-"]))
 
 
-def check_dump(bindir: str, path: str, run: Run) -> int:
-    """Return the dump's number of trials; raise Refused if it is damaged, or no dump of studies."""
+def check_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int:
+    """Return what ``count_dump`` counts; raise Refused if the dump is damaged, or no dump of studies."""
     name = os.path.basename(path)
     try:
         if os.path.exists(path + SUM):
             with open(path + SUM, encoding="utf-8", errors="replace") as stream:
                 if stream.read().split()[:1] != [checksum(path)]:
                     raise Refused(f"restore_from: {name} is damaged: it does not fit {name}{SUM}")
-        trials = count_trials(bindir, path, run)
+        counted = count_dump(bindir, path, run, tables)
     except (Failed, OSError) as error:
         raise Refused(f"restore_from: {name} is no dump, or a damaged one: {error}") from None
-    if trials is None:
-        raise Refused(f"restore_from: {name} is a dump of something else: it has no table of Optuna's trials")
-    return trials
+    if counted is None:
+        raise Refused(
+            f"restore_from: {name} is a dump of something else: it has no table of Optuna's trials; a database of "
+            "another program is in databases_studies with tables: none"
+        )
+    return counted
 
 
 def newest_dump(folder: str, database: str) -> str:
@@ -222,7 +250,7 @@ def ensure_dumped(params: dict, run: Run, check_mode: bool) -> dict:
     bindir = read_settings(params["root"])["bindir"]
     folder = os.path.join(params["root"], "dumps")
     path = os.path.join(folder, f"{params['database']}-{now()}{KEPT}.dump")
-    trials = None
+    count = None
     if not check_mode:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         remove_leftovers(folder)
@@ -230,14 +258,15 @@ def ensure_dumped(params: dict, run: Run, check_mode: bool) -> dict:
         part = os.path.join(folder, f".{os.path.basename(path)}.part")
         try:
             run(dump_command(bindir, params, part))
-            trials = count_trials(bindir, part, run) or 0
+            count = count_dump(bindir, part, run, params["tables"]) or 0
             with open(path + SUM, "w", encoding="utf-8") as stream:
                 stream.write(f"{checksum(part)}  {os.path.basename(path)}\n")
             os.rename(part, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(part)
-    return {"changed": True, "file": path, "trials": trials, "diff": {"before": "", "after": f"{path}\n"}}
+    diff = {"before": "", "after": f"{path}\n"}
+    return {"changed": True, "file": path, **told(params, count), "diff": diff}
 
 
 def remove_leftovers(folder: str) -> None:
@@ -249,7 +278,7 @@ def remove_leftovers(folder: str) -> None:
 
 
 def look(params: dict) -> tuple[int, int] | None:
-    """Return how many studies and trials the database holds; None if there is no such database."""
+    """Return what ``count`` does; None if there is no such database."""
     with _connection.connect(params, MAINTENANCE) as connection:
         if not _connection.rows(connection, EXISTS, (params["database"],)):
             return None
@@ -257,8 +286,11 @@ def look(params: dict) -> tuple[int, int] | None:
 
 
 def count(params: dict, database: str) -> tuple[int, int]:
-    """Return how many studies and trials a database holds."""
+    """Return how many studies and trials a database holds; another program's has tables instead of both."""
     with _connection.connect(params, database) as connection:
+        if params["tables"] == "none":
+            ((tables,),) = _connection.rows(connection, TABLES)
+            return (tables, tables)
         if _connection.rows(connection, "SELECT to_regclass('trials')") == [(None,)]:
             return (0, 0)
         studies, trials = _connection.rows(connection, COUNTS)[0]
@@ -271,19 +303,21 @@ def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
     path = params["file"]
     if path == "newest":
         path = newest_dump(os.path.join(params["root"], "dumps"), database)
-    trials = check_dump(bindir, path, run)
+    tables, counted = params["tables"], COUNTED[params["tables"]]
+    wanted = check_dump(bindir, path, run, tables)
     found = look(params)
     if found and found[0] and not params["replace"]:
+        held = f"{found[0]} studies with {found[1]} trials" if tables == "optuna" else f"{found[0]} tables"
         raise Refused(
-            f"restore_database: {database} holds {found[0]} studies with {found[1]} trials; "
-            "with restore_replace=true the dump takes its place, and it is kept under another name"
+            f"restore_database: {database} holds {held}; with restore_replace=true the dump takes its place, "
+            "and it is kept under another name"
         )
     kept = beside(database, now()) if found else None
     if not check_mode:
         with restored_aside(bindir, params, path, run) as aside:
             restored = count(params, aside)
-            if restored[1] != trials:
-                raise Failed(f"{path} holds {trials} trials, but {restored[1]} were restored; nothing was changed")
+            if restored[1] != wanted:
+                raise Failed(f"{path} holds {wanted} {counted}, but {restored[1]} were restored; nothing was changed")
             if found:
                 count_on(params, aside)
             execute(params, f"ALTER DATABASE {quoted(aside)} SET hpc_db.generation = '{now()}-{os.urandom(4).hex()}'")
@@ -293,15 +327,18 @@ def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
     return {
         "changed": True,
         "file": path,
-        "trials": trials,
+        **told(params, wanted),
         "kept": kept if found and found[0] else None,
-        "diff": {"before": as_line(database, found and found[1]), "after": as_line(database, trials)},
+        "diff": {
+            "before": f"{database}: {found[1]} {counted}\n" if found else "",
+            "after": f"{database}: {wanted} {counted}\n",
+        },
     }
 
 
-def as_line(database: str, trials: int | None) -> str:
-    """Return a database's content as text for a diff."""
-    return "" if trials is None else f"{database}: {trials} trials\n"
+def told(params: dict, count: int | None) -> dict[str, int | None]:
+    """Return what was counted by its name."""
+    return {**dict.fromkeys(COUNTED.values()), COUNTED[params["tables"]]: count}
 
 
 @contextlib.contextmanager
@@ -369,7 +406,7 @@ def quoted(name: str) -> str:
 def run_command(module: AnsibleModule, command: list[str]) -> str:
     """Run one of PostgreSQL's programs; raise Failed with its own words."""
     try:
-        returncode, stdout, stderr = module.run_command(command, handle_exceptions=False)
+        returncode, stdout, stderr = module.run_command(command, handle_exceptions=False, environ_update=ENGLISH)
     except OSError as error:
         raise Failed(f"{command[0]}: {error.strerror}") from None
     if returncode:
@@ -387,6 +424,7 @@ def main() -> None:
         "file": {"type": "path"},
         "owner": {"type": "str"},
         "replace": {"type": "bool", "default": False},
+        "tables": {"type": "str", "choices": ["optuna", "none"], "default": "optuna"},
         **_connection.CONNECTION_OPTIONS,
     }
     module = AnsibleModule(

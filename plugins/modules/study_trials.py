@@ -58,21 +58,26 @@ trials:
   returned: success
   type: int
 problems:
-  description: Why a database could not be read, such as a schema that is newer than the installed Optuna.
+  description:
+    - Why a database or a study could not be read, such as a schema that is newer than the installed Optuna. What is odd
+      within a study is in the file.
   returned: success
   type: list
   elements: str
 """
 
+import contextlib
 import datetime
 import gzip
 import json
+import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
-from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
 
 DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
 STUDIES = "SELECT study_name FROM studies ORDER BY study_name"
@@ -80,16 +85,27 @@ STUDIES = "SELECT study_name FROM studies ORDER BY study_name"
 
 def seconds(time: datetime.datetime | None) -> float | None:
     """Return a time of Optuna's, which is local without a time zone, in seconds since 1970."""
-    return None if time is None else time.timestamp()
+    try:
+        return None if time is None else time.timestamp()
+    except (OverflowError, ValueError):  # the year 1 or 9999
+        return None
 
 
 def constraints_of(trial: Any) -> dict[str, float]:
     """Return the values of a trial's constraints, none of which is above 0 in a feasible one."""
     held = getattr(trial, "constraints", None) or trial.system_attrs.get("constraints") or {}
-    return dict(held) if isinstance(held, dict) else {str(number): value for number, value in enumerate(held)}
+    named = held if isinstance(held, dict) else {str(number): value for number, value in enumerate(held)}
+    return {name: value for name, value in named.items() if isinstance(value, (int, float)) and not math.isnan(value)}
 
 
-def export_study(database: str, study: Any) -> dict[str, Any]:
+def internal_values(trial: Any) -> Iterator[tuple[str, float]]:
+    """Return the numbers that stand for a trial's parameters, but not where there is none."""
+    for name, value in trial.params.items():
+        with contextlib.suppress(TypeError, ValueError):
+            yield name, trial.distributions[name].to_internal_repr(value)
+
+
+def export_study(database: str, study: Any, trials: list[Any], odd: list[str]) -> dict[str, Any]:
     """Return all of a study as JSON can hold it.
 
     A parameter's value is the number that stands for it in its distribution, whatever the choices are.
@@ -101,7 +117,7 @@ def export_study(database: str, study: Any) -> dict[str, Any]:
     def number_of(distribution: Any) -> int:
         return numbers.setdefault(distribution_to_json(distribution), len(numbers))
 
-    trials = [
+    exported = [
         {
             "number": trial.number,
             "state": trial.state.name,
@@ -109,14 +125,13 @@ def export_study(database: str, study: Any) -> dict[str, Any]:
             "complete": seconds(trial.datetime_complete),
             "values": trial.values,
             "params": {
-                name: [number_of(trial.distributions[name]), trial.distributions[name].to_internal_repr(value)]
-                for name, value in trial.params.items()
+                name: [number_of(trial.distributions[name]), value] for name, value in internal_values(trial)
             },
             "intermediate": list(trial.intermediate_values.items()),
             "attributes": trial.user_attrs,
             "constraints": constraints_of(trial),
         }
-        for trial in study.get_trials(deepcopy=False)
+        for trial in trials
     ]
     return {
         "database": database,
@@ -125,7 +140,8 @@ def export_study(database: str, study: Any) -> dict[str, Any]:
         "metrics": getattr(study, "metric_names", None),  # since Optuna 3.4
         "attributes": study.user_attrs,
         "distributions": list(numbers),
-        "trials": trials,
+        "trials": exported,
+        "odd": odd,
     }
 
 
@@ -145,17 +161,28 @@ def look_into(params: dict, database: str) -> tuple[list[str], str]:
     return names, _optuna.mismatch(database, schemas[0], optuna) if schemas else ""
 
 
-def read_studies(params: dict, database: str, names: list[str]) -> list[dict[str, Any]]:
-    """Return studies of a database."""
+def read_studies(params: dict, database: str, names: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return studies of a database, and why others cannot be read."""
     try:
         import optuna
     except ImportError as error:
         raise _connection.Unreachable(_connection.not_importable("optuna", error)) from None
+    studies, problems = [], []
     try:
         storage = optuna.storages.RDBStorage(_connection.storage_url(params, database))
-        return [export_study(database, optuna.load_study(study_name=name, storage=storage)) for name in names]
+        for name in names:
+            try:
+                study = optuna.load_study(study_name=name, storage=storage)
+                trials, unreadable = _optuna.read_trials(storage, storage.get_study_id_from_name(name))
+                odd = _optuna.oddities(trials, len(study.directions))
+                studies.append(export_study(database, study, trials, [*unreadable, *odd]))
+            except Exception as error:  # one study must not cost the others
+                if _optuna.is_lost(error):
+                    raise
+                problems.append(f"study {database}/{name} cannot be read and is not shown: {_optuna.said(error)}")
     except Exception as error:  # whatever Optuna, SQLAlchemy and psycopg2 raise
-        raise _connection.Unreachable(f"database {database}: Optuna says: {' '.join(str(error).split())}") from None
+        raise _connection.Unreachable(f"database {database}: {_optuna.said(error)}") from None
+    return studies, problems
 
 
 def read_all(params: dict) -> dict[str, Any]:
@@ -163,13 +190,15 @@ def read_all(params: dict) -> dict[str, Any]:
     with _connection.connect(params, params["database"]) as connection:
         databases = [name for name, in _connection.rows(connection, DATABASES)]
     studies: list[dict[str, Any]] = []
-    problems = []
+    problems: list[str] = []
     for database in databases:
         names, problem = look_into(params, database)
         if problem:
             problems.append(f"{problem}; its studies are not shown: {', '.join(names)}")
         elif names:
-            studies += read_studies(params, database, names)
+            found, unreadable = read_studies(params, database, names)
+            studies += found
+            problems += unreadable
     return {"studies": studies, "problems": problems}
 
 
@@ -214,7 +243,7 @@ def main() -> None:
         result = ensure_exported(module.params, module.check_mode)
     except (_connection.Unreachable, OSError) as error:
         module.fail_json(msg=one_line(error))
-    module.exit_json(**result)
+    module.exit_json(**encodable_data(result))
 
 
 if __name__ == "__main__":

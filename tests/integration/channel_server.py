@@ -3,7 +3,8 @@
 """A conda channel over HTTP that has its moods: ``channel_server.py FOLDER``, in a folder of its own.
 
 The first word of a URL's path is the mood: ``login`` wants a password, ``busy-NAME`` is unavailable as long as
-``NAME/log`` has less than two lines, ``held-NAME`` stops before a package of PostgreSQL as long as that file is there.
+``NAME/log`` has less than two lines, ``scarce-NAME`` lacks only packages then, ``held-NAME`` stops before a package of
+PostgreSQL as long as that file is there.
 The port is in the file ``port`` here, what is asked for in ``asked``.
 """
 
@@ -32,7 +33,8 @@ class Channel(SimpleHTTPRequestHandler):
         if kind == "login" and self.headers.get("Authorization") != ALLOWED:
             self.send_error(401)
             return None
-        if kind == "busy" and len(Path(name, "log").read_text().splitlines()) < 2:
+        lacking = kind == "busy" or (kind == "scarce" and rest.endswith(".tar.bz2"))
+        if lacking and len(Path(name, "log").read_text().splitlines()) < 2:
             self.send_error(503)
             return None
         while kind == "held" and "/postgresql-" in rest and Path(mood).exists():

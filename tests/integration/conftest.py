@@ -61,12 +61,15 @@ def mini(slurm_lines: list[str]) -> Iterator[Target]:
 
 @pytest.fixture(scope="module")
 def workstation(mini: Target) -> Workstation:
-    """The workstation of that mini cluster, as alice: ``ssh login`` needs no options there, and pip has the wheels."""
+    """The workstation of that mini cluster, as alice: ``ssh login`` needs no options there, and pip has the wheels.
+
+    pip.conf says what several sites have there, too, for installations that are not this collection's.
+    """
     alice = [str(CLUSTER), "exec", "workstation", "--user", "alice", "--", "sh", "-c"]
     target = Workstation([Path("molecule/default/inventory"), Path("~/inventory.json")], alice, mini.environment)
     settings = {"ansible_ssh_common_args": "", "ansible_control_path_dir": "~/.ansible/cp"}
     inventory = json.dumps({"hpc_db": {"hosts": {"mini": settings}}})
-    pip = "[global]\\nno-index = true\\nfind-links = /srv/wheels\\n"
+    pip = "[global]\\nno-index = true\\nfind-links = /srv/wheels\\n[install]\\nuser = true\\n"
     target.run(f"echo {shlex.quote(inventory)} > inventory.json")
     target.run(f"mkdir -p .config/pip; printf '{pip}' > .config/pip/pip.conf")
     return target

@@ -10,8 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import socket
 import stat
 import subprocess
+import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -56,6 +60,8 @@ settings.update(root=sys.argv[1], databases=["studies"], dump_minutes=0, dump_ke
 dumps = Dumps(settings, types.SimpleNamespace(**json.load(open("../run/endpoint.json"))))
 print(dumps.now(float(sys.argv[2]), lambda: None), dumps.told)
 """
+# As docs/other_programs.md has it.
+WHERE = """'import json; print("{host}:{port}".format(**json.load(open("hpc_db/hpc_db/run/endpoint.json"))))'"""
 NEXT_TRIAL = "SELECT last_value FROM trials_trial_id_seq"
 GENERATION = """
 SELECT unnest(setconfig) FROM pg_db_role_setting JOIN pg_database d ON d.oid = setdatabase WHERE datname = 'studies'
@@ -298,3 +304,104 @@ def test_older_schema_is_named_and_upgraded_on_request_after_a_dump(studies: Stu
     assert "study mixed in database older: 3 trials began some half hours before the trial before them" in said
     assert re.search(r"is newer than the installed Optuna 3\.1\.1: have optuna==\d\S+ in postgres_python_packages",
                      studies.schema(old))
+
+
+class MLflow:
+    """A real tracking server, at the printed URL."""
+
+    def __init__(self, url: str, home: str, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = folder / "log"
+        command = [
+            ROOT / ".cache/mlflow/bin/mlflow", "server", f"--backend-store-uri={url}", "--host=127.0.0.1",
+            f"--port={self.port}", "--workers=1", f"--artifacts-destination={folder}",
+        ]
+        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        path = f"{ROOT}/.cache/mlflow/bin:{os.environ['PATH']}"
+        with self.log.open("w") as stream:
+            self._process = subprocess.Popen(
+                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True,
+                env={**os.environ, **quiet, "PATH": path, "PGSERVICEFILE": f"{home}/.pg_service.conf"},
+            )
+
+    def ask(self, call: str, patience: float = 0, **given: str) -> dict:
+        """Return what it answers. It has some seconds to come up, or to connect again."""
+        limit = time.monotonic() + patience
+        question = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/api/2.0/mlflow/experiments/{call}", json.dumps(given).encode(),
+            {"Content-Type": "application/json"},
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        while True:
+            try:
+                with opener.open(question, timeout=30) as answer:
+                    return json.load(answer)
+            except OSError:
+                assert time.monotonic() < limit and self._process.poll() is None, self.log.read_text()[-3000:]
+                time.sleep(0.2)
+
+    def names(self) -> set[str]:
+        """Return the names of its experiments."""
+        found = self.ask("search", patience=20, max_results="100")  # type: ignore[arg-type]
+        return {experiment["name"] for experiment in found["experiments"]}
+
+    def end(self) -> None:
+        os.killpg(self._process.pid, signal.SIGTERM)
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+def test_another_program_keeps_its_database_through_a_move(studies: Studies, tmp_path: Path) -> None:
+    setup = [ROOT / "tools/setup", "environment", ".cache/mlflow", "/usr/bin/python3", "requirements/mlflow.txt"]
+    subprocess.run(setup, cwd=ROOT, check=True)
+    mlflow = {"name": "mlflow", "tables": "none", "role": "mlflow"}
+    settings = {**studies.settings, "databases_studies": [{"name": "studies"}, {"name": "older"}, mlflow]}
+    urls = {"older": f"postgresql+psycopg2:///older?service={FIRST}",
+            "mlflow": f"postgresql+psycopg2://mlflow@/mlflow?service={FIRST}"}
+
+    said = studies.play("hpc_db", **settings)
+
+    assert dict(re.findall(r"^(\w+): (postgresql\S+)$", said, re.MULTILINE)) == urls
+    server = MLflow(urls["mlflow"], studies.target.run("cd; pwd -P"), tmp_path)
+    try:
+        server.ask("create", patience=60, name="before the dump")
+        made = studies.play("backup", **settings)
+        assert re.search(r"^mlflow: \d\d tables in /\S+\.dump$", made, re.MULTILINE), made
+        server.ask("create", name="after the dump")
+
+        where = WHERE.replace("hpc_db/hpc_db", f"hpc_db/{FIRST}")
+        before = studies.target.run(f"python3 -c {where}")
+        studies.play("stop", **settings)
+        moved = studies.play("hpc_db", **settings)
+        assert studies.target.run(f"python3 -c {where}") != before
+        assert urls["mlflow"] in moved
+        assert {"before the dump", "after the dump"} < server.names()
+
+        status = studies.play("status", **settings)
+        listed = rf"^  URL of +older +{re.escape(urls['older'])}\n +mlflow +{re.escape(urls['mlflow'])}$"
+        assert re.search(listed, status, re.MULTILINE), status
+        back = studies.play("restore", **settings, restore_from="newest", restore_database="mlflow",
+                            restore_replace=True)
+        assert re.search(r"^mlflow: \d\d tables from newest; .* is kept as the database mlflow-", back, re.MULTILINE)
+        names = server.names()
+        assert "before the dump" in names and "after the dump" not in names
+    finally:
+        server.end()
+
+    mine = f'command "$bin/psql" -XAtq "service={FIRST} user={{}} dbname={{}}" -c "SELECT current_user" 2>&1 || :'
+    assert studies.shell(mine.format("mlflow", "mlflow")) == "mlflow"
+    assert 'no pg_hba.conf entry' in studies.shell(mine.format("mlflow", "studies"))
+    assert 'no pg_hba.conf entry' in studies.shell(mine.format("study", "mlflow"))
+    owners = "SELECT DISTINCT pg_get_userbyid(relowner) FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+    assert studies.shell(f"psql -d \"service={FIRST} user=$USER dbname=mlflow\" -c \"{owners}\"") == "mlflow"
+    for wrong, says in [
+        ({"databases_studies": [mlflow]}, "no database with Optuna's tables is not allowed; at least one"),
+        ({"databases_studies": [{"name": "studies", "role": "mine"}]}, "a role of studies is not allowed; only with"),
+    ]:
+        played = studies.target.play("hpc_db", {**settings, "instance_name": FIRST, **wrong}, "--check")
+        assert f"databases_studies: {says}" in played.stdout.replace("''", "'"), played.stdout

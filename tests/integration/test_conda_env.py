@@ -182,6 +182,7 @@ def life(login: Login) -> dict[str, dict[str, Any]]:
         "made": {**older, "environment": crash},
         "same": {"specs": ["postgresql>=17,<18", "libpq==17.9"]},
         "unsatisfiable": {"specs": ["postgresql==17.99"]},
+        "after_unsatisfiable": LOOK,
         "old_host": old_host,
         "no_channel": {"specs": ["postgresql==17.10"], "channels": ["file:///no/channel"]},
     }
@@ -248,7 +249,9 @@ def test_refusals(results: dict[str, Any]) -> None:
 
     assert unsatisfiable.startswith(f"specs: nothing in {LOCAL} satisfies postgresql==17.99 postgresql=17: ")
     assert no_channel.startswith("channels: cannot read file:///no/channel: ")
-    assert "\n" not in unsatisfiable + no_channel
+    assert "\n" not in unsatisfiable + no_channel and "anaconda.org" not in unsatisfiable
+    names, runs, _said = looked(results["after_unsatisfiable"])
+    assert (names, runs) == (["postgresql-17"], "3")  # not tried again, and not marked: no server would start
     assert results["old_host"]["msg"] == (
         f"specs: nothing in {LOCAL} satisfies postgresql=17 on this host: it needs __glibc >=2.34,<3.0.a0, and the "
         "host has glibc 2.28; ask for an older version, or another channel"
@@ -349,7 +352,9 @@ def test_channel_on_the_web(login: Login) -> None:
     common = {
         "prefix": "{{ folder }}/from the web", "package_cache": "{{ folder }}/web", "specs": ["libpq=17"],
     }
-    busy, held = f"{web}/busy-{{{{ inventory_hostname }}}}/site", f"{web}/held-for-ever/site"
+    # conda says otherwise that packages are unavailable than it says it of a channel
+    mood = "{{ 'scarce' if inventory_hostname == 'conda-libmamba' else 'busy' }}-{{ inventory_hostname }}"
+    busy, held = f"{web}/{mood}/site", f"{web}/held-for-ever/site"
     login.mini.run("touch held-for-ever")
 
     results = login.play({

@@ -173,3 +173,37 @@ def test_damaged_lock_file_changes_nothing(tmp_path: Path, channel: Path, provid
         with pytest.raises(CondaError, match="lock: .*dependency 'libpq ==17.9', which is not in the environment"):
             env.keep(lock=env.lock_of("postgresql-17.9-relabelled_0"), specs=["postgresql=17"])
     assert env.neighbours == []
+
+
+@pytest.mark.parametrize("provider", ["conda", "micromamba"])
+def test_update_that_cannot_be_fetched_leaves_the_environment(tmp_path: Path, channel: Path, provider: str) -> None:
+    env = Environment(tmp_path, channel, provider)
+    env.keep()
+    files = env.files()
+    env.publish(hidden="none")
+    newer = next((tmp_path / "growing").glob("linux-64/libpq-17.10-*"))
+    whole = newer.read_bytes()
+    newer.unlink()
+    newer.write_bytes(whole[:-1000])
+
+    with pytest.raises(CondaError, match="channels: cannot read "):
+        env.keep(update=True)
+
+    assert env.neighbours == ["postgresql-17"] and env.files() == files  # not marked: a server may start
+    newer.write_bytes(whole)
+    assert env.keep(update=True)["packages"] == NEW
+
+
+def test_cache_that_a_kill_has_left_is_mended_by_the_command_that_is_named(tmp_path: Path, channel: Path) -> None:
+    env = Environment(tmp_path, channel, "conda")
+    env.keep()
+    lock = env.lock
+    env.keep(state="absent")
+    os.truncate(next((tmp_path / "growing.cache/pkgs").glob("libpq-17.9-*/lib/libpq.so.5.17")), 9)
+
+    with pytest.raises(CondaError, match=r"package_cache: .*; remove them and run this again: rm -r ") as said:
+        env.keep(lock=lock)
+
+    assert env.neighbours == []
+    subprocess.run(str(said.value).partition("again: ")[2], shell=True, check=True)
+    assert env.keep(lock=lock)["packages"] == OLD

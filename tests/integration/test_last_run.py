@@ -60,7 +60,7 @@ class Instance:
     def look(self) -> dict:
         params = {
             "name": self.name, "root": self.root, "scheduler": "local", "bin_dir": None, "fingerprint": "",
-            "roles": ["study", "reader"], "databases": STUDIES, "environment": None,
+            "roles": ["study", "reader"], "databases": STUDIES, "others": [], "environment": None,
         }
 
         def ask(command: list) -> str:
@@ -78,8 +78,10 @@ def test_one_look_is_enough_until_something_differs(here: Target, quick_settings
     instance = Instance(here, quick_settings)
 
     assert not NOTHING.search(instance.play())
-    for option in ("--diff", "--check"):
-        again = instance.play(option)
+    given = instance.settings.items()
+    as_text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given}
+    for option, settings in (("--diff", {}), ("--check", as_text)):
+        again = instance.play(option, **settings)
         assert NOTHING.search(again) and URL.search(again) and "changed=0" in again
         assert again.count("TASK [") < 10
     refused = here.play("hpc_db", {**instance.settings, "postgres_port": 80}, "--check").stdout

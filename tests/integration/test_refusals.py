@@ -48,7 +48,7 @@ def test_refused_on_a_cluster(mini: Target, tmp_path: Path) -> None:
         "chmod 700 half half/run; printf '#!/bin/sh\\necho 3.6 /usr/bin/python3.6\\n' > old; chmod 755 old"
     )
     given: list[tuple[dict, str]] = [
-        ({"postgres_provider": "apt"}, r"postgres_provider must be one of: rattler, conda, embedded, system, got: apt"),
+        ({"postgres_provider": "apt"}, r"postgres_provider: apt is not allowed; rattler, conda, embedded, system"),
         ({"server_job_options": {**JOB, "partition": "nope"}}, r"server_job_options: .*: invalid partition .*: nope"),
         ({"server_job_options": {**JOB, "mem": "999G"}}, r"server_job_options: .*node configuration is not available"),
         ({"server_job_options": {**JOB, "mem": "12Q"}}, r"instance_memory: 12Q is not allowed; .* such as 16G"),
@@ -62,7 +62,7 @@ def test_refused_on_a_cluster(mini: Target, tmp_path: Path) -> None:
         ({"databases_studies": [{"name": "a"}, {"name": "a"}]}, r"databases_studies: .*each name once"),
         ({"databases_studies": []}, r"databases_studies: an empty list is not allowed"),
         ({"server_bin_dir": "/opt/nothing"}, r"server_bin_dir"),
-        ({"server_scheduler": "pbs"}, r"server_scheduler must be one of: slurm, local, gridengine, got: pbs"),
+        ({"server_scheduler": "pbs"}, r"server_scheduler: pbs is not allowed; slurm, local, gridengine"),
         ({"instance_root": "~/env/envs/db"}, r"instance_root: .*lies inside the conda environment /home/alice/env,"),
         ({"instance_root": "~/full"}, r"instance_root: /home/alice/full holds other things"),
         ({"instance_root": "~/a'b"}, r"instance_root: .* contains .*; allowed are letters"),
@@ -123,7 +123,8 @@ HOSTILE = [
     ("server_lease_ttl", 0), ("server_stop_notice", 0),
     *[("postgres_networks", [name]) for name in ("10.0.0.0/33", "300.0.0.1/8", "::1/129", "all\n", "all trust")],
     *[("postgres_max_connections", text) for text in ("100\nfsync = off", "0", "many")],
-    *[("postgres_settings", {name: 1}) for name in ("work mem", "work_mem\n", "it's", "-x", "log_line_prefix")],
+    *[("postgres_settings", {name: 1}) for name in ("work mem", "work_mem\n", "it's", "-x")],
+    *[("postgres_settings", {name: 1}) for name in ("log_line_prefix", "lc_messages")],
     *[("postgres_hba_rules", [{**RULE, "users": [name]}]) for name in ('a" trust', "a\nb", "")],
     ("postgres_hba_rules", [{**RULE, "options": "map=a\nlocal all all trust"}]),
     *[("databases_studies", [{"name": name}]) for name in ("a\n", "$(touch CANARY)", "it's", "-x", "\u03a9")],
@@ -212,6 +213,10 @@ def test_unfit_programs_are_refused_before_anything_changes(
     tell_no_library = 'case "$*" in *ssl_library*) exit; esac'
     (no_tls / "postgres").write_text(f'#!/bin/sh\n{tell_no_library}\nexec {bindir}/postgres "$@"\n')
     (no_tls / "postgres").chmod(0o755)
+    bare = open_folder / "bare"  # as Debian's Python is without the package python3-venv
+    no_ensurepip = '[ "$2" != ensurepip ] || { echo No module named ensurepip >&2; exit 1; }'
+    bare.write_text(f'#!/bin/sh\n{no_ensurepip}\nexec python3 "$@"\n')
+    bare.chmod(0o755)
     major = int(bindir.parts[-2])
     settings = {
         "postgres_provider": "system", "postgres_major": major, "postgres_bindir": str(bindir), "postgres_tls": True,
@@ -229,6 +234,24 @@ def test_unfit_programs_are_refused_before_anything_changes(
          "postgres_module_load: 'module load PostgreSQL/0' failed in a login shell: .*PostgreSQL/0"),
         ({"postgres_bindir": "", "postgres_module_load": "PATH=/usr/bin:/bin"},
          "postgres_module_load: '.*' brings no program postgres onto the PATH; set postgres_bindir"),
+        ({"postgres_python": str(bare)}, f"No module named ensurepip .{bare} cannot make environments with pip: set p"),
         ({"postgres_python_provider": "conda"}, "postgres_python_provider: conda with .* no conda packages"),
     ]
     check_refused(here, {**here.variables, "ansible_connection": "local", **settings}, given, tmp_path)
+
+
+def test_text_is_what_it_says(mini: Target) -> None:
+    """What follows ``-e`` is text to Ansible."""
+    switches = "server_chain=false server_pooler=false server_proxy=true server_wait=false postgres_tls=false"
+    text = f"{switches} databases_upgrade_schema=true databases_workers=40 postgres_networks=10.0.0.0/8,samenet"
+
+    played = mini.play("hpc_db", None, "--check", "--diff", f"--extra-vars={text}")
+
+    assert played.returncode == 0, played.stdout
+    written = dict(re.findall(r'^\+ {4}"(\w+)": (.*?),?$', played.stdout, re.MULTILINE))
+    assert written["chain"] == "false" and written["successor"] == "[]" and written["pooler"] == "{}"
+    assert written["proxy"] == "{"  # and more
+    assert re.search(r"^\+max_connections = 140$", played.stdout, re.MULTILINE)
+    assert re.search(r"^\+host .* 10.0.0.0/8 scram-sha-256", played.stdout, re.MULTILINE)
+    assert not re.search(r"^\+(ssl_cert_file|hostssl) ", played.stdout, re.MULTILINE)
+    assert re.search(r"^postgresql\+psycopg2:///\?service=\w+$", played.stdout, re.MULTILINE)

@@ -46,6 +46,14 @@ both.optimize(lambda trial: (trial.suggest_float("x", 0, 1), trial.suggest_float
 only = optuna.create_study(storage=storage, study_name="only failed")
 only.optimize(lambda trial: float("nan"), n_trials=2)
 optuna.create_study(storage=storage, study_name="empty")
+odd = optuna.create_study(storage=storage, study_name="odd")
+odd.set_user_attr("file", "\\udce4.traj")
+odd.enqueue_trial({{"x": 2.0}})
+odd.optimize(lambda trial: trial.suggest_float("x", 5, 10) + sum(
+    trial.suggest_categorical("layers", [[64, 64], [128], [32, 32, 32]])), n_trials=12)
+trial = optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL)
+trial.datetime_complete = None
+optuna.storages.RDBStorage(storage).create_new_trial(odd._study_id, trial)
 """
 COUNTS = "42 trials: 28 complete, 4 fail, 8 pruned, 1 running, 1 waiting"
 
@@ -107,11 +115,13 @@ def test_a_report_of_all_studies(studies: Target, settings: dict, page: Browser)
         f"studies/{HOSTILE}", COUNTS, "Trials that are complete with an infinite value, and not drawn: 1.",
         "studies/both", "12 trials: 12 complete", "Pareto front", "Optimisation history of objective 1",
         "studies/only failed", "2 trials: 2 fail", "No trial is complete with a finite value",
-        "studies/empty", "no trials yet", f"note = {HOSTILE}", "connections", "The studies are those of the server",
+        "studies/empty", "no trials yet", "13 trials: 12 complete, 1 fail", r"\udce4.traj", "layers = [",
+        "trial 0 has x = 2.0 outside of FloatDistribution", "trial 12 is FAIL without the time of its end",
+        f"note = {HOSTILE}", "connections", "The studies are those of the server",
     ):
         assert said in text, (said, text)
     assert len(page.driver.find_elements("css selector", "#plot-0-1 .point")) > 20
-    assert len(page.driver.find_elements("css selector", ".plot")) == 14
+    assert len(page.driver.find_elements("css selector", ".plot")) == 18
     page.driver.execute_script("scrollTo(0, 0)")
     page.screenshot("report", 1500)
 

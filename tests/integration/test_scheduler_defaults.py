@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,8 @@ import json, sys
 from hpc_db_host import scheduler
 settings, job, ask = json.loads(sys.argv[1])
 queue = scheduler.Queue(settings, job)
-answer = {"ended": [scheduler.job_has_ended(settings["scheduler"], "", each) for each in ask]}
+bin_dir = settings.get("bin_dir", "")
+answer = {"ended": [scheduler.job_has_ended(settings["scheduler"], bin_dir, each) for each in ask]}
 if settings["successor"]:
     answer["follows"] = [queue.ensure_successor() for _look in range(3)]
     queue.cancel_successors()
@@ -35,38 +38,69 @@ print(json.dumps(answer))
 """
 
 
+# What a site's own command prints before and after an answer.
+WRAPPER = r"""#!/bin/sh
+printf '\033[1;33mWelcome to | Mini3\033[0m\n'
+{program} "$@" > /tmp/answer.$$; code=$?
+{show} /tmp/answer.$$; rm /tmp/answer.$$
+[ $code = 0 ] && echo '--> 12 % of the allocation mini3 are left'
+exit $code
+"""
+SHOWN = {"as it is": "cat", "coloured": "sed 's/.*/\033[32m&\033[0m/'", "of a federation": "sed 's/$/;mini3/'",
+         "without an id": "sed 's/[0-9]//g'"}
+
+
 class Site:
     """A mini cluster, and what alice sees of it."""
 
     def __init__(self, state: Path, scheduler: str) -> None:
         self.state, self.scheduler = state, scheduler
+        self.paths: dict[str, str] = {}
         self.login = Target([], ["ssh", "-F", f"{state}/ssh_config", "login"], {})
 
     def host_program(self, job: str, ask: list[str], successor: list[str], environment: str = "") -> dict:
         """Let the hosting program of a job look around, in such an environment."""
-        settings = {"scheduler": self.scheduler, "job_name": "hpc_db", "successor": successor}
+        settings = {"scheduler": self.scheduler, "job_name": "hpc_db", "successor": successor, **self.paths}
         (self.state / "home/alice/look.py").write_text(LOOK)
         asked = json.dumps([settings, job, ask])
         return json.loads(self.login.run(f"{environment} PYTHONPATH=/srv/host python3 look.py '{asked}'"))
 
-    def module(self, name: str, **parameters: object) -> dict:
+    def module(self, name: str, _check: bool = False, **parameters: object) -> dict:
         """Run a module of the collection on the login node."""
         words = {"name": "hpc_db", "root": "/home/alice/hpc_db", "scheduler": self.scheduler, **parameters}
         call = ["ansible", "--inventory", str(ROOT / "molecule/default/inventory"), "hpc_db",
-                "--module-name", f"mala.hpc_db.{name}", "--args", json.dumps(words)]
+                "--module-name", f"mala.hpc_db.{name}", "--args", json.dumps(words),
+                *["--check"] * _check]
         chosen = {"HPC_DB_CLUSTER": str(self.state), "ANSIBLE_CALLBACK_RESULT_FORMAT": "json"}
         environment = {**self.login.environment, **chosen}
         done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         found = re.search(r"=> (\{.*\})", done.stdout, re.DOTALL)
         assert found, done.stdout + done.stderr
-        return json.loads(found[1])
+        told = re.findall(r"^\[WARNING\]: ((?:server_job_options:|sbatch|qsub) .*)$", done.stderr, re.MULTILINE)
+        return {**json.loads(found[1]), "told": told}
+
+    @contextlib.contextmanager
+    def wrapped(self, **shown: str) -> Iterator[str]:
+        """Have programs wrapped by the site's own, each with a way to show the answer; give their folder."""
+        folder = self.state / "home/alice/bin"
+        folder.mkdir()
+        for name in ("scancel", "sinfo", "squeue", "sbatch", "qsub", "qstat", "qdel"):
+            program = self.login.run(f"command -v {name} || true")
+            if program:
+                show = SHOWN[shown.get(name, "as it is")]
+                (folder / name).write_text(WRAPPER.format(program=program, show=show))
+                (folder / name).chmod(0o755)
+        try:
+            yield "/home/alice/bin"
+        finally:
+            shutil.rmtree(folder)
 
     def present(self, **options: object) -> dict:
         """Have the hosting job in the queue, held back so that it never begins."""
         script = self.state / "home/alice/job.sh"
         script.write_text("#!/bin/sh\nexec sleep 600\n")
         script.chmod(0o755)
-        paths = {"script": "/home/alice/job.sh", "output": "/home/alice/job.log"}
+        paths = {"script": "/home/alice/job.sh", "output": "/home/alice/job.log", **self.paths}
         return self.module("hosting_job", state="present", options=options, **paths)
 
 
@@ -192,3 +226,132 @@ def test_defaults_of_qstat_that_cannot_be_overridden_are_refused(grid_engine: Si
     own.unlink()
 
     assert refused["msg"] == "/home/alice/.sge_qstat: the option -q changes what every qstat shows; remove it there"
+
+
+@pytest.mark.parametrize("sbatch", SHOWN)
+def test_job_is_found_whatever_a_site_prints_around_its_id(sbatch: str, slurm: Site) -> None:
+    ended = slurm.login.run("sbatch --parsable --partition=work --wrap=true")
+    wait(lambda: slurm.login.run(f"squeue --noheader --states=all --format=%T --jobs={ended}") == "COMPLETED")
+    with slurm.wrapped(sbatch=sbatch, squeue="coloured" if sbatch == "coloured" else "as it is") as folder:
+        slurm.paths = {"bin_dir": folder}
+        first = slurm.present(partition="work", time="10", hold=True)
+        second = slurm.present(partition="work", time="10", hold=True)
+        asked = slurm.host_program(first["job"]["id"], [first["job"]["id"], ended, "4711"], [])
+        queue = slurm.login.run("squeue --noheader --me --format='%i %j' --sort=i").splitlines()
+        stopped = slurm.module("hosting_job", state="absent", bin_dir=folder)
+    slurm.paths = {}
+    slurm.login.run("scancel --me")
+
+    assert (first["changed"], second["changed"], stopped["changed"]) == (True, False, True), first
+    assert queue[0] == f"{first['job']['id']} hpc_db" == f"{second['job']['id']} hpc_db"
+    assert asked["ended"] == [False, True, True]
+    said = f"; job {first['job']['id']}, found by its name hpc_db, is in the queue"
+    assert [each.endswith(said) for each in first["told"]] == [True] * (sbatch == "without an id")
+
+
+def test_successor_is_found_by_its_name(slurm: Site) -> None:
+    running = slurm.login.run(f"sbatch --parsable --job-name=hpc_db {SLEEP}")
+    successor = ["sbatch", "--parsable", "--job-name=hpc_db", "--partition=work", "--begin=now+1hour", "--wrap=true"]
+    with slurm.wrapped(sbatch="without an id") as folder:
+        slurm.paths = {"bin_dir": folder}
+        said = slurm.host_program(running, [], successor)
+    slurm.paths = {}
+    slurm.login.run("scancel --me")
+
+    assert said["follows"] == [f"job {int(running) + 1} follows"] * 3
+
+
+def test_job_that_only_waits_for_nodes_is_not_refused(slurm: Site) -> None:
+    def on_controller(*words: str) -> None:
+        command = [str(CLUSTER), "exec", "ctl", "--state", str(slurm.state), "--", "scontrol", *words]
+        subprocess.run(command, check=True, timeout=60)
+
+    def checked(**options: object) -> dict:
+        return slurm.module("hosting_job", _check=True, script="/x", output="/x", options={"time": "10", **options})
+
+    on_controller("update", "nodename=c1", "state=drain", "reason=maintenance")
+    try:
+        told = checked(partition="work")
+        too_large = checked(partition="work", mem="9G")
+        nowhere = checked(partition="gone")
+        submitted = slurm.present(partition="work", time="10")
+    finally:
+        on_controller("update", "nodename=c1", "state=resume")
+        slurm.module("hosting_job", state="absent")
+
+    (said,) = told["told"]
+    assert said.startswith("server_job_options: sbatch says: ") and said.endswith("in the queue: c1 drained")
+    assert (submitted["changed"], submitted["job"]["state"]) == (True, "PENDING")
+    assert too_large["msg"].startswith("server_job_options: sbatch says: ")
+    assert "nvalid partition" in nowhere["msg"]
+
+
+def test_endpoint_that_a_dead_server_left_behind_is_withdrawn(slurm: Site) -> None:
+    """And only once no job of the name is left."""
+    home = slurm.state / "home/alice"
+    slurm.login.run("mkdir -p hpc_db/host hpc_db/run; ln -s /srv/host/hpc_db_host hpc_db/host")
+    settings = dict.fromkeys(["instance", "job_name", "cluster"], "hpc_db")
+    (home / "hpc_db/host/settings.json").write_text(json.dumps(settings))
+    (home / ".pg_service.conf").write_text("[hpc_db]\nhost=c1\n[other]\nhost=x\n")
+    slurm.login.run("touch hpc_db/run/endpoint.json")
+
+    job = slurm.present(partition="work", time="10")
+    wait(lambda: slurm.login.run("squeue --noheader --me --format=%T") == "RUNNING")
+    checked = slurm.module("hosting_job", _check=True, state="absent")
+    before = slurm.login.run("ls hpc_db/run")
+    stopped = [slurm.module("hosting_job", state="absent") for _once in range(2)]
+
+    assert job["changed"] and checked["changed"] and before == "endpoint.json"
+    assert [each["changed"] for each in stopped] == [True, False]
+    assert slurm.login.run("ls hpc_db/run; cat .pg_service.conf") == "[other]\nhost=x"
+    slurm.login.run("rm -r hpc_db .pg_service.conf")
+
+
+@pytest.mark.parametrize("qsub", ["as it is", "coloured", "without an id"])
+def test_job_of_grid_engine_is_found_whatever_a_site_prints(qsub: str, grid_engine: Site) -> None:
+    with grid_engine.wrapped(qsub=qsub) as folder:
+        grid_engine.paths = {"bin_dir": folder}
+        first = grid_engine.present(q="all.q", h=True)
+        second = grid_engine.present(q="all.q", h=True)
+        job = first["job"]["id"]
+        successor = ["qsub", "-terse", "-N", "hpc_db", "-h", "-o", "/dev/null", "-b", "y", "true"]
+        said = grid_engine.host_program(job, [job, "4711"], successor)
+        stopped = grid_engine.module("hosting_job", state="absent", bin_dir=folder)
+    grid_engine.paths = {}
+
+    assert (first["changed"], second["changed"], stopped["changed"]) == (True, False, True), first
+    assert said == {"ended": [False, True], "follows": [f"job {int(job) + 1} follows"] * 3}
+    assert len(first["told"]) == (qsub == "without an id")
+    assert grid_engine.login.run("qstat") == ""
+
+
+def test_queues_that_are_shut_for_now_are_no_refusal(grid_engine: Site) -> None:
+    def on_controller(*words: str) -> None:
+        command = [str(CLUSTER), "exec", "ctl", "--state", str(grid_engine.state), "--", *words]
+        subprocess.run(command, check=True, timeout=60)
+
+    def checked(**options: object) -> dict:
+        return grid_engine.module("hosting_job", _check=True, script="/x", output="/x", options=options)
+
+    on_controller("qmod", "-d", "*")
+    try:
+        shut = checked(q="all.q", l={"h_rt": "00:10:00"})
+        never = checked(q="all.q", l={"h_rt": "99:00:00"})
+    finally:
+        on_controller("qmod", "-e", "*")
+
+    assert shut["changed"], shut
+    assert never["msg"].startswith("server_job_options: qsub says: ")
+
+
+def test_defaults_of_qsub_with_which_no_job_is_hosted_are_refused(grid_engine: Site) -> None:
+    own = grid_engine.state / "home/alice/.sge_request"
+    own.write_text("-q all.q\n-sync y\n")
+    refused = grid_engine.present(h=True)
+    own.write_text("-q all.q -m n -sync n\n")
+    taken = grid_engine.present(h=True)
+    grid_engine.module("hosting_job", state="absent")
+    own.unlink()
+
+    assert refused["msg"].startswith("/home/alice/.sge_request: the option -sync changes every job that qsub submits")
+    assert taken["changed"], taken

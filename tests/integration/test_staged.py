@@ -30,12 +30,12 @@ def test_workstation_brings_everything(mini: Target, tmp_path: Path) -> None:
     mini.environment["XDG_CACHE_HOME"] = str(workstation / "cache")
     lock_file = workstation / "postgresql-17.lock"
     settings = {
-        "postgres_staged": True,
+        "postgres_staged": "true",  # as -e postgres_staged=true has it
         "postgres_channels": [(workstation / "channel").as_uri()],
         "postgres_python_wheelhouse": str(workstation / "wheels"),
         "databases_studies": [{"name": "mala", "studies": [{"name": "beryllium"}]}],
         "client_environment": "~/env",
-        "server_pooler": True, "server_proxy": True,
+        "server_pooler": "true", "server_proxy": "yes",
     }
     for folder in ("channel/linux-64", "wheels"):
         assert mini.run(f"ls '{workstation}/{folder}' 2>/dev/null || echo unreadable") == "unreadable"

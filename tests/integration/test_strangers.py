@@ -198,7 +198,7 @@ def folder() -> Iterator[Path]:
     for name in ("bin", "packages", "root/host/hpc_db_host", "root/run", "root/conf", "root/secrets"):
         (folder / name).mkdir(parents=True)
     (folder / "study.log").write_text('{"op_code": 0, "worker_id": "a"}\n')
-    (folder / "bin" / "squeue").write_text("#!/bin/sh\necho '7|RUNNING|c1|1:00:00|hpc_db|None'\n")
+    (folder / "bin" / "squeue").write_text("#!/bin/sh\necho 'JOBID|'; echo '7|RUNNING|c1|1:00:00|hpc_db|None'\n")
     (folder / "bin" / "squeue").chmod(0o755)
     for path in (folder / "pgpass", folder / "root/secrets/pgpass"):
         path.write_text(f"*:*:*:*:{SECRET}\n")
@@ -313,7 +313,9 @@ def why_failed(done: subprocess.CompletedProcess[str]) -> str:
     """Return what a program has said, if it failed; the last line, where Python says it."""
     if done.stdout.strip().startswith("{"):
         said = json.loads(done.stdout)
-        return said["msg"].strip() if said.get("failed") else said.get("error") or said.get("why") or ""
+        if said.get("failed"):
+            return said["msg"].strip()
+        return next((said[name] for name in ("error", "why", "unreachable") if said.get(name)), "")
     return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else ""
 
 

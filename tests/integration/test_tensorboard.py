@@ -36,6 +36,7 @@ for turn in range(1, 10):
 """
 # No shell and no option parser may take it for anything but a name.
 BERYLLIUM = "-x it's \"be\" $(touch canary) ;&"
+BANNER = "Welcome, quota 81 %"
 LOGS = [{"name": "beryllium", "path": f"~/{BERYLLIUM}/logs"}, {"name": "aluminium", "path": "~/aluminium"}]
 FOLDER = ".local/share/mala.hpc_db/mini/hpc_db/tensorboard"
 # What TensorBoard's own interface for programs says of each run; one may just have gone.
@@ -70,20 +71,31 @@ return Math.max(0, ...[...arguments].map(canvas => canvas.width && canvas.height
 
 @pytest.fixture(scope="module")
 def job(mini: Target) -> Iterator[Callable[[int], None]]:
-    """A job that writes into both folders; call it with 1, 2 and so on to have its next values written."""
+    """A job that writes into both folders; call it with 1, 2 and so on to have its next values written.
+
+    The login node's shell prints a line, at each login and each command over ssh.
+    """
+    mini.run(f"echo 'echo {BANNER}' > .bashrc")
     packages = "tensorboard protobuf numpy absl-py packaging typing-extensions"
     mini.run(f"pip3 install --quiet --no-index --find-links=/srv/wheels --no-deps --no-compile --target=lib {packages}")
     folders = shlex.join([f"./{BERYLLIUM}/logs", "aluminium/first", "aluminium/second"])
     mini.run(f"cat > write.py <<'EOF'\n{WRITE}\nEOF")
     command = shlex.quote(f"PYTHONPATH=lib exec python3 write.py {folders}")
-    number = mini.run(f"sbatch --parsable --partition=work --mem=500M --output=write.log --wrap={command}")
+    number = answer(mini, f"sbatch --parsable --partition=work --mem=500M --output=write.log --wrap={command}")
 
     def write(turn: int) -> None:
         mini.run(f"touch 'turn {turn}'")
-        wait_for(lambda: mini.run(f"ls 'done {turn}' || ! cat write.log | grep Error") == f"done {turn}")
+        wait_for(lambda: answer(mini, f"ls 'done {turn}' || ! cat write.log | grep Error") == f"done {turn}")
 
     yield write
     mini.run(f"scancel {number}")
+
+
+def answer(mini: Target, script: str) -> str:
+    """Run a shell script on the login node; return what it prints after the banner."""
+    banner, after, printed = mini.run(script).partition(BANNER)
+    assert (banner, after) == ("", BANNER)
+    return printed.strip()
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -181,7 +193,7 @@ def test_copy_brings_what_is_new(mini: Target, workstation: Workstation, job: Ca
     assert Page(workstation, play(workstation, "copy")).address == page.address
     page.wait_for(**written(2))
     assert re.search(r"^mini .* changed=0 ", play(workstation, "copy"), re.MULTILINE)
-    assert mini.run("find . -name canary") == workstation.run("find . -name canary") == ""
+    assert answer(mini, "find . -name canary") == workstation.run("find . -name canary") == ""
 
 
 def test_folders_of_this_machine_are_shown_where_they_are(workstation: Workstation) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import hpc_db
 import pytest
 import yaml
+from hpc_db.__main__ import main as hpc_db_command
 from jupyter_client.manager import start_new_kernel
 from target import ROOT, Target
 
@@ -73,6 +74,20 @@ def test_second_call_takes_one_look(
 
     said = capsys.readouterr().err
     assert "localhost: last run\n" in said and "PostgreSQL" not in said, said
+
+
+def test_status_prints_the_page(
+    server: hpc_db.Server, inventories: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hpc_db", "status", *inventories])
+
+    assert hpc_db_command() == 0
+
+    page = capsys.readouterr().out
+    assert page.startswith(f"{NAME} on localhost\n"), page
+    assert re.search(rf"^  job +{server.job} RUNNING$", page, re.MULTILINE), page
+    assert re.search(r"^ +(database +)?studies +\d", page, re.MULTILINE), page
+    assert page.endswith(f" {server.url}\n"), page
 
 
 @pytest.mark.parametrize("settings, says", [

@@ -146,9 +146,15 @@ def test_node_is_cut_off(cluster: MiniCluster, serving: dict, watch: Watch, figu
 
 def test_node_is_killed(cluster: MiniCluster, serving: dict, watch: Watch, figure: Figure) -> None:
     target = cluster.slurm("SlurmdTimeout") + cluster.settings()["lease_ttl"] + 15
+    killed = time.monotonic()
     cluster.verb("kill", serving["host"])
+    page = cluster.playbooks.play("status")  # before Slurm knows
+    assert page.returncode == 0, page.stdout
+    assert f"endpoint     {serving['host']} port " in page.stdout
+    assert re.search(r"PostgreSQL   does not answer: database alice: .*(timeout expired|No route to host)", page.stdout)
 
-    elsewhere = eventually(lambda: on_host(cluster.host_programs(), other_node(serving)), 90)
+    eventually(lambda: on_host(cluster.host_programs(), other_node(serving)), 90)
+    elsewhere = time.monotonic() - killed
     back = elsewhere + cluster.wait_for_another(serving, 180)
 
     watch.wait_for_acknowledgement(60)

@@ -116,7 +116,10 @@ def test_what_dead_workers_leave_is_requeued_once(cluster: MiniCluster, serving:
     node = other_node(serving)
     for name in ("go", "late"):
         (cluster.home / "workers" / name).unlink(missing_ok=True)
-    write_job(cluster, workers_number=2, workers_program="/home/alice/workers/held.py", workers_study=STUDY)
+    write_job(
+        cluster, workers_number=2, workers_python="~/hpc_db/hpc_db/python/bin/python",
+        workers_program="~/workers/held.py", workers_study=STUDY,
+    )
     alive = cluster.run('sbatch --parsable --nodelist="$1" --array=1 "$2"', serving["host"], JOB)
     cluster.run('sbatch --nodelist="$1" "$2"', node, JOB)
     untied = cluster.start("login", BY_HAND)

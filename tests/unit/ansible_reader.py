@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,23 @@ class Reader:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
 
-    def render(self, role: str, templates: list[str], own: dict, sent: dict) -> list[str]:
-        """Return what a role makes of its templates. ``sent`` is what modules return, which Ansible marks as unsafe."""
-        return self._ask(role=role, templates=templates, own=own, sent=sent)
+    def render(self, role: str, templates: list[str], own: dict, sent: dict, beside: Sequence[str] = ()) -> list[str]:
+        """Return what a role makes of its templates, in a play with the roles ``beside``.
+
+        ``sent`` is what modules return, which Ansible marks as unsafe.
+        """
+        return self._ask(role=role, templates=templates, own=own, sent=sent, beside=list(beside))
+
+    def settings(self, given: dict, roles: list[str] | None = None) -> dict:
+        """Return the settings as the module ``settings`` does in a play with these roles, or all; these are given.
+
+        ``{"__vault__": text}`` is what ansible-vault makes of the text.
+        """
+        return self._ask(given=given, roles=roles)
 
     def load(self, inventory: Path) -> dict[str, Any]:
         """Return each host of an inventory with its variables, evaluated."""
-        return self._ask(inventory=str(inventory))
+        return self._ask(path=str(inventory))
 
     def _ask(self, **question: Any) -> Any:
         assert self._process.stdin and self._process.stdout
@@ -63,33 +76,81 @@ def serve() -> None:
     for line in sys.stdin:
         question = json.loads(line)
         try:
-            found = load(question["inventory"]) if "inventory" in question else render(**question)
+            found = FUNCTIONS[next(iter(question))](**question)
             answer = {"found": found}
-        except AnsibleError as error:
+        except (AnsibleError, ValueError) as error:
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)
 
 
-def render(role: str, templates: list[str], own: dict, sent: dict) -> list[str]:
+def render(role: str, templates: list[str], own: dict, sent: dict, beside: list[str]) -> list[str]:
     """Return what Ansible makes of templates."""
-    from ansible import template
-    from ansible.parsing.dataloader import DataLoader
     from ansible.utils.unsafe_proxy import wrap_var
+    from ansible_collections.mala.hpc_db.plugins.action.settings import find_settings
 
     folder = ROOT / "roles" / role
-    loader = DataLoader()
-    loader.set_basedir(str(folder))
-    # For newer Ansibles only what is from a file of ours is a template.
-    trust = getattr(template, "trust_as_template", str)
-    trusting = {"trusted_as_template": True} if hasattr(template, "trust_as_template") else {}
-    variables = dict(own, role_path=str(folder), **{name: wrap_var(value) for name, value in sent.items()})
-    for file in (folder / "defaults" / "main.yml", folder / "vars" / "main.yml"):
-        variables = {**(loader.load_from_file(str(file), **trusting) or {}), **variables}
-    templar = template.Templar(loader=loader, variables=variables)
+    given = dict(own, role_path=str(folder), **{name: wrap_var(value) for name, value in sent.items()})
+    templar, variables, trust, loader = templar_of([*(ROOT / "roles" / each for each in beside), folder], given)
+    templar.available_variables = {**variables, "__settings": find_settings(variables, templar, loader)}
     return [
         str(templar.template(trust("{{ lookup('ansible.builtin.template', '%s') }}" % (folder / "templates" / each))))
         for each in templates
     ]
+
+
+def settings(given: dict, roles: list[str] | None) -> dict[str, Any]:
+    """Return the settings in a play with these roles."""
+    from ansible_collections.mala.hpc_db.plugins.action.settings import find_settings
+
+    folders = [path for path in sorted((ROOT / "roles").iterdir()) if roles is None or path.name in roles]
+    templar, variables, trust, loader = templar_of(folders, {})
+    variables.update({name: as_in_a_file(value, trust, loader) for name, value in given.items()})
+    variables.update(inventory_hostname="mini", ansible_playbook_python=sys.executable)
+    return find_settings(variables, templar, loader)
+
+
+def as_in_a_file(value: Any, trust: Any, loader: Any) -> Any:
+    """Return a value as Ansible reads it."""
+    from ansible.parsing.vault import VaultLib
+
+    if isinstance(value, list):
+        return [as_in_a_file(each, trust, loader) for each in value]
+    if isinstance(value, dict) and "__vault__" not in value:
+        return {name: as_in_a_file(each, trust, loader) for name, each in value.items()}
+    if isinstance(value, dict):
+        secrets = vault_secrets()
+        loader.set_vault_secrets(secrets)
+        text = VaultLib(secrets).encrypt(value["__vault__"]).decode()
+        return loader.load("it: !vault |\n" + textwrap.indent(text, "  "))["it"]
+    return trust(value) if isinstance(value, str) else value
+
+
+@cache
+def vault_secrets() -> list:
+    """Return the passwords with which ansible-vault encrypts; newer Ansibles are told them once."""
+    from ansible.parsing import vault
+
+    secrets = [("default", vault.VaultSecret(b"a password"))]
+    if hasattr(vault, "VaultSecretsContext"):
+        vault.VaultSecretsContext.initialize(vault.VaultSecretsContext(secrets))
+    return secrets
+
+
+def templar_of(roles: list[Path], given: dict) -> tuple[Any, dict, Any, Any]:
+    """Return a templar, the variables of roles with these, what makes a template of a text, and a loader."""
+    from ansible import template
+    from ansible.parsing.dataloader import DataLoader
+
+    loader = DataLoader()
+    loader.set_basedir(str(roles[-1]))
+    # For newer Ansibles only what is from a file of ours is a template.
+    trust = getattr(template, "trust_as_template", str)
+    trusting = {"trusted_as_template": True} if hasattr(template, "trust_as_template") else {}
+    variables: dict[str, Any] = {}
+    for file in [role / part / "main.yml" for role in roles for part in ("defaults", "vars")]:
+        variables.update((file.exists() and loader.load_from_file(str(file), **trusting)) or {})
+    variables.update(given)
+    return template.Templar(loader=loader, variables=variables), variables, trust, loader
 
 
 def load(path: str) -> dict[str, Any]:
@@ -109,6 +170,9 @@ def load(path: str) -> dict[str, Any]:
         found[host.name] = template.Templar(loader=loader, variables=variables).template(variables)
     return found
 
+
+# What there is to be asked for, by the first name in the question.
+FUNCTIONS: dict[str, Any] = {"role": render, "given": settings, "path": load}
 
 if __name__ == "__main__":
     serve()

@@ -4,6 +4,7 @@
 
 - A role's defaults are the documented ones.
 - Every option, of roles and of modules, those inside of dictionaries too, is read by something.
+- A role reads settings from what the module ``settings`` has found, in which text has its type: never by name alone.
 - Roles work without one another, so one may have to say what another one's setting is if it is not given
   (``setting | default(value)``), and a module has defaults of its own for whoever uses it alone. Both are then the
   documented default of the setting; for a module that several settings are given to, of one of them.
@@ -142,6 +143,25 @@ def test_every_option_is_read(role: Path) -> None:
             assert any(re.search(rf"\b{name}\b", text) for text in texts), f"nothing reads {path}"
 
 
+def expressions_of(path: Path, text: str) -> Iterator[str]:
+    """Yield what Ansible evaluates in a file, without the texts in it."""
+    found = re.findall(r"\{\{.*?\}\}(?!\})|\{%.*?%\}", text, re.DOTALL)
+    for task in tasks_of(read(path)) if path.suffix == ".yml" else ():
+        for key in ("when", "that", "until", "failed_when", "changed_when"):
+            conditions = task.get(key, [])
+            found += map(str, conditions if isinstance(conditions, list) else [conditions])
+    for expression in found:
+        yield re.sub(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"", "''", expression)
+
+
+def test_settings_are_read_with_their_types() -> None:
+    settings = {name for role in ROLES for options in entry_points(role).values() for name in options}
+    for path, text in ansible_files().items():
+        for expression in expressions_of(path, text) if path.parent.name != "defaults" else ():
+            bare = set(re.findall(r"(?<![\w.])\w+", expression)) & settings
+            assert not bare, f"{path}: __settings.{bare.pop()} is what has its type: {expression}"
+
+
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
 def test_every_option_of_a_module_is_read(module: Path) -> None:
     action = ROOT / "plugins/action" / module.name
@@ -174,7 +194,7 @@ def test_modules_have_the_defaults_of_the_settings() -> None:
             for key, arguments in task.items():
                 name = str(key).removeprefix("mala.hpc_db.")
                 for option, value in arguments.items() if name in modules and isinstance(arguments, dict) else ():
-                    setting = re.fullmatch(r"\{\{ (\w+) \}\}", str(value))
+                    setting = re.fullmatch(r"\{\{ __settings\.(\w+) \}\}", str(value))
                     if setting and setting[1] in defaults and "default" in modules[name].get(option, {}):
                         given.setdefault((name, option), {})[setting[1]] = defaults[setting[1]]
 

@@ -108,6 +108,6 @@ def test_sources_are_named(folder: Path) -> None:
 
 
 def test_the_page_names_every_cluster() -> None:
-    page = (ROOT / "docs/inventories.md").read_text()
+    page = (ROOT / "docs/inventories.md").read_text(encoding="utf-8")
 
     assert set(re.findall(r"^\| `(\w+)` ", page, re.MULTILINE)) == {folder.name for folder in CLUSTERS}

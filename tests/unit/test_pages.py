@@ -17,7 +17,7 @@ from ansible_reader import Reader
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "x\n    ok  job\r\x1b[2J\x1b]0;x\x07\x9b2J\u202ex\u2028\x85\x00{{ 1 }}{% x %}'\"\\\udc80"
-INSTANCE = {"instance_name": "hpc_db", "instance_cluster": "mini", "ansible_check_mode": False}
+INSTANCE = {"instance_name": "hpc_db", "inventory_hostname": "mini", "ansible_check_mode": False}
 CLIENT = {"host": "c1", "count": 1, "user": "study", "database": "studies", "seconds": 7, "pid": 8}
 
 # The role, its page, what it knows by itself, and what is from the cluster.
@@ -44,10 +44,12 @@ PAGES: dict[str, tuple[str, dict, dict]] = {
         "from": "16", "to": "17", "seconds": 3, "way": "kept", "kept": "/data/16", "databases": {
             "studies": {"studies": [{"study": "be", "trials": 3, "best": "0.1", "direction": "MINIMIZE"}]}},
     }}),
-    "requeued.txt.j2": ("workers", {**INSTANCE, "__instance": {"root": "/r"}}, {"__workers_requeued": {
-        "requeued": [{"study": "be", "number": 1, "new_number": 2, "why": "job 7 has ended"}],
-        "left": [{"study": "be", "number": 3, "why": "job 8 runs", "unknown": True}],
-    }}),
+    "requeued.txt.j2": ("workers", {**INSTANCE, "databases_workers": 1, "__instance": {"root": "/r"}}, {
+        "__workers_requeued": {
+            "requeued": [{"study": "be", "number": 1, "new_number": 2, "why": "job 7 has ended"}],
+            "left": [{"study": "be", "number": 3, "why": "job 8 runs", "unknown": True}],
+        },
+    }),
 }
 
 
@@ -66,6 +68,17 @@ def with_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list):
         return [with_texts(each, change) for each in value]
     return change(value) if isinstance(value, str) else value
+
+
+def test_status_page_of_a_server_whose_node_is_dead(ansible: Reader) -> None:
+    role, own, sent = PAGES["status.txt.j2"]
+    unreachable = {**sent, "__server_held": {"unreachable": "database alice: timeout expired"}}
+
+    (text,) = ansible.render(role, ["status.txt.j2"], own, copy.deepcopy(unreachable))
+
+    assert "  endpoint     c1 port 5432\n" in text
+    assert "  PostgreSQL   does not answer: database alice: timeout expired\n" in text
+    assert text.rstrip().endswith("URL          postgresql:///")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,13 +1,20 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Fill a database with studies that hold whatever Optuna can store: python fill.py URL TRIALS."""
+"""Fill a database with studies that hold whatever Optuna can store: python fill.py URL TRIALS [FILE].
 
+FILE has more of them, as everything.py prints them.
+"""
+
+import json
 import math
 import random
 import sys
+import warnings
+from datetime import datetime
+from typing import Any, Optional
 
 import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 SPACE = [
@@ -37,14 +44,52 @@ def some_trial(number: int, objectives: int, chance: random.Random) -> FrozenTri
     )
 
 
+def time_of(seconds: "Optional[float]") -> "Optional[datetime]":
+    """Return a time as Optuna has it."""
+    return None if seconds is None else datetime.fromtimestamp(seconds)
+
+
+def make(storage: Any, described: "dict[str, Any]") -> None:
+    """Make a study, odd trials included, which Study.add_trial would refuse."""
+    study = optuna.create_study(storage=storage, study_name=described["name"], directions=described["directions"])
+    held = storage.get_study_id_from_name(described["name"])
+    for key, value in described["user_attrs"].items():
+        study.set_user_attr(key, value)
+    for key, value in described["system_attrs"].items():
+        storage.set_study_system_attr(held, key, value)
+    for number, trial in enumerate(described["trials"]):
+        params = {name: (json_to_distribution(text), value) for name, (text, value) in trial["params"].items()}
+        storage.create_new_trial(held, FrozenTrial(
+            number=number, trial_id=number, state=TrialState[trial["state"]], value=None, values=trial["values"],
+            datetime_start=time_of(trial["start"]), datetime_complete=time_of(trial["complete"]),
+            params={name: kind.to_external_repr(value) for name, (kind, value) in params.items()},
+            distributions={name: kind for name, (kind, _value) in params.items()},
+            user_attrs=trial["user_attrs"], system_attrs=trial["system_attrs"],
+            intermediate_values=dict(trial["intermediate"]),
+        ))
+
+
+def storage_of(url: str) -> Any:
+    """Return the storage at a URL, or of a journal file."""
+    if "://" in url:
+        return optuna.storages.RDBStorage(url)
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(url))
+
+
 def main() -> None:
-    """Make the studies, one of them with TRIALS trials."""
+    """Make the studies, one of them with TRIALS trials, or only those of FILE if TRIALS is 0."""
     url, trials = sys.argv[1], int(sys.argv[2])
+    warnings.simplefilter("ignore")  # of choices that are lists
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = storage_of(url)
+    if sys.argv[3:]:
+        with open(sys.argv[3], encoding="utf-8") as stream:
+            for described in json.load(stream):
+                make(storage, described)
     chance = random.Random(1)
     studies = {"many": (["minimize"], trials), "two Ω": (["minimize", "maximize"], 20), "empty": (["maximize"], 0)}
     for name, (directions, count) in studies.items():
-        study = optuna.create_study(storage=url, study_name=name, directions=directions)
+        study = optuna.create_study(storage=storage, study_name=name, directions=directions)
         study.set_user_attr("cutoff", {"radius": 4.67637, "notes": ["'", None]})
         study.add_trials([some_trial(number, len(directions), chance) for number in range(count)])
 

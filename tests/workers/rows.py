@@ -17,6 +17,11 @@ def digest(lines: "list[str]") -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
+def in_order(value: object) -> object:
+    """Return a dictionary's items by their names, since the database returns attributes in any order."""
+    return sorted(value.items()) if isinstance(value, dict) else value
+
+
 def main() -> None:
     """Print one line a table and one a study."""
     url = sys.argv[1]
@@ -29,9 +34,9 @@ def main() -> None:
             print(name, len(rows), digest(rows))
     for name in optuna.get_all_study_names(url):
         study = optuna.load_study(storage=url, study_name=name)
-        trials = [repr(trial) for trial in study.trials]
+        trials = [repr([in_order(value) for _field, value in sorted(vars(trial).items())]) for trial in study.trials]
         best = [(trial.number, trial.values) for trial in study.best_trials]
-        print(repr(name), len(trials), digest(trials), repr(study.user_attrs), best)
+        print(repr(name), len(trials), digest(trials), repr(in_order(study.user_attrs)), best)
 
 
 if __name__ == "__main__":

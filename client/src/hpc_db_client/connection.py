@@ -28,6 +28,7 @@ from weakref import ref
 from . import catalog
 from .journal import Differs, Journal, Step, digest
 from .patience import GaveUp, Outage, Patience, in_short, tell
+from .refusal import is_futile
 from .sql import Judgement, judge, sequence_asked, with_values
 
 # A transaction that the server dies of is not what it should be given again and again.
@@ -42,13 +43,6 @@ CANNOT = "a transaction was cut that cannot be repeated"
 LOST = "hpc_db: the transaction was cut and is not repeated; roll it back"
 # The server ended the session: shutdown, crash, idle for too long.
 ENDED = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
-# What waiting does not mend. Only the first time: a server that once let us in, and now does not, is another's.
-FUTILE = (
-    "password authentication failed", "no password supplied", "no pg_hba.conf entry", "authentication failed for user",
-    "does not exist", "permission denied for database", "channel binding", "certificate", "invalid connection option",
-    "server does not support SSL", "root certificate file", "sslmode value",
-    "unrecognized configuration parameter",
-)
 
 # Optuna stores heartbeats in the session's time zone without naming it, so two workers that differ in PGTZ would take
 # each other for dead: every session is in UTC.
@@ -228,7 +222,8 @@ class Link:
     def _may_pass(self, error: Exception) -> bool:
         if not isinstance(error, self.dbapi.OperationalError):
             return False
-        return self.patience.known or not any(each in str(error) for each in FUTILE)
+        # Only the first time: a server that once let us in, and now does not, is another's.
+        return self.patience.known or not is_futile(error)
 
     @staticmethod
     def _facts(real: Any) -> Facts:

@@ -10,6 +10,7 @@ from sqlalchemy.pool import QueuePool
 
 from .connection import MOST_REPEATS, Connection, Engine, Link
 from .patience import Patience
+from .refusal import english, note_state
 
 
 class Pool(QueuePool):  # type: ignore[misc]
@@ -59,6 +60,17 @@ class Waiting:
             return Connection(Link(lambda: opened(connection_record), prepare, engine))
 
         pool._creator = connect
+
+    def connect(self, *arguments: Any, **options: Any) -> Any:
+        """Open the driver's connection; of an error it is known why."""
+        base: Any = super()
+        with english():
+            try:
+                return base.connect(*arguments, **options)
+            except self.dbapi.OperationalError as error:
+                if not self._patience.known:
+                    note_state(error, self.dbapi, arguments, options)
+                raise
 
     def on_connect(self) -> Callable | None:
         """Return what prepares a connection; ours are prepared as often as they are opened."""

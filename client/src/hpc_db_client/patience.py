@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sys
 import threading
@@ -14,6 +15,7 @@ FIRST_PAUSE = 0.1
 # Thousands of workers that ask every 2 s on average are no load for a server that starts.
 LONGEST_PAUSE = 2.5
 _random = random.Random()  # the program's own may be seeded
+os.register_at_fork(after_in_child=_random.seed)
 
 
 def tell(text: str) -> None:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""``python -m hpc_db up hemera5``: the progress goes to stderr, and the URL to stdout."""
+"""``python -m hpc_db up hemera5``: the progress goes to stderr, and the URL or the status page to stdout."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    for server in [found] if isinstance(found, Server) else found or []:
-        print(server.url)
+    if given.command == "up":  # the status page has been printed
+        for server in [found] if isinstance(found, Server) else found:
+            print(server.url)
     return 0
 
 

@@ -112,7 +112,7 @@ def run(private: str, playbook: str, inventories: list[str]) -> list[Result]:
     if "ANSIBLE_HOST_KEY_CHECKING" not in os.environ:
         # ansible-runner would have any host believed to be the cluster.
         runner.config.env.pop("ANSIBLE_HOST_KEY_CHECKING", None)
-    told = Told(progress())
+    told = Told(progress(), shows_pages=playbook == "status")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(runner.run)
         running.add_done_callback(lambda _running: events.put(None))
@@ -137,8 +137,9 @@ def run(private: str, playbook: str, inventories: list[str]) -> list[Result]:
 class Told:
     """What a playbook's events tell."""
 
-    def __init__(self, screen: Lines) -> None:
+    def __init__(self, screen: Lines, shows_pages: bool = False) -> None:
         self.screen = screen
+        self._shows_pages = shows_pages
         self.hosts: set[str] = set()
         self.results: list[Result] = []
         self._phases: dict[str, str] = {}
@@ -170,6 +171,8 @@ class Told:
     def _take_result(self, host: str, data: dict[str, Any], result: dict[str, Any]) -> None:
         if result.get("about"):
             self.results.append((host, result))
+            if self._shows_pages:
+                self.screen.page(result["text"])
         elif data.get("task_action") == "mala.hpc_db.show" and "text" in result:
             self.screen.say(result["text"])
 
@@ -208,13 +211,13 @@ def phase_of(task_path: str) -> str:
     if not found:
         return ""
     role, file = found.groups()
-    return "settings" if file.startswith("check") else PHASES.get(f"{role}/{file}", PHASES.get(role, ""))
+    return "settings" if file.startswith(("check", "settings")) else PHASES.get(f"{role}/{file}", PHASES.get(role, ""))
 
 
 def one_line(result: dict[str, Any], unreachable: bool) -> str:
     """Return what a task that failed says, without what Ansible puts before it."""
     text = " ".join(str(result.get("msg") or result.get("module_stderr") or "it failed without a word").split())
-    text = re.sub(r"^(Task failed: )?((Module|Action) failed: )?(Validation of arguments failed: )?", "", text)
+    text = re.sub(r"^(Task failed: )?((Module|Action) failed: )?", "", text)
     if unreachable and NOBODY_ANSWERS.search(text):
         text += (
             "; nobody can answer ssh's questions here: load a key into ssh-agent, or open the connection that Ansible "

@@ -27,6 +27,11 @@ class Lines:
         """Say something that stays."""
         print(printable(text, keep="\n"), file=self._stream, flush=True)
 
+    def page(self, text: str) -> None:
+        """Print what was asked for, to the standard output."""
+        self.end()
+        print(printable(text.rstrip("\n"), keep="\n"), flush=True)
+
     def end(self) -> None:
         """Leave only what stays."""
 

@@ -7,7 +7,10 @@ import os
 import mala
 
 parameters = mala.Parameters()
-if os.environ.get("SLURM_NTASKS", "1") != "1":  # several GPUs of a node, a process each
+# Several GPUs of a node, a process each: srun or mpirun has started it. SLURM_NTASKS may be that of another job, from
+# inside which this one was submitted.
+sizes = [os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
+if set(sizes) != {"1"}:
     parameters.optuna_singlenode_setup(wait_time=int(os.environ["HPC_DB_WAIT_TIME"]))
 
 parameters.data.input_rescaling_type = "feature-wise-standard"

@@ -119,6 +119,19 @@ def test_terminal_has_one_line_that_is_rewritten(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("shows_pages, printed", [(True, "hpc_db on mini\n  job   7\n"), (False, "")])
+@pytest.mark.parametrize("screen", [Lines, Terminal])
+def test_status_page_is_printed(screen, shows_pages, printed, capsys):
+    page = result("on_ok", "mini", "mala.hpc_db.show", text="hpc_db on mini\n  job\x1b  7\n", about=VALUES)
+    told = Told(screen(io.StringIO()), shows_pages)
+
+    for event in (start("mini", "Show"), page):
+        told.take(event)
+
+    assert capsys.readouterr().out == printed
+    assert [about["name"] for about in (each["about"] for _host, each in told.results)] == ["hpc_db"]
+
+
 def test_what_a_playbook_shows_is_no_command_of_a_terminals():
     stream = io.StringIO()
     told_of([start("mini", "Show"), result("on_ok", "mini", "mala.hpc_db.show", text="one\ntwo\x1b[2J")], Lines(stream))
@@ -134,7 +147,8 @@ def test_terminal_is_not_moved_by_what_a_cluster_says():
 
 
 @pytest.mark.parametrize("path, phase", [
-    (f"{ROLES}/postgres/tasks/check_tls.yml:3", "settings"), (f"{ROLES}/server/tasks/last_run.yml:3", "last run"),
+    (f"{ROLES}/postgres/tasks/check_tls.yml:3", "settings"), (f"{ROLES}/instance/tasks/settings.yml:3", "settings"),
+    (f"{ROLES}/server/tasks/last_run.yml:3", "last run"),
     (f"{ROLES}/databases/tasks/main.yml:3", "databases and studies"), (f"{ROLES}/server/tasks/show.yml:3", ""),
     ("/x/playbooks/hpc_db.yml:9", ""),
 ])

@@ -111,7 +111,7 @@ def test_nothing_is_changed_where_nobody_holds_it(left, root):
         (root / "run" / name).write_text(content)
 
     for check_mode in (True, False):
-        assert broken(root, check_mode) == {"changed": False, "holder": None, "still": None}
+        assert broken(root, check_mode) == {"changed": False, "holder": None, "still": None, "watch": None}
     assert sorted(os.listdir(root / "run")) == sorted(left)
 
 

@@ -276,6 +276,59 @@ def test_server_that_is_down_is_told_once(instance, no_network):
     assert told[0] == "service" and "leads to a server that is down" in told[1] and told[2] == doctor.HOST_IT
 
 
+def hang_up(server):
+    server.accept()[0].close()
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_node_that_died_is_told_once_and_no_address_is_blamed(answers, instance, monkeypatch):
+    """The scheduler has not noticed yet. A server that answers is alive, whatever the clocks say."""
+    run = Path(instance["root"]) / "run"
+    (run / "lease.3").write_text("{}")
+    (run / "hb.3").touch()
+    os.utime(run / "hb.3", (time.time() - 200,) * 2)
+    held = dict(HELD, max_connections=60, error="timeout expired")
+    monkeypatch.setattr(doctor, "ask_python", lambda python, url: held)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = {"host": "127.0.0.1", "port": server.getsockname()[1] if answers else 1, "job": "7"}
+        (run / "endpoint.json").write_text(json.dumps(place))
+        wanted = doctor.read_wanted(str(Path(instance["root"]).parent / "wanted.json"))
+        service = Path(instance["root"]).parent / ".pg_service.conf"
+        service.write_text(service.read_text().replace("c1", "127.0.0.1").replace("5433", str(place["port"])))
+        if answers:
+            threading.Thread(target=hang_up, args=[server], daemon=True).start()
+
+        here = doctor.look_from_here(wanted)
+        (told, *others) = found(doctor.look_at_server(wanted)) or [("",) * 3]
+
+    if answers:
+        assert {"name": "ok", "port": "ok"}.items() <= states(here).items() and told[0] == ""
+        return
+    assert found(here) == others == []
+    assert {"name": "ok", "port": "skipped", "TLS": "skipped", "Python side": "ok"}.items() <= states(here).items()
+    assert re.match("job 7 RUNNING on c1, but the server has given no sign of life for 20. s: its node may ", told[1])
+
+
+@pytest.mark.parametrize("beats, ttl", [(False, 0.5), (True, 60.0)])
+def test_node_that_died_just_now_is_told_from_a_wrong_address(beats, ttl, instance, monkeypatch):
+    """Its last heartbeat is a fresh one: the next shows that the server lives."""
+    run = Path(instance["root"]) / "run"
+    (run / "lease.3").write_text("{}")
+    (run / "hb.3").write_text("1")
+    (run / "endpoint.json").write_text('{"host": "127.0.0.1", "port": 1, "job": "7"}')
+    wanted = dict(instance, lease_ttl=ttl)
+    renewal = threading.Timer(0.2, (run / "hb.3").write_text, ["2"])
+    monkeypatch.setattr(doctor, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(doctor, "ask_python", lambda python, url: HELD)
+
+    if beats:
+        renewal.start()
+    here = doctor.look_from_here(wanted)
+    job = doctor.look_at_server(wanted).findings[0]
+
+    assert (states(here)["port"], job["state"]) == (("found", "ok") if beats else ("skipped", "found"))
+
+
 def test_connections_that_wait_for_the_next_start_are_told(instance, no_network):
     told = found(doctor.look_from_here(dict(instance, max_connections=320)))
 

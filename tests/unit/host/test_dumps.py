@@ -85,7 +85,8 @@ def test_dump_of_a_playbook_outlives_every_round(make, tmp_path):
     dumps = make(dump_minutes="0", databases=["a"])
     (tmp_path / "host").mkdir()
     (tmp_path / "host" / "settings.json").write_text('{"bindir": "/bin"}')
-    file = study_dump.ensure_dumped({"root": str(tmp_path), "database": "a"}, lambda _command: "", True)["file"]
+    params = {"root": str(tmp_path), "database": "a", "tables": "optuna"}
+    file = study_dump.ensure_dumped(params, lambda _command: "", True)["file"]
     for path in (file, file + ".sha256"):
         with open(path, "w", encoding="utf-8") as stream:
             stream.write("mine")

@@ -4,6 +4,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hpc_db_host import endpoint
@@ -189,3 +192,58 @@ def test_pooler_has_a_section_of_its_own_as_long_as_it_is_there(tmp_path):
     endpoint.withdraw(str(tmp_path), str(service), "hpc_db")
 
     assert service.read_text() == ""
+
+
+@pytest.fixture
+def left_behind(tmp_path):
+    """An instance whose server is gone, and did not take its endpoint back."""
+    for folder in ("host", "run"):
+        (tmp_path / folder).mkdir()
+    service = tmp_path / "service"
+    settings = {
+        "instance": "hpc_db", "job_name": "studies", "cluster": "mini", "service_file": str(service), "lease_ttl": 90,
+    }
+    (tmp_path / "host" / "settings.json").write_text(json.dumps(settings))
+    service.write_text("[other]\nhost=x\n")
+    where = {"instance": "hpc_db", "host": "c1", "port": 5433, "job": "7", "pooler": {"host": "c1", "port": 6432}}
+    endpoint.publish(str(tmp_path / "run"), str(service), where, {"dbname": "mala"})
+    return tmp_path
+
+
+def say(root, verb, job="studies"):
+    call = [sys.executable, "-m", "hpc_db_host.endpoint", verb, job]
+    environment = {**os.environ, "PYTHONPATH": str(Path(endpoint.__file__).parents[1])}
+    return subprocess.run(call, cwd=root / "host", env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("lost", [None, "run/endpoint.json", "service"])
+def test_what_a_dead_node_left_behind_is_withdrawn_once(lost, left_behind):
+    if lost:
+        (left_behind / lost).unlink()
+
+    assert [say(left_behind, verb) for verb in ("look", "look", "withdraw", "withdraw", "look")] == [
+        "true\n", "true\n", "true\n", "false\n", "false\n"]
+    assert not (left_behind / "run" / "endpoint.json").exists()
+    assert lost == "service" or (left_behind / "service").read_text() == "[other]\nhost=x\n"
+
+
+@pytest.mark.parametrize("holder, withdrawn", [
+    ({"kind": "slurm", "cluster": "mini"}, True), ({"kind": "slurm", "cluster": "another"}, False),
+    ({"kind": "local", "cluster": "mini", "host": "another"}, False), ({"kind": "bootstrap"}, True),
+])
+def test_server_of_which_nobody_here_knows_keeps_its_endpoint(holder, withdrawn, left_behind):
+    (left_behind / "run" / "lease.3").write_text(json.dumps({"host": "c1", "pid": 5, "job": "7", **holder}))
+
+    assert json.loads(say(left_behind, "withdraw")) is withdrawn
+    assert (left_behind / "run" / "endpoint.json").exists() is not withdrawn
+
+
+def test_server_under_the_name_before_the_last_change_keeps_its_endpoint(left_behind):
+    assert [say(left_behind, verb, "renamed") for verb in ("look", "withdraw")] == ["false\n"] * 2
+    assert say(left_behind, "look") == "true\n"
+
+
+def test_nothing_is_withdrawn_where_nothing_was_ever_hosted(tmp_path):
+    (tmp_path / "host").mkdir()
+
+    assert say(tmp_path, "withdraw") == "false\n"

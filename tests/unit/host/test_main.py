@@ -5,10 +5,12 @@
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -185,7 +187,7 @@ def test_each_signal_is_a_clean_end(number, host, monkeypatch):
 
 def test_second_signal_changes_nothing(host, monkeypatch):
     def stop_slowly(self, patience):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # a thread of pytest's would take it for the process
         return True
 
     monkeypatch.setattr(FakePostgres, "stop", stop_slowly)
@@ -442,6 +444,20 @@ def test_which_holders_have_ended(holder, ended, host, monkeypatch):
     monkeypatch.setattr(processes, "this_machine", lambda: ["this", "too"])
 
     assert program.Host(str(host.root), bootstrap=False)._has_ended({"cluster": "hemera5", **holder}) is ended
+
+
+@pytest.mark.parametrize("holder, told", [
+    ({}, "it has died, it is replaced after"), ({"kind": "bootstrap"}, "it was killed, it is replaced at once on"),
+    ({"cluster": "another"}, None),
+])
+def test_who_waits_for_the_lease_says_for_how_long(holder, told, host, monkeypatch, capsys):
+    monkeypatch.setattr(scheduler, "job_has_ended", lambda *_asked: False)
+    host.lease(**holder).try_acquire()
+
+    assert host.run("bootstrap", "--lease-patience", "0.05") == 3
+
+    (waiting,) = re.findall("starting: waiting: the data directory is held by (.*)", capsys.readouterr().err)
+    assert (f"; if {told}" in waiting) if told else ("replaced" not in waiting)
 
 
 def test_job_waits_for_a_holder_that_is_cut_off_and_nobody_else_does(host, monkeypatch, capsys):

@@ -103,6 +103,17 @@ def test_settings_of_workers_do_not_reach_postgres_or_psql(make, tmp_path, monke
     assert postgres.probe() == ""
 
 
+def test_programs_speak_english(make, tmp_path, monkeypatch):
+    for name in ("LANG", "LC_ALL", "LC_MESSAGES", "LANGUAGE"):
+        monkeypatch.setenv(name, "de_DE.UTF-8")
+    postgres = make(psql='test "$LC_ALL" = C || exit 1; echo "1|77"')
+    postgres.start()
+
+    # of all that tell the language it counts most
+    assert called(tmp_path)["environment"]["LC_ALL"] == "C"
+    assert postgres.probe() == ""
+
+
 @pytest.mark.parametrize("psql, reason", [
     ("echo; echo '77|77'", ""),
     ("echo; echo '78|77'", "connections exhausted: 77 of 77 are used"),

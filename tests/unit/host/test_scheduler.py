@@ -35,31 +35,36 @@ BUSY = "slurm_load_jobs error: Unable to contact slurm controller (connect failu
 
 
 @pytest.mark.parametrize("returncode, stdout, stderr, ended", [
-    (0, "RUNNING\n", "", False),
-    (0, "PENDING\n", "", False),
-    (0, "COMPLETING\n", "", False),
-    (0, "SUSPENDED\n", "", False),
-    (0, "REQUEUED\n", "", False),
-    (0, "STOPPED\n", "", False),
-    (0, "TELEPORTING\n", "", False),
-    (0, "NODE_FAIL\nRUNNING\n", "", False),
+    (0, "job|RUNNING|\n", "", False),
+    (0, "job|PENDING|\n", "", False),
+    (0, "job|COMPLETING|\n", "", False),
+    (0, "job|SUSPENDED|\n", "", False),
+    (0, "job|REQUEUED|\n", "", False),
+    (0, "job|STOPPED|\n", "", False),
+    (0, "job|TELEPORTING|\n", "", False),
+    (0, "job|NODE_FAIL|\njob|RUNNING|\n", "", False),
     (0, "squeue: a message of the site\n", "", False),
-    (0, "COMPLETED\n", "", True),
-    (0, "CANCELLED\n", "", True),
-    (0, "TIMEOUT\n", "", True),
-    (0, "NODE_FAIL\n", "", True),
-    (0, "PREEMPTED\n", "", True),
-    (0, "OUT_OF_MEMORY\n", "", True),
-    (0, "LAUNCH_FAILED\n", "", False),
-    (0, "REVOKED\n", "", False),
+    (0, "job|COMPLETED|\n", "", True),
+    (0, "job|CANCELLED|\n", "", True),
+    (0, "job|TIMEOUT|\n", "", True),
+    (0, "job|NODE_FAIL|\n", "", True),
+    (0, "job|PREEMPTED|\n", "", True),
+    (0, "job|OUT_OF_MEMORY|\n", "", True),
+    (0, "job|LAUNCH_FAILED|\n", "", False),
+    (0, "job|REVOKED|\n", "", False),
     (0, "", "", False),
     (0, "\n", "", False),
-    (0, "COMPLETED\nCANCELLED\n", "", True),
-    (0, "COMPLETED\nCANC", "", False),
+    (0, "job|COMPLETED|\njob|CANCELLED|\n", "", True),
+    (0, "job|COMPLETED|\njob|CANC", "", False),
+    (0, "job|COMP", "", False),
+    (0, "COMPLETED\n", "", False),
+    (0, "Welcome to mini\njob|COMPLETED|\n--> 12 % of the allocation are left\n", "", True),
+    (0, "Welcome | to mini\njob|RUNNING|\nCOMPLETED\n", "", False),
     (1, "", GONE, True),
-    (1, "COMPLETED\n", BUSY, False),
+    (1, "Welcome to mini\n" + GONE, "", True),
+    (1, "job|COMPLETED|\n", BUSY, False),
     (1, "", "squeue: error: Invalid job id: 7x\n", False),
-    (-9, "COMPLETED\n", "", False),
+    (-9, "job|COMPLETED|\n", "", False),
     (1, "", BUSY, False),
     (1, "", "", False),
 ])
@@ -85,6 +90,7 @@ def test_queue_of_grid_engine():
     job = "<job_list><JB_job_number>{}</JB_job_number><JB_name>{}</JB_name><state>{}</state></job_list>"
     rows = [job.format(*row) for row in (("7", "hpc_db", "r"), ("8", "hpc_db", "hqw"), ("9", "hpc_db", "dr"))]
     text = "A message\n<?xml version='1.0'?>\n<job_info><queue_info>" + "".join(rows) + "</queue_info></job_info>"
+    text += "\n--> 12 % of the allocation are left\n"
 
     assert scheduler_gridengine.parse_queue(text) == [("7", "hpc_db"), ("8", "hpc_db")]
 
@@ -158,7 +164,7 @@ def test_nothing_is_left_of_a_command_that_does_not_answer(command, tmp_path):
 
 
 def test_answer_that_is_no_text_says_nothing(command):
-    folder = command("squeue", "printf 'COMPLETED\\377\\n'")
+    folder = command("squeue", "printf 'job|COMPLETED\\377|\\n'")
 
     assert job_has_ended("slurm", folder, "7") is False
 
@@ -168,8 +174,8 @@ def bin_dir(tmp_path):
     """A squeue that knows one job, 7, which has completed."""
     (tmp_path / "squeue").write_text(
         "#!/bin/sh\n"
-        "case \"$*\" in *' --states=all --format=%T --jobs=7') ;; *) echo \"$*\" >&2; exit 1; esac\n"
-        "echo COMPLETED\n"
+        "case \"$*\" in *' --states=all --noheader --format=job|%T| --jobs=7') ;; *) echo \"$*\" >&2; exit 1; esac\n"
+        "echo 'job|COMPLETED|'\n"
     )
     (tmp_path / "squeue").chmod(0o755)
     return str(tmp_path)
@@ -187,6 +193,9 @@ def test_slurm_that_is_not_there_says_nothing(tmp_path):
     assert job_has_ended("slurm", str(tmp_path / "missing"), "7") is False
 
 
+HEAD = "JOBID|NAME|STATE\n"
+
+
 class FakeQueue(Queue):
     """Answers like Slurm: squeue lists all of the user's jobs, sbatch --parsable prints an id."""
 
@@ -198,7 +207,7 @@ class FakeQueue(Queue):
 
     def _run(self, command):
         if command[0] == "squeue":
-            return "".join(f"{job}|{name}|{state}\n" for job, name, state in self.jobs)
+            return HEAD + "".join(f"{job}|{name}|{state}\n" for job, name, state in self.jobs)
         if command[0] == "sbatch":
             self.jobs.append(("8", "hpc_db", "PENDING"))
             return "8\n"
@@ -233,9 +242,9 @@ def test_successors_are_cancelled_and_nobody_else():
     assert queue.jobs == [OURS, ("9", "worker", "PENDING")]
 
 
-@pytest.mark.parametrize("listed", ["", "9|worker|PENDING\n"])
+@pytest.mark.parametrize("listed", [HEAD, HEAD + "9|worker|PENDING\n"])
 @pytest.mark.parametrize("state, submits", [
-    ("echo RUNNING", False), ("true", False), ("exit 1", False), ("echo COMPLETED", True),
+    ("echo 'job|RUNNING|'", False), ("true", False), ("exit 1", False), ("echo 'job|COMPLETED|'", True),
     (f"echo '{GONE.strip()}' >&2; exit 1", True),
 ])
 def test_listing_without_our_own_job_brings_no_successor(listed, state, submits, command, tmp_path):
@@ -252,13 +261,57 @@ def test_listing_without_our_own_job_brings_no_successor(listed, state, submits,
     assert (tmp_path / "called").exists() is submits
 
 
-@pytest.mark.parametrize("printed, follows", [
-    ("8", "job 8 follows"), ("8;mini", "job 8 follows"),
-    ("Welcome to mini\n8\n--> 12 % of the allocation are left", "job 8 follows"),
-])
-def test_id_of_the_successor_between_lines_of_the_site(printed, follows, command):
-    folder = command("squeue", "echo '7|hpc_db|RUNNING'")
-    command("sbatch", f"cat << end\n{printed}\nend")
-    settings = {"scheduler": "slurm", "job_name": "hpc_db", "bin_dir": folder, "successor": ["sbatch"]}
+def site(command, queue, printed, folder):
+    """Make commands of a site that prints lines of its own: sbatch puts a job into the queue, and prints this."""
+    command("squeue", f"""[ -e {folder}/eight ] && more="$(printf '\\n8|hpc_db|PENDING')"
+cat << end
+{queue}
+end""")
+    command("sbatch", f"touch {folder}/eight\ncat << 'end'\n{printed}\nend")
+    return Queue({"scheduler": "slurm", "job_name": "hpc_db", "bin_dir": str(folder), "successor": ["sbatch"]}, "7")
 
-    assert Queue(settings, "7").ensure_successor() == follows
+
+@pytest.mark.parametrize("queue", [
+    "JOBID|NAME|STATE\n7|hpc_db|RUNNING$more",
+    "Welcome to mini\n\x1b[1mJOBID|NAME|STATE\x1b[0m\n\x1b[32m7|hpc_db|RUNNING\x1b[0m$more\n--> 12 % are left",
+])
+@pytest.mark.parametrize("printed", [
+    "8", "8;mini", "Welcome to mini\n8\n--> 12 % of the allocation are left", "\x1b[32m8\x1b[0m\r",
+    # Nothing of it is the id: the queue knows it.
+    "8\n12", "Your job is queued", "", "job-id=8, have fun",
+])
+def test_successor_is_found_whatever_a_site_prints(printed, queue, command, tmp_path):
+    asked = site(command, queue, printed, tmp_path)
+
+    assert asked.ensure_successor() == "job 8 follows"
+    (tmp_path / "sbatch").unlink()
+    assert asked.ensure_successor() == "job 8 follows"
+
+
+@pytest.mark.parametrize("printed, follows", [
+    ("8;mini", "job 8 follows"), ("Submitted batch job 8", "job 8 follows"),
+    ("Welcome", r"^sbatch printed no job id \(Welcome\), and no job hpc_db is in the queue$"),
+    ("", r"^sbatch printed no job id \(nothing at all\), and no job hpc_db is in the queue$"),
+])
+def test_successor_that_the_queue_does_not_show_yet(printed, follows, command, tmp_path):
+    asked = site(command, "JOBID|NAME|STATE\n7|hpc_db|RUNNING", printed, tmp_path)
+
+    if follows.startswith("job"):
+        assert asked.ensure_successor() == follows
+    else:
+        with pytest.raises(OSError, match=follows):
+            asked.ensure_successor()
+
+
+@pytest.mark.parametrize("printed", ["", "Welcome to mini\n", "7|hpc_db|RUNNING\n", "slurm_load_jobs error: x\n"])
+def test_answer_of_slurm_that_is_no_queue(printed):
+    with pytest.raises(OSError, match="^squeue: no list of jobs in what was printed"):
+        scheduler_slurm.parse_queue(printed)
+
+
+@pytest.mark.parametrize("text, job", [
+    ("12\n", "12"), ('Your job 12 ("hpc_db") has been submitted\n', "12"), ("Welcome!\n12\n--> 3 % are left\n", "12"),
+    ("", None), ("Welcome!\n", None),
+])
+def test_id_of_a_submission_to_grid_engine(text, job):
+    assert scheduler_gridengine.parse_submit(text) == job

@@ -154,6 +154,17 @@ def test_upgrade_works_on_a_copy_and_keeps_the_old_directory(instance):
     assert any(name.startswith("studies-") for name in os.listdir(instance.root / "dumps"))
 
 
+@pytest.mark.parametrize("name", ["a\u2028b", "\x85", "\u2029 \u03a9"])
+def test_name_of_a_study_may_hold_what_separates_lines_elsewhere(name, instance):
+    rows = TRIALS.replace("beryllium", name)
+    (instance.root / "data" / "17" / "rows").write_text(rows, encoding="utf-8")
+
+    done = instance.upgrade()
+
+    assert done["databases"]["studies"]["studies"][0]["study"] == name
+    assert instance.rows("18") == rows
+
+
 @pytest.mark.parametrize("refuse, why", [
     (lambda instance: instance.program(18, "pg_upgrade", "echo 'Your installation has tables: fatal'; exit 1"),
      "pg_upgrade: Your installation has tables: fatal"),

@@ -19,12 +19,12 @@ import sys
 import time
 from typing import Iterator, List, Optional  # noqa: F401 - List in a type comment
 
-from . import endpoint, files, processes, scheduler
+from . import endpoint, files, scheduler
 from .dumps import Dumps
 from .engines import Engine, engines_of  # noqa: F401 - Engine in a type comment
 from .health import Health, space
 from .keeper import Keeper
-from .lease import DEFAULT_TTL, Held, Lease, Lost, Unusable
+from .lease import DEFAULT_TTL, Held, Lease, Lost, Unusable, can_be_asked
 from .postgres import Failed, Postgres, check_programs
 from .scheduler import Queue
 from .threads import STOP_SIGNALS, Repeat, signals_waiting
@@ -150,8 +150,10 @@ class Host:
         comes back to be told that it has to; were we to give up before that, nobody would be left to go on.
         """
         def wait(refused: Exception) -> None:
-            silent = silence(refused.holder) if isinstance(refused, Held) else ""
-            self.tell("starting", "waiting: %s%s" % (in_words(refused), silent or hint))
+            silent = hint
+            if isinstance(refused, Held) and not hint:
+                silent = silence(refused.holder, lease.silence(refused.holder), self._can_be_asked(refused.holder))
+            self.tell("starting", "waiting: %s%s" % (in_words(refused), silent))
 
         hint = ""
         is_job = not self.bootstrap and bool(scheduler.own_job(self._kind()))
@@ -380,7 +382,7 @@ class Host:
         return name
 
     def _service_file(self) -> str:
-        return os.path.expanduser(self.settings.get("service_file") or "~/.pg_service.conf")
+        return endpoint.service_file(self.settings)
 
     def _kind(self) -> str:
         return "bootstrap" if self.bootstrap else self.settings["scheduler"]
@@ -400,19 +402,7 @@ class Host:
         return job == self.job or scheduler.job_has_ended(kind, self.settings.get("bin_dir", ""), job)
 
     def _can_be_asked(self, holder: dict) -> bool:
-        """Tell whether anything here, and not only the user, can know that this holder has ended."""
-        if holder.get("kind") == "bootstrap" and not holder.get("allocation"):
-            return True  # its long silence tells
-        if holder.get("cluster") != self.settings["cluster"]:
-            return False  # another scheduler's
-        return holder.get("kind") != "local" or is_here(holder)
-
-
-def is_here(holder: dict) -> bool:
-    """Tell whether a holder is, or was before a reboot, on this machine."""
-    if holder.get("host") == socket.gethostname():
-        return True
-    return any(word in processes.this_machine() for word in holder.get("machine") or [])
+        return can_be_asked(holder, self.settings["cluster"])
 
 
 def in_words(refused: Exception) -> str:
@@ -423,12 +413,14 @@ def in_words(refused: Exception) -> str:
     return str(refused)
 
 
-def silence(holder: dict) -> str:
-    """Say how long a short-lived server keeps others waiting if its host has died."""
-    return "" if holder.get("kind") != "bootstrap" else (
-        "; if it was killed, it is replaced at once on its own host, on others after %g s without a heartbeat"
-        % holder.get("silence", 0)
-    )
+def silence(holder: dict, seconds: float, can_be_asked: bool) -> str:
+    """Say how long a holder keeps others waiting if its host has died."""
+    if holder.get("kind") == "bootstrap":
+        told = "; if it was killed, it is replaced at once on its own host, on others after %g s without a heartbeat"
+        return told % seconds
+    if can_be_asked and holder.get("kind") != "local":
+        return "; if it has died, it is replaced after %g s without a heartbeat, once the scheduler knows" % seconds
+    return ""
 
 
 def read_settings(root: str) -> dict:

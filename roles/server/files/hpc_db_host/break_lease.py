@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The end of a lease of which only the user can know that its holder is gone. Call it in <root>/host.
 
-    python3 -m hpc_db_host.break_lease look     print who holds it, and how long the heartbeat has stood still
+    python3 -m hpc_db_host.break_lease look     print who holds it, how long the heartbeat has stood still, and for how
+                                                long "break" watches it
     python3 -m hpc_db_host.break_lease break    watch the heartbeat, and free the lease if that stands still
 
 It is broken as any contender takes it over, with the user's word in the place of the scheduler's: a holder that was
@@ -24,18 +25,18 @@ RUN = os.path.join("..", "run")
 
 
 def look(lease: Lease) -> dict:
-    """Return in one line who holds the lease, None if nobody does, and for how many seconds its heart stands still."""
+    """Return in one line who holds the lease, None if nobody does; how long it stands still, and is to be watched."""
     holder = lease.holder()
     if holder is None:
-        return {"holder": None, "still": None}
-    return {"holder": describe(holder), "still": lease.still()}
+        return {"holder": None, "still": None, "watch": None}
+    return {"holder": describe(holder), "still": lease.still(), "watch": WATCH_FACTOR * lease.silence(holder)}
 
 
 def free(lease: Lease) -> dict:
     """Take the lease from a holder that shows no life, and release it; return who that was."""
     found = look(lease)
     if found["holder"]:
-        watched = WATCH_FACTOR * lease.silence(lease.holder() or {})
+        watched = found["watch"]
         try:
             lease.acquire(watched, lambda refused: None)
         except Held as held:

@@ -18,12 +18,13 @@ import subprocess
 import time
 from typing import Dict, List, Optional
 
-from . import causes, files
+from . import causes, files, lease
 
 # What asks a server for TLS, before anything else is said.
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 PORT_SECONDS = 5.0
 PROBE_SECONDS = 120.0
+PAUSE_SECONDS = 1.0
 
 HOST_IT = "the playbook hpc_db.yml"
 HOST_IT_AGAIN = "the playbooks stop.yml and hpc_db.yml"
@@ -64,8 +65,29 @@ def read_wanted(path: str) -> dict:
         config=settings.get("config", ""), tls="sslmode" in settings.get("service", {}),
         databases=[wanted["owner"]] + settings.get("databases", []), plugin="plugin=" in wanted["url"],
         max_connections=_configured(settings.get("config", "")),
+        lease_ttl=float(settings.get("lease_ttl", lease.DEFAULT_TTL)), silent=0.0,
     )
+    if wanted["endpoint"] and os.path.isdir(os.path.join(wanted["root"], "run")):
+        still = _lease(wanted).still() or 0.0
+        wanted["silent"] = still if still > wanted["lease_ttl"] else 0.0
     return wanted
+
+
+def _lease(wanted: dict) -> lease.Lease:
+    return lease.Lease(os.path.join(wanted["root"], "run"), {"pid": os.getpid()}, lambda _holder: False)
+
+
+def _is_dead(wanted: dict) -> bool:
+    """Tell whether a server that does not answer has not renewed its lease either; wait for that if it might still."""
+    seen = _lease(wanted)
+    beat = "" if wanted["silent"] else seen.beat()
+    limit = time.monotonic() + wanted["lease_ttl"] - (seen.still() or 0.0)
+    while beat and seen.beat() == beat:
+        if time.monotonic() > limit:
+            wanted["silent"] = seen.still() or wanted["lease_ttl"]
+            break
+        time.sleep(PAUSE_SECONDS)
+    return bool(wanted["silent"])
 
 
 def _configured(path: str) -> int:
@@ -95,7 +117,11 @@ def _look_at_job(report: Report, wanted: dict) -> None:
         where = " on %s" % job["node"] if job["node"] else ""
         why = " (%s)" % job["reason"] if job["reason"] and job["state"] != "RUNNING" else ""
         said = "job %s %s%s%s" % (job["id"], job["state"], where, why)
-    if serves:
+    if serves and wanted["silent"]:
+        report.found("job", "%s, but the server has given no sign of life for %.0f s: its node may be dead" % (
+            said, wanted["silent"]), "wait until the scheduler has ended the job; then %s, if no other job is queued" %
+            HOST_IT)
+    elif serves:
         report.well("job", said)
     elif job and job["state"] == "RUNNING":
         report.found("job", "%s, but the server is down: it does not serve yet, or no longer" % said,
@@ -108,7 +134,7 @@ def _look_at_job(report: Report, wanted: dict) -> None:
     if state.get("state") in ("failed", "unhealthy"):
         meaning, mend = causes.explain(state["reason"], wanted)
         report.found("state", "%s: %s" % (state["state"], _with_words(meaning, state["reason"])), mend)
-    elif serves:
+    elif serves and not wanted["silent"]:
         report.well("state", "%s: %s" % (state.get("state"), state.get("reason")))
 
 
@@ -160,11 +186,10 @@ def look_from_here(wanted: dict) -> Report:
     entry = _look_at_service(report, wanted, endpoint)
     _look_at_passwords(report, entry.get("passfile", os.path.join(wanted["root"], "secrets", "pgpass")))
     if endpoint is None:
-        for check in ("name", "port", "TLS"):
-            report.skipped(check, "the server is down")
+        _skip_network(report, "the server is down")
     else:
         _look_at_network(report, wanted, endpoint["host"], int(endpoint["port"]))
-    serves = endpoint is not None
+    serves = endpoint is not None and not wanted["silent"]
     side = _look_at_python(report, wanted, "Python side", wanted["python_side"], "", serves, {})
     if wanted["environment"]:
         _look_at_python(report, wanted, "workers", wanted["environment"], "client_environment", serves, side)
@@ -236,6 +261,9 @@ def _look_at_network(report: Report, wanted: dict, host: str, port: int) -> None
     try:
         addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
     except OSError as error:
+        if _is_dead(wanted):
+            _skip_network(report, "the server gives no sign of life, and %s has no address here" % host)
+            return
         report.found("name", "%s cannot be resolved: %s" % (host, error.strerror or error),
                      "server_address: a name or an address that every node knows")
         for check in ("port", "TLS"):
@@ -250,12 +278,22 @@ def _look_at_network(report: Report, wanted: dict, host: str, port: int) -> None
     try:
         began = time.monotonic()
         with socket.create_connection((host, port), PORT_SECONDS) as connection:
+            wanted["silent"] = 0.0  # it lives, and clocks differ
             report.well("port", "%s port %d answers after %.0f ms" % (host, port, 1000 * (time.monotonic() - began)))
             _look_at_tls(report, wanted, connection)
     except OSError as error:
+        if _is_dead(wanted):
+            _skip_network(report, "the server gives no sign of life, and nothing answers")
+            return
         meaning, mend = causes.explain(error.strerror or str(error), wanted)
         report.found("port", "%s port %d: %s" % (host, port, _with_words(meaning, error.strerror or str(error))), mend)
         report.skipped("TLS", "nothing answers")
+
+
+def _skip_network(report: Report, why: str) -> None:
+    for check in ("name", "port", "TLS"):
+        if check not in [told["check"] for told in report.findings]:
+            report.skipped(check, why)
 
 
 def _look_at_socket(report: Report, path: str) -> None:

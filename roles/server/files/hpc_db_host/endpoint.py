@@ -5,19 +5,31 @@
 ``run/endpoint.json`` is for this collection; the instance's section in ``~/.pg_service.conf`` is for
 libpq, which reads it at every connect: so a URL that names the service follows the server. Where PgBouncer runs
 beside it, the section with ``-pooled`` after the instance's name leads there; no instance can be called so.
+
+For one that nobody took back, as its node died, call it in <root>/host:
+
+    python3 -m hpc_db_host.endpoint look JOB        print whether jobs of this name have left an endpoint, as JSON
+    python3 -m hpc_db_host.endpoint withdraw JOB    the same, and take it back
 """
 
+import argparse
 import contextlib
+import json
 import os
 import re
+import sys
 import time
 from typing import Dict, List, Optional, Tuple  # noqa: F401 - some in type comments
 
 from . import files
+from .break_lease import contender
+from .lease import can_be_asked
 
 LOCK_STALE_SECONDS = 30.0
 # On the way out somebody waits for our node: whoever serves next takes the endpoint back, too.
 LEAVING_SECONDS = 5.0
+# For somebody who waits at a terminal; a lock that a dead node has left is broken in that time.
+PATIENCE_SECONDS = 45.0
 POOLED = "-pooled"
 
 
@@ -129,3 +141,47 @@ def _made(path: str) -> "Optional[Tuple[int, int]]":
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
+
+
+def service_file(settings: dict) -> str:
+    """Return the path of the file that libpq reads."""
+    return os.path.expanduser(settings.get("service_file") or "~/.pg_service.conf")
+
+
+def is_there(run: str, path: str, instance: str) -> bool:
+    """Tell whether anything says where the server is."""
+    if os.path.exists(os.path.join(run, "endpoint.json")):
+        return True
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            text = stream.read()
+    except FileNotFoundError:
+        return False
+    return any(replace_section(text, name, {}) != text for name in (instance, instance + POOLED))
+
+
+def main() -> int:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="hpc_db_host.endpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verb", choices=("look", "withdraw"))
+    parser.add_argument("job")
+    asked = parser.parse_args()
+    os.umask(0o077)
+    settings, run = files.read_json("settings.json") or {}, os.path.join("..", "run")
+    try:
+        found = settings.get("job_name") == asked.job and is_there(run, service_file(settings), settings["instance"])
+        holder = contender(run).holder() if found else None
+        if holder and not can_be_asked(holder, settings["cluster"]):
+            found = False  # that of a server elsewhere, of which the scheduler here knows nothing
+        if found and asked.verb == "withdraw":
+            withdraw(run, service_file(settings), settings["instance"], PATIENCE_SECONDS)
+    except OSError as error:
+        raise SystemExit(str(error)) from None
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -147,7 +147,7 @@ class Pooler(Engine):
         self._verifier = self._ask_verifier()
         self._write("users", '"%s" "%s"\n' % (self._service["user"], self._verifier))
         self._write("hba", pooler_rules(self._service["user"], self._databases, self.settings))
-        program = self.settings["program"]
+        program = os.path.expanduser(self.settings["program"])
         parameters = self._parameters(version_of(program))
         lines = ["[databases]"]
         lines += ["%s = host=%s port=%d" % (name, self._postgres.socket, self._postgres.port)

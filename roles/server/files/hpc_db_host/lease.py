@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import re
+import socket
 import time
 import uuid
 from typing import Callable, Optional
@@ -49,6 +50,22 @@ def describe(holder: dict) -> str:
     what = "job %s" % holder["job"] if holder.get("job") else "a short-lived server"
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder.get("since", 0)))
     return "%s on %s (PID %s) since %s" % (what, holder.get("host", "?"), holder.get("pid", "?"), since)
+
+
+def can_be_asked(holder: dict, cluster: str) -> bool:
+    """Tell whether anything here, and not only the user, can know that this holder has ended."""
+    if holder.get("kind") == "bootstrap" and not holder.get("allocation"):
+        return True  # its long silence tells
+    if holder.get("cluster") != cluster:
+        return False  # another scheduler's
+    return holder.get("kind") != "local" or _is_here(holder)
+
+
+def _is_here(holder: dict) -> bool:
+    """Tell whether a holder is, or was before a reboot, on this machine."""
+    if holder.get("host") == socket.gethostname():
+        return True
+    return any(word in processes.this_machine() for word in holder.get("machine") or [])
 
 
 class Lease:
@@ -214,6 +231,10 @@ class Lease:
             return max(0.0, time.time() - os.stat(self._path("hb.%d" % self._newest())).st_mtime)
         except OSError:
             return None
+
+    def beat(self) -> str:
+        """Return what changes with each heartbeat of the holder; "" if there is none."""
+        return self._beat(self._newest())
 
     def _is_free(self, epoch: int) -> bool:
         holder = self._read(epoch) or {}

@@ -299,9 +299,12 @@ def free_port(wanted: int) -> int:
 
 
 def program_environment() -> Dict[str, str]:
-    """Return our environment without what is meant for workers, or for programs of another installation."""
+    """Return our environment without what is meant for workers, or for programs of another installation.
+
+    Programs speak English in it: their words are read here.
+    """
     foreign = [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]
-    return {name: value for name, value in os.environ.items() if name not in foreign}
+    return dict({name: value for name, value in os.environ.items() if name not in foreign}, LC_ALL="C")
 
 
 def client_environment() -> Dict[str, str]:

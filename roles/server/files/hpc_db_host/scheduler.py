@@ -12,11 +12,13 @@ What the commands of one scheduler are is in scheduler_NAME.py, NAME being the s
     queue_command()                          the call that lists this user's jobs
     parse_queue(stdout)                      id and name of each that waits or runs, and is not on its way out;
                                              OSError if that is no listing
+    parse_submit(stdout)                     the id of a job in what a submission has printed; None if there is none
     cancel_command(job)                      the call that cancels a job that waits
 
 A machine without a scheduler has no such file.
 """
 
+import contextlib
 import importlib
 import os
 import re
@@ -28,6 +30,10 @@ from typing import Dict, List, Optional, Sequence, Tuple
 # The variables that every scheduler's commands are given. All others stay out: SQUEUE_PARTITION in a .bashrc hides
 # jobs, and inside a job there are variables that describe that job. plugins/module_utils/_environment.py has the same.
 INHERITED = ("HOME", "KRB5CCNAME", "LD_LIBRARY_PATH", "LOGNAME", "PATH", "SHELL", "TZ", "USER")
+# Whatever colours an answer or moves the cursor: escape sequences, and all control characters but tab and newline.
+ESCAPES = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])|[\x00-\x08\x0b-\x1f\x7f]"
+)
 
 
 def adapter(name: str) -> Optional[ModuleType]:
@@ -68,6 +74,7 @@ def call(
     spoken: ModuleType, bin_dir: str, command: List[str], timeout: float
 ) -> "subprocess.CompletedProcess[str]":
     """Run one of the scheduler's commands; after the time-out nothing is left of it, not even what it has started."""
+    bin_dir = os.path.expanduser(bin_dir)
     with subprocess.Popen(
         [os.path.join(bin_dir, command[0])] + command[1:], env=spoken.environment(dict(os.environ), bin_dir),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
@@ -78,7 +85,9 @@ def call(
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+    return subprocess.CompletedProcess(
+        command, process.returncode, ESCAPES.sub("", stdout), ESCAPES.sub("", stderr)
+    )
 
 
 class Queue:
@@ -100,10 +109,19 @@ class Queue:
         others = self._others(jobs)
         if others:
             return "job %s follows" % others[0]
-        printed = self._run(self._settings["successor"])
-        # Sites may print lines of their own around the id.
-        ids = re.findall(r"^([0-9]+)(?:;.*)?$", printed, re.MULTILINE)
-        return "job %s follows" % (ids[-1] if ids else " ".join(printed.split()))
+        return "job %s follows" % self._submit(self._settings["successor"])
+
+    def _submit(self, command: List[str]) -> str:
+        """Submit a job of our name; return its id as the queue has it, whatever a site prints around it."""
+        printed = self._run(command)
+        found = []  # type: List[str]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            found = self._others(self._jobs())
+        job = found[0] if found else self._adapter.parse_submit(printed)
+        if not job:
+            raise OSError("%s printed no job id (%s), and no job %s is in the queue" % (
+                command[0], " ".join(printed.split()) or "nothing at all", self._settings["job_name"]))
+        return job
 
     def cancel_successors(self) -> None:
         """Cancel the jobs of our name that wait: what stops us would stop them, too."""

@@ -5,7 +5,7 @@
 import os
 import pwd
 import re
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 from xml.etree import ElementTree
 
 from .scheduler import build_environment
@@ -39,12 +39,19 @@ def queue_command() -> List[str]:
 
 def parse_queue(stdout: str) -> List[Tuple[str, str]]:
     """Return id and name of the jobs that go on; one that was deleted does not."""
+    found = re.search(r"<\?xml[^>]*>\s*<(\w+).*</\1\s*>", stdout, re.DOTALL)  # between lines of the site
     try:
-        jobs = ElementTree.fromstring(stdout[max(stdout.find("<?xml"), 0):]).iter("job_list")
+        jobs = ElementTree.fromstring(found.group() if found else "").iter("job_list")
     except ElementTree.ParseError:
         raise OSError("qstat: no XML in what was printed: %s" % " ".join(stdout[:200].split())) from None
     told = [[job.findtext(key) or "" for key in ("JB_job_number", "JB_name", "state")] for job in jobs]
     return [(number, name) for number, name, state in told if "d" not in state]
+
+
+def parse_submit(stdout: str) -> Optional[str]:
+    """Return the id, which may stand in a sentence, between lines of the site."""
+    found = re.findall(r"^\s*(?:Your job )?([0-9]+)(?: \(.*\) has been submitted)?\s*$", stdout, re.MULTILINE)
+    return found[-1] if found else None
 
 
 def cancel_command(job: str) -> List[str]:

@@ -3,7 +3,8 @@
 """Slurm's commands, as scheduler.py wants them."""
 
 import os
-from typing import Dict, List, Tuple
+import re
+from typing import Dict, List, Optional, Tuple
 
 from .scheduler import build_environment
 
@@ -12,7 +13,7 @@ JOB_VARIABLE = "SLURM_JOB_ID"
 # where the job is, and may hide that it runs: REVOKED (on another cluster of a federation), LAUNCH_FAILED.
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
 # All jobs, whatever a site hides or adds: partitions that are hidden, other clusters, jobs that have ended just now.
-LISTING = ["squeue", "--noheader", "--all", "--local", "--states=all"]
+LISTING = ["squeue", "--all", "--local", "--states=all"]
 
 
 def environment(variables: Dict[str, str], bin_dir: str) -> Dict[str, str]:
@@ -22,15 +23,18 @@ def environment(variables: Dict[str, str], bin_dir: str) -> Dict[str, str]:
 
 def state_command(job: str) -> List[str]:
     """Return the call that prints the state of ``job``."""
-    return LISTING + ["--format=%T", "--jobs=%s" % job]
+    return LISTING + ["--noheader", "--format=job|%T|", "--jobs=%s" % job]
 
 
 def has_ended(returncode: int, stdout: str, stderr: str) -> bool:
-    """Read the answer: a job that Slurm has forgotten has ended. No answer, or an empty one, says nothing."""
+    """Read the answer: a job that Slurm has forgotten has ended.
+
+    No answer says nothing, nor does an empty one, one that is cut off, or one with nothing but a site's own lines.
+    """
     if returncode:
-        return "Invalid job id specified" in stderr
-    states = stdout.split()
-    return bool(states) and all(state in ENDED for state in states)
+        return "Invalid job id specified" in stdout + stderr
+    states = re.findall(r"^job\|(.*)$", stdout, re.MULTILINE)
+    return bool(states) and all(state.endswith("|") and state[:-1] in ENDED for state in states)
 
 
 def queue_command() -> List[str]:
@@ -39,9 +43,17 @@ def queue_command() -> List[str]:
 
 
 def parse_queue(stdout: str) -> List[Tuple[str, str]]:
-    """Return id and name of the jobs that go on."""
+    """Return id and name of the jobs that go on. Without its head a listing is none, or not all of one."""
+    if not re.search(r"^JOBID\|", stdout, re.MULTILINE):
+        raise OSError("squeue: no list of jobs in what was printed: %s" % " ".join(stdout[:200].split()))
     jobs = [line.split("|") for line in stdout.splitlines() if line.count("|") == 2]
-    return [(job, name) for job, name, state in jobs if state not in ["COMPLETING"] + ENDED]
+    return [(job, name) for job, name, state in jobs if job != "JOBID" and state not in ["COMPLETING"] + ENDED]
+
+
+def parse_submit(stdout: str) -> Optional[str]:
+    """Return the id, which may stand in a sentence, between lines of the site."""
+    found = re.findall(r"^\s*(?:Submitted batch job )?([0-9]+)(?:;.*| on cluster \S+)?\s*$", stdout, re.MULTILINE)
+    return found[-1] if found else None
 
 
 def cancel_command(job: str) -> List[str]:

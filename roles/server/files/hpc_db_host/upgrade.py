@@ -171,7 +171,7 @@ class Upgrade:
                 raise Failed("what PostgreSQL %s holds differs: %s" % (major_of(aside), in_short(lost)))
             # pg_upgrade and pg_restore bring no statistics, or not all of them.
             options = ["--all", "--analyze-only", "--quiet"]
-            self._program([self._at(new, "vacuumdb")] + options + where(server), self._environment())
+            self._program([self._at(new, "vacuumdb")] + options + where(server), client_environment())
         return way, after
 
     def _pg_upgrade(self, aside: str) -> None:
@@ -188,7 +188,7 @@ class Upgrade:
             self._program([
                 program, "--old-bindir=" + self.old["bindir"], "--new-bindir=" + self.new["bindir"],
                 "--old-datadir=" + copy, "--new-datadir=" + aside, "--socketdir=" + folder, "--link",
-            ], self._environment(), folder=folder)
+            ], client_environment(), folder=folder)
         except Told as told:
             if "Performing Upgrade" in told.said:
                 raise Failed("pg_upgrade failed: %s; its logs are in %s" % (told, aside)) from None
@@ -200,7 +200,7 @@ class Upgrade:
 
     def _restore(self, old: Postgres, new: Postgres) -> None:
         """Bring roles and databases through pipes, so that no password is ever in a file."""
-        environment = self._environment()
+        environment = client_environment()
         into = [self._at(self.new, "psql"), "-XqAt", "-v", "ON_ERROR_STOP=1"] + where(new)
         # The programs of the new major know both.
         said = self._program(
@@ -234,9 +234,10 @@ class Upgrade:
     def _ask(self, server: Postgres, settings: Settings, database: str, script: str) -> List[Any]:
         """Run a script for psql; return the JSON on each line that it prints."""
         command = [self._at(settings, "psql"), "-XqAt", "-v", "ON_ERROR_STOP=1"] + where(server)
-        environment = dict(self._environment(), PGOPTIONS=SAME_TEXT)
+        environment = dict(client_environment(), PGOPTIONS=SAME_TEXT)
         printed = self._program(command + ["-d", conninfo(database)], environment, given=script)
-        return [json.loads(line) for line in printed.splitlines()]
+        # Not splitlines: the name of a study may hold what separates lines elsewhere.
+        return [json.loads(line) for line in printed.split("\n") if line]
 
     @contextlib.contextmanager
     def _server(self, settings: Settings) -> Iterator[Postgres]:
@@ -273,10 +274,6 @@ class Upgrade:
 
     def _at(self, settings: Settings, program: str) -> str:
         return os.path.join(settings["bindir"], program)
-
-    def _environment(self) -> Dict[str, str]:
-        """Return an environment in which programs speak English, which is read here."""
-        return dict(client_environment(), LC_ALL="C")
 
     def _program(
         self, command: List[str], environment: Dict[str, str], given: str = "", folder: str = "/",

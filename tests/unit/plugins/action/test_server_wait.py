@@ -143,6 +143,7 @@ def test_reasons_that_never_resolve(reason, hopeless):
 SQUEUE = """#!/bin/sh
 [ -e "$0.looked" ] && state=RUNNING || state=PENDING
 touch "$0.looked"
+echo "JOBID|STATE|NODELIST|TIME_LEFT/TIME_LIMIT|NAME|REASON"
 echo "7|$state|c1|1:00|hpc-db|Resources"
 """
 

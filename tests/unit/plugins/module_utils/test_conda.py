@@ -24,6 +24,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     difference,
     explain,
     has_secret,
+    is_whole,
     may_pass,
     parse_answer,
     parse_record,
@@ -34,6 +35,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     search_command,
     unmet_need,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils._lock import install_command
 
 POSTGRESQL = Package("postgresql", "17.2", "h1_0")
 LIBPQ = Package("libpq", "17.2", "h1_0")
@@ -144,6 +146,25 @@ def test_record_of_conda_meta() -> None:
     assert parse_record(json.dumps(record)) == LIBPQ
 
 
+@pytest.mark.parametrize(
+    ("depends", "whole"),
+    [
+        ([], True),
+        (["libpq ==17.2", "__glibc >=2.34,<3.0.a0"], True),
+        (["libpq >=17.2,<18.0a0", "libpq", "LIBPQ"], True),
+        (["libpq ==17.10"], False),
+        (["libpq >=17.3"], False),
+        (["openssl"], False),
+        (["openssl 3.5.* h1_*"], False),
+        (["libpq 17.2 other_0", "libpq 16.*|18.*"], True),  # not read, so only the name counts
+    ],
+)
+def test_environment_without_a_dependency_is_not_whole(depends: list[str], whole: bool) -> None:
+    records = [{**package._asdict(), "depends": depends} for package in BOTH.values()]
+
+    assert is_whole(records) is whole
+
+
 def test_difference_names_only_what_differs() -> None:
     newer = POSTGRESQL._replace(version="17.10")
     openssl = Package("openssl", "3.5", "h0")
@@ -154,14 +175,23 @@ def test_difference_names_only_what_differs() -> None:
     }
 
 
-@pytest.mark.parametrize(("create", "verb"), [(True, "create"), (False, "install")])
+@pytest.mark.parametrize(
+    ("client", "create", "verb"),
+    [
+        ("/opt/conda/bin/conda", True, ["create", "--no-default-packages"]),  # of the user's ~/.condarc
+        ("/opt/conda/bin/conda", False, ["install"]),
+        ("/opt/conda/bin/mamba", True, ["create"]),
+        ("micromamba", False, ["install"]),
+    ],
+)
 @pytest.mark.parametrize(("dry_run", "dry"), [(True, ["--dry-run"]), (False, [])])
-def test_command_that_all_clients_take(create: bool, verb: str, dry_run: bool, dry: list[str]) -> None:
+def test_command_of_each_client(client: str, create: bool, verb: list[str], dry_run: bool, dry: list[str]) -> None:
     specs = [parse_spec("postgresql>=17,<18"), parse_spec("libpq")]
 
-    assert conda_command("/opt/conda", create, "/a b", ["conda-forge", "file:///c"], specs, dry_run) == [
-        "/opt/conda",
-        verb,
+    assert install_command(client, create, "/a b", "/lock")[: len(verb) + 1] == [client, *verb]
+    assert conda_command(client, create, "/a b", ["conda-forge", "file:///c"], specs, dry_run) == [
+        client,
+        *verb,
         "-y",
         "-q",
         "--json",
@@ -195,6 +225,7 @@ def test_environment_of_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
     said = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
 
     assert {"HTTPS_PROXY=/site", "CONDA_PKGS_DIRS=/a b/pkgs", "MAMBA_ROOT_PREFIX=/a b"} <= said
+    assert "CONDA_SAFETY_CHECKS=enabled" in said
     assert not {"LD_LIBRARY_PATH=/site", "PYTHONPATH=/site", "PYTHONHOME=/site"} & said
 
 
@@ -277,11 +308,148 @@ def test_failure(content: dict, setting: str, problem: str) -> None:
         (126, "env: '/x': Permission denied", "conda", "client", "env: '/x': Permission denied"),
         (124, "", "conda", "timeout", "the client was stopped"),
         (-11, "", "conda", "provider", "it said nothing"),
-        (0, "", "conda", "provider", "it said nothing"),
     ],
 )
 def test_failure_without_words(code: int, stderr: str, provider: str, setting: str, problem: str) -> None:
     assert parse_answer(code, "", stderr, BOTH, provider) == Answer({}, setting, problem)
+
+
+@pytest.mark.parametrize("stdout", ["", "Preparing transaction: done\n"])
+def test_nothing_is_no_failure(stdout: str) -> None:
+    """As conda answers, up to 26.7 at least, when it has installed a lock file."""
+    assert parse_answer(0, stdout, "", BOTH, "conda") == Answer(BOTH)
+
+
+def nested(*errors: dict | str) -> dict:
+    return {"error": "Multiple Errors Encountered.", "exception_name": "CondaMultiError", "errors": list(errors)}
+
+
+def unavailable(name: str) -> dict:
+    url = f"https://host/c/linux-64/{name}-17.10-h_0.tar.bz2"
+    advice = "\nElapsed: 00:00.002909\n\nAn HTTP error occurred when trying to retrieve this URL.\n"
+    return {"exception_name": "CondaHTTPError", "message": f"HTTP 503 Service Unavailable for url <{url}>{advice}"}
+
+
+CUT_OFF = {
+    "exception_name": "ChunkedEncodingError",
+    "message": "('Connection broken: IncompleteRead(1000 bytes read, 301399 more expected)', IncompleteRead(1000))",
+}
+NOT_IN_FOLDER = {"exception_name": "PathNotFoundError", "message": "/c/linux-64/libpq-17.11-h_0.tar.bz2"}
+SHORT_FILE = {
+    "exception_name": "SafetyError",
+    "message": "The package for libpq located at /a b/pkgs/libpq-17.10-h_0\nappears to be corrupted. The path "
+    "'lib/libpq.so'\nhas an incorrect size.\n  reported size: 300000 bytes\n  actual size: 1000 bytes\n",
+}
+NO_FILE = {
+    "exception_name": "CondaVerificationError",
+    "message": "The package for postgresql located at /pkgs/postgresql-17.10-h_0\nappears to be corrupted. The path "
+    "'share/f0'\nspecified in the package manifest cannot be found.\n",
+}
+NOT_AVAILABLE = """The following packages are not available from current channels:
+
+  - {}
+
+Current channels:
+
+  - file:///c/linux-64
+  - file:///c/noarch
+
+To search for alternate channels that may provide the conda package you're
+looking for, navigate to
+
+    https://anaconda.org
+
+and use the search bar at the top of the page.
+"""
+# as in reports on conda 4 to 25
+NO_CERTIFICATE = """HTTP 000 CONNECTION FAILED for url <https://host/c/linux-64/repodata.json>
+Elapsed: -
+CF-RAY: a0d4d50e0e2572ed-IAD
+
+An HTTP error occurred when trying to retrieve this URL.
+HTTP errors are often intermittent, and a simple retry will get you on your way.
+
+If your current network has https://www.anaconda.com blocked, please file
+a support request with your network engineering team.
+
+SSLError(MaxRetryError("certificate verify failed"))
+"""
+NO_CERTIFICATE_IN_ONE_LINE = (
+    "HTTP 000 CONNECTION FAILED for url <https://host/c/linux-64/repodata.json> "
+    'SSLError(MaxRetryError("certificate verify failed"))'
+)
+NO_CHANNEL = """HTTP 404 UNAVAILABLE OR INVALID for channel channel <file:///no/channel>
+
+The channel is not accessible or is invalid.
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "setting", "problem"),
+    [
+        (
+            {"exception_name": "PackagesNotFoundInChannelsError", "message": NOT_AVAILABLE.format("postgresql==17.99")},
+            "specs",
+            "The following packages are not available from current channels: - postgresql==17.99",
+        ),
+        (
+            {"exception_name": "UnavailableInvalidChannel", "message": NO_CHANNEL},
+            "channels",
+            "HTTP 404 UNAVAILABLE OR INVALID for channel channel <file:///no/channel> The channel is not accessible or "
+            "is invalid.",
+        ),
+        (
+            nested(unavailable("libpq"), unavailable("postgresql"), unavailable("libpq")),
+            "channels",
+            "HTTP 503 Service Unavailable for url <https://host/c/linux-64/libpq-17.10-h_0.tar.bz2>; "
+            "HTTP 503 Service Unavailable for url <https://host/c/linux-64/postgresql-17.10-h_0.tar.bz2>",
+        ),
+        (nested(CUT_OFF), "channels", CUT_OFF["message"]),
+        (nested(NOT_IN_FOLDER, NOT_IN_FOLDER), "channels", "/c/linux-64/libpq-17.11-h_0.tar.bz2"),
+        (nested(unavailable("libpq"), {"exception_name": "CondaOSError", "message": "full"}), "provider", "full"),
+        (
+            nested({"exception_name": "ClobberError", "message": "a path"}, SHORT_FILE, NO_FILE, NO_FILE),
+            "package_cache",
+            "rm -r '/a b/pkgs/libpq-17.10-h_0'; rm -r /pkgs/postgresql-17.10-h_0",
+        ),
+        ({"exception_name": "ImportError", "message": "conda is broken"}, "client", "conda is broken"),
+    ],
+)
+def test_failure_of_a_real_conda(content: dict, setting: str, problem: str) -> None:
+    """As conda 26.7.1 has said it, shortened."""
+    assert parse_answer(1, json.dumps(content, indent=2), "", BOTH, "conda") == Answer({}, setting, problem)
+
+
+@pytest.mark.parametrize(
+    ("content", "setting", "problem"),
+    [
+        (nested(nested(CUT_OFF), nested(nested(CUT_OFF))), "channels", CUT_OFF["message"]),
+        (nested("no space"), "provider", "no space"),
+        ({"exception_name": None, "message": None, "error": "full"}, "provider", "full"),
+        ({"exception_name": "CondaHTTPError", "message": NO_CERTIFICATE}, "channels", NO_CERTIFICATE_IN_ONE_LINE),
+    ],
+)
+def test_failure_in_other_words(content: dict, setting: str, problem: str) -> None:
+    answer = parse_answer(1, json.dumps(content), "", BOTH, "conda")
+
+    assert answer == Answer({}, setting, problem)
+    assert may_pass(answer, ["conda-forge"]) is (answer.problem == CUT_OFF["message"])  # not with a wrong certificate
+
+
+@pytest.mark.parametrize(
+    "actions", ["none", ["none"], {"LINK": ["c::libpq-17.10-h_0"]}, {"LINK": [{"dist_name": "a"}]}]
+)
+def test_success_in_other_words(actions: object) -> None:
+    answer = parse_answer(0, json.dumps({"success": True, "actions": actions}), "", BOTH, "conda")
+
+    assert answer == Answer({}, "provider", "its answer has an unknown form")
+
+
+def test_warnings_come_before_the_answer() -> None:
+    """As conda 26.7.1 prints them: a document of their own."""
+    stdout = json.dumps(nested(SHORT_FILE), indent=2) + "\n\n" + json.dumps({"success": True, "actions": CONDA_LINKS})
+
+    assert parse_answer(0, stdout, "", BOTH, "conda").packages == NEWER
 
 
 @pytest.mark.parametrize(
@@ -305,13 +473,14 @@ def test_sentence_names_the_setting_and_its_value(setting: str, sentence: str) -
 
 RATTLER = "cannot be installed because: postgresql 17.9 | 17.10 would require __glibc >=2.34,<3.0.a0, for which no"
 LIBMAMBA = "nothing provides __glibc >=2.34,<3.0.a0 needed by postgresql-17.10-h_0"
+EXACT = "The following packages are not available from current channels: - __glibc[version='>=2.34,<3.0.a0']"
 CLASSIC = "- feature:/linux-64::__glibc==2.17=0 - postgresql=17 -> __glibc[version='>=2.34,<3.0.a0'] Your installed"
 
 
 @pytest.mark.parametrize(
     ("problem", "glibc", "need"),
     [
-        *((problem, "2.17", "__glibc >=2.34,<3.0.a0") for problem in (RATTLER, LIBMAMBA, CLASSIC)),
+        *((problem, "2.17", "__glibc >=2.34,<3.0.a0") for problem in (RATTLER, LIBMAMBA, CLASSIC, EXACT)),
         *((problem, "2.34", "") for problem in (RATTLER, LIBMAMBA, CLASSIC)),  # then it was something else
         (RATTLER, "", "__glibc >=2.34,<3.0.a0"),
         ("nothing provides __cuda >=12 needed by pytorch-2.8-h_0", "2.36", "__cuda >=12"),

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _gridengine
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
+from hpc_db_host import scheduler_gridengine
 
 HEAD = """<?xml version='1.0'?>
 <job_info  xmlns:xsd="http://arc.liv.ac.uk/repos/darcs/sge/source/dist/util/resources/schemas/qstat/qstat.xsd">
@@ -188,21 +189,18 @@ def test_name_of_a_worker_is_that_of_its_job(variables, name):
     assert done.stdout.startswith(name)
 
 
-@pytest.mark.parametrize("text, job_id", [("18\n", "18"), ("Welcome!\n18\n", "18"), ("18\nBye!\n", "18")])
+@pytest.mark.parametrize("text, job_id", [
+    ("18\n", "18"), ("Welcome!\n18\n", "18"), ("18\nBye!\n", "18"),
+    ('Your job 18 ("x") has been submitted\n', "18"), ("", None), ("21.1-3:1\n", None), ("18 jobs are queued\n", None),
+])
 def test_id_of_a_submission(text, job_id):
-    assert _gridengine.parse_submit(text) == job_id
-
-
-@pytest.mark.parametrize("text", ["", 'Your job 4 ("x") has been submitted\n', "21.1-3:1\n"])
-def test_submission_without_an_id_is_an_error(text):
-    with pytest.raises(ValueError, match="no job id"):
-        _gridengine.parse_submit(text)
+    assert _gridengine.parse_submit(text) == scheduler_gridengine.parse_submit(text) == job_id
 
 
 def test_queue(monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 1795417274.0 + 30)  # 30 s after its start
 
-    assert _gridengine.parse_queue("Maintenance on Monday\n" + QUEUE) == [
+    assert _gridengine.parse_queue("Maintenance on Monday\n" + QUEUE + "--> 12 % of the allocation are left\n") == [
         {"id": "18", "name": "hpc_db", "state": "RUNNING", "node": "c2", "reason": "", "time_left": 70,
          "time_limit": 100},
         {"id": "19", "name": "hpc_db", "state": "PENDING", "node": "", "reason": "held", "time_left": None,
@@ -254,6 +252,25 @@ def test_defaults_of_qstat_that_hide_jobs_are_refused(name, ask, home):
     (home / name).write_text("-s prs\n-q nothing\n")
 
     with pytest.raises(ValueError, match=f"^{home}/{name}: the option -q changes what every qstat shows"):
+        ask()
+
+
+@pytest.mark.parametrize("name", [".sge_request", "sge/default/common/sge_request"])
+@pytest.mark.parametrize("text, option", [
+    ("-q all.q\n-sync y\n", "-sync"), ("-notify\n", "-notify"), ("-t 1-3", "-t"), ("-h -j y\n", "-h"),
+    ("-cwd -b yes\n", "-b"),
+    ("-sync n -now no -b n\n# -t 1-3\n-P project -m n\n", ""), ("", ""),
+])
+def test_defaults_of_qsub_with_which_no_job_is_hosted_are_refused(text, option, name, home):
+    (home / name).write_text(text)
+
+    def ask():
+        _gridengine.check_environment({}, {}, "server_job_options")
+
+    if option:
+        with pytest.raises(ValueError, match=f"^{home}/{name}: the option {option} changes every job that qsub"):
+            ask()
+    else:
         ask()
 
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _optuna
 
@@ -18,6 +20,14 @@ OPTUNA = _optuna.Optuna("5.0.0", ["v3.2.0.a", "v3.0.0.d", "v0.9.0.a"])
 @pytest.mark.parametrize("steps", [CHAIN, CHAIN[::-1], [CHAIN[1], CHAIN[2], CHAIN[0], "# nothing\n"]])
 def test_revisions_come_in_their_order_not_the_files(steps: list[str]) -> None:
     assert _optuna.newest_first(steps) == OPTUNA.revisions
+
+
+@pytest.mark.parametrize("held, value", [
+    ('{"a": [Infinity, "\\ud800"]}', {"a": [math.inf, "\ud800"]}), ("1", 1), ('"x"', "x"), ("", ""), ("{cut", "{cut"),
+    (None, None), ("[" * 100000, "[" * 100000),
+])
+def test_attribute_that_is_no_json_is_the_text_that_is_there(held: str, value: object) -> None:
+    assert _optuna.attribute(held) == value
 
 
 def test_no_revisions_leave_the_judgement_to_optuna() -> None:

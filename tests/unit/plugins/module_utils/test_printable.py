@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Text from a cluster, in one line, in a page and in YAML."""
 
+import json
+
 import pytest
 import yaml
 from ansible_collections.mala.hpc_db.plugins.module_utils import _conda, _lock, _printable, _report
@@ -15,6 +17,15 @@ from ansible_collections.mala.hpc_db.plugins.module_utils import _conda, _lock, 
 def test_text_is_in_one_line(text, shown):
     assert _printable.printable(text) == shown
     assert _printable.printable_data({text: [text, 1, None, True, (text,)]}) == {shown: [shown, 1, None, True, [shown]]}
+
+
+def test_result_can_be_encoded_and_is_the_same_otherwise():
+    given = {"a\ud800\n": ["\udc80", "\0 \u03a9", 1.5, None, {"x": ("\ud83d",)}]}
+
+    shown = _printable.encodable_data(given)
+
+    assert shown == {"a\\ud800\n": ["\\udc80", "\0 \u03a9", 1.5, None, {"x": ["\\ud83d"]}]}
+    json.dumps(shown, ensure_ascii=False).encode()
 
 
 def test_why_something_failed_is_in_one_line():

@@ -5,6 +5,7 @@
 import inspect
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from ansible_collections.mala.hpc_db.plugins.doc_fragments.scheduler import Modu
 from ansible_collections.mala.hpc_db.plugins.module_utils import _local, _scheduler, _slurm
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SCHEDULERS, SchedulerError, make_run
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
+from hpc_db_host import scheduler, scheduler_slurm
 
 
 def test_submission_passes_every_option_as_one_argument():
@@ -40,15 +42,17 @@ def test_check_neither_needs_a_script_nor_submits():
     ("12;hemera\n", "12"),
     ("Welcome!\nYou have 3 hours left.\n12\n", "12"),
     ("Welcome!\n12\n--> 12 % of the allocation are left\n", "12"),
+    ("Submitted batch job 12\n", "12"),
+    ("Submitted batch job 12 on cluster hemera\n", "12"),
+    ("", None),
+    ("12 13", None),
+    ("--> 12 % of the allocation are left\n", None),
 ])
 def test_id_of_a_submission(text, job_id):
-    assert _slurm.parse_submit(text) == job_id
+    assert _slurm.parse_submit(text) == scheduler_slurm.parse_submit(text) == job_id
 
 
-@pytest.mark.parametrize("text", ["", "Submitted batch job 12\n", "12 13"])
-def test_submission_without_an_id_is_an_error(text):
-    with pytest.raises(ValueError, match="no job id"):
-        _slurm.parse_submit(text)
+HEAD = "JOBID|STATE|NODELIST|TIME_LEFT/TIME_LIMIT|NAME|REASON\n"
 
 
 def job(job_id, state, node="", left=None, reason="", limit=None):
@@ -70,14 +74,22 @@ def job(job_id, state, node="", left=None, reason="", limit=None):
      job("8", "PENDING", "", 60, reason="ReqNodeNotAvail, UnavailableNodes:c[1|2]")),
 ])
 def test_queue_line(line, expected):
-    assert _slurm.parse_queue(line + "\n") == [expected]
+    assert _slurm.parse_queue(f"Welcome!\n{HEAD}{line}\n--> 3 % are left\n") == [expected]
+    assert _local.parse_queue(line + "\n") == [expected]  # of whatever version the hosting program is
 
 
 @pytest.mark.parametrize("text", [
     "", "\n", "3|CANCELLED||1:00/1:00|hpc-db|None\n", "Maintenance on Monday | be prepared\n",
 ])
 def test_queue_without_jobs(text):
-    assert _slurm.parse_queue(text) == []
+    assert _slurm.parse_queue(HEAD + text) == _local.parse_queue(text) == []
+
+
+@pytest.mark.parametrize("text", ["", "\n", "Welcome!\n", "3|RUNNING|c1|1:00/1:00|hpc-db|None\n"])
+@pytest.mark.parametrize("parse", [_slurm.parse_queue, _slurm.parse_jobs])
+def test_answer_without_a_head_is_no_list_of_jobs(parse, text):
+    with pytest.raises(ValueError, match="^squeue: no list of jobs in what was printed"):
+        parse(text)
 
 
 @pytest.mark.parametrize("line, expected", [
@@ -93,7 +105,8 @@ def test_queue_without_jobs(text):
     ("", None),
 ])
 def test_jobs_that_have_not_ended(line, expected):
-    assert _slurm.parse_jobs(line + "\n") == ([expected] if expected else [])
+    assert _slurm.parse_jobs(f"JOBID|RESTARTS|\n{line}\n") == ([expected] if expected else [])
+    assert _local.parse_jobs(line + "\n") == ([expected] if expected else [])
 
 
 @pytest.mark.parametrize("text, seconds", [
@@ -169,6 +182,7 @@ def test_limit_is_asked_for_only_where_it_decides(options, asked):
     ("short|30:00\nlong|7-00:00:00\n", "72:00:00", False),
     ("short|30:00\nlong|2-00:00:00\n", "72:00:00", True),
     ("", "72:00:00", False),
+    ("Welcome to | mini\ndefq|1-00:00:00\n--> 12 % are left\n", "72:00:00", True),
 ])
 def test_time_above_the_limit_of_every_partition(limits, time, refused):
     options = {"partition": "defq", "time": time}
@@ -241,21 +255,46 @@ def test_run_gives_a_few_variables_that_are_known(monkeypatch):
     assert "SLURM_CONF=/s\n" in said and f"PATH={os.environ['PATH']}\n" in said
 
 
+@pytest.mark.parametrize("printed", [
+    r"\033[1;32m12\033[0m;mini\r\n\033]0;title\007",
+    r"\033(B\033[m\033[32m12\033(B\033[m\n", r"\033712\0338\a\n", r"12\033[m\017\033",  # as of tput
+])
+def test_colours_are_no_answer(printed):
+    """Neither for modules nor for the hosting program."""
+    said = make_run(Module())(["printf", printed])
+
+    assert said.strip() in ("12", "12;mini")
+    assert scheduler.ESCAPES == _scheduler.ESCAPES
+
+
+def test_run_is_where_later_jobs_are_submitted_from(tmp_path):
+    module = Module()
+    module.params["root"] = str(tmp_path / "hpc_db")
+    assert make_run(module)(["pwd"]).strip() == str(tmp_path)
+
+    (tmp_path / "hpc_db/host").mkdir(parents=True)
+    assert make_run(module)(["pwd"]).strip() == str(tmp_path / "hpc_db/host")
+
+
 def test_run_that_waits_for_an_answer_has_none():
     assert make_run(Module())(["cat"]) == ""
 
 
 def test_run_gives_up_a_command_that_does_not_answer(monkeypatch):
+    """And what it has started, which holds the pipes: a site's sbatch may be a script."""
     monkeypatch.setattr(_scheduler, "TIMEOUT", 0.2)
+    began = time.monotonic()
 
-    with pytest.raises(SchedulerError, match=r"^sleep has not answered within 0.2 s$"):
-        make_run(Module())(["sleep", "100"])
+    with pytest.raises(SchedulerError, match=r"^sh has not answered within 0.2 s$"):
+        make_run(Module())(["sh", "-c", "sleep 30; :"])
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("variables, options, words", [
     ({"SBATCH_ACCOUNT": "hpc"}, {}, "account: not set, but your login shell sets SBATCH_ACCOUNT='hpc', which no "),
     ({"SBATCH_PARTITION": "debug"}, {"account": "hpc"}, "partition: not set, but "),
     ({"SBATCH_TIMELIMIT": "10"}, {}, "time: not set, but "),
+    ({"SBATCH_CPU_FREQ_REQ": "high"}, {}, "cpu-freq: not set, but "),
     ({"SBATCH_MEM_PER_CPU": "1G"}, {}, "mem-per-cpu: not set, but "),
     ({"SBATCH_EXCLUSIVE": ""}, {}, "exclusive: not set, but "),
     ({"SBATCH_ACCOUNT": "a\nb"}, {}, r"SBATCH_ACCOUNT='a\nb'"),
@@ -267,10 +306,28 @@ def test_run_gives_up_a_command_that_does_not_answer(monkeypatch):
 ])
 def test_option_of_the_login_alone_is_refused_with_its_setting(variables, options, words):
     if not words:
-        return _slurm.check_environment(variables, options)
-    with pytest.raises(ValueError, match="^[a-z-]+: ") as refused:
-        _slurm.check_environment(variables, options)
+        return _slurm.check_environment(variables, options, "server_job_options")
+    with pytest.raises(ValueError, match="^server_job_options: [a-z-]+: ") as refused:
+        _slurm.check_environment(variables, options, "server_job_options")
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("variables, options, flag", [
+    ({"SBATCH_PARTITION": "debug"}, {"partition": "work"}, "partition"),
+    ({"SBATCH_TIMELIMIT": "10"}, {"time": "04:00:00"}, "time"),
+    ({"SBATCH_ARRAY_INX": "1-3"}, {}, "array"),
+    ({"SBATCH_PARTITION": "work", "SBATCH_ACCOUNT": "hpc"}, {"partition": "work", "account": False}, None),
+    ({"SBATCH_EXCLUSIVE": "", "SBATCH_CPUS_PER_TASK": "4"}, {"exclusive": True, "cpus-per-task": 4}, None),
+    ({"SBATCH_EXPORT": "NONE", "SBATCH_WAIT": "1", "SQUEUE_PARTITION": "debug"}, {}, None),
+])
+def test_what_sbatch_obeys_before_a_job_script_is_said(variables, options, flag):
+    """The user submits it, out of an environment that is not built."""
+    said = _slurm.overridden(variables, options, "workers_job_options")
+
+    (name,) = variables if flag else [None]
+    assert [each.partition(" in the job script counts for nothing")[0] for each in said] == (
+        [f"workers_job_options: {flag}"] if flag else [])
+    assert not flag or f"unset {name} before you submit it" in said[0]
 
 
 @pytest.mark.parametrize("bin_dir, command, words", [

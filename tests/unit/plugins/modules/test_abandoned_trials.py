@@ -47,7 +47,7 @@ class FakeCluster:
     def run(self, command):
         self.looks.append(command[0])
         assert command[0] in ("squeue", "scontrol")
-        return "c1\n" if command[0] == "scontrol" else "".join(f"{line}|\n" for line in self.listed)
+        return "c1\n" if command[0] == "scontrol" else "".join(f"{line}|\n" for line in ["JOBID", *self.listed])
 
     def requeue(self, _params, trial):
         if trial.number not in self.running:
@@ -110,6 +110,13 @@ def test_trial_that_ends_meanwhile_is_left(use, monkeypatch):
 
     assert (result["changed"], result["requeued"]) == (False, [])
     assert [trial["why"] for trial in result["left"]] == ["it has ended meanwhile"]
+
+
+@pytest.mark.parametrize("held, listed", [
+    (None, []), ("[0, 3]", [0, 3]), ("{}", []), ("[0, \"x\"", []), ('[1, "\\u0000"]', [1]),
+])
+def test_history_that_optuna_has_not_written_keeps_no_trial_from_the_queue(held, listed):
+    assert abandoned_trials.numbers(held) == listed
 
 
 @pytest.mark.parametrize("name, left", [("hpc_db", 0), ("notebook", 0), ("train", 1)])

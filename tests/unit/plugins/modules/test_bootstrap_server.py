@@ -5,21 +5,25 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils._slices import Waiting
 from ansible_collections.mala.hpc_db.plugins.modules.bootstrap_server import (
     Failed,
     ask_once,
     ensure_started,
     ensure_stopped,
     find_server,
+    runs,
 )
 
 # What the hosting program does when it is told to --detach.
@@ -115,7 +119,7 @@ def test_whoever_has_the_port_of_a_job_that_has_ended_is_not_asked(queue, is_bel
     settings = {"job_name": "hpc_db", "scheduler": "slurm", "bin_dir": ""}
     (root / "host" / "settings.json").write_text(json.dumps(settings))
     say(root, "endpoint", job)
-    is_served = ask_once(str(root), lambda _where: lambda command: asked.append(command) or queue)
+    is_served = ask_once(str(root), lambda _where: lambda command: asked.append(command) or "JOBID|\n" + queue)
 
     assert ensure_started(params(root), run_in(root), is_served)["job"] == ("4711" if is_believed else "")
     assert len(asked) == 1  # however often it looks
@@ -199,3 +203,73 @@ def test_failure_says_why_in_one_line(program, timeout, message, root):
     with pytest.raises(Failed, match=message) as failed:
         ensure_started(params(root, timeout=timeout), run_in(root), believe)
     assert "\n" not in str(failed.value)
+
+
+SLOW = """
+import time
+print("2026-11-29T10:00:00+0000 starting: asking for the lease", flush=True)
+print("2026-11-29T10:00:00+0000 starting: waiting: the data directory is held by job 7 on c1; hint", flush=True)
+time.sleep(60)
+"""
+
+
+def test_wait_goes_on_in_the_next_slice_with_the_same_server(root):
+    (root / "host" / "hpc_db_host" / "__main__.py").write_text(DETACH + SLOW.replace("60", "1") + PROGRAM)
+    pids, told, resume = set(), [], {}
+
+    while True:
+        try:
+            server = ensure_started(params(root, slice=0.3, resume=resume), run_in(root), believe)
+            break
+        except Waiting as waiting:
+            told.append(str(waiting))
+            pids.add(waiting.resume["pid"])
+            resume = {**waiting.resume, "waited": 0.3 * len(told)}
+
+    assert server["host"] == str(root)
+    assert told[-1] == (
+        "the short-lived server: waiting: the data directory is held by job 7 on c1; hint, 10 s are allowed")
+    assert pids == {int((root / "pid").read_text())}
+    with pytest.raises(Waiting, match=r"^the short-lived server \(PID \d+\) stops$"):
+        ensure_stopped(params(root, slice=1e-9, resume={"waited": 1.0}))  # it was told in the first one
+    assert ensure_stopped(params(root)) is True
+    assert not (root / "run" / "bootstrap.json").exists()
+
+
+def test_time_of_all_slices_together_is_limited(root):
+    (root / "host" / "hpc_db_host" / "__main__.py").write_text(DETACH + SLOW)
+    with pytest.raises(Waiting) as waiting:
+        ensure_started(params(root, slice=0.5, resume={}), run_in(root), believe)
+    resume = {**waiting.value.resume, "waited": 10.0}
+
+    with pytest.raises(Failed, match="^no server answered within 10 s: .*held by job 7 on c1"):
+        ensure_started(params(root, slice=60, resume=resume), run_in(root), believe)
+
+    limit = time.monotonic() + 10
+    while runs(resume["pid"]):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def test_playbook_says_what_it_waits_for(root):
+    """After 5 s, and again when that changes, on the screen."""
+    (root / "host" / "hpc_db_host" / "__main__.py").write_text(DETACH + SLOW.replace("60", "7") + PROGRAM)
+    (root / "host" / "settings.json").write_text('{"job_name": "hpc_db", "scheduler": "local", "bindir": "/x"}')
+    tasks = [{"mala.hpc_db.bootstrap_server": {"root": str(root), "lifetime": 60, "state": state}}
+             for state in ("started", "stopped")]
+    (root / "play.yml").write_text(json.dumps([{"hosts": "c", "gather_facts": False, "tasks": tasks}]))
+    (root / "hosts").write_text(f"c ansible_connection=local ansible_python_interpreter={sys.executable}\n")
+    here = sys.modules[find_server.__module__].__file__
+    environment = {
+        **os.environ, "ANSIBLE_COLLECTIONS_PATH": here.partition("/ansible_collections/")[0], "ANSIBLE_NOCOLOR": "1",
+    }
+    play = [sys.executable, "-m", "ansible", "playbook", "-i", "hosts", "play.yml"]
+
+    done = subprocess.run(play, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    waited = re.search(
+        r"^\[c\] the short-lived server: waiting: the data directory is held by job 7 on c1; hint, 180 s are allowed "
+        r"\((\d+) s\)$", done.stdout, re.MULTILINE)
+    assert waited and int(waited[1]) >= 5, done.stdout
+    assert not (root / "run" / "bootstrap.json").exists()

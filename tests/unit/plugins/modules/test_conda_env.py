@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -22,6 +24,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     parse_spec,
     satisfies,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils._slices import Waiting
 from ansible_collections.mala.hpc_db.plugins.modules import conda_env
 from ansible_collections.mala.hpc_db.plugins.modules.conda_env import ensure_env, find_program
 
@@ -43,6 +46,7 @@ class FakeClient:
     outages = 0  # how many calls find the channel unreachable, after a part of the work was done
     outage = "HTTP 503 SERVICE UNAVAILABLE for url <https://host/conda-forge>"
     fate = ""  # of the next installation: a package to be killed after, or DIED to end without a word when done
+    last_words: tuple[int, str, str] | None = None  # of an installation that did all of its work
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -102,6 +106,8 @@ class FakeClient:
                     raise Killed
         if self.fate == DIED:
             return -11, json.dumps({"success": True}), "Segmentation fault"
+        if self.last_words and not dry_run:
+            return self.last_words
         return 0, json.dumps({"success": True, "actions": {"LINK": links}}), ""
 
     def install_locked(self, verb: str, prefix: Path, urls: list[str]) -> tuple[int, str, str]:
@@ -116,7 +122,10 @@ class FakeClient:
         names = [url.rpartition("/")[2].split("-") for url in urls]
         for name, version, _build in names:
             write_record(prefix, name, version)
-        return 0, json.dumps({"success": True, "actions": {}}), ""
+        if self.last_words:
+            return self.last_words
+        # conda's own answer is nothing at all
+        return 0, json.dumps({"success": True, "actions": {}}) if verb == "fulfil" else "", ""
 
     def keep_archives(self, into: Path, urls: list[str]) -> tuple[int, str, str]:
         self.calls.append("keep")
@@ -144,7 +153,8 @@ def write_record(prefix: Path, name: str, version: str) -> None:
     metadata.mkdir(parents=True, exist_ok=True)
     for older in metadata.glob(f"{name}-*.json"):
         older.unlink()
-    record = {"name": name, "version": version, "build": "h_0"}
+    depends = ["__glibc >=2.17", f"libpq =={version}"] if name == "postgresql" else []
+    record = {"name": name, "version": version, "build": "h_0", "depends": depends}
     (metadata / f"{name}-{version}-h_0.json").write_text(json.dumps(record))
 
 
@@ -465,6 +475,235 @@ def test_crash_after_the_work_is_success(prefix: Path, client: FakeClient) -> No
     assert ensure_env(params_for(prefix), client, False)["packages"] == NEW
 
 
+ERRORS = {
+    "error": "Multiple Errors Encountered.",
+    "exception_name": "CondaMultiError",
+    "errors": [
+        {"exception_name": "CondaHTTPError", "message": f"HTTP 503 Busy for url <https://h/{name}>\nElapsed: 1"}
+        for name in ("libpq", "postgresql", "libpq")
+    ],
+}
+# What real clients print, or may, after all work was done.
+LAST_WORDS = {
+    "nothing": (0, "", ""),
+    "words": (0, "\nWelcome to HPC!\nPreparing transaction: done\n", ""),
+    "a crash": (134, "", "Fatal Python error: PyGILState_Release"),
+    "an error": (1, json.dumps({"exception_name": "NotWritableError", "message": "environments.txt"}), ""),
+    "errors": (1, json.dumps(ERRORS), ""),
+    "success in other words": (0, json.dumps({"success": True, "actions": {"LINK": ["c::libpq-17.10-h_0"]}}), ""),
+    "a kill": (137, "", ""),
+}
+
+
+@pytest.mark.parametrize("lock", [None, lock_of(NEW)])
+@pytest.mark.parametrize("before", [{}, OLD])
+@pytest.mark.parametrize("last_words", LAST_WORDS)
+def test_records_tell_what_was_done(
+    prefix: Path, client: FakeClient, before: dict, lock: str | None, last_words: str
+) -> None:
+    if before:
+        make_env(prefix, before)
+    client.last_words = LAST_WORDS[last_words]
+    params = params_for(prefix, provider="conda", specs=["postgresql==17.10"], lock=lock)
+
+    done = ensure_env({**params, "update": bool(lock)}, client, False)
+
+    assert len(client.calls) == 1  # although the network may have been at fault
+    assert done["changed"] and done["packages"] == NEW
+    assert os.listdir(prefix.parent) == [prefix.name] and ("keep" in content(prefix)) is bool(before)
+    assert ensure_env(params, client, False)["changed"] is False
+
+
+@pytest.mark.parametrize("before", [{}, OLD])
+@pytest.mark.parametrize("last_words", ["an error", "errors", "a kill"])
+def test_records_do_not_tell_of_what_depends_on_others(
+    prefix: Path, client: FakeClient, provider: str, before: dict, last_words: str
+) -> None:
+    if before:
+        make_env(prefix, before)
+
+    def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        write_record(prefix, "postgresql", "17.10")  # and the libpq of its version is still on its way
+        return LAST_WORDS[last_words]
+
+    params = params_for(prefix, provider=provider, channels=["file:///c"], specs=["postgresql==17.10"])
+    with pytest.raises(CondaError, match=f"^(provider: {provider}: environments.txt|timeout|channels: cannot .* 503)"):
+        ensure_env(params, run, False)
+
+    assert not before or prefix.with_name("postgresql-17.unfinished").read_text() == "changing 17.2"
+    assert ensure_env(params, client, False)["packages"] == NEW
+
+
+def test_records_that_a_kill_has_left_tell_nothing(prefix: Path, client: FakeClient, provider: str) -> None:
+    make_env(prefix, OLD)
+    marker = prefix.with_name("postgresql-17.unfinished")
+    marker.write_text("changing 17.2")
+    client.last_words = LAST_WORDS["an error"]
+    with pytest.raises(CondaError, match="environments.txt"):
+        ensure_env(params_for(prefix, provider=provider), client, False)
+
+    assert marker.read_text() == "changing 17.2"
+
+
+@pytest.mark.parametrize("is_touched", [False, True])
+@pytest.mark.parametrize("problem", ["No writeable pkgs directories configured.", "solver libmamba was not recognized"])
+def test_environment_of_which_every_file_is_there_is_not_marked(
+    prefix: Path, client: FakeClient, provider: str, problem: str, is_touched: bool
+) -> None:
+    make_env(prefix, OLD)
+    record = prefix / "conda-meta/libpq-17.2-h_0.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "files": ["keep"]}))
+
+    def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        if is_touched:
+            (prefix / "keep").unlink()
+        return 1, json.dumps({"exception_name": "CondaError", "message": problem}), ""
+
+    params = params_for(prefix, provider=provider, specs=["postgresql==17.10"])
+    with pytest.raises(CondaError, match=f"^provider: {provider}: {problem}$"):
+        ensure_env(params, run, False)
+
+    marker = prefix.with_name("postgresql-17.unfinished")
+    assert (marker.read_text() if marker.exists() else "") == ("changing 17.2" if is_touched else "")
+    assert ensure_env(params, client, False)["packages"] == NEW
+
+
+NOT_THERE = """The following packages are not available from current channels:
+
+  - postgresql==17.99
+
+Current channels:
+
+  - https://conda.anaconda.org/conda-forge/linux-64
+
+To search for alternate channels that may provide the conda package you're
+looking for, navigate to
+
+    https://anaconda.org
+"""
+
+
+@pytest.mark.parametrize("left", ["", "changing 17.2"])
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        (
+            {"exception_name": "PackagesNotFoundInChannelsError", "message": NOT_THERE},
+            "specs: nothing in conda-forge satisfies postgresql==17.99 postgresql=17: The following packages are not "
+            "available from current channels: - postgresql==17.99",
+        ),
+        (
+            ERRORS,
+            "channels: cannot read conda-forge: tried 3 times: HTTP 503 Busy for url <https://h/libpq>; "
+            "HTTP 503 Busy for url <https://h/postgresql>",
+        ),
+    ],
+)
+def test_failed_before_anything_was_touched(
+    prefix: Path, said: dict, says: str, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conda_env.time, "sleep", lambda seconds: None)
+    make_env(prefix, OLD)
+    marker = prefix.with_name("postgresql-17.unfinished")
+    if left:
+        marker.write_text(left)
+    calls = []
+
+    def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        calls.append(command)
+        return 1, json.dumps(said), ""
+
+    with pytest.raises(CondaError) as refused:
+        ensure_env(params_for(prefix, provider="conda", specs=["postgresql==17.99"]), run, False)
+
+    assert str(refused.value) == says
+    assert len(calls) == (3 if "tried" in says else 1)
+    assert (marker.read_text() if marker.exists() else "") == left  # no server would start otherwise
+
+
+def test_cache_that_a_kill_has_left_is_named_with_what_mends_it(
+    prefix: Path, tmp_path: Path, client: FakeClient
+) -> None:
+    damaged = [tmp_path / "it's pkgs" / name for name in ("libpq-17.10-h_0", "postgresql-17.10-h_0")]
+    words = "The package for {0.name} located at {0}\nappears to be corrupted. The path '{1}'\n{2}\n"
+    errors = [
+        {"exception_name": name, "message": words.format(folder, path, what)}
+        for folder, path, name, what in (
+            (damaged[0], "lib/libpq.so", "SafetyError", "has an incorrect size.\n  reported size: 9 bytes"),
+            (damaged[1], "bin/psql", "CondaVerificationError", "specified in the package manifest cannot be found."),
+            (damaged[1], "bin/initdb", "CondaVerificationError", "specified in the package manifest cannot be found."),
+        )
+    ]
+    make_env(prefix, OLD)
+    params = params_for(prefix, provider="conda", specs=["postgresql==17.10"])
+
+    with pytest.raises(CondaError, match=r"^package_cache: .* killed .*; remove them and run this again: rm ") as said:
+        ensure_env(params, lambda command, pass_fds: (1, json.dumps({**ERRORS, "errors": errors}), ""), False)
+
+    for folder in damaged:
+        (folder / "info").mkdir(parents=True)
+    subprocess.run(str(said.value).partition("again: ")[2], shell=True, check=True)
+    assert not any(folder.exists() for folder in damaged)
+    assert os.listdir(prefix.parent) == [prefix.name]
+    assert ensure_env(params, client, False)["packages"] == NEW
+
+
+def test_folder_that_a_failed_client_leaves_is_not_what_is_blamed(prefix: Path) -> None:
+    def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        (prefix / "pkgs").mkdir(parents=True)
+        return 1, json.dumps({"exception_name": "NoSpaceLeftError", "message": "No space left on devices."}), ""
+
+    with pytest.raises(CondaError, match="^provider: conda: No space left on devices.$"):
+        ensure_env(params_for(prefix, provider="conda"), run, False)
+
+    assert os.listdir(prefix.parent) == []
+
+
+@pytest.mark.parametrize("before", [{}, OLD])
+def test_nothing_is_no_plan(prefix: Path, provider: str, before: dict) -> None:
+    if before:
+        make_env(prefix, before)
+
+    with pytest.raises(CondaError, match=f"provider: {provider}: it did not say what it would install"):
+        ensure_env(params_for(prefix, provider=provider, specs=["libpq=18"]), lambda *_, **__: (0, "", ""), True)
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize("before", [{}, OLD])
+@pytest.mark.parametrize(
+    ("archive", "says"),
+    [
+        (b"other", "lock: file://.*/libpq-17.10-h_0.conda has the sha256 d9298a10.*, but "),
+        (None, "lock: cannot read file://"),
+    ],
+)
+def test_conda_does_not_look_at_the_sums_of_files(
+    prefix: Path, tmp_path: Path, client: FakeClient, before: dict, archive: bytes | None, says: str, check_mode: bool
+) -> None:
+    if before:
+        make_env(prefix, before)
+    folder = tmp_path / "a channel" / "noarch"
+    folder.mkdir(parents=True)
+    lock = "@EXPLICIT\n"
+    for name in ("libpq", "postgresql"):
+        (folder / f"{name}-17.10-h_0.conda").write_bytes(name.encode())
+        lock += f"{folder.as_uri()}/{name}-17.10-h_0.conda#sha256:{hashlib.sha256(name.encode()).hexdigest()}\n"
+    params = params_for(prefix, provider="conda", lock=lock, update=True)
+    libpq = folder / "libpq-17.10-h_0.conda"
+    if archive is None:
+        libpq.unlink()
+    else:
+        libpq.write_bytes(archive)
+    found = content(prefix)
+
+    with pytest.raises(CondaError, match=says):
+        ensure_env(params, client, check_mode)
+
+    assert client.calls == [] and content(prefix) == found
+    libpq.write_bytes(b"libpq")
+    assert ensure_env(params, client, check_mode)["packages"] == NEW
+
+
 def test_success_without_packages_is_none(prefix: Path) -> None:
     with pytest.raises(CondaError, match="provider: rattler: it ended well, but .* lacks what it should have"):
         ensure_env(params_for(prefix), lambda command, pass_fds: (0, '{"success": true}', ""), False)
@@ -563,6 +802,8 @@ def test_waits_for_another_run(prefix: Path, client: FakeClient) -> None:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(TimeoutError, match=f"timeout: after 0 s another run still holds {marker}"):
             ensure_env(params_for(prefix, timeout=0), client, False)
+        with pytest.raises(Waiting, match=f"^another run holds {marker}, "):
+            ensure_env(params_for(prefix, slice=1e-9), client, False)
 
         def finish() -> None:
             make_env(prefix, NEW)

@@ -8,9 +8,12 @@ import shutil
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError, find_idle_nodes
+from ansible_collections.mala.hpc_db.plugins.module_utils._slices import Slice, Waiting
 from ansible_collections.mala.hpc_db.plugins.modules import hosting_job
 from ansible_collections.mala.hpc_db.plugins.modules.hosting_job import ensure_job
 from ansible_collections.mala.hpc_db.plugins.modules.hosting_job_info import look
+
+HEAD = "JOBID|STATE|NODELIST|TIME_LEFT/TIME_LIMIT|NAME|REASON\n"
 
 
 class FakeSlurm:
@@ -18,6 +21,10 @@ class FakeSlurm:
 
     last_id = 0
     deaf = False  # jobs' scripts ignore signals
+    printed = "{}"  # by sbatch, in place of the id
+    fails = ""  # sbatch, after it has submitted
+    refusal = ""  # of --test-only
+    nodes = ""
 
     def __init__(self, *jobs, lingers=1):
         self.jobs = []
@@ -35,8 +42,13 @@ class FakeSlurm:
         if flags.get("partition", "defq") != "defq":
             raise SchedulerError("sbatch: error: Invalid partition name specified")
         if "test-only" in flags:
+            if self.refusal:
+                raise SchedulerError(self.refusal)
             return ""
-        return self.add(flags["job-name"], "PENDING") + "\n"
+        job_id = self.add(flags["job-name"], "PENDING")
+        if self.fails:
+            raise SchedulerError(self.fails)
+        return self.printed.format(job_id) + "\n"
 
     def add(self, name, state):
         self.last_id += 1
@@ -48,14 +60,14 @@ class FakeSlurm:
         self.lingers -= any(job["state"] == "COMPLETING" for job in self.jobs)
         if self.lingers < 0:
             self.jobs = [job for job in self.jobs if job["state"] != "COMPLETING"]
-        return "".join(
+        return HEAD + "".join(
             f"{job['id']}|{job['state']}|c1|1:00|{job['name']}|None\n"
             for job in self.jobs
             if job["name"].lower() == flags["name"].lower()  # so does the real one
         )
 
     def sinfo(self, arguments):
-        return "defq|1-00:00:00\n"
+        return self.nodes if "Node" in arguments else "defq|1-00:00:00\n"
 
     def scancel(self, arguments):
         for job in [job for job in self.jobs if job["id"] == arguments[-1]]:
@@ -126,6 +138,136 @@ def test_option_of_the_login_alone_is_refused_before_anything_is_submitted(check
     assert len(slurm.called("sbatch")) == 1
 
 
+@pytest.mark.parametrize("printed, warned", [
+    ("Welcome!\n{}\n--> 12 % of the allocation are left", False), ("{};mini", False), ("Submitted batch job {}", False),
+    ("{}\n12", False), ("Your job is queued", True), ("", True),
+])
+def test_job_is_found_whatever_sbatch_prints(printed, warned):
+    slurm = FakeSlurm(("hpc-db", "COMPLETING"), OTHER, lingers=99)
+    slurm.printed = printed
+
+    result = ensure_job(params(), slurm, check_mode=False)
+
+    assert (result["changed"], result["job"]["id"]) == (True, "3")
+    assert bool(result["warnings"]) is warned
+    for warning in result["warnings"]:
+        assert warning.startswith("sbatch printed no job id: ")
+        assert warning.endswith("; job 3, found by its name hpc-db, is in the queue")
+
+
+def test_sbatch_that_fails_after_it_has_submitted_is_told_with_the_job():
+    slurm = FakeSlurm()
+    slurm.fails = "Socket timed out on send/recv operation"
+
+    with pytest.raises(SchedulerError, match=r"Socket timed out .*; but job 1 \(hpc-db\) is in the queue$"):
+        ensure_job(params(), slurm, check_mode=False)
+
+    slurm.fails = ""
+    assert ensure_job(params(), slurm, check_mode=False)["changed"] is False
+
+
+def test_submission_of_which_nothing_is_known_is_an_error():
+    slurm = FakeSlurm()
+    slurm.printed, slurm.add = "Welcome!", lambda name, state: ""
+
+    with pytest.raises(SchedulerError, match=r"printed no job id: 'Welcome!', and no new job of the name hpc-db is"):
+        ensure_job(params(), slurm, check_mode=False)
+
+
+UNAVAILABLE = "sbatch: error: allocation failure: Requested node configuration is not available"
+
+
+@pytest.mark.parametrize("options, nodes, told", [
+    ({}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|down*|4000|4\nbig|up|b1|idle|9000|4\n", "c1 drained, c2 down*"),
+    ({"partition": "defq", "mem": "3G"}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|2000|4\n", "c1 drained"),
+    ({"partition": "defq"}, "Welcome!\ndefq*|up|c1|maint|4000|4\n", "c1 maint"),
+    ({"partition": "defq"}, "defq*|down|c1|idle|4000|4\n", "partition defq down"),
+    ({"nodes": 2}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 drained"),
+    ({"ntasks": 8}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 drained"),
+    ({"constraint": "a100"}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 drained"),
+    ({"nodelist": "c1"}, "defq*|up|c1|idle^|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 idle^"),
+    # No node has that, whatever its state is.
+    ({"partition": "defq", "mem": "5G"}, "defq*|up|c1|drained|4000|4\n", None),
+    ({"partition": "defq", "mem": 5000}, "defq*|up|c1|drained|4000|4\n", None),
+    ({"partition": "defq", "mem-per-cpu": "2G", "cpus-per-task": 2}, "defq*|up|c1|drained|4000|4\n", None),
+    ({"partition": "defq", "cpus-per-task": 8}, "defq*|up|c1|drained|4000|4\n", None),
+    ({"partition": "defq", "nodes": "2-4"}, "defq*|up|c1|drained|4000|4\n", None),
+    ({"partition": "defq", "ntasks": 8}, "defq*|up|c1|drained|4000|4\n", None),
+    # All are there, or as many as it takes, so it is something else.
+    ({"constraint": False}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", None),
+    ({"partition": "defq"}, "defq*|up|c1|idle|4000|4\ndefq*|up|c2|mixed|4000|4\n", None),
+    ({"partition": "defq"}, "", None),
+])
+def test_refusal_that_is_true_only_now_is_said(options, nodes, told):
+    slurm = FakeSlurm()
+    slurm.refusal, slurm.nodes = UNAVAILABLE, nodes
+
+    if told:
+        (said,) = ensure_job(params(options=options), slurm, check_mode=True)["warnings"]
+        assert said.startswith(f"server_job_options: sbatch says: {UNAVAILABLE}; that is true now")
+        assert said.endswith(f": {told}") and "\n" not in said
+    else:
+        with pytest.raises(SchedulerError, match="^server_job_options: sbatch says: .* is not available$"):
+            ensure_job(params(options=options), slurm, check_mode=True)
+
+
+@pytest.mark.parametrize("refusal", [
+    "allocation failure: Invalid account or account/partition combination specified",
+    "allocation failure: Requested partition configuration not available now",
+    "sbatch: error: Invalid generic resource (gres) specification", "Unable to contact slurm controller",
+])
+def test_refusal_that_is_always_true_stays(refusal):
+    slurm = FakeSlurm()
+    slurm.refusal, slurm.nodes = refusal, "defq*|up|c1|drained|4000|4\n"
+
+    with pytest.raises(SchedulerError, match="^server_job_options: sbatch says: "):
+        ensure_job(params(), slurm, check_mode=True)
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize("queue, left_behind, changed", [
+    ([], True, True), ([], False, False), ([RUNNING], True, True), ([RUNNING], False, True), ([COMPLETING], True, True),
+])
+def test_endpoint_that_nobody_took_back_is_withdrawn(queue, left_behind, changed, check_mode):
+    asked = []
+
+    def endpoint(verb):
+        asked.append(verb)
+        return left_behind
+
+    assert ensure_job(params("absent"), FakeSlurm(*queue), check_mode, endpoint)["changed"] is changed
+    assert asked == ["look" if check_mode else "withdraw"]
+
+
+def test_endpoint_of_a_job_on_a_dead_node_is_withdrawn_although_the_job_stays():
+    asked = []
+
+    def endpoint(verb):
+        asked.append(verb)
+        return True
+
+    with pytest.raises(SchedulerError, match="hpc-db has not ended after 0 s: 1 COMPLETING on c1"):
+        ensure_job(params("absent", timeout=0), FakeSlurm(COMPLETING, lingers=99), False, endpoint)
+    assert asked == ["withdraw"]
+
+
+def test_wait_for_the_end_goes_on_in_the_next_slice():
+    slurm = FakeSlurm(RUNNING, lingers=3)
+
+    with pytest.raises(Waiting) as first:
+        ensure_job(params("absent", slice=1e-9, timeout=60), slurm, check_mode=False)
+    resume = {**first.value.resume, "waited": 5.0}
+    second = ensure_job(params("absent", slice=60, resume=resume, timeout=60), slurm, check_mode=False)
+
+    assert (second["changed"], second["job"]) == (True, None)
+    assert second["diff"] == {"before": {"jobs": [{"id": "1", "state": "RUNNING"}]}, "after": {"jobs": []}}
+    assert str(first.value) == "hpc-db was told to end, 60 s are allowed: 1 RUNNING on c1"
+    assert len(slurm.called("scancel")) == 1
+    with pytest.raises(SchedulerError, match="has not ended after 60 s"):
+        slow = FakeSlurm(RUNNING, lingers=99)
+        ensure_job(params("absent", slice=60, timeout=60, resume={"waited": 60.0}), slow, check_mode=False)
+
+
 def test_submits_behind_a_job_on_its_way_out():
     slurm = FakeSlurm(COMPLETING, lingers=5)
 
@@ -180,9 +322,11 @@ def test_job_that_only_a_kill_could_end_is_asked_by_a_file(obeys, state, killed,
 
 def test_job_that_has_ended_meanwhile_needs_no_cancelling(tmp_path):
     grid_engine = FakeGridEngine(tmp_path, False, "")
-    waiting = {"id": "7", "name": "hpc-db", "state": "PENDING"}
+    waiting = {"id": "7", "name": "hpc-db", "state": "PENDING", "node": ""}
 
-    assert hosting_job._clear_queue(params("absent", tmp_path, scheduler="gridengine"), grid_engine, [waiting]) == []
+    told = params("absent", tmp_path, scheduler="gridengine")
+
+    assert hosting_job._clear_queue(told, grid_engine, [waiting], Slice(told)) == []
 
 
 def test_job_that_is_not_ended_by_its_script_is_ended_by_slurm(monkeypatch):
@@ -319,9 +463,17 @@ def test_nodes_without_a_job_of_ours(jobs, idle):
             assert command[1:3] == ["show", "hostnames"]
             names = {"c[1-2]": "c1\nc2\n"}
             return "".join(names.get(each, f"{each}\n") for each in command[3].split(","))
-        return jobs if command[0] == "squeue" else "idle|c1\nidle|c1\nmix|c2\ndown*|c3\n"
+        return f"JOBID|\n{jobs}" if command[0] == "squeue" else "idle|c1\nidle|c1\nmix|c2\ndown*|c3\n"
 
     assert find_idle_nodes({"scheduler": "slurm"}, run) == idle
+
+
+@pytest.mark.parametrize("printed", ["", "\n", "Welcome to Slurm\n"])
+def test_nodes_are_not_idle_where_those_of_our_jobs_are_not_told(printed):
+    answers = {"squeue": "JOBID|\n5|0|RUNNING|7|c1|train|\n", "sinfo": "idle|c1\n", "scontrol": printed}
+
+    with pytest.raises(ValueError, match="^no nodes of c1 in what was printed: '"):
+        find_idle_nodes({"scheduler": "slurm"}, lambda command: answers[command[0]])
 
 
 def test_a_machine_without_a_scheduler_has_no_idle_nodes():

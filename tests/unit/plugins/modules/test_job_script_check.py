@@ -36,4 +36,18 @@ def test_option_of_the_login_alone_is_refused(monkeypatch):
 
     with pytest.raises(ValueError, match="^workers_job_options: partition: not set, but your login shell sets"):
         judge(params(), print)
-    judge(params(partition="work"), print)
+    assert judge(params(partition="debug"), print) == []
+    (said,) = judge(params(partition="work"), print)
+    assert said.startswith("workers_job_options: partition in the job script counts for nothing while your shell sets")
+
+
+def test_script_that_would_only_wait_is_no_refusal():
+    def run(command):
+        if command[0] == "sinfo":
+            return "defq*|up|c1|drained|4000|4\n"
+        raise SchedulerError("allocation failure: Requested node configuration is not available")
+
+    (said,) = judge(params(), run)
+
+    assert said.startswith("workers_job_options: sbatch says: allocation failure: Requested node")
+    assert said.endswith("c1 drained")

@@ -14,6 +14,7 @@ from ansible_collections.mala.hpc_db.plugins.modules.last_run import psql_comman
 PARAMS = {
     "name": "hpc_db", "scheduler": "slurm", "bin_dir": None, "fingerprint": "one", "roles": ["study", "reader"],
     "environment": None, "databases": [{"name": "studies", "studies": []}],
+    "others": [],
 }
 
 
@@ -22,7 +23,7 @@ class Instance:
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "hpc_db"
-        self.queue = "4711|RUNNING|c1|1:00:00|hpc_db|None\n"
+        self.queue = "JOBID|STATE\n4711|RUNNING|c1|1:00:00|hpc_db|None\n"
         self.answer = "study|f|f|f|t|f|f|SCRAM\nstudies|study\n"
         self.environment = folder / "env"
         files = {
@@ -131,7 +132,7 @@ def test_what_the_server_says_is_compared(noted: Instance) -> None:
 
 
 @pytest.mark.parametrize("queue", [
-    "", "4712|RUNNING|c1|1:00:00|hpc_db|None\n", "4711|PENDING||1:00:00|hpc_db|Priority\n",
+    "JOBID|\n", "JOBID|\n4712|RUNNING|c1|1:00:00|hpc_db|None\n", "JOBID|\n4711|PENDING||1:00:00|hpc_db|Priority\n",
 ])
 def test_without_the_server_nothing_is_kept(noted: Instance, queue: str) -> None:
     noted.queue = queue
@@ -158,10 +159,10 @@ def test_nobody_else_is_told_the_password(host: str, about: dict, safe: list[str
 def test_asks_for_what_is_named() -> None:
     studies = [{"name": "o'neill", "directions": None, "user_attributes": {"key": 1}}]
     databases = [{"name": "first", "studies": studies}, {"name": "second", "studies": []}]
-    asked = questions({**PARAMS, "databases": databases})
+    asked = questions({**PARAMS, "databases": databases, "others": ["mlflow"]})
 
     assert [line for line in asked.splitlines() if "connect" in line] == ["\\connect first", "\\connect second"]
-    assert "datname IN ('first', 'second', current_user)" in asked
+    assert "datname IN ('first', 'second', 'mlflow', current_user)" in asked
     assert asked.count("study_name IN ('o''neill')") == 2
     assert "key IN ('key')" in asked
 

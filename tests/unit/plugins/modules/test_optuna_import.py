@@ -21,10 +21,39 @@ LATER = STARTED + datetime.timedelta(minutes=5)
 STATES = {name: SimpleNamespace(name=name) for name in ("COMPLETE", "FAIL", "RUNNING", "WAITING")}
 
 
+class Kind(str):
+    """A distribution in which each number stands for itself."""
+
+    low = 0.0
+
+    def to_internal_repr(self, value):
+        return value
+
+    def to_external_repr(self, value):
+        return int(value) if value == int(value) else value
+
+
+class Choices(str):
+    """One of choices, in which True cannot be told from 1."""
+
+    to_internal_repr, to_external_repr = Kind.to_internal_repr, Kind.to_external_repr
+
+
+def check_compatible(old, new):
+    if old != new:
+        raise ValueError("no dynamic value space.")
+
+
+def create_trial(params, **_held):
+    """Refuse what is outside of 0..1, as Optuna does."""
+    if any(not 0 <= value <= 1 for value in params.values()):
+        raise ValueError("isn't contained")
+
+
 def trial(number, state="COMPLETE", **held):
     return SimpleNamespace(**{
         "number": number, "state": STATES[state], "values": [1.0] if state == "COMPLETE" else None,
-        "params": {"x": 0.5}, "distributions": {"x": "0..1"},
+        "params": {"x": 0.5}, "distributions": {"x": Kind("0..1")},
         "user_attrs": {}, "system_attrs": {}, "intermediate_values": {1: math.nan},
         "datetime_start": STARTED, "datetime_complete": LATER if state == "COMPLETE" else None, **held,
     })
@@ -112,14 +141,17 @@ def import_(tmp_path, monkeypatch):
             delete_study=lambda study_name, storage: storage.studies.pop(study_name),
         )
         monkeypatch.setitem(sys.modules, "optuna", fake)
-        monkeypatch.setitem(sys.modules, "optuna.trial", SimpleNamespace(TrialState=SimpleNamespace(**STATES)))
-        monkeypatch.setitem(sys.modules, "optuna.distributions", SimpleNamespace(distribution_to_json=str))
+        fake_trial = SimpleNamespace(TrialState=SimpleNamespace(**STATES), create_trial=create_trial)
+        monkeypatch.setitem(sys.modules, "optuna.trial", fake_trial)
+        monkeypatch.setitem(sys.modules, "optuna.distributions", SimpleNamespace(
+            distribution_to_json=str, check_distribution_compatibility=check_compatible))
         monkeypatch.setattr(_optuna, "installed_optuna", lambda: _optuna.Optuna("5.0.0", ["new", "old"]))
         monkeypatch.setattr(_connection, "connect", database.connect)
         monkeypatch.setattr(_connection, "rows", database.rows)
         monkeypatch.setattr(optuna_import, "open_database", lambda params: database)
         monkeypatch.setattr(optuna_import, "open_copy", lambda *_given: source)
-        given = {"file": str(file), "database": "mala", "root": str(tmp_path), "studies": [], "name": None}
+        given = {"file": str(file), "database": "mala", "root": str(tmp_path), "studies": [], "name": None,
+                 "repair": False}
         try:
             return ensure_imported({**given, **params}, check_mode)
         finally:
@@ -173,17 +205,17 @@ def test_failure_leaves_nothing_and_what_was_killed_is_removed(import_):
 
     def break_at_the_second():
         if "1" in "".join(database.studies):
-            raise RuntimeError("server closed\nthe connection")
+            raise RuntimeError("invalid data in the commit") from ConnectionError("server closed\nthe connection")
 
     database.breaks = break_at_the_second
-    with pytest.raises(Refused, match="^database mala: server closed the connection$"):
+    with pytest.raises(Refused, match="^database mala: ConnectionError: server closed the connection$"):
         import_(source, database)
     assert database.studies == {}
 
 
 @pytest.mark.parametrize("field, value", [
     ("values", [2.0]), ("state", STATES["FAIL"]), ("intermediate_values", {1: 0.5}), ("user_attrs", {"a": 1}),
-    ("datetime_start", LATER), ("distributions", {"x": "0..2"}), ("params", {"x": True}),
+    ("datetime_start", LATER), ("distributions", {"x": Kind("0..2")}), ("params", {"x": True}),
 ])
 def test_every_trial_is_compared(field, value, import_):
     database = FakeDatabase()
@@ -194,8 +226,148 @@ def test_every_trial_is_compared(field, value, import_):
 
     database.create_new_trial = add_another
     with pytest.raises(Refused, match="study be: the database and the file differ in the .* of trial 0; nothing"):
-        import_(FakeStorage(be=[trial(0, params={"x": 1})]), database)
+        import_(FakeStorage(be=[trial(0, params={"x": 1}, distributions={"x": Choices("1")})]), database)
     assert database.studies == {}
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize("trials, says", [
+    ([trial(0, params={"p" * 600: 0.5}, distributions={"p" * 600: Kind("0..1")})],
+     "trial 0: its parameter pp+… has 600 characters, of which PostgreSQL holds 512"),
+    ([trial(0), trial(1, user_attrs={"a\0": 1}), trial(2, user_attrs={"a\0": 1})],
+     r"trial 1: its attribute a\0 has a character that PostgreSQL cannot hold \(and so on, in 2 trials\)"),
+    ([trial(0, system_attrs={"\ud800": 1})], "trial 0: its attribute .* has a character that PostgreSQL cannot hold"),
+    ([trial(0, intermediate_values={2**31: 0.5})], "trial 0: its step 2147483648, .* is beyond 32 bits"),
+    ([trial(0, values=[10**400])], "trial 0: its value 100+… is no number of 64 bits"),
+    ([trial(0, intermediate_values={0: None})], "trial 0: its intermediate value None is no number of 64 bits"),
+    ([trial(0), trial(1, distributions={"x": Kind("0..2")})],
+     "trial 1: its parameter x differs from trial 0 in its distribution: no dynamic value space$"),
+    ([trial(0, params={"x": True}, distributions={"x": Choices("1, True")})],
+     "trial 0: its parameter x is True, which would become 1"),
+    ([trial(0), trial(2)], "trial 1 is missing, .*; import_repair=true numbers trials anew"),
+    ([trial(0), trial(1), trial(1)], "two trials have the number 1; import_repair=true numbers trials anew"),
+])
+def test_what_the_database_cannot_hold_is_named_before_anything_is_copied(trials, says, check_mode, import_):
+    database = FakeDatabase()
+    database.breaks = lambda: pytest.fail("it was copied")
+
+    with pytest.raises(Refused, match=f"^import_from: study.log: study be: {says}"):
+        import_(FakeStorage(be=trials), database, check_mode)
+    assert database.studies == {}
+
+
+@pytest.mark.parametrize("attribute", ["k" * 513, "k\0"])
+def test_other_studies_are_named_as_a_way_out(attribute, import_):
+    source = FakeStorage(al=[trial(0)], be=[trial(0)])
+    source.studies["be"][1] = {attribute: 1}
+
+    with pytest.raises(Refused, match=r"study be: its attribute k.*; import_studies can name the others \(al\)$"):
+        import_(source, FakeDatabase())
+    assert import_(source, FakeDatabase(), studies=["al"])["changed"]
+
+
+@pytest.mark.parametrize("name", ["n" * 513, "n\udc80"])
+def test_study_with_an_unfit_name_can_get_another(name, import_):
+    source = FakeStorage(**{name: [trial(0)]})
+
+    with pytest.raises(Refused, match=r"study n.*: its name n.* PostgreSQL .* \(import_as gives it another\)$"):
+        import_(source, FakeDatabase())
+    assert import_(source, FakeDatabase(), name="be")["changed"]
+
+
+def test_study_that_cannot_be_read_leaves_the_others_as_a_way_out(import_):
+    source = FakeStorage(al=[trial(0)], be=[trial(0)])
+    source.studies["be"][3] = None
+
+    with pytest.raises(Refused, match=r"study be cannot be read: TypeError.*; import_studies can name .* \(al\)$"):
+        import_(source, FakeDatabase())
+    assert import_(source, FakeDatabase(), studies=["al"])["changed"]
+
+
+@pytest.mark.parametrize("numbers", [[0, 2, 5], [0, 1, 1], [1, 2, 3]])
+def test_gap_is_mended_on_request(numbers, import_):
+    database = FakeDatabase()
+    source = FakeStorage(be=[trial(number, user_attrs={"was": place}) for place, number in enumerate(numbers)])
+
+    first = import_(source, database, repair=True)
+    again = import_(source, database, repair=True)
+
+    brought = [(each.number, each.user_attrs["was"]) for each in database.studies["be"][3]]
+    assert brought == [(0, 0), (1, 1), (2, 2)]
+    assert (first["changed"], again["changed"]) == (True, False)
+
+
+def test_odd_trials_are_brought_and_named(import_):
+    database = FakeDatabase()
+    odd = [trial(0, params={"x": 2.0}), trial(1, "FAIL"), trial(2, "FAIL"), trial(3, "RUNNING", datetime_start=None),
+           trial(4, values=[math.nan])]
+
+    result = import_(FakeStorage(be=odd), database)
+
+    assert result["warnings"] == [
+        "study be: trial 0 has x = 2.0 outside of 0..1; brought as it is",
+        "study be: trial 4 is COMPLETE with 0 of 1 values; brought as it is",
+        "study be: trial 1 is FAIL without the time of its end (and so on, in 2 trials); brought as it is",
+    ]
+    assert database.studies["be"][3][3].datetime_complete == LATER
+
+
+def test_running_trial_of_a_study_without_a_time_ended_when_the_file_did(import_):
+    database = FakeDatabase()
+
+    import_(FakeStorage(be=[trial(0, "RUNNING", datetime_start=None)]), database)
+
+    ended = datetime.datetime.fromtimestamp(import_.file.stat().st_mtime)
+    assert database.studies["be"][3][0].datetime_complete == ended
+
+
+LINES = [b'{"op_code": %d, "worker_id": "a"}' % number for number in range(6)]
+DAMAGE = {
+    "cut": (3, [LINES[3][:20]]), "joined": (3, [LINES[3][:20] + LINES[4]]), "blank": (2, [b"", LINES[2]]),
+    "nul": (1, [b"\0" * 4096, LINES[1]]), "foreign": (0, [b"Traceback (most recent call last):", LINES[0]]),
+    "other": (2, [b'{"event": "step"}']), "deep": (4, [b"[" * 100000]), "last": (5, [LINES[5][:9]]),
+    "text": (1, [b"\xff\xfe"]),
+}
+REPAIRED = {"blank": [0, 1, 2, 3, 4, 5], "last": [0, 1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_line_of_a_journal_is_named(case, repair, tmp_path):
+    place, instead = DAMAGE[case]
+    path = tmp_path / "study.log"
+    path.write_bytes(b"\n".join([*LINES[:place], *instead, *LINES[place + 1:]]) + b"\n" * (case != "last"))
+    lines = len(LINES) + len(instead) - 1
+
+    assert optuna_import.kind_of(str(path)) == "journal"
+    if repair and case in REPAIRED:
+        journal = optuna_import.Journal(str(path), "study.log", True)
+        assert [each["op_code"] for each in journal.read_logs(0)] == REPAIRED[case]
+        assert list(journal.read_logs(6)) == []
+        return
+    with pytest.raises(Refused, match=f"^import_from: study.log: line {place + 1} of {lines} is ") as refused:
+        optuna_import.Journal(str(path), "study.log", repair)
+    assert ("import_repair=true leaves out" in str(refused.value)) is (case in REPAIRED)
+
+
+def test_last_line_without_its_end_is_whole(tmp_path):
+    (tmp_path / "study.log").write_bytes(b"\n".join(LINES))
+
+    journal = optuna_import.Journal(str(tmp_path / "study.log"), "study.log", False)
+
+    assert [each["op_code"] for each in journal.read_logs(0)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_damaged_sqlite_file_is_named(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as connection:
+        connection.executescript("CREATE TABLE version_info (library_version); CREATE TABLE alembic_version (v)")
+        connection.executemany("INSERT INTO version_info VALUES (?)", [("5.0.0" * 500,)] * 20)
+        connection.commit()
+    whole = (tmp_path / "a.db").read_bytes()
+    (tmp_path / "a.db").write_bytes(whole[:len(whole) // 2])
+
+    with pytest.raises(Refused, match=r"^import_from: a.db is damaged: SQLite says: .*; its command .recover prints"):
+        optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", _optuna.Optuna("5.0.0", ["new", "old"]))
 
 
 def test_two_at_once_are_refused(import_):
@@ -271,3 +443,7 @@ def test_fields_tell_apart_what_python_does_not():
         one, other = (optuna_import.fields_of(trial(0, params={"c": value})) for value in (True, 1))
 
     assert one["params"] != other["params"] and one["intermediate values"] == other["intermediate values"]
+
+
+def test_minus_zero_is_zero_in_the_database():
+    assert optuna_import.text_of(optuna_import.as_number(-0.0)) == "0.0"

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """python_env against a pip and a venv that leave behind what the real ones do."""
 
+import base64
+import http.server
 import os
 import re
 import subprocess
@@ -10,6 +12,8 @@ import threading
 import zipfile
 
 import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils._pip import pip_command
+from ansible_collections.mala.hpc_db.plugins.module_utils._slices import Waiting
 from ansible_collections.mala.hpc_db.plugins.modules import python_env
 from ansible_collections.mala.hpc_db.plugins.modules.python_env import (
     Failed,
@@ -32,8 +36,9 @@ class FakePython:
         self.calls = []
 
     def __call__(self, command, pass_fds=()):
-        step = command[2] if command[2] == "venv" else "--version" if command[-1] == "--version" else "install"
-        self.calls.append(command)
+        step = command[2] if command[1] == "-m" else "--version" if command[-1] == "--version" else "install"
+        if step != "ensurepip":
+            self.calls.append(command)
         if step == self.breaks:
             raise KeyboardInterrupt
         if step == "venv":
@@ -41,6 +46,8 @@ class FakePython:
             os.makedirs(f"{path}/bin")
             os.makedirs(f"{path}/lib/python{self.version}/site-packages/pip-{self.pip}.dist-info")
             os.symlink("/bin/true", f"{path}/bin/python")
+        elif step == "ensurepip":
+            return "pip 23.0.1\n"
         elif step == "--version":
             return f"pip {self.pip} from /x (python {self.version})\n"
         elif command[-2:] == ["--upgrade", "pip"]:
@@ -97,12 +104,21 @@ def test_first_run_makes_it_and_the_second_calls_nobody(params, tmp_path):
     assert len(python.steps) == 3
 
 
-def test_check_mode_calls_nobody(params, tmp_path):
+def test_check_mode_makes_nothing(params, tmp_path):
     planned = ensure_packages(params, FakePython(breaks="venv"), check_mode=True)
 
     assert planned["changed"] is True
     assert planned["diff"]["after"] == "optuna to be installed\npsycopg2-binary to be installed\n"
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_python_without_ensurepip_is_refused_before_anything_is_made(check_mode, params, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        ensure_packages(params, FakePython(breaks="ensurepip"), check_mode)
+    assert os.listdir(tmp_path) == []
+    # one that is there, or has another layout, needs none
+    ensure_packages({**params, "layout": "flat"}, FakePython(breaks="ensurepip"), check_mode)
 
 
 def test_environments_are_made_at_the_same_time(params, tmp_path):
@@ -170,9 +186,11 @@ def test_pip_that_outlives_its_killed_run_is_waited_for(params, tmp_path, monkey
         with pytest.raises(TimeoutError, match="path: after 0 s another run still holds .*/python.unfinished"):
             ensure_packages(params, second, check_mode=False)
         assert second.calls == []
+        patched.setattr(python_env, "PATIENCE", 60)
+        with pytest.raises(Waiting, match="^another run holds .*/python.unfinished, 60 s are allowed$"):
+            ensure_packages({**params, "slice": 1e-9}, second, check_mode=False)
         ending = threading.Timer(0.5, pip.stdin.close)
         ending.start()
-        patched.setattr(python_env, "PATIENCE", 60)
         result = ensure_packages(params, second, check_mode=False)
         assert pip.wait(0) == 0
 
@@ -382,11 +400,11 @@ def test_pip_is_old(text, old):
 class FakeModule:
     """AnsibleModule's run_command, as far as it is used."""
 
-    def __init__(self, advice=None):
-        self.params = {"advice": advice}
+    def __init__(self, advice=None, layout="venv"):
+        self.params = {"advice": advice, "layout": layout}
 
     def run_command(self, command, **_options):
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         return done.returncode, done.stdout, done.stderr
 
 
@@ -396,7 +414,7 @@ class FakeModule:
     (["sh", "-c", "echo a b >&2; exit 1"], "failed: a b$"),
     (["sh", "-c", "exit 1"], "failed: no output$"),
     (["sh", "-c", "echo ensurepip is not available; exit 1"], "set postgres_python to one that can"),
-    (["sh", "-c", "echo ERROR: x; exit 1", "pip"], "postgres_python_wheelhouse or postgres_python_index_url"),
+    (["false", "-m", "ensurepip", "--version"], r"set postgres_python to one that can; .* python3-venv for it\)$"),
 ])
 def test_failure_is_one_line_with_what_to_do(command, message):
     with pytest.raises(Failed, match=message) as failed:
@@ -404,17 +422,215 @@ def test_failure_is_one_line_with_what_to_do(command, message):
     assert "\n" not in str(failed.value)
 
 
-def test_failure_may_have_advice_of_its_own():
-    with pytest.raises(Failed, match=r"failed: ERROR: x \(look into pip's configuration\)$"):
-        run_command(FakeModule("look into pip's configuration"), ["sh", "-c", "echo ERROR: x; exit 1", "pip"])
+def test_workstation_is_not_told_of_the_cluster_s_settings():
+    with pytest.raises(Failed, match=r"cannot make environments with pip; Debian .* python3-venv for it\)$") as failed:
+        run_command(FakeModule("look into pip.conf"), ["false", "-m", "ensurepip", "--version"])
+    assert "postgres_" not in str(failed.value)
 
 
-def test_settings_that_would_lead_pip_astray_are_left_out(monkeypatch):
-    for name in ("PIP_TARGET", "PIP_USER", "PYTHONPATH", "LD_LIBRARY_PATH"):
+@pytest.fixture
+def failing_python(tmp_path):
+    """Return a Python that says so much and fails, whatever it is asked."""
+
+    def make(said):
+        (tmp_path / "said").write_text(said)
+        (tmp_path / "failing").write_text(f"#!/bin/sh\ncat {tmp_path}/said >&2\nexit 1\n")
+        (tmp_path / "failing").chmod(0o755)
+        return str(tmp_path / "failing")
+
+    return make
+
+
+RETRYING = "WARNING: Retrying (Retry(total=0)) after connection broken by "
+NONE = "ERROR: Could not find a version that satisfies the requirement optuna (from versions: none)"
+SOME = "ERROR: Could not find a version that satisfies the requirement optuna>=9 (from versions: 3.2, 4.0)"
+
+
+@pytest.mark.parametrize("said, hint", [
+    (f"{RETRYING}'NewConnectionError(': [Errno 101] Network is unreachable')': /simple/optuna/\n{NONE}",
+     "without internet there: set postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"),
+    (f"{RETRYING}'ProxyError('Cannot connect to proxy.', OSError('Tunnel connection failed: 407'))'\n{NONE}",
+     "the proxy lets nobody through: see proxy in pip.conf, http_proxy and https_proxy there"),
+    (f"{RETRYING}'SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]'))'\n{NONE}",
+     "pip does not trust the index's certificate: see cert in pip.conf there"),
+    (f"WARNING: 401 Error, Credentials not correct for https://pypi.example/simple/optuna/\n{NONE}",
+     "the index lets nobody in without the right password: in ~/.netrc, or index-url in pip.conf there"),
+    (f"WARNING: Location '/wheels' is ignored: it is either a non-existing path or lacks a specific scheme.\n{NONE}",
+     "a folder of wheels is not there: see postgres_python_wheelhouse, or find-links in pip.conf there"),
+    (NONE, "the source was read, but offers none for this Python and machine, or wants a password"),
+    (SOME, "the source has other versions only"),
+    ("ERROR: Could not install packages due to an OSError: [Errno 122] Disk quota exceeded",
+     "a disk or quota is full: that of the folder, of pip's cache (~/.cache/pip) or of TMPDIR"),
+    ("ERROR: ResolutionImpossible: for help visit https://pip.pypa.io",
+     "requirements exclude each other; those of a constraint in pip.conf count, too"),
+    ("ERROR: Can not perform a '--user' install.", None),
+])
+def test_hint_fits_the_failure(said, hint, failing_python):
+    python = failing_python(said)
+    with pytest.raises(Failed) as failed:
+        run_command(FakeModule(), pip_command(python, ["install"]))
+    last = said.splitlines()[-1]
+    assert str(failed.value) == f"{python} -m pip … failed: {last}{f' ({hint})' if hint else ''}"
+    with pytest.raises(Failed) as failed:
+        run_command(FakeModule(), [python, "-I", "-c", "import psycopg2"])
+    assert str(failed.value) == f"{python} -I -c … failed: {last}"
+
+
+@pytest.mark.parametrize("reference, hint", [
+    ("connection-failed", "without internet there: "), ("connection-timeout", "without internet there: "),
+    ("proxy-connection-failed", "the proxy lets "), ("ssl-verification-failed", "the index speaks no TLS "),
+])
+def test_newer_pip_says_it_otherwise(reference, hint, failing_python):
+    words = "× Failed to connect to pypi.example"
+    python = failing_python(f"error: {reference}\n\n{words}\n╰─> [Errno 111] refused\n\nhint: Are you connected?\n")
+    with pytest.raises(Failed) as failed:
+        run_command(FakeModule(), pip_command(python, ["install"]))
+    assert str(failed.value).startswith(f"{python} -m pip … failed: {words} ({hint}")
+
+
+@pytest.mark.parametrize("module, says", [
+    (FakeModule("look into pip's configuration"), r"failed: ERROR: x \(look into pip's configuration\)$"),
+    (FakeModule(layout="wheels"), r"\(the workstation asks for it: set postgres_python_index_url, or "),
+])
+def test_advice_for_no_network_is_that_of_the_caller(module, says, failing_python):
+    python = failing_python("connection broken by x\nERROR: x")
+    with pytest.raises(Failed, match=says):
+        run_command(module, pip_command(python, ["install"]))
+
+
+def test_passwords_are_not_told():
+    words = "ERROR: https://alice:secret@pypi.example/simple, http://secret:@proxy:1 and https://pypi.example/@x"
+    with pytest.raises(Failed, match="ERROR: https://\\*{4}@pypi.example/simple, http://\\*{4}@proxy:1 and https://p"):
+        run_command(FakeModule(), ["sh", "-c", f"echo {words}; exit 1"])
+
+
+def test_settings_that_would_lead_python_astray_are_left_out(monkeypatch):
+    for name in ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH"):
         monkeypatch.setenv(name, "/astray")
-    monkeypatch.setenv("PIP_INDEX_URL", "kept")
 
-    environment = run_command(FakeModule(), ["env"])
+    assert "/astray" not in run_command(FakeModule(), ["env"])
 
-    assert "/astray" not in environment
-    assert "PIP_INDEX_URL=kept" in environment
+
+OTHER_INSTALLATIONS = """
+[global]
+target = {0}/elsewhere
+prefix = {0}/elsewhere
+root = {0}/elsewhere
+require-virtualenv = true
+python = /nowhere/python
+quiet = 3
+dry-run = true
+find-links = {0}/wheels
+no-index = true
+[install]
+user = true
+no-deps = true
+[download]
+dest = {0}/elsewhere
+python-version = 2.7
+"""
+
+
+@pytest.mark.parametrize("where, layout", [
+    ("files", "venv"), ("files", "flat"), ("files", "wheels"), ("variables", "flat"), ("variables", "wheels"),
+])
+def test_what_pip_is_told_for_other_installations_does_not_count(where, layout, params, tmp_path, monkeypatch):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    make_wheel(wheels, "a", "py3-none-any", "Requires-Dist: b")
+    make_wheel(wheels, "b")
+    text = OTHER_INSTALLATIONS.format(tmp_path)
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    if where == "files":
+        (tmp_path / "pip.conf").write_text(text)
+        monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    else:
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        for name, value in re.findall("(.*) = (.*)", text):
+            monkeypatch.setenv(f"PIP_{name.upper().replace('-', '_')}", value)
+    params = {
+        **params, "layout": layout, "python": sys.executable, "requirements": ["a", "b"],
+        "host": {**HOST, "python": "3.11.2"} if layout == "wheels" else None,
+    }
+    module = FakeModule(layout=layout)
+
+    def run(command, pass_fds=()):
+        return run_command(module, command)
+
+    assert {"a", "b"} <= set(ensure_packages(params, run, check_mode=False)["packages"])
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_index_of_the_inventory_counts_more_than_the_users(params, tmp_path, monkeypatch):
+    index = tmp_path / "simple" / "a"
+    index.mkdir(parents=True)
+    make_wheel(index, "a")
+    (index / "index.html").write_text('<a href="a-1.0-py3-none-any.whl">a</a>')
+    (tmp_path / "pip.conf").write_text("[global]\nno-index = true\nindex-url = file:///nowhere\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    params = {**params, "layout": "flat", "python": sys.executable, "requirements": ["a"]}
+
+    def run(command, pass_fds=()):
+        return run_command(FakeModule(), command)
+
+    result = ensure_packages({**params, "index_url": f"file://{tmp_path}/simple"}, run, check_mode=False)
+    assert result["packages"] == {"a": "1.0"}
+
+
+class Index(http.server.BaseHTTPRequestHandler):
+    """A package index that wants a password, and has one package."""
+
+    def do_GET(self):
+        given = self.headers.get("Authorization", "")
+        if given != "Basic " + base64.b64encode(b"alice:s3cret").decode():
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", "Basic")
+            body = b""
+        else:
+            self.send_response(200)
+            is_page = self.path.endswith("/")
+            body = b'<a href="a-1.0-py3-none-any.whl">a</a>' if is_page else self.server.wheel
+            self.send_header("Content-Type", "text/html" if is_page else "application/octet-stream")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_unused):
+        pass
+
+
+@pytest.fixture
+def index(tmp_path):
+    (tmp_path / "wheels").mkdir()
+    make_wheel(tmp_path / "wheels", "a")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index) as server:
+        server.wheel = (tmp_path / "wheels" / "a-1.0-py3-none-any.whl").read_bytes()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}/simple"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("lines, says", [
+    ("index-url = http://alice:s3cret@{}", None),
+    ("index-url = http://alice:gu3ss@{}", r"\(the source was read, but offers none .* or wants a password\)$"),
+    ("index-url = http://alice:gu3ss@{}\nproxy = http://bob:gu3ss@127.0.0.1:1", r"\(the proxy lets nobody through: "),
+    ("index-url = http://alice:gu3ss@127.0.0.1:1", r"\(without internet there: set postgres_staged, "),
+    ("index-url = https://alice:gu3ss@{}", r"\(the index speaks no TLS that pip knows: "),
+])
+def test_index_and_proxy_of_pips_own_configuration(lines, says, index, params, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("PIP_") or "proxy" in name.lower()]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    (tmp_path / "pip.conf").write_text(f"[global]\nretries = 1\ntimeout = 5\n{lines.format(index)}\n")
+    params = {**params, "layout": "flat", "python": sys.executable, "requirements": ["a"]}
+
+    def run(command, pass_fds=()):
+        return run_command(FakeModule(), command)
+
+    if not says:
+        assert ensure_packages(params, run, check_mode=False)["packages"] == {"a": "1.0"}
+        return
+    with pytest.raises(Failed, match=says) as failed:
+        ensure_packages(params, run, check_mode=False)
+    assert "gu3ss" not in str(failed.value)

@@ -6,13 +6,13 @@ import contextlib
 import threading
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
 from ansible_collections.mala.hpc_db.plugins.modules import server_info
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """Answers for each database: its trials, or None without Optuna's schema."""
+    """Answers for each database: its trials, None without tables, or the name of another program's."""
     server: dict[str, object] = {}
 
     def rows(database, query):
@@ -22,8 +22,9 @@ def server(monkeypatch):
             return [(4711, "", "alice", "mala", "idle", 0.1, 0.2)]
         if query == server_info.DATABASES:
             return [(name, 100 + index) for index, name in enumerate(server)]
-        if "to_regclass" in query:
-            return [(None if server[database] is None else "trials",)]
+        if query == _optuna.HAS_SCHEMA:
+            return [("version_info", "alembic_version") if isinstance(server[database], list) else (None, None)]
+        assert isinstance(server[database], list), "column study_id does not exist"
         return server[database]
 
     monkeypatch.setattr(_connection, "connect", lambda params, database: contextlib.nullcontext(database))
@@ -34,6 +35,7 @@ def server(monkeypatch):
 @pytest.mark.parametrize("databases, studies", [
     ({}, []),
     ({"alice": None}, []),
+    ({"other": "trials of another program", "mala": [("be", None, 0)]}, [("mala", "be", {})]),
     ({"mala": []}, []),
     ({"mala": [("be", None, 0)]}, [("mala", "be", {})]),
     ({"mala": [("al", "running", 2), ("be", "complete", 5), ("be", "fail", 1)], "x": [("be", "waiting", 1)]},
@@ -97,3 +99,18 @@ def test_name_server_that_does_not_answer_keeps_nobody(monkeypatch):
 
     assert server_info.names_of({"10.0.0.1", "10.0.0.2"}) == {"10.0.0.1": "10.0.0.1", "10.0.0.2": "10.0.0.2"}
     answer.set()
+
+
+def test_server_that_does_not_answer_is_said(monkeypatch):
+    """Its node is dead, and the scheduler does not know yet: that is no reason to fail."""
+
+    def connect(_params, _database):
+        raise _connection.Unreachable("database alice: timeout expired")
+
+    monkeypatch.setattr(_connection, "connect", connect)
+
+    assert server_info.read_if_reached({"database": "alice"}) == {"unreachable": "database alice: timeout expired"}
+
+
+def test_server_that_answers_is_reached(server):
+    assert server_info.read_if_reached({"database": "alice", "idle_nodes": []})["unreachable"] == ""

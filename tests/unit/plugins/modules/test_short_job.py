@@ -3,33 +3,38 @@
 """short_job against a Slurm that runs the job for a few looks; tests/integration has a real one."""
 
 import socket
+import time
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError
+from ansible_collections.mala.hpc_db.plugins.module_utils._slices import Waiting
 from ansible_collections.mala.hpc_db.plugins.modules.short_job import run_job
 
 
 class FakeSlurm:
     """Runs one job, which prints ``output`` at its end, ``looks`` looks later."""
 
-    def __init__(self, path, output, looks=2, refuses=""):
-        self.path, self.output, self.looks, self.refuses = path, output, looks, refuses
+    def __init__(self, path, output, looks=3, refuses="", printed="12\n"):
+        self.path, self.output, self.looks, self.refuses, self.printed = path, output, looks, refuses, printed
         self.cancelled = []
+        self.submitted = False
 
     def __call__(self, command):
         if command[0] == "sbatch":
             if self.refuses:
                 raise SchedulerError(self.refuses)
-            return "12\n"
+            self.submitted = True
+            return self.printed
         if command[0] == "scancel":
             self.cancelled.append(command[1])
             return ""
-        self.looks -= 1
-        if self.looks < 0:
-            if self.output is not None:
+        self.looks -= self.submitted
+        other = "JOBID|\n11|RUNNING|c1|1:00|doctor|None\n"  # somebody's earlier one
+        if not self.submitted or self.looks < 0:
+            if self.submitted and self.output is not None:
                 self.path.write_text(self.output)
-            return "11|RUNNING|c1|1:00|doctor|None\n"  # somebody's earlier one
-        return "12|PENDING||1:00|doctor|Resources\n"
+            return other
+        return f"{other}12|PENDING||1:00|doctor|Resources\n"
 
 
 def params(tmp_path, **changes):
@@ -65,6 +70,49 @@ def test_answer_that_the_file_system_shows_late(tmp_path):
             (tmp_path / "out").write_text('{"host": "c1"}\n')
 
     assert run_job(params(tmp_path), FakeSlurm(tmp_path / "out", None), sleep)["answer"] == {"host": "c1"}
+
+
+def test_wait_goes_on_in_the_next_slice(tmp_path):
+    slurm, told, resume = FakeSlurm(tmp_path / "out", None, looks=3), [], {}
+    while True:
+        try:
+            result = run_job(params(tmp_path, slice=1e-9, resume=resume), slurm, lambda _seconds: time.sleep(0.01))
+            break
+        except Waiting as waiting:
+            told.append(str(waiting))
+            resume = {**waiting.resume, "waited": 1.0}
+            if len(told) == 5:
+                (tmp_path / "out").write_text('{"host": "c1"}\n')
+
+    assert result["answer"] == {"host": "c1"}
+    assert told[0] == "doctor: job 12 is PENDING (Resources), 60 s are allowed"
+    assert told[4] == f"job 12 has ended, and {tmp_path}/out does not show its whole answer yet"
+
+
+def test_job_is_found_whatever_sbatch_prints(tmp_path):
+    slurm = FakeSlurm(tmp_path / "out", '{"host": "c1"}', printed="Welcome!\n13\n")
+
+    assert run_job(params(tmp_path), slurm, lambda _seconds: None)["answer"] == {"host": "c1"}
+    slurm = FakeSlurm(tmp_path / "out", "", looks=1000, printed="")
+    run_job(params(tmp_path, timeout=0), slurm, lambda _seconds: None)
+    assert slurm.cancelled == ["12"]
+
+
+@pytest.mark.parametrize("printed, said", [
+    ("12\n", ""),
+    ("Hi\n", "sbatch printed no job id: 'Hi', and whether the job is in the queue cannot be asked: x"),
+])
+def test_queue_that_cannot_be_asked_after_a_submission(printed, said, tmp_path):
+    slurm = FakeSlurm(tmp_path / "out", '{"host": "c1"}', printed=printed)
+    asked = []
+
+    def run(command):
+        asked.append(command[0])
+        if asked == ["squeue", "sbatch", "squeue"]:
+            raise SchedulerError("x")
+        return slurm(command)
+
+    assert run_job(params(tmp_path), run, lambda _seconds: None)["said"] == said
 
 
 def test_option_of_the_login_alone_is_told(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ ROW = "1\t0\t1\tCOMPLETE\tx\\.y\n"
 
 
 class FakeServer:
-    """Databases as (studies, trials), None without Optuna's schema; and pg_dump and pg_restore on files of JSON."""
+    """Databases as (studies or tables, trials), None without any; and pg_dump and pg_restore on files of JSON."""
 
     def __init__(self, **databases):
         self.databases = {"postgres": None, **databases}
@@ -43,6 +43,8 @@ class FakeServer:
     def rows(self, _connection, query, values=()):
         if query == study_dump.EXISTS:
             return [(1,)] * (values[0] in self.databases)
+        if query == study_dump.TABLES:
+            return [((self.databases[self.asked] or (0,))[0],)]
         if "to_regclass" in query:
             return [(None if self.databases[self.asked] is None else "trials",)]
         return [self.databases[self.asked]] if query == study_dump.COUNTS else []
@@ -78,7 +80,7 @@ class FakeServer:
             except ValueError:
                 raise Failed("pg_restore failed: end of file") from None
         if "--list" in command:
-            return "; Archive\n3370; 0 17 TABLE DATA public trials study\n" if held else "; Archive\n"
+            return "; Archive\n" + "3370; 0 17 TABLE DATA public trials study\n" * (held[0] if held else 0)
         if "--file=-" in command:
             return f"SET x;\nCOPY public.trials (a, b) FROM stdin;\n{ROW * held[1]}\\.\n\nSET y;\n"
         if dbname:
@@ -93,7 +95,8 @@ def params(tmp_path, monkeypatch):
     (tmp_path / "host" / "settings.json").write_text('{"bindir": "/opt/bin"}')
     (tmp_path / "dumps").mkdir()
     given = {"host": "c1", "port": 5432, "user": "alice", "passfile": "/home/o'neill/pgpass", "owner": "study"}
-    return {"root": str(tmp_path), "database": "studies", "file": "newest", "replace": False, **given}
+    wanted = {"file": "newest", "replace": False, "tables": "optuna"}
+    return {"root": str(tmp_path), "database": "studies", **wanted, **given}
 
 
 @pytest.fixture
@@ -117,7 +120,9 @@ def test_dump_has_its_name_only_once_it_is_whole(params, use, tmp_path):
     result = ensure_dumped(params, server.run, check_mode=False)
 
     path = tmp_path / "dumps" / f"studies-{NOW}.kept.dump"
-    assert result == {"changed": True, "file": str(path), "trials": 5, "diff": {"before": "", "after": f"{path}\n"}}
+    assert result == {
+        "changed": True, "file": str(path), "trials": 5, "tables": None, "diff": {"before": "", "after": f"{path}\n"},
+    }
     assert f"--file={tmp_path}/dumps/.studies-{NOW}.kept.dump.part" in server.commands[0]
     assert sorted(os.listdir(tmp_path / "dumps")) == [path.name, f"{path.name}.sha256"]
     assert study_dump.check_dump("/opt/bin", str(path), server.run) == 5
@@ -154,7 +159,7 @@ def test_dump_takes_the_place_of_what_was_there(before, replace, kept, diff, che
     result = ensure_restored({**params, "replace": replace}, server.run, check_mode)
 
     assert result == {
-        "changed": True, "file": path, "trials": 5, "kept": next(iter(kept), None),
+        "changed": True, "file": path, "trials": 5, "tables": None, "kept": next(iter(kept), None),
         "diff": {"before": diff, "after": "studies: 5 trials\n"},
     }
     after = before if check_mode else {"studies": (1, 5), **kept}
@@ -179,7 +184,7 @@ def test_newest_dump_is_chosen_whoever_made_it(names, newest, tmp_path):
 @pytest.mark.parametrize("content, checksum, message", [
     ((1, 5), "", r"restore_database: studies holds 2 studies with 9 trials; with restore_replace=true"),
     ("PGDMP", "", r"^restore_from: studies-\w+.dump is no dump, or a damaged one: pg_restore failed: end of file$"),
-    ("null", "", r"^restore_from: .* is a dump of something else: it has no table of Optuna's trials$"),
+    ("null", "", r"^restore_from: .* something else: it has no table of Optuna's trials; .* with tables: none$"),
     ((1, 5), "0" * 64, r"^restore_from: studies-(\w+).dump is damaged: it does not fit studies-\1.dump.sha256$"),
     (None, "", r"dumps holds no dump of studies$"),
 ])
@@ -202,6 +207,20 @@ def test_restore_that_lost_trials_changes_nothing(params, use, tmp_path):
     with pytest.raises(Failed, match="holds 5 trials, but 4 were restored; nothing was changed"):
         ensure_restored({**params, "replace": True}, server.run, check_mode=False)
     assert server.databases == {"postgres": None, "studies": (2, 9)}
+
+
+def test_dump_of_another_program_is_counted_by_its_tables(params, use, tmp_path):
+    params = {**params, "tables": "none"}
+    path = dump(tmp_path, (3, 9))
+    server = use(FakeServer(studies=(2, 0)))
+
+    assert ensure_dumped(params, server.run, check_mode=False)["tables"] == 2
+    with pytest.raises(Refused, match="restore_database: studies holds 2 tables; with restore_replace=true the dump"):
+        ensure_restored({**params, "file": path}, server.run, check_mode=False)
+    result = ensure_restored({**params, "file": path, "replace": True}, server.run, check_mode=False)
+
+    assert (result["trials"], result["tables"], result["kept"]) == (None, 3, KEPT)
+    assert result["diff"] == {"before": "studies: 2 tables\n", "after": "studies: 3 tables\n"}
 
 
 def test_instance_that_is_not_there_is_named(params, tmp_path):

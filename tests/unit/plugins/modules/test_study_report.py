@@ -4,6 +4,8 @@
 
 import gzip
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _figures, _report
@@ -109,6 +111,40 @@ def test_status(changes, lines):
     assert "No studies are known." in shown
 
 
+def test_what_is_odd_is_named_beside_the_rest():
+    held = {"studies": [{**study(trial(0, state="FAIL")), "odd": ["trial 0 has x = 2.0"]}], "problems": []}
+
+    shown = page(STATUS, held)
+
+    assert '<p class="bad">trial 0 has x = 2.0</p>' in shown and "1 trial: 1 fail" in shown
+
+
+def test_study_that_cannot_be_shown_costs_itself_only():
+    broken = {**study(trial(0, state="FAIL")), "attributes": {"a": object()}}
+
+    shown = page(STATUS, {"studies": [broken, study(trial(0, state="FAIL"))], "problems": []})
+
+    assert "This study cannot be shown: TypeError: Object of type object" in shown
+    assert shown.count("No trial is complete with a finite value") == 1
+
+
+def test_complete_trial_without_a_value_is_none_to_compare():
+    assert _figures.complete_trials(study(trial(0), trial(1, 1.0))) == [trial(1, 1.0)]
+    whole = trial(2, values=[1.0, 2.0])
+    assert _figures.best_first(study(trial(0), trial(1, 1.0), whole, directions=["minimize"] * 2), 1) == [whole]
+
+
+def test_trials_keep_their_numbers_where_one_is_missing(monkeypatch):
+    drawn = SimpleNamespace(data=[SimpleNamespace(x=[0, 1], y=[3.0, 1.0])])
+    plots = SimpleNamespace(plot_optimization_history=lambda study, target, target_name: drawn)
+    monkeypatch.setitem(sys.modules, "optuna", SimpleNamespace(visualization=plots))
+    monkeypatch.setattr(_figures, "rebuild", lambda exported, trials: [each["number"] for each in trials])
+
+    _figures.history(study(trial(0, 3.0), trial(1), trial(3, 1.0)), 0)
+
+    assert drawn.data[0].x == [0, 3]
+
+
 def test_best_trials_come_first():
     trials = [trial(0, 3.0), trial(1, 1.0, constraints={"0": 1}), trial(2, 2.0), trial(3, float("-inf")),
               trial(4, state="RUNNING")]
@@ -123,6 +159,11 @@ def test_running_trials():
 
     assert _figures.running_steps(trials, 20) == [(0, 1), (5, 2), (10, 1), (20, 1)]
     assert _figures.running_steps([], 20) == []
+
+
+@pytest.mark.parametrize("state", ["COMPLETE", "PRUNED", "FAIL", "WAITING"])
+def test_trial_that_has_ended_never_counts_as_running(state):
+    assert _figures.running_steps([trial(0, state=state, start=0, complete=None)], 20) == []
 
 
 @pytest.mark.parametrize("number, most", [(0, 5), (3, 5), (5, 5), (6, 5), (1000, 7)])

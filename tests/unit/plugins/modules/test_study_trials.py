@@ -20,8 +20,52 @@ class Distribution:
     def __init__(self, *choices):
         self.choices = choices
 
+    def __str__(self):
+        return f"<{', '.join(self.choices)}>"
+
     def to_internal_repr(self, value):
         return float(self.choices.index(value))
+
+
+class FakeStorage:
+    """Studies by name. Those in ``broken`` have a trial that Optuna cannot read, which is why it reads none of them."""
+
+    def __init__(self, studies):
+        self.studies, self.broken, self.lost = studies, {}, None
+        self.engine = self
+
+    def get_study_id_from_name(self, name):
+        return list(self.studies).index(name)
+
+    def get_all_trials(self, study_id, deepcopy):
+        if study_id in self.broken:
+            raise IndexError("tuple index out of range") from self.lost
+        return list(self.studies.values())[study_id].trials
+
+    def get_trial(self, trial_id):
+        if trial_id == 1:
+            raise IndexError("tuple index\nout of range")
+        return list(self.studies.values())[0].trials[trial_id]
+
+    connect = contextlib.contextmanager(lambda self: (yield self))
+
+    def exec_driver_sql(self, query):
+        assert query == "SELECT trial_id, number FROM trials WHERE study_id = 0 ORDER BY trial_id"
+        return SimpleNamespace(fetchall=lambda: [(0, 0), (1, 1), (2, 2)])
+
+
+class Lost(Exception):
+    """An error of SQLAlchemy's, from which Optuna raises its own."""
+
+    def __init__(self, code, invalidated):
+        super().__init__("(psycopg2.OperationalError) server closed")
+        self.connection_invalidated = invalidated
+        self.__cause__ = Driver("server closed\nthe connection")
+        self.__cause__.pgcode = code
+
+
+class Driver(Exception):
+    pass
 
 
 def trial(number, state="COMPLETE", **held):
@@ -44,19 +88,28 @@ def optuna(monkeypatch):
     studies = {
         name: SimpleNamespace(
             study_name=name, directions=[SimpleNamespace(name="MINIMIZE")], user_attrs={"by": "alice"},
-            get_trials=lambda deepcopy: trials,
+            trials=trials,
         )
         for name in ("al", "be")
     }
+    storage = FakeStorage(studies)
     fake = SimpleNamespace(
-        storages=SimpleNamespace(RDBStorage=lambda url: url), load_study=lambda study_name, storage: studies[study_name]
+        storages=SimpleNamespace(RDBStorage=lambda url: storage),
+        load_study=lambda study_name, storage: studies[study_name],
     )
     monkeypatch.setitem(sys.modules, "optuna", fake)
+    monkeypatch.setitem(sys.modules, "optuna.trial", SimpleNamespace(create_trial=create_trial))
     monkeypatch.setitem(
         sys.modules, "optuna.distributions",
         SimpleNamespace(distribution_to_json=lambda distribution: json.dumps(distribution.choices)),
     )
-    return studies
+    return storage
+
+
+def create_trial(params, **_held):
+    """Refuse an "a", as Optuna does with what is not in a distribution."""
+    if "a" in params.values():
+        raise ValueError("isn't contained")
 
 
 @pytest.fixture
@@ -113,7 +166,9 @@ def test_trials_as_json_has_them(server, tmp_path):
     common = {"complete": None, "values": None, "params": {}, "intermediate": [], "attributes": {}, "constraints": {}}
     assert study == {
         "database": "mala", "name": "be", "directions": ["minimize"], "metrics": None, "attributes": {"by": "alice"},
-        "distributions": ['["a", "b"]'],
+        "distributions": ['["a", "b"]'], "odd": [
+            "trial 0 has l = a outside of <a, b>", "trial 0 is COMPLETE without the time of its end",
+        ],
         "trials": [
             {**common, "number": 0, "state": "COMPLETE", "start": begun, "values": [float("inf")],
              "params": {"k": [0, 1.0], "l": [0, 0.0]}},
@@ -122,6 +177,45 @@ def test_trials_as_json_has_them(server, tmp_path):
             {**common, "number": 2, "state": "WAITING", "start": None, "constraints": {"size": 2.0}},
         ],
     }
+
+
+def test_trial_that_cannot_be_read_costs_itself_only(server, optuna):
+    optuna.broken = {0}
+
+    held = study_trials.read_all(PARAMS)
+
+    assert [study["name"] for study in held["studies"]] == ["al", "be"]
+    assert [trial["number"] for trial in held["studies"][0]["trials"]] == [0, 2]
+    assert held["studies"][0]["odd"][0] == "trial 1 cannot be read: IndexError: tuple index out of range"
+
+
+def test_study_that_cannot_be_read_costs_itself_only(server, optuna):
+    del optuna.studies["al"].user_attrs
+
+    held = study_trials.read_all(PARAMS)
+
+    assert [study["name"] for study in held["studies"]] == ["be"]
+    assert held["problems"][0].startswith("study mala/al cannot be read and is not shown: AttributeError: ")
+
+
+@pytest.mark.parametrize("lost", [Lost("57P01", True), Lost(None, False)])
+def test_server_that_goes_away_is_no_odd_row(lost, server, optuna):
+    optuna.broken, optuna.lost = {0}, lost
+
+    with pytest.raises(_connection.Unreachable, match="^database mala: Driver: server closed the connection$"):
+        study_trials.read_all(PARAMS)
+
+
+@pytest.mark.parametrize("held, constraints", [
+    ((0.5, float("nan"), "x", None), {"0": 0.5}), ({"size": 1, "shape": "round"}, {"size": 1}), (None, {}),
+])
+def test_constraints_that_are_no_numbers_are_left_out(held, constraints):
+    assert study_trials.constraints_of(trial(0, system_attrs={"constraints": held})) == constraints
+
+
+@pytest.mark.parametrize("year", [1, 2026, 9999])
+def test_every_time_can_be_exported(year):
+    assert isinstance(study_trials.seconds(datetime.datetime(year, 1, 1)), (float, type(None)))
 
 
 def test_without_optuna_the_setting_is_named(server, monkeypatch):

@@ -1,0 +1,288 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible import template
+from ansible.errors import AnsibleError
+from ansible.module_utils.common.validation import check_type_dict
+from ansible.module_utils.common.yaml import yaml_load
+from ansible.module_utils.parsing.convert_bool import BOOLEANS_FALSE, BOOLEANS_TRUE
+from ansible.plugins.action import ActionBase
+from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+
+ROLES = Path(__file__).parents[2] / "roles"
+ALLOWED = {
+    "bool": "true or false",
+    "dict": "names with values, such as {partition: work}",
+    "int": "a whole number",
+    "list": "a list, such as [a, b]",
+    "str": "text, in quotes if YAML takes it for something else",
+}
+EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
+# What comes after another dot is a part of something, and may be called as a setting is.
+READ = re.compile(r"(?<![\w.])(?:__settings\.)?(\w+)")
+QUOTED = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""")
+
+
+class Refused(ValueError):
+    """A value is not what its setting takes."""
+
+
+class Unknown(Refused):
+    """A template reads a setting that is not there."""
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]
+    """Return the settings of this host as their types have them."""
+
+    TRANSFERS_FILES = False
+    _requires_connection = False
+
+    def run(self, tmp: str | None = None, task_vars: dict | None = None) -> dict[str, Any]:
+        result = super().run(tmp, task_vars)
+        self.validate_argument_spec({})
+
+        try:
+            found = find_settings(task_vars or {}, self._templar, self._loader)
+        except Refused as refused:
+            return dict(result, failed=True, msg=one_line(refused))
+        return dict(result, changed=False, _ansible_verbose_override=True, **found)  # some hold passwords
+
+
+def find_settings(variables: Mapping[str, Any], templar: Any, loader: Any) -> dict[str, Any]:
+    """Return the settings as the play's variables have them, with Ansible's templar and loader."""
+    options = options_of_roles()
+    here = roles_in(variables, options)
+
+    def evaluate(value: Any, known: Mapping[str, Any]) -> Any:
+        return templar.copy_with_new_env(available_variables=known).template(value)
+
+    try:
+        return read_settings(variables, options, here, templar.is_template, evaluate)
+    except Unknown:  # it has its default in a role that is not in this play; to read them all takes its time
+        every = {**variables_of_roles(loader), **variables}
+        return read_settings(every, options, here, templar.is_template, evaluate, has_every_role=True)
+
+
+def roles_in(variables: Mapping[str, Any], options: Mapping[str, dict]) -> set[str]:
+    """Return the roles in the play: those whose defaults are all there."""
+    absent = {
+        option["role"] for name, option in options.items()
+        if "default" in option and name.startswith(option["role"]) and name not in variables
+    }
+    return {option["role"] for option in options.values()} - absent
+
+
+def variables_of_roles(loader: Any, roles: Path = ROLES) -> dict[str, Any]:
+    """Return defaults and variables of all roles."""
+    # For newer Ansibles only what is from a file of ours is a template.
+    trusting = {"trusted_as_template": True} if hasattr(template, "trust_as_template") else {}
+    found: dict[str, Any] = {}
+    for path in sorted([*roles.glob("*/defaults/main.yml"), *roles.glob("*/vars/main.yml")]):
+        found.update(loader.load_from_file(str(path), **trusting) or {})
+    return found
+
+
+def options_of_roles(roles: Path = ROLES) -> dict[str, dict]:
+    """Return what the roles document of each setting, and which one does; the entry point ``main`` counts first."""
+    options: dict[str, dict] = {}
+    for path in sorted(roles.glob("*/meta/argument_specs.yml")):
+        for entry_point in yaml_load(path.read_text(encoding="utf-8"))["argument_specs"].values():
+            for name, option in entry_point.get("options", {}).items():
+                options.setdefault(name, {**option, "role": path.parts[-3]})
+    return options
+
+
+def read_settings(
+    variables: Mapping[str, Any], options: Mapping[str, dict], here: set[str], is_template: Callable[[Any], bool],
+    evaluate: Callable[[Any, Mapping[str, Any]], Any], has_every_role: bool = False,
+) -> dict[str, Any]:
+    """Return every setting as its type has it, and ``None`` for one that is not given and has no default here.
+
+    A template is evaluated after the settings that it reads; ``evaluate`` takes it and all variables. What it needs may
+    be given for some playbooks only, so that of a role that is not ``here`` may fail.
+    """
+    defaults = {name: option["default"] for name, option in options.items() if "default" in option}
+    given = {name: value for name, value in defaults.items() if "{{" not in str(value)}
+    given.update({name: variables[name] for name in options if name in variables})
+    templates = {name for name in given if is_template(given[name])}
+    settings = take_all({name: given[name] for name in given if name not in templates}, options)
+
+    def settle(name: str, before: tuple[str, ...] = ()) -> None:
+        if name in before:
+            raise Refused(f"{name}: {shown(given[name])} is not allowed; it follows from itself")
+        if name not in given and not has_every_role:
+            raise Unknown(f"{before[-1]}: {name} is not known")
+        if name in settings or name not in given:
+            return
+        for other in sorted(read_by(given[name], variables, options, is_template)):
+            settle(other, (*before, name))
+        try:
+            found = evaluate(given[name], {**variables, **settings, "__settings": settings})
+        except AnsibleError as error:
+            if options[name]["role"] not in here:
+                return
+            raise Refused(f"{name}: {error}") from error
+        settings.update(take_all({name: found}, options))
+
+    for name in sorted(templates):
+        settle(name)
+    return {**dict.fromkeys(options), **settings}
+
+
+def read_by(
+    value: Any, variables: Mapping[str, Any], options: Mapping[str, dict], is_template: Callable[[Any], bool]
+) -> set[str]:
+    """Return the settings that a template may read, by way of other variables too."""
+    found: set[str] = set()
+    seen = {"hostvars", "vars"}
+    texts = [str(value)]
+    while texts:
+        expressions = " ".join(EXPRESSION.findall(texts.pop()))
+        for name in set(READ.findall(QUOTED.sub("", expressions))) - seen:
+            seen.add(name)
+            if name in options:
+                found.add(name)
+            elif isinstance(variables.get(name), (str, list, dict)) and is_template(variables[name]):
+                texts.append(str(variables[name]))
+    return found
+
+
+def take_all(given: Mapping[str, Any], options: Mapping[str, dict]) -> dict[str, Any]:
+    """Return values as their settings' types have them; raise Refused with all that are wrong."""
+    settings, wrong = {}, []
+    for name, value in given.items():
+        try:
+            settings[name] = typed(decrypted(value), options[name], name)
+        except Refused as refused:
+            wrong.append(str(refused))
+    if wrong:
+        raise Refused("; ".join(wrong))
+    return settings
+
+
+def decrypted(value: Any) -> Any:
+    """Return a value with text in the place of what ansible-vault has encrypted, which is of a type of its own."""
+    if isinstance(value, Mapping):
+        return {name: decrypted(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [decrypted(each) for each in value]
+    return str(value) if hasattr(value, "_ciphertext") else value
+
+
+def typed(value: Any, option: Mapping[str, Any], path: str) -> Any:
+    """Return a value as a type has it, whether it is given as text, in YAML or as JSON."""
+    kind = option["type"]
+    try:
+        found = TYPES[kind](value)
+    except (TypeError, ValueError):
+        raise Refused(f"{path}: {shown(value)} is not allowed; {ALLOWED[kind]}") from None
+    if kind == "list":
+        element = {**option, "type": option["elements"]}
+        return [typed(each, element, f"{path}[{number}]") for number, each in enumerate(found)]
+    if "choices" in option and found not in option["choices"]:
+        raise Refused(f"{path}: {shown(value)} is not allowed; {', '.join(option['choices'])}")
+    if kind == "dict" and "options" in option:
+        return typed_entries(found, option["options"], path)
+    return found
+
+
+def typed_entries(given: Mapping[str, Any], options: Mapping[str, dict], path: str) -> dict[str, Any]:
+    """Return a dictionary's values as their types have them, with defaults."""
+    for key in given:
+        if key not in options:
+            raise Refused(f"{path}: {shown(key)} is not allowed; {', '.join(options)}")
+    missing = [key for key, option in options.items() if option.get("required") and key not in given]
+    if missing:
+        raise Refused(f"{path}: {', '.join(missing)} is not given")
+    defaults = {key: option["default"] for key, option in options.items() if "default" in option}
+    return {key: typed(value, options[key], f"{path}.{key}") for key, value in {**defaults, **given}.items()}
+
+
+def shown(value: Any) -> str:
+    """Return a value as a person writes it."""
+    return "nothing" if value is None or value == "" else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def to_bool(value: Any) -> bool:
+    """Return true or false."""
+    word = value.strip().lower() if isinstance(value, str) else value
+    if not isinstance(word, (str, int, float)) or word not in BOOLEANS_TRUE | BOOLEANS_FALSE:
+        raise ValueError
+    return word in BOOLEANS_TRUE
+
+
+def to_int(value: Any) -> int:
+    """Return a whole number. Text with a leading zero would be an octal number in YAML."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?(0|[1-9][0-9]*)(\.0+)?\s*", value):
+        return int(value.partition(".")[0])
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value % 1:
+        raise ValueError
+    return int(value)
+
+
+def to_str(value: Any) -> str:
+    """Return text. What YAML has made of yes, of 1.10 or of a time is not what was written."""
+    if value is None:
+        return ""
+    if isinstance(value, (bool, datetime.datetime)) or not isinstance(value, (str, int, datetime.date)):
+        raise TypeError
+    return str(value)
+
+
+def to_list(value: Any) -> list:
+    """Return a list; that of a text has its parts between commas, unless it is written as a list."""
+    if value is None or value == "":
+        return []
+    if isinstance(value, str):
+        return parsed(value, list) if value.lstrip().startswith("[") else [part.strip() for part in value.split(",")]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    raise TypeError
+
+
+def to_dict(value: Any) -> dict:
+    """Return a dictionary; that of a text may be written as ``name=value,name=value``."""
+    if value is None or value == "":
+        return {}
+    if isinstance(value, str):
+        if value.lstrip().startswith("{"):
+            return parsed(value, dict)
+        words = {"true": True, "false": False}
+        return {name: words.get(word.lower(), word) for name, word in check_type_dict(value).items()}
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError
+
+
+def parsed(text: str, kind: type) -> Any:
+    """Return what a text holds as JSON or YAML."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        try:
+            found = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError from error
+    if not isinstance(found, kind):
+        raise TypeError
+    return found
+
+
+TYPES: dict[str, Callable[[Any], Any]] = {
+    "bool": to_bool, "dict": to_dict, "int": to_int, "list": to_list, "str": to_str,
+}
