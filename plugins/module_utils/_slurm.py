@@ -69,6 +69,13 @@ def flags_of(variables: Mapping[str, str]) -> dict[str, str]:
 
 def check_environment(variables: Mapping[str, str], options: dict, setting: str) -> None:
     """Raise ValueError for an option that is left to a variable of sbatch's, which no job here is given."""
+    for name in ("SBATCH_CLUSTERS", "SLURM_CLUSTERS"):
+        if variables.get(name) and "clusters" not in options:
+            raise ValueError(
+                f"{setting}: clusters: your login shell sets {name}={variables[name]!r}, but all jobs go to the "
+                "cluster that this login node belongs to; use a login node of the cluster that is meant, or set "
+                "clusters: false here if it is this one"
+            )
     for name, flag in flags_of(variables).items():
         memory = flag.startswith("mem") and any(str(option).startswith("mem") for option in options)
         if not (flag in options or flag in OWNED or memory or UNTOLD.fullmatch(flag)):
@@ -319,6 +326,8 @@ def check_options(options: dict) -> None:
     for flag, value in ((str(key), value) for key, value in options.items()):
         if not re.fullmatch(r"[a-z][a-z0-9-]+", flag, re.ASCII):
             raise ValueError(f"{flag!r} is no long option of sbatch; write for example mem, not --mem or m")
+        if flag == "clusters" and options[flag] is False:
+            continue  # this cluster, whatever the login's environment says
         # sbatch takes any beginning of a flag for the flag.
         if any(owned.startswith(flag) for owned in OWNED):
             raise ValueError(f"{flag}: hosting_job sets this itself, or cannot work with it")
