@@ -32,7 +32,14 @@ LIMITS = {
 
 
 class Unreachable(Exception):
-    """The server does not let us in, or refuses what we ask, or cannot be asked; the message is for the user."""
+    """The server does not let us in, or refuses what we ask, or cannot be asked; the message is for the user.
+
+    ``sqlstate`` is PostgreSQL's code of a statement's error; None where the connection is what failed.
+    """
+
+    def __init__(self, message: str, sqlstate: str | None = None) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
 
 
 def not_importable(package: str, error: ImportError) -> str:
@@ -94,7 +101,7 @@ def connect(params: dict, database: str) -> Iterator[Any]:
             connection.autocommit = True
             yield connection
     except psycopg2.Error as error:
-        raise Unreachable(f"database {database}: {' '.join(str(error).split())}") from None
+        raise Unreachable(f"database {database}: {' '.join(str(error).split())}", error.pgcode) from None
 
 
 def rows(connection: Any, query: Any, values: tuple = ()) -> list[tuple]:

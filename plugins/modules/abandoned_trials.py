@@ -189,21 +189,35 @@ def look_into(params: dict, database: str) -> tuple[list[str], list[_workers.Tri
     return studies, trials
 
 
-def running_trials(params: dict) -> list[_workers.Trial]:
-    """Return the running trials of the studies that are meant."""
+def running_trials(params: dict) -> tuple[list[_workers.Trial], list[str]]:
+    """Return the running trials of the studies that are meant, and a line for each database that cannot be read.
+
+    Such a database is an error where nothing else is there, or one of its studies is meant.
+    """
     with _connection.connect(params, params["database"]) as connection:
         databases = [name for name, in _connection.rows(connection, DATABASES)]
-    found = {database: look_into(params, database) for database in databases}
+    found: dict[str, tuple[list[str], list[_workers.Trial]]] = {}
+    unreadable: list[str] = []
+    for database in databases:
+        try:
+            found[database] = look_into(params, database)
+        except (Refused, _connection.Unreachable) as error:
+            if any(study.startswith(f"{database}/") for study in params["studies"]):
+                raise
+            unreadable.append(str(error))
+    if unreadable and not any(names for names, _trials in found.values()):
+        raise Refused("; ".join(unreadable))
     known = {f"{database}/{name}" for database, (names, _trials) in found.items() for name in names}
     for study in params["studies"]:
         if study not in known:
             raise Refused(
                 f"requeue_studies: there is no study {study}; there are {', '.join(sorted(known)) or 'none at all'}"
             )
-    return [
+    trials = [
         trial for _names, trials in found.values() for trial in trials
         if not params["studies"] or name_of(trial) in params["studies"]
     ]
+    return trials, unreadable
 
 
 def name_of(trial: _workers.Trial) -> str:
@@ -300,15 +314,25 @@ def requeue(params: dict, trial: _workers.Trial) -> int | None:
 def ensure_requeued(params: dict, run: Run, check_mode: bool) -> dict:
     """Requeue the trials whose workers are gone. ``run`` takes an argument list and returns its stdout."""
     check_name(params["name"])
-    trials = running_trials(params)
+    trials, unreadable = running_trials(params)
     world = look_around(params, run, trials)
     requeued: list[dict] = []
     left: list[dict] = []
+    refused: dict[str, str] = {}  # by study: each further trial of one that is locked would wait as long
     for trial in trials:
         verdict = _workers.judge(trial, world)
         told = {"study": name_of(trial), "number": trial.number, "why": verdict.why}
-        new_number = requeue(params, trial) if verdict.gone and not check_mode else None
-        if not verdict.gone:
+        new_number = None
+        if verdict.gone and not check_mode and name_of(trial) not in refused:
+            try:
+                new_number = requeue(params, trial)
+            except _connection.Unreachable as error:
+                if error.sqlstate is None:
+                    raise
+                refused[name_of(trial)] = str(error)
+        if verdict.gone and name_of(trial) in refused:
+            left.append({**told, "why": f"it could not be requeued: {refused[name_of(trial)]}", "unknown": False})
+        elif not verdict.gone:
             left.append({**told, "unknown": verdict.unknown})
         elif check_mode or new_number is not None:
             requeued.append({**told, "new_number": new_number})
@@ -318,6 +342,7 @@ def ensure_requeued(params: dict, run: Run, check_mode: bool) -> dict:
         "changed": bool(requeued),
         "requeued": requeued,
         "left": left,
+        "warnings": [f"{why}; its trials are left alone" for why in unreadable],
         "diff": {
             "before": "".join(f"{trial['study']} {trial['number']}: RUNNING\n" for trial in requeued),
             "after": "".join(f"{trial['study']} {trial['number']}: FAIL, and WAITING anew\n" for trial in requeued),
@@ -341,6 +366,8 @@ def main() -> None:
     )
     try:
         result = ensure_requeued(module.params, make_run(module), module.check_mode)
+        for warning in result.pop("warnings"):
+            module.warn(one_line(warning))
     except (_connection.Unreachable, SchedulerError, Refused, ValueError) as error:
         module.fail_json(msg=one_line(error))
     module.exit_json(**encodable_data(result))

@@ -98,6 +98,11 @@ studies:
   returned: success
   type: list
   elements: dict
+unreadable:
+  description: The databases whose studies cannot be read, each with the server's words.
+  returned: success
+  type: list
+  elements: str
 """
 
 import socket
@@ -196,11 +201,19 @@ def read_server(params: dict) -> dict:
         (maximum, version) = _connection.rows(connection, SETTINGS)[0]
         sessions = _connection.rows(connection, SESSIONS)
         databases = [{"name": name, "size": size} for name, size in _connection.rows(connection, DATABASES)]
+    studies: list[dict[str, Any]] = []
+    unreadable: list[str] = []
+    for database in databases:
+        try:
+            studies += studies_of(params, database["name"])
+        except _connection.Unreachable as error:
+            unreadable.append(one_line(error))
     return {
         "version": version,
         "connections": {"used": len(sessions), "max": maximum, **by_client(sessions, params["idle_nodes"])},
         "databases": databases,
-        "studies": [study for database in databases for study in studies_of(params, database["name"])],
+        "studies": studies,
+        "unreadable": unreadable,
     }
 
 

@@ -20,18 +20,18 @@ PARAMS = {
 class FakeCluster:
     """Two study databases, and a queue; ``looks`` is what was asked for."""
 
-    def __init__(self, names, jobs=(), connections=(), revision="v3.2.0.a"):
-        self.names, self.connections, self.revision = names, connections, revision
+    def __init__(self, names, jobs=(), connections=(), revision="v3.2.0.a", others=()):
+        self.names, self.connections, self.revision, self.others = names, connections, revision, others
         self.listed = ["1|0|RUNNING|900||hpc_db", *jobs]
         self.looks, self.running = [], set(range(len(names)))
 
     def rows(self, database, query, _values=()):
         if query == abandoned_trials.DATABASES:
-            return [("alice",), ("mala",)]
+            return [("alice",), ("mala",), *((name,) for name in self.others)]
         if query == _optuna.HAS_SCHEMA:
             return [(None, None) if database == "alice" else ("version_info", "alembic_version")]
         if query == _optuna.SCHEMA:
-            return [("5.0.0", self.revision)]
+            return [("5.0.0", "v3.0.0.d" if database in self.others else self.revision)]
         if query == abandoned_trials.STUDIES:
             return [("beryllium",), ("aluminium",)]
         if query == abandoned_trials.TRIALS:
@@ -110,6 +110,40 @@ def test_trial_that_ends_meanwhile_is_left(use, monkeypatch):
 
     assert (result["changed"], result["requeued"]) == (False, [])
     assert [trial["why"] for trial in result["left"]] == ["it has ended meanwhile"]
+
+
+@pytest.mark.parametrize("sqlstate", ["55P03", None])
+def test_study_that_is_locked_keeps_no_other_from_the_queue(sqlstate, use, monkeypatch):
+    cluster = use(FakeCluster([*TIED, TIED[0]]))
+    asked = []
+
+    def requeue(params, trial):
+        asked.append(trial.number)
+        raise _connection.Unreachable("database mala: canceling statement due to lock timeout", sqlstate)
+
+    monkeypatch.setattr(abandoned_trials, "requeue", requeue)
+    if sqlstate is None:  # the connection is what failed
+        with pytest.raises(_connection.Unreachable):
+            ensure_requeued(PARAMS, cluster.run, False)
+        return
+
+    result = ensure_requeued(PARAMS, cluster.run, False)
+
+    assert asked == [0]
+    why = "it could not be requeued: database mala: canceling statement due to lock timeout"
+    assert [(trial["number"], trial["why"]) for trial in result["left"]] == [(number, why) for number in range(3)]
+
+
+def test_database_of_another_optuna_keeps_no_other_from_the_queue(use):
+    cluster = use(FakeCluster(TIED, others=["older"]))
+
+    result = ensure_requeued(PARAMS, cluster.run, False)
+
+    assert [trial["number"] for trial in result["requeued"]] == [0, 1]
+    (warning,) = result["warnings"]
+    assert warning.startswith("database older: Optuna's schema v3.0.0.d there was made by Optuna 5.0.0, but ")
+    with pytest.raises(Refused, match="^database older: "):
+        ensure_requeued({**PARAMS, "studies": ["older/beryllium"]}, cluster.run, False)
 
 
 @pytest.mark.parametrize("held, listed", [

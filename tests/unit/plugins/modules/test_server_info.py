@@ -25,6 +25,8 @@ def server(monkeypatch):
         if query == _optuna.HAS_SCHEMA:
             return [("version_info", "alembic_version") if isinstance(server[database], list) else (None, None)]
         assert isinstance(server[database], list), "column study_id does not exist"
+        if server[database] == ["odd"]:
+            raise _connection.Unreachable(f'database {database}: relation "studies" does not exist', "42P01")
         return server[database]
 
     monkeypatch.setattr(_connection, "connect", lambda params, database: contextlib.nullcontext(database))
@@ -53,6 +55,16 @@ def test_studies_of_every_database(databases, studies, server):
         "used": 1, "max": 320, "clients": [{"host": "socket", "user": "alice", "count": 1}],
         "idle_in_transaction": [], "orphaned": [],
     }
+
+
+def test_odd_database_hides_no_other(server):
+    server.update({"alice": None, "mala": [("be", None, 0)], "odd": ["odd"], "zinc": [("zn", "running", 1)]})
+
+    held = server_info.read_if_reached({"database": "alice", "idle_nodes": []})
+
+    assert [study["name"] for study in held["studies"]] == ["be", "zn"]
+    assert held["unreadable"] == ['database odd: relation "studies" does not exist']
+    assert held["unreachable"] == ""
 
 
 def test_connections_by_client(monkeypatch):
