@@ -34,11 +34,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             # beside it, and for the user alone
             descriptor, partial = tempfile.mkstemp(prefix=f".{dest.name}.", dir=dest.parent)
             os.close(descriptor)
-            if dest.exists():  # one that is the same is not brought again
-                shutil.copyfile(dest, partial)
         except OSError as error:
             return dict(result, failed=True, msg=f"dest: {dest.parent}: {error.strerror}")
         try:
+            if dest.exists():  # one that is the same is not brought again
+                shutil.copyfile(dest, partial)
             fetched = self._fetch(src, partial, task_vars)
             if fetched.get("failed") and "remote_checksum" in fetched:
                 # A shell that prints has come between (.bashrc). A module's answer is told from that.
@@ -47,6 +47,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 return dict(result, failed=True, msg=printable(f"{src}: {fetched.get('msg')}"))
             if fetched["changed"]:
                 os.replace(partial, dest)
+        except OSError as error:
+            return dict(result, failed=True, msg=f"dest: {dest}: {error.strerror}")
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)

@@ -113,6 +113,8 @@ def check_archives(locked: list[Locked]) -> None:
                 found = hashlib.new(each.kind, Path(url2pathname(url.path)).read_bytes()).hexdigest()
             except OSError as error:
                 raise CondaError(f"lock: cannot read {each.url}: {error.strerror}") from error
+            except ValueError as error:  # under FIPS
+                raise CondaError(f"lock: this system refuses {each.kind}, which {each.url} is locked with") from error
             if found != each.sum:
                 raise CondaError(f"lock: {each.url} has the {each.kind} {found}, but {each.sum} is locked")
 

@@ -14,12 +14,12 @@ from hpc_db.servers import Server
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """Return name and value of ``NAME=VALUE``; the value may be JSON."""
+    """Return name and value of ``NAME=VALUE``; a list or mapping is JSON, and anything else text, as for Ansible."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     try:
-        return name, json.loads(value)
+        return name, json.loads(value) if value.startswith(("[", "{")) else value
     except ValueError:
         return name, value
 

@@ -176,10 +176,11 @@ def test_inventory_is_a_name_or_a_path(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("server_wait=false", ("server_wait", False)), ("postgres_major=18", ("postgres_major", 18)),
+    ("server_wait=false", ("server_wait", "false")), ("workers_study=18", ("workers_study", "18")),
+    ('databases_studies=["a"]', ("databases_studies", ["a"])), ("workers_study=[a", ("workers_study", "[a")),
     ("instance_name=mine", ("instance_name", "mine")), ("a=", ("a", "")), ("a=b=c", ("a", "b=c")),
 ])
-def test_setting_may_be_json(text, expected):
+def test_setting_is_text_or_a_list_or_mapping(text, expected):
     assert setting(text) == expected
 
 

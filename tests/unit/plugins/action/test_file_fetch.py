@@ -68,6 +68,16 @@ def test_file_that_does_not_come_leaves_nothing(ssh: str, tmp_path: Path) -> Non
     assert os.listdir(dest.parent) == ["hosts"]
 
 
+def test_folder_in_its_place_is_named(ssh: str, tmp_path: Path) -> None:
+    src, dest = tmp_path / "studies.dump", tmp_path / "here" / "studies.dump"
+    src.write_bytes(CONTENT)
+    dest.mkdir(parents=True)
+
+    assert f"dest: {dest}: Is a directory" in fetch(ssh, src, dest, "piped")
+    assert sorted(os.listdir(dest.parent)) == ["hosts", "studies.dump"]
+    assert os.listdir(dest) == []
+
+
 @pytest.mark.parametrize("banner", [":", f"echo '{BANNER}'", "head -c 200000 /dev/zero"])
 def test_banner_is_dropped_and_nothing_else(banner: str) -> None:
     mark = "0f" * 16

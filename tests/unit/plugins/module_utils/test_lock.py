@@ -4,9 +4,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import CondaError, Package, parse_spec
 from ansible_collections.mala.hpc_db.plugins.module_utils._lock import (
+    Locked,
+    check_archives,
     check_specs,
     check_sums,
     lock_text,
@@ -28,6 +33,17 @@ def record(name: str, version: str = "17.2", subdir: str = "linux-64", **others:
 LIBPQ, TZDATA = record("libpq"), record("tzdata", "2026a", "noarch")
 POSTGRESQL = record("postgresql", depends=["tzdata", "libpq ==17.2", "__glibc >=2.17", "readline>=8"])
 TEXT = lock_text([POSTGRESQL, LIBPQ, TZDATA], "linux-64")
+
+
+def test_checksum_that_the_system_refuses_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def new(kind: str, _content: bytes) -> None:
+        raise ValueError(f"[digital envelope routines] unsupported: {kind}")
+
+    (tmp_path / "libpq").write_bytes(b"")
+    monkeypatch.setattr(hashlib, "new", new)
+
+    with pytest.raises(CondaError, match="^lock: this system refuses md5, which file://.*libpq is locked with$"):
+        check_archives([Locked(Package("libpq", "17.2", "h1_0"), (tmp_path / "libpq").as_uri(), CHANNEL, "md5", MD5)])
 
 
 def test_what_is_written_is_read_again() -> None:
