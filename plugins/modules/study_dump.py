@@ -135,10 +135,11 @@ MOST_BESIDE = 45
 COUNTED = {"optuna": "trials", "none": "tables"}
 EXISTS = "SELECT 1 FROM pg_database WHERE datname = %s"
 COUNTS = "SELECT (SELECT count(*) FROM studies), (SELECT count(*) FROM trials)"
-# As a dump has them: not those of extensions.
+# As a dump has them: not those of extensions, though it may have their rows. 1259 is the oid of pg_class.
+TABLE_ENTRY = re.compile(r"^\d+; 1259 \d+ TABLE ", re.MULTILINE)
 TABLES = """
 SELECT count(*) FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
-WHERE relkind = 'r' AND nspname <> 'information_schema' AND nspname !~ '^pg_'
+WHERE relkind IN ('r', 'p') AND nspname <> 'information_schema' AND nspname !~ '^pg_'
 AND NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = pg_class.oid AND deptype = 'e')
 """
 # What SQLAlchemy and Optuna count with.
@@ -205,7 +206,7 @@ def count_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int 
     # The list is at the front: a dump that was cut off has it, too.
     run([*command, f"--file={os.devnull}"])
     if tables == "none":
-        return listed.count(" TABLE DATA ")
+        return len(TABLE_ENTRY.findall(listed))
     if " TABLE DATA public trials " not in listed:
         return None
     return count_rows(run([*command, "--data-only", "--table=trials", "--file=-"]))

@@ -80,7 +80,10 @@ class FakeServer:
             except ValueError:
                 raise Failed("pg_restore failed: end of file") from None
         if "--list" in command:
-            return "; Archive\n" + "3370; 0 17 TABLE DATA public trials study\n" * (held[0] if held else 0)
+            # As pg_restore 15 lists tables and rows; spatial_ref_sys is as an extension has it, rows without a table.
+            tables = "215; 1259 17 TABLE public trials study\n3370; 0 17 TABLE DATA public trials study\n"
+            extension = "3371; 0 18 TABLE DATA public spatial_ref_sys study\n"
+            return f"; Archive\n{extension}" + tables * (held[0] if held else 0)
         if "--file=-" in command:
             return f"SET x;\nCOPY public.trials (a, b) FROM stdin;\n{ROW * held[1]}\\.\n\nSET y;\n"
         if dbname:
