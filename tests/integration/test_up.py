@@ -56,6 +56,7 @@ def server(here: Target, inventories: list[str]) -> hpc_db.Server:
 def test_a_study_connects_to_what_is_returned(here: Target, server: hpc_db.Server) -> None:
     assert (server.cluster, server.name, server.state) == ("localhost", NAME, "serving")
     assert server.url == f"postgresql+psycopg2:///?service={NAME}"
+    assert server.urls == {"studies": server.url}
     assert server.host and server.port and server.job
 
     (printed,) = re.findall("^```python\n(.*?)^```", (ROOT / "docs" / "notebooks.md").read_text(), re.M | re.S)

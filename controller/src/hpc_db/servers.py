@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -26,6 +26,8 @@ class Server:
     port: int | None
     #: The hosting job's id; None if there is no job.
     job: str | None
+    #: The URL of each database, by its name.
+    urls: dict[str, str] = field(default_factory=dict)
 
 
 def servers_of(results: Iterable[tuple[str, dict[str, Any]]]) -> list[Server]:
@@ -45,4 +47,5 @@ def server_of(cluster: str, values: dict[str, Any]) -> Server:
         host=endpoint.get("host"),
         port=int(endpoint["port"]) if endpoint else None,
         job=endpoint.get("job") or job.get("id"),
+        urls=values["urls"],
     )

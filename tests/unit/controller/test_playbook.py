@@ -12,7 +12,8 @@ from hpc_db.progress import Lines, Terminal
 from hpc_db.servers import Server, servers_of
 
 ROLES = "/x/ansible_collections/mala/hpc_db/roles"
-VALUES = {"name": "hpc_db", "url": "postgresql+psycopg2:///?service=hpc_db", "job": None, "endpoint": None}
+URL = "postgresql+psycopg2:///?service=hpc_db"
+VALUES = {"name": "hpc_db", "url": URL, "urls": {"studies": URL}, "job": None, "endpoint": None}
 
 
 def start(host, task, file="postgres/tasks/install.yml"):
@@ -49,7 +50,7 @@ def test_server_is_what_the_role_tells(job, endpoint, expected):
 
     (server,) = servers_of(told_of([start("mini", "Show"), show]).results)
 
-    assert server == Server("mini", "hpc_db", VALUES["url"], *expected)
+    assert server == Server("mini", "hpc_db", VALUES["url"], *expected, VALUES["urls"])
 
 
 @pytest.mark.parametrize("events, says", [
