@@ -597,7 +597,12 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
             return False
 
         answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),), is_done=is_done)
-        after = look_again()
+        try:
+            after = look_again()
+        except CondaError:  # a record is damaged
+            if not answer.problem:
+                raise
+            after = None  # the client's own words say why, such as a full disk
         if after is not None and is_wanted(after, specs, params["locked"]) and (is_done() or not answer.problem):
             rewrite(note, "")
             return before, after

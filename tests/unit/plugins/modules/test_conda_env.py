@@ -534,6 +534,23 @@ def test_records_do_not_tell_of_what_depends_on_others(
     assert ensure_env(params, client, False)["packages"] == NEW
 
 
+@pytest.mark.parametrize("before", [{}, OLD])
+def test_client_says_why_a_record_is_cut_off(prefix: Path, client: FakeClient, provider: str, before: dict) -> None:
+    if before:
+        make_env(prefix, before)
+
+    def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        write_record(prefix, "postgresql", "17.10")
+        os.truncate(prefix / "conda-meta" / "postgresql-17.10-h_0.json", 9)
+        return 1, json.dumps({"exception_name": "OSError", "message": "No space left on device"}), ""
+
+    params = params_for(prefix, provider=provider, channels=["file:///c"], specs=["postgresql==17.10"])
+    with pytest.raises(CondaError, match="No space left on device"):
+        ensure_env(params, run, False)
+
+    assert prefix.exists() is bool(before)  # nothing is left of a new one
+
+
 def test_records_that_a_kill_has_left_tell_nothing(prefix: Path, client: FakeClient, provider: str) -> None:
     make_env(prefix, OLD)
     marker = prefix.with_name("postgresql-17.unfinished")
