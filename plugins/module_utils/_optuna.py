@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -170,7 +169,8 @@ def is_lost(error: Exception) -> bool:
 def oddities(trials: list[Any], objectives: int) -> list[str]:
     """Return what is odd about trials, which Optuna stores, but refuses in a study that is made anew: a line a kind."""
     outside = [found for trial in trials for found in values_outside(trial)[:1]]
-    valued = [(trial, sum(not math.isnan(value) for value in trial.values or [])) for trial in trials]
+    # NaN alone is not equal to itself; math.isnan does not take every integer
+    valued = [(trial, sum(value == value for value in trial.values or [])) for trial in trials]
     short = [
         f"trial {trial.number} is COMPLETE with {count} of {objectives} values"
         for trial, count in valued if trial.state.name == "COMPLETE" and count != objectives
@@ -193,7 +193,7 @@ def values_outside(trial: Any) -> list[str]:
         held = {name: trial.params[name] for name in names}
         try:
             create_trial(value=0.0, params=held, distributions={name: trial.distributions[name] for name in names})
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             return True
         return False
 

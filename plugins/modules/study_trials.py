@@ -95,13 +95,22 @@ def constraints_of(trial: Any) -> dict[str, float]:
     """Return the values of a trial's constraints, none of which is above 0 in a feasible one."""
     held = getattr(trial, "constraints", None) or trial.system_attrs.get("constraints") or {}
     named = held if isinstance(held, dict) else {str(number): value for number, value in enumerate(held)}
-    return {name: value for name, value in named.items() if isinstance(value, (int, float)) and not math.isnan(value)}
+    # NaN alone is not equal to itself
+    return {name: number(value) for name, value in named.items() if isinstance(value, (int, float)) and value == value}
+
+
+def number(value: float) -> float:
+    """Return a number, an integer that is too large as infinity."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def internal_values(trial: Any) -> Iterator[tuple[str, float]]:
     """Return the numbers that stand for a trial's parameters, but not where there is none."""
     for name, value in trial.params.items():
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(OverflowError, TypeError, ValueError):
             yield name, trial.distributions[name].to_internal_repr(value)
 
 

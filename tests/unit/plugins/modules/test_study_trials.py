@@ -208,6 +208,7 @@ def test_server_that_goes_away_is_no_odd_row(lost, server, optuna):
 
 @pytest.mark.parametrize("held, constraints", [
     ((0.5, float("nan"), "x", None), {"0": 0.5}), ({"size": 1, "shape": "round"}, {"size": 1}), (None, {}),
+    ((10**400, -(10**400)), {"0": float("inf"), "1": float("-inf")}),
 ])
 def test_constraints_that_are_no_numbers_are_left_out(held, constraints):
     assert study_trials.constraints_of(trial(0, system_attrs={"constraints": held})) == constraints
