@@ -22,6 +22,7 @@ SPACE = [
     ("layers", IntDistribution(1, 9, step=2)),
     ("activation", CategoricalDistribution(["ReLU", "Tanh", None, 0.1, "Ω'\"\\"])),
 ]
+WHEN = datetime(2026, 1, 31, 12, 30, 15, 250000)
 STATES = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
 
 
@@ -32,7 +33,7 @@ def some_trial(number: int, objectives: int, chance: random.Random) -> FrozenTri
     value = math.inf if number == 4 else chance.uniform(-1, 1) * 10.0 ** chance.randint(-300, 300)
     layer = chance.choice([None, 0.1, "Ω'\"\\"])
     choices = {"rate": 10.0 ** chance.uniform(-299, 299), "layers": 7, "activation": layer}
-    return create_trial(
+    trial = create_trial(
         state=state,
         values=[value, 1 / 3][:objectives] if state == TrialState.COMPLETE else None,
         params={name: choices[name]},
@@ -42,6 +43,8 @@ def some_trial(number: int, objectives: int, chance: random.Random) -> FrozenTri
         system_attrs={"constraints": [-1e-17]} if number % 10 == 0 else {},
         intermediate_values={7: [math.nan, math.inf, chance.random()][number % 3]} if objectives == 1 else {},
     )
+    trial.datetime_start = trial.datetime_complete = WHEN  # the same in every file
+    return trial
 
 
 def time_of(seconds: "Optional[float]") -> "Optional[datetime]":
@@ -77,7 +80,7 @@ def storage_of(url: str) -> Any:
 
 
 def main() -> None:
-    """Make the studies, one of them with TRIALS trials, or only those of FILE if TRIALS is 0."""
+    """Make the studies, one of them with TRIALS trials, and those of FILE."""
     url, trials = sys.argv[1], int(sys.argv[2])
     warnings.simplefilter("ignore")  # of choices that are lists
     optuna.logging.set_verbosity(optuna.logging.WARNING)
