@@ -173,7 +173,7 @@ UNFITTING = {
     "long_key.db": "study long_key: its attribute kk+… has 600 characters, of which PostgreSQL holds 512",
     "step.db": "study step: trial 0: its step 2147483648, with an intermediate value, is beyond 32 bits",
     "patched.db": "study patched: trial 3: its parameter k differs from trial 0 in its distribution: Categorical",
-    "unreadable.db": "study unreadable: trial 2 cannot be read: IndexError: tuple index out of range$",
+    "unreadable.db": "study unreadable: trial 2 cannot be read: IndexError: tuple index out of range'$",
     "attribute.db": "study attribute cannot be read: JSONDecodeError: ",
     "gap.db": "study gap: trial 2 is missing, as if it had been deleted; import_repair=true numbers trials anew",
     "twice.db": "study twice: two trials have the number 2; import_repair=true numbers trials anew",
