@@ -46,7 +46,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-unreachable:
+no_answer:
   description:
     - Why the server cannot be asked, as while its node is dead and the scheduler does not know it; empty if it can be.
     - It is no failure, and nothing else is returned then.
@@ -220,9 +220,9 @@ def read_server(params: dict) -> dict:
 def read_if_reached(params: dict) -> dict:
     """Return what the server holds, or why nobody can say."""
     try:
-        return {"unreachable": "", **read_server({**params, "connect_timeout": CONNECT_SECONDS})}
+        return {"no_answer": "", **read_server({**params, "connect_timeout": CONNECT_SECONDS})}
     except _connection.Unreachable as error:
-        return {"unreachable": one_line(error)}
+        return {"no_answer": one_line(error)}
 
 
 def main() -> None:

@@ -315,7 +315,7 @@ def why_failed(done: subprocess.CompletedProcess[str]) -> str:
         said = json.loads(done.stdout)
         if said.get("failed"):
             return said["msg"].strip()
-        return next((said[name] for name in ("error", "why", "unreachable") if said.get(name)), "")
+        return next((said[name] for name in ("error", "why", "no_answer") if said.get(name)), "")
     return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else ""
 
 

@@ -72,9 +72,9 @@ def with_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 def test_status_page_of_a_server_whose_node_is_dead(ansible: Reader) -> None:
     role, own, sent = PAGES["status.txt.j2"]
-    unreachable = {**sent, "__server_held": {"unreachable": "database alice: timeout expired"}}
+    no_answer = {**sent, "__server_held": {"no_answer": "database alice: timeout expired"}}
 
-    (text,) = ansible.render(role, ["status.txt.j2"], own, copy.deepcopy(unreachable))
+    (text,) = ansible.render(role, ["status.txt.j2"], own, copy.deepcopy(no_answer))
 
     assert "  endpoint     c1 port 5432\n" in text
     assert "  PostgreSQL   does not answer: database alice: timeout expired\n" in text

@@ -64,7 +64,7 @@ def test_odd_database_hides_no_other(server):
 
     assert [study["name"] for study in held["studies"]] == ["be", "zn"]
     assert held["unreadable"] == ['database odd: relation "studies" does not exist']
-    assert held["unreachable"] == ""
+    assert held["no_answer"] == ""
 
 
 def test_connections_by_client(monkeypatch):
@@ -121,8 +121,8 @@ def test_server_that_does_not_answer_is_said(monkeypatch):
 
     monkeypatch.setattr(_connection, "connect", connect)
 
-    assert server_info.read_if_reached({"database": "alice"}) == {"unreachable": "database alice: timeout expired"}
+    assert server_info.read_if_reached({"database": "alice"}) == {"no_answer": "database alice: timeout expired"}
 
 
 def test_server_that_answers_is_reached(server):
-    assert server_info.read_if_reached({"database": "alice", "idle_nodes": []})["unreachable"] == ""
+    assert server_info.read_if_reached({"database": "alice", "idle_nodes": []})["no_answer"] == ""
