@@ -72,9 +72,9 @@ def check_environment(variables: Mapping[str, str], options: dict, setting: str)
     for name in ("SBATCH_CLUSTERS", "SLURM_CLUSTERS"):
         if variables.get(name) and "clusters" not in options:
             raise ValueError(
-                f"{setting}: clusters: your login shell sets {name}={variables[name]!r}, but all jobs go to the "
-                "cluster that this login node belongs to; use a login node of the cluster that is meant, or set "
-                "clusters: false here if it is this one"
+                f"{setting}: clusters: your login shell sets {name}={variables[name]!r}, "
+                "but all jobs go to the cluster that this login node belongs to; "
+                "use a login node of the cluster that is meant, or set clusters: false here if it is this one"
             )
     for name, flag in flags_of(variables).items():
         memory = flag.startswith("mem") and any(str(option).startswith("mem") for option in options)
