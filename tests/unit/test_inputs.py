@@ -157,7 +157,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     asked: list[dict] = []
 
     class Error(Exception):
-        pass
+        pgcode = None
 
     def connect(**parameters: Any) -> None:
         asked.append(parameters)

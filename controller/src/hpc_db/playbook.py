@@ -91,6 +91,7 @@ def run(private: str, playbook: str, inventories: list[str]) -> list[Result]:
     environment = {"PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
     if in_checkout:
         environment["ANSIBLE_CONFIG"] = str(CHECKOUT / "ansible.cfg")
+        environment["ANSIBLE_COLLECTIONS_PATH"] = str(CHECKOUT / ".cache" / "collections")  # not the user's own
     cancelled = threading.Event()
     events: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
