@@ -51,7 +51,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SCHE
 
 def hosting_options(options: dict, scheduler: str, name: str, memory: str, notice: int, chain: bool) -> dict:
     """Return the options."""
-    return SCHEDULERS[scheduler].hosting_options(options, name, memory, int(notice), chain)
+    return SCHEDULERS[scheduler].server_options(options, name, memory, int(notice), chain)
 
 
 class FilterModule:

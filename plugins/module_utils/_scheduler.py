@@ -8,37 +8,26 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
-from ansible_collections.mala.hpc_db.plugins.module_utils import _gridengine, _local, _slurm
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import LEAVING, TIMEOUT, call
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import Scheduler
 
 if TYPE_CHECKING:
     from ansible.module_utils.basic import AnsibleModule
 
 Run = Callable[[list], str]
 
-# The one place where a scheduler is entered; a test compares what is documented with it.
-SCHEDULERS = {"slurm": _slurm, "local": _local, "gridengine": _gridengine}
 ARGUMENT_SPEC = {
     "name": {"type": "str", "required": True},
     "root": {"type": "path", "required": True},
     "scheduler": {"type": "str", "choices": list(SCHEDULERS), "default": "slurm"},
     "bin_dir": {"type": "path"},
 }
-
-# Seconds that a command has for its answer.
-TIMEOUT = 120
-# Its end has begun and nothing brings it back.
-LEAVING = "COMPLETING"
-# Whatever colours an answer or moves the cursor: escape sequences, and all control characters but tab and newline.
-ESCAPES = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])|[\x00-\x08\x0b-\x1f\x7f]"
-)
 
 
 class SchedulerError(Exception):
@@ -60,7 +49,7 @@ def make_run(module: AnsibleModule, params: dict | None = None) -> Run:
     def run(command: list) -> str:
         program = os.path.join(bin_dir, command[0]) if bin_dir else command[0]
         try:
-            done = call([program, *command[1:]], environment, TIMEOUT, cwd)
+            done = call([program, *command[1:]], environment, TIMEOUT, str(cwd))
         except subprocess.TimeoutExpired:
             raise SchedulerError(f"{program} has not answered within {TIMEOUT} s") from None
         except OSError as error:
@@ -72,25 +61,6 @@ def make_run(module: AnsibleModule, params: dict | None = None) -> Run:
         return done.stdout
 
     return run
-
-
-def call(
-    command: list, environment: dict, timeout: float, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a command with these variables and no others, which run_command of a module cannot.
-
-    After the time-out nothing is left of it, not even what it has started.
-    """
-    with subprocess.Popen(
-        command, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        encoding="utf-8", errors="replace", start_new_session=True,
-    ) as process:
-        try:
-            stdout, stderr = process.communicate(timeout=timeout)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, ESCAPES.sub("", stdout), ESCAPES.sub("", stderr))
 
 
 def check_environment(params: dict, setting: str) -> None:
@@ -194,7 +164,7 @@ def find_idle_nodes(params: dict, run: Run) -> list[str]:
     return sorted(set(scheduler.parse_nodes(run(command))) - hosts_of(scheduler, used, run))
 
 
-def hosts_of(scheduler: ModuleType, nodes: Iterable[str], run: Run) -> set[str]:
+def hosts_of(scheduler: Scheduler, nodes: Iterable[str], run: Run) -> set[str]:
     """Return the single nodes of what jobs have, such as c[1-3]; raise ValueError if the answer names none."""
     written = ",".join(sorted(filter(None, nodes)))
     if not written:

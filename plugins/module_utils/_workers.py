@@ -14,6 +14,8 @@ import json
 import re
 from typing import NamedTuple
 
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import Job
+
 # The attribute's name; Optuna reads it like any other, and ignores it.
 KEY = "hpc_db:worker"
 TRIGGER = "hpc_db_worker"
@@ -76,17 +78,6 @@ class Trial(NamedTuple):
     start: float | None
     note: str | None
     heartbeat_age: float | None
-
-
-class Job(NamedTuple):
-    """A job that the scheduler has; ``start`` is None if it has not begun, or nobody knows when."""
-
-    id: str
-    restart: str
-    state: str
-    start: float | None
-    nodes: str
-    name: str
 
 
 class Connection(NamedTuple):

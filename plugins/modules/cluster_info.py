@@ -187,11 +187,11 @@ from typing import Callable
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import ConnectionError as UrlError
 from ansible.module_utils.urls import open_url
-from ansible_collections.mala.hpc_db.plugins.module_utils import _slurm
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import parse_search, search_command
 from ansible_collections.mala.hpc_db.plugins.module_utils._mounts import parse_mountinfo
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import call
-from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_time
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.slurm import parse_time
 
 # Takes an argument list; returns what was printed, nothing if the command is missing, fails, or takes too long.
 Run = Callable[[list], str]
@@ -434,7 +434,7 @@ def main() -> None:
 
     def run_slurm(command: list) -> str:
         try:
-            done = call(command, _slurm.environment(os.environ, ""), timeout)
+            done = call(command, SCHEDULERS["slurm"].environment(os.environ, ""), timeout)
         except (OSError, subprocess.TimeoutExpired):
             return ""
         return done.stdout if done.returncode == 0 else ""

@@ -20,7 +20,7 @@ BEAT = "cd lease-test/run; exec bash -c 'while read -t 0.2 -r _line; [ $? -gt 12
 def test_break_lease(here: Target) -> None:
     here.run("mkdir -p -m 700 lease-test lease-test/run lease-test/host lease-test/log")
     packed = subprocess.run(
-        ["tar", "-c", "-C", str(ROOT / "roles/server/files"), "hpc_db_host"], check=True, capture_output=True
+        ["tar", "-c", "-C", str(ROOT / ".cache/host"), "--dereference", "hpc_db_host"], check=True, capture_output=True
     ).stdout
     subprocess.run([*here.shell, "tar -x -C ~/lease-test/host"], input=packed, env=here.environment, check=True)
     here.run(f"cd lease-test; echo '{json.dumps(HOLDER)}' > run/lease.1; echo 77 > run/hb.1")

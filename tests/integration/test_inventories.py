@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_time
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.slurm import parse_time
 from target import CLUSTER, ROOT, Target
 
 # What somebody fills in, and the partitions with their longest walltimes as the clusters' own pages have them; only

@@ -120,7 +120,7 @@ def site(scheduler: str, *options: str) -> Iterator[Site]:
         pytest.skip("the mini cluster needs root")
     state = Path(f"/tmp/hpc-db-defaults-{scheduler}-{os.getpid()}")
     up = [str(CLUSTER), "up", "--state", str(state), "--nodes=1", f"--scheduler={scheduler}", *options]
-    subprocess.run([*up, f"--mount={ROOT / 'roles/server/files'}:/srv/host"], check=True)
+    subprocess.run([*up, f"--mount={ROOT / 'plugins/module_utils/host'}:/srv/host"], check=True)
     yield Site(state, scheduler)
     subprocess.run([str(CLUSTER), "down", "--state", str(state)], check=True)
 
@@ -289,7 +289,7 @@ def test_job_that_only_waits_for_nodes_is_not_refused(slurm: Site) -> None:
 def test_endpoint_that_a_dead_server_left_behind_is_withdrawn(slurm: Site) -> None:
     """And only once no job of the name is left."""
     home = slurm.state / "home/alice"
-    slurm.login.run("mkdir -p hpc_db/host hpc_db/run; ln -s /srv/host/hpc_db_host hpc_db/host")
+    slurm.login.run("mkdir -p hpc_db/host hpc_db/run; ln -s /srv/host hpc_db/host/hpc_db_host")
     settings = dict.fromkeys(["instance", "job_name", "cluster"], "hpc_db")
     (home / "hpc_db/host/settings.json").write_text(json.dumps(settings))
     (home / ".pg_service.conf").write_text("[hpc_db]\nhost=c1\n[other]\nhost=x\n")

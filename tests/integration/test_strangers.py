@@ -143,15 +143,15 @@ OPENERS: dict[str, list[Command]] = {
     ],
     "roles/workers/files/study_optuna.py": [worker],
     "client/src/hpc_db_client/dialect.py": [worker],
-    "roles/server/files/hpc_db_host/probe.py": [
+    "plugins/module_utils/host/probe.py": [
         lambda place: python(
-            str(ROOT / "roles/server/files/hpc_db_host/probe.py"), "postgresql+psycopg2:///?service=hpc_db"
+            str(ROOT / "plugins/module_utils/host/probe.py"), "postgresql+psycopg2:///?service=hpc_db"
         ),
     ],
 }
 # These connect over the unix socket of the server that they have started, whose folder is private.
 OVER_THE_SOCKET = {
-    f"roles/server/files/hpc_db_host/{name}.py" for name in ("dumps", "engines", "postgres", "storage_proxy", "upgrade")
+    f"plugins/module_utils/host/{name}.py" for name in ("dumps", "engines", "postgres", "storage_proxy", "upgrade")
 }
 # These name programs and modules without running them against a server.
 NAMES_ONLY = {

@@ -56,7 +56,7 @@ def test_passes_what_is_here(checkout: Path) -> None:
 
 def test_finds_each_thing_that_is_wrong(checkout: Path) -> None:
     (checkout / "notes.dat").write_text("mine\n")
-    (checkout / "roles/server/files/.job.sh.swp").touch()
+    (checkout / "roles/server/tasks/.job.sh.swp").touch()
     (checkout / "plugins/filter/bare.py").write_text("pass\n")
     (checkout / "changelogs/changelog.yaml").write_text("releases: {9.0.0: {}}\n")
     (checkout / "meta/ee-bindep.txt").write_text("")
@@ -72,7 +72,7 @@ def test_finds_each_thing_that_is_wrong(checkout: Path) -> None:
     for complaint in (
         r"\?\? later.py",
         r"notes.dat does not belong into a release",
-        r"roles/server/files/.job.sh.swp is left over",
+        r"roles/server/tasks/.job.sh.swp is left over",
         r"dependencies: .*3\.4\.0.* in galaxy.yml, .*3\.5\.0.* in requirements.yml",
         r"version: \S+ in galaxy.yml, and the tag is v8.0.0",
         r"version: \S+ in galaxy.yml is lower than 9.0.0",

@@ -33,7 +33,7 @@ PATIENCE_SECONDS = 600.0
 MOST_SECONDS = 30 * 86400.0
 # What the certificate is for, on whatever host the proxy runs.
 NAME = "hpc-db"
-# As in roles/server/files/hpc_db_host/storage_proxy.py: the id of a request, whether it is sent again, the ids of
+# As in plugins/module_utils/host/storage_proxy.py: the id of a request, whether it is sent again, the ids of
 # earlier ones that were answered and will not be, and whose data it is about.
 REQUEST, AGAIN, ANSWERED, DATA = "hpc-db-request", "hpc-db-again", "hpc-db-answered", "hpc-db-data"
 # Requests that the proxy does once, and those that may be done twice: only the worker that runs a trial sends them. Of

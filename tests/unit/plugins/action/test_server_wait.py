@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.action.server_wait import WaitFailed, wait_for_server
-from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import is_hopeless
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
 
 class Clock:
@@ -50,7 +50,7 @@ def wait(*looks, timeout=600):
         return left.pop(0) if len(left) > 1 else left[0]
 
     try:
-        return wait_for_server(look, lines.append, timeout, is_hopeless, clock), lines, clock
+        return wait_for_server(look, lines.append, timeout, SCHEDULERS["slurm"].is_hopeless, clock), lines, clock
     except WaitFailed as failed:
         return failed, lines, clock
 
@@ -137,7 +137,7 @@ def test_scheduler_that_does_not_answer_once_is_no_end():
     ("Licenses", False), ("Reservation", False), ("SomethingNew", False),
 ])
 def test_reasons_that_never_resolve(reason, hopeless):
-    assert is_hopeless(reason) is hopeless
+    assert SCHEDULERS["slurm"].is_hopeless(reason) is hopeless
 
 
 SQUEUE = """#!/bin/sh

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 from ansible_collections.mala.hpc_db.plugins.doc_fragments.scheduler import ModuleDocFragment
-from ansible_collections.mala.hpc_db.plugins.module_utils import _local, _scheduler, _slurm
+from ansible_collections.mala.hpc_db.plugins.module_utils import _scheduler
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SCHEDULERS, SchedulerError, make_run
-from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
-from hpc_db_host import scheduler, scheduler_slurm
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import Job, Scheduler
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.slurm import parse_time
+
+slurm, local = SCHEDULERS["slurm"], SCHEDULERS["local"]
 
 
 def test_submission_passes_every_option_as_one_argument():
@@ -24,7 +26,7 @@ def test_submission_passes_every_option_as_one_argument():
         "comment": "it's $(date); {x} --wrap=:",
     }
 
-    assert _slurm.submit_command("hpc-db", "/a b/job.sh", options, "/a b/100%j.log") == [
+    assert slurm.submit_command("hpc-db", "/a b/job.sh", options, "/a b/100%j.log") == [
         "sbatch", "--parsable", "--job-name=hpc-db", "--output=/a b/100%%j.log", "--open-mode=append",
         "--comment=it's $(date); {x} --wrap=:", "--exclusive", "--nodes=1", "--partition=defq",
         "--time=72:00:00", "/a b/job.sh",
@@ -32,7 +34,7 @@ def test_submission_passes_every_option_as_one_argument():
 
 
 def test_check_neither_needs_a_script_nor_submits():
-    command = _slurm.check_command("hpc-db", {"partition": "defq"})
+    command = slurm.check_command("hpc-db", {"partition": "defq"})
 
     assert command == ["sbatch", "--test-only", "--job-name=hpc-db", "--partition=defq", "--wrap=:"]
 
@@ -49,7 +51,7 @@ def test_check_neither_needs_a_script_nor_submits():
     ("--> 12 % of the allocation are left\n", None),
 ])
 def test_id_of_a_submission(text, job_id):
-    assert _slurm.parse_submit(text) == scheduler_slurm.parse_submit(text) == job_id
+    assert slurm.parse_submit(text) == job_id
 
 
 HEAD = "JOBID|STATE|NODELIST|TIME_LEFT/TIME_LIMIT|NAME|REASON\n"
@@ -74,19 +76,19 @@ def job(job_id, state, node="", left=None, reason="", limit=None):
      job("8", "PENDING", "", 60, reason="ReqNodeNotAvail, UnavailableNodes:c[1|2]")),
 ])
 def test_queue_line(line, expected):
-    assert _slurm.parse_queue(f"Welcome!\n{HEAD}{line}\n--> 3 % are left\n") == [expected]
-    assert _local.parse_queue(line + "\n") == [expected]  # of whatever version the hosting program is
+    assert slurm.parse_queue(f"Welcome!\n{HEAD}{line}\n--> 3 % are left\n") == [expected]
+    assert local.parse_queue(line + "\n") == [expected]  # of whatever version the hosting program is
 
 
 @pytest.mark.parametrize("text", [
     "", "\n", "3|CANCELLED||1:00/1:00|hpc-db|None\n", "Maintenance on Monday | be prepared\n",
 ])
 def test_queue_without_jobs(text):
-    assert _slurm.parse_queue(HEAD + text) == _local.parse_queue(text) == []
+    assert slurm.parse_queue(HEAD + text) == local.parse_queue(text) == []
 
 
 @pytest.mark.parametrize("text", ["", "\n", "Welcome!\n", "3|RUNNING|c1|1:00/1:00|hpc-db|None\n"])
-@pytest.mark.parametrize("parse", [_slurm.parse_queue, _slurm.parse_jobs])
+@pytest.mark.parametrize("parse", [slurm.parse_queue, slurm.parse_jobs])
 def test_answer_without_a_head_is_no_list_of_jobs(parse, text):
     with pytest.raises(ValueError, match="^squeue: no list of jobs in what was printed"):
         parse(text)
@@ -105,8 +107,8 @@ def test_answer_without_a_head_is_no_list_of_jobs(parse, text):
     ("", None),
 ])
 def test_jobs_that_have_not_ended(line, expected):
-    assert _slurm.parse_jobs(f"JOBID|RESTARTS|\n{line}\n") == ([expected] if expected else [])
-    assert _local.parse_jobs(line + "\n") == ([expected] if expected else [])
+    assert slurm.parse_jobs(f"JOBID|RESTARTS|\n{line}\n") == ([expected] if expected else [])
+    assert local.parse_jobs(line + "\n") == ([expected] if expected else [])
 
 
 @pytest.mark.parametrize("text, seconds", [
@@ -116,7 +118,7 @@ def test_jobs_that_have_not_ended(line, expected):
     ("", None), ("1h", None), ("-5", None), ("1:2:3:4", None), ("3-", None), ("²", None), ("n/a", None),
 ])
 def test_times_as_slurm_writes_them(text, seconds):
-    assert _slurm.parse_time(text) == seconds
+    assert parse_time(text) == seconds
 
 
 @pytest.mark.parametrize("options", [
@@ -125,7 +127,7 @@ def test_times_as_slurm_writes_them(text, seconds):
     {"gres": "gpu:a100:1"}, {"wait-all-nodes": 1}, {"mail-user": "alice@example.org"}, {"exclusive": True},
 ])
 def test_options_that_sbatch_understands(options):
-    _slurm.check_options(options)
+    slurm.check_options(options)
 
 
 @pytest.mark.parametrize("options, words", [
@@ -157,7 +159,7 @@ def test_options_that_sbatch_understands(options):
 ])
 def test_options_that_are_refused_in_one_line(options, words):
     with pytest.raises(ValueError) as refused:
-        _slurm.check_options(options)
+        slurm.check_options(options)
 
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -170,7 +172,7 @@ def test_options_that_are_refused_in_one_line(options, words):
     ({"partition": "defq", "time": "72:00:00", "qos": "long"}, False),
 ])
 def test_limit_is_asked_for_only_where_it_decides(options, asked):
-    assert bool(_slurm.limit_command(options)) is asked
+    assert bool(slurm.limit_command(options)) is asked
 
 
 @pytest.mark.parametrize("limits, time, refused", [
@@ -188,29 +190,27 @@ def test_limit_is_asked_for_only_where_it_decides(options, asked):
 def test_time_above_the_limit_of_every_partition(limits, time, refused):
     options = {"partition": "defq", "time": time}
     if not refused:
-        return _slurm.check_limit(limits, options)
+        return slurm.check_limit(limits, options)
     with pytest.raises(ValueError, match=r"above the limit .(defq 1-|long 2-)"):
-        _slurm.check_limit(limits, options)
+        slurm.check_limit(limits, options)
 
 
-def interface(adapter):
-    """Return the names and the parameters of what the modules and the filters call."""
-    words = ("_command", "_options", "parse_", "batch_lines", "environment", "hopeless", "worker_name", "check_limit")
-    own = ("parse_time", "parse_resources", "check_output", "check_resources", "build_environment")
-    return {
-        name: [word.lstrip("_") for word in inspect.signature(value).parameters]
-        for name, value in vars(adapter).items()
-        if inspect.isfunction(value) and any(word in name for word in words) and name not in own
-    }
+def methods(kind):
+    return {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
 
 
-@pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - {"slurm"}))
-def test_every_scheduler_has_the_same_names(name):
-    assert interface(SCHEDULERS[name]) == interface(_slurm)
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_every_scheduler_is_called_alike(name):
+    base, own = methods(Scheduler), methods(type(SCHEDULERS[name]))
+    required = {method for method, value in base.items() if "NotImplementedError" in value.__code__.co_names}
+
+    assert required <= set(own) <= set(base)
+    for method, value in own.items():
+        assert inspect.signature(value) == inspect.signature(base[method])
 
 
 def test_scheduler_is_entered_in_one_place():
-    """What is documented is what there is, and but for this machine alone each has its side in the hosting program."""
+    """What is documented is what there is."""
     root = Path(__file__).parents[4]
     role = yaml.safe_load((root / "roles/server/meta/argument_specs.yml").read_text())["argument_specs"]["main"]
     module = yaml.safe_load(ModuleDocFragment.DOCUMENTATION)
@@ -218,20 +218,17 @@ def test_scheduler_is_entered_in_one_place():
 
     assert role["options"]["server_scheduler"]["choices"] == names
     assert module["options"]["scheduler"]["choices"] == names
-    assert {path.stem for path in (root / "roles/server/files/hpc_db_host").glob("scheduler_*.py")} == {
-        f"scheduler_{name}" for name in names if name != "local"
-    }
 
 
 def test_local_commands():
     call = ["python3", "-m", "hpc_db_host.local_job"]
 
-    assert _local.queue_command("hpc-db") == [*call, "queue"]
-    assert _local.ask_command("12") == _local.cancel_command("12") == [*call, "cancel", "12"]
-    assert _local.submit_command("hpc-db", "/a b/job.sh", {"mem": "1G"}, "/a b/job.log") == [
+    assert local.queue_command("hpc-db") == [*call, "queue"]
+    assert local.ask_command("12") == local.cancel_command("12") == [*call, "cancel", "12"]
+    assert local.submit_command("hpc-db", "/a b/job.sh", {"mem": "1G"}, "/a b/job.log") == [
         *call, "submit", "--name=hpc-db", "--script=/a b/job.sh", "--output=/a b/job.log",
     ]
-    assert _local.check_command("hpc-db", {}) is None
+    assert local.check_command("hpc-db", {}) is None
 
 
 class Module:
@@ -261,11 +258,9 @@ def test_run_gives_a_few_variables_that_are_known(monkeypatch):
     r"\033(B\033[m\033[32m12\033(B\033[m\n", r"\033712\0338\a\n", r"12\033[m\017\033",  # as of tput
 ])
 def test_colours_are_no_answer(printed):
-    """Neither for modules nor for the hosting program."""
     said = make_run(Module())(["printf", printed])
 
     assert said.strip() in ("12", "12;mini")
-    assert scheduler.ESCAPES == _scheduler.ESCAPES
 
 
 def test_run_is_where_later_jobs_are_submitted_from(tmp_path):
@@ -310,9 +305,9 @@ def test_run_gives_up_a_command_that_does_not_answer(monkeypatch):
 ])
 def test_option_of_the_login_alone_is_refused_with_its_setting(variables, options, words):
     if not words:
-        return _slurm.check_environment(variables, options, "server_job_options")
+        return slurm.check_environment(variables, options, "server_job_options")
     with pytest.raises(ValueError, match="^server_job_options: [a-z-]+: ") as refused:
-        _slurm.check_environment(variables, options, "server_job_options")
+        slurm.check_environment(variables, options, "server_job_options")
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -326,7 +321,7 @@ def test_option_of_the_login_alone_is_refused_with_its_setting(variables, option
 ])
 def test_what_sbatch_obeys_before_a_job_script_is_said(variables, options, flag):
     """The user submits it, out of an environment that is not built."""
-    said = _slurm.overridden(variables, options, "workers_job_options")
+    said = slurm.overridden(variables, options, "workers_job_options")
 
     (name,) = variables if flag else [None]
     assert [each.partition(" in the job script counts for nothing")[0] for each in said] == (
