@@ -67,12 +67,15 @@ def empty_job(folder: Path, partition: str) -> float:
 def first_write(root: Path) -> float:
     """Return how long it is until the hosting job's server accepts a write, by the way that workers take."""
     settings = json.loads((root / "host" / "settings.json").read_text())
-    # What the job submits as its successor is what hpc_db.yml submits.
+    # The call for its successor is the one that hpc_db.yml makes for the job itself.
+    sys.path.insert(0, str(root / "host"))
+    from hpc_db_host.scheduler import Queue
+
     writer = subprocess.Popen(
         [root / "python" / "bin" / "python", "-c", WRITE, settings["instance"], str(LONGEST)],
         stdout=subprocess.PIPE, text=True,
     )
-    began = submit(settings["successor"])
+    began = submit(Queue(settings, "").successor_command())
     return float(writer.communicate()[0]) - began
 
 

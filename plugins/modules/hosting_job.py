@@ -69,6 +69,21 @@ options:
       - Not used by O(scheduler=local).
     type: dict
     default: {}
+  memory:
+    description:
+      - The memory of the job, such as V(16G), unless O(options) set it. With it the job gets all that the server job
+        needs from the scheduler, where O(options) do not say something else. It runs alone among the jobs of its name
+        (C(dependency=singleton)), gets a signal before its walltime, and is queued again after a failure of its node
+        only without O(chain).
+    type: str
+  notice:
+    description: How many seconds before its walltime the job gets the signal. Used with O(memory).
+    type: int
+    default: 120
+  chain:
+    description: Whether the job submits its successor. Used with O(memory).
+    type: bool
+    default: true
   timeout:
     description: How many seconds O(state=absent) waits for the real end of the job before it fails.
     type: int
@@ -180,6 +195,7 @@ GENTLE_SECONDS = 30
 def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = lambda _verb: False) -> dict:
     """Bring the job to the wanted state. ``run`` takes an argument list and returns its stdout."""
     check_name(params["name"])
+    params = {**params, "options": _all_options(params)}
     SCHEDULERS[params["scheduler"]].check_options(params["options"])
     jobs = find_jobs(params, run)
     said: list[str] = []
@@ -206,6 +222,14 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
             raise SchedulerError(f"{params['name']} has not ended after {params['timeout']} s: {_in_words(rest)}")
         jobs = rest
     return {"changed": changed, "job": next(iter(jobs), None), "diff": diff, "warnings": said}
+
+
+def _all_options(params: dict) -> dict:
+    """Return the job's options, with what the server job needs if its memory is given."""
+    if params.get("memory") is None:
+        return params["options"]
+    needs = params["name"], params["memory"], params["notice"], params["chain"]
+    return SCHEDULERS[params["scheduler"]].server_options(params["options"], *needs)
 
 
 def _submit(params: dict, run: Run, jobs: list[dict]) -> list[str]:
@@ -291,6 +315,9 @@ def main() -> None:
             script={"type": "path"},
             output={"type": "path"},
             options={"type": "dict", "default": {}},
+            memory={"type": "str"},
+            notice={"type": "int", "default": 120},
+            chain={"type": "bool", "default": True},
             timeout={"type": "int", "default": 60},
             **_slices.OPTIONS,
         ),

@@ -36,6 +36,12 @@ options:
     description: The scheduler's options, as those of M(mala.hpc_db.hosting_job).
     type: dict
     default: {}
+  shorten:
+    description:
+      - Whether O(options) are those of a long job. The short one takes five minutes and 512 MB at the same place,
+        without the options that tie the long job to a node, a time or another job.
+    type: bool
+    default: false
   timeout:
     description: After how many seconds the job is cancelled.
     type: int
@@ -124,6 +130,8 @@ def run_job(params: dict, run: Run, sleep: Callable[[float], None] = time.sleep)
 def _submit(params: dict, run: Run) -> str:
     """Submit the job; return its id."""
     scheduler = SCHEDULERS[params["scheduler"]]
+    if params["shorten"]:
+        params = {**params, "options": scheduler.short_options(params["options"])}
     scheduler.check_options(params["options"])
     check_environment(params, "server_job_options")
     jobs = find_jobs(params, run)  # refuses paths that are not absolute
@@ -216,6 +224,7 @@ def main() -> None:
             script={"type": "path", "required": True},
             output={"type": "path", "required": True},
             options={"type": "dict", "default": {}},
+            shorten={"type": "bool", "default": False},
             timeout={"type": "int", "default": 120},
             listening={"type": "path"},
             **_slices.OPTIONS,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import Queue
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.slurm import parse_time
 from target import CLUSTER, ROOT, Target
 
@@ -95,7 +96,7 @@ def submitted(mini: Target, sites: dict[str, dict]) -> dict[str, list[str]]:
     while text.strip():
         settings, end = decoder.raw_decode(text.strip())
         text = text.strip()[end:]
-        found[settings["cluster"]] = settings["successor"]
+        found[settings["cluster"]] = Queue(settings, "1").successor_command()
     assert set(found) == set(SITES)
     return found
 

@@ -83,7 +83,16 @@ class Queue:
         others = self._others(jobs)
         if others:
             return "job %s follows" % others[0]
-        return "job %s follows" % self._submit(self._settings["successor"])
+        return "job %s follows" % self._submit(self.successor_command())
+
+    def successor_command(self) -> List[str]:
+        """Return the call that submits the successor."""
+        wanted = self._settings["successor"]
+        if isinstance(wanted, list):  # written by a release before 0.2
+            return wanted
+        name, notice = self._settings["job_name"], int(self._settings["stop_notice"])
+        options = self._scheduler.server_options(wanted["options"], name, wanted["memory"], notice, True)
+        return self._scheduler.submit_command(name, wanted["script"], options, wanted["output"])
 
     def _submit(self, command: List[str]) -> str:
         """Submit a job of our name; return its id as the queue has it, whatever a site prints around it."""

@@ -188,12 +188,18 @@ def row(job, name, state):
     return f"{job}|{state}||1:00/2:00|{name}|None"
 
 
+SUBMIT = [
+    "sbatch", "--parsable", "--job-name=hpc_db", "--output=/r/job.log", "--open-mode=append", "--dependency=singleton",
+    "--mem=4G", "--no-requeue", "--signal=B:USR1@120", "--time=24:00:00", "/r/job.sh",
+]
+
+
 class FakeQueue(Queue):
     """Answers like Slurm: squeue lists all of the user's jobs, sbatch --parsable prints an id."""
 
     def __init__(self, *jobs):
-        successor = ["sbatch", "--parsable", "--job-name=hpc_db", "/r/host/job.sh"]
-        settings = {"scheduler": "slurm", "job_name": "hpc_db", "successor": successor}
+        successor = {"options": {"time": "24:00:00"}, "memory": "4G", "script": "/r/job.sh", "output": "/r/job.log"}
+        settings = {"scheduler": "slurm", "job_name": "hpc_db", "stop_notice": "120", "successor": successor}
         Queue.__init__(self, settings, "7")
         self.jobs = list(jobs)
 
@@ -201,6 +207,7 @@ class FakeQueue(Queue):
         if command[0] == "squeue":
             return "\n".join([HEAD, *(row(*job) for job in self.jobs)])
         if command[0] == "sbatch":
+            assert command == SUBMIT
             self.jobs.append(("8", "hpc_db", "PENDING"))
             return "8\n"
         assert command[:2] == ["scancel", "--state=PENDING"]

@@ -15,9 +15,8 @@ def test_package_runs_where_it_is_copied_to(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(file["content"])
 
-    done = subprocess.run(
-        [sys.executable, "-m", "hpc_db_host", "--help"], cwd=tmp_path / "host", capture_output=True, text=True, check=True
-    )
+    call = [sys.executable, "-m", "hpc_db_host", "--help"]
+    done = subprocess.run(call, cwd=tmp_path / "host", capture_output=True, text=True, check=True)
 
     assert len(files) == len(list(PACKAGE.rglob("*.py")))
     assert "serve" in done.stdout

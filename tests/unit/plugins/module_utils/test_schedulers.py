@@ -220,6 +220,29 @@ def test_scheduler_is_entered_in_one_place():
     assert module["options"]["scheduler"]["choices"] == names
 
 
+@pytest.mark.parametrize("scheduler, options, made", [
+    ("slurm", {"time": "1:00", "dependency": "after:7"}, {
+        "mem": "4G", "dependency": "after:7", "signal": "B:USR1@120", "no-requeue": True, "time": "1:00",
+    }),
+    ("gridengine", {"l": {"h_rt": 600}}, {
+        "hold_jid": "hpc_db", "r": True, "l": {"h_rt": 600, "s_rt": 480, "mem_free": "4G"},
+    }),
+    ("gridengine", {"l": ["h_rt"]}, {"l": ["h_rt"]}),  # which is refused later
+    ("local", {"mem": "1G"}, {"mem": "1G"}),
+])
+def test_server_job_gets_what_its_options_do_not_set(scheduler, options, made):
+    assert SCHEDULERS[scheduler].server_options(options, "hpc_db", "4G", 120, True) == made
+
+
+def test_short_options():
+    made = slurm.short_options({"partition": "defq", "time": "72:00:00", "nodelist": "c1", "mem": "16G"})
+
+    assert {key: value for key, value in made.items() if value is not False} == {
+        "partition": "defq", "time": "00:05:00", "mem": "512M",
+    }
+    assert local.short_options({"mem": "1G"}) == {"mem": "1G"}
+
+
 def test_local_commands():
     call = ["python3", "-m", "hpc_db_host.local_job"]
 

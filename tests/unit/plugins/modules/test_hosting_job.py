@@ -125,6 +125,14 @@ def test_changes_only_what_differs(state, queue, changed, after, check_mode):
         assert (result["job"] or {}).get("name") == ("hpc-db" if state == "present" else None)
 
 
+def test_job_gets_what_a_server_needs():
+    said = ensure_job(params(options={"time": "1:00"}, memory="4G", notice=120, chain=True), FakeSlurm(), True)["diff"]
+
+    assert said["after"]["jobs"][0]["options"] == {
+        "mem": "4G", "dependency": "singleton", "signal": "B:USR1@120", "no-requeue": True, "time": "1:00",
+    }
+
+
 @pytest.mark.parametrize("check_mode", [False, True])
 def test_option_of_the_login_alone_is_refused_before_anything_is_submitted(check_mode, monkeypatch):
     monkeypatch.setenv("SBATCH_ACCOUNT", "hpc")

@@ -40,7 +40,7 @@ class FakeSlurm:
 def params(tmp_path, **changes):
     return {
         "name": "doctor", "root": str(tmp_path), "scheduler": "slurm", "bin_dir": None, "script": "/x/job.sh",
-        "output": str(tmp_path / "out"), "options": {"time": "00:05:00"}, "timeout": 60,
+        "output": str(tmp_path / "out"), "options": {"time": "00:05:00"}, "shorten": False, "timeout": 60,
         "listening": None, **changes,
     }
 
