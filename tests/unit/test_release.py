@@ -95,6 +95,15 @@ def test_what_does_not_build_fails_all(checkout: Path) -> None:
     assert "'new'" in said
 
 
+@pytest.mark.parametrize("package", ["client", "controller"])
+def test_packages_for_users_programs_import_nothing_under_the_gpl(package: str) -> None:
+    for path in (ROOT / package / "src").rglob("*.py"):
+        text = path.read_text()
+        assert text.splitlines()[1] == "# SPDX-License-Identifier: BSD-3-Clause", path
+        imported = re.findall(r"^ *(?:from|import) +(\w+)", text, re.MULTILINE)
+        assert not {"ansible", "ansible_collections", "hpc_db_host"} & {*imported}, path
+
+
 def test_every_supported_ansible_core_is_checked() -> None:
     lowest = yaml.safe_load((ROOT / "meta/runtime.yml").read_text())["requires_ansible"]
     pinned = (ROOT / "requirements/controller.txt").read_text()
