@@ -60,6 +60,8 @@ def test_finds_each_thing_that_is_wrong(checkout: Path) -> None:
     (checkout / "plugins/filter/bare.py").write_text("pass\n")
     (checkout / "changelogs/changelog.yaml").write_text("releases: {9.0.0: {}}\n")
     (checkout / "meta/ee-bindep.txt").write_text("")
+    cited = (checkout / "CITATION.cff").read_text()
+    (checkout / "CITATION.cff").write_text(re.sub(r"(?m)^version: .*", "version: 7.0.0", cited))
     requirements = (checkout / "requirements.yml").read_text()
     (checkout / "requirements.yml").write_text(requirements.replace(">=3.4.0", ">=3.5.0"))
     commit(checkout)
@@ -76,6 +78,7 @@ def test_finds_each_thing_that_is_wrong(checkout: Path) -> None:
         r"dependencies: .*3\.4\.0.* in galaxy.yml, .*3\.5\.0.* in requirements.yml",
         r"version: \S+ in galaxy.yml, and the tag is v8.0.0",
         r"version: \S+ in galaxy.yml is lower than 9.0.0",
+        r"version: \S+ in galaxy.yml, and 7.0.0 in CITATION.cff",
         r"plugins/filter/bare.py: no licens",
         r"ansible-builder finds nothing of this collection",
     ):
