@@ -21,9 +21,10 @@ import yaml
 
 # What users of an installed collection need. Everything else stays in the repository: galaxy.yml, build_ignore.
 BELONGS = [
-    "CHANGELOG.md", "CONTRIBUTING.md", "FILES.json", "LICENSE", "LICENSES/*", "MANIFEST.json", "README.md",
-    "REUSE.toml", "changelogs/*", "client/*", "docs/*", "examples/*", "inventories/*",
-    "meta/*", "playbooks/*", "plugins/*", "requirements/*", "requirements.yml", "roles/*", "tests/config.yml",
+    "CHANGELOG.md", "CITATION.cff", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "FILES.json", "LICENSE", "LICENSES/*",
+    "MANIFEST.json", "README.md", "REUSE.toml", "SECURITY.md", "changelogs/*", "client/*", "docs/*",
+    "examples/*", "inventories/*", "meta/*", "playbooks/*", "plugins/*", "requirements/*", "requirements.yml",
+    "roles/*", "tests/config.yml",
 ]
 # Left over by tools that ran, wherever it is.
 LEFT_OVER = re.compile(r"(^|/)(\..*|__pycache__|.*\.(pyc|orig|rej|retry|swp|log)|.*\.egg-info|.*~)(/|$)")
@@ -55,6 +56,9 @@ def version(archive: Path, tree: Path, tags: list[str]) -> Iterator[str]:
         yield f"version: {text!r} in galaxy.yml is not three numbers with two dots"
         return
     yield from (f"version: {text} in galaxy.yml, and the tag is {tag}" for tag in tags if tag != f"v{text}")
+    cited = read(tree / "CITATION.cff").get("version")
+    if cited != text:
+        yield f"version: {text} in galaxy.yml, and {cited} in CITATION.cff"
     released = read(tree / "changelogs" / "changelog.yaml").get("releases", {})
     newest = max((tuple(map(int, name.split("."))) for name in released), default=(0, 0, 0))
     here = tuple(map(int, wanted.groups()))

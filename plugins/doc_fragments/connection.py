@@ -33,6 +33,11 @@ options:
       - Without it passwords are sent by SCRAM only, but somebody who holds the server's port may relay the login.
     type: bool
     default: true
+attributes:
+  action_group:
+    description: Use C(group/mala.hpc_db.postgresql) in C(module_defaults) to set these options for several tasks.
+    support: full
+    membership: [mala.hpc_db.postgresql]
 requirements:
   - psycopg2
 """

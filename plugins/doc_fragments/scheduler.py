@@ -36,6 +36,11 @@ options:
         C(/opt/sge/bin/lx-amd64).
       - Not used by O(scheduler=local).
     type: path
+attributes:
+  action_group:
+    description: Use C(group/mala.hpc_db.scheduler) in C(module_defaults) to set these options for several tasks.
+    support: full
+    membership: [mala.hpc_db.scheduler]
 """
 
     # What filters about jobs are given.

@@ -51,6 +51,10 @@ extends_documentation_fragment:
   - mala.hpc_db.connection
   - mala.hpc_db.scheduler
 attributes:
+  action_group:
+    description: Use these groups in C(module_defaults) to set the options of each for several tasks.
+    support: full
+    membership: [mala.hpc_db.postgresql, mala.hpc_db.scheduler]
   check_mode:
     support: full
   diff_mode:

@@ -220,7 +220,7 @@ def write_wheel(folder: str, project: Project, files: dict[str, str]) -> str:
     plugins = "".join(f"{name} = {value}\n" for name, value in sorted(project.plugins.items()))
     metadata = [
         "Metadata-Version: 2.1", f"Name: {project.name}", f"Version: {project.version}",
-        "License: GPL-3.0-or-later", f"Requires-Python: {project.requires_python}",
+        "License: BSD-3-Clause", f"Requires-Python: {project.requires_python}",
         *(f"Requires-Dist: {dependency}" for dependency in project.dependencies),
     ]
     content = {

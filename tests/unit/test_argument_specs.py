@@ -114,6 +114,21 @@ def tasks_of(content: Any) -> Iterator[dict[str, Any]]:
         yield from tasks_of(inner)
 
 
+@pytest.mark.parametrize("group, fragment", [("postgresql", "connection"), ("scheduler", "scheduler")])
+def test_action_group_has_the_modules_with_its_options(group: str, fragment: str) -> None:
+    texts = {path.stem: path.read_text() for path in MODULES}
+    extending = [module for module, text in texts.items() if f"\n  - mala.hpc_db.{fragment}\n" in text]
+    groups = read(ROOT / "meta/runtime.yml")["action_groups"]
+    memberships = re.compile(r"^    membership: \[(.+)\]$", re.MULTILINE)
+
+    assert groups[group] == extending
+    text = (ROOT / "plugins/doc_fragments" / f"{fragment}.py").read_text()
+    assert memberships.findall(text) == [f"mala.hpc_db.{group}"]
+    for module in extending:  # Ansible shows one fragment's membership only, so a module of two groups names both
+        of = [f"mala.hpc_db.{name}" for name, members in groups.items() if module in members]
+        assert memberships.findall(texts[module]) == ([", ".join(of)] if len(of) > 1 else [])
+
+
 @each_role
 def test_defaults_are_the_documented_ones(role: Path) -> None:
     options, defaults = documented(role), read(role / "defaults/main.yml")

@@ -60,6 +60,8 @@ def test_finds_each_thing_that_is_wrong(checkout: Path) -> None:
     (checkout / "plugins/filter/bare.py").write_text("pass\n")
     (checkout / "changelogs/changelog.yaml").write_text("releases: {9.0.0: {}}\n")
     (checkout / "meta/ee-bindep.txt").write_text("")
+    cited = (checkout / "CITATION.cff").read_text()
+    (checkout / "CITATION.cff").write_text(re.sub(r"(?m)^version: .*", "version: 7.0.0", cited))
     requirements = (checkout / "requirements.yml").read_text()
     (checkout / "requirements.yml").write_text(requirements.replace(">=3.4.0", ">=3.5.0"))
     commit(checkout)
@@ -76,6 +78,7 @@ def test_finds_each_thing_that_is_wrong(checkout: Path) -> None:
         r"dependencies: .*3\.4\.0.* in galaxy.yml, .*3\.5\.0.* in requirements.yml",
         r"version: \S+ in galaxy.yml, and the tag is v8.0.0",
         r"version: \S+ in galaxy.yml is lower than 9.0.0",
+        r"version: \S+ in galaxy.yml, and 7.0.0 in CITATION.cff",
         r"plugins/filter/bare.py: no licens",
         r"ansible-builder finds nothing of this collection",
     ):
@@ -93,6 +96,15 @@ def test_what_does_not_build_fails_all(checkout: Path) -> None:
     assert results.pop("build") == "failed"
     assert set(results.values()) == {"not tried, since nothing was built"}
     assert "'new'" in said
+
+
+@pytest.mark.parametrize("package", ["client", "controller"])
+def test_packages_for_users_programs_import_nothing_under_the_gpl(package: str) -> None:
+    for path in (ROOT / package / "src").rglob("*.py"):
+        text = path.read_text()
+        assert text.splitlines()[1] == "# SPDX-License-Identifier: BSD-3-Clause", path
+        imported = re.findall(r"^ *(?:from|import) +(\w+)", text, re.MULTILINE)
+        assert not {"ansible", "ansible_collections", "hpc_db_host"} & {*imported}, path
 
 
 def test_every_supported_ansible_core_is_checked() -> None:

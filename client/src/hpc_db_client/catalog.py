@@ -1,5 +1,5 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
+# SPDX-License-Identifier: BSD-3-Clause
 """What the names of statements mean in a database, asked before anything is repeated.
 
 A statement is known by its text (``sql.py``), but what it sets off is in the database: a view, a trigger, a rule, a

@@ -1,5 +1,5 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
+# SPDX-License-Identifier: BSD-3-Clause
 """A driver's connection and cursor whose server may go away in the middle of a transaction.
 
 A transaction that was cut is decided like this, and only like this:

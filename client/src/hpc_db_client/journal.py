@@ -1,5 +1,5 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
+# SPDX-License-Identifier: BSD-3-Clause
 """The journal of one transaction: what was asked and what came back, to ask it again on another connection.
 
 It holds statements and parameters as they were given, and a digest of each result: only whether a result is the

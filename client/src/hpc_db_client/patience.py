@@ -1,5 +1,5 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
+# SPDX-License-Identifier: BSD-3-Clause
 """Waiting: how long, how often, and what the user is told meanwhile."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
+# SPDX-License-Identifier: BSD-3-Clause
 """What SQLAlchemy loads for ``?plugin=hpc_db``: it takes the settings out of the URL and sets pool and dialect."""
 
 from __future__ import annotations

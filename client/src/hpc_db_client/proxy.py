@@ -1,5 +1,5 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
+# SPDX-License-Identifier: BSD-3-Clause
 """Optuna's storage through the proxy of an instance (``server_proxy``): no connections of one's own.
 
     study = optuna.load_study(study_name="beryllium", storage=hpc_db_client.proxy.storage("hpc_db"))

@@ -1,5 +1,5 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
+# SPDX-License-Identifier: BSD-3-Clause
 """Why a connection could not be made, whatever language the server or libpq would say that in.
 
 libpq speaks the language that the application has chosen (``locale.setlocale``), the server that of its lc_messages.

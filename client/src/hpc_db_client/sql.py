@@ -1,5 +1,5 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
+# SPDX-License-Identifier: BSD-3-Clause
 """Which statements may be sent a second time: an allow-list over PostgreSQL's tokens.
 
 ``judge`` looks at the text that the driver gets, whether SQLAlchemy compiled it or a program wrote it. A statement is

@@ -1,5 +1,5 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
+# SPDX-License-Identifier: BSD-3-Clause
 """The dialect for the driver psycopg."""
 
 from sqlalchemy.dialects.postgresql import psycopg

@@ -1,5 +1,5 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
+# SPDX-License-Identifier: BSD-3-Clause
 """Have a study's script or notebook bring its database server up: ``hpc_db.up("hemera5").url``."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
+# SPDX-License-Identifier: BSD-3-Clause
 """``python -m hpc_db up hemera5``: the progress goes to stderr, and the URL or the status page to stdout."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
+# SPDX-License-Identifier: BSD-3-Clause
 """Run one of the collection's playbooks by ansible-runner, show how far it is, and return what its tasks return."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
+# SPDX-License-Identifier: BSD-3-Clause
 """How far a playbook is: one line a host, rewritten in a terminal and in a notebook; else one line a phase."""
 
 from __future__ import annotations

@@ -185,6 +185,8 @@ def test_wheel_is_the_same_each_time_and_complete(tmp_path):
             assert int(size) == len(held[name])
             assert digest[7:] == base64.urlsafe_b64encode(hashlib.sha256(held[name]).digest()).decode().rstrip("=")
     assert held[f"hpc_db_client-{VERSION}.dist-info/entry_points.txt"].startswith(b"[sqlalchemy.plugins]\nhpc_db = ")
+    licence = tomllib.loads(PROJECT)["project"]["license"]["text"]
+    assert f"License: {licence}" in held[f"hpc_db_client-{VERSION}.dist-info/METADATA"].decode().splitlines()
 
 
 def test_role_brings_every_file():
