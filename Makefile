@@ -35,16 +35,16 @@ soak:  ## tests/client and tests/resilience as often as the targets in docs/reli
 
 bench: storage provision  ## what the figures in docs/ come from: an hour
 
-storage:  ## Optuna on every storage, with 1 to 1,000 workers: twenty minutes, for docs/many_workers.md
+storage:  ## Optuna on every storage, with 1 to 1,000 workers: twenty minutes, for docs/figures/many_workers.md
 	@tools/setup bench
 	@tools/bench
 
-provision:  ## the playbooks beside the bare commands, their growth, and a server at rest, for docs/performance.md
+provision:  ## the playbooks beside the bare commands, their growth, and a server at rest, for docs/figures/performance.md
 	@tools/setup cluster
 	@[ "$$(id -u)" != 0 ] || tests/cluster/install-packages
-	@.venv/bin/python bench/provision.py docs/performance.md
-	@.venv/bin/python bench/growth.py docs/performance.md
-	@.venv/bin/python bench/at_rest.py docs/performance.md
+	@.venv/bin/python bench/provision.py docs/figures/performance.md
+	@.venv/bin/python bench/growth.py docs/figures/performance.md
+	@.venv/bin/python bench/at_rest.py docs/figures/performance.md
 
 mala:  ## MALA itself, through a move of the server: some minutes, and 1.5 GB to install
 

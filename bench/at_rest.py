@@ -6,7 +6,7 @@
 In a job of the mini Slurm cluster if run by root, else on this machine. Everything is what the kernel counts, so that
 measuring takes nothing of it; run it while nothing else runs all the same.
 
-    bench/at_rest.py docs/performance.md
+    bench/at_rest.py docs/figures/performance.md
     bench/at_rest.py --quick --place local
 """
 

@@ -6,7 +6,7 @@
 From nothing, with one thing more to make in each instance, and with nothing to do. On the mini Slurm cluster if run by
 root, so that the workstation's share is told from the login node's, else on this machine.
 
-    bench/growth.py docs/performance.md
+    bench/growth.py docs/figures/performance.md
     bench/growth.py --quick --place local
 """
 

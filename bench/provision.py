@@ -6,7 +6,7 @@
 On this machine, for a user of its own if run by root, and as root on the mini Slurm cluster over ssh, with a cable
 that takes 0, 20 and 100 ms more to there and back. Everything that is installed lies on this machine before.
 
-    bench/provision.py docs/performance.md
+    bench/provision.py docs/figures/performance.md
     bench/provision.py --quick --places mini+20
 """
 
