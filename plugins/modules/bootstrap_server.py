@@ -77,7 +77,6 @@ server:
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import socket
@@ -87,7 +86,6 @@ from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _slices
-from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     SchedulerError,
@@ -95,6 +93,8 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
     serving_job,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
 POLL_SECONDS = 0.1
 
@@ -106,15 +106,6 @@ IsServed = Callable[[dict], bool]
 
 class Failed(Exception):
     """No server could be had; the message is for the user."""
-
-
-def read_json(path: str) -> dict | None:
-    """Return what a file says; None if there is no such file."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            return json.load(stream)
-    except (OSError, ValueError):
-        return None
 
 
 def answers(server: dict) -> bool:
@@ -155,7 +146,7 @@ def ask_once(root: str, run_with: Callable[[dict], Run]) -> IsServed:
         settings = read_settings(root)
         where = {
             "name": settings["job_name"], "root": root, "scheduler": settings["scheduler"],
-            "bin_dir": settings.get("bin_dir") or None,
+            "bin_dir": settings["bin_dir"] or None,
         }
         return serving_job({"job": job}, find_jobs(where, run_with(where))) is not None
 

@@ -57,8 +57,8 @@ import sys
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
 Run = Callable[[list[str]], tuple[int, str, str]]
 

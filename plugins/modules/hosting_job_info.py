@@ -132,7 +132,6 @@ log_tail:
   elements: str
 """
 
-import json
 import os
 import shutil
 
@@ -148,6 +147,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
     serving_job,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
 
 LOG_LINES = 20
 LOG_BYTES = 16384
@@ -157,8 +157,8 @@ def look(params: dict, run: Run) -> dict:
     """Return what is known of the job. ``run`` takes an argument list and returns its stdout."""
     check_name(params["name"])
     # The files first: a job that ends in between then has a stale file and no job, never the other way round.
-    endpoint = _read_json(os.path.join(params["root"], "run", "endpoint.json"))
-    state = _read_json(os.path.join(params["root"], "run", "state.json"))
+    endpoint = read_json(os.path.join(params["root"], "run", "endpoint.json"))
+    state = read_json(os.path.join(params["root"], "run", "state.json"))
     jobs = find_jobs(params, run)
     serving = serving_job(endpoint, jobs)
     job = serving or next(iter(jobs), None)
@@ -172,15 +172,6 @@ def look(params: dict, run: Run) -> dict:
         "disk": _disk(params["root"]),
         "log_tail": _log_tail(os.path.join(params["root"], "log")) if troubled else None,
     }
-
-
-def _read_json(path: str) -> dict | None:
-    try:
-        with open(path, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _disk(path: str) -> dict | None:

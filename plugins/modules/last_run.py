@@ -134,6 +134,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     serving_job,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import NOTES
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
 
 NOTE = "run/kept.json"
 # Folders whose content comes and goes while the server lives, and those that are other playbooks'.
@@ -261,15 +262,6 @@ def psql_command(root: str, settings: dict, endpoint: dict) -> list[str]:
     server = {**endpoint, **wait, "user": owner, "passfile": os.path.join(root, "secrets", "pgpass")}
     words = _connection.conninfo(server, "postgres")
     return [os.path.join(settings["bindir"], "psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", words]
-
-
-def read_json(path: str) -> dict | None:
-    try:
-        with open(path, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def checksum(text: str) -> str:

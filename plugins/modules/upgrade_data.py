@@ -90,8 +90,8 @@ import sys
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
 # What the old installation must still have.
 PROGRAMS = ["postgres", "psql", "pg_dump", "pg_restore"]

@@ -24,9 +24,10 @@ from .dumps import Dumps
 from .engines import Engine, engines_of  # noqa: F401 - Engine in a type comment
 from .health import Health, space
 from .keeper import Keeper
-from .lease import DEFAULT_TTL, Held, Lease, Lost, Unusable, can_be_asked
+from .lease import Held, Lease, Lost, Unusable, can_be_asked
 from .postgres import Failed, Postgres, check_programs
 from .scheduler import Queue
+from .settings import read_settings
 from .threads import STOP_SIGNALS, Repeat, signals_waiting
 from .upgrade import Upgrade
 
@@ -35,9 +36,6 @@ SERVING = "it accepts writes"
 DEATHS_COUNT_SECONDS = 600.0
 # Seconds between a death and the next start, doubled up to this: workers wait meanwhile.
 LONGEST_PAUSE = 4.0
-# How long running transactions are awaited before a stop: Optuna's take milliseconds, and a job that is cancelled may
-# have only ten seconds.
-DRAIN_SECONDS = 5
 # How often to look whether the successor is still in the queue.
 FOLLOW_SECONDS = 900.0
 # What nothing but the user can know.
@@ -86,7 +84,7 @@ class Host:
         self._engines = []  # type: List[Engine]
         self._lease = None  # type: Optional[Lease]
         self._queue = None  # type: Optional[Queue]
-        if self.settings.get("chain") and not bootstrap:
+        if self.settings["chain"] and not bootstrap:
             self._queue = Queue(self.settings, self.job)
 
     def serve(self, patience: float, lifetime: Optional[float]) -> None:
@@ -103,7 +101,7 @@ class Host:
     @contextlib.contextmanager
     def _leased(self, patience: float) -> Iterator[Keeper]:
         """Hold the lease, as long as nobody takes it over."""
-        ttl = float(self.settings.get("lease_ttl", DEFAULT_TTL))
+        ttl = self.settings["lease_ttl"]
         holder = {
             "host": socket.gethostname(), "pid": os.getpid(), "job": self.job, "kind": self._kind(),
             "cluster": self.settings["cluster"], "scheduler": self.settings["scheduler"],
@@ -174,7 +172,7 @@ class Host:
 
     def _keep_serving(self, keeper: Keeper, lifetime: Optional[float]) -> None:
         """Start postgres again when it has died, but not for ever: what kills it may do so each time."""
-        limit = 0 if self.bootstrap else int(self.settings.get("restarts", 5))
+        limit = 0 if self.bootstrap else self.settings["restarts"]
         deaths = []  # type: List[float]
         check_programs(self.settings)
         while True:
@@ -214,7 +212,7 @@ class Host:
             postgres.start()
             with self._only_told("what the last holder has left is not withdrawn"):
                 self._withdraw()
-            postgres.wait_for_write(self.settings.get("start_patience", 300))
+            postgres.wait_for_write(self.settings["start_patience"])
             if not self.bootstrap:
                 self._engines = engines_of(self.settings, postgres, self._address())
             self._publish(postgres)
@@ -233,7 +231,7 @@ class Host:
         self.tell("stopping", "the walltime is near")
         if self._dumps:
             with self._only_told("no dump is made"):
-                self._dumps.now(float(self.settings.get("stop_notice", 120)) / 4, keeper.check)
+                self._dumps.now(self.settings["stop_notice"] / 4, keeper.check)
         with self._only_told("no checkpoint is made"):
             postgres.query("CHECKPOINT", 15)
 
@@ -249,12 +247,12 @@ class Host:
                 if ours:
                     self._withdraw()
             if ours and postgres:
-                drain(postgres, float(self.settings.get("drain_seconds", DRAIN_SECONDS)))
+                drain(postgres, self.settings["drain_seconds"])
         finally:
             for engine in self._engines:
                 with self._only_told("%s is not ended" % engine.name):
                     engine.stop()
-            self._clean = postgres is None or postgres.stop(self.settings.get("stop_patience", 60))
+            self._clean = postgres is None or postgres.stop(self.settings["stop_patience"])
 
     def _end_chain(self) -> None:
         """Cancel the successors: they would fail like us, one after the other, for ever."""
@@ -353,7 +351,7 @@ class Host:
             where.update({
                 engine.name: {"host": address, "port": engine.port} for engine in self._engines if engine.port
             })
-            pooled = (self.settings.get("pooler") or {}).get("service")
+            pooled = self.settings["pooler"].get("service")
             try:
                 endpoint.publish(self.run, self._service_file(), where, self.settings["service"], pooled)
                 self._unpublished = ""
@@ -371,7 +369,7 @@ class Host:
 
         That is this host's name, unless settings say something else.
         """
-        wanted = self.settings.get("advertise")
+        wanted = self.settings["advertise"]
         if wanted == "socket":
             return postgres.socket if postgres else "localhost"
         name = wanted or socket.gethostname()
@@ -399,7 +397,7 @@ class Host:
         if kind == "local":
             return True  # before a reboot of this machine
         # Our own job, which was queued again: then its first run has ended.
-        return job == self.job or scheduler.job_has_ended(kind, self.settings.get("bin_dir", ""), job)
+        return job == self.job or scheduler.job_has_ended(kind, self.settings["bin_dir"], job)
 
     def _can_be_asked(self, holder: dict) -> bool:
         return can_be_asked(holder, self.settings["cluster"])
@@ -421,14 +419,6 @@ def silence(holder: dict, seconds: float, can_be_asked: bool) -> str:
     if can_be_asked and holder.get("kind") != "local":
         return "; if it has died, it is replaced after %g s without a heartbeat, once the scheduler knows" % seconds
     return ""
-
-
-def read_settings(root: str) -> dict:
-    """Return what the playbook has written for this program."""
-    settings = dict(files.read_json(os.path.join(root, "host", "settings.json")) or {}, root=root)
-    if "bindir" not in settings:
-        raise Failed("%s/host/settings.json is missing; run the playbook hpc_db.yml first" % root)
-    return settings
 
 
 def drain(postgres: Postgres, seconds: float) -> None:
@@ -494,7 +484,7 @@ def main() -> int:
         signal.signal(number, on_signal)
     try:
         host = Host(arguments.root, arguments.what != "serve")
-    except Failed as failed:
+    except FileNotFoundError as failed:
         parser.exit(1, "%s\n" % failed)
     if arguments.detach:
         detach(arguments.detach)

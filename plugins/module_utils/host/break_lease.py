@@ -17,7 +17,8 @@ import socket
 import sys
 
 from . import files
-from .lease import DEFAULT_TTL, Held, Lease, Lost, Unusable, describe
+from .lease import Held, Lease, Lost, Unusable, describe
+from .settings import complete
 
 # How much longer to watch than its heartbeat has to stand still.
 WATCH_FACTOR = 1.5
@@ -50,12 +51,12 @@ def free(lease: Lease) -> dict:
 
 def contender(folder: str) -> Lease:
     """Return the view of somebody who believes the user that the holder has ended."""
-    settings = files.read_json("settings.json") or {}
+    settings = complete(files.read_json("settings.json") or {})
     holder = {
         "host": socket.gethostname(), "pid": os.getpid(), "job": "", "kind": "bootstrap",
-        "cluster": settings.get("cluster", ""),
+        "cluster": settings["cluster"],
     }
-    return Lease(folder, holder, lambda _holder: True, float(settings.get("lease_ttl", DEFAULT_TTL)))
+    return Lease(folder, holder, lambda _holder: True, settings["lease_ttl"])
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ import time
 from typing import Dict, List, Optional
 
 from . import causes, files, lease
+from .settings import complete
 
 # What asks a server for TLS, before anything else is said.
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
@@ -60,12 +61,12 @@ def read_wanted(path: str) -> dict:
     """Return what the inventory wants, with what hpc_db.yml has written last."""
     with open(path) as stream:
         wanted = json.load(stream)
-    settings = files.read_json(os.path.join(wanted["root"], "host", "settings.json")) or {}
+    settings = complete(files.read_json(os.path.join(wanted["root"], "host", "settings.json")) or {})
     wanted.update(
-        config=settings.get("config", ""), tls="sslmode" in settings.get("service", {}),
-        databases=[wanted["owner"]] + settings.get("databases", []), plugin="plugin=" in wanted["url"],
-        max_connections=_configured(settings.get("config", "")),
-        lease_ttl=float(settings.get("lease_ttl", lease.DEFAULT_TTL)), silent=0.0,
+        config=settings["config"], tls="sslmode" in settings["service"],
+        databases=[wanted["owner"]] + settings["databases"], plugin="plugin=" in wanted["url"],
+        max_connections=_configured(settings["config"]),
+        lease_ttl=settings["lease_ttl"], silent=0.0,
     )
     if wanted["endpoint"] and os.path.isdir(os.path.join(wanted["root"], "run")):
         still = _lease(wanted).still() or 0.0

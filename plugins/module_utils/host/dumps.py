@@ -41,8 +41,8 @@ class Dumps:
         self.postgres = postgres
         self._bindir = settings["bindir"]
         self._databases = list(settings["databases"])
-        self._keep = max(1, int(settings["dump_keep"]))
-        self._every = 60 * float(settings["dump_minutes"])
+        self._keep = max(1, settings["dump_keep"])
+        self._every = 60 * settings["dump_minutes"]
         self._folder = os.path.join(settings["root"], "dumps")
         self._round = None  # type: Optional[Steps]
         os.makedirs(self._folder, mode=0o700, exist_ok=True)

@@ -24,6 +24,7 @@ from typing import Dict, List, Optional, Tuple  # noqa: F401 - some in type comm
 from . import files
 from .break_lease import contender
 from .lease import can_be_asked
+from .settings import complete
 
 LOCK_STALE_SECONDS = 30.0
 # On the way out somebody waits for our node: whoever serves next takes the endpoint back, too.
@@ -145,7 +146,7 @@ def _made(path: str) -> "Optional[Tuple[int, int]]":
 
 def service_file(settings: dict) -> str:
     """Return the path of the file that libpq reads."""
-    return os.path.expanduser(settings.get("service_file") or "~/.pg_service.conf")
+    return os.path.expanduser(settings["service_file"])
 
 
 def is_there(run: str, path: str, instance: str) -> bool:
@@ -169,7 +170,7 @@ def main() -> int:
     parser.add_argument("job")
     asked = parser.parse_args()
     os.umask(0o077)
-    settings, run = files.read_json("settings.json") or {}, os.path.join("..", "run")
+    settings, run = complete(files.read_json("settings.json") or {}), os.path.join("..", "run")
     try:
         found = settings.get("job_name") == asked.job and is_there(run, service_file(settings), settings["instance"])
         holder = contender(run).holder() if found else None

@@ -45,7 +45,7 @@ class Engine:
         self.reason = ""
         self._root = settings["root"]
         self._service = settings["service"]
-        self._limit = int(settings.get("restarts", 5))
+        self._limit = settings["restarts"]
         self._postgres = postgres
         self._address = address
         self._listen = int(self.settings["port"])
@@ -236,7 +236,7 @@ class Proxy(Engine):
 
 def engines_of(settings: dict, postgres: Postgres, address: str) -> List[Engine]:
     """Return those that the settings ask for."""
-    return [kind(settings, postgres, address) for kind in (Pooler, Proxy) if settings.get(kind.name)]
+    return [kind(settings, postgres, address) for kind in (Pooler, Proxy) if settings[kind.name]]
 
 
 def pooler_rules(role: str, databases: List[str], settings: dict) -> str:

@@ -23,7 +23,7 @@ class Health(Repeat):
         self.reason = HEALTHY
         self._data = settings["data"]
         self._postgres = postgres
-        self._seconds = float(settings.get("probe_seconds", 10))
+        self._seconds = settings["probe_seconds"]
         Repeat.__init__(self, self._seconds, self._probe)
 
     def _probe(self) -> float:

@@ -77,7 +77,7 @@ class Queue:
         jobs = self._jobs()
         # A listing without this job is filtered or empty: it does not show whether a successor is queued.
         listed = self._job in [job["id"] for job in jobs]
-        if not listed and not job_has_ended(self._settings["scheduler"], self._settings.get("bin_dir", ""), self._job):
+        if not listed and not job_has_ended(self._settings["scheduler"], self._settings["bin_dir"], self._job):
             raise OSError("%s does not list job %s, which runs" % (
                 self._scheduler.queue_command()[0], self._job))
         others = self._others(jobs)
@@ -90,7 +90,7 @@ class Queue:
         wanted = self._settings["successor"]
         if isinstance(wanted, list):  # written by a release before 0.2
             return wanted
-        name, notice = self._settings["job_name"], int(self._settings["stop_notice"])
+        name, notice = self._settings["job_name"], self._settings["stop_notice"]
         options = self._scheduler.server_options(wanted["options"], name, wanted["memory"], notice, True)
         return self._scheduler.submit_command(name, wanted["script"], options, wanted["output"])
 
@@ -124,7 +124,7 @@ class Queue:
 
     def _run(self, command: List[str]) -> str:
         """Run one of the scheduler's commands; raise OSError with its own words."""
-        done = run(self._settings["scheduler"], self._settings.get("bin_dir", ""), command, TIMEOUT)
+        done = run(self._settings["scheduler"], self._settings["bin_dir"], command, TIMEOUT)
         if done.returncode:
             raise OSError("%s: %s" % (command[0], " ".join((done.stderr or done.stdout).split())))
         return done.stdout

@@ -12,6 +12,7 @@ import pytest
 from ansible_collections.mala.hpc_db.plugins.modules import study_dump
 from hpc_db_host import dumps as module
 from hpc_db_host.dumps import Dumps
+from hpc_db_host.settings import complete
 
 NOTHING = {"pg_dump": "echo $* > $file", "pg_restore": ""}
 # A name is in seconds; a test is faster than that.
@@ -30,7 +31,7 @@ def make(tmp_path, monkeypatch):
             (tmp_path / "bin" / name).chmod(0o755)
         given = {"root": str(tmp_path), "bindir": str(tmp_path / "bin"), "databases": ["a", "a_b"], **settings}
         postgres = SimpleNamespace(socket=str(tmp_path), port=5433)
-        return Dumps({"dump_minutes": "60", "dump_keep": "2", **given}, postgres, pause)
+        return Dumps(complete({"dump_minutes": "60", "dump_keep": "2", **given}), postgres, pause)
 
     return make
 

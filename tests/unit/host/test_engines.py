@@ -48,7 +48,7 @@ class Listener(engines.Engine):
     def command(self):
         return [sys.executable, "-c", "import time; time.sleep(600)"]
 
-engine = Listener({"root": sys.argv[1], "service": {}, "pooler": {"port": 0}}, None, "127.0.0.1")
+engine = Listener({"root": sys.argv[1], "service": {}, "pooler": {"port": 0}, "restarts": 5}, None, "127.0.0.1")
 engine.poll()
 print(engine._child.pid, flush=True)
 time.sleep(600)

@@ -1,0 +1,58 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What hpc_db.yml tells the supervisor: the file host/settings.json, with types and defaults."""
+
+import os
+from typing import Any, Dict
+
+from . import files
+from .lease import DEFAULT_TTL
+
+# Each value has its default's type: ansible-core before 2.19 writes numbers as text. The role server gives the first
+# group on each run; the others are for tests, and for a file of an older release.
+DEFAULTS: Dict[str, Any] = {
+    "lease_ttl": DEFAULT_TTL,
+    # Starts of PostgreSQL after crashes within ten minutes, and of a sidecar.
+    "restarts": 5,
+    # Seconds between the scheduler's signal and the walltime.
+    "stop_notice": 120,
+    "dump_minutes": 60.0,
+    "dump_keep": 5,
+    "chain": False,
+    "bin_dir": "",
+    "advertise": "",
+    "config": "",
+    "cluster": "",
+    "databases": [],
+    "service": {},
+    "pooler": {},
+    "proxy": {},
+    # Seconds for recovery after a crash, and for a shutdown.
+    "start_patience": 300.0,
+    "stop_patience": 60.0,
+    # Seconds for running transactions before a stop: Optuna's take milliseconds, and a job that is cancelled may have
+    # only ten seconds.
+    "drain_seconds": 5.0,
+    # Seconds between two checks that PostgreSQL accepts writes.
+    "probe_seconds": 10.0,
+    "service_file": "~/.pg_service.conf",
+}
+
+
+def read_settings(root: str) -> Dict[str, Any]:
+    """Return the settings of an instance. Raise FileNotFoundError, with the playbook that writes them."""
+    path = os.path.join(root, "host", "settings.json")
+    held = files.read_json(path)
+    if held is None:
+        raise FileNotFoundError("%s is missing; run the playbook hpc_db.yml first" % path)
+    return complete(dict(held, root=root))
+
+
+def complete(held: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the settings with their types, and the default of each one that is missing."""
+    found = dict(held)
+    for name, default in DEFAULTS.items():
+        value = held.get(name)
+        number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        found[name] = default if value is None else type(default)(value) if number else value
+    return found
