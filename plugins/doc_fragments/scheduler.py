@@ -38,15 +38,15 @@ options:
     type: path
 """
 
-    # What filters about jobs are given.
+    # Options of the filters for jobs.
     FILTER = r"""
 options:
   _input:
-    description: The scheduler's options, as M(mala.hpc_db.hosting_job) takes them.
+    description: Scheduler options in the format of M(mala.hpc_db.hosting_job).
     type: dict
     required: true
   scheduler:
-    description: Who is to run the job, as for M(mala.hpc_db.hosting_job).
+    description: Scheduler that runs the job, as for M(mala.hpc_db.hosting_job).
     type: str
     required: true
 """

@@ -7,34 +7,34 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: batch_lines
-short_description: The head of a job script for an array of workers
+short_description: Head of a job script for a job array of workers
 version_added: 0.1.0
 description:
-  - Gives the lines that tell the scheduler its options, such as C(#SBATCH), each quoted as the scheduler reads it.
+  - Returns the lines with the scheduler's options, such as C(#SBATCH), quoted as the scheduler reads them.
 author: mala.hpc_db contributors (@mala-project)
 extends_documentation_fragment:
   - mala.hpc_db.scheduler.filter
 options:
   setting:
-    description: The setting that the options come from, for the message if one is not allowed.
+    description: Name of the setting with these options, for error messages.
     type: str
     required: true
   name:
-    description: The jobs' name.
+    description: Job name.
     type: str
     required: true
   number:
-    description: How many workers the array has.
+    description: Number of workers in the job array.
     type: int
     required: true
   folder:
-    description: The folder for the logs of the workers, an absolute path.
+    description: Absolute path of the folder for the workers' logs.
     type: str
     required: true
 """
 
 EXAMPLES = r"""
-- name: Show the head of a job script
+- name: Print the head of a job script
   ansible.builtin.debug:
     msg: "{{ {'partition': 'defq'} | mala.hpc_db.batch_lines('my_options', 'slurm', 'train', 8, '/home/alice/log') }}"
 """

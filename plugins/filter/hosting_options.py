@@ -7,35 +7,35 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: hosting_options
-short_description: The options with which the hosting job is submitted
+short_description: Scheduler options of the server job
 version_added: 0.1.0
 description:
-  - Adds to the inventory's options what the hosting job needs from the scheduler at hand, where they do not say
-    something else. One job at a time, memory, a signal before the walltime, and whether it may be run again.
+  - Adds the server job's default options for the scheduler to the inventory's options, which take precedence. They
+    cover one job at a time, memory, a signal before the end of the walltime, and whether the job may be requeued.
 author: mala.hpc_db contributors (@mala-project)
 extends_documentation_fragment:
   - mala.hpc_db.scheduler.filter
 options:
   name:
-    description: The job's name.
+    description: Job name.
     type: str
     required: true
   memory:
-    description: The memory that it needs, such as V(4G).
+    description: Memory of the job, such as V(4G).
     type: str
     required: true
   notice:
-    description: How many seconds before its walltime it is to be told.
+    description: Seconds before the end of the walltime at which the job gets a signal.
     type: int
     required: true
   chain:
-    description: Whether it submits a successor.
+    description: Whether the job submits a successor.
     type: bool
     required: true
 """
 
 EXAMPLES = r"""
-- name: Show with which options the job is submitted
+- name: Print the options of the server job
   ansible.builtin.debug:
     msg: "{{ {'time': '24:00:00'} | mala.hpc_db.hosting_options('slurm', 'hpc_db', '4G', 120, true) }}"
 """

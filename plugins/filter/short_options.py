@@ -7,18 +7,18 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: short_options
-short_description: The options of a job that looks around for a moment
+short_description: Scheduler options of a short job
 version_added: 0.1.0
 description:
-  - Gives the options of a job of five minutes that goes where a job with these options would go, without what ties that
-    one to a node, a time or another job.
+  - Returns options of a job of five minutes that runs in the same place as a job with the given options. Options that
+    tie the job to a node, a time or another job are removed.
 author: mala.hpc_db contributors (@mala-project)
 extends_documentation_fragment:
   - mala.hpc_db.scheduler.filter
 """
 
 EXAMPLES = r"""
-- name: Show the options of a short job
+- name: Print the options of a short job
   ansible.builtin.debug:
     msg: "{{ {'partition': 'defq', 'time': '24:00:00'} | mala.hpc_db.short_options('slurm') }}"
 """

@@ -7,43 +7,43 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: submit_command
-short_description: The command that submits a job
+short_description: Command that submits a job
 version_added: 0.1.0
 description:
-  - Gives the call that M(mala.hpc_db.hosting_job) makes, for a job that submits its own successor.
+  - Returns the command that M(mala.hpc_db.hosting_job) would run, for a job that submits its own successor.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: The scheduler's options, as M(mala.hpc_db.hosting_job) takes them.
+    description: Scheduler options in the format of M(mala.hpc_db.hosting_job).
     type: dict
     required: true
   name:
-    description: The job's name.
+    description: Job name.
     type: str
     required: true
   script:
-    description: The job script, an absolute path.
+    description: Absolute path of the job script.
     type: str
     required: true
   output:
-    description: The file that the job's output is appended to, an absolute path.
+    description: Absolute path of the file to which the job's output is appended.
     type: str
     required: true
   scheduler:
-    description: Who is to run the job, as for M(mala.hpc_db.hosting_job).
+    description: Scheduler that runs the job, as for M(mala.hpc_db.hosting_job).
     type: str
     default: slurm
 """
 
 EXAMPLES = r"""
-- name: Show how the job is submitted
+- name: Print the command
   ansible.builtin.debug:
     msg: "{{ {'partition': 'defq'} | mala.hpc_db.submit_command('hpc_db', '/home/alice/job.sh', '/dev/null') }}"
 """
 
 RETURN = r"""
 _value:
-  description: The list of arguments, the command first.
+  description: List of arguments, beginning with the command.
   type: list
   elements: str
 """

@@ -7,37 +7,37 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: worker_job
-short_description: How a job script of workers is started, and what its connections are called
+short_description: Submit command and connection name of a workers' job script
 version_added: 0.1.0
 description:
-  - Gives for the scheduler at hand the call that submits a job script of workers, and the name by which
-    M(mala.hpc_db.abandoned_trials) ties a worker's connections to its job.
+  - Returns the scheduler's command that submits a job script of workers, and the connection name that lets
+    M(mala.hpc_db.abandoned_trials) assign a worker's connections to its job.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: The job script, an absolute path on the cluster.
+    description: Absolute path of the job script on the cluster.
     type: str
     required: true
   setting:
-    description: The setting that the options come from, for the message if one is not allowed.
+    description: Name of the setting with these options, for error messages.
     type: str
     required: true
   scheduler:
-    description: Who is to run the jobs, as for M(mala.hpc_db.hosting_job).
+    description: Scheduler that runs the jobs, as for M(mala.hpc_db.hosting_job).
     type: str
     required: true
   options:
-    description: The scheduler's options, as M(mala.hpc_db.hosting_job) takes them.
+    description: Scheduler options in the format of M(mala.hpc_db.hosting_job).
     type: dict
     required: true
   cluster:
-    description: The cluster's name.
+    description: Name of the cluster.
     type: str
     required: true
 """
 
 EXAMPLES = r"""
-- name: Show how workers are started
+- name: Print the command that starts workers
   ansible.builtin.debug:
     msg: "{{ ('/home/alice/job.sh' | mala.hpc_db.worker_job('workers_job_options', 'slurm', {}, 'mini')).submit }}"
 """
@@ -45,8 +45,8 @@ EXAMPLES = r"""
 RETURN = r"""
 _value:
   description:
-    - C(submit) is a list of arguments.
-    - C(name) is for a shell in the worker's job, to be put in double quotes.
+    - C(submit) is the command as a list of arguments.
+    - C(name) is the connection name. A shell in the worker's job expands it in double quotes.
   type: dict
 """
 
