@@ -7,28 +7,28 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: fingerprint
-short_description: A checksum of settings and of the collection that carries them out
+short_description: Checksum of settings and of this collection
 version_added: 0.1.0
 description:
-  - Returns the same as long as neither the settings nor any file of the collection's playbooks, plugins, roles and
-    client package changes.
+  - The checksum changes if the settings or any file of the collection's playbooks, plugins, roles and client package
+    change.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: The settings by their names.
+    description: Settings by name.
     type: dict
     required: true
 """
 
 EXAMPLES = r"""
-- name: Show it
+- name: Print the checksum
   ansible.builtin.debug:
     msg: "{{ {'instance_name': instance_name} | mala.hpc_db.fingerprint }}"
 """
 
 RETURN = r"""
 _value:
-  description: A SHA-256 checksum in hexadecimal digits.
+  description: SHA-256 checksum in hexadecimal digits.
   type: str
 """
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: control_folder
-short_description: A folder for ssh's control sockets whose path is short enough
+short_description: Folder with a sufficiently short path for ssh's control sockets
 version_added: 0.1.0
 description:
-  - Ansible keeps one connection to each host open, by a socket in a folder. A socket's path is short, and with a long
-    home directory ssh refuses every connection (C(ControlPath too long)).
+  - Ansible shares one open connection per host through a socket in a folder. The length of a socket's path is limited,
+    so that ssh refuses every connection if the home directory is long (C(ControlPath too long)).
   - Returns the folder that Ansible is configured to use (C(control_path_dir), by default C(~/.ansible/cp)) if its path
-    is short enough. Else it makes one that is nobody else's, in E(XDG_RUNTIME_DIR) or in C(/tmp), and returns that.
+    is short enough. Otherwise creates and returns a private folder in E(XDG_RUNTIME_DIR) or C(/tmp).
 author: mala.hpc_db contributors (@mala-project)
 options:
   _terms:
@@ -30,7 +30,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _raw:
-  description: The folder's path.
+  description: Path of the folder.
   type: list
   elements: str
 """

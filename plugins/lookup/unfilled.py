@@ -7,18 +7,18 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: unfilled
-short_description: Settings of an inventory that are still to be filled in
+short_description: Settings of an inventory that are not filled in yet
 version_added: 0.1.0
 description:
-  - Finds the settings of this host that still say V(FILL_IN), as the inventories that come with the collection do
-    where only you know the value.
-  - Each is named with the inventory's file and line, and with the comment on that line.
+  - Finds the settings of this host whose value is still V(FILL_IN). The inventories of this collection contain it where
+    only the user knows the value.
+  - Each setting is returned with the inventory's file and line, and with the comment on that line.
 author: mala.hpc_db contributors (@mala-project)
 options: {}
 """
 
 EXAMPLES = r"""
-- name: Refuse an inventory that is not complete
+- name: Check that the inventory is complete
   ansible.builtin.assert:
     that: query('mala.hpc_db.unfilled') | length == 0
     fail_msg: "{{ query('mala.hpc_db.unfilled') | join('; ') }}"
@@ -26,7 +26,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _raw:
-  description: A sentence for each.
+  description: One sentence for each setting.
   type: list
   elements: str
 """

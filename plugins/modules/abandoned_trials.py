@@ -8,42 +8,43 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: abandoned_trials
-short_description: Requeue the trials that workers have left behind
+short_description: Requeue stale trials
 description:
-  - Looks at every trial that is C(RUNNING) in any study database, and requeues those whose worker is gone. Workers
-    that live may go on meanwhile.
-  - A trial that M(mala.hpc_db.optuna_study) has noted with its job is requeued once the scheduler has that job no
-    longer, and no connection of that job is open.
-  - A list of jobs that lacks the hosting job is not believed.
-  - Any other trial is requeued once no job of this user and no connection is left that can have begun it. While that
-    cannot be told, the trial is left alone, and the reason is returned.
-  - To requeue means, as with Optuna's C(RetryFailedTrialCallback), that the trial becomes C(FAIL), and a new one of
-    the same parameters and user attributes waits for a worker. Both happen in one transaction, and only while the
-    trial is still C(RUNNING). A worker that lives nevertheless is refused by Optuna when it tells its result.
+  - Checks every C(RUNNING) trial in all study databases and requeues those whose worker has gone. Live workers can
+    continue during the check.
+  - A trial whose job was recorded by M(mala.hpc_db.optuna_study) is requeued once the scheduler no longer lists that
+    job and no connection of that job is open.
+  - A list of jobs without the server job is considered incomplete and is not used.
+  - Any other trial is requeued once no job of this user and no connection is left that can have started it. As long
+    as this is unknown, the trial is left unchanged and the reason is returned.
+  - As with Optuna's C(RetryFailedTrialCallback), the trial becomes C(FAIL), and a new trial with the same parameters
+    and user attributes waits for a worker. Both happen in one transaction, and only if the trial is still
+    C(RUNNING). If its worker is alive after all, Optuna refuses the worker's result.
 author: mala.hpc_db contributors (@mala-project)
 options:
   database:
-    description: A database to connect to. O(user) must be a superuser.
+    description: Database to connect to. O(user) must be a superuser.
     type: str
     required: true
   cluster:
-    description: The cluster's name, as workers have it in C(PGAPPNAME). Not used by O(scheduler=local).
+    description: Name of the cluster, as in the workers' C(PGAPPNAME). Not used by O(scheduler=local).
     type: str
     required: true
   studies:
-    description: The studies to look at, each as C(database/study). All if empty.
+    description: Studies to check, each as C(database/study). If empty, all studies.
     type: list
     elements: str
     default: []
   other_jobs:
-    description: Names of jobs in which no worker runs, beside the hosting job.
+    description: Names of jobs that run no workers, in addition to the server job.
     type: list
     elements: str
     default: []
   clock_tolerance:
     description:
-      - By how many seconds the clocks of nodes may differ. Trials and jobs whose times are closer are not told apart.
-      - A worker that sent a heartbeat within this time lives.
+      - Maximum difference between the clocks of two nodes in seconds. Smaller differences between the times of trials
+        and jobs are treated as unknown order.
+      - A worker that sent a heartbeat within this time is alive.
     type: int
     default: 300
 extends_documentation_fragment:
@@ -64,7 +65,7 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Requeue what workers have left behind
+- name: Requeue stale trials
   mala.hpc_db.abandoned_trials:
     host: c1
     port: 5432
@@ -78,25 +79,25 @@ EXAMPLES = r"""
 
 RETURN = r"""
 requeued:
-  description: The trials that were, or would be, requeued.
+  description: Trials that were, or would be, requeued.
   returned: success
   type: list
   elements: dict
   contains:
     study: &study
-      description: The database and the study, with a slash between them.
+      description: Database and study, separated by a slash.
       type: str
     number: &number
-      description: The trial's number.
+      description: Number of the trial.
       type: int
     why:
-      description: How one knows that its worker is gone.
+      description: Reason why its worker is considered gone.
       type: str
     new_number:
-      description: The number of the trial that waits in its place; V(null) in check mode.
+      description: Number of the new trial. V(null) in check mode.
       type: int
 left:
-  description: The trials that are left alone.
+  description: Trials that were left unchanged.
   returned: success
   type: list
   elements: dict
@@ -104,10 +105,10 @@ left:
     study: *study
     number: *number
     why:
-      description: Why it is left alone.
+      description: Reason why it was left unchanged.
       type: str
     unknown:
-      description: Whether it cannot be told if its worker is gone.
+      description: Whether it is unknown if its worker has gone.
       type: bool
 """
 

@@ -8,76 +8,75 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: background_program
-short_description: Keep a program that serves on a port of this machine in the background
+short_description: Run a program in the background that listens on a local port
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Starts a program that goes on when the playbook has ended, and waits until it answers on its port of 127.0.0.1.
-  - The program is found again by its PID and start time, never by its name. It is started anew if its command, its
-    environment or its port is to be another one, or if it has ceased to answer.
-  - For a user's own programs on the workstation, on Linux or macOS. It does not come back after a reboot by itself,
-    but with the next run.
-  - A program that ends at its start, or does not answer in time, is an error with the last lines of its log.
+  - Starts a program that continues after the playbook has ended, and waits until it answers on its port of 127.0.0.1.
+  - The program is identified by its PID and start time, never by its name. It is restarted if its command, its
+    environment or its port has changed, or if it no longer answers.
+  - For a user's own programs on the workstation, on Linux or macOS. After a reboot the program is not running until
+    the next run of the playbook.
+  - Fails with the last lines of the program's log if the program ends at its start or does not answer in time.
 attributes:
   check_mode:
     support: full
   diff_mode:
     support: full
-    description: Shows command and port, but not the environment.
+    description: Shows the command and the port, but not the environment.
 extends_documentation_fragment:
   - mala.hpc_db.attributes
 options:
   name:
-    description: What its files are called; a letter or digit, then letters, digits, C(.), C(_) and C(-).
+    description: Base name of its files. A letter or digit, followed by letters, digits, C(.), C(_) and C(-).
     type: str
     required: true
   root:
     description:
-      - The folder, an absolute path, that keeps I(name)C(.json), the record of the process, and I(name)C(.log), its
-        output since its start. It is made if need be, and closed to everybody else.
-      - The program's working directory, too.
+      - Absolute path of the folder for I(name)C(.json), the record of the process, and I(name)C(.log), its output since
+        its start. It is created if needed, and only this user can enter it.
+      - It is also the working directory of the program.
     type: path
     required: true
   command:
     description:
-      - The program, as an absolute path, and its arguments. No shell sees them, but everybody on this machine does, so
-        no password belongs here.
-      - The program must stay in the foreground. Needed for O(state=started).
+      - Absolute path of the program, and its arguments. They are not passed through a shell. All users of this machine
+        can see them, so they must not contain passwords.
+      - The program must stay in the foreground. Required for O(state=started).
     type: list
     elements: str
   environment:
     description:
-      - Variables that the program gets beside those of the playbook's own run.
-      - Name the file of a password here, not the password itself, which Ansible would show with C(-vvv).
+      - Environment variables in addition to those of the playbook's run.
+      - Pass the path of a password file instead of a password, because Ansible shows these values with C(-vvv).
     type: dict
     default: {}
   port:
     description:
-      - The port of 127.0.0.1 that the program serves on.
-      - V(0) keeps the port of the last run if that is free, so that bookmarks stay valid, and takes any free one else.
+      - Port of 127.0.0.1 that the program listens on.
+      - V(0) uses the port of the last run if that is free, so that bookmarks stay valid, else any free port.
     type: int
     default: 0
   port_option:
     description:
-      - The option that tells the program its port. V(--port) appends C(--port=N) to the O(command), and an empty one
-        the number alone.
+      - Command line option for the port. V(--port) appends C(--port=N) to O(command). An empty option appends only the
+        number.
     type: str
     default: --port
   state:
     description:
-      - V(started) means that it runs and answers.
-      - V(stopped) ends it with whatever it has started itself and is still in its process group. It has 10 seconds to
-        end by itself.
+      - V(started) ensures that it runs and answers.
+      - V(stopped) ends the program and its process group. They are killed if they do not end within 10 seconds.
     type: str
     choices: [started, stopped]
     default: started
   timeout:
-    description: How many seconds the program has until it answers.
+    description: Maximum time in seconds until the program answers.
     type: int
     default: 60
 """
 
 EXAMPLES = r"""
-- name: Keep a web server for the logs
+- name: Ensure a web server for the logs is running
   mala.hpc_db.background_program:
     name: logs
     root: ~/.local/share/logs
@@ -85,7 +84,7 @@ EXAMPLES = r"""
     port_option: ""
   register: logs
 
-- name: End it
+- name: Stop it
   mala.hpc_db.background_program:
     name: logs
     root: ~/.local/share/logs
@@ -94,24 +93,24 @@ EXAMPLES = r"""
 
 RETURN = r"""
 running:
-  description: Whether it runs after the module has done its work; in check mode whether it runs now.
+  description: Whether the program is running at the end. In check mode, whether it is running now.
   returned: success
   type: bool
 pid:
-  description: Its PID; V(0) if it does not run.
+  description: PID of the program. V(0) if it is not running.
   returned: success
   type: int
 port:
-  description: Its port, or the last one; V(0) if none is chosen yet.
+  description: Port of the program, or its last port. V(0) if none was chosen yet.
   returned: success
   type: int
 address:
-  description: Where a browser finds it; empty if no port is chosen yet.
+  description: URL for a browser. Empty if no port was chosen yet.
   returned: success
   type: str
   sample: http://127.0.0.1:6006/
 log:
-  description: The file with its output.
+  description: File with its output.
   returned: success
   type: str
 """

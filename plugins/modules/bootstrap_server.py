@@ -8,30 +8,30 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: bootstrap_server
-short_description: Keep a PostgreSQL server that answers, with or without a hosting job
+short_description: Start a temporary PostgreSQL server unless the job's server is running
 description:
-  - Gives the endpoint of the hosting job if the scheduler says that it runs. Else it starts a short-lived server on
-    the login node, which listens on a unix socket in a private folder only and holds the instance's lease meanwhile.
-  - So databases can be made before the job is submitted, or while it waits in the queue.
+  - Returns the endpoint of the server job if the scheduler reports it as running. Otherwise starts a temporary server
+    on the login node, which listens only on a unix socket in a private folder and holds the instance's lease.
+  - Databases can thus be created before the job is submitted, or while it waits in the queue.
 author: mala.hpc_db contributors (@mala-project)
 options:
   root:
-    description: The instance directory.
+    description: Path of the instance directory.
     type: path
     required: true
   state:
     description:
       - V(started) waits until a server answers.
-      - V(stopped) stops the short-lived server, and leaves a hosting job alone.
+      - V(stopped) stops the temporary server. A server job is not affected.
     type: str
     choices: [started, stopped]
     default: started
   lifetime:
-    description: After this many seconds the short-lived server stops by itself, for a play that was interrupted.
+    description: Seconds until the temporary server stops by itself, in case the play was interrupted.
     type: int
     default: 900
   timeout:
-    description: The longest time in seconds to wait for a server to answer, or to stop.
+    description: Maximum time in seconds to wait for a server to answer or to stop.
     type: int
     default: 180
 extends_documentation_fragment:
@@ -40,13 +40,13 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: partial
-    details: Starts and stops nothing in check mode; finds only a server that answers already.
+    details: Starts and stops nothing in check mode. Only finds a server that is already running.
   diff_mode:
     support: none
 """
 
 EXAMPLES = r"""
-- name: Have a server that answers
+- name: Start a temporary server unless the job's server is running
   mala.hpc_db.bootstrap_server:
     root: ~/hpc_db/hpc_db
   register: server
@@ -54,24 +54,24 @@ EXAMPLES = r"""
 
 RETURN = r"""
 server:
-  description: Where the server answers; null if none does, in check mode or after stopping.
+  description: Endpoint of the server. Null if there is none, in check mode or after stopping.
   returned: success
   type: dict
   contains:
     host:
-      description: A host name, or the folder of a unix socket.
+      description: Host name, or folder of a unix socket.
       type: str
     port:
-      description: The port.
+      description: Port.
       type: int
     job:
-      description: The hosting job's id; empty for a short-lived server.
+      description: ID of the server job. Empty for a temporary server.
       type: str
     tls:
-      description: Whether connections over the network have TLS.
+      description: Whether connections over the network use TLS.
       type: bool
     connect_params:
-      description: The libpq parameters with which no other server can collect or relay the password.
+      description: Parameters of libpq that prevent a rogue server from collecting or relaying the password.
       type: dict
 """
 

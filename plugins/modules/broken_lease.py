@@ -8,16 +8,16 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: broken_lease
-short_description: Break the lease of a server that is gone for good
+short_description: Break the lease of a dead server
 description:
-  - Frees an instance's data directory where nothing but the user can know that the server which held it has ended,
-    as when a host or a cluster was renamed, or a scheduler has gone.
-  - Watches the heartbeat for longer than C(server_lease_ttl) first, and refuses while it moves.
-  - Whoever was taken for dead and comes back finds that the lease was taken, and ends PostgreSQL at once.
+  - Releases an instance's data directory if only the user can know that the server that held it has ended, for
+    example because a host or a cluster was renamed, or a scheduler was removed.
+  - Watches the heartbeat for longer than C(server_lease_ttl) first, and refuses if the lease is renewed.
+  - If the former holder is alive after all, it notices that it has lost the lease and stops PostgreSQL at once.
 author: mala.hpc_db contributors (@mala-project)
 options:
   root:
-    description: The instance directory.
+    description: Path of the instance directory.
     type: path
     required: true
 extends_documentation_fragment:
@@ -25,7 +25,7 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: full
-    details: Tells who holds the lease, and watches nothing.
+    details: Returns the holder of the lease without watching the heartbeat.
   diff_mode:
     support: none
 """
@@ -38,15 +38,15 @@ EXAMPLES = r"""
 
 RETURN = r"""
 holder:
-  description: Who held, or holds, the data directory, in one line; null if nobody did.
+  description: Holder, or former holder, of the lease in one line. Null if there was none.
   returned: success
   type: str
 still:
-  description: How many seconds ago the holder renewed the lease, before anything was done; null if never.
+  description: Seconds since the holder last renewed the lease, at the start of the module. Null if never.
   returned: success
   type: float
 watch:
-  description: For how many seconds the heartbeat is watched before the lease is broken; null if nobody holds it.
+  description: Seconds to watch the heartbeat before the lease is broken. Null if the lease is free.
   returned: success
   type: float
 """

@@ -8,36 +8,36 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: client_package
-short_description: Keep the client package in the environment of the workers
+short_description: Install the client package into the workers' environment
 description:
-  - Installs the package whose engine plugin lets workers wait for their server, and a driver if there is none, into an
-    environment that belongs to the user.
-  - Makes the package's wheel from its sources by itself, so that no build system is fetched.
-  - Changes nothing else there. A version of SQLAlchemy or of the driver that does not fit is refused, not replaced,
-    since other packages may need it.
+  - Installs the package whose SQLAlchemy plugin makes workers wait for their server, and a database driver if there
+    is none, into an environment of the user.
+  - Builds the package's wheel from its sources itself, so that no build system is downloaded.
+  - Changes no other packages. An incompatible version of SQLAlchemy or of the driver is refused, not replaced,
+    because other packages may need it.
 author: mala.hpc_db contributors (@mala-project)
 options:
   environment:
     description:
-      - The environment's folder (of conda, or a virtual environment), or the path of its Python; Python 3.9 or newer.
-      - It must be the user's own, and have pip.
+      - Folder of a conda or virtual environment, or path of its Python. Python 3.9 or newer.
+      - It must belong to this user and have pip.
     type: path
     required: true
   project:
-    description: The text of the package's C(pyproject.toml).
+    description: Content of the package's C(pyproject.toml).
     type: str
     required: true
   files:
-    description: The text of each of its Python files, by its path in the wheel.
+    description: Content of each of the package's Python files, by its path in the wheel.
     type: dict
     required: true
   index_url:
     description:
-      - The package index to ask for what is missing, instead of pip's own default.
-      - Credentials belong into the user's pip configuration.
+      - URL of the package index for missing packages, instead of pip's own default.
+      - Put credentials into the user's pip configuration.
     type: str
   wheelhouse:
-    description: A folder with all packages that may be missing, for hosts without internet. No index is asked then.
+    description: Folder with all packages that may be missing, for hosts without internet. Replaces the index.
     type: path
 extends_documentation_fragment:
   - mala.hpc_db.attributes
@@ -51,7 +51,7 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Have workers wait for their server
+- name: Install the client package
   mala.hpc_db.client_package:
     environment: ~/miniforge3/envs/mala
     project: "{{ lookup('ansible.builtin.file', 'client/pyproject.toml') }}"
@@ -61,20 +61,20 @@ EXAMPLES = r"""
 
 RETURN = r"""
 python:
-  description: The environment's Python.
+  description: Path of the environment's Python.
   returned: success
   type: str
 packages:
-  description: The versions of the client package, SQLAlchemy, the driver and Optuna, as far as they are there.
+  description: Versions of the client package, SQLAlchemy, the driver and Optuna, if installed.
   returned: success
   type: dict
 missing:
-  description: The requirements that were, or would be, installed besides, as lines of a pip requirements file.
+  description: Other requirements that were, or would be, installed, as lines of a pip requirements file.
   returned: success
   type: list
   elements: str
 host:
-  description: What the environment's wheels are for, as the option O(mala.hpc_db.python_env#module:host) has it.
+  description: Platform of the environment's wheels, in the format of O(mala.hpc_db.python_env#module:host).
   returned: success
   type: dict
 """

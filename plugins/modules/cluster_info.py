@@ -8,23 +8,23 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: cluster_info
-short_description: See what a cluster says of itself
+short_description: Read the configuration of a cluster
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Asks Slurm for partitions, limits and accounts, the login node for file systems and conda clients, and the network
-    for the sources of packages; and proposes options for a job.
-  - What has no answer is empty or V(null). Nothing is submitted.
+  - Queries Slurm for partitions, limits and accounts, and the login node for file systems and conda clients. Checks
+    whether package sources can be reached, and proposes options for a job.
+  - Unknown values are empty or V(null). No job is submitted.
 options:
   bin_dir:
-    description: The folder of Slurm's commands, if they are neither on the PATH nor on that of a login shell.
+    description: Folder of Slurm's commands. Needed if it is neither on the PATH nor on that of a login shell.
     type: path
   urls:
-    description: Sources of packages, of which RV(sources) tells whether the login node reaches them.
+    description: URLs of package sources. RV(sources) reports whether the login node reaches them.
     type: list
     elements: str
     default: []
   timeout:
-    description: Seconds after which a command or a source is given up.
+    description: Timeout in seconds for each command and each source.
     type: int
     default: 15
 extends_documentation_fragment:
@@ -39,135 +39,135 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Look at the cluster
+- name: Read the cluster's configuration
   mala.hpc_db.cluster_info:
     urls: [https://mirror.example.org/conda-forge/noarch/repodata.json]
   register: cluster
 
-- name: Show its partitions
+- name: Print its partitions
   ansible.builtin.debug:
     msg: "{{ cluster.partitions | map(attribute='name') }}"
 """
 
 RETURN = r"""
 host:
-  description: The login node's own name.
+  description: The login node's own host name.
   returned: success
   type: str
 user:
-  description: The user's name there.
+  description: The user's name on the login node.
   returned: success
   type: str
 scheduler:
-  description: V(slurm), or nothing if there is no C(sbatch).
+  description: V(slurm). Empty if there is no C(sbatch).
   returned: success
   type: str
 others:
-  description: Commands of other schedulers that are there.
+  description: Commands of other schedulers that were found.
   returned: success
   type: list
   elements: str
 bin_dir:
-  description: The folder of Slurm's commands; empty if they are on the PATH of a command over ssh.
+  description: Folder of Slurm's commands. Empty if they are on the PATH of a command over ssh.
   returned: success
   type: str
 config:
-  description: Some of C(scontrol show config).
+  description: Selected values of C(scontrol show config).
   returned: success
   type: dict
   sample: {ClusterName: mini, SLURM_VERSION: "22.05.8"}
 partitions:
-  description: The partitions, in Slurm's order.
+  description: Partitions in Slurm's order.
   returned: success
   type: list
   elements: dict
   contains:
     name:
-      description: The partition.
+      description: Name of the partition.
       type: str
     default:
-      description: Whether jobs go there that name none.
+      description: Whether it is the default partition.
       type: bool
     usable:
-      description: Whether it is up, and open to the user's accounts as far as they are known.
+      description: Whether it is up and, as far as known, open to the user's accounts.
       type: bool
     limit:
-      description: The longest walltime in seconds; V(null) for none.
+      description: Maximum walltime in seconds. V(null) if unlimited.
       type: int
     walltime:
-      description: The same as Slurm writes it, or V(no limit).
+      description: Maximum walltime in Slurm's notation, or V(no limit).
       type: str
     nodes:
-      description: How many nodes it has.
+      description: Number of nodes.
       type: int
     cpus:
-      description: The processors of its smallest node.
+      description: Number of processors of its smallest node.
       type: int
     memory:
-      description: What a job may have on its smallest node, in megabytes.
+      description: Memory in megabytes that a job can have on its smallest node.
       type: int
     gpus:
       description: Whether its nodes have GPUs.
       type: bool
     exclusive:
-      description: Whether a job has its nodes alone.
+      description: Whether its nodes are exclusive to a job.
       type: bool
     preempted:
-      description: Whether its jobs may have to make place for others.
+      description: Whether its jobs can be preempted.
       type: bool
 accounts:
-  description: The user's accounts, the default first; empty if there is no accounting.
+  description: The user's accounts, the default first. Empty if there is no accounting.
   returned: success
   type: list
   elements: str
 qos:
-  description: The QOS that the user may ask for.
+  description: QOS that the user may request.
   returned: success
   type: list
   elements: str
 file_systems:
-  description: The home directory first, then the folders that a login shell names.
+  description: The home directory, then the folders named by variables of a login shell.
   returned: success
   type: list
   elements: dict
   contains:
     name:
-      description: The variable that names it, such as C(HOME).
+      description: Environment variable with its path, such as C(HOME).
       type: str
     path:
-      description: The folder.
+      description: Path of the folder.
       type: str
     type:
-      description: The type of its file system.
+      description: Type of its file system.
       type: str
     shared:
-      description: Whether that is a network's.
+      description: Whether it is a network file system.
       type: bool
     free:
-      description: Bytes that are left.
+      description: Free space in bytes.
       type: int
     quota:
-      description: Bytes that the user may have in all; V(null) if no quota is told.
+      description: Quota of the user in bytes. V(null) if unknown.
       type: int
     used:
-      description: Bytes that the user has there; V(null) if no quota is told.
+      description: Space used by the user in bytes. V(null) if no quota is known.
       type: int
 mounted:
-  description: Where other file systems of the network are mounted. They are not touched.
+  description: Mount points of other network file systems. They are not accessed.
   returned: success
   type: list
   elements: str
 clients:
-  description: The conda, mamba and micromamba of a login shell.
+  description: Paths of conda, mamba and micromamba in a login shell.
   returned: success
   type: list
   elements: str
 sources:
-  description: O(urls), with what keeps the login node from each; empty if nothing does.
+  description: The error for each of O(urls). Empty if the login node reaches it.
   returned: success
   type: dict
 proposed:
-  description: Options for a job that hosts a server, and its memory then; V(null) without a usable partition.
+  description: Proposed options and memory of a server job. V(null) without a usable partition.
   returned: success
   type: dict
   sample: {options: {partition: defq, time: "2-00:00:00", mem: 16G, cpus-per-task: 4}, memory: 16G}

@@ -8,149 +8,148 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: conda_env
-short_description: Keep packages in a conda environment, with or without conda
+short_description: Install packages into a conda environment, with or without conda
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Creates a conda environment at a path, or brings an existing one to the wanted packages.
-  - What is installed is read from the environment itself, in milliseconds. A client runs only when that does
-    not satisfy O(specs), and has succeeded if it does afterwards, whatever the client prints.
-  - Other packages in the environment stay. Its major version of PostgreSQL is never changed, since the data
-    directory could not be opened any more; make another environment for another major.
-  - A channel that cannot be reached is tried twice again, after 2 and 8 seconds, besides what the client does itself.
-  - An installation that was interrupted is repeated from the start by the next run. The file O(prefix) with
-    C(.unfinished) appended marks it until then, and makes a second run at the same time wait for the first.
+  - Creates a conda environment at a path, or updates an existing one to the wanted packages.
+  - The installed packages are read from the environment itself, in milliseconds. A client runs only if they do not
+    satisfy O(specs). It has succeeded if they do afterwards, regardless of its output.
+  - Other packages in the environment stay. The major version of PostgreSQL is never changed, because it could not
+    open the data directory afterwards. Create another environment for another major version.
+  - An unreachable channel is tried twice more, after 2 and 8 seconds, in addition to the client's own retries.
+  - The next run repeats an interrupted installation from the start. Until then the file O(prefix) with
+    C(.unfinished) appended marks it. The file also makes a second run at the same time wait for the first.
 extends_documentation_fragment:
   - mala.hpc_db.slices
 attributes:
   check_mode:
     support: full
     description:
-      - Solves for the diff without leaving anything behind.
-      - As long as O(rattler_python) has no py-rattler, the diff shows O(specs) themselves.
+      - Solves for the diff without leaving files behind.
+      - While O(rattler_python) has no py-rattler, the diff shows O(specs) instead.
   diff_mode:
     support: full
-    description: Shows the packages that come, go or change, with version and build.
+    description: Shows added, removed and changed packages with version and build.
 options:
   prefix:
     description:
-      - The environment's absolute path, which is compiled into its packages, so it must not be moved.
-      - It may be absent, an empty directory or a conda environment. Anything else is refused, and so is a
-        path inside another environment, except in the folder C(envs) of a conda installation.
+      - Absolute path of the environment. Its packages contain this path, so the environment must not be moved.
+      - It may be missing, an empty directory or a conda environment. Anything else is refused. A path inside another
+        environment is refused too, except in the folder C(envs) of a conda installation.
     type: path
     required: true
   specs:
     description:
-      - The packages wanted, as C(name), C(name=17), C(name=17.*), C(name==17.2), C(name>=17,<18) or
-        C(name=17.2=build), where C(build) may hold C(*).
-      - Needed for O(state=present).
+      - Wanted packages, as C(name), C(name=17), C(name=17.*), C(name==17.2), C(name>=17,<18) or
+        C(name=17.2=build), where C(build) may contain C(*).
+      - Required for O(state=present).
     type: list
     elements: str
   channels:
     description:
-      - Where packages come from, first one preferred, as names, URLs or C(file://) folders.
-      - No other channels are used, whatever the user's configuration says.
-      - A URL with a password or token is refused. Credentials stay where the client looks for them. For conda and
-        mamba that is the user's own C(~/.condarc), its plugins or C(~/.netrc). For O(provider=rattler) it is the file
-        in E(RATTLER_AUTH_FILE), the keyring, C(~/.rattler/credentials.json) or C(~/.netrc), the first that is there.
+      - Conda channels in order of preference, as names, URLs or C(file://) folders.
+      - Other channels in the user's configuration are ignored.
+      - A URL with a password or token is refused. Put credentials where the client reads them. For conda and mamba
+        that is the user's own C(~/.condarc), its plugins or C(~/.netrc). For O(provider=rattler) it is the first
+        existing one of the file in E(RATTLER_AUTH_FILE), the keyring, C(~/.rattler/credentials.json) and C(~/.netrc).
     type: list
     elements: str
     default: [conda-forge]
   state:
     description:
-      - V(present) means that the packages are there.
-      - V(absent) removes the environment with everything in it. Nothing but an environment is removed, and no
-        conda installation.
-      - V(staged) installs nothing, and does not look at O(prefix). It keeps in O(archives) the packages that the
-        environment of another O(host) lacks, which may be one without internet. There, O(state=present) with the
-        returned RV(lock) and these O(archives) asks no channel.
+      - V(present) ensures that the packages are installed.
+      - V(absent) removes the environment with everything in it. It refuses to remove a conda installation, or a folder
+        that is not an environment.
+      - V(staged) installs nothing and does not read O(prefix). It downloads into O(archives) the packages that are
+        missing in the environment of another O(host), which may have no internet. On that host, O(state=present) with
+        the returned RV(lock) and these O(archives) needs no channel.
     type: str
     choices: [present, absent, staged]
     default: present
   provider:
     description:
-      - What solves and installs.
-      - V(rattler) needs no conda, but an interpreter that has py-rattler.
-      - V(conda) uses the conda, mamba or micromamba that is there. What conda solves with, C(classic), C(libmamba)
-        or C(rattler), is the user's own configuration (C(solver)). C(create_default_packages) there is ignored.
-      - All count what the host is among the packages (C(__glibc)). What needs a newer host is refused.
+      - Program that solves and installs.
+      - V(rattler) needs no conda, but a Python with py-rattler.
+      - V(conda) uses an existing conda, mamba or micromamba. The user's configuration of conda (C(solver)) selects the
+        solver C(classic), C(libmamba) or C(rattler). Its C(create_default_packages) is ignored.
+      - All of them treat the host's properties as packages (C(__glibc)). Packages that need a newer host are refused.
     type: str
     choices: [rattler, conda]
     default: rattler
   lock:
     description:
-      - A lock file's text, as M(mala.hpc_db.conda_env_info) returns it. Just these packages are installed, each after
-        a look at its checksum, and nothing is solved; O(specs) are only compared with it.
-      - An environment that differs from it is refused, unless O(update=true).
+      - Content of a lock file, as returned by M(mala.hpc_db.conda_env_info). Exactly its packages are installed and
+        verified by checksum. Nothing is solved; O(specs) are only compared with it.
+      - An environment that differs from it is refused unless O(update=true).
     type: str
   archives:
     description:
-      - The folder of the packages' archives, for O(provider=rattler), which has all of O(lock) then.
-      - With O(state=staged) they are kept there, each after a look at its checksum, and other archives are removed.
+      - Folder with the archives of all packages of O(lock), for O(provider=rattler).
+      - With O(state=staged) the archives are downloaded there and verified by checksum, and other archives are removed.
     type: path
   host:
-    description: The host to solve for, for O(state=staged).
+    description: Host to solve for, for O(state=staged).
     type: dict
     suboptions:
       system:
-        description: What C(uname -s) says there.
+        description: Output of C(uname -s) on the host.
         type: str
         required: true
       machine:
-        description: What C(uname -m) says there.
+        description: Output of C(uname -m) on the host.
         type: str
         required: true
       release:
-        description: What C(uname -r) says there.
+        description: Output of C(uname -r) on the host.
         type: str
         default: ""
       glibc:
-        description: The version of its glibc, such as V(2.28).
+        description: Version of the host's glibc, such as V(2.28).
         type: str
         default: ""
       packages:
-        description: What the environment has, as M(mala.hpc_db.conda_env_info) returns it there.
+        description: Packages of the host's environment, as returned by M(mala.hpc_db.conda_env_info) on the host.
         type: dict
   update:
     description:
-      - Whether an environment that satisfies O(specs) is brought to the newest packages that do, or to O(lock).
-      - No server may run from it meanwhile, see O(lease).
+      - Update an environment that satisfies O(specs) to the newest packages that do, or to O(lock).
+      - No server may run from it during the update, see O(lease).
     type: bool
     default: false
   lease:
     description:
-      - The folder in which a server that runs from this environment, on whatever host, keeps its lease.
-      - An environment that is there already is not changed while somebody holds that, or has left it without
-        stopping cleanly. In turn the server does not start while C(.unfinished) is there.
+      - Folder of the lease of a server that runs from this environment, on any host.
+      - An existing environment is not changed while the lease is held, or was left by a server that did not stop
+        cleanly. In turn, the server does not start while C(.unfinished) exists.
     type: path
   rattler_python:
     description:
-      - The interpreter of an environment that holds py-rattler, for O(provider=rattler).
-      - The one that runs this module if not set.
+      - Python of an environment with py-rattler, for O(provider=rattler).
+      - The default is the Python that runs this module.
     type: path
   client:
     description:
       - Path or name of conda, mamba or micromamba, for O(provider=conda).
-      - Unless it is a path, these are searched, the first that has it wins - E(MAMBA_EXE) and E(CONDA_EXE),
-        E(PATH), a login shell after O(module_load), the usual folders in the home directory such as
-        C(~/miniforge3), and C(/opt/*).
-      - Any of the three if not set, C(micromamba) before C(mamba) before C(conda).
+      - A name is searched for in this order - E(MAMBA_EXE) and E(CONDA_EXE), E(PATH), a login shell after
+        O(module_load), the usual folders in the home directory such as C(~/miniforge3), and C(/opt/*).
+      - If not set, the first of C(micromamba), C(mamba) and C(conda) that is found.
     type: path
   module_load:
     description:
-      - The site's line that makes a client available, such as C(module load anaconda).
-      - A login shell runs it, if no client was found before.
+      - Shell line that makes a client available at this site, such as C(module load anaconda).
+      - A login shell runs it if no client was found before.
     type: str
   package_cache:
     description:
-      - The folder for downloaded packages. The environment shares its files by hard links where both are on
-        one file system.
-      - The client's own if not set, mostly in the home directory.
-      - If conda is killed while it unpacks a package there, it keeps using the incomplete package. The error message
-        then names the command that removes it.
+      - Folder for downloaded packages. The environment uses hard links to its files if both are on the same file
+        system.
+      - The default is the client's own package cache, usually in the home directory.
+      - If conda is killed while it unpacks a package there, it continues to use the incomplete package. The error
+        message then contains the command that removes it.
     type: path
   timeout:
     description:
-      - The longest time in seconds that a client may take, all attempts together, or that another run is waited for.
+      - Maximum time in seconds for all attempts of a client together, and for waiting for another run.
     type: int
     default: 1800
 seealso:
@@ -159,20 +158,20 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Keep PostgreSQL 17, with no conda on the cluster
+- name: Install PostgreSQL 17 without conda on the cluster
   mala.hpc_db.conda_env:
     prefix: ~/hpc_db/hpc_db/postgresql-17
     specs: [postgresql=17]
     rattler_python: ~/hpc_db/hpc_db/rattler/bin/python
 
-- name: Keep it by the site's conda
+- name: Install it with the site's conda
   mala.hpc_db.conda_env:
     prefix: /scratch/alice/postgresql-17
     specs: ["postgresql>=17.2,<18"]
     provider: conda
     module_load: module load anaconda
 
-- name: Remove it
+- name: Remove the environment
   mala.hpc_db.conda_env:
     prefix: /scratch/alice/postgresql-17
     state: absent
@@ -180,36 +179,36 @@ EXAMPLES = r"""
 
 RETURN = r"""
 prefix:
-  description: The environment's path.
+  description: Path of the environment.
   returned: success
   type: str
 bindir:
-  description: The folder of its programs. They need no activation.
+  description: Folder of its programs. They need no activation.
   returned: unless O(state=staged)
   type: str
 version:
-  description: The version of PostgreSQL in the environment, or null. In check mode the one that would be there.
+  description: Version of PostgreSQL in the environment, or null. In check mode, the version after the run.
   returned: unless O(state=staged)
   type: str
   sample: "17.10"
 features:
   description:
-    - What that PostgreSQL was built with. C(tls) is what the server itself says, the others are in the words of
-      PostgreSQL's configure, as far as C(pg_config) knows them.
-    - Null without PostgreSQL, and in check mode as long as it is not installed.
+    - Build features of that PostgreSQL. C(tls) is reported by the server program itself. The others are names of
+      PostgreSQL's configure options, as far as C(pg_config) reports them.
+    - Null without PostgreSQL, and in check mode while it is not installed.
   returned: unless O(state=staged)
   type: list
   elements: str
   sample: [gssapi, lz4, readline, tls, zlib, zstd]
 packages:
-  description: The version of each package by its name, in check mode as far as it could be solved.
+  description: Version of each package by name. In check mode, as far as it could be solved.
   returned: success
   type: dict
   sample: {libpq: "17.10", postgresql: "17.10"}
 lock:
   description:
-    - The lock file of the packages that are in O(archives), with the channels' URLs.
-    - Empty if the other host's environment is as wanted, and in check mode as long as it cannot be solved.
+    - Lock file of the packages in O(archives), with the URLs of the channels.
+    - Empty if the other host's environment is up to date, and in check mode while it cannot be solved.
   returned: with O(state=staged)
   type: str
 """

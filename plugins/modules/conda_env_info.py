@@ -8,13 +8,13 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: conda_env_info
-short_description: See what a conda environment holds
+short_description: Read the packages of a conda environment
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Returns the packages of an environment, and the lock file that makes it again, read from the environment itself.
+  - Returns the packages of an environment, and a lock file that reproduces it. Both are read from the environment.
 options:
   prefix:
-    description: The environment's absolute path. There may be nothing.
+    description: Absolute path of the environment. It may be missing.
     type: path
     required: true
 attributes:
@@ -29,12 +29,12 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Look at the environment
+- name: Read the packages of the environment
   mala.hpc_db.conda_env_info:
     prefix: ~/hpc_db/hpc_db/postgresql-17
   register: found
 
-- name: Keep its lock file beside the inventory
+- name: Write its lock file next to the inventory
   ansible.builtin.copy:
     content: "{{ found.lock }}"
     dest: "{{ inventory_dir }}/lock/postgresql-17.txt"
@@ -44,18 +44,18 @@ EXAMPLES = r"""
 
 RETURN = r"""
 prefix:
-  description: The environment's path, without a C(~).
+  description: Path of the environment without C(~).
   returned: success
   type: str
 packages:
-  description: Version and build of each package by its name; V(null) if there is no environment, or half of one.
+  description: Version and build of each package by name. V(null) if the environment is missing or incomplete.
   returned: success
   type: dict
   sample: {libpq: [17.10, h1_0]}
 lock:
   description:
-    - The lock file, conda's own explicit list with checksums, without any credentials.
-    - V(null) if there is no environment, or half of one.
+    - Lock file in conda's explicit format with checksums, without credentials.
+    - V(null) if the environment is missing or incomplete.
   returned: success
   type: str
 """

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: data_directory
-short_description: Keep an initialised PostgreSQL data directory
+short_description: Initialise a PostgreSQL data directory
 description:
-  - Runs C(initdb) once, with UTF-8, locale C and data checksums whatever the shell's locale is.
-  - Connections over a socket are bound to the system user (V(peer)), all others to SCRAM passwords.
-  - The directory is made aside and renamed, so that an interrupted run leaves none that is half made.
+  - Runs C(initdb) once, with UTF-8, locale C and data checksums regardless of the shell's locale.
+  - Connections over a socket authenticate as the system user (V(peer)), all others with SCRAM passwords.
+  - The directory is created under a temporary name and renamed, so that an interrupted run leaves no incomplete one.
 author: mala.hpc_db contributors (@mala-project)
 options:
   path:
-    description: The data directory. One of another major version is refused.
+    description: Path of the data directory. A directory of another major version is refused.
     type: path
     required: true
   bindir:
-    description: The folder of PostgreSQL's programs.
+    description: Folder of PostgreSQL's programs.
     type: path
     required: true
 extends_documentation_fragment:
@@ -33,7 +33,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Initialise the data directory
+- name: Ensure the data directory is initialised
   mala.hpc_db.data_directory:
     path: ~/hpc_db/hpc_db/data/17
     bindir: ~/hpc_db/hpc_db/postgresql-17/bin
@@ -41,11 +41,11 @@ EXAMPLES = r"""
 
 RETURN = r"""
 version:
-  description: PostgreSQL's version; null in check mode while it is not installed.
+  description: Version of PostgreSQL. Null in check mode while it is not installed.
   returned: success
   type: str
 major:
-  description: Its major version; null in check mode while it is not installed.
+  description: Major version of PostgreSQL. Null in check mode while it is not installed.
   returned: success
   type: int
 """

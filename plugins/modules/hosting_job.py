@@ -8,19 +8,18 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: hosting_job
-short_description: Keep one hosting job in the queue, or none
+short_description: Submit or cancel the server job
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Submits the batch job that hosts the server, unless a job of this name is queued or running already.
-  - A job that is there is left as it is, also when O(options) or O(script) have changed since it was
-    submitted; new options count from the next job on.
-  - A job that is on its way out (Slurm's state C(COMPLETING)) does not count as there, so O(state=present)
-    submits the next one. Give O(options) C(dependency=singleton), and that one starts only after the old one
-    has ended.
-  - What the scheduler would refuse is refused before anything is changed, in its own words.
-  - The scheduler's commands, and the job, get a few variables of the login's environment only, such as C(PATH) and
-    C(SLURM_CONF). An option that C(SBATCH_ACCOUNT) or another variable of C(sbatch) sets is refused unless O(options)
-    have it, too.
+  - Submits the server job unless a job of this name is already queued or running.
+  - An existing job is left unchanged, even if O(options) or O(script) have changed since it was submitted. New options
+    take effect with the next job.
+  - A job that is ending (Slurm's state C(COMPLETING)) does not count as existing, so O(state=present) submits the
+    next one. With C(dependency=singleton) in O(options), that job starts only after the old one has ended.
+  - Options that the scheduler would refuse are refused before anything changes, with the scheduler's own message.
+  - The scheduler's commands and the job get only a few variables of the login's environment, such as C(PATH) and
+    C(SLURM_CONF). If C(SBATCH_ACCOUNT) or another variable of C(sbatch) sets an option that O(options) do not contain,
+    it is refused.
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
   - mala.hpc_db.slices
@@ -28,44 +27,44 @@ attributes:
   check_mode:
     support: full
     description:
-      - In check mode C(sbatch --test-only) says whether Slurm would accept the job. It also refuses while the nodes
-        for it are down, drained or reserved, when a real submission is queued; then the job is not refused, and a
-        warning says which nodes these are.
+      - In check mode C(sbatch --test-only) checks whether Slurm would accept the job. It also refuses a job while its
+        nodes are down, drained or reserved, although a real submission would be queued. In this case the module does
+        not fail, but warns and lists these nodes.
   diff_mode:
     support: full
-    description: Shows what is submitted or cancelled.
+    description: Shows the job that is submitted or cancelled.
 options:
   state:
     description:
-      - V(present) means that one job is queued or runs.
-      - V(absent) cancels all jobs of this name, a successor that waits in the queue included, and waits until
-        they have ended. A running job's script has 30 s to end by itself before the scheduler ends all its processes.
-        An endpoint that a job left behind, because its node died, is withdrawn.
+      - V(present) ensures that one job is queued or running.
+      - V(absent) cancels all jobs of this name, including a queued successor, and waits until they have ended. The
+        script of a running job has 30 s to end before the scheduler ends all its processes. If a job's node has died,
+        the endpoint that it left behind is removed.
     type: str
     choices: [present, absent]
     default: present
   script:
     description:
-      - The job script, an absolute path.
-      - Needed for O(state=present).
+      - Absolute path of the job script.
+      - Required for O(state=present).
     type: path
   output:
     description:
-      - The file that the job's output is appended to, an absolute path, taken literally (C(%j) is no job id
-        here). Its folder has to exist.
-      - Needed for O(state=present).
+      - Absolute path of the file to which the job's output is appended. It is taken literally, so C(%j) is not replaced
+        by a job ID. Its folder must exist.
+      - Required for O(state=present).
     type: path
   options:
     description:
-      - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time); with
-        O(scheduler=gridengine) those of C(qsub), such as C(q), C(pe) or C(l), which has resources such as C(h_rt).
-      - V(true) gives the bare flag, V(false) and V(null) leave it out.
-      - Quote times. YAML takes a bare C(72:00:00) for the number 259200, which Slurm would take for minutes, so it is
-        refused.
-      - C(mem) and its like are in MB, or with a suffix C(K), C(M), C(G) or C(T).
-      - A C(time) above the limit of the C(partition) is refused, since Slurm would accept it and never start
-        the job; with a C(qos), which may lift the limit, it is not.
-      - Names, output, arrays and what makes C(sbatch) wait cannot be set.
+      - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time). With
+        O(scheduler=gridengine), options of C(qsub), such as C(q), C(pe), or C(l) with resources such as C(h_rt).
+      - V(true) passes the bare flag. V(false) and V(null) omit it.
+      - Times need quotes. YAML reads a bare C(72:00:00) as the number 259200, which Slurm would read as minutes, so it
+        is refused.
+      - C(mem) and similar options are in MB, or have a suffix C(K), C(M), C(G) or C(T).
+      - A C(time) above the limit of the C(partition) is refused, because Slurm would accept the job and never start
+        it. With a C(qos), which may raise the limit, it is not refused.
+      - Job name, output, arrays, and options that make C(sbatch) wait cannot be set.
       - Not used by O(scheduler=local).
     type: dict
     default: {}
@@ -85,7 +84,7 @@ options:
     type: bool
     default: true
   timeout:
-    description: How many seconds O(state=absent) waits for the real end of the job before it fails.
+    description: Seconds that O(state=absent) waits until the job has really ended. Then it fails.
     type: int
     default: 60
 seealso:
@@ -94,7 +93,7 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Keep one hosting job in the queue
+- name: Ensure the server job is in the queue
   mala.hpc_db.hosting_job:
     name: hpc-db
     root: /home/alice/hpc_db/hpc_db
@@ -106,14 +105,14 @@ EXAMPLES = r"""
       time: "72:00:00"
       dependency: singleton
 
-- name: Stop it, and wait until it has ended
+- name: Stop the server job and wait until it has ended
   mala.hpc_db.hosting_job:
     name: hpc-db
     root: /home/alice/hpc_db/hpc_db
     state: absent
     timeout: 120
 
-- name: Host on this machine, without a scheduler
+- name: Run the server on this machine without a scheduler
   mala.hpc_db.hosting_job:
     name: hpc-db
     scheduler: local
@@ -125,31 +124,31 @@ EXAMPLES = r"""
 RETURN = r"""
 job:
   description:
-    - The job after the module has done its work; V(null) if there is none, as after O(state=absent).
-    - In check mode the job that is there now.
+    - The job at the end of the module. V(null) if there is none, as after O(state=absent).
+    - In check mode, the current job.
   returned: success
   type: dict
   contains:
     id:
-      description: The scheduler's id; of O(scheduler=local) the PID.
+      description: Job ID of the scheduler. With O(scheduler=local), the PID.
       type: str
     name:
-      description: The job's name.
+      description: Job name.
       type: str
     state:
-      description: In Slurm's words, such as V(PENDING), V(RUNNING) or V(COMPLETING).
+      description: State in Slurm's terms, such as V(PENDING), V(RUNNING) or V(COMPLETING).
       type: str
     node:
-      description: Where it runs; empty if it does not.
+      description: Node of the job. Empty if it is not running.
       type: str
     reason:
-      description: Why it is not running, in the scheduler's own word; empty if there is no reason.
+      description: The scheduler's reason why the job is not running. Empty if there is none.
       type: str
     time_left:
-      description: The seconds left of its walltime, all of it before the start; V(null) without a limit.
+      description: Remaining walltime in seconds, which is all of it before the start. V(null) without a limit.
       type: int
     time_limit:
-      description: The seconds of its whole walltime; V(null) without a limit.
+      description: Walltime in seconds. V(null) without a limit.
       type: int
   sample:
     id: "4711"

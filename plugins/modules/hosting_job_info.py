@@ -8,16 +8,16 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: hosting_job_info
-short_description: See the hosting job, and what it says about itself
+short_description: Read the server job, its endpoint and its state
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Returns the job from the queue, the endpoint that it published and its own account of its state.
-  - Whatever is missing, or half written, is V(null). Only a scheduler that does not answer is an error.
+  - Returns the job in the queue, the endpoint that it has published, and the state that its supervisor has reported.
+  - Missing or incomplete values are V(null). Only a scheduler that does not answer is an error.
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
 options:
   nodes:
-    description: Whether to ask which nodes have no job of this user, which takes up to three commands more.
+    description: Also read which nodes have no job of this user. This needs up to three more commands.
     type: bool
     default: false
 attributes:
@@ -32,13 +32,13 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Look at the job
+- name: Read the server job
   mala.hpc_db.hosting_job_info:
     name: hpc-db
     root: /home/alice/hpc_db/hpc_db
   register: found
 
-- name: Show where the server is
+- name: Print the endpoint
   mala.hpc_db.show:
     text: "{{ found.endpoint.host }}:{{ found.endpoint.port }}"
   when: found.endpoint is not none
@@ -46,87 +46,87 @@ EXAMPLES = r"""
 
 RETURN = r"""
 job:
-  description: The job, as M(mala.hpc_db.hosting_job) returns it; V(null) if there is none.
+  description: The job in the format of M(mala.hpc_db.hosting_job). V(null) if there is none.
   returned: success
   type: dict
   sample: {id: "4711", name: hpc-db, state: RUNNING, node: c1, reason: "", time_left: 86000, time_limit: 259200}
 endpoint:
-  description: Where the server answers, from C(run/endpoint.json); V(null) while it does not serve.
+  description: Endpoint of the server, from C(run/endpoint.json). V(null) while the server is not running.
   returned: success
   type: dict
   contains:
     instance:
-      description: The instance's name.
+      description: Name of the instance.
       type: str
     cluster:
-      description: The cluster's name.
+      description: Name of the cluster.
       type: str
     host:
-      description: The host that serves.
+      description: Host of the server.
       type: str
     port:
-      description: The port.
+      description: Port of the server.
       type: int
     socket:
-      description: The folder of the unix socket on that host.
+      description: Folder of the unix socket on that host.
       type: str
     job:
-      description: The id of the job that serves.
+      description: ID of the server job.
       type: str
     tls:
-      description: Whether connections over the network have TLS.
+      description: Whether connections over the network use TLS.
       type: bool
     since:
-      description: Since when, in seconds since 1970.
+      description: Start of this state in seconds since 1970.
       type: float
     pooler:
-      description: C(host) and C(port) of PgBouncer; only while it answers.
+      description: C(host) and C(port) of PgBouncer. Only while it answers.
       type: dict
     proxy:
-      description: C(host) and C(port) of Optuna's storage proxy; only while it answers.
+      description: C(host) and C(port) of Optuna's storage proxy. Only while it answers.
       type: dict
 state:
-  description: The hosting program's own account, from C(run/state.json); V(null) before its first start.
+  description: State reported by the supervisor, from C(run/state.json). V(null) before its first start.
   returned: success
   type: dict
   contains:
     state:
-      description: One of V(starting), V(serving), V(stopping), V(ended) and V(failed).
+      description: V(starting), V(serving), V(stopping), V(ended) or V(failed).
       type: str
     reason:
-      description: Why, in one line.
+      description: Reason of the state in one line.
       type: str
     job:
-      description: The id of the job that wrote it.
+      description: ID of the job that wrote it.
       type: str
     host:
-      description: Where it ran.
+      description: Host on which that job ran.
       type: str
     since:
-      description: Since when, in seconds since 1970.
+      description: Start of this state in seconds since 1970.
       type: float
 disk:
-  description: The file system of O(root) in bytes; V(null) if that is not there.
+  description: Size of the file system of O(root) in bytes. V(null) if O(root) does not exist.
   returned: success
   type: dict
   contains:
     total:
-      description: All of it.
+      description: Total size.
       type: int
     free:
-      description: What is left for ordinary users. A quota, of which the file system knows nothing, may be less.
+      description: Free space for ordinary users. A quota, which the file system does not report, may leave less.
       type: int
 idle_nodes:
   description:
-    - The nodes on which no job of this user is, with O(nodes=true); V(null) without.
-    - There are none with O(scheduler=local).
+    - Nodes without a job of this user, with O(nodes=true). Otherwise V(null).
+    - Empty with O(scheduler=local).
   returned: success
   type: list
   elements: str
 log_tail:
   description:
-    - The last 20 lines of the newest file in C(log/), if there is no job or it says that it failed.
-    - Else V(null).
+    - The last 20 lines of the newest file in C(log/), if there is no job or its state is V(failed).
+    - Otherwise V(null).
   returned: success
   type: list
   elements: str

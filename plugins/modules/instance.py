@@ -8,48 +8,49 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: instance
-short_description: Keep an instance directory, its folders and its text files
+short_description: Create an instance directory with its folders and text files
 description:
-  - Keeps the directory in which one PostgreSQL server of one user lives, with its folders (mode 0700) and text files.
-  - All files are written in one call, since over ssh every further task costs a round trip.
-  - A file with O(files[].validate) is checked aside first; nothing is replaced if any file is refused.
+  - Creates the directory of one user's PostgreSQL server, with its folders (mode 0700) and text files.
+  - All files are written in one call, because every additional task costs a round trip over ssh.
+  - Files with O(files[].validate) are validated before they are replaced. If one is refused, no file is replaced.
 author: mala.hpc_db contributors (@mala-project)
 options:
   root:
     description:
-      - The instance directory, on a file system that login and compute nodes share. A leading C(~) is the user's home.
-      - Refused if it lies inside a conda environment, belongs to another user, holds something else, or is to be made
-        on a file system without hard links, by which jobs agree on who runs PostgreSQL.
+      - Path of the instance directory, on a file system that login and compute nodes share. A leading C(~) is the
+        user's home directory.
+      - It is refused if it is inside a conda environment, belongs to another user, contains other files, or would be
+        created on a file system without hard links, which the lease needs.
     type: path
     required: true
   directories:
-    description: Folders to keep, relative to O(root). Neither they nor the files in them are open to others.
+    description: Folders to create, relative to O(root). Only this user can access them and their files.
     type: list
     elements: str
     default: []
   files:
-    description: Text files to keep.
+    description: Text files to write.
     type: list
     elements: dict
     default: []
     suboptions:
       path:
-        description: The file, relative to O(root).
+        description: Path of the file, relative to O(root).
         type: str
         required: true
       content:
-        description: Its text.
+        description: Content of the file.
         type: str
         required: true
       mode:
-        description: Its permissions, in octal.
+        description: Permissions of the file in octal notation.
         type: str
         default: "0600"
       validate:
         description:
-          - A command that must succeed before the file is replaced, as a list of arguments.
-          - C({file}) stands for the new text's file, C({scratch}) for an empty directory (mode 0700).
-          - It is left out while its program is not there, as in check mode before the first run.
+          - Command that must succeed before the file is replaced, as a list of arguments.
+          - C({file}) is replaced by the path of the new file, C({scratch}) by an empty directory (mode 0700).
+          - The validation is skipped if its program does not exist, as in check mode before the first run.
         type: list
         elements: str
         default: []
@@ -63,7 +64,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Keep the instance directory
+- name: Ensure the instance directory exists
   mala.hpc_db.instance:
     root: ~/hpc_db/hpc_db
     directories: [run, log]
@@ -75,21 +76,21 @@ EXAMPLES = r"""
 
 RETURN = r"""
 root:
-  description: The absolute path of the instance directory.
+  description: Absolute path of the instance directory.
   returned: success
   type: str
 owner:
-  description: The user who owns the instance.
+  description: User who owns the instance.
   returned: success
   type: str
 major:
   description:
-    - The major version of PostgreSQL that the studies are in, whether or not it is the wanted one.
+    - Major version of PostgreSQL that the studies are in, which may differ from the wanted one.
     - Null if there is no data directory yet.
   returned: success
   type: int
 changed_files:
-  description: The files that were, or would be, written, relative to the instance directory.
+  description: Files that were, or would be, written, relative to the instance directory.
   returned: success
   type: list
   elements: str

@@ -8,81 +8,81 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: last_run
-short_description: See whether an instance is as the last complete run has left it
+short_description: Check whether an instance has changed since the last complete run
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - One look at all that the playbook C(hpc_db) makes, so that a run with nothing to do is over at once.
-  - It compares the settings' checksum, files and programs of the instance, and what the server itself says of roles,
-    databases, schemas and studies with what was noted. The hosting job has to run, and its server to answer.
-  - Whatever differs, is missing, or cannot be asked means that the playbook has to look closely; why, it says.
+  - The quick check of everything that the playbook C(hpc_db) creates, so that a run with nothing to do ends at once.
+  - Compares the checksum of the settings, the instance's files and programs, and the server's roles, databases, schemas
+    and studies with the recorded state. The server job must be running and its server must answer.
+  - If anything differs, is missing or cannot be read, a full run is needed. The reason is returned.
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
 options:
   state:
     description:
-      - V(compared) looks, and changes nothing.
-      - V(noted) writes down how the instance is now, in C(run/kept.json).
+      - V(compared) compares without changing anything.
+      - V(noted) records the current state in C(run/kept.json).
     type: str
     choices: [compared, noted]
     default: compared
   fingerprint:
-    description: A checksum of everything that the last run was told.
+    description: Checksum of all inputs of the run.
     type: str
     required: true
   roles:
-    description: The roles that the server has for studies, beside the owner's.
+    description: Roles that the server must have, in addition to the owner.
     type: list
     elements: str
     required: true
   databases:
-    description: The study databases, with their studies.
+    description: Study databases and their studies.
     type: list
     elements: dict
     required: true
     suboptions:
       name:
-        description: The database's name.
+        description: Name of the database.
         type: str
         required: true
       studies:
-        description: The studies that it has to hold, as M(mala.hpc_db.optuna_study) takes them.
+        description: Studies that the database must contain, in the format of M(mala.hpc_db.optuna_study).
         type: list
         elements: dict
         default: []
         suboptions:
           name:
-            description: The study's name.
+            description: Name of the study.
             type: str
             required: true
           directions:
-            description: Its directions, which the server itself knows.
+            description: Directions of the study. They are compared on the server.
             type: list
             elements: str
           user_attributes:
-            description: Attributes that it has to have.
+            description: User attributes that the study must have.
             type: dict
             default: {}
   others:
-    description: Databases of other programs, which only have to be there.
+    description: Databases of other programs. They only have to exist.
     type: list
     elements: str
     default: []
   environment:
-    description: An environment of the workers that has the client package.
+    description: Workers' environment with the client package.
     type: path
 attributes:
   check_mode:
     support: full
-    description: Notes nothing in check mode.
+    description: Records nothing in check mode.
   diff_mode:
     support: none
-    description: A note is no change.
+    description: Recording the state does not count as a change.
 seealso:
   - module: mala.hpc_db.hosting_job_info
 """
 
 EXAMPLES = r"""
-- name: See whether all is as the last run has left it
+- name: Check whether anything changed since the last complete run
   mala.hpc_db.last_run:
     name: hpc_db
     root: ~/hpc_db/hpc_db
@@ -95,20 +95,20 @@ EXAMPLES = r"""
 
 RETURN = r"""
 root:
-  description: The instance directory, without a C(~).
+  description: Path of the instance directory without C(~).
   returned: success
   type: str
 kept:
-  description: Whether all is as it was noted.
+  description: Whether the instance is in the recorded state.
   returned: success
   type: bool
 why:
-  description: What differs, in a few words; empty if nothing does.
+  description: Short description of the difference. Empty if there is none.
   returned: success
   type: str
   sample: files
 endpoint:
-  description: Where the server answers; V(null) if it does not.
+  description: Endpoint of the server. V(null) if it does not answer.
   returned: success
   type: dict
 """

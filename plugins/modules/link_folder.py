@@ -8,11 +8,11 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: link_folder
-short_description: Keep a folder of symbolic links, and nothing else in it
+short_description: Create a folder that contains only the given symbolic links
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Makes the links that are missing, corrects those that lead elsewhere, and removes the others.
-  - Never looks at what a link leads to, which may be a mount that hangs.
+  - Creates missing links, corrects links with another target, and removes all other links.
+  - Never accesses the target of a link, because it may be a mount that hangs.
 attributes:
   check_mode:
     support: full
@@ -23,18 +23,18 @@ extends_documentation_fragment:
 options:
   path:
     description:
-      - The folder, an absolute path. It is made if need be, for the user alone.
-      - One that holds anything but links is refused.
+      - Absolute path of the folder. It is created if needed, and only this user can access it.
+      - A folder that contains anything other than links is refused.
     type: path
     required: true
   links:
-    description: Where each link leads, an absolute path, by its name.
+    description: Absolute path of the target of each link, by the link's name.
     type: dict
     required: true
 """
 
 EXAMPLES = r"""
-- name: Show two folders as one
+- name: Combine two folders into one
   mala.hpc_db.link_folder:
     path: ~/logs
     links:
@@ -44,7 +44,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 before:
-  description: Where the links led before, by their names.
+  description: Previous targets of the links, by name.
   returned: success
   type: dict
 """

@@ -8,44 +8,44 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: optuna_import
-short_description: Bring studies of an SQLite or journal file into a database
+short_description: Import studies from an SQLite or journal file into a database
 description:
-  - Optuna itself reads a copy of the file, adds the trials to the database beside running workers, and reads them
-    back. Only what equals the file in every trial gets its name, all studies at once.
-  - Before anything is copied, each study is looked through for what PostgreSQL and Optuna's tables there cannot hold,
-    and each line of a journal file for what Optuna cannot read.
-  - A run that fails leaves nothing; what one that was killed has left, the next one removes.
-  - The file is never changed. Tables that an older Optuna has made are upgraded in the copy.
-  - Trials that are C(RUNNING) in the file become C(FAIL), ended at the last time that their study knows, since nobody
-    will tell the database of their end. C(WAITING) ones stay so, for the workers here.
-  - Times stay as they are in the file. Optuna before 5 writes local time, and 5 writes UTC.
+  - Optuna itself reads a copy of the file, adds the trials to the database while workers run, and reads them back. The
+    studies get their names only if every trial equals the file, all studies at the same time.
+  - Before anything is copied, each study is checked for values that PostgreSQL or Optuna's tables cannot store, and
+    each line of a journal file for errors that prevent Optuna from reading it.
+  - A failed run leaves nothing behind. Remains of a killed run are removed by the next run.
+  - The file is never changed. Tables of an older Optuna are upgraded in the copy.
+  - Trials that are C(RUNNING) in the file become C(FAIL), because no worker will report their end. Their end time is
+    the last time recorded in their study. C(WAITING) trials stay so for the workers of this database.
+  - Times are copied unchanged. Optuna before 5 writes local time, and Optuna 5 writes UTC.
 author: mala.hpc_db contributors (@mala-project)
 options:
   file:
-    description: An SQLite file, or a file of Optuna's C(JournalStorage). It must be in use by nobody.
+    description: Path of an SQLite file, or of a file of Optuna's C(JournalStorage). No program may be using it.
     type: path
     required: true
   database:
-    description: The database. O(user) becomes the owner of the trials.
+    description: Database to import into. O(user) becomes the owner of the trials.
     type: str
     required: true
   root:
-    description: The instance directory, in whose folder C(dumps) the copy is kept meanwhile.
+    description: Instance directory. Its folder C(dumps) is used for the temporary copy.
     type: path
     required: true
   studies:
-    description: The names of the studies to bring; all that the file holds, if none is given.
+    description: Names of the studies to import. If empty, all studies in the file.
     type: list
     elements: str
     default: []
   name:
-    description: What the study is called in the database, if there is one only. Else studies keep their names.
+    description: Name of the study in the database. Only for a single study. By default studies keep their names.
     type: str
   repair:
     description:
-      - Whether to import a file that lacks something. Trials of a study with a gap in their numbers, or with a number
-        twice, are numbered anew in their order; blank lines and a last line that is damaged are left out of a journal.
-      - Without it such a file is refused.
+      - Import a damaged file. Trials of a study with gaps or duplicates in their numbers are renumbered in their order.
+        Blank lines and a damaged last line of a journal are dropped.
+      - If V(false), such a file is refused.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -63,7 +63,7 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Bring a study
+- name: Import a study
   mala.hpc_db.optuna_import:
     host: c1
     port: 5432
@@ -78,28 +78,28 @@ EXAMPLES = r"""
 
 RETURN = r"""
 studies:
-  description: The studies that were, or would be, brought, or were there already.
+  description: Studies that were, or would be, imported, or that existed already.
   returned: success
   type: list
   elements: dict
   contains:
     name:
-      description: The study's name in the database.
+      description: Name of the study in the database.
       type: str
     source:
-      description: Its name in the file.
+      description: Name of the study in the file.
       type: str
     imported:
-      description: Whether it was, or would be, brought; if not, it was there already.
+      description: Whether it was, or would be, imported. If V(false), it existed already.
       type: bool
     trials:
-      description: How many trials there are in each state that occurs, as the database has them.
+      description: Number of trials in the database by state.
       type: dict
     ended:
-      description: How many of them are C(RUNNING) in the file.
+      description: Number of trials that are C(RUNNING) in the file.
       type: int
     seconds:
-      description: How long it took to bring and to compare them.
+      description: Duration of import and comparison in seconds.
       type: float
   sample:
     - name: beryllium

@@ -8,53 +8,56 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: optuna_study
-short_description: Keep Optuna's schema and named studies in databases
+short_description: Create Optuna's schema and named studies in databases
 description:
-  - Optuna itself makes its schema and the studies, once, before any worker starts. Workers that race for it fail.
-  - Looking is done with a few queries; Optuna is imported, once for all databases, only when something is missing.
-  - What is refused in one database keeps nothing in the others from being made.
-  - Also keeps a trigger, which notes for each trial the connection under which it began, as the trial's system
-    attribute C(hpc_db:worker). With it M(mala.hpc_db.abandoned_trials) can tell whether the trial's worker is gone.
-  - A schema that is older than the installed Optuna is left alone, with a warning, unless O(upgrade). One that is
-    newer is refused, with the version to install.
-  - Warns of trials whose times show that workers write different clocks, as Optuna 4 (local time) and 5 (UTC) do.
-    Which Optuna a worker has is written nowhere, so workers whose time is UTC cannot be told apart.
+  - Optuna itself creates its schema and the studies, once, before any worker starts. Workers that create the schema at
+    the same time would fail.
+  - The current state is read with a few queries. Optuna is imported only if something is missing, and only once for
+    all databases.
+  - A failure in one database does not stop the others.
+  - Also creates a worker-tracking trigger. It records for each trial the connection that started it, in the trial's
+    system attribute C(hpc_db:worker). M(mala.hpc_db.abandoned_trials) uses this to find trials whose worker has gone.
+  - A schema of an older Optuna than the installed one is left unchanged with a warning unless O(upgrade=true). A newer
+    schema is refused, with the Optuna version to install.
+  - Warns about trials whose times show that workers mix local time (Optuna 4) and UTC (Optuna 5). Optuna records no
+    version for its workers, so this cannot be detected where the local time is UTC.
 author: mala.hpc_db contributors (@mala-project)
 options:
   databases:
-    description: The databases, which exist already.
+    description: Existing databases.
     type: list
     elements: dict
     required: true
     suboptions:
       name:
-        description: The database. O(user) becomes the owner of the tables.
+        description: Name of the database. O(user) becomes the owner of the tables.
         type: str
         required: true
       studies:
-        description: The studies to keep there. Without any, only the schema is kept.
+        description: Studies to create. If empty, only the schema is created.
         type: list
         elements: dict
         default: []
         suboptions:
           name:
-            description: The study's name.
+            description: Name of the study.
             type: str
             required: true
           directions:
-            description: What each objective is optimised to. A study that exists with others is refused.
+            description: Optimisation direction of each objective. An existing study with other directions is refused.
             type: list
             elements: str
             choices: [minimize, maximize]
             default: [minimize]
           user_attributes:
-            description: Attributes of the study, of any values that JSON has. Others that it has are left as they are.
+            description: User attributes of the study, with any JSON values. Its other attributes are left unchanged.
             type: dict
             default: {}
   upgrade:
     description:
-      - Whether a schema that is older than the installed Optuna is upgraded. Make a dump before.
-      - Refused while other connections of O(user) to its database are open, since workers would meet other tables.
+      - Upgrade a schema of an older Optuna than the installed one. Make a dump first.
+      - Refused while O(user) has other connections to the database, because the tables would change under running
+        workers.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -70,7 +73,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Keep a study
+- name: Ensure a study exists
   mala.hpc_db.optuna_study:
     host: /tmp/hpc_db-x1y2z3
     port: 5432
@@ -87,27 +90,27 @@ EXAMPLES = r"""
 
 RETURN = r"""
 databases:
-  description: Each of the databases.
+  description: Result for each database.
   returned: success
   type: list
   elements: dict
   contains:
     name:
-      description: Its name.
+      description: Name of the database.
       type: str
     created:
-      description: The studies that were, or would be, created.
+      description: Studies that were, or would be, created.
       type: list
       elements: str
     attributed:
-      description: The studies whose user attributes were, or would be, set.
+      description: Studies whose user attributes were, or would be, set.
       type: list
       elements: str
     upgraded:
       description: Whether the schema was, or would be, upgraded.
       type: bool
     schema:
-      description: The version of the Optuna that made or upgraded the schema, or would.
+      description: Version of the Optuna that created or upgraded the schema, or would do so.
       type: str
       sample: 5.0.0
 """

@@ -10,13 +10,13 @@ DOCUMENTATION = r"""
 module: optuna_study_info
 short_description: Read the studies in a database
 description:
-  - Returns each study with its directions, its user attributes, its trials by state, and its best value.
-  - Optuna is not imported, so it takes no second. A schema older than that of Optuna 3.0 has no directions, and is
+  - Returns each study with its directions, user attributes, number of trials by state, and best value.
+  - Takes less than a second, because Optuna is not imported. A schema from before Optuna 3.0 has no directions and is
     refused.
 author: mala.hpc_db contributors (@mala-project)
 options:
   database:
-    description: The database.
+    description: Name of the database.
     type: str
     required: true
 extends_documentation_fragment:
@@ -41,33 +41,33 @@ EXAMPLES = r"""
     database: mala
   register: found
 
-- name: Show the best value
+- name: Print the best value
   mala.hpc_db.show:
     text: "{{ found.studies | selectattr('name', 'eq', 'beryllium') | map(attribute='best_value') | first }}"
 """
 
 RETURN = r"""
 studies:
-  description: The studies by their names; none where Optuna has made no schema.
+  description: Studies, ordered by name. Empty if the database has no schema of Optuna.
   returned: success
   type: list
   elements: dict
   contains:
     name:
-      description: The study's name.
+      description: Name of the study.
       type: str
     directions:
-      description: What each objective is optimised to.
+      description: Optimisation direction of each objective.
       type: list
       elements: str
     user_attributes:
-      description: The study's user attributes; what is no JSON as the text that is there.
+      description: User attributes of the study. Values that are not valid JSON are returned as text.
       type: dict
     trials:
-      description: How many trials there are in each state that occurs, by the state in lower case.
+      description: Number of trials by state, in lower case.
       type: dict
     best_value:
-      description: The best value of a complete trial; V(null) without one, and with several objectives.
+      description: Best value of a completed trial. V(null) if there is none, and with several objectives.
       type: float
   sample:
     - name: beryllium

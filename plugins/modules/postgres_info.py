@@ -8,24 +8,24 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: postgres_info
-short_description: See which PostgreSQL is there, and whether it is complete
+short_description: Read the version of an installed PostgreSQL and check that it is complete
 description:
-  - Runs each program that this collection needs with C(--version), and refuses what is missing, does not run, or is
-    of another version than the rest.
-  - Needs O(bindir), O(module_load), or both.
+  - Runs each program that this collection needs with C(--version). Fails if a program is missing, does not run, or has
+    another version than the rest.
+  - Requires O(bindir), O(module_load), or both.
 author: mala.hpc_db contributors (@mala-project)
 options:
   bindir:
     description:
-      - The folder of PostgreSQL's programs, such as C(/usr/lib/postgresql/15/bin).
-      - If not set, it is where C(postgres) is found on the E(PATH) after O(module_load).
+      - Folder of PostgreSQL's programs, such as C(/usr/lib/postgresql/15/bin).
+      - The default is the folder of the C(postgres) on the E(PATH) after O(module_load).
     type: path
   module_load:
     description:
-      - The site's line that makes PostgreSQL available, such as C(module load PostgreSQL/16.1). A login shell runs it.
+      - Shell line that makes PostgreSQL available, such as C(module load PostgreSQL/16.1). A login shell runs it.
     type: str
   timeout:
-    description: The longest time in seconds that the login shell may take.
+    description: Timeout in seconds for the login shell.
     type: int
     default: 120
 extends_documentation_fragment:
@@ -40,41 +40,41 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Look at Debian's PostgreSQL
+- name: Check Debian's PostgreSQL
   mala.hpc_db.postgres_info:
     bindir: /usr/lib/postgresql/15/bin
   register: found
 
-- name: Look at the site's
+- name: Check the site's PostgreSQL
   mala.hpc_db.postgres_info:
     module_load: module load PostgreSQL/16.1
 """
 
 RETURN = r"""
 bindir:
-  description: The folder of the programs.
+  description: Folder of the programs.
   returned: success
   type: str
 library_path:
-  description: What E(LD_LIBRARY_PATH) has to be for them, as O(module_load) sets it; empty without.
+  description: Value of E(LD_LIBRARY_PATH) that the programs need, as set by O(module_load). Empty if none.
   returned: success
   type: str
 version:
-  description: Their version.
+  description: Version of the programs.
   returned: success
   type: str
   sample: "16.1"
 major:
-  description: Their major version.
+  description: Major version of the programs.
   returned: success
   type: int
 programs:
-  description: The programs that are there, those that only an upgrade needs included.
+  description: Installed programs, including those that only an upgrade needs.
   returned: success
   type: list
   elements: str
 features:
-  description: What this build can do, as far as it tells, such as V(tls), V(lz4) or V(icu).
+  description: Build features, as far as they are reported, such as V(tls), V(lz4) or V(icu).
   returned: success
   type: list
   elements: str

@@ -8,83 +8,83 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: python_env
-short_description: Keep Python packages in a folder of their own
+short_description: Install Python packages into their own folder
 description:
-  - Keeps a virtual environment, or a flat folder of packages, that holds the given requirements; or the wheels that
-    make one on another host.
-  - What is installed is read from the folder itself, in milliseconds; pip runs only when something is missing.
-  - An installation that was interrupted is repeated from the start by the next run. The file O(path) with
-    C(.unfinished) appended marks it until then, and makes a second run wait for the first, and for a pip whose own
-    run was killed, for at most 10 minutes.
+  - Installs the given requirements into a virtual environment or a flat folder of packages, or downloads the wheels
+    for another host.
+  - The installed packages are read from the folder itself, in milliseconds. pip runs only if something is missing.
+  - The next run repeats an interrupted installation from the start. Until then the file O(path) with C(.unfinished)
+    appended marks it. The file also makes a second run wait for the first one, or for a pip that has outlived its
+    run, for at most 10 minutes.
 author: mala.hpc_db contributors (@mala-project)
 options:
   path:
-    description: The folder. One that exists and was not made by this module is refused.
+    description: Path of the folder. An existing folder that this module did not create is refused.
     type: path
     required: true
   requirements:
     description:
-      - Lines of a pip requirements file, each with the project's name first, and hashes where wanted.
-      - With a hash on one line, every line needs one, as pip has it.
+      - Lines of a pip requirements file. Each begins with the project's name and may have hashes.
+      - If one requirement has a hash, all need one (pip's rule).
     type: list
     elements: str
     required: true
   python:
-    description: The interpreter to make the environment from, or whose pip fills a flat folder; Python 3.9 or newer.
+    description: Python that creates the environment, or whose pip fills a flat folder. Version 3.9 or newer.
     type: path
     required: true
   layout:
     description:
-      - V(venv) for a virtual environment with a C(bin/python) of its own.
-      - V(flat) for a folder of unpacked packages, which needs a O(python) that has pip.
-      - V(wheels) for a folder of the wheels that O(host) needs, which may have no internet. It is the O(wheelhouse)
-        there. This needs a O(python) that has pip, too.
+      - V(venv) is a virtual environment with its own C(bin/python).
+      - V(flat) is a folder of unpacked packages. O(python) must have pip.
+      - V(wheels) is a folder of wheels for O(host), which may have no internet. Use it as O(wheelhouse) on that host.
+        O(python) must have pip.
     type: str
     choices: [venv, flat, wheels]
     default: venv
   host:
-    description: The host that is to install the wheels, for O(layout=wheels).
+    description: Host that will install the wheels, for O(layout=wheels).
     type: dict
     suboptions:
       python:
-        description: The version of its Python, such as V(3.11.2).
+        description: Version of the host's Python, such as V(3.11.2).
         type: str
         required: true
       machine:
-        description: What C(uname -m) says there.
+        description: Output of C(uname -m) on the host.
         type: str
         required: true
       glibc:
-        description: The version of its glibc, such as V(2.28).
+        description: Version of the host's glibc, such as V(2.28).
         type: str
         required: true
   index_url:
     description:
-      - The package index to ask instead of pip's own default.
-      - Credentials belong into the user's pip configuration.
+      - URL of the package index, instead of pip's own default.
+      - Put credentials into the user's pip configuration.
     type: str
   wheelhouse:
-    description: A folder with all packages needed, for hosts without internet. No index is asked then.
+    description: Folder with all required packages, for hosts without internet. Replaces the index.
     type: path
   beside:
     description:
-      - More virtual environments of the same O(python) and source, which are made at the same time.
-      - What is refused in one keeps none of the others from being made.
+      - Additional virtual environments with the same O(python) and package source. They are created in parallel.
+      - A failure in one environment does not stop the others.
     type: list
     elements: dict
     default: []
     suboptions:
       path:
-        description: The folder, as O(path).
+        description: Path of the folder, as for O(path).
         type: path
         required: true
       requirements:
-        description: Its requirements, as O(requirements).
+        description: Requirements of this environment, as for O(requirements).
         type: list
         elements: str
         required: true
   advice:
-    description: What the message says that can be done when pip has failed, instead of settings of the role postgres.
+    description: Hint for the message if pip fails, instead of one that names settings of the role postgres.
     type: str
 extends_documentation_fragment:
   - mala.hpc_db.attributes
@@ -97,7 +97,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Keep the Python side
+- name: Install the management environment
   mala.hpc_db.python_env:
     path: ~/hpc_db/hpc_db/python
     python: /usr/bin/python3
@@ -108,15 +108,15 @@ EXAMPLES = r"""
 
 RETURN = r"""
 python:
-  description: The interpreter that sees the packages; this and the rest are of O(path).
+  description: Python that can import the packages. All return values refer to O(path).
   returned: success
   type: str
 packages:
-  description: The version of each package that is installed, by its normalised name.
+  description: Version of each installed package, by its normalised name.
   returned: success
   type: dict
 site_packages:
-  description: The folder that holds the packages.
+  description: Folder that contains the packages.
   returned: success
   type: str
 """

@@ -8,34 +8,35 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: reading_role
-short_description: Keep a PostgreSQL role that reads databases and changes nothing
+short_description: Create a read-only PostgreSQL role
 description:
-  - Keeps a role that may log in and read all tables of some databases, those that are made later too.
-  - It owns nothing, makes nothing (no tables, no temporary ones either), and sees no password's hash. Its transactions
-    are read-only of themselves, so that a program that tries to write is told so in clear words.
-  - What it may do, it is given directly. It has no part in C(pg_read_all_data), which reads passwords' hashes, too.
-  - In these databases only O(writer) and superusers may call functions that let a role that can only read fill the disk
-    or take what all sessions share. They are those of large objects and advisory locks, C(pg_logical_emit_message),
-    C(pg_export_snapshot), C(txid_current) and C(pg_current_xact_id).
-  - The role's own settings become a fixed list of time-outs and limits. A session may change the time-outs, so they
-    only end what somebody forgot. It can change neither C(temp_file_limit) nor how much of it is logged.
+  - Creates a role that may log in and read all tables of some databases, including tables that are created later.
+  - The role owns nothing, cannot create tables (not even temporary ones), and cannot read password hashes. Its
+    transactions are read-only by default, so that a program that tries to write gets a clear error.
+  - All privileges are granted directly. The role is not a member of C(pg_read_all_data), which can also read password
+    hashes.
+  - In these databases only O(writer) and superusers may call functions with which even a read-only role could fill the
+    disk or use up shared resources. These are the functions of large objects and advisory locks,
+    C(pg_logical_emit_message), C(pg_export_snapshot), C(txid_current) and C(pg_current_xact_id).
+  - The role's settings are replaced by a fixed list of timeouts and limits. A session may change the timeouts, so these
+    only end forgotten sessions. It cannot change C(temp_file_limit) or the logging of temporary files.
 author: mala.hpc_db contributors (@mala-project)
 options:
   role:
-    description: The role. Its password is left to M(mala.hpc_db.role_passwords).
+    description: Name of the role. M(mala.hpc_db.role_passwords) sets its password.
     type: str
     required: true
   writer:
-    description: The role that owns the databases. It goes on making tables in them, and O(role) reads those, too.
+    description: Role that owns the databases. O(role) can also read the tables that it creates later.
     type: str
     required: true
   databases:
-    description: The databases, which exist already.
+    description: Existing databases.
     type: list
     elements: str
     required: true
   connections:
-    description: The largest number of connections that the role may have at once.
+    description: Maximum number of simultaneous connections of the role.
     type: int
     default: 10
 extends_documentation_fragment:
@@ -51,7 +52,7 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Let the reader read the studies
+- name: Ensure the read-only role can read the studies
   mala.hpc_db.reading_role:
     host: /tmp/hpc_db-x1y2z3
     port: 5432
@@ -64,7 +65,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 statements:
-  description: What was, or would be, told to the server, each after the database that it is about.
+  description: SQL statements that were, or would be, executed, each prefixed by its database.
   returned: success
   type: list
   elements: str

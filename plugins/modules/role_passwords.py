@@ -8,25 +8,25 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: role_passwords
-short_description: Keep the passwords of PostgreSQL roles, generated on the target
+short_description: Generate passwords of PostgreSQL roles on the target
 description:
-  - Generates a random password for each role that has none in the password file, and gives it to the server.
-  - No password ever leaves the target, and the server is sent a SCRAM verifier only, so that its log holds none either.
-  - If a run is interrupted, old and new passwords are both kept (the new ones in a file beside O(passfile) with C(.new)
-    after its name) until the next run has found out which of them the server has.
+  - Generates a random password for each role without one in the password file, and sets it on the server.
+  - Passwords never leave the target. The server receives only a SCRAM verifier, so that its log contains no passwords.
+  - If a run is interrupted, both old and new passwords are kept (the new ones in O(passfile) with C(.new) appended)
+    until the next run has determined which of them the server uses.
 author: mala.hpc_db contributors (@mala-project)
 options:
   database:
-    description: A database to connect to. O(user) must be a superuser.
+    description: Database to connect to. O(user) must be a superuser.
     type: str
     required: true
   roles:
-    description: The roles, which exist already. An empty list only finishes what an interrupted run has begun.
+    description: Existing roles. An empty list only completes an interrupted run.
     type: list
     elements: str
     required: true
   rotate:
-    description: Whether to generate new passwords for all O(roles), though they have some. Always a change.
+    description: Generate new passwords for all O(roles), even if they have one. Always reports a change.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -40,7 +40,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Keep the study role's password
+- name: Ensure the study role has a password
   mala.hpc_db.role_passwords:
     host: /tmp/hpc_db-x1y2z3
     port: 5432
@@ -52,14 +52,14 @@ EXAMPLES = r"""
 
 RETURN = r"""
 changed_roles:
-  description: The roles whose password was, or would be, set.
+  description: Roles whose password was, or would be, set.
   returned: success
   type: list
   elements: str
 passfile:
   description:
-    - The password file with the passwords that the server has. This is O(passfile), except in check mode after a run
-      that was interrupted.
+    - Path of the file with the passwords that the server uses. This is O(passfile), except in check mode after an
+      interrupted run.
   returned: success
   type: str
 """

@@ -10,18 +10,18 @@ DOCUMENTATION = r"""
 module: server_info
 short_description: Read connections, databases and studies from the server
 description:
-  - Reads how many connections are used and by whom, how large the databases are, and the trials of each study by
-    state.
+  - Reads the number of connections and their clients, the sizes of the databases, and the number of trials of each
+    study by state.
 author: mala.hpc_db contributors (@mala-project)
 options:
   database:
-    description: A database to connect to. O(user) must be a superuser.
+    description: Database to connect to. O(user) must be a superuser.
     type: str
     required: true
   idle_nodes:
     description:
-      - The nodes on which no job of this user is, by the scheduler's names, as M(mala.hpc_db.hosting_job_info) returns
-        them. What connects from there is orphaned.
+      - Nodes without a job of this user, by the scheduler's names, as returned by M(mala.hpc_db.hosting_job_info).
+        Connections from these nodes are orphaned.
     type: list
     elements: str
     default: []
@@ -36,7 +36,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Read what the server holds
+- name: Read connections, databases and studies
   mala.hpc_db.server_info:
     host: c1
     port: 5432
@@ -48,44 +48,46 @@ EXAMPLES = r"""
 RETURN = r"""
 no_answer:
   description:
-    - Why the server cannot be asked, as while its node is dead and the scheduler does not know it; empty if it can be.
-    - It is no failure, and nothing else is returned then.
+    - Reason why the server does not answer, for example because its node has died and the scheduler has not noticed
+      yet. Empty if it answers.
+    - In this case the module does not fail, and nothing else is returned.
   returned: success
   type: str
 version:
-  description: PostgreSQL's version.
+  description: Version of PostgreSQL.
   returned: success
   type: str
 connections:
-  description: Client connections that are open, this module's own apart.
+  description: Open client connections, except for this module's own.
   returned: success
   type: dict
   contains:
     used:
-      description: How many there are.
+      description: Number of connections.
       type: int
     max:
-      description: The largest number allowed.
+      description: Maximum number of connections.
       type: int
     clients:
       description:
-        - How many (RV(ignore:count)) there are from each RV(ignore:host) for each RV(ignore:user), the most first.
+        - Number (RV(ignore:count)) of connections per RV(ignore:host) and RV(ignore:user), the largest first.
       type: list
       elements: dict
     idle_in_transaction:
       description:
-        - Those that have begun a transaction and were silent for a second or longer since. Whatever they have locked
-          stays so, until the server ends them (C(idle_in_transaction_session_timeout)).
-        - Each with RV(ignore:pid), RV(ignore:host), RV(ignore:user), RV(ignore:database) and the RV(ignore:seconds) of
-          silence.
+        - Connections that are idle in a transaction for a second or longer. They keep their locks until the server ends
+          them (C(idle_in_transaction_session_timeout)).
+        - Each has RV(ignore:pid), RV(ignore:host), RV(ignore:user), RV(ignore:database) and the idle time in
+          RV(ignore:seconds).
       type: list
       elements: dict
     orphaned:
       description:
-        - Those that have been open for 10 s or longer, from a node on which no job of this user is. Their worker has
-          outlived its job, or its node has vanished; then the server gives them up after two minutes of silence.
-        - Each host and user with their RV(ignore:count), and the RV(ignore:seconds) since the last of them said
-          something.
+        - Connections from a node without a job of this user that have been open for 10 s or longer. Either the worker
+          has outlived its job, or its node has died. In the latter case the server closes them after two minutes of
+          silence.
+        - Each entry is one host and user with the RV(ignore:count) of connections, and the RV(ignore:seconds) since the
+          last activity of any of them.
       type: list
       elements: dict
 databases:
@@ -99,7 +101,7 @@ studies:
   type: list
   elements: dict
 unreadable:
-  description: The databases whose studies cannot be read, each with the server's words.
+  description: Databases whose studies cannot be read, each with the server's error message.
   returned: success
   type: list
   elements: str

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: server_log_info
-short_description: Tell from the hosting program's log when the server could not be used
+short_description: Read the server's outages from the supervisor's log
 description:
-  - Reads what the hosting jobs of an instance have written to C(log/job.log), one after the other.
-  - A hosting program says when it begins and ends to serve, but not when it is killed. Such an end is known only to lie
-    between two of its lines; the later one is that of the next job's start.
+  - Reads the output of an instance's server jobs in C(log/job.log).
+  - The supervisor logs when the server starts and stops, but not when the job is killed. Such an end is only known to
+    lie between two lines of the log, the later of which is the start of the next job.
 author: mala.hpc_db contributors (@mala-project)
 options:
   root:
-    description: The instance directory.
+    description: Path of the instance directory.
     type: path
     required: true
 extends_documentation_fragment:
@@ -31,7 +31,7 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Read when the server was away
+- name: Read the server's outages
   mala.hpc_db.server_log_info:
     root: ~/hpc_db/hpc_db
   register: log
@@ -39,33 +39,33 @@ EXAMPLES = r"""
 
 RETURN = r"""
 since:
-  description: When the log begins, in seconds since 1970; V(null) if there is none. Of a long one its end is read.
+  description: Start of the log in seconds since 1970. V(null) if there is no log. Only the end of a long log is read.
   returned: success
   type: int
 serving:
-  description: Whether the server serves, for all that the log tells.
+  description: Whether the server is running, according to the log.
   returned: success
   type: bool
 outages:
-  description: When no server served between two that did, and since the last one; the oldest first.
+  description: Times without a running server between two servers, and since the last one. The oldest is first.
   returned: success
   type: list
   elements: dict
   contains:
     began:
-      description: When it began, in seconds since 1970.
+      description: Start in seconds since 1970.
       type: int
     ended:
-      description: When the next server served; V(null) if none has since.
+      description: Start of the next server. V(null) if there was none.
       type: int
     certain:
-      description: Whether it began just then. Else that was the last sign of life.
+      description: Whether the start is exact. If V(false), it is the time of the last log line before the outage.
       type: bool
     reason:
-      description: What the hosting program said about it; empty if it was killed.
+      description: Reason logged by the supervisor. Empty if it was killed.
       type: str
 troubles:
-  description: What was wrong with a server that served, such as a full disk, with the same fields.
+  description: Problems of a running server, such as a full disk, with the same fields.
   returned: success
   type: list
   elements: dict

@@ -8,32 +8,33 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: short_job
-short_description: Run a short job and return what it answered
+short_description: Run a short job and return its answer
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Submits a job, waits until it has ended, and returns the JSON object in the last line that it printed.
-  - A job that is refused, does not start in time, or answers nothing is no error, but said in RV(said).
+  - Submits a job, waits until it has ended, and returns the JSON object in the last line of its output.
+  - If the job is refused, does not start in time, or prints no answer, the module does not fail but returns the reason
+    in RV(said).
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
   - mala.hpc_db.slices
 attributes:
   check_mode:
     support: none
-    description: It is meant for jobs that only look.
+    description: Intended for jobs that change nothing.
   diff_mode:
     support: none
     description: Nothing is ever changed.
 options:
   script:
-    description: The job script, an absolute path.
+    description: Absolute path of the job script.
     type: path
     required: true
   output:
-    description: A file for its output, an absolute path. It must not be there yet.
+    description: Absolute path of a file for its output. The file must not exist yet.
     type: path
     required: true
   options:
-    description: The scheduler's options, as those of M(mala.hpc_db.hosting_job).
+    description: Scheduler options in the format of M(mala.hpc_db.hosting_job).
     type: dict
     default: {}
   shorten:
@@ -43,20 +44,20 @@ options:
     type: bool
     default: false
   timeout:
-    description: After how many seconds the job is cancelled.
+    description: Seconds after which the job is cancelled.
     type: int
     default: 120
   listening:
     description:
-      - A file into which the job writes a host and a port, with a space between them, once it listens there.
-      - While the job runs this host connects to it, and RV(reached) tells whether it could.
+      - File into which the job writes a host and a port, separated by a space, once it listens there.
+      - This host then tries to connect to the running job, and returns the result in RV(reached).
     type: path
 seealso:
   - module: mala.hpc_db.hosting_job
 """
 
 EXAMPLES = r"""
-- name: Look from a compute node
+- name: Check from a compute node
   mala.hpc_db.short_job:
     name: hpc-db-doctor
     root: /home/alice/hpc_db/hpc_db
@@ -70,15 +71,15 @@ EXAMPLES = r"""
 
 RETURN = r"""
 answer:
-  description: The object that it printed; V(null) if there is none.
+  description: The JSON object that the job printed. V(null) if there is none.
   returned: success
   type: dict
 reached:
-  description: Whether this host could connect to the job; V(null) if the job did not say where it listens.
+  description: Whether this host could connect to the job. V(null) if the job did not write its host and port.
   returned: success
   type: bool
 said:
-  description: Why there is no answer, in one line; empty if there is one.
+  description: Reason for a missing answer in one line. Empty if there is an answer.
   returned: success
   type: str
 """

@@ -8,116 +8,115 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: sshfs_mount
-short_description: Keep a folder of a cluster mounted on the workstation
+short_description: Mount a folder of a cluster on the workstation with sshfs
 description:
-  - Mounts a folder of another host with sshfs, for the user who runs the module and nobody else, and without root.
-  - A mount that was made here comes back by itself after the network was away. Meanwhile programs that use it get an
-    error after O(alive_interval) times (O(alive_count) + 1) + O(connect_timeout) seconds at most, so 14 s by default,
-    instead of hanging.
-  - A mount that is dead since sshfs was killed, that hangs, that is stacked upon another one or has other options than
-    wanted is taken away and made anew. What it is can be told without touching it, from the tables of mounts and of
-    processes; only a mount that was found to have all of these options is also asked, by a process of its own that
-    may be left behind.
-  - A folder that holds anything, and a mount of another kind or of another user, is refused, since the mount would hide
-    it. The mount point, and the folders above it, that the module has made are removed after unmounting.
-  - ssh is not asked for passwords, and refuses a host whose key is unknown or has changed, whatever its configuration
-    says. Otherwise C(~/.ssh/config) holds.
-  - What the options are given is used as it is or refused; no part of it can become another option or a command.
+  - Mounts a folder of another host with sshfs, only for the user who runs the module, and without root.
+  - The mount recovers by itself after a network failure. During the failure, programs that use it do not hang but get
+    an error after at most O(alive_interval) times (O(alive_count) + 1) + O(connect_timeout) seconds, which is 14 s by
+    default.
+  - A mount is replaced if its sshfs was killed, if it hangs, if it is stacked on another mount, or if its options
+    differ. Its state is read from the tables of mounts and processes without accessing it. Only a mount with matching
+    options is accessed, by a separate process, which may be left behind if the mount hangs.
+  - A folder that is not empty, and a mount of another type or another user, is refused, because the mount would hide
+    it. The module removes the mount point, and parent folders that it has created, after unmounting.
+  - ssh never prompts for passwords, and refuses hosts with an unknown or changed key, regardless of its configuration.
+    All else is taken from C(~/.ssh/config).
+  - Values are used literally or refused. No part of a value can become another option or a command.
 author: mala.hpc_db contributors (@mala-project)
 options:
   path:
-    description: The mount point. It is made, with mode 0700, if it is not there. A leading C(~) is the user's home.
+    description: Mount point. It is created with mode 0700 if needed. A leading C(~) is the user's home directory.
     type: path
     required: true
   state:
     description:
-      - V(mounted) mounts if need be.
-      - V(unmounted) unmounts, whatever is mounted there by sshfs.
-      - V(remounted) unmounts and mounts.
+      - V(mounted) mounts the folder unless it is mounted.
+      - V(unmounted) unmounts any sshfs mount at this path.
+      - V(remounted) unmounts and mounts again.
     type: str
     choices: [mounted, unmounted, remounted]
     default: mounted
   host:
     description:
-      - The name or address of the host, or a name that C(~/.ssh/config) knows, as C(ansible_host) is.
-      - Needed unless O(state=unmounted).
+      - Name or address of the host, or a host alias in C(~/.ssh/config). Corresponds to C(ansible_host).
+      - Required unless O(state=unmounted).
     type: str
   folder:
-    description: The folder there, from the home directory if it does not begin with C(/).
+    description: Folder on the host. A relative path starts at the home directory.
     type: str
     default: "."
   user:
-    description: The user there, as C(ansible_user) is; by default whom ssh takes.
+    description: User on the host. Corresponds to C(ansible_user). The default is that of ssh.
     type: str
   port:
-    description: The port of sshd there, as C(ansible_port) is; by default what ssh takes.
+    description: Port of sshd on the host. Corresponds to C(ansible_port). The default is that of ssh.
     type: int
   identity_file:
-    description: The private key, as C(ansible_ssh_private_key_file) is; by default what ssh takes.
+    description: Private key. Corresponds to C(ansible_ssh_private_key_file). The default is that of ssh.
     type: path
   ssh_config:
-    description: A file that is read instead of C(~/.ssh/config).
+    description: Configuration file to use instead of C(~/.ssh/config).
     type: path
   proxy_jump:
-    description: The hosts to go through, the first one first, each as C([user@]host[:port]).
+    description: Jump hosts in order, each as C([user@]host[:port]).
     type: list
     elements: str
     default: []
   ssh_arguments:
     description:
-      - Further arguments of ssh in one line, as C(ansible_ssh_common_args) has them. The options above come before.
-      - Known are C(-F), C(-J), C(-i), C(-l), C(-p), C(-4), C(-6), C(-C), and C(-o) with C(AddressFamily),
+      - Additional ssh arguments in one line, as in C(ansible_ssh_common_args). The options above take precedence.
+      - Supported are C(-F), C(-J), C(-i), C(-l), C(-p), C(-4), C(-6), C(-C), and C(-o) with C(AddressFamily),
         C(CertificateFile), C(Compression), C(GlobalKnownHostsFile), C(GSSAPIAuthentication),
         C(GSSAPIDelegateCredentials), C(HostKeyAlias), C(HostName), C(IdentitiesOnly), C(IdentityAgent),
         C(IdentityFile), C(Port), C(PreferredAuthentications), C(ProxyJump), C(PubkeyAuthentication), C(User) and
         C(UserKnownHostsFile).
-      - Left out is what a mount has its own values of, such as C(ServerAliveInterval) and C(StrictHostKeyChecking), or
-        has no use for, such as C(ControlPath) and C(-A).
-      - All others are refused, C(ProxyCommand) too. In O(ssh_config) it may be.
+      - Arguments that the mount sets itself, such as C(ServerAliveInterval) and C(StrictHostKeyChecking), and arguments
+        without a use here, such as C(ControlPath) and C(-A), are ignored.
+      - All others, including C(ProxyCommand), are refused. C(ProxyCommand) is allowed in O(ssh_config).
     type: str
     default: ""
   share_connection:
     description:
-      - Let ssh use a connection that it keeps open already (C(ControlMaster) in its configuration), as where each login
-        takes a one-time password.
-      - The mount then hangs, and ends, as that connection does.
+      - Let ssh use an existing shared connection (C(ControlMaster) in its configuration), for example where each login
+        needs a one-time password.
+      - The mount then hangs and ends together with that connection.
     type: bool
     default: false
   read_only:
-    description: Whether nothing can be changed through the mount.
+    description: Mount the folder read-only.
     type: bool
     default: true
   idmap:
-    description: V(user) shows the files of the user there as files of the user here, V(none) the numbers as they are.
+    description: V(user) maps the remote user's files to the local user. V(none) keeps the numeric IDs.
     type: str
     choices: [user, none]
     default: user
   options:
     description:
-      - Further options of sshfs. Known are C(auto_cache), C(follow_symlinks), C(noexec) and C(transform_symlinks),
-        which are true or false, C(compression) and C(dir_cache), which are yes or no, and C(dcache_timeout) in seconds.
+      - Additional sshfs options. Supported are C(auto_cache), C(follow_symlinks), C(noexec) and C(transform_symlinks)
+        (true or false), C(compression) and C(dir_cache) (yes or no), and C(dcache_timeout) in seconds.
     type: dict
     default: {}
   alive_interval:
-    description: Seconds without a word from the host after which ssh asks whether it is there.
+    description: Seconds of silence after which ssh checks whether the host is alive.
     type: int
     default: 3
   alive_count:
-    description: How often in a row that may go unanswered before the connection is given up.
+    description: Number of unanswered checks in a row after which the connection is closed.
     type: int
     default: 2
   connect_timeout:
-    description: Seconds that connecting may take, at first and again.
+    description: Timeout in seconds for each connection attempt.
     type: int
     default: 5
   timeout:
-    description: Seconds that mounting may take.
+    description: Timeout in seconds for mounting.
     type: int
     default: 30
   force:
     description:
-      - Unmount also while programs use the mount; what they have open there is lost to them.
-      - One that hangs is always taken away.
+      - Unmount even while programs use the mount. They lose access to their open files.
+      - A mount that hangs is always unmounted.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -128,11 +127,11 @@ attributes:
   diff_mode:
     support: full
 requirements:
-  - sshfs 2.10 or newer (3.7.3 is tested), and FUSE
+  - sshfs 2.10 or newer (tested with 3.7.3), and FUSE
 """
 
 EXAMPLES = r"""
-- name: See the logs of the runs on the cluster
+- name: Mount the logs of the cluster
   mala.hpc_db.sshfs_mount:
     path: ~/hemera5/logs
     host: hemera5.fz-rossendorf.de
@@ -140,7 +139,7 @@ EXAMPLES = r"""
     folder: mala/logs
   delegate_to: localhost
 
-- name: The same, by way of a gateway, as the inventory has it
+- name: Mount the logs through a gateway with the inventory's settings
   mala.hpc_db.sshfs_mount:
     path: ~/hemera5/logs
     host: "{{ ansible_host | default(inventory_hostname) }}"
@@ -148,7 +147,7 @@ EXAMPLES = r"""
     ssh_arguments: "{{ ansible_ssh_common_args | default('') }}"  # such as -J alice@gate.example.org
   delegate_to: localhost
 
-- name: See them no more
+- name: Unmount the logs
   mala.hpc_db.sshfs_mount:
     path: ~/hemera5/logs
     state: unmounted
@@ -157,24 +156,24 @@ EXAMPLES = r"""
 
 RETURN = r"""
 mount_point:
-  description: The mount point without symbolic links, as the tables of mounts have it.
+  description: Mount point with symbolic links resolved, as in the table of mounts.
   returned: success
   type: str
 source:
-  description: What is, or would be, mounted there; null if nothing is.
+  description: Source that is, or would be, mounted. Null if nothing is.
   returned: success
   type: str
 found:
   description:
-    - What there was before. V(none), V(mounted) as wanted, V(other) for a mount of something else or with other
-      options, V(dead) for one without its sshfs, V(hung), V(stacked) for several at once, V(leftover) for an sshfs
-      without its mount.
+    - Previous state. V(none), V(mounted) as wanted, V(other) for a mount of another source or with other options,
+      V(dead) for a mount without its sshfs, V(hung), V(stacked) for several mounts, V(leftover) for an sshfs without
+      its mount.
   returned: success
   type: str
 answers:
   description:
-    - Whether the host answers through the mount. False if it does not just now, though the mount is there; it will
-      again by itself as soon as the host can be reached. Null if nothing is mounted.
+    - Whether the host answers through the mount. If V(false), the mount exists and recovers by itself as soon as the
+      host can be reached. Null if nothing is mounted.
   returned: success
   type: bool
 """

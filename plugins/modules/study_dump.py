@@ -10,46 +10,48 @@ DOCUMENTATION = r"""
 module: study_dump
 short_description: Dump a study database, or restore one from a dump
 description:
-  - A dump is made by C(pg_dump) beside running workers, read back to its end, and only then given its name.
-  - Its name is C(DATABASE-TIME.kept.dump). The hosting job removes old dumps of its own only, and never this one.
-  - A dump is restored into a new database, and takes the place of the old one once it holds every trial of the dump.
-    So a restore that fails or is interrupted changes nothing that workers see.
-  - Workers that were connected to the old one are ended, and none of them can go on with what it remembers. The new
-    database has another C(hpc_db.generation), by which the client package knows that it is another one, and gives no
-    study or trial an id that the old one has given.
+  - C(pg_dump) writes the dump while workers run. The dump gets its name only after it was read back completely.
+  - The name is C(DATABASE-TIME.kept.dump). The server job deletes only its own old dumps, never these.
+  - A dump is restored into a new database, which replaces the old one once it contains every trial of the dump. A
+    restore that fails or is interrupted therefore changes nothing that workers see.
+  - Workers of the old database are disconnected, and cannot continue with remembered IDs. The new database has
+    another C(hpc_db.generation), which tells the client package that it is a new one, and assigns no study or trial an
+    ID that the old database has used.
 author: mala.hpc_db contributors (@mala-project)
 options:
   root:
-    description: The instance directory. Dumps are made in its folder C(dumps).
+    description: Path of the instance directory. Dumps are written into its folder C(dumps).
     type: path
     required: true
   database:
-    description: The study database.
+    description: Name of the study database.
     type: str
     required: true
   state:
-    description: Whether to make a dump, or to restore one.
+    description: V(dumped) makes a dump. V(restored) restores one.
     type: str
     choices: [dumped, restored]
     default: dumped
   file:
     description:
-      - The dump to restore, or V(newest) for the newest one of O(database) in the instance directory, whoever made it.
-      - A file of the same name with C(.sha256) after it, as it is made with each dump, must fit it.
+      - Path of the dump to restore. V(newest) is the newest dump of O(database) in the instance directory, whether made
+        by the server job or by a playbook.
+      - It must match the checksum in the file of the same name with C(.sha256) appended, which is written with each
+        dump.
     type: path
   owner:
-    description: The role that owns whatever is restored.
+    description: Role that owns the restored database and its contents.
     type: str
   replace:
     description:
-      - Whether to restore even if O(database) holds studies. It is kept then, with the time after its name.
-      - Connections to it are ended.
+      - Restore even if O(database) contains studies. The old database is kept with the time appended to its name.
+      - Connections to it are closed.
     type: bool
     default: false
   tables:
     description:
-      - V(optuna) for a study database. Its trials are counted to see that all are in a dump, and in what was restored.
-      - V(none) for one of another program, of which the tables are counted.
+      - V(optuna) is a study database. Its trials are counted to check that dump and restored database are complete.
+      - V(none) is a database of another program. Its tables are counted instead.
     type: str
     choices: [optuna, none]
     default: optuna
@@ -73,7 +75,7 @@ EXAMPLES = r"""
     passfile: ~/hpc_db/hpc_db/secrets/pgpass
     database: studies
 
-- name: Go back to the newest dump
+- name: Restore the newest dump
   mala.hpc_db.study_dump:
     root: ~/hpc_db/hpc_db
     host: c1
@@ -89,19 +91,19 @@ EXAMPLES = r"""
 
 RETURN = r"""
 file:
-  description: The dump that was, or would be, made or restored.
+  description: Path of the dump that was, or would be, made or restored.
   returned: success
   type: str
 trials:
-  description: The number of trials in the dump; null in check mode with O(state=dumped), and with O(tables=none).
+  description: Number of trials in the dump. Null in check mode with O(state=dumped), and with O(tables=none).
   returned: success
   type: int
 tables:
-  description: The number of tables in the dump with O(tables=none), else null; null in check mode with O(state=dumped).
+  description: Number of tables in the dump with O(tables=none). Otherwise null, as in check mode with O(state=dumped).
   returned: success
   type: int
 kept:
-  description: The name under which the database that was replaced is kept; null if there was none or it held no study.
+  description: Name of the replaced database, which is kept. Null if there was none or it contained no study.
   returned: O(state=restored)
   type: str
 """

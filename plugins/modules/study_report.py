@@ -10,28 +10,29 @@ DOCUMENTATION = r"""
 module: study_report
 short_description: Write a report of studies and their server as one HTML file
 description:
-  - Draws what M(mala.hpc_db.study_trials) has exported by C(optuna.visualization), into one file with all that it
-    needs, so that it can be opened without a network, and mailed.
-  - Of many trials it draws some, and says how many. Importances are those of PED-ANOVA, which needs no scikit-learn.
-  - The file is left as it is while nothing has changed but what does so all the time, which is the time left, the
-    space used, and the connections.
+  - Plots the export of M(mala.hpc_db.study_trials) with C(optuna.visualization) into one self-contained file, which can
+    be opened without a network and sent by mail.
+  - For large studies, only a part of the trials is plotted, and the report states how many. Parameter importances are
+    computed with PED-ANOVA, which needs no scikit-learn.
+  - The file is not rewritten if only the remaining time, the used space or the connections have changed.
 author: mala.hpc_db contributors (@mala-project)
 options:
   path:
-    description: The file. One that is there and is no report is refused.
+    description: Path of the report. An existing file that is not a report is refused.
     type: path
     required: true
   trials:
-    description: What M(mala.hpc_db.study_trials) has written. Where it is missing, the report has no studies.
+    description: File written by M(mala.hpc_db.study_trials). If it is missing, the report has no studies.
     type: path
     required: true
   status:
     description:
-      - What else is told. RV(ignore:instance), RV(ignore:cluster), RV(ignore:url) and RV(ignore:source) are texts, the
-        last one says where the studies are from; RV(ignore:read) is when they were read, in seconds since 1970.
-      - RV(ignore:job), RV(ignore:endpoint), RV(ignore:state) and RV(ignore:disk) are as
-        M(mala.hpc_db.hosting_job_info) returns them, RV(ignore:server) is all that M(mala.hpc_db.server_info) returns,
-        or null, and RV(ignore:log) all that M(mala.hpc_db.server_log_info) returns.
+      - Other contents of the report. RV(ignore:instance), RV(ignore:cluster), RV(ignore:url) and RV(ignore:source) are
+        texts, of which the last states the source of the studies. RV(ignore:read) is the time when they were read, in
+        seconds since 1970.
+      - RV(ignore:job), RV(ignore:endpoint), RV(ignore:state) and RV(ignore:disk) are values of
+        M(mala.hpc_db.hosting_job_info). RV(ignore:server) is the result of M(mala.hpc_db.server_info) or null, and
+        RV(ignore:log) is the result of M(mala.hpc_db.server_log_info).
     type: dict
     required: true
 extends_documentation_fragment:
@@ -67,11 +68,11 @@ EXAMPLES = r"""
 
 RETURN = r"""
 path:
-  description: The file.
+  description: Path of the report.
   returned: success
   type: str
 studies:
-  description: How many studies it shows.
+  description: Number of studies in the report.
   returned: success
   type: int
 """

@@ -10,17 +10,17 @@ DOCUMENTATION = r"""
 module: study_trials
 short_description: Export all trials of all studies into one file
 description:
-  - Has the installed Optuna read every study of every database, and writes them as JSON, compressed by gzip, for
-    M(mala.hpc_db.study_report). Nothing in a database is changed.
-  - Times are seconds since 1970. Optuna before 5 keeps the workers' local time, which is taken for that of this host.
+  - Reads every study of every database with the installed Optuna, and writes them as gzip-compressed JSON for
+    M(mala.hpc_db.study_report). The databases are not changed.
+  - Times are in seconds since 1970. Optuna before 5 stores the workers' local time, which is read as this host's.
 author: mala.hpc_db contributors (@mala-project)
 options:
   database:
-    description: A database to connect to. O(user) must be a superuser.
+    description: Database to connect to. O(user) must be a superuser.
     type: str
     required: true
   path:
-    description: The file, readable for nobody else. It is written only if something has changed.
+    description: Path of the file. Only this user can read it. It is written only if something has changed.
     type: path
     required: true
 extends_documentation_fragment:
@@ -50,17 +50,17 @@ EXAMPLES = r"""
 
 RETURN = r"""
 studies:
-  description: How many studies there are.
+  description: Number of studies.
   returned: success
   type: int
 trials:
-  description: How many trials they have.
+  description: Number of trials.
   returned: success
   type: int
 problems:
   description:
-    - Why a database or a study could not be read, such as a schema that is newer than the installed Optuna. What is odd
-      within a study is in the file.
+    - Reasons why a database or a study could not be read, such as a schema of a newer Optuna than the installed one.
+      Anomalies within a study are recorded in the file.
   returned: success
   type: list
   elements: str

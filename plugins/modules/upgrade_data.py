@@ -10,31 +10,31 @@ DOCUMENTATION = r"""
 module: upgrade_data
 short_description: Move the studies to another major version of PostgreSQL
 description:
-  - Dumps the study databases, moves a copy of the data directory by C(pg_upgrade), or dumps and restores where
-    C(pg_upgrade) refuses it, and compares all rows and each study's best value.
-  - Only then the new data directory becomes the one in use, by one rename. The old one stays as it was.
-  - Holds the instance's lease meanwhile, so no job can start the server. Interrupted at any point, nothing has
-    changed, and the next run begins again.
+  - Dumps the study databases, and upgrades a copy of the data directory with C(pg_upgrade). If C(pg_upgrade) refuses,
+    the databases are dumped and restored. Then all rows and each study's best value are compared.
+  - Only after that, a single rename puts the new data directory into use. The old one stays unchanged.
+  - The module holds the instance's lease, so that no job can start the server. An interruption at any point leaves
+    everything unchanged, and the next run starts over.
 author: mala.hpc_db contributors (@mala-project)
 options:
   root:
     description:
-      - The instance directory, with what this needs made aside already - the new programs, a new data directory
-        C(data/MAJOR.new), and C(host/settings-MAJOR.json), which names them.
+      - Path of the instance directory. It must already contain the new programs, a new data directory
+        C(data/MAJOR.new), and C(host/settings-MAJOR.json) with the paths of both.
     type: path
     required: true
   major:
     description:
-      - The wanted major version. If the studies are in it already, nothing is done.
-      - An older one is gone back to if its data directory was kept. Nothing is converted then.
+      - Wanted major version. If the studies are already in it, nothing is done.
+      - Going back to an older major version is possible if its data directory was kept. Nothing is converted then.
     type: int
     required: true
   back:
-    description: Whether to go back although trials were added since. They stay in the data directory that is left.
+    description: Go back even if trials were added since then. They stay in the newer version's data directory.
     type: bool
     default: false
   patience:
-    description: The longest time in seconds to wait for whoever holds the data directory.
+    description: Maximum time in seconds to wait for the holder of the lease.
     type: int
     default: 180
 extends_documentation_fragment:
@@ -42,7 +42,7 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: full
-    details: Refuses what can be seen without a running server.
+    details: Checks only what can be checked without a running server.
   diff_mode:
     support: full
 """
@@ -57,28 +57,28 @@ EXAMPLES = r"""
 RETURN = r"""
 way:
   description:
-    - C(pg_upgrade), C(dump and restore) with the reason, or C(kept) for the way back.
+    - C(pg_upgrade), C(dump and restore) with the reason, or C(kept) for going back.
     - Null if there was nothing to do, and in check mode.
   returned: success
   type: str
 kept:
-  description: The data directory that was, or would be, left as it is; null if there was nothing to do.
+  description: Data directory that was, or would be, kept unchanged. Null if there was nothing to do.
   returned: success
   type: str
 seconds:
-  description: How long it took, the dump included.
+  description: Duration in seconds, including the dump.
   returned: changed and not in check mode
   type: float
 databases:
-  description: What each database holds, as it was compared.
+  description: Compared contents of each database.
   returned: changed and not in check mode
   type: dict
   contains:
     tables:
-      description: The number of rows and a sum of them, of each table.
+      description: Number of rows and a checksum of each table.
       type: dict
     studies:
-      description: Each study's direction, number of complete trials and best value, for each of its objectives.
+      description: Direction, number of completed trials and best value of each study, for each objective.
       type: list
       elements: dict
 """

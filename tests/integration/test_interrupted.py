@@ -81,7 +81,8 @@ def test_interrupted_at_each_task_and_run_again(here: Target) -> None:
     assert here.files() == before
 
     names = tasks_of(checked.stdout)
-    first = next(number for number, name in enumerate(names, 1) if name.endswith(": Keep the instance directory"))
+    begins = ": Ensure the instance directory exists"
+    first = next(number for number, name in enumerate(names, 1) if name.endswith(begins))
     for task in range(first, len(names) + 1):
         if "Validating arguments" in names[task - 1]:
             continue

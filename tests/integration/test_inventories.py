@@ -116,7 +116,7 @@ def judge(mini: Target, commands: list[list[str]]) -> list[tuple[int, str]]:
 
 def test_slurm_takes_every_clusters_job(mini: Target, sites: dict[str, dict], submitted: dict[str, list[str]]) -> None:
     heads = mini.run(f"head --quiet --lines=2 {shlex.join(command[-1] for command in submitted.values())}")
-    assert heads.count("#!/bin/sh\n# Written by mala.hpc_db: the hosting job of") == len(SITES)
+    assert heads.count("#!/bin/sh\n# Written by mala.hpc_db: the server job of") == len(SITES)
     for (name, command), (code, said) in zip(submitted.items(), judge(mini, list(submitted.values()))):
         assert code == 0, f"{name}: {said}"
         asked = {flag.lstrip("-").partition("=")[0] for flag in command[1:-1]} - OWN
