@@ -169,8 +169,7 @@ def is_lost(error: Exception) -> bool:
 def oddities(trials: list[Any], objectives: int) -> list[str]:
     """Return what is odd about trials, which Optuna stores, but refuses in a study that is made anew: a line a kind."""
     outside = [found for trial in trials for found in values_outside(trial)[:1]]
-    # NaN alone is not equal to itself; math.isnan does not take every integer
-    valued = [(trial, sum(value == value for value in trial.values or [])) for trial in trials]
+    valued = [(trial, sum(str(value) != "nan" for value in trial.values or [])) for trial in trials]
     short = [
         f"trial {trial.number} is COMPLETE with {count} of {objectives} values"
         for trial, count in valued if trial.state.name == "COMPLETE" and count != objectives

@@ -95,8 +95,8 @@ def constraints_of(trial: Any) -> dict[str, float]:
     """Return the values of a trial's constraints, none of which is above 0 in a feasible one."""
     held = getattr(trial, "constraints", None) or trial.system_attrs.get("constraints") or {}
     named = held if isinstance(held, dict) else {str(number): value for number, value in enumerate(held)}
-    # NaN alone is not equal to itself
-    return {name: number(value) for name, value in named.items() if isinstance(value, (int, float)) and value == value}
+    numbers = {name: number(value) for name, value in named.items() if isinstance(value, (int, float))}
+    return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
 
 def number(value: float) -> float:
