@@ -139,7 +139,7 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
 def outages(log: dict[str, Any], until: float) -> str:
     """Return when the server could not be used."""
     if log["since"] is None:
-        return note("There is no log of a hosting job yet.")
+        return note("There are no events of a server job yet.")
     rows = []
     for kind, found in (("away", log["outages"]), ("unhealthy", log["troubles"])):
         for each in found:
@@ -150,7 +150,7 @@ def outages(log: dict[str, Any], until: float) -> str:
                 length if each["certain"] else f"at most {length}",
                 kind, each["reason"] or "killed, or its node went: it said nothing",
             ))
-    told = f"As log/job.log of the instance tells since {when(log['since'])}. "
+    told = f"As log/events.jsonl of the instance tells since {when(log['since'])}. "
     told += "A server that is killed says nothing: then only its successor's first line is known."
     if not rows:
         return note(f"{told} It tells of no outage.")

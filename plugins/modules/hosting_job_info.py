@@ -20,6 +20,10 @@ options:
     description: Also read which nodes have no job of this user. This needs up to three more commands.
     type: bool
     default: false
+  history:
+    description: Also read the server's outages from its events.
+    type: bool
+    default: false
 attributes:
   check_mode:
     support: full
@@ -130,6 +134,38 @@ log_tail:
   returned: success
   type: list
   elements: str
+history:
+  description: What C(log/events.jsonl) says. V(null) unless O(history=true).
+  returned: success
+  type: dict
+  contains:
+    since:
+      description: Time of the first event in seconds since 1970. V(null) if there is none.
+      type: int
+    serving:
+      description: Whether the server is running, according to its last event.
+      type: bool
+    outages:
+      description: Times without a running server between two servers, and since the last one. The oldest is first.
+      type: list
+      elements: dict
+      contains:
+        began:
+          description: Start in seconds since 1970.
+          type: int
+        ended:
+          description: Start of the next server. V(null) if there was none.
+          type: int
+        certain:
+          description: Whether the start is exact. If V(false), it is the time of the last event before the outage.
+          type: bool
+        reason:
+          description: Reason given by the supervisor. Empty if it was killed.
+          type: str
+    troubles:
+      description: Problems of a running server, such as a full disk, with the same fields.
+      type: list
+      elements: dict
 """
 
 import os
@@ -147,6 +183,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
     serving_job,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import events
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
 
 LOG_LINES = 20
@@ -170,6 +207,7 @@ def look(params: dict, run: Run) -> dict:
         "state": state,
         "idle_nodes": find_idle_nodes(params, run) if params["nodes"] else None,
         "disk": _disk(params["root"]),
+        "history": events.account(events.read(params["root"])) if params["history"] else None,
         "log_tail": _log_tail(os.path.join(params["root"], "log")) if troubled else None,
     }
 
@@ -195,7 +233,12 @@ def _log_tail(folder: str) -> list[str] | None:
 def main() -> None:
     """Wire the module."""
     module = AnsibleModule(
-        argument_spec=dict(ARGUMENT_SPEC, nodes={"type": "bool", "default": False}), supports_check_mode=True
+        argument_spec=dict(
+            ARGUMENT_SPEC,
+            nodes={"type": "bool", "default": False},
+            history={"type": "bool", "default": False},
+        ),
+        supports_check_mode=True,
     )
     try:
         result = look(module.params, make_run(module))

@@ -32,7 +32,7 @@ options:
         seconds since 1970.
       - RV(ignore:job), RV(ignore:endpoint), RV(ignore:state) and RV(ignore:disk) are values of
         M(mala.hpc_db.hosting_job_info). RV(ignore:server) is the result of M(mala.hpc_db.server_info) or null, and
-        RV(ignore:log) is the result of M(mala.hpc_db.server_log_info).
+        RV(ignore:log) is RV(mala.hpc_db.hosting_job_info#module:history).
     type: dict
     required: true
 extends_documentation_fragment:

@@ -105,7 +105,6 @@ MODULES: dict[str, dict[str, Any]] = {
     "reading_role": {**SERVER, "role": "reader", "writer": "study", "databases": ["mala"]},
     "role_passwords": {**SERVER, "database": "postgres", "roles": ["study"]},
     "server_info": {**SERVER, "database": "postgres"},
-    "server_log_info": {"root": "FOLDER/root"},
     "short_job": {
         **JOB, "script": "FOLDER/root/job.sh", "output": "FOLDER/root/out", "options": {"partition": "work"},
         "listening": "FOLDER/root/door",

@@ -19,7 +19,7 @@ import sys
 import time
 from typing import Iterator, List, Optional  # noqa: F401 - List in a type comment
 
-from . import endpoint, files, scheduler
+from . import endpoint, events, files, scheduler
 from .dumps import Dumps
 from .engines import Engine, engines_of  # noqa: F401 - Engine in a type comment
 from .health import Health, space
@@ -187,16 +187,17 @@ class Host:
                 if len(deaths) > limit:
                     raise Failed(str(died)) from None
                 pause = min(2.0 ** (len(deaths) - 1), LONGEST_PAUSE)
-                self._sleep(keeper, pause, "starting", "postgres starts again, as %s" % died)
+                self.tell("starting", "postgres starts again, as %s" % died, "restart", str(died))
+                self._sleep(keeper, pause)
             full = space(self.settings["data"])
             while full:
                 # Recovery writes, too: without space it would only die again.
-                self._sleep(keeper, 2.0, "unhealthy", full)
+                self.tell("unhealthy", full)
+                self._sleep(keeper, 2.0)
                 full = space(self.settings["data"])
 
-    def _sleep(self, keeper: Keeper, seconds: float, state: str, reason: str) -> None:
+    def _sleep(self, keeper: Keeper, seconds: float) -> None:
         """Wait, as the owner of the lease."""
-        self.tell(state, reason)
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
             keeper.check()
@@ -206,7 +207,7 @@ class Host:
         """Run postgres until something ends it, raise that, and leave no postgres behind."""
         postgres = None
         try:
-            self.tell("starting", "postgres is starting")
+            self.tell("starting", "postgres is starting", "start")
             parameters = BOOTSTRAP_PARAMETERS if self.bootstrap else {}
             postgres = Postgres(self.settings, not self.bootstrap, keeper, parameters)
             postgres.start()
@@ -228,7 +229,7 @@ class Host:
 
     def _prepare_to_move(self, postgres: Postgres, keeper: Keeper) -> None:
         """Before the walltime: make a dump, and have little left to write, while the workers still go on."""
-        self.tell("stopping", "the walltime is near")
+        self.tell("stopping", "the walltime is near", "walltime")
         if self._dumps:
             with self._only_told("no dump is made"):
                 self._dumps.now(self.settings["stop_notice"] / 4, keeper.check)
@@ -260,17 +261,26 @@ class Host:
             with self._only_told("the successors are not cancelled"):
                 self._queue.cancel_successors()
 
-    def tell(self, state: str, reason: str) -> None:
-        """Log the state and, if the lease is ours, leave it for others. A short-lived server leaves none."""
+    def tell(self, state: str, reason: str, event: str = "", cause: str = "") -> None:
+        """Log a change of state, record it as an event, and write it to state.json if the lease is ours.
+
+        A temporary server only logs it.
+        """
         if (state + reason) == self._told:
             return
         self._told = state + reason
-        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        files.log("%s %s: %s" % (now, state, reason))
+        now = time.time()
+        files.log("%s %s: %s" % (time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now)), state, reason))
+        if self.bootstrap:
+            return
+        content = {"state": state, "reason": reason, "job": self.job, "host": socket.gethostname()}
         try:
-            if self._lease and self._lease.is_ours() and not self.bootstrap:
-                content = {"state": state, "reason": reason, "job": self.job, "host": socket.gethostname()}
-                files.write_state(os.path.join(self.run, "state.json"), dict(content, since=time.time()))
+            events.append(self.settings["root"], dict(content, time=now, event=event, cause=cause))
+        except (OSError, ValueError) as error:
+            files.log("events.jsonl is not written: %s" % error)
+        try:
+            if self._lease and self._lease.is_ours():
+                files.write_state(os.path.join(self.run, "state.json"), dict(content, since=now))
         except (OSError, ValueError) as error:
             files.log("state.json is not written: %s" % error)
 

@@ -93,7 +93,7 @@ OTHER = ("HPC-DB", "RUNNING")
 def params(state="present", root="/nowhere", **changes):
     return {
         "name": "hpc-db", "state": state, "root": str(root), "scheduler": "slurm", "script": "/x/job.sh",
-        "output": "/x/job.log", "options": {"dependency": "singleton"}, "timeout": 5, "nodes": False,
+        "output": "/x/job.log", "options": {"dependency": "singleton"}, "timeout": 5, "nodes": False, "history": False,
         **changes,
     }
 

@@ -97,7 +97,7 @@ def test_names_and_attributes_are_text():
     ({}, ["7 RUNNING c1", "1 d 01:00:00 of 3 d 00:00:00", "2 of 80", "2 of study from c2", "mala, 7.6 MiB",
           "5.0 GiB free of 10.0 GiB", "It tells of no outage."]),
     ({"job": None, "server": None}, ["none in the queue: no server runs", "none: the server accepts no connections"]),
-    ({"log": {**LOG, "since": None}}, ["There is no log of a hosting job yet."]),
+    ({"log": {**LOG, "since": None}}, ["There are no events of a server job yet."]),
     ({"log": {**LOG, "outages": [{"began": 100, "ended": 161, "certain": True, "reason": "told to"},
                                  {"began": 200, "ended": 260, "certain": False, "reason": ""},
                                  {"began": 300, "ended": None, "certain": True, "reason": "x"}]}},
