@@ -66,7 +66,7 @@ class FakePostgres:
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-    for folder in ("run", "host"):
+    for folder in ("run", "host", "log"):
         (tmp_path / folder).mkdir()
     settings = {
         "instance": "hpc_db", "cluster": "hemera5", "scheduler": "slurm", "bindir": "/bin", "advertise": "c1",

@@ -401,8 +401,8 @@ def test_info_of_nothing(tmp_path):
     found = look(params(root=tmp_path / "none"), FakeSlurm())
 
     assert found == {
-        "changed": False, "job": None, "endpoint": None, "state": None, "idle_nodes": None, "disk": None,
-        "log_tail": None,
+        "changed": False, "job": None, "endpoint": None, "state": None, "history": None, "idle_nodes": None,
+        "disk": None, "log_tail": None,
     }
 
 
