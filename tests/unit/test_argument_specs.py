@@ -9,8 +9,6 @@
   (``setting | default(value)``), and a module has defaults of its own for whoever uses it alone. Both are then the
   documented default of the setting; for a module that several settings are given to, of one of them.
 - So is a default that a page in docs/ or a README states: ```setting` (value)``, or a column ``default`` in a table.
-- A file of module_utils is there for several plugins. What serves a single one is a part of it, unless that one
-  would then be longer than ``LONGEST`` lines.
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ MODULES = sorted(path for path in (ROOT / "plugins/modules").glob("*.py"))
 UTILS = sorted(path.stem for path in (ROOT / "plugins/module_utils").glob("*.py"))
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("roles/*/*.md")])
 DOCUMENTATION = ("DOCUMENTATION", "EXAMPLES", "RETURN")
-LONGEST = 500
 # In lists that go to one module as they are for another.
 TAKEN_ALONG = ["databases.studies.directions"]
 
@@ -245,17 +242,6 @@ def test_finds_stated_defaults() -> None:
            "| setting | default |\n|---|---|\n| `d` | `[x]` |\n"
 
     assert list(stated_defaults(page)) == [("a_hours", "24"), ("b_s", "1030"), ("c", "none"), ("d", "[x]")]
-
-
-@pytest.mark.parametrize("util", UTILS)
-def test_module_utils_are_shared(util: str) -> None:
-    users = users_of(util)
-    if len(users) > 1:
-        return
-    (user,) = users
-    parts = [ROOT / f"plugins/module_utils/{name}.py" for name in UTILS if users_of(name) == {user}]
-    together = sum(len(path.read_text().splitlines()) for path in [user, *parts])
-    assert together > LONGEST, f"{user.name} alone uses {util}; it would have {together} lines with what it alone uses"
 
 
 @each_role
