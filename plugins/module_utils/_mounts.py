@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ansible_collections.mala.hpc_db.plugins.module_utils._processes import stat_fields
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.processes import stat_fields
 
 
 class Mount(NamedTuple):

@@ -130,7 +130,7 @@ from typing import Callable
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._marker import alone_at
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
-from ansible_collections.mala.hpc_db.plugins.module_utils._processes import detach_command, start_time, this_boot
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.processes import start_time, this_host
 
 HERE = "127.0.0.1"
 POLL_SECONDS = 0.05
@@ -138,6 +138,29 @@ POLL_SECONDS = 0.05
 GRACE = 10
 DEATH = 10
 RECORDED = {"pid", "started", "boot", "port", "command", "environment"}
+
+# Starts a program that outlives the caller, in a session of its own, with its output in a file; prints its PID.
+# Whether the program could be started at all is told by a pipe that a successful start closes.
+DETACH = """
+import os, signal, sys
+log, folder, *command = sys.argv[1:]
+told, telling = os.pipe()
+child = os.fork()
+if not child:
+    try:
+        os.setsid()
+        os.chdir(folder)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(output, 1), os.dup2(output, 2)
+        os.execv(command[0], command)
+    except BaseException as error:
+        os.write(telling, f"{command[0]}: {getattr(error, 'strerror', None) or error}".encode())
+        os._exit(1)
+os.close(telling)
+trouble = os.read(told, 1000)
+print(child) if not trouble else sys.exit(trouble.decode())
+"""
 
 Run = Callable[..., str]
 
@@ -187,10 +210,10 @@ def write_record(path: Path, record: dict) -> None:
     os.replace(new, path)
 
 
-def runs(record: dict, run: Run) -> bool:
+def runs(record: dict) -> bool:
     """Tell whether the recorded process is still the one that was started."""
-    here = record.get("boot") == this_boot()
-    return here and bool(record["started"]) and start_time(record["pid"], run) == record["started"]
+    here = record.get("boot") == this_host()
+    return here and bool(record["started"]) and start_time(record["pid"]) == record["started"]
 
 
 def answers(port: int) -> bool:
@@ -244,16 +267,21 @@ def is_wanted(params: dict, record: dict) -> bool:
     return wanted == (record["command"], record["environment"])
 
 
-def has_come_up(record: dict, timeout: int, run: Run) -> bool:
+def has_come_up(record: dict, timeout: int) -> bool:
     """Wait until the process answers; return whether it has done so before it ended, and in time."""
     deadline = time.monotonic() + timeout
-    while runs(record, run):
+    while runs(record):
         if answers(record["port"]):
             return True
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_SECONDS)
     return False
+
+
+def detach_command(python: str, log: str, folder: str, command: list[str]) -> list[str]:
+    """Return the call that starts ``command`` in ``folder`` in the background and prints its PID."""
+    return [python, "-I", "-S", "-c", DETACH, log, folder, *command]
 
 
 def start(params: dict, last_port: int, run: Run) -> dict:
@@ -263,28 +291,28 @@ def start(params: dict, last_port: int, run: Run) -> dict:
     command = whole_command(params, port)
     pid = int(run(detach_command(sys.executable, str(log), params["root"], command), params["environment"]))
     record = {
-        "pid": pid, "started": start_time(pid, run), "boot": this_boot(), "port": port, "command": command,
+        "pid": pid, "started": start_time(pid) or "", "boot": this_host(), "port": port, "command": command,
         "environment": digest_of(params["environment"]),
     }
     write_record(path, record)  # before the wait: when that is interrupted, the next run goes on with it
-    if not has_come_up(record, params["timeout"], run):
-        alive = runs(record, run)
-        end(record, run)
+    if not has_come_up(record, params["timeout"]):
+        alive = runs(record)
+        end(record)
         reason = f"did not answer on port {port} within {params['timeout']} s" if alive else "has ended at once"
         raise Failed(f"{params['name']} {reason}: {last_words(log)}")
     return record
 
 
-def end(record: dict, run: Run) -> None:
+def end(record: dict) -> None:
     """End the process and what is left of its group."""
     for sign, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, DEATH)):
         # What the process has started may outlive it; as long as it does, nobody else gets the group's number.
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says the latter of zombies
             os.killpg(record["pid"], sign)
         deadline = time.monotonic() + patience
-        while runs(record, run) and time.monotonic() < deadline:
+        while runs(record) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-    if runs(record, run):
+    if runs(record):
         raise Failed(f"PID {record['pid']} does not end, even after SIGKILL; it may wait for a disk or a mount")
 
 
@@ -298,11 +326,11 @@ def act(params: dict, run: Run, check_mode: bool) -> dict:
     """Bring the program to the wanted state."""
     path, log = paths(params)
     record = read_record(path)
-    running = bool(record) and runs(record, run)
+    running = bool(record) and runs(record)
     wanted = params["state"] == "started"
     good = running and wanted and is_wanted(params, record)
     if good and not check_mode:
-        good = has_come_up(record, params["timeout"], run)
+        good = has_come_up(record, params["timeout"])
     changed = not good if wanted else running
     before = shown(record) if running else {}
     after: dict = {}
@@ -311,7 +339,7 @@ def act(params: dict, run: Run, check_mode: bool) -> dict:
         after = {"command": whole_command(params, port)[:-1], "port": port}
     if changed and not check_mode:
         if running:
-            end(record, run)
+            end(record)
         record = start(params, record.get("port", 0), run) if wanted else record
         running = wanted
         after = shown(record) if wanted else {}

@@ -26,17 +26,22 @@ def start_time(pid: int) -> Optional[str]:
         found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], stdout=subprocess.PIPE, check=False)
         return found.stdout.decode().strip() or None
     fields = _stat(pid)
-    # A zombie has ended: it only waits for its parent to look.
-    return None if not fields or fields[0] in "ZX" else fields[19]
+    # A zombie waits for its parent only, once its last thread has ended.
+    return None if not fields or (fields[0] in "ZX" and int(fields[17]) < 2) else fields[19]
 
 
 def _stat(pid: int) -> List[str]:
-    """Return what Linux says of a process, from its state on; nothing if it does not run."""
+    """Return the fields of a process from its state on; an empty list if it does not run."""
     try:
-        with open("/proc/%d/stat" % pid, "rb") as stream:  # a process may call itself anything
-            return stream.read().rpartition(b")")[2].decode().split()
+        with open("/proc/%d/stat" % pid, "rb") as stream:
+            return stat_fields(stream.read())
     except OSError:
         return []
+
+
+def stat_fields(stat: bytes) -> List[str]:
+    """Return the fields of ``/proc/PID/stat`` after the name, which may contain anything, parentheses included."""
+    return stat.rpartition(b")")[2].decode().split()
 
 
 def this_host() -> str:

@@ -5,6 +5,7 @@
 import os
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from hpc_db_host import processes
@@ -169,3 +170,17 @@ def test_other_machine_is_never_taken_for_this_one(system, cards, machine):
 ])
 def test_machine_that_cannot_be_known_has_no_name(system, cards, machine):
     assert machine(system, **cards) == set()
+
+
+def test_start_time_on_macos(monkeypatch):
+    said = {"7": b"Mon Nov 23 03:30:01 2026    \n"}
+
+    def run(command, **_options):
+        assert command[:-1] == ["ps", "-o", "lstart=", "-p"]
+        return SimpleNamespace(stdout=said.get(command[-1], b""))
+
+    monkeypatch.setattr(processes.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(processes.subprocess, "run", run)
+
+    assert processes.start_time(7) == "Mon Nov 23 03:30:01 2026"
+    assert processes.start_time(8) is None

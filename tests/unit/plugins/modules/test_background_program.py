@@ -15,8 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _processes
-from ansible_collections.mala.hpc_db.plugins.module_utils._processes import start_time
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.processes import start_time
 from ansible_collections.mala.hpc_db.plugins.modules import background_program
 from ansible_collections.mala.hpc_db.plugins.modules.background_program import Failed, answers, ensure_program
 
@@ -64,7 +63,7 @@ def params(tmp_path):
 
 
 def lives(pid):
-    return bool(start_time(pid, run))
+    return bool(start_time(pid))
 
 
 def wait_for(condition):
@@ -197,14 +196,14 @@ def test_process_that_only_has_the_pid_is_left_alone(state, forged, params):
     record = Path(params["root"], "logs.json")
     genuine = record.read_text()
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True) as innocent:
-        innocent_time = start_time(innocent.pid, run)
+        innocent_time = start_time(innocent.pid)
         told = {"pid": innocent.pid, "started": innocent_time, **forged, "port": 0}
         record.write_text(json.dumps({**json.loads(genuine), **told}))
 
         found = ensure_program({**params, "state": state}, run, check_mode=False)
 
         assert found["changed"] is (state == "started")
-        assert start_time(innocent.pid, run) == innocent_time
+        assert start_time(innocent.pid) == innocent_time
         ensure_program({**params, "state": "stopped"}, run, check_mode=False)
         innocent.stdin.close()
         assert innocent.wait(60) == 0
@@ -286,15 +285,3 @@ def test_bad_input_is_refused(change, message, check_mode, params):
     with pytest.raises(Failed, match=f"^{message}"):
         ensure_program({**params, **change}, run, check_mode)
     assert not os.path.exists(params["root"])
-
-
-def test_start_time_on_macos(monkeypatch):
-    monkeypatch.setattr(_processes.os.path, "exists", lambda path: False)
-    said = {"7": "Mon Nov 23 03:30:01 2026    \n"}
-
-    def ps(command):
-        assert command[:-1] == ["ps", "-o", "lstart=", "-p"]
-        return said.get(command[-1], "")
-
-    assert start_time(7, ps) == "Mon Nov 23 03:30:01 2026"
-    assert start_time(8, ps) == ""
