@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import LEAVING, TIMEOUT, call
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import Scheduler
@@ -42,7 +43,7 @@ def make_run(module: AnsibleModule, params: dict | None = None) -> Run:
     params = params or module.params
     local = params["scheduler"] == "local"
     bin_dir = None if local else params["bin_dir"]
-    host = Path(params["root"], "host")  # where all later jobs are submitted from
+    host = Path(Layout(params["root"]).host)  # where all later jobs are submitted from
     cwd = next(folder for folder in (host, *host.parents) if os.access(folder, os.X_OK))
     environment = SCHEDULERS[params["scheduler"]].environment(os.environ, bin_dir or "")
 
@@ -80,7 +81,7 @@ def find_jobs(params: dict, run: Run) -> list[dict]:
         if params.get(option) is not None and not os.path.isabs(params[option]):
             raise ValueError(f"{option}: {params[option]!r} is not absolute; give a path that begins with / or ~")
     scheduler = SCHEDULERS[params["scheduler"]]
-    program = os.path.join(params["root"], "host", "hpc_db_host")
+    program = Layout(params["root"]).package
     if params["scheduler"] == "local" and not os.path.isdir(program):
         return []  # nothing is installed, so nothing was ever started
     jobs = scheduler.parse_queue(run(scheduler.queue_command(params["name"])))

@@ -94,6 +94,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     serving_job,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
 POLL_SECONDS = 0.1
@@ -125,8 +126,8 @@ def answers(server: dict) -> bool:
 
 def find_server(root: str, is_served: IsServed) -> dict | None:
     """Return the server that answers now; None if there is none. ``is_served`` tells whether an endpoint's job runs."""
-    endpoint = read_json(os.path.join(root, "run", "endpoint.json"))
-    bootstrap = read_json(os.path.join(root, "run", "bootstrap.json"))
+    endpoint = read_json(Layout(root).endpoint)
+    bootstrap = read_json(Layout(root).temporary_server)
     for said, host in ((endpoint, "host"), (bootstrap, "socket")):
         server = {"host": said[host], "port": said["port"], "job": said["job"]} if said else {}
         if said and (said is bootstrap or is_served(said)) and answers(server):
@@ -180,7 +181,7 @@ def _answers_signal(pid: int) -> bool:
 def ensure_started(params: dict, run: Run, is_served: IsServed) -> dict:
     """Return a server that answers, starting one if need be. ``run`` takes an argument list, returns its stdout."""
     root = params["root"]
-    log = os.path.join(root, "log", "bootstrap.log")
+    log = Layout(root).temporary_server_log
     slice_ = _slices.Slice(params)
     limit = slice_.began + params["timeout"]
     pid = slice_.resume.get("pid", 0)
@@ -224,7 +225,7 @@ def last_words(log: str) -> str:
 
 def ensure_stopped(params: dict) -> bool:
     """Stop the short-lived server; return whether there was one."""
-    path = os.path.join(params["root"], "run", "bootstrap.json")
+    path = Layout(params["root"]).temporary_server
     said = read_json(path)
     if not said or said["host"] != socket.gethostname() or not answers({"host": said["socket"], "port": said["port"]}):
         return False
@@ -259,7 +260,7 @@ def main() -> None:
 
     def run(command: list[str]) -> str:
         returncode, stdout, stderr = module.run_command(
-            command, cwd=os.path.join(module.params["root"], "host"), ignore_invalid_cwd=False,
+            command, cwd=Layout(module.params["root"]).host, ignore_invalid_cwd=False,
             expand_user_and_vars=False,
         )
         if returncode:

@@ -58,6 +58,7 @@ from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
 Run = Callable[[list[str]], tuple[int, str, str]]
@@ -87,7 +88,7 @@ def main() -> None:
 
     def run(command: list[str]) -> tuple[int, str, str]:
         return module.run_command(
-            command, cwd=os.path.join(module.params["root"], "host"), ignore_invalid_cwd=False,
+            command, cwd=Layout(module.params["root"]).host, ignore_invalid_cwd=False,
             expand_user_and_vars=False,
         )
 

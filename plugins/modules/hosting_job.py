@@ -183,6 +183,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
     submit_job,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
 # What the hosting program says about the endpoint: whether there is one, or was. It takes "look" or "withdraw".
 Endpoint = Callable[[str], bool]
@@ -293,7 +294,7 @@ def _cancel(params: dict, run: Run, job_id: str, gently: bool) -> None:
 
 def _wish_path(params: dict, job_id: str) -> pathlib.Path:
     """Return the file by which the hosting program is asked to end, where the scheduler can only kill it."""
-    return pathlib.Path(params["root"], "run", f"stop.{job_id}")
+    return pathlib.Path(Layout(params["root"]).stop_request(job_id))
 
 
 def _in_words(jobs: list[dict]) -> str:
@@ -326,7 +327,7 @@ def main() -> None:
     os.umask(0o077)  # sbatch gives it to the job, whose log is nobody else's to read
 
     def endpoint(verb: str) -> bool:
-        host = os.path.join(module.params["root"], "host")
+        host = Layout(module.params["root"]).host
         command = [sys.executable, "-m", "hpc_db_host.endpoint", verb, module.params["name"]]
         if not os.path.isdir(host):
             return False

@@ -185,6 +185,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils.host import events
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
 LOG_LINES = 20
 LOG_BYTES = 16384
@@ -193,9 +194,10 @@ LOG_BYTES = 16384
 def look(params: dict, run: Run) -> dict:
     """Return what is known of the job. ``run`` takes an argument list and returns its stdout."""
     check_name(params["name"])
+    layout = Layout(params["root"])
     # The files first: a job that ends in between then has a stale file and no job, never the other way round.
-    endpoint = read_json(os.path.join(params["root"], "run", "endpoint.json"))
-    state = read_json(os.path.join(params["root"], "run", "state.json"))
+    endpoint = read_json(layout.endpoint)
+    state = read_json(layout.state)
     jobs = find_jobs(params, run)
     serving = serving_job(endpoint, jobs)
     job = serving or next(iter(jobs), None)
@@ -208,7 +210,7 @@ def look(params: dict, run: Run) -> dict:
         "idle_nodes": find_idle_nodes(params, run) if params["nodes"] else None,
         "disk": _disk(params["root"]),
         "history": events.account(events.read(params["root"])) if params["history"] else None,
-        "log_tail": _log_tail(os.path.join(params["root"], "log")) if troubled else None,
+        "log_tail": _log_tail(layout.log) if troubled else None,
     }
 
 

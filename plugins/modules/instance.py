@@ -110,6 +110,7 @@ from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
 # Paths go into service files, job scripts and postgresql.conf: whatever one of them could misread is refused.
 UNSAFE = re.compile(r"[^\w./+@=, -]")
@@ -150,7 +151,7 @@ def check_root(root: str, uid: int) -> None:
         raise Refused(f"instance_root: {root} exists and is no directory")
     if os.stat(root).st_uid != uid:
         raise Refused(f"instance_root: {root} belongs to another user")
-    if os.listdir(root) and not os.path.isdir(os.path.join(root, "run")):
+    if os.listdir(root) and not os.path.isdir(Layout(root).run):
         raise Refused(f"instance_root: {root} holds other things and is no instance directory; choose a new folder")
 
 
@@ -216,11 +217,11 @@ def current_text(path: str) -> str | None:
 def major_of(root: str) -> int | None:
     """Return the major version of the data directory in use; None if there is none yet."""
     try:
-        with open(os.path.join(root, "host", "settings.json"), encoding="utf-8") as stream:
+        with open(Layout(root).settings, encoding="utf-8") as stream:
             used = [json.load(stream)["data"]]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         # A first run that was interrupted: nothing says yet which one is used.
-        used = glob.glob(os.path.join(glob.escape(root), "data", "[0-9]*"))
+        used = glob.glob(os.path.join(glob.escape(Layout(root).data), "[0-9]*"))
     versions = [current_text(os.path.join(path, "PG_VERSION")) for path in used if path.rpartition("/")[2].isdigit()]
     return max((int(version.partition(".")[0]) for version in versions if version), default=None)
 
@@ -290,7 +291,7 @@ def ensure_instance(params: dict, run: Run, check_mode: bool, uid: int) -> dict:
     for wanted in params["files"]:
         if not re.fullmatch("0?[0-7]{3}", wanted["mode"]):
             raise Refused(f"mode: {wanted['mode']!r} is none; write for example 0600")
-    if not check_mode and not os.path.isdir(os.path.join(root, "run")):
+    if not check_mode and not os.path.isdir(Layout(root).run):
         check_links(root)
     # "run" comes first: it tells an instance directory from any other folder.
     folders = [root] + [os.path.join(root, name) for name in ["run", *params["directories"]]]

@@ -135,6 +135,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import NOTES
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
 NOTE = "run/kept.json"
 # Folders whose content comes and goes while the server lives, and those that are other playbooks'.
@@ -157,7 +158,7 @@ def files_of(root: str, bindir: str, environment: str | None) -> dict[str, str]:
             found.update(contents(path))
         elif folder not in PASSING and os.path.isdir(path):
             found.update(listing(path))
-    for path in sorted(glob.glob(os.path.join(glob.escape(root), "data", "*", "PG_VERSION"))):
+    for path in sorted(glob.glob(os.path.join(glob.escape(Layout(root).data), "*", "PG_VERSION"))):
         found[path] = digest_of(path)
     # It may lie elsewhere, and become another one by itself.
     server = os.stat(os.path.join(bindir, "postgres"))
@@ -203,7 +204,7 @@ def digest_of(path: str) -> str:
 def served(params: dict, run: Run) -> dict | None:
     """Return the endpoint of the job that runs; None if it does not serve."""
     check_name(params["name"])
-    endpoint = read_json(os.path.join(params["root"], "run", "endpoint.json"))
+    endpoint = read_json(Layout(params["root"]).endpoint)
     return endpoint if serving_job(endpoint, find_jobs(params, run)) else None
 
 
@@ -259,7 +260,7 @@ def psql_command(root: str, settings: dict, endpoint: dict) -> list[str]:
     owner = pwd.getpwuid(os.geteuid()).pw_name
     # A dead node is not waited for longer than by workers.
     wait = {"connect_timeout": 5}
-    server = {**endpoint, **wait, "user": owner, "passfile": os.path.join(root, "secrets", "pgpass")}
+    server = {**endpoint, **wait, "user": owner, "passfile": Layout(root).pgpass}
     words = _connection.conninfo(server, "postgres")
     return [os.path.join(settings["bindir"], "psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", words]
 
@@ -271,7 +272,7 @@ def checksum(text: str) -> str:
 def look(params: dict, run: Run, ask: Run) -> tuple[dict, dict | None]:
     """Return how the instance is, and its endpoint. ``ask`` takes psql's call, asks the questions, returns stdout."""
     root = params["root"]
-    settings = read_json(os.path.join(root, "host", "settings.json"))
+    settings = read_json(Layout(root).settings)
     endpoint = served(params, run) if settings else None
     if not settings or not endpoint:
         return {}, None

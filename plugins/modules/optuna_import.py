@@ -126,6 +126,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
 SQLITE = b"SQLite format 3\0"
 # What SQLite and Optuna keep beside a file while somebody writes to it.
@@ -314,7 +315,7 @@ def check_unchanged(path: str, before: tuple) -> None:
 @contextlib.contextmanager
 def copied(params: dict) -> Iterator[str]:
     """Copy the file into the folder for it, which is gone afterwards."""
-    folder = os.path.join(params["root"], "dumps", SCRATCH)
+    folder = os.path.join(Layout(params["root"]).dumps, SCRATCH)
     shutil.rmtree(folder, ignore_errors=True)  # an earlier run may have been killed
     os.mkdir(folder, 0o700)
     try:

@@ -121,6 +121,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import ENGLISH
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
 # The database in which others are created and renamed.
@@ -251,7 +252,7 @@ def now() -> str:
 def ensure_dumped(params: dict, run: Run, check_mode: bool) -> dict:
     """Make a dump. ``run`` takes an argument list and returns its stdout."""
     bindir = read_settings(params["root"])["bindir"]
-    folder = os.path.join(params["root"], "dumps")
+    folder = Layout(params["root"]).dumps
     path = os.path.join(folder, f"{params['database']}-{now()}{KEPT}.dump")
     count = None
     if not check_mode:
@@ -305,7 +306,7 @@ def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
     bindir, database = read_settings(params["root"])["bindir"], params["database"]
     path = params["file"]
     if path == "newest":
-        path = newest_dump(os.path.join(params["root"], "dumps"), database)
+        path = newest_dump(Layout(params["root"]).dumps, database)
     tables, counted = params["tables"], COUNTED[params["tables"]]
     wanted = check_dump(bindir, path, run, tables)
     found = look(params)

@@ -91,6 +91,7 @@ from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
 # What the old installation must still have.
@@ -134,7 +135,7 @@ def check(params: dict, used: dict, found: int) -> None:
             f"install it again with the playbook hpc_db.yml and postgres_major={found}"
         )
     if major < found:
-        if major_of(os.path.join(root, "data", str(major))) != major:
+        if major_of(os.path.join(Layout(root).data, str(major))) != major:
             raise Refused(
                 f"postgres_major: {major} is not allowed; PostgreSQL cannot go from {found} to an older major, and no "
                 f"data directory of {major} was kept"
@@ -148,7 +149,7 @@ def check(params: dict, used: dict, found: int) -> None:
 def upgrade_command(params: dict) -> list[str]:
     """Return the call that moves the studies; it prints what it compared as JSON."""
     command = [sys.executable, "-m", "hpc_db_host", "upgrade", f"--root={params['root']}"]
-    settings = os.path.join(params["root"], "host", f"settings-{params['major']}.json")
+    settings = Layout(params["root"]).settings_of(params["major"])
     command += [f"--settings={settings}", f"--lease-patience={params['patience']}"]
     return [*command, *(["--back"] if params["back"] else [])]
 
@@ -190,7 +191,7 @@ def main() -> None:
 
     def run(command: list[str]) -> str:
         returncode, stdout, stderr = module.run_command(
-            command, cwd=os.path.join(module.params["root"], "host"), ignore_invalid_cwd=False,
+            command, cwd=Layout(module.params["root"]).host, ignore_invalid_cwd=False,
             expand_user_and_vars=False,
         )
         if returncode:

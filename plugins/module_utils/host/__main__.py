@@ -24,6 +24,7 @@ from .dumps import Dumps
 from .engines import Engine, engines_of  # noqa: F401 - Engine in a type comment
 from .health import Health, space
 from .keeper import Keeper
+from .layout import Layout
 from .lease import Held, Lease, Lost, Unusable, can_be_asked
 from .postgres import Failed, Postgres, check_programs
 from .scheduler import Queue
@@ -69,7 +70,7 @@ class Host:
 
     def __init__(self, root: str, bootstrap: bool) -> None:
         self.settings = read_settings(root)
-        self.run = os.path.join(root, "run")
+        self.layout = Layout(root)
         self.bootstrap = bootstrap
         self._allocation = scheduler.own_job(self.settings["scheduler"])
         self.job = "" if bootstrap else self._allocation or str(os.getpid())
@@ -107,7 +108,7 @@ class Host:
             "cluster": self.settings["cluster"], "scheduler": self.settings["scheduler"],
             "allocation": self._allocation, "silence": ttl * (SILENT_TTLS if self.bootstrap else 1),
         }
-        lease = Lease(self.run, holder, self._has_ended, ttl)
+        lease = Lease(self.layout.run, holder, self._has_ended, ttl)
         self.tell("starting", "asking for the lease")
         self._acquire(lease, patience)
         self._lease = lease
@@ -280,7 +281,7 @@ class Host:
             files.log("events.jsonl is not written: %s" % error)
         try:
             if self._lease and self._lease.is_ours():
-                files.write_state(os.path.join(self.run, "state.json"), dict(content, since=now))
+                files.write_state(self.layout.state, dict(content, since=now))
         except (OSError, ValueError) as error:
             files.log("state.json is not written: %s" % error)
 
@@ -291,7 +292,7 @@ class Host:
     def _watch(self, postgres: Postgres, keeper: Keeper, lifetime: Optional[float]) -> None:
         ends = float("inf") if lifetime is None else time.monotonic() + lifetime
         # Whoever wants us to stop asks by this, where the scheduler has no other way than to kill us.
-        wish = os.path.join(self.run, "stop.%s" % self.job)
+        wish = self.layout.stop_request(self.job)
         with contextlib.ExitStack() as beside:
             health = Health(self.settings, postgres)
             if not self.bootstrap:
@@ -355,7 +356,7 @@ class Host:
         }
         if self.bootstrap:
             where.update(host=socket.gethostname(), pid=os.getpid())
-            files.write_json(os.path.join(self.run, "bootstrap.json"), where)
+            files.write_json(self.layout.temporary_server, where)
         else:
             address = self._address()
             where.update({
@@ -363,7 +364,7 @@ class Host:
             })
             pooled = self.settings["pooler"].get("service")
             try:
-                endpoint.publish(self.run, self._service_file(), where, self.settings["service"], pooled)
+                endpoint.publish(self.layout.run, self._service_file(), where, self.settings["service"], pooled)
                 self._unpublished = ""
             except OSError as error:  # postgres serves nevertheless, and those who are connected go on
                 self._unpublished = "workers do not learn where the server is: %s" % error
@@ -371,8 +372,8 @@ class Host:
 
     def _withdraw(self) -> None:
         if self.bootstrap:
-            files.remove(os.path.join(self.run, "bootstrap.json"))
-        endpoint.withdraw(self.run, self._service_file(), self.settings["instance"])
+            files.remove(self.layout.temporary_server)
+        endpoint.withdraw(self.layout.run, self._service_file(), self.settings["instance"])
 
     def _address(self, postgres: Optional[Postgres] = None) -> str:
         """Return what clients of ``postgres``, or of what runs beside it, connect to.

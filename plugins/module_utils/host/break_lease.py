@@ -17,12 +17,13 @@ import socket
 import sys
 
 from . import files
+from .layout import Layout
 from .lease import Held, Lease, Lost, Unusable, describe
 from .settings import complete
 
 # How much longer to watch than its heartbeat has to stand still.
 WATCH_FACTOR = 1.5
-RUN = os.path.join("..", "run")
+HERE = Layout("..")
 
 
 def look(lease: Lease) -> dict:
@@ -51,7 +52,7 @@ def free(lease: Lease) -> dict:
 
 def contender(folder: str) -> Lease:
     """Return the view of somebody who believes the user that the holder has ended."""
-    settings = complete(files.read_json("settings.json") or {})
+    settings = complete(files.read_json(HERE.settings) or {})
     holder = {
         "host": socket.gethostname(), "pid": os.getpid(), "job": "", "kind": "bootstrap",
         "cluster": settings["cluster"],
@@ -68,7 +69,7 @@ def main() -> int:
     verb = parser.parse_args().verb
     os.umask(0o077)
     try:
-        print(json.dumps((free if verb == "break" else look)(contender(RUN))))
+        print(json.dumps((free if verb == "break" else look)(contender(HERE.run))))
     except (Lost, Unusable, OSError) as error:
         raise SystemExit(str(error)) from None
     return 0

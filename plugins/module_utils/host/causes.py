@@ -14,6 +14,7 @@ import time
 from typing import Dict, Iterator, List, Optional, Tuple  # noqa: F401 - Dict in a type comment
 
 from . import files
+from .layout import Layout
 
 # Of each log this much is read, from its end.
 LOG_BYTES = 16 * 1024 * 1024
@@ -159,7 +160,7 @@ def explain_record(words: str, wanted: dict) -> Tuple[str, str]:
         if re.search(pattern, fixed):
             chosen = CHOSEN.search(words)
             return said.format(chosen.group() if chosen else ""), mend
-    return words, "see the logs in %s" % os.path.join(wanted["root"], "log")
+    return words, "see the logs in %s" % Layout(wanted["root"]).log
 
 
 def explain_rule(rule: "re.Match", wanted: dict) -> Tuple[str, str]:

@@ -19,6 +19,7 @@ import time
 from typing import Dict, List, Optional
 
 from . import causes, files, lease
+from .layout import Layout
 from .settings import complete
 
 # What asks a server for TLS, before anything else is said.
@@ -61,21 +62,21 @@ def read_wanted(path: str) -> dict:
     """Return what the inventory wants, with what hpc_db.yml has written last."""
     with open(path) as stream:
         wanted = json.load(stream)
-    settings = complete(files.read_json(os.path.join(wanted["root"], "host", "settings.json")) or {})
+    settings = complete(files.read_json(Layout(wanted["root"]).settings) or {})
     wanted.update(
         config=settings["config"], tls="sslmode" in settings["service"],
         databases=[wanted["owner"]] + settings["databases"], plugin="plugin=" in wanted["url"],
         max_connections=_configured(settings["config"]),
         lease_ttl=settings["lease_ttl"], silent=0.0,
     )
-    if wanted["endpoint"] and os.path.isdir(os.path.join(wanted["root"], "run")):
+    if wanted["endpoint"] and os.path.isdir(Layout(wanted["root"]).run):
         still = _lease(wanted).still() or 0.0
         wanted["silent"] = still if still > wanted["lease_ttl"] else 0.0
     return wanted
 
 
 def _lease(wanted: dict) -> lease.Lease:
-    return lease.Lease(os.path.join(wanted["root"], "run"), {"pid": os.getpid()}, lambda _holder: False)
+    return lease.Lease(Layout(wanted["root"]).run, {"pid": os.getpid()}, lambda _holder: False)
 
 
 def _is_dead(wanted: dict) -> bool:
@@ -126,7 +127,7 @@ def _look_at_job(report: Report, wanted: dict) -> None:
         report.well("job", said)
     elif job and job["state"] == "RUNNING":
         report.found("job", "%s, but the server is down: it does not serve yet, or no longer" % said,
-                     "wait, or see %s" % os.path.join(wanted["root"], "log", "job.log"))
+                     "wait, or see %s" % Layout(wanted["root"]).job_log)
     elif job:
         report.found("job", "%s, so the server is down" % said,
                      "wait; if it never starts: server_job_options (partition, time, mem)")
@@ -155,9 +156,9 @@ def _look_at_modes(report: Report, wanted: dict) -> None:
 
 def _look_at_logs(report: Report, wanted: dict) -> None:
     """What was fatal before the settings were changed says nothing about them."""
-    changed = [_changed(path) for path in (wanted["config"], os.path.join(wanted["root"], "conf", "pg_hba.conf"))]
+    changed = [_changed(path) for path in (wanted["config"], Layout(wanted["root"]).hba)]
     since = max([time.time() - 3600 * wanted["log_hours"]] + changed)
-    events = causes.read_logs(os.path.join(wanted["root"], "log"), since, wanted)
+    events = causes.read_logs(Layout(wanted["root"]).log, since, wanted)
     for event in events:
         report.found("log", event.text(), event.mend)
     if not events:
@@ -178,14 +179,14 @@ def look_from_here(wanted: dict) -> Report:
         report.found("files", "%s is not there" % wanted["root"],
                      "instance_root: a folder on a file system that login and compute nodes share")
         return report
-    path = os.path.join(wanted["root"], "run", "endpoint.json")
+    path = Layout(wanted["root"]).endpoint
     endpoint = files.read_json(path) if wanted["endpoint"] else None  # else its job has ended, and others may be there
     if wanted["endpoint"] and not endpoint:
         report.found("files", "%s is not here, but was on the login node just now" % path,
                      "instance_root: a folder on a file system that login and compute nodes share")
         return report
     entry = _look_at_service(report, wanted, endpoint)
-    _look_at_passwords(report, entry.get("passfile", os.path.join(wanted["root"], "secrets", "pgpass")))
+    _look_at_passwords(report, entry.get("passfile", Layout(wanted["root"]).pgpass))
     if endpoint is None:
         _skip_network(report, "the server is down")
     else:
@@ -335,7 +336,7 @@ def _look_at_tls(report: Report, wanted: dict, connection: socket.socket) -> Non
     except OSError as error:  # SSLError is one
         report.found("TLS", "no agreement: %s" % error, "postgres_tls: %s" % HOST_IT_AGAIN)
         return
-    path = os.path.join(wanted["root"], "conf", "server.crt")
+    path = Layout(wanted["root"]).certificate
     try:
         with open(path) as stream:
             ours = ssl.PEM_cert_to_DER_cert(stream.read())

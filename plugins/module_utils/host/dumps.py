@@ -18,6 +18,7 @@ import time
 from typing import Callable, Generator, List, Optional  # noqa: F401 - Optional in a type comment
 
 from . import files
+from .layout import Layout
 from .postgres import Failed, Postgres, client_environment, end_with_parent
 
 Steps = Generator[None, None, None]
@@ -43,7 +44,7 @@ class Dumps:
         self._databases = list(settings["databases"])
         self._keep = max(1, settings["dump_keep"])
         self._every = 60 * settings["dump_minutes"]
-        self._folder = os.path.join(settings["root"], "dumps")
+        self._folder = Layout(settings["root"]).dumps
         self._round = None  # type: Optional[Steps]
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
         for name in os.listdir(self._folder):

@@ -22,7 +22,7 @@ import time
 from typing import Dict, List, Optional, Tuple  # noqa: F401 - some in type comments
 
 from . import files
-from .break_lease import contender
+from .break_lease import HERE, contender
 from .lease import can_be_asked
 from .settings import complete
 
@@ -170,7 +170,7 @@ def main() -> int:
     parser.add_argument("job")
     asked = parser.parse_args()
     os.umask(0o077)
-    settings, run = complete(files.read_json("settings.json") or {}), os.path.join("..", "run")
+    settings, run = complete(files.read_json(HERE.settings) or {}), HERE.run
     try:
         found = settings.get("job_name") == asked.job and is_there(run, service_file(settings), settings["instance"])
         holder = contender(run).holder() if found else None

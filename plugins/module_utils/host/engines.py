@@ -18,6 +18,7 @@ import time
 from typing import Dict, List, Optional  # noqa: F401 - in type comments
 
 from . import files
+from .layout import Layout
 from .postgres import Failed, Postgres, end_with_parent, free_port, program_environment
 
 # Deaths of an engine that are further apart than this are not one trouble.
@@ -53,7 +54,7 @@ class Engine:
         self._deaths = []  # type: List[float]
         self._due = 0.0  # when to start it; infinity if not again
         self._late = 0.0
-        self._log = os.path.join(self._root, "log", "%s.log" % self.name)
+        self._log = os.path.join(Layout(self._root).log, "%s.log" % self.name)
         with contextlib.suppress(OSError):
             files.remove(self._log)
 
@@ -94,7 +95,7 @@ class Engine:
         command = self.command()
         with open(self._log, "ab") as log:
             self._child = subprocess.Popen(
-                command, cwd=os.path.join(self._root, "host"), env=program_environment(),
+                command, cwd=Layout(self._root).host, env=program_environment(),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_be_an_engine,
             )
         self._late = time.monotonic() + START_SECONDS

@@ -15,7 +15,8 @@ import json
 import os
 from typing import Any, Dict, Iterable, List, Optional
 
-NAME = os.path.join("log", "events.jsonl")
+from .layout import Layout
+
 # Several months of moves. At this size the file becomes the older one, which replaces the one before.
 MOST_BYTES = 4 * 1024 * 1024
 OLDER = ".1"
@@ -23,7 +24,7 @@ OLDER = ".1"
 
 def append(root: str, record: Dict[str, Any]) -> None:
     """Add a record; raise OSError if that fails."""
-    path = os.path.join(root, NAME)
+    path = Layout(root).events
     with contextlib.suppress(OSError):
         if os.path.getsize(path) > MOST_BYTES:
             os.rename(path, path + OLDER)
@@ -42,7 +43,7 @@ def _last_byte(stream: Any) -> bytes:
 def read(root: str) -> List[Dict[str, Any]]:
     """Return the records, the oldest first; lines that are not one are left out."""
     found = []
-    for path in (os.path.join(root, NAME + OLDER), os.path.join(root, NAME)):
+    for path in (Layout(root).events + OLDER, Layout(root).events):
         try:
             with open(path, "rb") as stream:
                 lines = stream.read().split(b"\n")

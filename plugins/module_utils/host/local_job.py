@@ -21,8 +21,9 @@ import time
 from typing import List, Optional
 
 from . import files, processes
+from .layout import Layout
 
-RECORD = os.path.join("..", "run", "local_job.json")
+RECORD = Layout("..").local_job
 
 
 def live_job() -> Optional[dict]:

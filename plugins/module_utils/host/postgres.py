@@ -18,6 +18,7 @@ from typing import Dict, Optional
 
 from . import causes, files, processes
 from .keeper import Keeper
+from .layout import Layout
 from .threads import signals_waiting
 
 PR_SET_PDEATHSIG = 1
@@ -123,7 +124,7 @@ class Postgres:
 
     def last_words(self) -> str:
         """Return what PostgreSQL's log calls fatal last."""
-        folder = os.path.join(self._settings["root"], "log")
+        folder = Layout(self._settings["root"]).log
         return causes.last_words(folder) or "see %s" % folder
 
     def probe(self) -> str:

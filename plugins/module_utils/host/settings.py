@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What hpc_db.yml tells the supervisor: the file host/settings.json, with types and defaults."""
 
-import os
 from typing import Any, Dict
 
 from . import files
+from .layout import Layout
 from .lease import DEFAULT_TTL
 
 # Each value has its default's type: ansible-core before 2.19 writes numbers as text. The role server gives the first
@@ -41,7 +41,7 @@ DEFAULTS: Dict[str, Any] = {
 
 def read_settings(root: str) -> Dict[str, Any]:
     """Return the settings of an instance. Raise FileNotFoundError, with the playbook that writes them."""
-    path = os.path.join(root, "host", "settings.json")
+    path = Layout(root).settings
     held = files.read_json(path)
     if held is None:
         raise FileNotFoundError("%s is missing; run the playbook hpc_db.yml first" % path)

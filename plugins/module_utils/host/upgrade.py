@@ -20,6 +20,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 from . import files
 from .dumps import Dumps, be_modest
 from .keeper import Keeper
+from .layout import Layout
 from .postgres import Failed, Postgres, client_environment, end_orphans, socket_folder
 
 Settings = Dict[str, Any]
@@ -262,7 +263,7 @@ class Upgrade:
             os.rename(data + UNFINISHED, data)
             files.sync(folder)
         self._keeper.renew()
-        settings = os.path.join(self.root, "host", "settings.json")
+        settings = Layout(self.root).settings
         os.rename(self._following, settings)
         files.sync(os.path.dirname(settings))
 

@@ -55,14 +55,14 @@ def test_records_are_read_as_they_were_written(tmp_path):
     for record in records:
         events.append(str(tmp_path), record)
     assert events.read(str(tmp_path)) == records
-    assert len((tmp_path / events.NAME).read_bytes().splitlines()) == 2
+    assert len((tmp_path / "log" / "events.jsonl").read_bytes().splitlines()) == 2
 
 
 def test_line_that_is_cut_off_costs_no_other(tmp_path):
     (tmp_path / "log").mkdir()
     first, last = {**SERVES, "time": 1.0}, {**TOLD, "time": 2.0}
     events.append(str(tmp_path), first)
-    with open(tmp_path / events.NAME, "ab") as stream:
+    with open(tmp_path / "log" / "events.jsonl", "ab") as stream:
         stream.write(b'{"time": 1.5, "sta')
 
     events.append(str(tmp_path), last)
