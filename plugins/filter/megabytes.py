@@ -39,17 +39,7 @@ _value:
   type: int
 """
 
-import re
-
-KILOBYTES = {"k": 1, "m": 1024, "g": 1024**2, "t": 1024**3}
-
-
-def megabytes(memory: str | int, bare: int = 1024) -> int:
-    """Return the megabytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])b?)?", str(memory).strip(), re.ASCII | re.IGNORECASE)
-    if not found:
-        return 0
-    return int(float(found[1]) * (KILOBYTES[found[2].lower()] if found[2] else bare) / 1024)
+from ansible_collections.mala.hpc_db.plugins.module_utils._plan import megabytes
 
 
 class FilterModule:

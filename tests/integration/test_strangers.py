@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import yaml
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils._plan import service_entries
 from target import ROOT
 
 SECRET = "a-password-of-256-bits"
@@ -59,11 +59,12 @@ class Place(NamedTuple):
 
     def service(self) -> dict:
         """Return the service entry's parameters, as the role ``server`` has them."""
-        role = yaml.safe_load((ROOT / "roles/server/vars/main.yml").read_text())
-        safe = role["__server_service_tls"] if self.tls else {"require_auth": "scram-sha-256"}
-        own = {"host": "127.0.0.1", "port": self.port, "user": OWNER, "passfile": self.folder / "pgpass",
-               "dbname": "postgres"}
-        return {**role["__server_service_plain"], **safe, **own}
+        settings = {
+            "databases_studies": [{"name": "postgres", "tables": "optuna"}], "instance_study_role": OWNER,
+            "postgres_tls": self.tls, "postgres_hba_rules": [], "postgres_major": 17, "server_address": "",
+        }
+        entry = service_entries(settings, OWNER, "/root")["direct"]
+        return {**entry, "host": "127.0.0.1", "port": self.port, "passfile": self.folder / "pgpass"}
 
 
 Command = Callable[[Place], "list[str]"]

@@ -22,7 +22,7 @@ CLIENT = {"host": "c1", "count": 1, "user": "study", "database": "studies", "sec
 
 # The role, its page, what it knows by itself, and what is from the cluster.
 PAGES: dict[str, tuple[str, dict, dict]] = {
-    "status.txt.j2": ("server", {**INSTANCE, "__server_url": "postgresql:///"}, {
+    "status.txt.j2": ("server", {**INSTANCE, "__plan": {"url": "postgresql:///", "other_urls": []}}, {
         "__server_found": {
             "job": {"id": "7", "state": "PENDING", "reason": "Priority", "node": "c1", "time_left": 60,
                     "time_limit": 3600},

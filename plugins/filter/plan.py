@@ -1,0 +1,58 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: plan
+short_description: What follows from the settings of an instance
+version_added: 0.1.0
+description:
+  - Returns PostgreSQL's sizes and access rules, the workers' service entries, and the databases' URLs.
+author: mala.hpc_db contributors (@mala-project)
+options:
+  _input:
+    description: All settings of the host, as M(mala.hpc_db.settings) returns them.
+    type: dict
+    required: true
+  owner:
+    description: The user who owns the instance.
+    type: str
+    required: true
+  root:
+    description: The instance directory, an absolute path on the cluster.
+    type: str
+    required: true
+"""
+
+EXAMPLES = r"""
+- name: Print the URL for the workers
+  ansible.builtin.debug:
+    msg: "{{ (read.settings | mala.hpc_db.plan('alice', '/home/alice/hpc_db/hpc_db')).url }}"
+"""
+
+RETURN = r"""
+_value:
+  description:
+    - C(sizes) has the memory in megabytes; C(memory) of the job, C(need) of PostgreSQL with all C(connections), with
+      C(shared), C(base) and C(each) as its parts.
+    - C(warns) is whether the settings are allowed but dangerous.
+    - C(rules) are the rules of C(pg_hba.conf).
+    - C(services) are libpq's parameters, C(direct) and C(pooled) for workers and C(tunnel) for the dashboard.
+    - C(url) and C(plain_url) are for the first database, with and without the client package's plugin; C(urls) has the
+      URL of each database by its name, C(other_urls) those of the others, and C(ways) those for more workers than
+      connections.
+  type: dict
+"""
+
+from ansible_collections.mala.hpc_db.plugins.module_utils._plan import plan
+
+
+class FilterModule:
+    """The filters of this file."""
+
+    def filters(self) -> dict:
+        """Return each filter by its name."""
+        return {"plan": plan}

@@ -1,0 +1,160 @@
+# Copyright: mala.hpc_db contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What follows from the settings: PostgreSQL's sizes, its access rules, the workers' service entries and the URLs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+KILOBYTES = {"k": 1, "m": 1024, "g": 1024**2, "t": 1024**3}
+# Measured, in megabytes: one TLS connection without sorting; and PostgreSQL's own processes, the supervisor and a dump.
+CONNECTION_MB = 3
+BASE_MB = 128
+# The least and the most of work_mem that a connection gets by default.
+SORT_MB = (1, 16)
+# A dead server's node does not answer at all: without these a worker hangs for minutes.
+TIMEOUTS = {
+    "connect_timeout": "5", "keepalives_idle": "30", "keepalives_interval": "10", "keepalives_count": "3",
+    "tcp_user_timeout": "20000",
+}
+# Workers that start together queue for their login at PgBouncer.
+POOLER_CONNECT_TIMEOUT = "30"
+
+
+class Sizes(NamedTuple):
+    """Memory of PostgreSQL in megabytes, for a number of connections."""
+
+    memory: int
+    connections: int
+    #: shared_buffers, and what PostgreSQL needs besides.
+    shared: int
+    base: int
+    #: The default of work_mem: what is left for each connection, within SORT_MB.
+    sort: int
+    #: The most that one connection takes, and all of PostgreSQL.
+    each: int
+    need: int
+
+
+def megabytes(memory: str | int, bare: int = 1024) -> int:
+    """Return a size such as ``16G`` in megabytes, 0 if it is none. A bare number has the unit ``bare`` kilobytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])b?)?", str(memory).strip(), re.ASCII | re.IGNORECASE)
+    if not found:
+        return 0
+    return int(float(found[1]) * (KILOBYTES[found[2].lower()] if found[2] else bare) / 1024)
+
+
+def sizes(settings: dict[str, Any]) -> Sizes:
+    """Return the sizes that follow from ``instance_memory`` and from the settings of PostgreSQL's configuration.
+
+    ``postgres_settings`` override the others. Without ``postgres_work_mem`` each connection takes its default.
+    """
+    overrides = settings["postgres_settings"]
+    memory = megabytes(settings["instance_memory"])
+    allowed = str(overrides.get("max_connections", settings["postgres_max_connections"])).strip()
+    connections = max(int(allowed) if allowed.isdigit() else 0, 1)
+    shared = megabytes(overrides.get("shared_buffers", settings["postgres_shared_buffers"]), 8)  # blocks of 8 kB
+    left = (memory - shared - BASE_MB) // connections
+    sort = max(min(left - CONNECTION_MB, SORT_MB[1]), SORT_MB[0])
+    each = CONNECTION_MB + megabytes(overrides.get("work_mem", settings.get("postgres_work_mem", f"{sort}MB")), 1)
+    return Sizes(memory, connections, shared, BASE_MB, sort, each, shared + BASE_MB + connections * each)
+
+
+def access_rules(settings: dict[str, Any], owner: str) -> list[dict[str, Any]]:
+    """Return the default rules of pg_hba.conf: everyone needs a password but the owner on the socket.
+
+    The role of another program may log in to its own database only.
+    """
+    databases = settings["databases_studies"]
+    study = settings["instance_study_role"]
+    logins = [{
+        "databases": [each["name"] for each in databases if each["tables"] == "optuna"],
+        "users": [study, settings["databases_reader_role"]],
+    }]
+    logins += [
+        {"databases": [each["name"]], "users": [each.get("role") or study]}
+        for each in databases if each["tables"] == "none"
+    ]
+    network = "hostssl" if settings["postgres_tls"] else "host"
+    rules: list[dict[str, Any]] = [{"type": "local", "users": [owner], "method": "peer"}]
+    rules += [{"type": "local", **login, "method": "scram-sha-256"} for login in logins]
+    for address in settings["postgres_networks"]:
+        rules += [
+            {"type": network, **login, "address": address, "method": "scram-sha-256"}
+            for login in [{"users": [owner]}, *logins]
+        ]
+    return rules
+
+
+def service_entries(settings: dict[str, Any], owner: str, root: str) -> dict[str, dict[str, str]]:
+    """Return libpq's parameters: for workers ``direct`` and by way of PgBouncer (``pooled``), and for a ``tunnel``."""
+    plain = {
+        "dbname": first_database(settings), "user": settings["instance_study_role"],
+        "passfile": f"{root}/secrets/pgpass", **TIMEOUTS,
+    }
+    # Without TLS a rogue server can relay logins, but cannot collect passwords. Custom rules may need no password, and
+    # psql before PostgreSQL 16 refuses the key in a service entry.
+    scram_only = not settings["postgres_hba_rules"] and int(settings["postgres_major"]) >= 16
+    clear = {"require_auth": "scram-sha-256"} if scram_only else {}
+    # Channel binding: a rogue server on our old port can neither collect nor relay passwords. PgBouncer has none, so
+    # workers verify its certificate instead.
+    bound = {"sslmode": "require", "channel_binding": "require"}
+    pinned = {"sslmode": "verify-ca", "sslrootcert": f"{root}/conf/server.crt"}
+    # Another user may create a folder of the same name later.
+    socket = {"requirepeer": owner} if settings["server_address"] == "socket" else {}
+    tls = settings["postgres_tls"]
+    return {
+        "direct": {**plain, **(bound if tls else clear), **socket},
+        "pooled": {**plain, "connect_timeout": POOLER_CONNECT_TIMEOUT, **(pinned if tls else clear)},
+        # A rogue program on either port of the tunnel can neither collect nor relay passwords.
+        "tunnel": {
+            **plain, **(bound if tls else {}),
+            "require_auth": "scram-sha-256", "gssencmode": "disable", "hostaddr": "127.0.0.1",
+        },
+    }
+
+
+def first_database(settings: dict[str, Any]) -> str:
+    """Return the database that the service entry leads to: the first one with Optuna's tables, if there is one."""
+    return next((each["name"] for each in settings["databases_studies"] if each["tables"] == "optuna"), "")
+
+
+def urls(settings: dict[str, Any]) -> dict[str, str]:
+    """Return the URL of each database by its name, that of the first one first."""
+    first, service = first_database(settings), f"?service={settings['instance_name']}"
+    plugin = "&plugin=hpc_db" if settings["client_environment"] else ""
+    found = {first: f"postgresql+psycopg2:///{service}{plugin}"} if first else {}
+    for each in settings["databases_studies"]:
+        if each["name"] != first:
+            role = f"{each['role']}@" if each.get("role") else ""
+            own = plugin if each["tables"] == "optuna" else ""
+            found[each["name"]] = f"postgresql+psycopg2://{role}/{each['name']}{service}{own}"
+    return found
+
+
+def plan(settings: dict[str, Any], owner: str, root: str) -> dict[str, Any]:
+    """Return all of it, for the roles."""
+    first, plain = first_database(settings), f"postgresql+psycopg2:///?service={settings['instance_name']}"
+    found = urls(settings)
+    held = sizes(settings)
+    trusts = any(rule.get("method") == "trust" for rule in settings["postgres_hba_rules"])
+    ways = []
+    if settings["server_pooler"]:
+        ways.append(f"postgresql+psycopg2:///?service={settings['instance_name']}-pooled&plugin=hpc_db")
+    if settings["server_proxy"]:
+        ways.append(f'hpc_db_client.proxy.storage("{root}")')
+    return {
+        "sizes": held._asdict(),
+        # A warning is repeated on each run, so a quick check must not skip it.
+        "warns": held.need > held.memory or trusts,
+        "rules": settings["postgres_hba_rules"] or access_rules(settings, owner),
+        "services": service_entries(settings, owner, root),
+        "plain_url": plain,
+        "url": plain + ("&plugin=hpc_db" if settings["client_environment"] else ""),
+        "urls": found,
+        "other_urls": [{"name": name, "url": url} for name, url in found.items() if name != first],
+        "ways": ways,
+    }

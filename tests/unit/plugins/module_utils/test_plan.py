@@ -1,0 +1,99 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What follows from the settings."""
+
+import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils._plan import access_rules, plan, service_entries, sizes, urls
+
+SETTINGS = {
+    "instance_name": "hpc_db", "instance_memory": "16G", "instance_study_role": "study",
+    "databases_studies": [{"name": "studies", "tables": "optuna"}], "databases_reader_role": "reader",
+    "postgres_major": 17, "postgres_max_connections": 320, "postgres_shared_buffers": "1638MB",
+    "postgres_work_mem": "16MB", "postgres_settings": {}, "postgres_tls": True, "postgres_hba_rules": [],
+    "postgres_networks": ["10.0.0.0/8"], "server_address": "", "server_pooler": False, "server_proxy": False,
+    "client_environment": "",
+}
+OTHERS = [
+    {"name": "studies", "tables": "optuna"}, {"name": "second", "tables": "optuna"},
+    {"name": "mlflow", "tables": "none", "role": "mlflow"}, {"name": "other", "tables": "none"},
+]
+
+
+@pytest.mark.parametrize("changes, expected", [
+    # memory, connections, shared, base, sort, each, need
+    ({}, (16384, 320, 1638, 128, 16, 19, 7846)),
+    ({"instance_memory": "2G", "postgres_max_connections": "3020", "postgres_shared_buffers": "204MB",
+      "postgres_work_mem": "1MB"}, (2048, 3020, 204, 128, 1, 4, 12412)),
+    ({"postgres_settings": {"max_connections": 10, "shared_buffers": 16384, "work_mem": "64MB"}},
+     (16384, 10, 128, 128, 16, 67, 926)),
+    ({"postgres_max_connections": "many"}, (16384, 1, 1638, 128, 16, 19, 1785)),
+])
+def test_sizes(changes, expected):
+    assert tuple(sizes({**SETTINGS, **changes})) == expected
+
+
+def test_default_of_work_mem_is_what_is_left_for_each_connection():
+    held = {name: value for name, value in SETTINGS.items() if name != "postgres_work_mem"}
+
+    assert sizes({**held, "instance_memory": "4G", "postgres_max_connections": 200}).sort == 8
+
+
+def test_everyone_needs_a_password_but_the_owner_on_the_socket():
+    rules = access_rules({**SETTINGS, "databases_studies": OTHERS}, "alice")
+
+    assert [rule for rule in rules if rule["method"] != "scram-sha-256"] == [
+        {"type": "local", "users": ["alice"], "method": "peer"}
+    ]
+    logins = [(rule.get("databases"), rule["users"]) for rule in rules if rule["type"] == "hostssl"]
+    assert logins == [
+        (None, ["alice"]), (["studies", "second"], ["study", "reader"]), (["mlflow"], ["mlflow"]),
+        (["other"], ["study"]),
+    ]
+    assert {rule["type"] for rule in access_rules({**SETTINGS, "postgres_tls": False}, "alice")} == {"local", "host"}
+
+
+@pytest.mark.parametrize("changes, direct, pooled", [
+    ({}, {"sslmode": "require", "channel_binding": "require"},
+     {"sslmode": "verify-ca", "sslrootcert": "/r/conf/server.crt"}),
+    ({"postgres_tls": False}, {"require_auth": "scram-sha-256"}, {"require_auth": "scram-sha-256"}),
+    ({"postgres_tls": False, "postgres_major": 15}, {}, {}),
+    ({"postgres_tls": False, "postgres_hba_rules": [{"method": "trust"}]}, {}, {}),
+    ({"postgres_tls": False, "postgres_major": 15, "server_address": "socket"}, {"requirepeer": "alice"}, {}),
+])
+def test_service_entries_are_as_safe_as_they_can_be(changes, direct, pooled):
+    found = service_entries({**SETTINGS, **changes}, "alice", "/r")
+    plain = {
+        "dbname": "studies", "user": "study", "passfile": "/r/secrets/pgpass", "connect_timeout": "5",
+        "keepalives_idle": "30", "keepalives_interval": "10", "keepalives_count": "3", "tcp_user_timeout": "20000",
+    }
+
+    assert found["direct"] == {**plain, **direct}
+    assert found["pooled"] == {**plain, "connect_timeout": "30", **pooled}
+    assert found["tunnel"].items() >= {"hostaddr": "127.0.0.1", "require_auth": "scram-sha-256"}.items()
+
+
+@pytest.mark.parametrize("environment, plugin", [("", ""), ("/env", "&plugin=hpc_db")])
+def test_urls(environment, plugin):
+    assert urls({**SETTINGS, "databases_studies": OTHERS, "client_environment": environment}) == {
+        "studies": f"postgresql+psycopg2:///?service=hpc_db{plugin}",
+        "second": f"postgresql+psycopg2:///second?service=hpc_db{plugin}",
+        "mlflow": "postgresql+psycopg2://mlflow@/mlflow?service=hpc_db",
+        "other": "postgresql+psycopg2:///other?service=hpc_db",
+    }
+
+
+@pytest.mark.parametrize("changes, warns", [
+    ({}, False), ({"instance_memory": "2G"}, True), ({"postgres_hba_rules": [{"method": "trust"}]}, True),
+    ({"postgres_hba_rules": [{"method": "md5"}]}, False),
+])
+def test_what_is_dangerous_is_told(changes, warns):
+    assert plan({**SETTINGS, **changes}, "alice", "/r")["warns"] is warns
+
+
+def test_ways_for_more_workers_than_connections():
+    made = plan({**SETTINGS, "server_pooler": True, "server_proxy": True}, "alice", "/r")
+
+    assert made["ways"] == [
+        "postgresql+psycopg2:///?service=hpc_db-pooled&plugin=hpc_db", 'hpc_db_client.proxy.storage("/r")',
+    ]
+    assert (made["url"], made["other_urls"]) == ("postgresql+psycopg2:///?service=hpc_db", [])
