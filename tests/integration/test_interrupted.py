@@ -28,6 +28,12 @@ cursor = psycopg2.connect("service=INSTANCE").cursor()
 cursor.execute("SELECT datname FROM pg_database WHERE NOT datistemplate ORDER BY datname")
 print(*[name for name, in cursor])
 """
+SHOW = """
+import psycopg2
+cursor = psycopg2.connect("service=INSTANCE").cursor()
+cursor.execute("SHOW log_min_duration_statement")
+print(*cursor.fetchone())
+"""
 TASK = re.compile(r"TASK \[(.*)\] \*")
 
 
@@ -35,10 +41,10 @@ def tasks_of(output: str) -> list[str]:
     return TASK.findall(output)
 
 
-def play_until(target: Target, task: int, end_with: signal.Signals) -> bool:
+def play_until(target: Target, task: int, end_with: signal.Signals, settings: dict | None = None) -> bool:
     """Run the playbook, and end it within its task of that number. False: it ended by itself."""
     with subprocess.Popen(
-        target.command("hpc_db"), cwd=ROOT, env={**target.environment, "PYTHONUNBUFFERED": "1"},
+        target.command("hpc_db", settings), cwd=ROOT, env={**target.environment, "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     ) as running:
         seen = 0
@@ -99,6 +105,22 @@ def test_interrupted_at_each_task_and_run_again(here: Target) -> None:
     assert run_python(here, WORK) == "3"
     # one server, that of the job: no short-lived one was forgotten
     assert here.run(f"pgrep -fc 'postgres -c [c]onfig_file=.*/{here.variables['instance_name']}/'") == "1"
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_configuration_of_an_interrupted_run_is_loaded_by_the_next(here: Target) -> None:
+    changed = {"postgres_settings": {"log_min_duration_statement": "77s", "max_worker_processes": 9}}
+    names = tasks_of(here.play("hpc_db", changed, "--check").stdout)
+    written = next(number for number, name in enumerate(names, 1) if ": Write the configuration after" in name)
+
+    assert play_until(here, written + 2, signal.SIGKILL, changed)
+    before = run_python(here, SHOW)
+    played = here.play("hpc_db", changed)
+
+    assert played.returncode == 0, played.stdout
+    assert (before, run_python(here, SHOW)) == ("-1", "77s")
+    assert "The running server takes over max_worker_processes" in played.stdout
+    assert here.play("hpc_db").returncode == 0
 
 
 def test_dry_run_beside_a_server_makes_no_database(here: Target) -> None:
