@@ -130,7 +130,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
 )
 
-# The schema whose rows are written here, that of Optuna 3.2 to 5.
+# Revision of the schema that this module writes to: Optuna 3.2 to 5.
 REVISION = "v3.2.0.a"
 
 STUDIES = "SELECT study_name FROM studies"
@@ -147,7 +147,7 @@ SELECT datname, application_name, coalesce(host(client_addr), ''), extract(epoch
 FROM pg_stat_activity WHERE backend_type = 'client backend'
 """
 
-# As Optuna does, whoever adds a trial locks the study, since the number follows from the trials that are there.
+# Optuna locks the study before it adds a trial, because the new trial's number depends on the existing ones. So do we.
 LOCK = "SELECT study_id FROM studies JOIN trials USING (study_id) WHERE trial_id = %(id)s FOR UPDATE OF studies"
 FAIL = """
 UPDATE trials SET state = 'FAIL', datetime_complete = %(now)s
@@ -175,11 +175,11 @@ HISTORY = "SELECT value_json FROM trial_system_attributes WHERE trial_id = %s AN
 
 
 class Refused(Exception):
-    """What is wanted does not fit what is there; the message is for the user."""
+    """The request does not fit the existing databases or studies; the message is for the user."""
 
 
 def look_into(params: dict, database: str) -> tuple[list[str], list[_workers.Trial]]:
-    """Return the studies in a database, and their running trials; none where Optuna has no schema."""
+    """Return the studies in a database and their running trials; none if Optuna has no schema there."""
     with _connection.connect(params, database) as connection:
         if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
             return [], []
@@ -195,9 +195,9 @@ def look_into(params: dict, database: str) -> tuple[list[str], list[_workers.Tri
 
 
 def running_trials(params: dict) -> tuple[list[_workers.Trial], list[str]]:
-    """Return the running trials of the studies that are meant, and a line for each database that cannot be read.
+    """Return the running trials of the selected studies, and one line for each database that cannot be read.
 
-    Such a database is an error where nothing else is there, or one of its studies is meant.
+    An unreadable database is an error if no other database has studies or one of its studies is selected.
     """
     with _connection.connect(params, params["database"]) as connection:
         databases = [name for name, in _connection.rows(connection, DATABASES)]
@@ -226,14 +226,15 @@ def running_trials(params: dict) -> tuple[list[_workers.Trial], list[str]]:
 
 
 def name_of(trial: _workers.Trial) -> str:
-    """Return the study as messages have it."""
+    """Return the study's name as used in messages."""
     return f"{trial.database}/{trial.study}"
 
 
 def look_around(params: dict, run: Run, trials: list[_workers.Trial]) -> _workers.World:
-    """Return who is there: first the connections, then the jobs.
+    """Return the state of the cluster: first the connections, then the jobs.
 
-    Both come after the trials. A worker that has begun one of them was in a job by then, and if it lives it still is.
+    Both are read after the trials. A worker that had started one of these trials was in a job by then and, if it is
+    alive, still is.
     """
     scheduler = SCHEDULERS[params["scheduler"]]
     with _connection.connect(params, params["database"]) as connection:
@@ -263,7 +264,7 @@ def look_around(params: dict, run: Run, trials: list[_workers.Trial]) -> _worker
 
 
 def addresses(hosts: Iterable[str]) -> set[str]:
-    """Return the addresses of hosts, as far as their names are known here."""
+    """Return the addresses of the hosts whose names this host can resolve."""
     found: set[str] = set()
     for host in hosts:
         try:
@@ -274,7 +275,7 @@ def addresses(hosts: Iterable[str]) -> set[str]:
 
 
 def boot_time() -> float:
-    """Return when this machine was started; 0 where it does not say so."""
+    """Return this machine's boot time in seconds since 1970; 0 if it is unknown."""
     try:
         with open("/proc/stat", encoding="ascii") as stream:
             return next((float(line.split()[1]) for line in stream if line.startswith("btime ")), 0.0)
@@ -283,7 +284,7 @@ def boot_time() -> float:
 
 
 def now() -> datetime.datetime:
-    """Return the time as the installed Optuna writes it."""
+    """Return the current time as the installed Optuna stores it: local before Optuna 5, UTC since."""
     optuna = _optuna.installed_optuna()
     if optuna and int(optuna.version.partition(".")[0]) < 5:
         return datetime.datetime.now()
@@ -291,13 +292,13 @@ def now() -> datetime.datetime:
 
 
 def numbers(held: str | None) -> list[int]:
-    """Return the trials that an attribute lists; none if it is not what Optuna writes."""
+    """Return the trial numbers that an attribute lists; none if its value is not as Optuna writes it."""
     value = _optuna.attribute(held)
     return [each for each in value if isinstance(each, int)] if isinstance(value, list) else []
 
 
 def requeue(params: dict, trial: _workers.Trial) -> int | None:
-    """Fail a trial, and have a new one wait in its place; return its number. None if it is not running any more."""
+    """Fail a trial and add a waiting copy; return the copy's number. Return None if the trial is no longer running."""
     values = {
         "id": trial.trial_id, "started": trial.started, "number": trial.number, "now": now(), "note": _workers.KEY,
     }
@@ -317,13 +318,13 @@ def requeue(params: dict, trial: _workers.Trial) -> int | None:
 
 
 def ensure_requeued(params: dict, run: Run, check_mode: bool) -> dict:
-    """Requeue the trials whose workers are gone. ``run`` takes an argument list and returns its stdout."""
+    """Requeue the trials whose workers have gone. ``run`` takes an argument list and returns its stdout."""
     check_name(params["name"])
     trials, unreadable = running_trials(params)
     world = look_around(params, run, trials)
     requeued: list[dict] = []
     left: list[dict] = []
-    refused: dict[str, str] = {}  # by study: each further trial of one that is locked would wait as long
+    refused: dict[str, str] = {}  # by study: every further trial of a locked study would wait just as long
     for trial in trials:
         verdict = _workers.judge(trial, world)
         told = {"study": name_of(trial), "number": trial.number, "why": verdict.why}

@@ -134,13 +134,13 @@ from ansible_collections.mala.hpc_db.plugins.module_utils.host.processes import 
 
 HERE = "127.0.0.1"
 POLL_SECONDS = 0.05
-# Seconds for a program to end by itself, and then to be gone after SIGKILL.
+# Seconds to wait for the program to end after SIGTERM, and after SIGKILL.
 GRACE = 10
 DEATH = 10
 RECORDED = {"pid", "started", "boot", "port", "command", "environment"}
 
-# Starts a program that outlives the caller, in a session of its own, with its output in a file; prints its PID.
-# Whether the program could be started at all is told by a pipe that a successful start closes.
+# Starts a program that outlives the caller, in its own session and with its output in a file; prints its PID. A failure
+# to start is reported through a pipe, which a successful start closes.
 DETACH = """
 import os, signal, sys
 log, folder, *command = sys.argv[1:]
@@ -166,11 +166,11 @@ Run = Callable[..., str]
 
 
 class Failed(Exception):
-    """The program cannot be had, or not be ended; the message is for the user."""
+    """The program cannot be started or ended; the message is for the user."""
 
 
 def check_params(params: dict) -> None:
-    """Refuse what cannot be meant."""
+    """Refuse invalid parameters."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", params["name"]):
         raise Failed(f"name: {params['name']!r} is not a letter or digit, then letters, digits, '.', '_' and '-'")
     if not os.path.isabs(params["root"]):
@@ -188,13 +188,13 @@ def check_params(params: dict) -> None:
 
 
 def paths(params: dict) -> tuple[Path, Path]:
-    """Return where the record and the log are."""
+    """Return the paths of the record and of the log."""
     root = Path(params["root"])
     return root / f"{params['name']}.json", root / f"{params['name']}.log"
 
 
 def read_record(path: Path) -> dict:
-    """Return what the last run has left; nothing if it has left nothing that can be read."""
+    """Return the record of the last run; empty if there is none or it cannot be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -203,7 +203,7 @@ def read_record(path: Path) -> dict:
 
 
 def write_record(path: Path, record: dict) -> None:
-    """Write the record at once as a whole."""
+    """Write the record atomically."""
     new = path.with_name(f".{path.name}")
     new.touch(mode=0o600)
     new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -211,13 +211,13 @@ def write_record(path: Path, record: dict) -> None:
 
 
 def runs(record: dict) -> bool:
-    """Tell whether the recorded process is still the one that was started."""
+    """Return whether the recorded process is still the one that was started."""
     here = record.get("boot") == this_host()
     return here and bool(record["started"]) and start_time(record["pid"]) == record["started"]
 
 
 def answers(port: int) -> bool:
-    """Tell whether anybody listens there."""
+    """Return whether a program listens on the port."""
     try:
         socket.create_connection((HERE, port), timeout=1).close()
     except OSError:
@@ -226,7 +226,7 @@ def answers(port: int) -> bool:
 
 
 def why_not_free(port: int) -> str:
-    """Return what keeps a program from the port; nothing if it can have it, or any if it is 0."""
+    """Return why a program cannot use the port; empty if it can. Port 0 stands for any free port."""
     if port and answers(port):
         return "another program serves there"
     with socket.socket() as probe:
@@ -239,7 +239,7 @@ def why_not_free(port: int) -> str:
 
 
 def choose_port(wanted: int, last: int) -> int:
-    """Return the wanted port, or for 0 the last one if it is free, or else any that is."""
+    """Return the wanted port. For 0, return the last port if it is free, otherwise any free port."""
     trouble = why_not_free(wanted)
     if trouble:
         raise Failed(f"port: {wanted} cannot be had: {trouble}; give a free one, or 0 for any")
@@ -251,24 +251,24 @@ def choose_port(wanted: int, last: int) -> int:
 
 
 def whole_command(params: dict, port: int) -> list[str]:
-    """Return the command with the port."""
+    """Return the command with its port option."""
     return [*params["command"], f"{params['port_option']}={port}".lstrip("=")]
 
 
 def digest_of(environment: dict) -> str:
-    """Return what tells another environment, without its values."""
+    """Return a hash of the environment, which hides its values."""
     return hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()
 
 
 def is_wanted(params: dict, record: dict) -> bool:
-    """Tell whether the recorded process was started as it would be now."""
+    """Return whether the recorded process was started with the command and environment wanted now."""
     port = params["port"] or record["port"]
     wanted = whole_command(params, port), digest_of(params["environment"])
     return wanted == (record["command"], record["environment"])
 
 
 def has_come_up(record: dict, timeout: int) -> bool:
-    """Wait until the process answers; return whether it has done so before it ended, and in time."""
+    """Wait until the process answers; return whether it did so in time and before it ended."""
     deadline = time.monotonic() + timeout
     while runs(record):
         if answers(record["port"]):
@@ -294,7 +294,7 @@ def start(params: dict, last_port: int, run: Run) -> dict:
         "pid": pid, "started": start_time(pid) or "", "boot": this_host(), "port": port, "command": command,
         "environment": digest_of(params["environment"]),
     }
-    write_record(path, record)  # before the wait: when that is interrupted, the next run goes on with it
+    write_record(path, record)  # before the wait: if the wait is interrupted, the next run continues with this process
     if not has_come_up(record, params["timeout"]):
         alive = runs(record)
         end(record)
@@ -304,10 +304,10 @@ def start(params: dict, last_port: int, run: Run) -> dict:
 
 
 def end(record: dict) -> None:
-    """End the process and what is left of its group."""
+    """End the process and the rest of its process group."""
     for sign, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, DEATH)):
-        # What the process has started may outlive it; as long as it does, nobody else gets the group's number.
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says the latter of zombies
+        # Child processes may outlive the process. As long as one does, the kernel does not reuse the group's number.
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS raises the latter for zombies
             os.killpg(record["pid"], sign)
         deadline = time.monotonic() + patience
         while runs(record) and time.monotonic() < deadline:
@@ -352,14 +352,14 @@ def act(params: dict, run: Run, check_mode: bool) -> dict:
 
 
 def shown(record: dict) -> dict:
-    """Return what a diff shows of a program."""
+    """Return the part of a record that the diff shows."""
     return {"command": record["command"][:-1], "port": record["port"]}
 
 
 def ensure_program(params: dict, run: Run, check_mode: bool) -> dict:
-    """Bring the program to the wanted state; only one run at a time does.
+    """Bring the program to the wanted state; only one run at a time does so.
 
-    ``run`` takes an argument list and further variables, and returns its stdout.
+    ``run`` takes an argument list and additional environment variables, and returns stdout.
     """
     check_params(params)
     path = paths(params)[0]

@@ -106,7 +106,7 @@ IsServed = Callable[[dict], bool]
 
 
 class Failed(Exception):
-    """No server could be had; the message is for the user."""
+    """No server is available; the message is for the user."""
 
 
 def answers(server: dict) -> bool:
@@ -125,7 +125,7 @@ def answers(server: dict) -> bool:
 
 
 def find_server(root: str, is_served: IsServed) -> dict | None:
-    """Return the server that answers now; None if there is none. ``is_served`` tells whether an endpoint's job runs."""
+    """Return the server that answers now, or None. ``is_served`` returns whether an endpoint's job is running."""
     endpoint = read_json(Layout(root).endpoint)
     bootstrap = read_json(Layout(root).temporary_server)
     for said, host in ((endpoint, "host"), (bootstrap, "socket")):
@@ -137,9 +137,9 @@ def find_server(root: str, is_served: IsServed) -> dict | None:
 
 
 def ask_once(root: str, run_with: Callable[[dict], Run]) -> IsServed:
-    """Return what asks the scheduler whether an endpoint's job runs, once about each endpoint.
+    """Return a function that asks the scheduler whether an endpoint's job is running, once per endpoint.
 
-    ``run_with`` takes the scheduler's parameters and returns what runs its commands.
+    ``run_with`` takes the scheduler's parameters and returns a function that runs its commands.
     """
 
     @functools.lru_cache
@@ -155,13 +155,13 @@ def ask_once(root: str, run_with: Callable[[dict], Run]) -> IsServed:
 
 
 def start_command(root: str, lifetime: int, patience: int, log: str) -> list[str]:
-    """Return the call that starts a short-lived server in the background; it prints its PID."""
+    """Return the call that starts a temporary server in the background; it prints its PID."""
     command = [sys.executable, "-m", "hpc_db_host", "bootstrap", f"--root={root}"]
     return [*command, f"--lifetime={lifetime}", f"--lease-patience={patience}", f"--detach={log}"]
 
 
 def runs(pid: int) -> bool:
-    """Tell whether a process runs. One that has ended may wait for ever where nothing collects it."""
+    """Return whether a process is running. A zombie does not count: it may stay for ever if nothing reaps it."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stream:
             return stream.read().rpartition(")")[2].split()[0] not in "ZX"
@@ -170,7 +170,7 @@ def runs(pid: int) -> bool:
 
 
 def _answers_signal(pid: int) -> bool:
-    """Tell the same on macOS."""
+    """Return whether a process exists; for macOS, which has no /proc."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -179,7 +179,7 @@ def _answers_signal(pid: int) -> bool:
 
 
 def ensure_started(params: dict, run: Run, is_served: IsServed) -> dict:
-    """Return a server that answers, starting one if need be. ``run`` takes an argument list, returns its stdout."""
+    """Return a server that answers; start one if needed. ``run`` takes an argument list and returns its stdout."""
     root = params["root"]
     log = Layout(root).temporary_server_log
     slice_ = _slices.Slice(params)
@@ -189,7 +189,7 @@ def ensure_started(params: dict, run: Run, is_served: IsServed) -> dict:
         server = find_server(root, is_served)
         if server:
             if pid and server["job"] and runs(pid):
-                # The hosting job was only slow to answer: ours must not wait for its lease.
+                # The server job was only slow to answer: our temporary server must not wait for its lease.
                 os.kill(pid, signal.SIGTERM)
             return server
         if not pid:
@@ -206,7 +206,7 @@ def ensure_started(params: dict, run: Run, is_served: IsServed) -> dict:
 
 
 def last_line(log: str) -> str:
-    """Return what the program does, without the time before it."""
+    """Return the last complete line of the log, without its time."""
     try:
         with open(log, encoding="utf-8", errors="replace") as stream:
             lines = stream.read().split("\n")[:-1] or ["starting"]
@@ -216,7 +216,7 @@ def last_line(log: str) -> str:
 
 
 def last_words(log: str) -> str:
-    """Return why the program ended, and what PostgreSQL said, in one line."""
+    """Return in one line why the program ended, with PostgreSQL's messages."""
     with open(log, encoding="utf-8", errors="replace") as stream:
         lines = [line.strip() for line in stream]
     told = [line for line in lines if "FATAL" in line or "LOG:  could not" in line or "hba" in line] + lines[-1:]
@@ -224,7 +224,7 @@ def last_words(log: str) -> str:
 
 
 def ensure_stopped(params: dict) -> bool:
-    """Stop the short-lived server; return whether there was one."""
+    """Stop the temporary server; return whether there was one."""
     path = Layout(params["root"]).temporary_server
     said = read_json(path)
     if not said or said["host"] != socket.gethostname() or not answers({"host": said["socket"], "port": said["port"]}):
@@ -279,7 +279,7 @@ def main() -> None:
         module.exit_json(server=None, **waiting.result())
     except (Failed, OSError, SchedulerError, ValueError) as error:
         module.fail_json(msg=one_line(error))
-    # A server that comes and goes within the play is no change.
+    # A server that is started and stopped within the play is no change.
     module.exit_json(changed=False, server=server)
 
 

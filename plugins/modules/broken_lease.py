@@ -65,11 +65,11 @@ Run = Callable[[list[str]], tuple[int, str, str]]
 
 
 class Refused(Exception):
-    """The lease stays what it is; the message is for the user."""
+    """The lease stays unchanged; the message is for the user."""
 
 
 def ensure_broken(params: dict, run: Run, check_mode: bool) -> dict:
-    """Break the lease if somebody holds it. ``run`` takes an argument list; returns code, stdout and stderr."""
+    """Break the lease if it is held. ``run`` takes an argument list and returns code, stdout and stderr."""
     if not os.path.isabs(params["root"]):
         raise Refused(f"root: {params['root']!r} is not absolute")
     read_settings(params["root"])
