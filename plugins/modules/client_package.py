@@ -102,10 +102,10 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_
 OLDEST_PYTHON = [3, 9]
 
 ENTRY_POINTS = "sqlalchemy.plugins"
-# One driver has two names: conda's and a distribution's own build is psycopg2.
+# The driver has two names: conda and Linux distributions call their own build psycopg2.
 OTHER_NAMES = {"psycopg2-binary": "psycopg2"}
 
-# What the environment's own Python is asked; an old one has to understand it, too.
+# Runs in the environment's own Python. Its syntax must also work in an old Python.
 PROBE = r"""
 import hashlib, json, os, sys, sysconfig
 said = {"version": list(sys.version_info[:3]), "executable": sys.executable}
@@ -141,7 +141,7 @@ Run = Callable[[list[str]], str]
 
 
 class Project(NamedTuple):
-    """What a wheel's metadata has."""
+    """The metadata that the wheel needs."""
 
     name: str
     version: str
@@ -151,13 +151,13 @@ class Project(NamedTuple):
 
 
 def probe_command(python: str) -> list[str]:
-    """Return the call that asks an environment; what belongs to the user beside it does not count."""
+    """Return the call that inspects an environment; -I excludes the user's own site-packages."""
     names = ["hpc-db-client", "sqlalchemy", "psycopg2-binary", "psycopg2", "optuna"]
     return [python, "-I", "-c", PROBE, json.dumps(names)]
 
 
 def parse_probe(stdout: str) -> dict:
-    """Return the answer; a site may print lines of its own before it."""
+    """Return the probe's answer; a site's start-up files may print lines before it."""
     answers = [line[len("hpc_db ") :] for line in stdout.splitlines() if line.startswith("hpc_db ")]
     if not answers:
         raise Failed("it does not answer as a Python does")
@@ -165,7 +165,7 @@ def parse_probe(stdout: str) -> dict:
 
 
 def read_project(text: str) -> Project:
-    """Return what a pyproject.toml says. Python 3.9 has no tomllib, but texts and lists are JSON's as well there."""
+    """Parse a pyproject.toml. Python 3.9 has no tomllib, but the strings and lists in this file are also valid JSON."""
 
     def value(key: str) -> str:
         found = re.search(rf'^{key} = (".*?"|\[.*?\])$', text, re.MULTILINE | re.DOTALL)
@@ -185,7 +185,7 @@ def read_project(text: str) -> Project:
 
 
 def project_of(requirement: str) -> tuple[str, str]:
-    """Return the normalised name and the versions of a requirement."""
+    """Return the normalised name and the version bounds of a requirement."""
     name = re.match(r"[A-Za-z0-9][\w.-]*", requirement)
     if not name:
         raise Failed(f"project: {requirement!r} is no requirement")
@@ -193,7 +193,7 @@ def project_of(requirement: str) -> tuple[str, str]:
 
 
 def allows(versions: str, version: str) -> bool:
-    """Tell whether a version is among those that a requirement allows, which are bounded by >= and < alone."""
+    """Return whether the version satisfies the bounds; only >= and < are supported."""
     def numbers(text: str) -> list[int]:
         found = [int(number) for number in re.match(r"[\d.]*", text)[0].split(".") if number]  # type: ignore[index]
         return found + [0] * (4 - len(found))
@@ -206,14 +206,14 @@ def allows(versions: str, version: str) -> bool:
 
 
 def wheel_name(project: Project) -> str:
-    """Return the file name that pip expects."""
+    """Return the wheel's file name as pip expects it."""
     return f"{normalise(project.name).replace('-', '_')}-{project.version}-py3-none-any.whl"
 
 
 def write_wheel(folder: str, project: Project, files: dict[str, str]) -> str:
     """Write the wheel into ``folder`` and return its path. The same sources give the same bytes.
 
-    pip would make one, too, but would fetch a build system, and login nodes may have no internet.
+    pip could build a wheel too, but it would download a build system, and login nodes may have no internet access.
     """
     path = os.path.join(folder, wheel_name(project))
     info = "-".join(wheel_name(project).split("-")[:2]) + ".dist-info"
@@ -233,7 +233,7 @@ def write_wheel(folder: str, project: Project, files: dict[str, str]) -> str:
     content[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in sorted(content.items()):
-            entry = zipfile.ZipInfo(name)  # of 1980, whenever it is made
+            entry = zipfile.ZipInfo(name)  # dated 1980, so that the bytes do not depend on the build time
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, text, zipfile.ZIP_DEFLATED)
     return path
@@ -257,7 +257,7 @@ def python_of(environment: str) -> str:
 
 
 def ask(python: str, run: Run) -> dict:
-    """Return what the environment holds."""
+    """Return the environment's contents, as found by the probe."""
     held = parse_probe(run(probe_command(python)))
     if held["version"] < OLDEST_PYTHON:
         version = ".".join(str(number) for number in held["version"])
@@ -285,7 +285,7 @@ def look_at_dependencies(project: Project, held: dict) -> tuple[list[str], Proje
 
 
 def has_client(project: Project, files: dict[str, str], held: dict) -> bool:
-    """Tell whether just this client package is installed."""
+    """Return whether exactly this client package is installed."""
     wanted = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
     return (
         held["packages"].get(project.name) == project.version
@@ -295,7 +295,7 @@ def has_client(project: Project, files: dict[str, str], held: dict) -> bool:
 
 
 def check_installable(held: dict) -> None:
-    """Refuse an environment that is not the user's to change."""
+    """Refuse an environment that the user must not change."""
     if held["managed"] or not held["writable"]:
         why = "belongs to the operating system" if held["managed"] else f"is not yours to write to ({held['site']})"
         raise Failed(
@@ -307,7 +307,7 @@ def check_installable(held: dict) -> None:
 
 
 def install(params: dict, project: Project, missing: list[str], python: str, run: Run) -> None:
-    """Install what is missing, then the client package."""
+    """Install the missing requirements, then the client package."""
     pip = ["--disable-pip-version-check", "--no-input", "install", "--quiet"]
     if missing:
         source = source_arguments(params["wheelhouse"], params["index_url"])
@@ -352,7 +352,7 @@ def as_lines(packages: dict[str, str]) -> str:
 
 
 def run_command(module: AnsibleModule, command: list[str]) -> str:
-    """Run a Python; raise Failed with its last words."""
+    """Run a Python command; raise Failed with the end of its output."""
     returncode, stdout, stderr = call(module, command)
     if returncode:
         raise Failed(explain(command, stdout, stderr))

@@ -193,7 +193,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import call
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.slurm import parse_time
 
-# Takes an argument list; returns what was printed, nothing if the command is missing, fails, or takes too long.
+# Takes an argument list; returns stdout, or an empty string if the command is missing, fails or times out.
 Run = Callable[[list], str]
 
 CLIENTS = ["micromamba", "mamba", "conda"]
@@ -205,17 +205,18 @@ SHARED = {
 }
 CONFIG = ["AccountingStorageEnforce", "ClusterName", "EnforcePartLimits", "KillWait", "PreemptMode", "SLURM_VERSION"]
 
-# What is proposed, if the partition has so much: enough for 100 workers, and little enough to find its place soon.
+# Upper limits of the proposed resources, as far as the partition has them: enough for 100 workers, yet small enough for
+# a short wait in the queue.
 MEMORY_MB = 16384
 ALONE_MB = 65536
 CPUS = 4
 SECONDS = 7 * 24 * 3600
-# A default partition with a shorter limit is one for trials.
+# A default partition with a shorter time limit than this is meant for tests.
 SHORT_SECONDS = 3600
 
 
 def look(params: dict, run: Run, run_slurm: Run, fetch: Callable[[str], str]) -> dict:
-    """Return what is known. ``fetch`` returns what keeps this host from a URL."""
+    """Return the cluster's data. ``fetch`` returns why this host cannot reach a URL."""
     user = pwd.getpwuid(os.geteuid())
     folders, programs = parse_login(run(login_command()))
     sbatch = shutil.which("sbatch") or programs.get("sbatch", "")
@@ -256,7 +257,7 @@ def look(params: dict, run: Run, run_slurm: Run, fetch: Callable[[str], str]) ->
 
 
 def login_command() -> list[str]:
-    """Return the call of a login shell that prints the folders and the schedulers that it knows."""
+    """Return the call of a login shell that prints the folders and schedulers known to it."""
     script = (
         'for name in $1; do printf "hpc_db folder %s %s\\n" "$name" "${!name}"; done; '
         'for name in $2; do printf "hpc_db program %s %s\\n" "$name" "$(type -P "$name")"; done'
@@ -265,7 +266,7 @@ def login_command() -> list[str]:
 
 
 def parse_login(text: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Return folders and programs by their names, whatever else a login shell prints."""
+    """Return folders and programs by name; other output of the login shell is ignored."""
     found = re.findall(r"^hpc_db (folder|program) (\w+) (/.*)$", text, re.MULTILINE)
     folders, programs = ({name: path for kind, name, path in found if kind == wanted} for wanted in
                          ("folder", "program"))
@@ -273,13 +274,13 @@ def parse_login(text: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def parse_config(text: str) -> dict[str, str]:
-    """Return what matters of ``scontrol show config``."""
+    """Return the relevant settings in the output of ``scontrol show config``."""
     found = dict(re.findall(r"^(\w+) *= (.*?) *$", text, re.MULTILINE))
     return {name: found[name] for name in CONFIG if name in found}
 
 
 def parse_associations(associations: str, user: str) -> tuple[list[str], list[str]]:
-    """Return the accounts, the default first, and the QOS."""
+    """Return the accounts, the default one first, and the QOS."""
     rows = [line.split("|") for line in associations.splitlines() if line.count("|") == 1]
     default = [line.strip() for line in user.splitlines() if line.strip()][-1:]
     accounts = sorted({account for account, _qos in rows if account})
@@ -288,7 +289,7 @@ def parse_associations(associations: str, user: str) -> tuple[list[str], list[st
 
 
 def parse_partitions(partitions: str, nodes: str, accounts: list[str]) -> list[dict]:
-    """Return the partitions, with what the smallest of their nodes has."""
+    """Return the partitions, each with the hardware of its smallest node."""
     hardware: dict[str, list[tuple[int, int, str]]] = {}
     for line in nodes.splitlines():
         name, *about = line.strip().split("|")
@@ -322,7 +323,7 @@ def parse_partitions(partitions: str, nodes: str, accounts: list[str]) -> list[d
 
 
 def propose(partitions: list[dict], accounts: list[str]) -> dict | None:
-    """Return options of a job that some partition takes: the default one's, unless that is for trials only."""
+    """Return job options that a partition accepts. The default partition is preferred unless it is meant for tests."""
     usable = [each for each in partitions if each["usable"] and each["nodes"]]
     if not usable:
         return None
@@ -346,14 +347,14 @@ def propose(partitions: list[dict], accounts: list[str]) -> dict | None:
 
 
 def format_time(seconds: int) -> str:
-    """Return a time as Slurm writes it."""
+    """Return a time in Slurm's format."""
     days, rest = divmod(seconds, 24 * 3600)
     clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
     return f"{days}-{clock}" if days else clock
 
 
 def read_file_systems(folders: dict[str, str], user: str, run: Run) -> list[dict]:
-    """Return what is known of the folders' file systems, each folder once."""
+    """Return the data of each folder's file system; every path appears once."""
     result: list[dict] = []
     quotas = run(["quota", "-w", "-u", user])
     for name, path in folders.items():
@@ -379,7 +380,7 @@ def parse_df(text: str) -> tuple[str, str, int, str] | None:
 
 
 def parse_quota(text: str, names: list[str]) -> tuple[int | None, int | None]:
-    """Return the bytes that are used and allowed, as ``quota`` and ``lfs quota`` print them in kilobytes."""
+    """Return used and allowed bytes; ``quota`` and ``lfs quota`` print them in kilobytes."""
     for line in text.splitlines():
         fields = line.split()
         numbers = [field.rstrip("*") for field in fields[1:4]]
@@ -390,9 +391,9 @@ def parse_quota(text: str, names: list[str]) -> tuple[int | None, int | None]:
 
 
 def other_mounts(table: Path, known: list[str]) -> list[str]:
-    """Return where file systems of the network are mounted that hold none of the known folders.
+    """Return the mount points of network file systems that contain none of the known folders.
 
-    With FUSE any user may mount something, and call it as they like: only root's and the user's own count.
+    With FUSE any user can mount a file system under any name, so only mounts of root and of this user count.
     """
     text = table.read_bytes().decode("utf-8", "replace") if table.exists() else ""
     found = {
@@ -404,7 +405,7 @@ def other_mounts(table: Path, known: list[str]) -> list[str]:
 
 
 def fetch_url(url: str, timeout: int) -> str:
-    """Return what keeps this host from a URL; nothing if it answers."""
+    """Return why this host cannot reach a URL; empty if it can."""
     if url.startswith(("file:", "/")):
         path = re.sub("^file:/*", "/", url)
         return "" if os.path.exists(path) else f"there is no {path}"
