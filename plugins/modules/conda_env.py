@@ -269,11 +269,11 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_
 CLIENTS = ["micromamba", "mamba", "conda"]
 HOMES = ["~/miniforge3", "~/mambaforge", "~/micromamba", "~/miniconda3", "~/anaconda3", "~/.local", "/opt/*"]
 
-# What the file beside the prefix says from before a client starts until all is done.
-MAKING = "making"  # whatever is at the prefix may be thrown away
-CHANGING = "changing"  # with the version of PostgreSQL there was, whose record a kill may have lost
+# Contents of the marker file beside the prefix, from the start of the client until the work is complete.
+MAKING = "making"  # the prefix may be deleted
+CHANGING = "changing"  # followed by PostgreSQL's version before the change, because a kill may have lost its record
 
-# How many seconds to wait before a second and a third attempt. Clients try for a few seconds by themselves.
+# Seconds before the second and the third attempt. Clients also retry for a few seconds themselves.
 PAUSES = (2, 8)
 
 NO_LOCK = "none is given, but it alone says which of the archives to install"
@@ -353,14 +353,14 @@ def stage(params: dict, run: Run, specs: list[Spec], check_mode: bool) -> dict:
 
 
 def packages_of(host: dict) -> Packages | None:
-    """Return what the other host has; None where an environment may be made, or has to be made again."""
+    """Return the other host's packages; None if its environment does not exist or must be created again."""
     if host["packages"] is None:
         return None
     return {name: Package(name, version, build) for name, (version, build) in host["packages"].items()}
 
 
 def keep_archives(params: dict, run: Run, specs: list[Spec], lock: str) -> None:
-    """Fetch the packages of the lock file, as far as their archives are not there already."""
+    """Download the lock file's packages whose archives are not here yet."""
     solved = not params["lock"]
     params = {**params, "lock": lock, "locked": _lock.parse_lock(lock, platform_of(params))}
     answer = ask(params, run, specs, {}, dry_run=False)
@@ -371,7 +371,7 @@ def keep_archives(params: dict, run: Run, specs: list[Spec], lock: str) -> None:
 
 
 def features_of(bindir: str, run: Run, version: str) -> list[str]:
-    """Return what the PostgreSQL there was built with; raise if it does not even start."""
+    """Return the build features of this PostgreSQL; raise if it does not start."""
     with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
         code, tls_library, stderr = run(clean_command(tls_command(bindir, "", scratch), 60, None))
     if code:
@@ -381,7 +381,7 @@ def features_of(bindir: str, run: Run, version: str) -> list[str]:
 
 
 def wanted_specs(params: dict) -> list[Spec]:
-    """Return the specs; raise for values that no client should see."""
+    """Return the specs; raise for invalid values, before any client sees them."""
     for name in ("prefix", "rattler_python", "package_cache", "lease", "archives"):
         if params[name] is not None and not os.path.isabs(params[name]):
             raise CondaError(f"{name}: {params[name]!r} is not absolute; give a path that begins with / or ~")
@@ -402,7 +402,7 @@ def wanted_specs(params: dict) -> list[Spec]:
 
 
 def wanted_lock(params: dict, specs: list[Spec]) -> list[_lock.Locked]:
-    """Return the packages of the lock file, if one is given; raise if it does not fit this machine or the specs."""
+    """Return the lock file's packages, if there is one; raise if it does not match the platform or the specs."""
     if not params["lock"]:
         return []
     locked = _lock.parse_lock(params["lock"], platform_of(params))
@@ -411,7 +411,7 @@ def wanted_lock(params: dict, specs: list[Spec]) -> list[_lock.Locked]:
 
 
 def platform_of(params: dict) -> str:
-    """Return conda's name for this host, or for the one that is solved for."""
+    """Return conda's name for this host's platform, or for that of the host to solve for."""
     host = params["host"] or {"system": platform.system(), "machine": platform.machine()}
     return _lock.platform_of(host["system"], host["machine"])
 
@@ -423,7 +423,7 @@ def is_wanted(packages: Packages, specs: list[Spec], locked: list[_lock.Locked])
 
 
 def check_change(params: dict, before: Packages) -> None:
-    """Raise if an environment that is there is not to be changed, or cannot be brought to the lock file."""
+    """Raise if an existing environment must not be changed or cannot be brought to the lock file."""
     check_lease(params["lease"])
     if not params["locked"]:
         return
@@ -444,13 +444,13 @@ def check_change(params: dict, before: Packages) -> None:
 
 
 def check_lease(folder: str | None) -> None:
-    """Raise if a server holds the lease, or has left it without a word."""
+    """Raise if a server holds the lease or has ended without releasing it."""
     names = os.listdir(folder) if folder and os.path.isdir(folder) else []
     epochs = [int(name[6:]) for name in names if re.fullmatch(r"lease\.\d+", name)]
     if not epochs or f"released.{max(epochs)}" in names:
         return
     holder = {}
-    with suppress(OSError, ValueError):  # it may be released, or taken, just now
+    with suppress(OSError, ValueError):  # it may be released or taken at this moment
         holder = json.loads(Path(folder or "", f"lease.{max(epochs)}").read_text(encoding="utf-8"))
     what = f"job {holder['job']}" if holder.get("job") else "a server"
     raise CondaError(
@@ -464,13 +464,13 @@ def records_of(prefix: str) -> list[dict]:
 
 
 def has_all_files(prefix: Path) -> bool:
-    """Tell whether every file in the records exists: a client that failed may have removed some before their record."""
+    """Return whether all recorded files exist: a failed client may have removed files before their record."""
     named = (name for record in records_of(str(prefix)) for name in record.get("files") or [])
     return all(os.path.lexists(prefix / name) for name in named)
 
 
 def newest(params: dict, run: Run, specs: list[Spec], version: str) -> list[Spec]:
-    """Return the newest packages that satisfy the specs, exactly. PostgreSQL gets no older, nor another major."""
+    """Return exact specs of the newest packages that fit the specs. PostgreSQL keeps its major and gets no older."""
     solved = plan(params, run, [*keep_major(specs, version), *no_older(version)], None).packages
     return [
         Spec(f"{name}={package.version}={package.build}", name, (("==", package.version),), package.build)
@@ -487,7 +487,7 @@ def note_of(marker: Path) -> str:
 
 
 def look(prefix: Path, note: str, strict: bool = True) -> Packages | None:
-    """Return the environment's packages, or None where one may be made; raise where neither is so."""
+    """Return the environment's packages; None if one may be created there. Raise if neither applies."""
     outer = next((parent for parent in prefix.parents if (parent / "conda-meta").is_dir()), None)
     if outer and prefix.parent != outer / "envs":
         raise CondaError(f"prefix: {prefix} lies inside the conda environment {outer}; choose a path outside")
@@ -520,14 +520,14 @@ def read_packages(metadata: Path, strict: bool) -> Packages:
 
 
 def postgresql_of(before: Packages | None, note: str) -> str:
-    """Return the version of PostgreSQL whose major has to stay, or nothing."""
+    """Return the version of PostgreSQL whose major must be kept; empty if there is none."""
     if before and "postgresql" in before:
         return before["postgresql"].version
     return note.partition(" ")[2]
 
 
 def keep_major(specs: list[Spec], version: str) -> list[Spec]:
-    """Return the specs with PostgreSQL's installed major among them; raise if they exclude it."""
+    """Return the specs with PostgreSQL's installed major added; raise if they exclude it."""
     if not version:
         return specs
     kept = parse_spec(f"postgresql={major_of(version)}")
@@ -541,12 +541,12 @@ def keep_major(specs: list[Spec], version: str) -> list[Spec]:
 
 
 def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> Answer:
-    """Return what would be installed, and leave nothing behind. There is a problem only if that could not be solved."""
+    """Return the packages to be installed; leave no files. The answer has a problem only if solving was impossible."""
     if params["locked"]:
         return Answer({each.package.name: each.package for each in params["locked"]})
     with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
         harmless = dict(params)
-        if before is None or params["host"]:  # not even a dry "create" gets to see the true prefix
+        if before is None or params["host"]:  # not even a dry-run "create" may see the true prefix
             harmless["prefix"] = os.path.join(scratch, "prefix")
         if params["package_cache"] and not os.path.isdir(params["package_cache"]):
             harmless["package_cache"] = os.path.join(scratch, "cache")
@@ -556,7 +556,7 @@ def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> 
             answer = ask(harmless, run, specs, before, dry_run=True)
     if not answer.problem and not all_satisfied(answer.packages, specs):
         answer = Answer({}, "provider", "it did not say what it would install")
-    # An earlier task installs it or stages them, unless that is in check mode too.
+    # An earlier task installs it or stages the packages, unless that task is in check mode too.
     if answer.setting in ("rattler_python", "lock"):
         present = before or {}
         missing = [spec for spec in specs if not all_satisfied(present, [spec])]
@@ -573,13 +573,13 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with alone_at(marker, params["timeout"], "timeout", params) as note:
         left = note.read()
-        before = look(prefix, left)  # again, since another run may have ended just now
+        before = look(prefix, left)  # again, because another run may have finished since
         if before is not None and not left and is_wanted(before, specs, params["locked"]):
             return before, before
         version = postgresql_of(before, left)
         specs = keep_major(specs, version)
         if before is not None:
-            check_lease(params["lease"])  # again: only from now on no server starts any more
+            check_lease(params["lease"])  # again: from now on no server starts
         rewrite(note, MAKING if before is None else f"{CHANGING} {version}")
         if before is None:
             clear(prefix, left)
@@ -588,7 +588,7 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
             return look(prefix, "") if (prefix / "conda-meta").is_dir() else None
 
         def is_done() -> bool:
-            """Tell whether the records, not as wanted before, prove that it worked, whatever the client says."""
+            """Return whether records that were not as wanted before now prove success, whatever the client reports."""
             if is_wanted(before or {}, specs, params["locked"]):
                 return False
             with suppress(CondaError):  # a record is damaged
@@ -601,7 +601,7 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
         except CondaError:  # a record is damaged
             if not answer.problem:
                 raise
-            after = None  # the client's own words say why, such as a full disk
+            after = None  # the client's own message gives the reason, such as a full disk
         if after is not None and is_wanted(after, specs, params["locked"]) and (is_done() or not answer.problem):
             rewrite(note, "")
             return before, after
@@ -615,7 +615,7 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
 
 
 def remove(params: dict, prefix: Path, marker: Path, check_mode: bool) -> Packages | None:
-    """Remove the environment, or the rest of one; return its packages, or None if there was nothing."""
+    """Remove the environment or the remains of one; return its packages, or None if there was nothing."""
 
     def look_for_rest(note: str) -> Packages | None:
         found = look(prefix, note, strict=False)
@@ -636,7 +636,7 @@ def remove(params: dict, prefix: Path, marker: Path, check_mode: bool) -> Packag
 
 
 def clear(prefix: Path, note: str) -> None:
-    """Make way for a new environment: remove an empty directory, and with this note anything."""
+    """Make room for a new environment: remove an empty directory, or with the note MAKING any contents."""
     if note == MAKING and os.path.lexists(prefix):
         shutil.rmtree(prefix)
     elif os.path.lexists(prefix):
@@ -652,14 +652,14 @@ def ask(
     keep_open: tuple[int, ...] = (),
     is_done: Callable[[], bool] = lambda: False,
 ) -> Answer:
-    """Have a client install the packages, or say what it would; it alone needs internet and time."""
+    """Let a client install the packages or report its plan. Only this step needs internet access and time."""
     with tempfile.NamedTemporaryFile("w", prefix="conda_env-", suffix=".txt", encoding="utf-8") as lock_file:
         lock_file.write(params["lock"] or "")
         lock_file.flush()
         command = client_command(params, specs, before, dry_run, lock_file.name)
         answer = ask_again(params, run, command, before, dry_run, keep_open, is_done)
     if params["locked"] and answer.setting in ("channels", "specs"):
-        return answer._replace(setting="lock")  # which alone names what is fetched
+        return answer._replace(setting="lock")  # only the lock file determines the downloads
     return answer
 
 
@@ -672,7 +672,7 @@ def ask_again(
     keep_open: tuple[int, ...],
     is_done: Callable[[], bool],
 ) -> Answer:
-    """Run a client, and again as long as the network is at fault, the work is not done and there is time."""
+    """Run a client; repeat it while the network is at fault, the work is incomplete and time is left."""
     channels = sorted({each.channel for each in params["locked"]}) or params["channels"]
     latest = time.monotonic() + params["timeout"]
     earlier: list[str] = []
@@ -680,14 +680,14 @@ def ask_again(
         seconds = max(1, round(latest - time.monotonic()))
         code, stdout, stderr = run(clean_command(command, seconds, params["package_cache"]), pass_fds=keep_open)
         answer = parse_answer(code, stdout, stderr, before or {}, params["provider"])
-        if answer.setting == "timeout" and earlier:  # the network is why
+        if answer.setting == "timeout" and earlier:  # because of the network
             answer = Answer({}, "channels", f"{earlier[-1]}; the last attempt was stopped")
             break
         if not may_pass(answer, channels) or is_done() or time.monotonic() + pause >= latest:
             break
         earlier.append(answer.problem)
         if before is None and not dry_run:
-            clear(Path(params["prefix"]), MAKING)  # no client gets to "create" over what the last attempt has left
+            clear(Path(params["prefix"]), MAKING)  # a client must never "create" over the remains of the last attempt
         time.sleep(pause)
     if answer.problem and earlier:
         return answer._replace(problem=f"tried {len(earlier) + 1} times: {answer.problem}")
@@ -715,7 +715,7 @@ def client_command(
 
 
 def glibc_of(params: dict) -> str:
-    """Return the glibc of this host as solvers take it, or of the one that is solved for; it may be nothing."""
+    """Return the glibc version as solvers read it, of this host or of the host to solve for; it may be empty."""
     if params["host"]:
         return params["host"]["glibc"]
     with suppress(OSError, ValueError):
@@ -725,7 +725,7 @@ def glibc_of(params: dict) -> str:
 
 
 def find_program(params: dict, run: Run) -> dict[str, str]:
-    """Return the setting that names the program to run, filled in."""
+    """Return the setting that names the program to run, with its value."""
     if params["provider"] == "rattler":
         return {"rattler_python": params["rattler_python"] or sys.executable}
     wanted = params["client"] or ""
@@ -741,7 +741,7 @@ def find_program(params: dict, run: Run) -> dict[str, str]:
 
 
 def client_paths(names: list[str], params: dict, run: Run) -> Iterator[str]:
-    """Yield where a client may be, the cheap places first."""
+    """Yield possible paths of a client, in order of the cost of looking there."""
     for path in (os.environ.get("MAMBA_EXE", ""), os.environ.get("CONDA_EXE", "")):
         if os.path.basename(path) in names:
             yield path

@@ -71,7 +71,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_
 
 
 def look(prefix: Path) -> dict:
-    """Return what is known of the environment."""
+    """Return the environment's data."""
     if not prefix.is_absolute():
         raise CondaError(f"prefix: '{prefix}' is not absolute; give a path that begins with / or ~")
     subdir = platform_of(platform.system(), platform.machine())
@@ -87,7 +87,7 @@ def look(prefix: Path) -> dict:
 
 
 def read_records(prefix: Path) -> list[dict] | None:
-    """Return the environment's records; None if there is none, or one whose installation has not ended."""
+    """Return the environment's records; None if there is no environment or its installation is incomplete."""
     metadata = prefix / "conda-meta"
     if not metadata.is_dir() or prefix.with_name(prefix.name + ".unfinished").exists():
         return None

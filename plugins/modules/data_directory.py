@@ -62,11 +62,11 @@ Run = Callable[[list[str]], str]
 
 
 class Failed(Exception):
-    """The data directory cannot be kept; the message is for the user."""
+    """The data directory cannot be created or used; the message is for the user."""
 
 
 def existing_major(path: str) -> str | None:
-    """Return the major version of a data directory; None if ``path`` is free."""
+    """Return the major version of a data directory; None if ``path`` does not exist or is empty."""
     try:
         with open(os.path.join(path, "PG_VERSION"), encoding="ascii") as stream:
             return stream.read().strip()
@@ -77,8 +77,8 @@ def existing_major(path: str) -> str | None:
 
 
 def initdb_command(bindir: str, path: str, major: int) -> list[str]:
-    """Return the call that makes a data directory."""
-    # From 17 on C.UTF-8 is built in: C's order and speed, with upper and lower case beyond ASCII.
+    """Return the call that creates a data directory."""
+    # PostgreSQL 17 and later have C.UTF-8 built in: order and speed of C, with upper and lower case beyond ASCII.
     locale = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"] if major >= 17 else []
     return [
         os.path.join(bindir, "initdb"),
@@ -119,13 +119,13 @@ def ensure_data_directory(params: dict, run: Run, check_mode: bool) -> dict:
 
 
 def result(changed: bool, path: str, version: str | None, major: int | None) -> dict:
-    """Return what the module reports."""
+    """Return the module's result."""
     diff = {"before": "" if changed else f"{path}\n", "after": f"{path}\n"}
     return {"changed": changed, "version": version, "major": major, "diff": diff}
 
 
 def run_command(module: AnsibleModule, command: list[str]) -> str:
-    """Run one of PostgreSQL's programs; raise Failed with its own words."""
+    """Run one of PostgreSQL's programs; raise Failed with its error message."""
     try:
         returncode, stdout, stderr = module.run_command(
             command, expand_user_and_vars=False, handle_exceptions=False, environ_update=ENGLISH
@@ -144,7 +144,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     os.umask(0o077)
-    # initdb reads PGDATA and its like; postgres --version loads libraries
+    # initdb reads PGDATA and other PG variables; postgres --version loads libraries
     for name in [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]:
         del os.environ[name]
     try:
