@@ -185,10 +185,10 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
-# What the hosting program says about the endpoint: whether there is one, or was. It takes "look" or "withdraw".
+# Runs the supervisor's command "look" or "withdraw" and returns whether there is or was an endpoint.
 Endpoint = Callable[[str], bool]
 
-# How long a job that was asked to end has for it, running transactions and a checkpoint included.
+# Seconds that a job has to end when asked, for running transactions and a checkpoint.
 GENTLE_SECONDS = 30
 
 
@@ -216,7 +216,7 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
         except _slices.Waiting as waiting:
             waiting.resume.update(changed=changed, diff=diff)
             raise
-        # A job whose node has died cannot take its endpoint back; one that goes has done so.
+        # A job on a dead node cannot withdraw its endpoint; any other job has done so when it ends.
         changed |= endpoint("look" if check_mode else "withdraw")
         if rest and not check_mode:
             raise SchedulerError(f"{params['name']} has not ended after {params['timeout']} s: {_in_words(rest)}")
@@ -225,7 +225,7 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
 
 
 def _all_options(params: dict) -> dict:
-    """Return the job's options, with what the server job needs if its memory is given."""
+    """Return the job's options; if its memory is given, with the options that a server job needs."""
     if params.get("memory") is None:
         return params["options"]
     needs = params["name"], params["memory"], params["notice"], params["chain"]
@@ -233,7 +233,7 @@ def _all_options(params: dict) -> dict:
 
 
 def _submit(params: dict, run: Run, jobs: list[dict]) -> list[str]:
-    """Submit the job; return what is to be said about it."""
+    """Submit the job; return warnings about it."""
     wishes = params["script"], params["options"], params["output"]
     command = SCHEDULERS[params["scheduler"]].submit_command(params["name"], *wishes)
     try:
@@ -244,7 +244,7 @@ def _submit(params: dict, run: Run, jobs: list[dict]) -> list[str]:
 
 
 def _check_submission(params: dict, run: Run, check_mode: bool) -> list[str]:
-    """Raise what a submission would; a real one hears from sbatch itself. Return what is to be said."""
+    """Raise the errors that a submission would raise; a real one gets them from sbatch. Return warnings."""
     scheduler = SCHEDULERS[params["scheduler"]]
     check_environment(params, "server_job_options")
     limit = scheduler.limit_command(params["options"])
@@ -255,12 +255,12 @@ def _check_submission(params: dict, run: Run, check_mode: bool) -> list[str]:
 
 
 def _clear_queue(params: dict, run: Run, jobs: list[dict], slice_: _slices.Slice) -> list[dict]:
-    """Cancel every job of the name, also one that a running job submits meanwhile; return those that have not ended."""
+    """Cancel all jobs of the name, including a successor submitted meanwhile; return the jobs that have not ended."""
     began, asked = slice_.began, set(slice_.resume.get("asked", []))
     deadline = began + params["timeout"]
     pause = 0.1
     while jobs:
-        # The last in the line first, or a successor starts when its predecessor goes.
+        # The last job in the queue first, otherwise a successor starts when its predecessor ends.
         for job in reversed(jobs):
             gently = time.monotonic() < began + GENTLE_SECONDS and (job["state"] == "RUNNING" or job["id"] in asked)
             if job["state"] != LEAVING and not (gently and job["id"] in asked):
@@ -279,7 +279,7 @@ def _clear_queue(params: dict, run: Run, jobs: list[dict], slice_: _slices.Slice
 
 
 def _cancel(params: dict, run: Run, job_id: str, gently: bool) -> None:
-    """Cancel a job, or ask it to end; for some schedulers it is an error if it has ended meanwhile."""
+    """Cancel a job, or ask it to end. With some schedulers it is an error if the job has already ended."""
     scheduler = SCHEDULERS[params["scheduler"]]
     command = scheduler.ask_command(job_id) if gently else scheduler.cancel_command(job_id)
     try:
@@ -293,7 +293,7 @@ def _cancel(params: dict, run: Run, job_id: str, gently: bool) -> None:
 
 
 def _wish_path(params: dict, job_id: str) -> pathlib.Path:
-    """Return the file by which the hosting program is asked to end, where the scheduler can only kill it."""
+    """Return the file that asks the supervisor to end, for schedulers that can only kill a job."""
     return pathlib.Path(Layout(params["root"]).stop_request(job_id))
 
 
@@ -302,7 +302,7 @@ def _in_words(jobs: list[dict]) -> str:
 
 
 def _shown(jobs: list[dict]) -> list[dict]:
-    """Return what a diff shows of the jobs: what does not change by itself from one look to the next."""
+    """Return the part of the jobs that the diff shows: without values that change by themselves."""
     return [{"id": job["id"], "state": job["state"]} for job in jobs]
 
 
@@ -324,7 +324,7 @@ def main() -> None:
         required_if=[("state", "present", ("script", "output"))],
         supports_check_mode=True,
     )
-    os.umask(0o077)  # sbatch gives it to the job, whose log is nobody else's to read
+    os.umask(0o077)  # sbatch passes it on to the job, whose log must not be readable by others
 
     def endpoint(verb: str) -> bool:
         host = Layout(module.params["root"]).host
@@ -336,7 +336,7 @@ def main() -> None:
         )
         if returncode:
             raise OSError(f"the endpoint is not withdrawn: {' '.join(stderr.split())}")
-        return json.loads(stdout or "false")  # a hosting program that is older says nothing
+        return json.loads(stdout or "false")  # an older supervisor prints nothing
 
     try:
         result = ensure_job(module.params, make_run(module), module.check_mode, endpoint)

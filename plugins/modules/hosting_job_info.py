@@ -192,10 +192,10 @@ LOG_BYTES = 16384
 
 
 def look(params: dict, run: Run) -> dict:
-    """Return what is known of the job. ``run`` takes an argument list and returns its stdout."""
+    """Return the state of the job. ``run`` takes an argument list and returns its stdout."""
     check_name(params["name"])
     layout = Layout(params["root"])
-    # The files first: a job that ends in between then has a stale file and no job, never the other way round.
+    # The files first: if the job ends in between, the result is a stale file without a job, never the reverse.
     endpoint = read_json(layout.endpoint)
     state = read_json(layout.state)
     jobs = find_jobs(params, run)
@@ -228,7 +228,7 @@ def _log_tail(folder: str) -> list[str] | None:
         with open(max(logs, key=os.path.getmtime), "rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - LOG_BYTES))
             return stream.read().decode(errors="replace").splitlines()[-LOG_LINES:]
-    except (OSError, ValueError):  # no folder, no file in it, or one that was just rotated away
+    except (OSError, ValueError):  # no folder, no file in it, or the file was just rotated away
         return None
 
 

@@ -112,17 +112,18 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
-# Paths go into service files, job scripts and postgresql.conf: whatever one of them could misread is refused.
+# These paths are written into service files, job scripts and postgresql.conf: characters that one of them could misread
+# are refused.
 UNSAFE = re.compile(r"[^\w./+@=, -]")
 
-# How a file system says that it has none.
+# Error codes by which a file system reports that it has no hard links.
 NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
 Run = Callable[[list[str]], tuple[int, str]]
 
 
 class Refused(Exception):
-    """The settings cannot be carried out; nothing was changed."""
+    """The settings cannot be applied; nothing was changed."""
 
 
 def check_root(root: str, uid: int) -> None:

@@ -70,7 +70,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
 
 
 def judge(params: dict, run: Run) -> list[str]:
-    """Raise what the scheduler has against the script; return what is to be said about it.
+    """Raise the scheduler's objections to the script; return warnings.
 
     ``run`` takes an argument list and returns its stdout.
     """

