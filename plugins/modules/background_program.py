@@ -230,7 +230,7 @@ def why_not_free(port: int) -> str:
     if port and answers(port):
         return "another program serves there"
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, for what is left of the last one
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, to reuse a recent port
         try:
             probe.bind((HERE, port))
         except OSError as error:

@@ -110,7 +110,7 @@ class Failed(Exception):
 
 
 def answers(server: dict) -> bool:
-    """Tell whether somebody listens there, with a socket of ours: the file of a node that died stays behind."""
+    """Return whether a server answers, on a socket that belongs to us: the socket file of a dead node remains."""
     try:
         if server["host"].startswith("/"):
             path = f"{server['host']}/.s.PGSQL.{server['port']}"

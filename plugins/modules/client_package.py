@@ -245,7 +245,7 @@ def _digest(text: str) -> str:
 
 
 def python_of(environment: str) -> str:
-    """Return the path of the environment's Python, links in it as they are: a virtual environment's is one."""
+    """Return the path of the environment's Python, without resolving links: a virtual environment's Python is one."""
     if not os.path.isabs(environment):
         raise Failed(f"{environment!r} is not absolute; give a path that begins with / or ~")
     python = os.path.join(environment, "bin", "python") if os.path.isdir(environment) else environment
@@ -266,7 +266,7 @@ def ask(python: str, run: Run) -> dict:
 
 
 def look_at_dependencies(project: Project, held: dict) -> tuple[list[str], Project]:
-    """Return the requirements that are missing, and the project as this environment names what it needs."""
+    """Return the missing requirements, and the project with its dependencies named as in this environment."""
     missing, named = [], []
     for requirement in project.dependencies:
         name, versions = project_of(requirement)

@@ -298,7 +298,7 @@ def parse_partitions(partitions: str, nodes: str, accounts: list[str]) -> list[d
     result = []
     for line in partitions.splitlines():
         fields = dict(word.partition("=")[::2] for word in line.split())
-        if "PartitionName" not in fields:  # a site's own message
+        if "PartitionName" not in fields:  # a message printed by the site
             continue
         kinds = hardware.get(fields["PartitionName"], [])
         seconds = parse_time(fields.get("MaxTime", "")) or math.inf

@@ -329,7 +329,7 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
 
 
 def stage(params: dict, run: Run, specs: list[Spec], check_mode: bool) -> dict:
-    """Have the archives of what another host's environment lacks. Nothing is installed here, or looked at."""
+    """Ensure that the archives missing in another host's environment are here. Install and check nothing locally."""
     before, lock = packages_of(params["host"]), ""
     after, version = before, postgresql_of(before, "")
     if before is None or not is_wanted(before, specs, params["locked"]) or (params["update"] and not params["locked"]):

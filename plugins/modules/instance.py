@@ -157,14 +157,14 @@ def check_root(root: str, uid: int) -> None:
 
 
 def check_links(root: str) -> None:
-    """Refuse to begin on a file system without hard links, such as vfat, exFAT and some FUSE and SMB mounts."""
+    """Refuse a new instance on a file system without hard links, such as vfat, exFAT and some FUSE and SMB mounts."""
     folder = root
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     try:
         scratch = tempfile.mkdtemp(prefix=".hpc_db-", dir=folder)
     except OSError:
-        return  # nor can the instance directory be made, which says why
+        return  # the instance directory cannot be created either, and that error gives the reason
     try:
         one = os.path.join(scratch, "one")
         with open(one, "wb"):
@@ -181,7 +181,7 @@ def check_links(root: str) -> None:
 
 
 def ensure_directory(path: str, check_mode: bool) -> bool:
-    """Keep a folder with mode 0700; return whether that is a change."""
+    """Ensure that a folder exists with mode 0700; return whether this is a change."""
     if os.path.isdir(path) and os.stat(path).st_mode & 0o777 == 0o700:
         return False
     if not check_mode:
@@ -194,7 +194,7 @@ def open_files(folder: str) -> list[str]:
     """Return the files there that others have permissions on: libpq and PostgreSQL take no password or key from one."""
     found = []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*"))):
-        with contextlib.suppress(FileNotFoundError):  # logs and dumps come and go
+        with contextlib.suppress(FileNotFoundError):  # logs and dumps may be deleted at any time
             about = os.lstat(path)
             if stat.S_ISREG(about.st_mode) and about.st_mode & 0o077:
                 found.append(path)
@@ -207,7 +207,7 @@ def close_file(path: str) -> None:
 
 
 def current_text(path: str) -> str | None:
-    """Return the text of ``path``; None if there is none."""
+    """Return the text of ``path``; None if the file does not exist."""
     try:
         with open(path, encoding="utf-8", errors="replace", newline="") as stream:
             return stream.read()
@@ -221,14 +221,14 @@ def major_of(root: str) -> int | None:
         with open(Layout(root).settings, encoding="utf-8") as stream:
             used = [json.load(stream)["data"]]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
-        # A first run that was interrupted: nothing says yet which one is used.
+        # The first run was interrupted, so the settings do not name the directory in use yet.
         used = glob.glob(os.path.join(glob.escape(Layout(root).data), "[0-9]*"))
     versions = [current_text(os.path.join(path, "PG_VERSION")) for path in used if path.rpartition("/")[2].isdigit()]
     return max((int(version.partition(".")[0]) for version in versions if version), default=None)
 
 
 def validate(wanted: dict, run: Run) -> None:
-    """Let the program that will read the file judge it; raise Refused with its own words."""
+    """Let the program that will read the file validate it; raise Refused with its error message."""
     command = wanted["validate"]
     if not command or not os.path.exists(command[0]):
         return
@@ -243,7 +243,7 @@ def validate(wanted: dict, run: Run) -> None:
         returncode, stderr = run(arguments)
         if returncode:
             words = stderr.replace(candidate, wanted["path"]).strip().splitlines()
-            # PostgreSQL names the parameter first and says last that the file has errors.
+            # PostgreSQL names the parameters first; its last line only reports that the file has errors.
             named = [line.split("  ", 1)[-1] for line in words if "LOG:" in line and "skipping missing" not in line]
             raise Refused(f"{wanted['path']}: {'; '.join(named or words)}")
     finally:
@@ -251,7 +251,7 @@ def validate(wanted: dict, run: Run) -> None:
 
 
 def write(path: str, text: str, mode: int) -> None:
-    """Replace ``path`` by rename, so that no reader ever sees half of it."""
+    """Replace ``path`` by a rename, so that readers never see a partial file."""
     descriptor, aside = tempfile.mkstemp(prefix=".new-", dir=os.path.dirname(path))
     with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as stream:
         stream.write(text)
@@ -260,7 +260,7 @@ def write(path: str, text: str, mode: int) -> None:
 
 
 def ensure_files(root: str, files: list[dict], run: Run, check_mode: bool) -> list[dict]:
-    """Keep the files; return a diff for each that changed."""
+    """Bring the files to the wanted state; return a diff for each that changed."""
     changes = []
     for wanted in files:
         path = os.path.join(root, wanted["path"])
@@ -294,7 +294,7 @@ def ensure_instance(params: dict, run: Run, check_mode: bool, uid: int) -> dict:
             raise Refused(f"mode: {wanted['mode']!r} is none; write for example 0600")
     if not check_mode and not os.path.isdir(Layout(root).run):
         check_links(root)
-    # "run" comes first: it tells an instance directory from any other folder.
+    # "run" comes first: it distinguishes an instance directory from any other folder.
     folders = [root] + [os.path.join(root, name) for name in ["run", *params["directories"]]]
     made = [path for path in folders if ensure_directory(path, check_mode)]
     opened = [path for folder in folders[1:] for path in open_files(folder)]

@@ -160,7 +160,7 @@ def files_of(root: str, bindir: str, environment: str | None) -> dict[str, str]:
             found.update(listing(path))
     for path in sorted(glob.glob(os.path.join(glob.escape(Layout(root).data), "*", "PG_VERSION"))):
         found[path] = digest_of(path)
-    # It may lie elsewhere, and become another one by itself.
+    # The installation may be outside the instance directory and may be updated independently.
     server = os.stat(os.path.join(bindir, "postgres"))
     found["postgres"] = f"{server.st_size} {server.st_mtime_ns}"
     for path in sorted(glob.glob(os.path.join(glob.escape(environment), CLIENT))) if environment else []:
@@ -270,7 +270,7 @@ def checksum(text: str) -> str:
 
 
 def look(params: dict, run: Run, ask: Run) -> tuple[dict, dict | None]:
-    """Return how the instance is, and its endpoint. ``ask`` takes psql's call, asks the questions, returns stdout."""
+    """Return the instance's state and its endpoint. ``ask`` runs psql's call on the queries and returns its stdout."""
     root = params["root"]
     settings = read_json(Layout(root).settings)
     endpoint = served(params, run) if settings else None

@@ -57,11 +57,11 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_
 
 
 class Failed(Exception):
-    """The folder cannot be had; the message is for the user."""
+    """The folder cannot be created or changed; the message is for the user."""
 
 
 def look(folder: Path) -> dict[str, str]:
-    """Return where the links lead now."""
+    """Return the current targets of the links."""
     try:
         return {name: os.readlink(folder / name) for name in sorted(os.listdir(folder))}
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def look(folder: Path) -> dict[str, str]:
 
 
 def check_params(params: dict) -> None:
-    """Refuse what cannot be meant."""
+    """Refuse invalid parameters."""
     if not os.path.isabs(params["path"]):
         raise Failed(f"path: {params['path']!r} is not absolute; give a path that begins with / or ~")
     for name, target in params["links"].items():

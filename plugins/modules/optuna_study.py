@@ -131,18 +131,18 @@ SELECT study_name, array_agg(lower(direction::text) ORDER BY objective)
 FROM studies JOIN study_directions USING (study_id) GROUP BY study_name
 """
 ATTRIBUTES = "SELECT study_name, key, value_json FROM studies JOIN study_user_attributes USING (study_id)"
-# Older schemas keep the directions elsewhere.
+# Older schemas store the directions in another table.
 NAMES = "SELECT study_name, NULL FROM studies"
 
 
 class Refused(Exception):
-    """What is there contradicts what is wanted; the message is for the user."""
+    """The existing studies contradict the wanted ones; the message is for the user."""
 
 
 class Found(NamedTuple):
-    """What is there: the installed Optuna, the schema and why it is too old, the studies' directions if known.
+    """The current state: installed Optuna, schema, why the schema is too old, and the studies' directions if known.
 
-    ``attributes`` are those of the studies, ``notes`` is whether trials are noted with their workers.
+    ``attributes`` are those of the studies; ``notes`` is whether trials are recorded with their workers.
     """
 
     optuna: _optuna.Optuna
@@ -156,12 +156,12 @@ class Found(NamedTuple):
 
 
 def look(params: dict) -> Found:
-    """Return what is there; raise Refused if Optuna is missing, or older than the schema."""
+    """Return the current state; raise Refused if Optuna is missing or older than the schema."""
     with _connection.connect(params, params["database"]) as connection:
         optuna = _optuna.installed_optuna()
         if optuna is None:
             raise Refused(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
-        # Optuna writes its version last: a schema without it was interrupted, and Optuna completes it.
+        # Optuna writes its version last: a schema without it is incomplete, and Optuna completes it.
         has_tables = _connection.rows(connection, _optuna.HAS_SCHEMA) == [("version_info", "alembic_version")]
         versions = _connection.rows(connection, _optuna.SCHEMA) if has_tables else []
         if not versions:
@@ -179,7 +179,7 @@ def look(params: dict) -> Found:
 
 
 def by_study(attributes: list[tuple]) -> dict[str, dict[str, Any]]:
-    """Return the rows of ATTRIBUTES as each study's attributes."""
+    """Return the rows of ATTRIBUTES grouped by study."""
     held: dict[str, dict[str, Any]] = {}
     for name, key, value in attributes:
         held.setdefault(name, {})[key] = _optuna.attribute(value)
@@ -187,7 +187,7 @@ def by_study(attributes: list[tuple]) -> dict[str, dict[str, Any]]:
 
 
 def let_optuna(params: dict, upgrade: bool, studies: list[dict], attributes: dict[str, dict]) -> None:
-    """Let Optuna make or upgrade its schema, make the studies, and set attributes."""
+    """Let Optuna create or upgrade its schema, create the studies and set attributes."""
     try:
         import optuna
     except ImportError as error:
@@ -203,19 +203,19 @@ def let_optuna(params: dict, upgrade: bool, studies: list[dict], attributes: dic
             loaded = optuna.load_study(storage=storage, study_name=name)
             for key, value in values.items():
                 loaded.set_user_attr(key, value)
-        storage.engine.dispose()  # or its connection stays open while those of the other databases are opened
-    except Exception as error:  # whatever Optuna, SQLAlchemy, Alembic and psycopg2 raise
+        storage.engine.dispose()  # otherwise its connection stays open while the other databases are opened
+    except Exception as error:  # any error of Optuna, SQLAlchemy, Alembic and psycopg2
         raise Refused(f"database {params['database']}: Optuna says: {' '.join(str(error).split())}") from None
 
 
 def take_notes(params: dict) -> None:
-    """Have trials noted with their workers from now on."""
+    """Install the trigger that records trials with their workers."""
     with _connection.connect(params, params["database"]) as connection, connection.cursor() as cursor:
         cursor.execute(_workers.TAKE_NOTES)
 
 
 def differing_attributes(params: dict, found: Found) -> dict[str, dict[str, Any]]:
-    """Return the wanted attributes that the studies do not have."""
+    """Return the wanted attributes that the studies lack or have with another value."""
     differing = {}
     for study in params["studies"]:
         held, wanted = found.attributes.get(study["name"], {}), study.get("user_attributes") or {}
@@ -224,7 +224,7 @@ def differing_attributes(params: dict, found: Found) -> dict[str, dict[str, Any]
 
 
 def ensure_databases(params: dict, check_mode: bool) -> dict:
-    """Bring each database to the wanted state; raise Refused with what is refused in any."""
+    """Bring each database to the wanted state; then raise Refused with the errors of all databases, if any."""
     reports, refused = [], []
     for database in params["databases"]:
         one = {**params, "database": database["name"], "studies": database["studies"]}
@@ -272,7 +272,7 @@ def ensure_studies(params: dict, check_mode: bool) -> dict:
 
 
 def check_too_old(params: dict, found: Found, missing: list[dict]) -> None:
-    """Refuse to upgrade a schema that workers use, and to make studies in one that is not upgraded."""
+    """Refuse to upgrade a schema that workers use, and to create studies in a schema that is too old."""
     if params["upgrade"] and found.workers:
         raise Refused(
             f"databases_upgrade_schema: {found.workers} connections to the database {params['database']} are open; "
@@ -286,7 +286,7 @@ def check_too_old(params: dict, found: Found, missing: list[dict]) -> None:
 def report(
     params: dict, before: Found, found: Found, missing: list[dict], attributes: dict[str, dict], upgrade: bool
 ) -> dict:
-    """Return what the module reports."""
+    """Return the module's result for one database."""
     warnings = _optuna.clock_warnings(params["database"], found.clocks, found.optuna)
     if before.too_old and not upgrade:
         warnings = [before.too_old]

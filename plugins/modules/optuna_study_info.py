@@ -83,7 +83,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
 
-# Infinity is kept apart from the values, so that it is no candidate here. To PostgreSQL NaN is the greatest number.
+# Optuna stores infinity outside of the column value, so it cannot be the best value here. PostgreSQL sorts NaN above
+# all numbers.
 STUDIES = """
 SELECT study_name, array_agg(lower(direction::text) ORDER BY objective),
   (SELECT coalesce(json_object_agg(key, value_json), '{}') FROM study_user_attributes AS held
