@@ -108,7 +108,7 @@ class Refused(Exception):
 
 
 def read_postgres(params: dict, run: Run) -> dict:
-    """Return what is there. ``run`` takes an argument list and returns its code and output."""
+    """Return the installation's data. ``run`` takes an argument list and returns its code and output."""
     bindir, library_path = find_programs(params, run)
     present = [name for name in (*REQUIRED, *OPTIONAL) if is_program(os.path.join(bindir, name))]
     missing = [name for name in REQUIRED if name not in present]
@@ -152,7 +152,7 @@ def find_programs(params: dict, run: Run) -> tuple[str, str]:
 
 
 def is_program(path: str) -> bool:
-    """Tell whether there is something that can be run."""
+    """Return whether the path is an executable file."""
     return os.path.isfile(path) and os.access(path, os.X_OK)
 
 

@@ -76,16 +76,16 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
-# The database in which roles are made.
+# The database in which roles are created.
 MAINTENANCE = "postgres"
 SETTINGS = {
     "default_transaction_read_only": "on",
     "statement_timeout": "5min",
     "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "1min",
-    # From here on only a superuser can change them. The limit is one of each process.
+    # Only a superuser can change this and the following settings. The limit applies per process.
     "temp_file_limit": "256MB",
-    # A statement that fails is logged with all of its text, and so is its error.
+    # A failing statement is otherwise logged with its whole text, and so is its error.
     "log_min_messages": "fatal",
     "log_min_error_statement": "panic",
 }
@@ -99,8 +99,9 @@ SELECT rolcanlogin AND NOT (rolsuper OR rolcreatedb OR rolcreaterole OR rolrepli
        )
 FROM pg_roles WHERE rolname = %s
 """
-# Functions by which somebody who can only read fills the disk or takes what all sessions share: large objects, advisory
-# locks, records and files of one's own choice, and transaction numbers. PUBLIC has never had lo_import and lo_export.
+# Functions with which a role that can only read could fill the disk or use up what all sessions share: large objects,
+# advisory locks, freely chosen log records and files, and transaction numbers. PUBLIC has no right to lo_import and
+# lo_export by default.
 HARMFUL = (
     r"^lo_(?!import|export)|^lo(read|write)$|advisory"
     "|^(pg_logical_emit_message|pg_export_snapshot|txid_current|pg_current_xact_id)$"
@@ -114,7 +115,7 @@ FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace AND proname ~ %s AN
     OR EXISTS (SELECT FROM pg_roles WHERE rolname = %s AND has_function_privilege(pg_roles.oid, pg_proc.oid, 'EXECUTE'))
 )
 """
-# What the role may do in a database, and which of those who make tables do not let it read them.
+# The role's rights in a database, and which of the roles that create tables do not let it read new ones.
 RIGHTS = """
 SELECT has_database_privilege(rolname, current_database(), 'CONNECT'),
        has_database_privilege(rolname, current_database(), 'TEMPORARY'),
@@ -134,19 +135,19 @@ SELECT has_database_privilege(rolname, current_database(), 'CONNECT'),
 FROM pg_roles reader WHERE rolname = %s
 """
 
-# SQL with a place for each name, and the names.
+# SQL with a placeholder for each name, and the names.
 Statement = tuple[str, list[str]]
 ALTER = "ALTER ROLE {{}} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS CONNECTION LIMIT {}"
 
 
 def for_role(params: dict, found: list[tuple]) -> list[Statement]:
-    """Return what makes the role, or brings it to what it should be. ``found`` are the rows of ROLE."""
+    """Return the statements that create or correct the role. ``found`` are the rows of ROLE."""
     role, limit = params["role"], params["connections"]
     harmless, connections, settings, databases = found[0] if found else (False, None, [], [])
     statements: list[Statement] = [] if found else [("CREATE ROLE {}", [role])]
     if not harmless or connections != limit:
         statements.append((ALTER.format(int(limit)), [role]))
-    # A role may change its own.
+    # A role may change its own settings.
     if {setting.partition("=")[0] for setting in settings} - SETTINGS.keys():
         statements.append(("ALTER ROLE {} RESET ALL", [role]))
         settings = []
@@ -158,12 +159,12 @@ def for_role(params: dict, found: list[tuple]) -> list[Statement]:
 
 
 def for_database(params: dict, database: str, found: list[tuple], functions: str | None) -> list[Statement]:
-    """Return what lets the role read the database, and nothing else.
+    """Return the statements that let the role read the database and do nothing else.
 
-    ``found`` are the rows of RIGHTS, ``functions`` is what OPEN returns.
+    ``found`` are the rows of RIGHTS, ``functions`` is the result of OPEN.
     """
     role, writer = params["role"], params["writer"]
-    # In check mode the role may not be there yet; then it would have what everybody has.
+    # In check mode the role may not exist yet; it would then have the rights of PUBLIC.
     connects, makes_temporary, uses, makes, lacks, makers = (
         found[0] if found else (True, True, True, False, True, sorted({params["user"], writer}))
     )
@@ -179,7 +180,7 @@ def for_database(params: dict, database: str, found: list[tuple], functions: str
         statements.append(("REVOKE CREATE ON SCHEMA public FROM PUBLIC, {}", [role]))
     if lacks:
         statements.append(("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {}", [role]))
-    if functions:  # first to the role that keeps them, so that it is never without
+    if functions:  # the writer first, so that it always has this right
         statements.append((f"GRANT EXECUTE ON FUNCTION {functions} TO {{}}", [writer]))
         statements.append((f"REVOKE EXECUTE ON FUNCTION {functions} FROM PUBLIC, {{}}", [role]))
     for maker in makers:
@@ -189,7 +190,7 @@ def for_database(params: dict, database: str, found: list[tuple], functions: str
 
 
 def bring(params: dict, database: str, check_mode: bool) -> list[str]:
-    """Do what is left to do in a database, for the role itself in the one of maintenance; return what that is."""
+    """Run the remaining statements in a database, for the role itself in MAINTENANCE; return them."""
     from psycopg2 import sql
 
     with _connection.connect(params, database) as connection:

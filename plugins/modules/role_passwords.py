@@ -78,21 +78,21 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
-# Bytes of randomness in a password: 256 bits cannot be guessed, whoever has the verifier.
+# Bytes of randomness in a password: 256 bits cannot be guessed, even with the verifier.
 PASSWORD_BYTES = 32
-# PostgreSQL's own default (scram_iterations).
+# PostgreSQL's default (scram_iterations).
 ITERATIONS = 4096
-# After the password file's name: passwords that the server is just being given.
+# Suffix of the password file with new passwords while the server is being given them.
 ASIDE = ".new"
 
-# Two runs at once would overwrite each other's files. A connection that ends gives the lock back; the server notices
+# Two runs at once would overwrite each other's files. The end of a connection releases the lock; the server notices
 # within 2 minutes that a client's node is gone.
 LOCK = "SELECT set_config('lock_timeout', '150s', false), pg_advisory_lock(hashtext('hpc_db:passwords'))"
 VERIFIERS = "SELECT rolname, rolpassword FROM pg_authid"
 
 
 def scram_verifier(password: str, salt: bytes, iterations: int) -> str:
-    """Return what PostgreSQL stores for a password (RFC 5803)."""
+    """Return the verifier that PostgreSQL stores for a password (RFC 5803)."""
     salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, iterations)
     client_key = hmac.new(salted, b"Client Key", hashlib.sha256).digest()
     stored_key = hashlib.sha256(client_key).digest()
@@ -102,7 +102,7 @@ def scram_verifier(password: str, salt: bytes, iterations: int) -> str:
 
 
 def matches(password: str, verifier: str | None) -> bool:
-    """Tell whether the server's verifier was made from this password."""
+    """Return whether the server's verifier was made from this password."""
     found = re.match(r"SCRAM-SHA-256\$(\d+):([^$]+)\$", verifier or "")
     if not found:
         return False
@@ -111,7 +111,7 @@ def matches(password: str, verifier: str | None) -> bool:
 
 
 def escape(field: str) -> str:
-    """Return a field as a password file has it."""
+    """Return a field with the escapes of a password file."""
     return field.replace("\\", "\\\\").replace(":", "\\:")
 
 
@@ -126,7 +126,7 @@ def read_passwords(path: str) -> dict[str, str]:
 
 
 def write_passwords(path: str, passwords: dict[str, str]) -> None:
-    """Write a new password file; nobody else can ever read it."""
+    """Write a new password file that is never readable by others."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -138,7 +138,7 @@ def write_passwords(path: str, passwords: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def log_in(params: dict) -> Iterator[Any]:
-    """Connect with the password file, or with the one beside it, if the server has its passwords already."""
+    """Connect with the password file, or with the new one if the server already has the new passwords."""
     aside = params["passfile"] + ASIDE
     with contextlib.ExitStack() as opened:
         try:
@@ -157,11 +157,11 @@ def log_in(params: dict) -> Iterator[Any]:
 def ensure_passwords(params: dict, check_mode: bool) -> dict:
     """Bring file and server to the same passwords.
 
-    New passwords are first written beside the file, then given to the server in one transaction, then renamed into
-    place. After an interruption the server's verifiers show which of both files it has.
+    New passwords are first written to a second file, then set in the server in one transaction, then the file is
+    renamed into place. After an interruption the server's verifiers show which of the two files is valid.
     """
     for role in params["roles"]:
-        if len(role.splitlines()) != 1:  # the password file has one line a role
+        if len(role.splitlines()) != 1:  # the password file has one line per role
             raise ValueError(f"roles: {role!r} is no role's name")
     passfile, aside = params["passfile"], params["passfile"] + ASIDE
     if not params["roles"] and not os.path.exists(aside):
@@ -194,7 +194,7 @@ def ensure_passwords(params: dict, check_mode: bool) -> dict:
 
 
 def set_passwords(connection: Any, passwords: dict[str, str]) -> None:
-    """Give the server all passwords or none: statements that are sent at once are one transaction."""
+    """Set all passwords or none: statements sent in one call are one transaction."""
     from psycopg2 import sql
 
     statements = [

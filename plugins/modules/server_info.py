@@ -133,38 +133,38 @@ FROM studies LEFT JOIN trials USING (study_id) GROUP BY study_name, state ORDER 
 """
 
 
-# A transaction of Optuna's waits for nothing but the next statement.
+# Longest normal pause within a transaction of Optuna, which waits only for its next statement.
 LONGEST_PAUSE_SECONDS = 1
-# A job may have begun, and its worker connected, since the scheduler was asked.
+# Minimum age of an orphaned connection: a worker may have started after the scheduler was asked.
 ORPHANED_SECONDS = 10
 LOOKUP_SECONDS = 5.0
-# As the workers' service entry has it: a node that is dead does not answer at all.
+# Same as in the workers' service entry: a dead node does not answer at all.
 CONNECT_SECONDS = 5
-# What connects over the unix socket has no address.
+# Host name shown for connections over the Unix socket, which have no address.
 HERE = "socket"
 
 
 def names_of(addresses: set[str]) -> dict[str, str]:
-    """Return the host name of each address, short as the scheduler has it; the address where nobody knows in time."""
+    """Return each address's host name, short as in the scheduler; the address itself if no name is found in time."""
     names = {address: address for address in addresses}
 
     def look_up(address: str) -> None:
         try:
             names[address] = socket.gethostbyaddr(address)[0].partition(".")[0]
         except OSError:
-            pass  # it has none
+            pass  # the address has no name
 
     threads = [threading.Thread(target=look_up, args=(address,), daemon=True) for address in sorted(addresses)]
     for thread in threads:
         thread.start()
-    # A name server that is not there must not keep us: most of them answer at once.
+    # A missing name server must not block: most lookups finish at once.
     for thread in threads:
         thread.join(LOOKUP_SECONDS / len(threads))
     return dict(names)
 
 
 def by_client(sessions: list[tuple], idle_nodes: list[str]) -> dict[str, list[dict]]:
-    """Return who holds the connections, and which of them nobody uses."""
+    """Return the connections per client, and the connections that are unused."""
     names = {"": HERE, **names_of({session[1] for session in sessions} - {""})}
     idle = {node.partition(".")[0] for node in idle_nodes}
     counts: Counter[tuple[str, str]] = Counter()
@@ -187,7 +187,7 @@ def by_client(sessions: list[tuple], idle_nodes: list[str]) -> dict[str, list[di
 
 
 def studies_of(params: dict, database: str) -> list[dict[str, Any]]:
-    """Return the studies in a database; none where Optuna has made no schema."""
+    """Return the studies in a database; none if Optuna has no schema there."""
     with _connection.connect(params, database) as connection:
         if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
             return []
@@ -198,7 +198,7 @@ def studies_of(params: dict, database: str) -> list[dict[str, Any]]:
 
 
 def read_server(params: dict) -> dict:
-    """Return what the server holds."""
+    """Return the server's contents."""
     with _connection.connect(params, params["database"]) as connection:
         (maximum, version) = _connection.rows(connection, SETTINGS)[0]
         sessions = _connection.rows(connection, SESSIONS)
@@ -220,7 +220,7 @@ def read_server(params: dict) -> dict:
 
 
 def read_if_reached(params: dict) -> dict:
-    """Return what the server holds, or why nobody can say."""
+    """Return the server's contents, or why it does not answer."""
     try:
         return {"no_answer": "", **read_server({**params, "connect_timeout": CONNECT_SECONDS})}
     except _connection.Unreachable as error:

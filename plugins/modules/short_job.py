@@ -105,11 +105,11 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     submit_job,
 )
 
-# A shared file system may show the output after the scheduler has forgotten the job, NFS up to a minute; what is
-# there and no answer is one that is not complete, or never will be.
+# A shared file system may show the output after the scheduler has forgotten the job, NFS up to a minute later. Output
+# without an answer is incomplete, or will never have one.
 LATE_SECONDS = 65
 SETTLED_SECONDS = 5
-# A packet that a firewall drops is sent again after 1 and 3 s.
+# A packet dropped by a firewall is sent again after 1 s and 3 s.
 CONNECT_SECONDS = 5
 
 
@@ -135,26 +135,26 @@ def _submit(params: dict, run: Run) -> str:
         params = {**params, "options": scheduler.short_options(params["options"])}
     scheduler.check_options(params["options"])
     check_environment(params, "server_job_options")
-    jobs = find_jobs(params, run)  # refuses paths that are not absolute
+    jobs = find_jobs(params, run)  # refuses relative paths
     wishes = params["script"], params["options"], params["output"]
     return submit_job(params, run, scheduler.submit_command(params["name"], *wishes), jobs).id
 
 
 class _Door:
-    """Where the job listens, if it does."""
+    """The address on which the job listens, if it does."""
 
     def __init__(self, path: str | None, reached: bool | None) -> None:
         self.path = path
         self.reached = reached
 
     def knock(self) -> None:
-        """Connect once, as soon as it says where."""
+        """Connect once, as soon as the job has written its address."""
         if self.path is None or self.reached is not None:
             return
         try:
             with open(self.path, encoding="utf-8") as stream:
                 host, port = stream.read().split()
-        except (FileNotFoundError, ValueError):  # not there yet, or not all of it
+        except (FileNotFoundError, ValueError):  # not written yet, or only in part
             return
         try:
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
@@ -166,7 +166,7 @@ class _Door:
 def _wait(
     params: dict, job_id: str, run: Run, sleep: Callable[[float], None], door: _Door, slice_: _slices.Slice
 ) -> str:
-    """Wait for the end of the job; when it takes too long, cancel it and return what it was doing."""
+    """Wait for the job's end; on a timeout cancel it and return its state."""
     deadline = slice_.began + params["timeout"]
     pause = 0.2
     while True:
@@ -232,7 +232,7 @@ def main() -> None:
         ),
         supports_check_mode=False,
     )
-    os.umask(0o077)  # sbatch gives it to the job
+    os.umask(0o077)  # sbatch passes it on to the job
     try:
         result = run_job(module.params, make_run(module))
     except _slices.Waiting as waiting:
