@@ -220,9 +220,9 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._sshfs import (
     unmount_command,
 )
 
-# In a folder that this module made: which ones it made. The mount hides it.
+# File that lists the folders created by this module, in the mount point, where the mount hides it.
 MARKER = ".made-by-mala.hpc_db"
-# Asks the host behind a mount; nothing between keeps an answer to this question.
+# Asks the host behind a mount; no cache answers this call.
 ASK = """
 import os, sys
 try:
@@ -230,7 +230,7 @@ try:
 except OSError as error:
     raise SystemExit(f"{error.errno} {error.strerror}")
 """
-# Seconds in which an sshfs ends that has nothing to do any more, or was told to.
+# Seconds to wait for an sshfs that is unmounted or was sent a signal.
 PATIENCE = 3
 
 
@@ -242,18 +242,18 @@ Run = Callable[[list[str], float], tuple[int, str]]
 
 
 class Machine(NamedTuple):
-    """This machine, as far as a mount is concerned."""
+    """The parts of this machine that mounts depend on."""
 
     run: Run
-    find: Callable[[str], str | None]  # a program's path
+    find: Callable[[str], str | None]  # returns a program's path
     kill: Callable[[int, int], None]
-    proc: Path  # there is none on macOS
+    proc: Path  # missing on macOS
     fuse: Path
     uid: int
     user: str
 
     def mounts(self) -> list[Mount]:
-        """Return everything that is mounted."""
+        """Return all mounts."""
         table = self.proc / "self" / "mountinfo"
         if table.exists():
             return parse_mountinfo(table.read_bytes().decode(errors="surrogateescape"))
@@ -269,7 +269,7 @@ class Machine(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is at a mount point."""
+    """The current state of a mount point."""
 
     state: str
     mounts: list[Mount]
@@ -277,7 +277,7 @@ class Found(NamedTuple):
 
 
 def look(path: str, wanted: Wanted | None, machine: Machine) -> Found:
-    """Return what is at ``path``, from the tables only; raise Refused if it is nothing of ours."""
+    """Return the state of ``path``, from tables only; raise Refused if the mount is not ours."""
     mounts = machine.mounts()
     for mount in mounts:
         if mount.is_sshfs and path.startswith(f"{mount.path}/"):
@@ -296,7 +296,7 @@ def look(path: str, wanted: Wanted | None, machine: Machine) -> Found:
 
 
 def judge(mounts: list[Mount], servers: list[Process], wanted: Wanted | None, path: str) -> str:
-    """Return the one word for mounts at a path and the processes that serve them."""
+    """Return the state, in one word, of the mounts at a path and the processes that serve them."""
     if not mounts:
         return "leftover" if servers else "none"
     if len(mounts) > 1 or len(servers) > 1:
@@ -310,12 +310,12 @@ def judge(mounts: list[Mount], servers: list[Process], wanted: Wanted | None, pa
 
 
 def arguments_of(server: Process) -> str:
-    """Return the arguments as one text: where they end is not known everywhere."""
+    """Return the arguments as one text: macOS does not show where each argument ends."""
     return " ".join(server.arguments[1:])
 
 
 def ask(path: str, params: dict, machine: Machine) -> str:
-    """Return nothing if the host answers through the mount, ``hung``, ``dead``, or in other words why it does not."""
+    """Return an empty string if the host answers through the mount; otherwise ``hung``, ``dead`` or the reason."""
     patience = params["alive_interval"] * (params["alive_count"] + 1) + params["connect_timeout"] + 10
     try:
         returncode, said = machine.run([sys.executable, "-c", ASK, path], patience)
@@ -331,7 +331,7 @@ def ask(path: str, params: dict, machine: Machine) -> str:
 
 
 def check_folder(path: str) -> None:
-    """Refuse a mount point that is no folder, or holds what a mount would hide."""
+    """Refuse a mount point that is not a folder or whose contents the mount would hide."""
     if os.path.lexists(path) and not os.path.isdir(path):
         raise Refused(f"path: {path} is no folder")
     names = sorted(set(os.listdir(path)) - {MARKER}) if os.path.isdir(path) else []
@@ -344,7 +344,7 @@ def check_folder(path: str) -> None:
 
 
 def make_folder(path: str) -> None:
-    """Make the mount point if it is not there, and remember which folders that took."""
+    """Create the mount point if it is missing, and record the created folders."""
     missing, folder = [], path
     while not os.path.isdir(folder):
         missing.append(folder)
@@ -355,7 +355,7 @@ def make_folder(path: str) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Remove what ``make_folder`` made, as far as nothing else has come there."""
+    """Remove the folders created by ``make_folder`` that are still empty."""
     try:
         made = json.loads(Path(path, MARKER).read_text(encoding="utf-8"))
     except OSError:
@@ -368,7 +368,7 @@ def remove_folder(path: str) -> None:
 
 @contextmanager
 def alone(path: str) -> Iterator[None]:
-    """Let only one run at a time work on the mount points in a folder: two at once would stack their mounts."""
+    """Allow one run at a time to change mount points in a folder: two at once would stack their mounts."""
     folder = os.path.dirname(path)
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
@@ -385,7 +385,7 @@ def alone(path: str) -> Iterator[None]:
 
 
 def mount(path: str, wanted: Wanted, params: dict, machine: Machine) -> None:
-    """Mount, and see that it is there."""
+    """Mount, and check the result."""
     command = mount_command(find_sshfs(machine), wanted, path)
     try:
         returncode, said = machine.run(command, params["timeout"])
@@ -400,7 +400,7 @@ def mount(path: str, wanted: Wanted, params: dict, machine: Machine) -> None:
 
 
 def take_away(path: str, params: dict, machine: Machine, by_force: bool) -> None:
-    """Unmount everything at ``path``, and see that no process of it is left: it might take the next mount away."""
+    """Unmount everything at ``path`` and end its processes: one that is left might unmount the next mount."""
     program = find_unmount(machine)
     found = look(path, None, machine)
     lazily = False
@@ -423,7 +423,7 @@ def take_away(path: str, params: dict, machine: Machine, by_force: bool) -> None
 
 
 def end(servers: list[Process], machine: Machine, at_once: bool) -> None:
-    """End these processes: first they may by themselves, unless ``at_once``, then they are asked, then made to."""
+    """End these processes: wait for them unless ``at_once``, then send SIGTERM, then SIGKILL."""
     left = servers
     for number in (*([] if at_once else [0]), signal.SIGTERM, signal.SIGKILL):
         for each in still(left, machine):
@@ -437,13 +437,13 @@ def end(servers: list[Process], machine: Machine, at_once: bool) -> None:
 
 
 def still(servers: list[Process], machine: Machine) -> list[Process]:
-    """Return those that still run."""
+    """Return the processes that still run."""
     known = {(each.pid, each.started) for each in servers}
     return [each for each in machine.processes() if (each.pid, each.started) in known] if known else []
 
 
 def find_sshfs(machine: Machine) -> str:
-    """Return the path of sshfs; raise Refused if it, or what it needs, is missing."""
+    """Return the path of sshfs; raise Refused if it or its requirements are missing."""
     path = machine.find("sshfs")
     copy = "; copying instead of mounting needs neither sshfs nor FUSE"
     if not path:
@@ -461,7 +461,7 @@ def find_sshfs(machine: Machine) -> str:
 
 
 def find_unmount(machine: Machine) -> str:
-    """Return the path of the program that unmounts for a user."""
+    """Return the path of the program with which a user unmounts."""
     names = ["fusermount3", "fusermount"] if machine.proc.exists() else ["umount"]
     found = [path for path in map(machine.find, names) if path]
     if not found:
@@ -489,7 +489,7 @@ def ensure_mount(params: dict, machine: Machine, check_mode: bool) -> dict:
     if params["state"] == "mounted":
         changed = found.state != "mounted"
     else:
-        # Left behind by a mount that a restart of the machine ended.
+        # Remains of a mount that ended with a restart of the machine.
         made = not found.mounts and os.path.exists(os.path.join(path, MARKER))
         changed = bool(wanted) or found.state != "none" or made
     if changed:
@@ -498,7 +498,7 @@ def ensure_mount(params: dict, machine: Machine, check_mode: bool) -> dict:
             bring(path, wanted, params, found, machine)
     return {
         "changed": changed,
-        "mount_point": path,  # not "path", of which Ansible adds what a stat() says
+        "mount_point": path,  # not "path", to which Ansible would add the result of stat()
         "source": wanted.source if wanted else None,
         "found": found.state,
         "answers": not trouble if wanted else None,
@@ -515,14 +515,14 @@ def ensure_mount(params: dict, machine: Machine, check_mode: bool) -> dict:
 
 
 def bring(path: str, wanted: Wanted | None, params: dict, found: Found, machine: Machine) -> None:
-    """Take away what is there and, if something is wanted, mount that."""
+    """Unmount the current mount and, if one is wanted, mount it."""
     if wanted and not found.mounts:
         make_folder(path)
     try:
         with alone(path):
             now = look(path, wanted, machine)
             if now.state == "mounted" and now.servers != found.servers and params["state"] == "mounted":
-                return  # another run has done it just now
+                return  # another run has done it since
             take_away(path, params, machine, by_force=params["force"] or found.state in ("hung", "dead"))
             if wanted:
                 check_folder(path)
@@ -540,14 +540,14 @@ def as_text(source: str, path: str, arguments: str, state: str) -> str:
 
 
 def run_command(command: list[str], seconds: float) -> tuple[int, str]:
-    """Run a command; return its exit code and what it printed. Raise Hung if it has not ended in time.
+    """Run a command; return its exit code and output. Raise Hung if it has not ended in time.
 
-    Neither a program that stays in the background nor one that cannot even be killed is waited for.
+    Does not wait for a program that stays in the background, nor for one that cannot even be killed.
     """
     environment = {**os.environ, "LC_ALL": "C", "SSH_ASKPASS_REQUIRE": "never"}
-    environment.pop("DISPLAY", None)  # where an older ssh would ask
+    environment.pop("DISPLAY", None)  # where an older ssh would show a password dialog
     with tempfile.TemporaryFile() as output:
-        # run_command of AnsibleModule would wait for ever
+        # run_command of AnsibleModule has no timeout
         process = Popen(  # pylint: disable=ansible-bad-function
             command, stdin=DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environment, cwd="/"
         )

@@ -124,31 +124,31 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
-# The database in which others are created and renamed.
+# The database from which others are created and renamed.
 MAINTENANCE = "postgres"
 SUM = ".sha256"
-# After the time in the name of a dump that only the user removes.
+# Follows the time in the name of a dump that only the user removes.
 KEPT = ".kept"
-# What a dump that was killed leaves behind stands still for longer than a dump ever does.
+# A partial dump unchanged for this long was left by a killed run; a running dump never pauses that long.
 LEFTOVER_SECONDS = 3600
-# Of a database's name, in the names of those beside it.
+# Maximum length of a database's name within the names of databases beside it.
 MOST_BESIDE = 45
 
-# What there is to count in a database.
+# The objects counted in a database, by its kind of tables.
 COUNTED = {"optuna": "trials", "none": "tables"}
 EXISTS = "SELECT 1 FROM pg_database WHERE datname = %s"
 COUNTS = "SELECT (SELECT count(*) FROM studies), (SELECT count(*) FROM trials)"
-# As a dump has them: not those of extensions, though it may have their rows. 1259 is the oid of pg_class.
+# Tables as listed in a dump: without extensions' tables, although it may have their rows. 1259 is the oid of pg_class.
 TABLE_ENTRY = re.compile(r"^\d+; 1259 \d+ TABLE ", re.MULTILINE)
 TABLES = """
 SELECT count(*) FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
 WHERE relkind IN ('r', 'p') AND nspname <> 'information_schema' AND nspname !~ '^pg_'
 AND NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = pg_class.oid AND deptype = 'e')
 """
-# What SQLAlchemy and Optuna count with.
+# The sequences from which SQLAlchemy and Optuna take their ids.
 COUNTERS = "SELECT schemaname, sequencename, last_value FROM pg_sequences WHERE last_value IS NOT NULL"
 COUNT_ON = "SELECT setval(to_regclass(%s), %s) WHERE to_regclass(%s) IS NOT NULL"
-# More than workers use in the moment until they are ended.
+# More ids than workers use until they are disconnected.
 SPARE_IDS = 10000
 END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = ANY(%s)"
 
@@ -156,11 +156,11 @@ Run = Callable[[list[str]], str]
 
 
 class Refused(Exception):
-    """The dump or the database is not fit for it; nothing was changed."""
+    """The dump or the database is not suitable; nothing was changed."""
 
 
 class Failed(Exception):
-    """It went wrong; the message is for the user."""
+    """The operation failed; the message is for the user."""
 
 
 def dump_command(bindir: str, params: dict, path: str) -> list[str]:
@@ -170,7 +170,7 @@ def dump_command(bindir: str, params: dict, path: str) -> list[str]:
 
 
 def restore_command(bindir: str, params: dict, database: str, path: str) -> list[str]:
-    """Return the call that restores a dump into an empty database: all of it or nothing."""
+    """Return the call that restores a dump into an empty database, completely or not at all."""
     return [
         f"{bindir}/pg_restore",
         "--single-transaction",
@@ -184,7 +184,7 @@ def restore_command(bindir: str, params: dict, database: str, path: str) -> list
 
 
 def count_rows(script: str) -> int:
-    """Return the number of rows that a script with one table's data holds."""
+    """Return the number of rows in a script with one table's data."""
     lines = script.split("\n")
     begin = next((number for number, line in enumerate(lines) if line.startswith("COPY ")), None)
     return 0 if begin is None else lines.index("\\.", begin) - begin - 1
@@ -200,13 +200,13 @@ def checksum(path: str) -> str:
 
 
 def count_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int | None:
-    """Read the whole dump, and return its number of trials; None if it has no table for them.
+    """Read the whole dump and return its number of trials; None if it has no table of trials.
 
-    Of another program's dump it is the number of tables.
+    For a dump of another program, return the number of tables.
     """
     command = [f"{bindir}/pg_restore", "--format=custom", path]
     listed = run([*command, "--list"])
-    # The list is at the front: a dump that was cut off has it, too.
+    # The list is at the front, so a truncated dump has it too.
     run([*command, f"--file={os.devnull}"])
     if tables == "none":
         return len(TABLE_ENTRY.findall(listed))
@@ -216,7 +216,7 @@ def count_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int 
 
 
 def check_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int:
-    """Return what ``count_dump`` counts; raise Refused if the dump is damaged, or no dump of studies."""
+    """Return the result of ``count_dump``; raise Refused if the dump is damaged or not a dump of studies."""
     name = os.path.basename(path)
     try:
         if os.path.exists(path + SUM):
@@ -245,7 +245,7 @@ def newest_dump(folder: str, database: str) -> str:
 
 
 def now() -> str:
-    """Return the time as names have it."""
+    """Return the time in the format of dump names."""
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
 
 
@@ -258,7 +258,7 @@ def ensure_dumped(params: dict, run: Run, check_mode: bool) -> dict:
     if not check_mode:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         remove_leftovers(folder)
-        # Hidden: what ends in .part without a dot before is the hosting program's.
+        # Hidden: .part files without a leading dot belong to the supervisor.
         part = os.path.join(folder, f".{os.path.basename(path)}.part")
         try:
             run(dump_command(bindir, params, part))
@@ -274,7 +274,7 @@ def ensure_dumped(params: dict, run: Run, check_mode: bool) -> dict:
 
 
 def remove_leftovers(folder: str) -> None:
-    """Remove what a run that was killed has left."""
+    """Remove the partial dumps of killed runs."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
         if re.fullmatch(r"\..+\.dump\.part", name) and time.time() - os.stat(path).st_mtime > LEFTOVER_SECONDS:
@@ -282,7 +282,7 @@ def remove_leftovers(folder: str) -> None:
 
 
 def look(params: dict) -> tuple[int, int] | None:
-    """Return what ``count`` does; None if there is no such database."""
+    """Return the result of ``count``; None if the database does not exist."""
     with _connection.connect(params, MAINTENANCE) as connection:
         if not _connection.rows(connection, EXISTS, (params["database"],)):
             return None
@@ -290,7 +290,7 @@ def look(params: dict) -> tuple[int, int] | None:
 
 
 def count(params: dict, database: str) -> tuple[int, int]:
-    """Return how many studies and trials a database holds; another program's has tables instead of both."""
+    """Return the number of studies and trials in a database; for another program's, the number of tables twice."""
     with _connection.connect(params, database) as connection:
         if params["tables"] == "none":
             ((tables,),) = _connection.rows(connection, TABLES)
@@ -302,7 +302,7 @@ def count(params: dict, database: str) -> tuple[int, int]:
 
 
 def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
-    """Put a dump in the place of the database. ``run`` takes an argument list and returns its stdout."""
+    """Replace the database by a dump. ``run`` takes an argument list and returns its stdout."""
     bindir, database = read_settings(params["root"])["bindir"], params["database"]
     path = params["file"]
     if path == "newest":
@@ -341,13 +341,13 @@ def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
 
 
 def told(params: dict, count: int | None) -> dict[str, int | None]:
-    """Return what was counted by its name."""
+    """Return the count under the name of the counted objects."""
     return {**dict.fromkeys(COUNTED.values()), COUNTED[params["tables"]]: count}
 
 
 @contextlib.contextmanager
 def restored_aside(bindir: str, params: dict, path: str, run: Run) -> Iterator[str]:
-    """Restore a dump into a new database, which is gone afterwards if it still has that name."""
+    """Restore a dump into a new database, which is removed afterwards if it still has that name."""
     aside = beside(params["database"], "restoring")
     drop = f"DROP DATABASE IF EXISTS {quoted(aside)} WITH (FORCE)"
     execute(params, drop)  # an earlier run may have been killed
@@ -360,7 +360,7 @@ def restored_aside(bindir: str, params: dict, path: str, run: Run) -> Iterator[s
 
 
 def count_on(params: dict, aside: str) -> None:
-    """Have the database ``aside`` give no ids that the one in its place has given, or is about to."""
+    """Advance the sequences of ``aside`` beyond all ids that the database in use has issued or may still issue."""
     given: dict[str, int] = {}
     for database in (params["database"], aside):
         with _connection.connect(params, database) as connection:
@@ -373,21 +373,22 @@ def count_on(params: dict, aside: str) -> None:
 
 
 def beside(database: str, what: str) -> str:
-    """Return a name that no study database has, and that PostgreSQL, which takes 63 bytes, does not cut short."""
-    if len(database) > MOST_BESIDE:  # others may begin like it
+    """Return a name that no study database has and that is within PostgreSQL's limit of 63 bytes."""
+    if len(database) > MOST_BESIDE:  # other names may begin like it
         digest = hashlib.sha256(database.encode()).hexdigest()[:8]
         database = f"{database[:MOST_BESIDE - 9]}-{digest}"
     return f"{database}-{what}"
 
 
 def swap(params: dict, aside: str, kept: str | None) -> None:
-    """Give the database ``aside`` its name, and the one that has it the name ``kept``, at once."""
+    """Rename the database ``aside`` to its final name, and the present one to ``kept``, in one transaction."""
     database = params["database"]
     renames = [(database, kept)] if kept else []
     statement = "; ".join(
         f"ALTER DATABASE {quoted(old)} RENAME TO {quoted(new)}" for old, new in [*renames, (aside, database)]
     )
-    # While it waits for sessions to end, nobody new gets in; several statements sent at once are one transaction.
+    # While the renaming waits for sessions to end, new ones are locked out. Statements sent in one call are one
+    # transaction.
     with ThreadPoolExecutor(1) as pool, _connection.connect(params, MAINTENANCE) as connection:
         renaming = pool.submit(execute, params, statement)
         while not renaming.done():
@@ -403,12 +404,12 @@ def execute(params: dict, statement: str) -> None:
 
 
 def quoted(name: str) -> str:
-    """Return a name as SQL has it."""
+    """Return a name quoted for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def run_command(module: AnsibleModule, command: list[str]) -> str:
-    """Run one of PostgreSQL's programs; raise Failed with its own words."""
+    """Run one of PostgreSQL's programs; raise Failed with its error message."""
     try:
         returncode, stdout, stderr = module.run_command(command, handle_exceptions=False, environ_update=ENGLISH)
     except OSError as error:
@@ -437,7 +438,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     os.umask(0o077)
-    # PostgreSQL's programs read PGOPTIONS and its like, and load libraries.
+    # PostgreSQL's programs read PGOPTIONS and other PG variables, and load libraries.
     for name in [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]:
         del os.environ[name]
     act = ensure_dumped if module.params["state"] == "dumped" else ensure_restored
