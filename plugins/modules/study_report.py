@@ -90,7 +90,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _figures, _report
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
-# At the head of every report.
+# Stands in the head of every report.
 MARK = re.compile(r'<meta name="mala\.hpc_db" content="([0-9a-f]{64})">')
 HEAD_BYTES = 1000
 
@@ -100,7 +100,7 @@ class Refused(Exception):
 
 
 def read_trials(path: str) -> dict[str, Any]:
-    """Return what was exported; nothing if it never was."""
+    """Return the exported trials; empty if there is no export."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as stream:
             return json.load(stream)
@@ -111,7 +111,7 @@ def read_trials(path: str) -> dict[str, Any]:
 
 
 def present_mark(path: str) -> str:
-    """Return the mark of the report that is there; empty if nothing is."""
+    """Return the mark of the existing report; empty if there is none."""
     try:
         with open(path, encoding="utf-8", errors="replace") as stream:
             found = MARK.search(stream.read(HEAD_BYTES))
@@ -125,11 +125,11 @@ def present_mark(path: str) -> str:
 
 
 def digest_of(status: dict[str, Any], held: dict[str, Any]) -> str:
-    """Return what tells one report from another: all but what changes by itself, and how it is drawn."""
+    """Return a hash of the report's data, without values that change by themselves, and of the drawing code."""
     lasting = {**status, "read": None, "disk": None}
     if status["job"]:
         lasting["job"] = {**status["job"], "time_left": None}
-    if status["server"]:  # the hosting program itself connects for a moment now and then
+    if status["server"]:  # the supervisor itself connects briefly now and then
         lasting["server"] = status["server"]["version"]
     parts = [inspect.getsource(_figures), inspect.getsource(_report), json.dumps([lasting, held], sort_keys=True)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
@@ -152,7 +152,7 @@ def render(status: dict[str, Any], held: dict[str, Any], digest: str) -> str:
 
 
 def write(path: str, content: str) -> None:
-    """Replace the file by one that nobody else can read."""
+    """Replace the file by one that others cannot read."""
     folder = os.path.dirname(path)
     try:
         with tempfile.NamedTemporaryFile("w", dir=folder, encoding="utf-8", delete=False) as stream:
@@ -163,7 +163,7 @@ def write(path: str, content: str) -> None:
 
 
 def ensure_report(params: dict, check_mode: bool) -> dict[str, Any]:
-    """Bring the file to what is known."""
+    """Bring the file up to date."""
     path = params["path"]
     if not os.path.isabs(path):
         raise Refused(f"path: {path!r} is not absolute; give a path that begins with / or ~")

@@ -84,7 +84,7 @@ STUDIES = "SELECT study_name FROM studies ORDER BY study_name"
 
 
 def seconds(time: datetime.datetime | None) -> float | None:
-    """Return a time of Optuna's, which is local without a time zone, in seconds since 1970."""
+    """Return a time of Optuna's, which is local and has no time zone, in seconds since 1970."""
     try:
         return None if time is None else time.timestamp()
     except (OverflowError, ValueError):  # the year 1 or 9999
@@ -92,7 +92,7 @@ def seconds(time: datetime.datetime | None) -> float | None:
 
 
 def constraints_of(trial: Any) -> dict[str, float]:
-    """Return the values of a trial's constraints, none of which is above 0 in a feasible one."""
+    """Return the values of a trial's constraints; in a feasible trial none is above 0."""
     held = getattr(trial, "constraints", None) or trial.system_attrs.get("constraints") or {}
     named = held if isinstance(held, dict) else {str(number): value for number, value in enumerate(held)}
     numbers = {name: number(value) for name, value in named.items() if isinstance(value, (int, float))}
@@ -100,7 +100,7 @@ def constraints_of(trial: Any) -> dict[str, float]:
 
 
 def number(value: float) -> float:
-    """Return a number, an integer that is too large as infinity."""
+    """Return a number as float; an integer that is too large becomes infinity."""
     try:
         return float(value)
     except OverflowError:
@@ -108,16 +108,16 @@ def number(value: float) -> float:
 
 
 def internal_values(trial: Any) -> Iterator[tuple[str, float]]:
-    """Return the numbers that stand for a trial's parameters, but not where there is none."""
+    """Return the numbers that represent a trial's parameters, without parameters that have none."""
     for name, value in trial.params.items():
         with contextlib.suppress(OverflowError, TypeError, ValueError):
             yield name, trial.distributions[name].to_internal_repr(value)
 
 
 def export_study(database: str, study: Any, trials: list[Any], odd: list[str]) -> dict[str, Any]:
-    """Return all of a study as JSON can hold it.
+    """Return a study's data in a form that JSON can store.
 
-    A parameter's value is the number that stands for it in its distribution, whatever the choices are.
+    A parameter's value is its internal number in the distribution, whatever type its choices have.
     """
     from optuna.distributions import distribution_to_json
 
@@ -157,7 +157,7 @@ def export_study(database: str, study: Any, trials: list[Any], odd: list[str]) -
 def look_into(params: dict, database: str) -> tuple[list[str], str]:
     """Return the names of the studies in a database, and why Optuna cannot read them; empty if it can.
 
-    Optuna would make its tables where there are none.
+    The tables are checked first, because Optuna would create missing ones.
     """
     with _connection.connect(params, database) as connection:
         if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
@@ -171,7 +171,7 @@ def look_into(params: dict, database: str) -> tuple[list[str], str]:
 
 
 def read_studies(params: dict, database: str, names: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return studies of a database, and why others cannot be read."""
+    """Return the studies of a database, and why others cannot be read."""
     try:
         import optuna
     except ImportError as error:
@@ -185,11 +185,11 @@ def read_studies(params: dict, database: str, names: list[str]) -> tuple[list[di
                 trials, unreadable = _optuna.read_trials(storage, storage.get_study_id_from_name(name))
                 odd = _optuna.oddities(trials, len(study.directions))
                 studies.append(export_study(database, study, trials, [*unreadable, *odd]))
-            except Exception as error:  # one study must not cost the others
+            except Exception as error:  # an error in one study must not lose the others
                 if _optuna.is_lost(error):
                     raise
                 problems.append(f"study {database}/{name} cannot be read and is not shown: {_optuna.said(error)}")
-    except Exception as error:  # whatever Optuna, SQLAlchemy and psycopg2 raise
+    except Exception as error:  # any error of Optuna, SQLAlchemy and psycopg2
         raise _connection.Unreachable(f"database {database}: {_optuna.said(error)}") from None
     return studies, problems
 
@@ -212,7 +212,7 @@ def read_all(params: dict) -> dict[str, Any]:
 
 
 def ensure_exported(params: dict, check_mode: bool) -> dict[str, Any]:
-    """Bring the file to what the databases hold."""
+    """Bring the file to the databases' contents."""
     held = read_all(params)
     content = gzip.compress(json.dumps(held).encode(), mtime=0)
     changed = content != read_bytes(params["path"])
@@ -229,7 +229,7 @@ def ensure_exported(params: dict, check_mode: bool) -> dict[str, Any]:
 
 
 def read_bytes(path: str) -> bytes:
-    """Return what is in a file; nothing if it is not there."""
+    """Return a file's contents; empty if it does not exist."""
     try:
         with open(path, "rb") as stream:
             return stream.read()

@@ -94,9 +94,9 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
-# What the old installation must still have.
+# Programs of the old installation that the upgrade needs.
 PROGRAMS = ["postgres", "psql", "pg_dump", "pg_restore"]
-# What the new data directory takes beside the copy of the old one, which it shares its files with.
+# Bytes of the new data directory in addition to the copy of the old one, with which it shares files.
 NEW_BYTES = 100_000_000
 
 Run = Callable[[list[str]], str]
@@ -107,11 +107,11 @@ class Refused(Exception):
 
 
 class Failed(Exception):
-    """It went wrong; the message is for the user."""
+    """The operation failed; the message is for the user."""
 
 
 def major_of(data: str) -> int | None:
-    """Return a data directory's major version; None if it is none."""
+    """Return a data directory's major version; None if the folder is not a data directory."""
     try:
         with open(os.path.join(data, "PG_VERSION"), encoding="ascii") as stream:
             return int(stream.read().split(".")[0])
@@ -120,13 +120,13 @@ def major_of(data: str) -> int | None:
 
 
 def size_of(folder: str) -> int:
-    """Return the bytes of all files in a folder."""
+    """Return the total size of all files in a folder in bytes."""
     paths = (os.path.join(parent, name) for parent, _folders, names in os.walk(folder) for name in names)
     return sum(os.lstat(path).st_size for path in paths)
 
 
 def check(params: dict, used: dict, found: int) -> None:
-    """Refuse what cannot end well."""
+    """Refuse an upgrade that cannot succeed."""
     root, major, data = params["root"], params["major"], used["data"]
     missing = [name for name in PROGRAMS if not os.path.exists(os.path.join(used["bindir"], name))]
     if missing:
@@ -147,7 +147,7 @@ def check(params: dict, used: dict, found: int) -> None:
 
 
 def upgrade_command(params: dict) -> list[str]:
-    """Return the call that moves the studies; it prints what it compared as JSON."""
+    """Return the call that moves the studies; it prints the compared counts as JSON."""
     command = [sys.executable, "-m", "hpc_db_host", "upgrade", f"--root={params['root']}"]
     settings = Layout(params["root"]).settings_of(params["major"])
     command += [f"--settings={settings}", f"--lease-patience={params['patience']}"]
@@ -155,7 +155,7 @@ def upgrade_command(params: dict) -> list[str]:
 
 
 def ensure_major(params: dict, run: Run, check_mode: bool) -> dict:
-    """Have the studies in the wanted major. ``run`` takes an argument list and returns its stdout."""
+    """Bring the studies to the wanted major version. ``run`` takes an argument list and returns its stdout."""
     used = read_settings(params["root"])
     found = major_of(used["data"])
     if found is None:
@@ -171,7 +171,7 @@ def ensure_major(params: dict, run: Run, check_mode: bool) -> dict:
 
 
 def last_words(stderr: str) -> str:
-    """Return why the program ended, without time and state before it."""
+    """Return why the program ended, without the time and state before it."""
     lines = stderr.strip().splitlines() or ["no word why"]
     return lines[-1].partition(" failed: ")[2] or lines[-1]
 
