@@ -191,7 +191,7 @@ def ensure_directory(path: str, check_mode: bool) -> bool:
 
 
 def open_files(folder: str) -> list[str]:
-    """Return the files there that others have permissions on: libpq and PostgreSQL take no password or key from one."""
+    """Return the files that others have permissions on: libpq and PostgreSQL refuse such password and key files."""
     found = []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*"))):
         with contextlib.suppress(FileNotFoundError):  # logs and dumps may be deleted at any time
