@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What Optuna's tables say about who made them, and about the clocks of who writes to them.
+"""What Optuna's tables reveal about the version that made them and about the clocks of workers.
 
-Optuna is imported only where its trials are read already, since that takes a second: its revisions are read from its
-files.
+Optuna is imported only where its trials are read anyway, because the import takes a second: its revisions are read from
+its files.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Where Optuna keeps the steps that bring one revision of its schema to the next, since 0.9.
+# Since Optuna 0.9 the migrations of its schema are in these files.
 REVISIONS = "storages/_rdb/alembic/versions/*.py"
 REVISION = re.compile(r"""^(down_)?revision(?:: .*)? = ["']([^"']+)""", re.MULTILINE)
 
 HAS_SCHEMA = "SELECT to_regclass('version_info'), to_regclass('alembic_version')"
 SCHEMA = "SELECT library_version, version_num FROM version_info, alembic_version"
 
-# Trials are numbered in the order in which they begin, apart from those that waited: Optuna marks some of them, and
-# the others begin at any time. Clocks differ by half hours; those of nodes, and two trials, by less than two minutes.
+# Trials are numbered in the order of their start, except for trials that waited: Optuna marks some of them, and the
+# others start at any time. Time zones differ by multiples of half an hour; clocks of nodes, and the starts of two
+# consecutive trials, by less than two minutes.
 CLOCKS = """
 WITH steps AS (
   SELECT study_id, extract(epoch FROM greatest(datetime_start, datetime_complete) - now() AT TIME ZONE 'UTC') AS ahead,
@@ -43,21 +44,21 @@ FROM studies JOIN steps USING (study_id) GROUP BY study_name ORDER BY study_name
 LONGEST_SHOWN = 60
 ENDED = ("COMPLETE", "PRUNED", "FAIL")
 
-# The clocks of two nodes may differ by this much.
+# Maximum difference between the clocks of two nodes in seconds.
 AHEAD_SECONDS = 300
-# Fewer steps, or fewer than half of all, may be chance: 7 % of those of trials that waited look like half hours.
+# Fewer steps, or fewer than half of all, may be chance: 7 % of the steps of trials that waited look like half hours.
 FEWEST_STEPS = 3
 
 
 class Optuna(NamedTuple):
-    """The Optuna that is installed: its version and the revisions of the schema it knows, the one it needs first."""
+    """The installed Optuna: its version, and the schema revisions that it knows, the required one first."""
 
     version: str
     revisions: list[str]
 
 
 class Schema(NamedTuple):
-    """A schema in a database: the Optuna that made or upgraded it, and its revision."""
+    """A schema in a database: the version of Optuna that created or upgraded it, and its revision."""
 
     library: str
     revision: str
@@ -73,7 +74,7 @@ def installed_optuna() -> Optuna | None:
 
 
 def newest_first(steps: list[str]) -> list[str]:
-    """Return the revisions that Optuna's own files lead to, the newest first."""
+    """Return the revisions in Optuna's migration files, the newest first."""
     found = [dict(REVISION.findall(step)) for step in steps]
     before = {step[""]: step.get("down_") for step in found if "" in step}
     chain = sorted(set(before) - set(before.values()))[-1:]
@@ -83,7 +84,7 @@ def newest_first(steps: list[str]) -> list[str]:
 
 
 def is_older(schema: Schema, optuna: Optuna) -> bool:
-    """Tell whether the installed Optuna can use the schema only after upgrading it."""
+    """Return whether the installed Optuna needs an upgrade of the schema."""
     return schema.revision in optuna.revisions[1:]
 
 
@@ -93,7 +94,7 @@ def is_newer(schema: Schema, optuna: Optuna) -> bool:
 
 
 def mismatch(database: str, schema: Schema, optuna: Optuna) -> str:
-    """Return why the installed Optuna cannot use the schema, and what to do; empty if it can, for all one knows."""
+    """Return why the installed Optuna cannot use the schema, and the remedy; empty if it can, as far as is known."""
     if not (is_older(schema, optuna) or is_newer(schema, optuna)):
         return ""
     said = f"database {database}: Optuna's schema {schema.revision} there was made by Optuna {schema.library}"
@@ -110,7 +111,7 @@ def mismatch(database: str, schema: Schema, optuna: Optuna) -> str:
 
 
 def attribute(value_json: str | None) -> Any:
-    """Return an attribute's value; the text that is there if it is no JSON."""
+    """Return an attribute's value; the stored text if it is not JSON."""
     try:
         return json.loads(value_json or "")
     except (ValueError, RecursionError):
@@ -118,16 +119,16 @@ def attribute(value_json: str | None) -> Any:
 
 
 def cut(value: Any) -> str:
-    """Return a value as a message has it."""
+    """Return a value as text, shortened for a message."""
     text = str(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def read_trials(storage: Any, study_id: int) -> tuple[list[Any], list[str]]:
-    """Return a study's trials, and a line for each that Optuna cannot read, which would not read the others then."""
+    """Return a study's trials, and a line for each unreadable one. Optuna itself reads all trials or none."""
     try:
         return storage.get_all_trials(study_id, deepcopy=False), []
-    except Exception as error:  # whatever Optuna and SQLAlchemy raise
+    except Exception as error:  # any error of Optuna and SQLAlchemy
         if is_lost(error) or not hasattr(storage, "engine"):
             raise
     with storage.engine.connect() as connection:
@@ -137,7 +138,7 @@ def read_trials(storage: Any, study_id: int) -> tuple[list[Any], list[str]]:
     for trial_id, number in held:
         try:
             trials.append(storage.get_trial(trial_id))
-        except Exception as error:  # the same
+        except Exception as error:  # as above
             if is_lost(error):
                 raise
             unreadable.append(f"trial {number} cannot be read: {said(error)}")
@@ -145,29 +146,29 @@ def read_trials(storage: Any, study_id: int) -> tuple[list[Any], list[str]]:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Return an error, and what it was raised from: Optuna's, SQLAlchemy's, the driver's."""
+    """Yield an error and its causes: Optuna's, SQLAlchemy's, the driver's."""
     while error:
         yield error
         error = error.__cause__
 
 
 def said(error: BaseException) -> str:
-    """Return the first cause and its kind in one line: Optuna's own message is the same for all of them."""
+    """Return the root cause and its type in one line: Optuna's own message is the same for all causes."""
     *_others, first = causes(error)
     return f"{type(first).__name__}: {' '.join(str(first).split())}".rstrip(": ")
 
 
 def is_lost(error: Exception) -> bool:
-    """Tell whether the connection to the database is gone, or cannot be made, so that the error is none of a row."""
+    """Return whether the connection to the database failed, so that the error does not concern a single row."""
     return any(
-        getattr(each, "connection_invalidated", False)  # by SQLAlchemy
-        or getattr(each, "pgcode", "") is None  # by psycopg2, for an error that is not the server's
+        getattr(each, "connection_invalidated", False)  # set by SQLAlchemy
+        or getattr(each, "pgcode", "") is None  # set by psycopg2, for an error that is not the server's
         for each in causes(error)
     )
 
 
 def oddities(trials: list[Any], objectives: int) -> list[str]:
-    """Return what is odd about trials, which Optuna stores, but refuses in a study that is made anew: a line a kind."""
+    """Return trials' oddities, one line per kind, that Optuna stores but refuses in a newly created study."""
     outside = [found for trial in trials for found in values_outside(trial)[:1]]
     valued = [(trial, sum(str(value) != "nan" for value in trial.values or [])) for trial in trials]
     short = [
@@ -185,7 +186,7 @@ def oddities(trials: list[Any], objectives: int) -> list[str]:
 
 
 def values_outside(trial: Any) -> list[str]:
-    """Return which of a trial's parameters have a value that is not in their distribution, as one can be enqueued."""
+    """Return the trial's parameters whose value is outside of their distribution; such a value can be enqueued."""
     from optuna.trial import create_trial
 
     def is_outside(names: Iterable[str]) -> bool:
@@ -203,7 +204,7 @@ def values_outside(trial: Any) -> list[str]:
 
 
 def clock_warnings(database: str, clocks: list[tuple], optuna: Optuna) -> list[str]:
-    """Return what the rows of CLOCKS say about workers whose clocks cannot be compared."""
+    """Return warnings, from the rows of CLOCKS, about workers whose clocks cannot be compared."""
     mixed = "one study must not have workers with Optuna before 5 (local time) and 5 (UTC), nor several time zones"
     told = []
     for study, ahead, steps, all_steps in clocks:

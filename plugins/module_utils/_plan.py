@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What follows from the settings: PostgreSQL's sizes, its access rules, the workers' service entries and the URLs."""
+"""Values derived from the settings: PostgreSQL's sizes and access rules, the workers' service entries, and the URLs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import re
 from typing import Any, NamedTuple
 
 KILOBYTES = {"k": 1, "m": 1024, "g": 1024**2, "t": 1024**3}
-# Measured, in megabytes: one TLS connection without sorting; and PostgreSQL's own processes, the supervisor and a dump.
+# Measured, in megabytes: one TLS connection without sorting; PostgreSQL's own processes, the supervisor and a dump.
 CONNECTION_MB = 3
 BASE_MB = 128
-# The least and the most of work_mem that a connection gets by default.
+# Minimum and maximum of work_mem per connection by default, in megabytes.
 SORT_MB = (1, 16)
-# A dead server's node does not answer at all: without these a worker hangs for minutes.
+# A dead server's node does not answer at all: without these parameters a worker hangs for minutes.
 TIMEOUTS = {
     "connect_timeout": "5", "keepalives_idle": "30", "keepalives_interval": "10", "keepalives_count": "3",
     "tcp_user_timeout": "20000",
 }
-# Workers that start together queue for their login at PgBouncer.
+# Workers that start together wait in a queue for their login at PgBouncer.
 POOLER_CONNECT_TIMEOUT = "30"
 
 
@@ -29,18 +29,18 @@ class Sizes(NamedTuple):
 
     memory: int
     connections: int
-    #: shared_buffers, and what PostgreSQL needs besides.
+    #: shared_buffers, and PostgreSQL's other needs.
     shared: int
     base: int
-    #: The default of work_mem: what is left for each connection, within SORT_MB.
+    #: The default of work_mem: the memory left for each connection, within SORT_MB.
     sort: int
-    #: The most that one connection takes, and all of PostgreSQL.
+    #: The maximum for one connection, and for all of PostgreSQL.
     each: int
     need: int
 
 
 def megabytes(memory: str | int, bare: int = 1024) -> int:
-    """Return a size such as ``16G`` in megabytes, 0 if it is none. A bare number has the unit ``bare`` kilobytes."""
+    """Return a size such as ``16G`` in megabytes, 0 if it is invalid. A bare number has the unit ``bare`` kilobytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])b?)?", str(memory).strip(), re.ASCII | re.IGNORECASE)
     if not found:
         return 0
@@ -48,9 +48,9 @@ def megabytes(memory: str | int, bare: int = 1024) -> int:
 
 
 def sizes(settings: dict[str, Any]) -> Sizes:
-    """Return the sizes that follow from ``instance_memory`` and from the settings of PostgreSQL's configuration.
+    """Return the sizes derived from ``instance_memory`` and from the settings of PostgreSQL's configuration.
 
-    ``postgres_settings`` override the others. Without ``postgres_work_mem`` each connection takes its default.
+    ``postgres_settings`` override the others. Without ``postgres_work_mem`` each connection gets the default.
     """
     overrides = settings["postgres_settings"]
     memory = megabytes(settings["instance_memory"])
@@ -64,9 +64,9 @@ def sizes(settings: dict[str, Any]) -> Sizes:
 
 
 def access_rules(settings: dict[str, Any], owner: str) -> list[dict[str, Any]]:
-    """Return the default rules of pg_hba.conf: everyone needs a password but the owner on the socket.
+    """Return the default rules of pg_hba.conf: a password for everyone except the owner on the socket.
 
-    The role of another program may log in to its own database only.
+    The role of another program may log in only to its own database.
     """
     databases = settings["databases_studies"]
     study = settings["instance_study_role"]
@@ -90,7 +90,7 @@ def access_rules(settings: dict[str, Any], owner: str) -> list[dict[str, Any]]:
 
 
 def service_entries(settings: dict[str, Any], owner: str, root: str) -> dict[str, dict[str, str]]:
-    """Return libpq's parameters: for workers ``direct`` and by way of PgBouncer (``pooled``), and for a ``tunnel``."""
+    """Return libpq's parameters for workers, ``direct`` or ``pooled`` (by PgBouncer), and for a ``tunnel``."""
     plain = {
         "dbname": first_database(settings), "user": settings["instance_study_role"],
         "passfile": f"{root}/secrets/pgpass", **TIMEOUTS,
@@ -103,7 +103,7 @@ def service_entries(settings: dict[str, Any], owner: str, root: str) -> dict[str
     # workers verify its certificate instead.
     bound = {"sslmode": "require", "channel_binding": "require"}
     pinned = {"sslmode": "verify-ca", "sslrootcert": f"{root}/conf/server.crt"}
-    # Another user may create a folder of the same name later.
+    # Another user may later create a folder with the same name.
     socket = {"requirepeer": owner} if settings["server_address"] == "socket" else {}
     tls = settings["postgres_tls"]
     return {
@@ -118,12 +118,12 @@ def service_entries(settings: dict[str, Any], owner: str, root: str) -> dict[str
 
 
 def first_database(settings: dict[str, Any]) -> str:
-    """Return the database that the service entry leads to: the first one with Optuna's tables, if there is one."""
+    """Return the database of the service entry: the first one with Optuna's tables, or an empty string."""
     return next((each["name"] for each in settings["databases_studies"] if each["tables"] == "optuna"), "")
 
 
 def urls(settings: dict[str, Any]) -> dict[str, str]:
-    """Return the URL of each database by its name, that of the first one first."""
+    """Return the URL of each database by name, the first database first."""
     first, service = first_database(settings), f"?service={settings['instance_name']}"
     plugin = "&plugin=hpc_db" if settings["client_environment"] else ""
     found = {first: f"postgresql+psycopg2:///{service}{plugin}"} if first else {}
@@ -136,7 +136,7 @@ def urls(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def plan(settings: dict[str, Any], owner: str, root: str) -> dict[str, Any]:
-    """Return all of it, for the roles."""
+    """Return all derived values, for the roles."""
     first, plain = first_database(settings), f"postgresql+psycopg2:///?service={settings['instance_name']}"
     found = urls(settings)
     held = sizes(settings)
@@ -148,7 +148,7 @@ def plan(settings: dict[str, Any], owner: str, root: str) -> dict[str, Any]:
         ways.append(f'hpc_db_client.proxy.storage("{root}")')
     return {
         "sizes": held._asdict(),
-        # A warning is repeated on each run, so a quick check must not skip it.
+        # A warning is repeated in each run, so the quick check must not skip it.
         "warns": held.need > held.memory or trusts,
         "rules": settings["postgres_hba_rules"] or access_rules(settings, owner),
         "services": service_entries(settings, owner, root),
