@@ -16,12 +16,12 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import ARGU
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 10.0
 SILENCE = 30.0
-# A scheduler may be too busy to answer once or twice.
+# A scheduler may sometimes be too busy to answer; the third failure in a row is an error.
 MISSES = 3
 
 
 class WaitFailed(Exception):
-    """The server will not answer, or not in time."""
+    """The server will not answer, or has not answered in time."""
 
     def __init__(self, message: str, log_tail: list[str] | None = None) -> None:
         super().__init__(message)
@@ -29,7 +29,7 @@ class WaitFailed(Exception):
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
-    """Wait until the hosting job's server answers, and show the progress."""
+    """Wait until the job's server answers, and show the progress."""
 
     TRANSFERS_FILES = False
 
@@ -38,7 +38,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         params = self.validate_argument_spec(dict(ARGUMENT_SPEC, timeout={"type": "int", "default": 600}))[1]
         if self._task.check_mode:
             return result
-        # Not ``params``, in which a ~ is a home on the controller already.
+        # Not ``params``, in which ~ is already expanded to a home on the controller.
         module_args = {key: value for key, value in self._task.args.items() if key != "timeout"}
         host = (task_vars or {}).get("inventory_hostname", "")
 
@@ -62,7 +62,7 @@ def wait_for_server(
     look: Callable[[], dict], say: Callable[[str], None], timeout: float, is_hopeless: Callable[[str], bool],
     clock: Any = time,
 ) -> dict:
-    """Return the endpoint as soon as the running job serves, or raise WaitFailed."""
+    """Return the endpoint as soon as the running job's server answers, or raise WaitFailed."""
     start = clock.monotonic()
     pause, misses, said, said_at = FIRST_PAUSE, 0, "", start
     seen: set[str] = set()
@@ -96,9 +96,9 @@ def wait_for_server(
 
 
 def why_hopeless(found: dict, seen: set, is_hopeless: Callable[[str], bool]) -> str | None:
-    """Return why waiting is of no use. ``seen`` are the ids of the jobs that were there while waiting."""
+    """Return why further waiting is pointless, or None. ``seen`` are the ids of the jobs found during the wait."""
     job, state = found["job"], found["state"] or {}
-    # What an earlier job wrote says nothing, nor what this one wrote before it was queued again.
+    # Ignore the state of an earlier job, and this job's state from before it was requeued.
     own = state.get("job") in seen and not (job and job["state"] == "PENDING")
     if own and state.get("state") == "failed":
         return f"failed: {state.get('reason')}"

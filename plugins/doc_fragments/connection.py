@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class ModuleDocFragment:
-    """The options with which a module reaches the instance's PostgreSQL."""
+    """Options for the connection to the instance's PostgreSQL."""
 
     DOCUMENTATION = r"""
 options:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class ModuleDocFragment:
-    """The options that say which hosting job is meant."""
+    """Options that identify the server job."""
 
     DOCUMENTATION = r"""
 options:
@@ -43,7 +43,7 @@ attributes:
     membership: [mala.hpc_db.scheduler]
 """
 
-    # Options of the filters for jobs.
+    # Options of filters about jobs.
     FILTER = r"""
 options:
   _input:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class ModuleDocFragment:
-    """The options of a module that waits in slices."""
+    """Options of a module that waits in slices."""
 
     DOCUMENTATION = r"""
 options:

@@ -41,7 +41,7 @@ PARTS = ("client", "playbooks", "plugins", "roles")
 
 
 def fingerprint(settings: dict, collection: Path = COLLECTION) -> str:
-    """Return the checksum."""
+    """Return the checksum as hexadecimal digits."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     paths = sorted(path for part in PARTS for path in (collection / part).rglob("*"))
     for path in paths:

@@ -48,7 +48,7 @@ EMPTY = "-"
 
 
 def gauge(parts: float | dict[str, float], total: float, width: int = 20) -> str:
-    """Return the bar."""
+    """Return the bar as text."""
     counts = parts if isinstance(parts, dict) else {"#": parts}
     counts = {mark: min(count, total) for mark, count in counts.items() if count > 0 and total > 0}
     cells = {mark: max(1, round(width * count / total)) for mark, count in counts.items()}

@@ -37,7 +37,7 @@ import shlex
 
 
 def shell_path(path: str) -> str:
-    """Return the word."""
+    """Return the quoted path."""
     return f'"$HOME"{shlex.quote(path[1:])}' if path.startswith("~/") else shlex.quote(path)
 
 

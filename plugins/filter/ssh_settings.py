@@ -44,7 +44,7 @@ ARGUMENTS = ("ansible_ssh_args", "ansible_ssh_common_args", "ansible_ssh_extra_a
 
 
 def ssh_settings(variables: Mapping) -> dict:
-    """Return the settings by what they are."""
+    """Return the connection settings under names independent of Ansible's aliases."""
 
     def given(*names: str) -> object:
         return next((variables[name] for name in names if variables.get(name) not in (None, "")), None)

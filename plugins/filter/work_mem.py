@@ -41,7 +41,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._plan import sizes
 
 
 def work_mem(settings: dict) -> str:
-    """Return the memory."""
+    """Return the memory with its unit."""
     return f"{sizes(settings).sort}MB"
 
 

@@ -44,7 +44,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import yaml
 
 
 def yaml_value(value: Any, setting: str) -> str:
-    """Return the value in YAML."""
+    """Return the value as YAML; raise AnsibleFilterError if it cannot be written safely."""
     try:
         return yaml_data(value, setting)
     except ValueError as error:

@@ -44,16 +44,17 @@ from ansible.errors import AnsibleLookupError
 from ansible.plugins.loader import connection_loader
 from ansible.plugins.lookup import LookupBase
 
-# A socket's path has 103 bytes on macOS, 107 on Linux. Ansible adds a slash and 10 digits, ssh a dot and 16 letters.
+# A socket's path has at most 103 bytes on macOS and 107 on Linux. Ansible adds a slash and 10 digits, ssh a dot and 16
+# letters.
 LONGEST = 103 - 11 - 17
 FALLBACK = "/tmp"
 
 
 def short_folder(configured: str, runtime: str, fallback: str = FALLBACK) -> str:
-    """Return the configured folder, or a shorter one below another; raise OSError if there is none."""
+    """Return the configured folder, or a shorter one below another folder; raise OSError if that is impossible."""
     if fits(os.path.expanduser(configured)):
         return configured
-    # What the variable says may be of another user, after su.
+    # After su, the variable may contain another user's folder.
     with contextlib.suppress(OSError):
         if runtime and fits(folder := own_folder(runtime)):
             return folder
@@ -65,7 +66,7 @@ def fits(folder: str) -> bool:
 
 
 def own_folder(parent: str) -> str:
-    """Return a folder there that is nobody else's: whoever has the socket is us on the other machine."""
+    """Return a private folder there: access to the socket in it is access to our account on the other machine."""
     about = os.stat(parent)
     if about.st_uid != os.geteuid() and not about.st_mode & stat.S_ISVTX:
         raise PermissionError(f"{parent} is not this user's")
@@ -82,8 +83,8 @@ class LookupModule(LookupBase):  # type: ignore[misc]
     """Finds the folder for the user who runs Ansible."""
 
     def run(self, terms: list, variables: dict | None = None, **kwargs: object) -> list[str]:
-        """Return it."""
-        # What is configured is known once the plugin is.
+        """Return a list with the folder."""
+        # The setting is known only once the plugin is loaded.
         connection_loader.get("ssh", class_only=True)
         configured = constants.config.get_config_value("control_path_dir", plugin_type="connection", plugin_name="ssh")
         try:

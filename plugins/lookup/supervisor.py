@@ -42,10 +42,10 @@ PACKAGE = Path(__file__).parents[1] / "module_utils" / "host"
 
 
 class LookupModule(LookupBase):  # type: ignore[misc]
-    """The files of the package, each with its path below every folder that is named."""
+    """The files of the package, for each of the given folders."""
 
     def run(self, terms: list, variables: dict | None = None, **kwargs: object) -> list[dict]:
-        """Return them, sorted by path."""
+        """Return the files, sorted by path, for each folder."""
         return [
             {"path": f"{folder}/{path.relative_to(PACKAGE)}", "content": path.read_text(encoding="utf-8")}
             for folder in terms for path in sorted(PACKAGE.rglob("*.py"))

@@ -79,7 +79,7 @@ class Package(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What is wanted of one package. ``bounds`` pair a sign with a version; ``=`` is any that begins so."""
+    """The wanted version of one package. ``bounds`` pair a sign with a version; ``=`` is any version that begins so."""
 
     text: str
     name: str
@@ -276,7 +276,7 @@ def describe_host(platform: str, machine: str, release: str, glibc: str) -> dict
 
 
 def clean_command(command: list[str], timeout: int, cache: str | None) -> list[str]:
-    """Return the command with a time limit and an environment without misleading variables."""
+    """otherwise conda installs a file truncated by a kill during unpacking"""
     strict = "CONDA_SAFETY_CHECKS=enabled"  # else conda installs a file that a kill has cut off while it was unpacked
     unset = [word for name in ("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME") for word in ("-u", name)]
     # the cache has the layout of mamba's root, so that mamba uses it
