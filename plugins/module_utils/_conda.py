@@ -385,7 +385,7 @@ def may_pass(answer: Answer, channels: list[str]) -> bool:
 
 
 def unmet_need(problem: str, glibc: str) -> str:
-    """Return what a solver missed of the host, such as ``__glibc >=2.34``; nothing if it was something else."""
+    """Return a solver's unmet requirement on the host, such as ``__glibc >=2.34``; empty if there is none."""
     for need in _HOST_NEED.finditer(problem):
         bounds = [_BOUND.fullmatch(bound) for bound in need["bounds"].split(",")]
         pairs = [(bound["sign"], bound["version"]) for bound in bounds if bound]

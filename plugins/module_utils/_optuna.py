@@ -89,7 +89,7 @@ def is_older(schema: Schema, optuna: Optuna) -> bool:
 
 
 def is_newer(schema: Schema, optuna: Optuna) -> bool:
-    """Tell whether the installed Optuna does not know the schema. One that hides its revisions has to say so itself."""
+    """Return whether the schema is unknown to the installed Optuna; false if Optuna's revisions are unreadable."""
     return bool(optuna.revisions) and schema.revision not in optuna.revisions
 
 
