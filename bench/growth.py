@@ -160,7 +160,7 @@ def cell(values: list[float | None], digits: int) -> str:
 
 
 def units_table(rounds: list[list[dict[str, Any]]], counts: Counts) -> str:
-    """Return what the last of many costs more than the first: the cost a unit."""
+    """Return the cost per unit: the difference between the largest and the smallest case, divided by their distance."""
     lines: list[tuple[str, ...]] = [
         ("one more of", *STEPS, "what bounds it"), ("---", "---:", "---:", "---:", "---"),
     ]

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Measure, on the login node: from sbatch to an empty job's first act, and to the first write that a server accepts.
+"""Measure, on the login node, the times from sbatch to an empty job's start, and to a server's first accepted write.
 
-Prints both in seconds. The instance must be made, and no job of the user's in the queue.
+Prints both in seconds. The instance must exist, and the user must have no job in the queue.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def files(archive: Path, tree: Path, tags: list[str]) -> Iterator[str]:
 
 
 def version(archive: Path, tree: Path, tags: list[str]) -> Iterator[str]:
-    """Report a version that is invalid, differs from the tag, or is not newer than the released ones."""
+    """Report a version that is invalid, too low for the changelog, or differs from the tag or CITATION.cff."""
     text = str(described(archive)["version"])
     wanted = VERSION.fullmatch(text)
     if not wanted:
