@@ -70,7 +70,7 @@ def used(pid: int) -> Used:
 
 
 def megabytes(pid: int, kind: str) -> float:
-    """Return the process's memory in MB: ``Pss`` divides shared pages by the number of users, ``Rss`` does not."""
+    """Return the process's memory in MB: ``Pss`` divides shared pages among their processes, ``Rss`` does not."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) / 1024
 

@@ -277,7 +277,7 @@ def describe_host(platform: str, machine: str, release: str, glibc: str) -> dict
 
 def clean_command(command: list[str], timeout: int, cache: str | None) -> list[str]:
     """otherwise conda installs a file truncated by a kill during unpacking"""
-    strict = "CONDA_SAFETY_CHECKS=enabled"  # else conda installs a file that a kill has cut off while it was unpacked
+    strict = "CONDA_SAFETY_CHECKS=enabled"  # else conda installs a file truncated by a kill during unpacking
     unset = [word for name in ("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME") for word in ("-u", name)]
     # the cache has the layout of mamba's root, so that mamba uses it
     caches = [f"CONDA_PKGS_DIRS={cache}/pkgs", f"MAMBA_ROOT_PREFIX={cache}"] if cache else []

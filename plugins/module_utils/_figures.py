@@ -334,7 +334,7 @@ def running_over_time(studies: list[dict[str, Any]], log: dict[str, Any], until:
 
 
 def running_steps(trials: list[dict[str, Any]], until: float) -> list[tuple[float, int]]:
-    """Return the times at which the number of running trials changes; trials with an unknown end are left out."""
+    """Return the times when the number of running trials changes, and the number; skip trials with an unknown end."""
     changes: Counter[float] = Counter()
     for trial in trials:
         runs, ended = trial["state"] == "RUNNING", trial["complete"]

@@ -556,7 +556,7 @@ def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> 
             answer = ask(harmless, run, specs, before, dry_run=True)
     if not answer.problem and not all_satisfied(answer.packages, specs):
         answer = Answer({}, "provider", "it did not say what it would install")
-    # An earlier task installs it or stages the packages, unless that task is in check mode too.
+    # An earlier task installs rattler or stages the packages, unless that task is in check mode too.
     if answer.setting in ("rattler_python", "lock"):
         present = before or {}
         missing = [spec for spec in specs if not all_satisfied(present, [spec])]

@@ -185,7 +185,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
-# Runs the supervisor's command "look" or "withdraw" and returns whether there is or was an endpoint.
+# Runs "look" or "withdraw" of the supervisor's program for the endpoint; returns whether there is or was an endpoint.
 Endpoint = Callable[[str], bool]
 
 # Seconds that a job has to end when asked, for running transactions and a checkpoint.

@@ -12,7 +12,7 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
 
-# Seconds of one slice, after each of which the state can be shown.
+# Seconds of one slice; after each, a new state is shown.
 SLICE = 5
 # Seconds after which an unchanged state is shown again.
 SILENCE = 30.0
