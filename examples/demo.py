@@ -103,7 +103,7 @@ def as_user(user: str, command: list[str]) -> list[str]:
 def usable_python(user: str) -> str:
     """Return a Python that this user may run: other users cannot access the one in root's home."""
     for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
-        # from /, since the user may not enter the folder we are in
+        # from /, since the user may have no access to our working directory
         tried = subprocess.run(as_user(user, [python, "-c", "import venv"]), cwd="/", capture_output=True)
         if tried.returncode == 0:
             return python
@@ -111,7 +111,7 @@ def usable_python(user: str) -> str:
 
 
 def write_inventory(folder: Path, name: str, user: str) -> None:
-    """Say what differs from inventories/local: a named study, pinned packages, and the user if we are root."""
+    """Write the differences to inventories/local: a named study, pinned packages, and for root the demo's user."""
     pins = (ROOT / "requirements" / "cluster.txt").read_text().splitlines()
     packages = [line for line in pins if not line.startswith(("#", " ", "pip==", "py-rattler=="))]
     variables: dict[str, object] = {
