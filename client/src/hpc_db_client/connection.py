@@ -41,7 +41,7 @@ IN_TRANSACTION, IN_ERROR = 2, 3  # libpq's PQTRANS_INTRANS, PQTRANS_INERROR
 IN_THE_FUTURE = "22023"  # the error of pg_xact_status for an id that was not assigned yet
 CANNOT = "a transaction was cut that cannot be repeated"
 LOST = "hpc_db: the transaction was cut and is not repeated; roll it back"
-# The server ended the session: shutdown, crash, idle for too long.
+# SQLSTATEs of a session that the server has ended: shutdown, crash, idle timeouts.
 ENDED = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
 
 # Optuna stores heartbeats in the session's time zone without naming it, so workers with different PGTZ would fail each
@@ -440,7 +440,7 @@ class Connection:
         """Commit; return only when the transaction is in the database exactly once."""
         self._refuse_part()
         journal = self._journal
-        if self._parked and not self._bound:  # it has only read
+        if self._parked and not self._bound:  # the transaction has only read
             self._end()
             return
         if not journal.began or self._parked:
@@ -1048,7 +1048,7 @@ def _ask_for_keys(
         if sequence is None:
             raise Differs(f"the sequence {name} is gone")
         sequences[name] = sequence
-        tables.setdefault(name, set((sequence.tables or "").split("/")))  # "" is any table
+        tables.setdefault(name, set((sequence.tables or "").split("/")))  # "" stands for any table
         _is_late(asking, sequence, journal.keys[name])
     return {step: [(sequences[name], name, tables[name]) for name in some] for step, some in names.items()}
 

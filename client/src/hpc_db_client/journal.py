@@ -60,7 +60,7 @@ class Step:
     ) -> None:
         self.method = method
         self.text = text
-        self.parameters = parameters  # none or one
+        self.parameters = parameters  # none or one, as passed to the driver's method
         self.options = options
         self.judged = judged
         self.make_cursor = make_cursor

@@ -52,7 +52,7 @@ KEYWORDS = frozenset("""
     overlaps overlay position returning right row select set setof similar some substring symmetric table tablesample
     then to trailing treat trim true union unique update using values variadic when where window with xmlelement
 """.split())  # fmt: skip
-# Words that could be functions unless they follow one of these.
+# Words that could be functions, except after one of these words.
 _CONTEXT = {
     "by": {"group", "order", "partition"}, "cube": {"group by"}, "delete": set(), "first": {"fetch"},
     "insert": set(), "key": {"primary", "foreign"}, "materialized": {"as", "as not"}, "next": {"fetch"},
@@ -190,11 +190,11 @@ class Judgement:
         self.clock = False
         self.gives = False  # an INSERT whose rows are given
         self.adds = False  # the same, without ON CONFLICT
-        self.isolates = False  # it changes what the transaction sees
+        self.isolates = False  # it may change the transaction's isolation level
         self.sequence = ""  # the statement only gets a key from this sequence
         self.insert: Insert | None = None
         self.returns = False
-        self.writes = False  # or locks rows
+        self.writes = False  # it writes or locks rows
 
 
 def tokens(text: str, has_arguments: bool = False, standard_strings: bool = True) -> list[Token]:

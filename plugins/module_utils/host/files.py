@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Small files that other hosts read while this one writes them."""
+"""Read and write small files that other hosts may read at the same time."""
 
 import contextlib
 import json
