@@ -8,6 +8,6 @@ from .dialect import Waiting
 
 
 class Dialect(Waiting, psycopg.dialect):  # type: ignore[misc]
-    """SQLAlchemy's own, on connections that wait."""
+    """SQLAlchemy's dialect, with connections that wait for the server."""
 
     supports_statement_cache = True

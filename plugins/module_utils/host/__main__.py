@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The hosting program: it owns the lease, runs postgres, and says where it is.
+"""The supervisor: it holds the lease, runs postgres, and publishes the endpoint.
 
-    python3 -m hpc_db_host serve --root ROOT       in the hosting job
-    python3 -m hpc_db_host bootstrap --root ROOT   a short-lived server on a socket, without a job
-    python3 -m hpc_db_host upgrade --root ROOT --settings FILE   another major of PostgreSQL; prints what was compared
+    python3 -m hpc_db_host serve --root ROOT       in the server job
+    python3 -m hpc_db_host bootstrap --root ROOT   a temporary server on a socket, without a job
+    python3 -m hpc_db_host upgrade --root ROOT --settings FILE   move to another major version; prints a summary
 """
 
 import argparse
@@ -33,40 +33,40 @@ from .threads import STOP_SIGNALS, Repeat, signals_waiting
 from .upgrade import Upgrade
 
 SERVING = "it accepts writes"
-# Deaths of postgres that are further apart than this are not one trouble.
+# Crashes of postgres that are further apart than this are unrelated.
 DEATHS_COUNT_SECONDS = 600.0
-# Seconds between a death and the next start, doubled up to this: workers wait meanwhile.
+# Maximum seconds between a crash and the restart; doubled from 1 after each crash. Workers wait meanwhile.
 LONGEST_PAUSE = 4.0
-# How often to look whether the successor is still in the queue.
+# Seconds between two checks whether the successor is still in the queue.
 FOLLOW_SECONDS = 900.0
-# What nothing but the user can know.
+# Added to a message if only the user can know whether the holder has ended.
 ASK_THE_USER = "; nothing here can tell whether it has ended: if you know that it has, run the playbook break_lease.yml"
-# How soon to try again to say where the server is.
+# Seconds until the next attempt to publish the endpoint.
 PUBLISH_SECONDS = 5.0
 
-# How many TTLs a short-lived server's heartbeat has to stand still, about which no scheduler can be asked: its program
-# may be frozen, by a login node that swaps or a file system that moves to another server, and go on after minutes.
+# How many TTLs a temporary server must be without a heartbeat before it is replaced. No scheduler knows whether it has
+# ended, and its program may be frozen for minutes, by a login node that swaps or a file system that fails over.
 SILENT_TTLS = 5
 
-# A short-lived server runs on a login node: it must not take a compute node's memory there.
+# A temporary server runs on a login node, where it must use less memory than on a compute node.
 BOOTSTRAP_PARAMETERS = {"shared_buffers": "32MB", "max_connections": "20", "max_wal_size": "256MB"}
 
 
 class Stop(Exception):
-    """The program was told to stop; the message says by what."""
+    """The program was asked to stop; the message says by what."""
 
     def __init__(self, why: str, planned: bool = False) -> None:
         Exception.__init__(self, why)
         self.planned = planned
 
 
-# What we were told, first of all. It is raised where the signal finds us, which may be where something else takes its
-# place, such as an error of closing a file: so it is kept, and goes before everything but the loss of the lease.
+# The first request to stop. The signal handler raises it anywhere in the code, where another exception may replace it,
+# such as an error from closing a file. So it is kept here, and has priority over everything except a lost lease.
 _told_to_stop = []  # type: List[Stop]
 
 
 class Host:
-    """The hosting program on one instance directory."""
+    """The supervisor of one instance directory."""
 
     def __init__(self, root: str, bootstrap: bool) -> None:
         self.settings = read_settings(root)
@@ -89,19 +89,19 @@ class Host:
             self._queue = Queue(self.settings, self.job)
 
     def serve(self, patience: float, lifetime: Optional[float]) -> None:
-        """Serve until told to stop, or for ``lifetime`` seconds; raise what ended it."""
-        self._address()  # a name that nobody can resolve is told before anything starts
+        """Serve until asked to stop, or for ``lifetime`` seconds; raise the reason for the end."""
+        self._address()  # report a host name that cannot be resolved before anything starts
         with self._leased(patience) as keeper:
             self._keep_serving(keeper, lifetime)
 
     def upgrade(self, patience: float, following: str, back: bool) -> dict:
-        """Go over to the settings in the file ``following``, which name another major; return what was compared."""
+        """Move to the settings in the file ``following``, with another major version; return the summary."""
         with self._leased(patience) as keeper:
             return Upgrade(self.settings, following, keeper).run(back)
 
     @contextlib.contextmanager
     def _leased(self, patience: float) -> Iterator[Keeper]:
-        """Hold the lease, as long as nobody takes it over."""
+        """Hold the lease during the block; release it after a clean end."""
         ttl = self.settings["lease_ttl"]
         holder = {
             "host": socket.gethostname(), "pid": os.getpid(), "job": self.job, "kind": self._kind(),
@@ -114,13 +114,13 @@ class Host:
         self._lease = lease
         with Keeper(lease) as keeper:
             try:
-                # Whoever had the lease may have moved the studies to another data directory.
+                # The previous holder may have moved the studies to another data directory.
                 self.settings = read_settings(self.settings["root"])
                 yield keeper
             except BaseException as ended:
                 ignore_signals()
-                keeper.check()  # a lost lease is not ours to release, nor is the queue ours to change
-                if self._clean:  # else the next one waits until the scheduler, too, says that we have ended
+                keeper.check()  # without the lease, do not release it or change the queue
+                if self._clean:  # else the next holder waits until the scheduler reports our end
                     self._release(keeper)
                 if isinstance(ended, Failed):
                     self._end_chain()
@@ -133,7 +133,7 @@ class Host:
 
     @contextlib.contextmanager
     def _only_told(self, what: str) -> Iterator[None]:
-        """Tell that something went wrong on the way out; the reason for going stays what it is."""
+        """Log an error during the shutdown without replacing the reason for the shutdown."""
         try:
             yield
         except (Lost, Stop):
@@ -143,10 +143,11 @@ class Host:
             files.log(self._undone[-1])
 
     def _acquire(self, lease: Lease, patience: float) -> None:
-        """Wait for the lease: up to ``patience`` seconds, and as long as its holder seems to be cut off.
+        """Wait for the lease: up to ``patience`` seconds, or longer if its holder's node seems to be cut off.
 
-        The scheduler has given up the holder's node and started us, but postgres goes on there. It ends, or
-        comes back to be told that it has to; were we to give up before that, nobody would be left to go on.
+        In that case, the scheduler has given up the holder's node and started us, but postgres still runs there. It
+        ends, or finds out that it has to when the node is reachable again. If we gave up before, no job would be left
+        to serve.
         """
         def wait(refused: Exception) -> None:
             silent = hint
@@ -161,18 +162,18 @@ class Host:
                 return lease.acquire(patience, wait)
             except Held as held:
                 if not is_job or not self._has_ended(held.holder):
-                    # not so for a job, or for what somebody has started by hand
+                    # the holder may still run, or we are not a job of the scheduler
                     raise Held(held.holder, "" if self._can_be_asked(held.holder) else ASK_THE_USER) from None
                 hint = "; its job has ended, but its heartbeat goes on: is its node cut off?"
                 self._follow()  # our walltime may end before that
             except OSError as error:
                 if not is_job or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise Failed(in_words(error)) from None
-                self._follow()  # else nobody would be left to go on when there is space again
+                self._follow()  # else no job would be left when there is space again
                 time.sleep(1.0)
 
     def _keep_serving(self, keeper: Keeper, lifetime: Optional[float]) -> None:
-        """Start postgres again when it has died, but not for ever: what kills it may do so each time."""
+        """Run postgres, and restart it after a crash. The restarts are limited, since the cause may be permanent."""
         limit = 0 if self.bootstrap else self.settings["restarts"]
         deaths = []  # type: List[float]
         check_programs(self.settings)
@@ -192,20 +193,20 @@ class Host:
                 self._sleep(keeper, pause)
             full = space(self.settings["data"])
             while full:
-                # Recovery writes, too: without space it would only die again.
+                # Recovery also writes: without space, postgres would only crash again.
                 self.tell("unhealthy", full)
                 self._sleep(keeper, 2.0)
                 full = space(self.settings["data"])
 
     def _sleep(self, keeper: Keeper, seconds: float) -> None:
-        """Wait, as the owner of the lease."""
+        """Sleep; raise Lost if the lease is lost meanwhile."""
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
             keeper.check()
             time.sleep(0.5)
 
     def _serve_once(self, keeper: Keeper, lifetime: Optional[float]) -> None:
-        """Run postgres until something ends it, raise that, and leave no postgres behind."""
+        """Run postgres until it ends or has to stop; raise the reason. No process of postgres is left afterwards."""
         postgres = None
         try:
             self.tell("starting", "postgres is starting", "start")
@@ -229,7 +230,7 @@ class Host:
                 self._leave(postgres)
 
     def _prepare_to_move(self, postgres: Postgres, keeper: Keeper) -> None:
-        """Before the walltime: make a dump, and have little left to write, while the workers still go on."""
+        """Make a dump and a checkpoint before the walltime, so that the stop is quick; workers continue meanwhile."""
         self.tell("stopping", "the walltime is near", "walltime")
         if self._dumps:
             with self._only_told("no dump is made"):
@@ -238,14 +239,14 @@ class Host:
             postgres.query("CHECKPOINT", 15)
 
     def _leave(self, postgres: Optional[Postgres]) -> None:
-        """Send the clients away, then stop, even if the endpoint cannot be taken back."""
-        self._clean = False  # until postgres has ended, whatever happens on the way
+        """Drain the connections and stop postgres, even if the endpoint cannot be removed."""
+        self._clean = False  # until postgres has ended cleanly
         self._undone = []
         ours = False
         try:
             self.tell("stopping", "postgres is stopping")
             with self._only_told("the endpoint is not withdrawn"):
-                ours = self._lease is not None and self._lease.is_ours()  # else the endpoint is the next holder's
+                ours = self._lease is not None and self._lease.is_ours()  # else the endpoint belongs to the next holder
                 if ours:
                     self._withdraw()
             if ours and postgres:
@@ -257,7 +258,7 @@ class Host:
             self._clean = postgres is None or postgres.stop(self.settings["stop_patience"])
 
     def _end_chain(self) -> None:
-        """Cancel the successors: they would fail like us, one after the other, for ever."""
+        """Cancel the successors: they would fail as well, one after the other, for ever."""
         if self._queue:
             with self._only_told("the successors are not cancelled"):
                 self._queue.cancel_successors()
@@ -286,12 +287,12 @@ class Host:
             files.log("state.json is not written: %s" % error)
 
     def tell_end(self, state: str, reason: object) -> None:
-        """Tell why this is the end, and what the next holder has to mend."""
+        """Report the reason for the end, and the errors during the shutdown."""
         self.tell(state, "; ".join([str(reason)] + self._undone))
 
     def _watch(self, postgres: Postgres, keeper: Keeper, lifetime: Optional[float]) -> None:
         ends = float("inf") if lifetime is None else time.monotonic() + lifetime
-        # Whoever wants us to stop asks by this, where the scheduler has no other way than to kill us.
+        # This file requests a stop where the scheduler can only kill us.
         wish = self.layout.stop_request(self.job)
         with contextlib.ExitStack() as beside:
             health = Health(self.settings, postgres)
@@ -323,7 +324,7 @@ class Host:
                     self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING + self._alone))
 
     def _poll_engines(self, postgres: Postgres) -> None:
-        """Keep what runs beside postgres running, and say where it is."""
+        """Poll the sidecars; publish the endpoint again if their ports have changed, or if the last attempt failed."""
         before = [engine.port for engine in self._engines]
         for engine in self._engines:
             engine.poll()
@@ -335,7 +336,7 @@ class Host:
         return "; ".join(engine.reason for engine in self._engines if engine.reason)
 
     def _follow(self) -> float:
-        """Have a successor queued; return after how many seconds to look again."""
+        """Ensure that a successor is queued; return the seconds until the next check."""
         try:
             followed, pause = self._queue.ensure_successor() if self._queue else "", FOLLOW_SECONDS
             self._alone = ""
@@ -366,7 +367,7 @@ class Host:
             try:
                 endpoint.publish(self.layout.run, self._service_file(), where, self.settings["service"], pooled)
                 self._unpublished = ""
-            except OSError as error:  # postgres serves nevertheless, and those who are connected go on
+            except OSError as error:  # postgres still serves the connected workers
                 self._unpublished = "workers do not learn where the server is: %s" % error
                 self._publish_due = time.monotonic() + PUBLISH_SECONDS
 
@@ -376,9 +377,9 @@ class Host:
         endpoint.withdraw(self.layout.run, self._service_file(), self.settings["instance"])
 
     def _address(self, postgres: Optional[Postgres] = None) -> str:
-        """Return what clients of ``postgres``, or of what runs beside it, connect to.
+        """Return the host for clients of ``postgres`` or, without it, of the sidecars.
 
-        That is this host's name, unless settings say something else.
+        The default is this host's name.
         """
         wanted = self.settings["advertise"]
         if wanted == "socket":
@@ -397,17 +398,17 @@ class Host:
         return "bootstrap" if self.bootstrap else self.settings["scheduler"]
 
     def _has_ended(self, holder: dict) -> bool:
-        """Tell whether the scheduler says that a holder in another place, or before a reboot, has ended."""
+        """Return whether a holder on another host, or from before a reboot, has ended, as far as can be known."""
         kind, job = holder.get("kind", ""), holder.get("job", "")
-        if kind == "bootstrap":  # in a job of somebody's, or in none
+        if kind == "bootstrap":  # inside some other job, or in none
             kind, job = holder.get("scheduler", ""), holder.get("allocation", "")
             if not job or job == self._allocation:
-                return True  # nobody can be asked: its long silence tells
+                return True  # no scheduler can be asked; its long silence decides
         if not self._can_be_asked(holder):
             return False
         if kind == "local":
-            return True  # before a reboot of this machine
-        # Our own job, which was queued again: then its first run has ended.
+            return True  # from before a reboot of this machine
+        # If our own job was requeued, its first run has ended.
         return job == self.job or scheduler.job_has_ended(kind, self.settings["bin_dir"], job)
 
     def _can_be_asked(self, holder: dict) -> bool:
@@ -415,7 +416,7 @@ class Host:
 
 
 def in_words(refused: Exception) -> str:
-    """Say why the lease is not ours."""
+    """Return why the lease could not be taken."""
     if isinstance(refused, OSError):
         full = " (no space, or no inodes)" if refused.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         return "the lease cannot be taken: %s%s" % (refused, full)
@@ -423,7 +424,7 @@ def in_words(refused: Exception) -> str:
 
 
 def silence(holder: dict, seconds: float, can_be_asked: bool) -> str:
-    """Say how long a holder keeps others waiting if its host has died."""
+    """Return how long others have to wait for a holder whose host has failed; empty if unknown."""
     if holder.get("kind") == "bootstrap":
         told = "; if it was killed, it is replaced at once on its own host, on others after %g s without a heartbeat"
         return told % seconds
@@ -433,7 +434,7 @@ def silence(holder: dict, seconds: float, can_be_asked: bool) -> str:
 
 
 def drain(postgres: Postgres, seconds: float) -> None:
-    """Await running transactions; say so if that was in vain."""
+    """Wait for running transactions; log those that are cut."""
     try:
         cut = postgres.drain(seconds)
         told = "transactions that take longer than %d s and are cut: %d" % (seconds, cut) if cut else ""
@@ -444,29 +445,29 @@ def drain(postgres: Postgres, seconds: float) -> None:
 
 
 def stop(why: str, planned: bool = False) -> None:
-    """Raise Stop, and keep it: nothing else is a reason to go on."""
+    """Raise Stop, and keep it in case another exception replaces it."""
     _told_to_stop.append(Stop(why, planned))
     raise _told_to_stop[-1]
 
 
 def on_signal(number: int, _frame: object) -> None:
-    """Turn a signal into the way out: USR1, which comes before the walltime, into an unhurried one."""
+    """Turn a signal into Stop; USR1, which comes some time before the walltime, means a planned stop."""
     planned = number == signal.SIGUSR1
     if planned:
-        signal.signal(number, signal.SIG_IGN)  # what comes after it is more urgent
+        signal.signal(number, signal.SIG_IGN)  # later signals are more urgent
     else:
         ignore_signals()
     stop("told to by %s" % signal.Signals(number).name, planned)
 
 
 def ignore_signals() -> None:
-    """On the way out already."""
+    """Ignore further stop signals: the program is already stopping."""
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
 
 
 def detach(log: str) -> None:
-    """Go on in a session of our own, which outlives the connection that started us; the parent prints our PID."""
+    """Continue in a new session, which outlives the connection that started us; the parent prints our PID."""
     child = os.fork()
     if child:
         print(child, flush=True)
@@ -479,7 +480,7 @@ def detach(log: str) -> None:
 
 
 def main() -> int:
-    """Run the program; the exit code is 0 after a clean stop that somebody asked for."""
+    """Run the program; return 0 after a requested stop, 3 if the lease is held, 1 after another failure."""
     parser = argparse.ArgumentParser(prog="hpc_db_host", description=__doc__)
     parser.add_argument("what", choices=("serve", "bootstrap", "upgrade"))
     parser.add_argument("--root", required=True, help="the instance directory")
@@ -517,7 +518,7 @@ def main() -> int:
 
 
 def leave(code: int) -> None:
-    """Exit with this code. Python would exit with another one if the end of the log finds no space."""
+    """Exit with this code. Python would use another one if the log's last bytes cannot be written to a full disk."""
     try:
         sys.stderr.flush()
     except OSError:

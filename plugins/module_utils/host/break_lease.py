@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The end of a lease of which only the user can know that its holder is gone. Call it in <root>/host.
+"""Release a lease whose holder has ended, if only the user can know that. Call it in <root>/host.
 
-    python3 -m hpc_db_host.break_lease look     print who holds it, how long the heartbeat has stood still, and for how
-                                                long "break" watches it
-    python3 -m hpc_db_host.break_lease break    watch the heartbeat, and free the lease if that stands still
+    python3 -m hpc_db_host.break_lease look     print the holder, how long ago its last heartbeat was, and how long
+                                                "break" watches the heartbeat
+    python3 -m hpc_db_host.break_lease break    watch the heartbeat, and release the lease if there is none
 
-It is broken as any contender takes it over, with the user's word in the place of the scheduler's: a holder that was
-frozen and comes back finds another epoch and stops at once. A heartbeat that moves is believed more than the user.
+The lease is taken over as by any contender, except that the user answers instead of the scheduler. A holder that was
+only frozen finds another epoch when it continues, and stops at once. A heartbeat overrides the user.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from .layout import Layout
 from .lease import Held, Lease, Lost, Unusable, describe
 from .settings import complete
 
-# How much longer to watch than its heartbeat has to stand still.
+# How long to watch, as a multiple of the time without a heartbeat that allows a takeover.
 WATCH_FACTOR = 1.5
 HERE = Layout("..")
 
 
 def look(lease: Lease) -> dict:
-    """Return in one line who holds the lease, None if nobody does; how long it stands still, and is to be watched."""
+    """Return the holder in one line, None if there is none; the seconds since its heartbeat, and those to watch."""
     holder = lease.holder()
     if holder is None:
         return {"holder": None, "still": None, "watch": None}
@@ -35,7 +35,7 @@ def look(lease: Lease) -> dict:
 
 
 def free(lease: Lease) -> dict:
-    """Take the lease from a holder that shows no life, and release it; return who that was."""
+    """Take the lease from a holder without a heartbeat, and release it; return what ``look`` found before."""
     found = look(lease)
     if found["holder"]:
         watched = found["watch"]
@@ -51,7 +51,7 @@ def free(lease: Lease) -> dict:
 
 
 def contender(folder: str) -> Lease:
-    """Return the view of somebody who believes the user that the holder has ended."""
+    """Return a contender that takes the user's word that the holder has ended."""
     settings = complete(files.read_json(HERE.settings) or {})
     holder = {
         "host": socket.gethostname(), "pid": os.getpid(), "job": "", "kind": "bootstrap",
@@ -61,7 +61,7 @@ def contender(folder: str) -> Lease:
 
 
 def main() -> int:
-    """Do what the command line says."""
+    """Run the command line's verb and print the result as JSON."""
     parser = argparse.ArgumentParser(
         prog="hpc_db_host.break_lease", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the words of PostgreSQL and libpq mean, and which setting mends it."""
+"""Explain messages of PostgreSQL and libpq: the cause, and the setting that fixes it."""
 
 import calendar
 import collections
@@ -16,22 +16,22 @@ from typing import Dict, Iterator, List, Optional, Tuple  # noqa: F401 - Dict in
 from . import files
 from .layout import Layout
 
-# Of each log this much is read, from its end.
+# How much of a log is read, from its end: for the report, and for the last fatal message.
 LOG_BYTES = 16 * 1024 * 1024
 LAST_BYTES = 64 * 1024
 
-# What clients were told may be as many different things as a stranger likes.
+# Strangers can cause any number of different messages, so only this many of those sent to clients are listed.
 MOST_OF_CLIENTS = 20
 
-# A name server that does not answer must not keep us.
+# Limit for a name server that does not answer.
 LOOKUP_SECONDS = 2.0
 
-# superuser_reserved_connections, which are nobody's but the owner's.
+# superuser_reserved_connections: only the owner can use these.
 RESERVED = 5
 
 RESTART = "; then the playbooks hpc_db.yml, stop.yml and hpc_db.yml, since it counts from the next start"
 
-# What ends and begins with every planned move says nothing.
+# Messages that every planned move causes.
 HARMLESS = re.compile(
     "the database system is|terminating connection due to (administrator command|unexpected postmaster exit)|"
     "terminating (autovacuum|background|walsender|logical)|connection to client lost|canceling statement"
@@ -40,12 +40,13 @@ TOO_MANY = re.compile("too many clients already|remaining connection slots are r
 UNKNOWN_RULE = re.compile(
     'no pg_hba.conf entry for host "(?P<host>[^"]*)", user "(?P<user>.*)", database "(?P<database>.*)"(?P<rest>[^"]*)'
 )
-# What libpq and the hosting program put before the server's own words.
+# The prefix that libpq and the supervisor put before the server's own message.
 BEFORE = re.compile(r'(?:connection to server \w+ "[^"]*"[^"]*? failed: +)?[^"]*?(?:FATAL|PANIC|ERROR): +')
-# What a client chooses, such as a role. It may have quotes of its own in it, so all up to the last one counts.
+# The part of a message that a client chooses, such as a role name. It may contain quotes, so the match extends to the
+# last one.
 CHOSEN = re.compile('(?<=").*(?=")|(?<=argument for server process: ).*')
 
-# The words without what a client chooses, what they mean, and what mends it. {0} is that.
+# Each row: a pattern for the message without the client's own text, the cause, and the fix. {0} is the client's text.
 CAUSES = [
     ("password authentication failed for user \"\"",
      "the password of {0} is not the server's",
@@ -128,28 +129,28 @@ CAUSES = [
      "the playbook hpc_db.yml"),
 ]
 
-# As conf/postgresql.conf has it (log_line_prefix): a session's line names its host, and nothing that a client sends.
+# log_line_prefix of conf/postgresql.conf: a session's line names the client's host, but nothing that a client sends.
 LINE = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\.\d+ UTC postgres\[\d+\] "
     r"(?:(?P<client>\[local\]|[\w.:%-]+) )?(?P<level>[A-Z]+):  (?P<words>.*)", re.ASCII
 )
-# The same before PostgreSQL has read that, on its standard error. It has no clients then.
+# The same on standard error, before PostgreSQL has read its configuration. It has no clients then.
 EARLY_LINE = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\.\d+ \S+ (?:postgres)?\[\d+\] "
     r"(?P<level>[A-Z]+):  (?P<words>.*)", re.ASCII
 )
-# What is not fatal for one client, but for all.
+# Messages below FATAL that concern all clients.
 GRAVE = re.compile("was terminated by signal 9|No space left on device|Disk quota exceeded")
 
 
 def explain(words: str, wanted: dict) -> Tuple[str, str]:
-    """Return what the words of libpq or the hosting program mean, and what mends it."""
+    """Return cause and fix for a message of libpq or the supervisor."""
     before = BEFORE.match(words)
     return explain_record(words[before.end():] if before else words, wanted)
 
 
 def explain_record(words: str, wanted: dict) -> Tuple[str, str]:
-    """Return the same for the server's own words, as its log has them."""
+    """Return cause and fix for a message in the form of the server's log."""
     rule = UNKNOWN_RULE.match(words)
     if rule:
         return explain_rule(rule, wanted)
@@ -164,7 +165,7 @@ def explain_record(words: str, wanted: dict) -> Tuple[str, str]:
 
 
 def explain_rule(rule: "re.Match", wanted: dict) -> Tuple[str, str]:
-    """Return why no rule lets a client in."""
+    """Return cause and fix if no rule in pg_hba.conf matches a client."""
     if rule.group("database") not in wanted["databases"]:
         return (
             "%(user)s asked for the database %(database)s, which is none for studies" % rule.groupdict(),
@@ -182,13 +183,13 @@ def explain_rule(rule: "re.Match", wanted: dict) -> Tuple[str, str]:
 
 
 def mend_too_many(wanted: dict) -> str:
-    """Return what lets more workers in."""
+    """Return the settings that allow more workers."""
     fewer = "" if wanted["plugin"] else ", or client_environment, with which each holds fewer connections"
     return "databases_workers (%s): how many there really are%s%s" % (wanted["workers"], fewer, RESTART)
 
 
 class Event:
-    """What a log says of one cause."""
+    """All records in the logs with the same cause."""
 
     def __init__(self, said: str, mend: str) -> None:
         self.said = said
@@ -197,13 +198,13 @@ class Event:
         self.clients = collections.Counter()  # type: collections.Counter
 
     def add(self, when: int, client: Optional[str]) -> None:
-        """Count one line."""
+        """Count one record."""
         self.times.append(when)
         if client:
             self.clients[client] += 1
 
     def text(self) -> str:
-        """Return it in one line."""
+        """Return cause, number, clients and time range in one line."""
         times = [time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(when)) for when in (min(self.times), max(self.times))]
         when = "at %s" % times[0] if times[0] == times[1] else "from %s to %s" % tuple(times)
         clients = [name_of(client) for client, _count in self.clients.most_common(3)]
@@ -213,7 +214,7 @@ class Event:
 
 
 def name_of(client: str) -> str:
-    """Return the name of a client's address, as far as it is known soon."""
+    """Return the host name of a client's address; the address if the lookup fails or takes too long."""
     if client == "[local]":
         return "the server's own host"
     names = [client]
@@ -229,7 +230,7 @@ def name_of(client: str) -> str:
 
 
 def read_logs(folder: str, since: float, wanted: dict) -> List[Event]:
-    """Return what was fatal since then, the most frequent cause first."""
+    """Return fatal events since ``since``, the most frequent cause first."""
     events = {}  # type: Dict[Tuple[str, str], Event]
     refused = Event("", mend_too_many(wanted))
     for path in glob.glob(os.path.join(glob.escape(folder), "postgresql-*.log")):
@@ -258,10 +259,10 @@ def read_logs(folder: str, since: float, wanted: dict) -> List[Event]:
 
 
 def read_fatal(path: str) -> List[Tuple[int, Optional[str], str]]:
-    """Return time, client's host and words of each record that says what is fatal, and not harmless."""
+    """Return time, client's host and message of each fatal record, except the harmless ones."""
     found = []
     for when, client, level, words in read_records(path, LINE, LOG_BYTES):
-        # Below FATAL a client may have the server log any words.
+        # Below FATAL, a client can make the server log any text.
         grave = client is None and GRAVE.search(CHOSEN.sub("", words))
         if (level in ("FATAL", "PANIC") or grave) and not HARMLESS.match(words):
             found.append((when, client, words))
@@ -271,16 +272,16 @@ def read_fatal(path: str) -> List[Tuple[int, Optional[str], str]]:
 def read_records(
     path: str, pattern: "re.Pattern", most: int
 ) -> "Iterator[Tuple[int, Optional[str], str, str]]":
-    """Yield time, client's host, level and words of each whole record at the end of a log, the words in one line.
+    """Yield time, client's host, level and message (in one line) of each complete record at the end of a log.
 
-    After a line break in what it logs PostgreSQL writes a tab, so that nothing of that is a record of its own.
+    PostgreSQL writes a tab after a line break inside a message, so continuation lines cannot be taken for records.
     """
     with open(path, "rb") as stream:
         begin = max(0, os.path.getsize(path) - most)
         stream.seek(begin)
         lines = stream.read().decode("utf-8", "replace").split("\n")
     records = []  # type: List[List[str]]
-    # Not the line in whose middle this begins, nor the one that is not written to its end.
+    # Skip the first line if reading began in its middle, and the last one, which may not be complete yet.
     for line in lines[1 if begin else 0:-1]:
         if line.startswith("\t") and records:
             records[-1].append(line[1:])
@@ -290,15 +291,15 @@ def read_records(
         said = pattern.match(record[0])
         if said:
             words = "\n".join([said.group("words")] + record[1:])
-            with contextlib.suppress(ValueError):  # no time, in a log that is damaged
+            with contextlib.suppress(ValueError):  # an invalid time, in a damaged log
                 when = calendar.timegm(time.strptime(said.group("time"), "%Y-%m-%d %H:%M:%S"))
                 yield when, said.groupdict().get("client"), said.group("level"), files.printable(words)
 
 
 def last_words(folder: str) -> str:
-    """Return what PostgreSQL called fatal last, as its log has it; empty if nothing.
+    """Return the last fatal message in PostgreSQL's logs; empty if there is none.
 
-    What it told a client was not what ended it.
+    Messages to a client are ignored: they did not end the server.
     """
     logs = [(path, LINE) for path in glob.glob(os.path.join(glob.escape(folder), "postgresql-*.log"))]
     logs += [(os.path.join(folder, name), EARLY_LINE) for name in ("job.log", "bootstrap.log")]
@@ -314,10 +315,10 @@ def last_words(folder: str) -> str:
 
 
 def estimate_workers(refused: List[int], wanted: dict) -> int:
-    """Return how many workers there were: those that hold all connections, and those that were refused at once.
+    """Return how many workers there were: those that hold all connections, and those refused at the same time.
 
-    A worker holds two connections, and ends when it is refused. One with the plugin holds one, and asks again every
-    few seconds.
+    A worker holds two connections, and ends when it is refused. A worker with the plugin holds one connection, and
+    retries every few seconds.
     """
     together, held = (3, 1) if wanted["plugin"] else (60, 2)
     times = sorted(refused)

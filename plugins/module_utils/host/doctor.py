@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What keeps workers from their server, as seen from one node; changes nothing.
+"""Find out on one node why workers cannot reach their server; changes nothing.
 
     python3 -m hpc_db_host.doctor --wanted FILE [--server]    prints one JSON object
 
-FILE says what the inventory wants; --server also looks at job, state and logs, which are the same from every node.
+FILE holds the inventory's settings; --server also checks job, state and logs, which are the same on every node.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from . import causes, files, lease
 from .layout import Layout
 from .settings import complete
 
-# What asks a server for TLS, before anything else is said.
+# PostgreSQL's SSLRequest, the first message of a client that wants TLS.
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 PORT_SECONDS = 5.0
 PROBE_SECONDS = 120.0
@@ -31,26 +31,26 @@ PAUSE_SECONDS = 1.0
 HOST_IT = "the playbook hpc_db.yml"
 HOST_IT_AGAIN = "the playbooks stop.yml and hpc_db.yml"
 
-# What the client package and Optuna's schema need.
+# The range of SQLAlchemy versions that the client package and Optuna's schema need.
 OLDEST_SQLALCHEMY, NEWEST_SQLALCHEMY = (1, 4, 24), (2, 2)
 
 
 class Report:
-    """Findings in the order in which they were made."""
+    """Findings in the order of the checks."""
 
     def __init__(self) -> None:
         self.findings = []  # type: List[Dict[str, str]]
 
     def well(self, check: str, said: str) -> None:
-        """Say what is as it should be."""
+        """Add a check that has passed."""
         self._add("ok", check, said, "")
 
     def found(self, check: str, said: str, mend: str) -> None:
-        """Say what is wrong, and which setting mends it."""
+        """Add a problem, and the setting that fixes it."""
         self._add("found", check, said, mend)
 
     def skipped(self, check: str, why: str) -> None:
-        """Say what could not be looked at, for a reason that is told elsewhere."""
+        """Add a check that is impossible because of a problem that another finding reports."""
         self._add("skipped", check, why, "")
 
     def _add(self, state: str, check: str, said: str, mend: str) -> None:
@@ -59,7 +59,7 @@ class Report:
 
 
 def read_wanted(path: str) -> dict:
-    """Return what the inventory wants, with what hpc_db.yml has written last."""
+    """Return the inventory's settings, with those that hpc_db.yml has written last."""
     with open(path) as stream:
         wanted = json.load(stream)
     settings = complete(files.read_json(Layout(wanted["root"]).settings) or {})
@@ -80,7 +80,7 @@ def _lease(wanted: dict) -> lease.Lease:
 
 
 def _is_dead(wanted: dict) -> bool:
-    """Tell whether a server that does not answer has not renewed its lease either; wait for that if it might still."""
+    """Return whether a server that does not answer has also stopped renewing its lease; wait up to the TTL to know."""
     seen = _lease(wanted)
     beat = "" if wanted["silent"] else seen.beat()
     limit = time.monotonic() + wanted["lease_ttl"] - (seen.still() or 0.0)
@@ -93,7 +93,7 @@ def _is_dead(wanted: dict) -> bool:
 
 
 def _configured(path: str) -> int:
-    """Return max_connections of a configuration file, in which the last one counts; PostgreSQL's default if none."""
+    """Return max_connections of a configuration file: its last entry, or PostgreSQL's default."""
     try:
         with open(path) as stream:
             found = re.findall(r"^max_connections\s*=\s*'?(\d+)", stream.read(), re.MULTILINE)
@@ -103,7 +103,7 @@ def _configured(path: str) -> int:
 
 
 def look_at_server(wanted: dict) -> Report:
-    """Look at what is the same from every node."""
+    """Run the checks whose results are the same on every node."""
     report = Report()
     _look_at_job(report, wanted)
     _look_at_modes(report, wanted)
@@ -155,7 +155,7 @@ def _look_at_modes(report: Report, wanted: dict) -> None:
 
 
 def _look_at_logs(report: Report, wanted: dict) -> None:
-    """What was fatal before the settings were changed says nothing about them."""
+    """Report fatal events, except those before the last change of the settings, which may have fixed the cause."""
     changed = [_changed(path) for path in (wanted["config"], Layout(wanted["root"]).hba)]
     since = max([time.time() - 3600 * wanted["log_hours"]] + changed)
     events = causes.read_logs(Layout(wanted["root"]).log, since, wanted)
@@ -173,14 +173,14 @@ def _changed(path: str) -> float:
 
 
 def look_from_here(wanted: dict) -> Report:
-    """Look at what may differ from node to node."""
+    """Run the checks whose results may differ between nodes."""
     report = Report()
     if not os.path.isdir(wanted["root"]):
         report.found("files", "%s is not there" % wanted["root"],
                      "instance_root: a folder on a file system that login and compute nodes share")
         return report
     path = Layout(wanted["root"]).endpoint
-    endpoint = files.read_json(path) if wanted["endpoint"] else None  # else its job has ended, and others may be there
+    endpoint = files.read_json(path) if wanted["endpoint"] else None  # else the job has ended and the file is stale
     if wanted["endpoint"] and not endpoint:
         report.found("files", "%s is not here, but was on the login node just now" % path,
                      "instance_root: a folder on a file system that login and compute nodes share")
@@ -199,7 +199,7 @@ def look_from_here(wanted: dict) -> Report:
 
 
 def _look_at_service(report: Report, wanted: dict, endpoint: Optional[dict]) -> Dict[str, str]:
-    """Look at what libpq reads at each connect; return the entry."""
+    """Check the service entry, which libpq reads at each connect; return it."""
     path = os.environ.get("PGSERVICEFILE") or os.path.expanduser("~/.pg_service.conf")
     entry = read_section(path, wanted["instance"])
     where = "[%s] in %s" % (wanted["instance"], path)
@@ -221,7 +221,7 @@ def _look_at_service(report: Report, wanted: dict, endpoint: Optional[dict]) -> 
 
 
 def read_section(path: str, name: str) -> Dict[str, str]:
-    """Return the parameters of a libpq service, of which the first one of its name counts; none if there is none."""
+    """Return the parameters of a libpq service: the first section of that name; empty if there is none."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as stream:
             text = stream.read()
@@ -280,7 +280,7 @@ def _look_at_network(report: Report, wanted: dict, host: str, port: int) -> None
     try:
         began = time.monotonic()
         with socket.create_connection((host, port), PORT_SECONDS) as connection:
-            wanted["silent"] = 0.0  # it lives, and clocks differ
+            wanted["silent"] = 0.0  # it answers, so the file's time was misleading: clocks differ
             report.well("port", "%s port %d answers after %.0f ms" % (host, port, 1000 * (time.monotonic() - began)))
             _look_at_tls(report, wanted, connection)
     except OSError as error:
@@ -313,7 +313,7 @@ def _look_at_socket(report: Report, path: str) -> None:
 
 
 def _look_at_tls(report: Report, wanted: dict, connection: socket.socket) -> None:
-    """Look whether the server speaks TLS, and is ours: anybody may have the port after us."""
+    """Check TLS and the server's certificate: a port that we have left may belong to somebody else's server."""
     try:
         import ssl
     except ImportError:
@@ -333,7 +333,7 @@ def _look_at_tls(report: Report, wanted: dict, connection: socket.socket) -> Non
         context.verify_mode = ssl.CERT_NONE
         with context.wrap_socket(connection) as encrypted:
             theirs, version = encrypted.getpeercert(True), encrypted.version()
-    except OSError as error:  # SSLError is one
+    except OSError as error:  # includes SSLError
         report.found("TLS", "no agreement: %s" % error, "postgres_tls: %s" % HOST_IT_AGAIN)
         return
     path = Layout(wanted["root"]).certificate
@@ -352,9 +352,9 @@ def _look_at_tls(report: Report, wanted: dict, connection: socket.socket) -> Non
 def _look_at_python(
     report: Report, wanted: dict, check: str, python: str, setting: str, serves: bool, side: dict
 ) -> dict:
-    """Look at an environment as a worker has it. ``side`` is what the Python side has, to compare."""
+    """Check an environment by connecting from it. ``side`` is the result for the Python side, for comparison."""
     url = wanted["url"] if setting else wanted["plain_url"]
-    # A server that does not answer is to be told at once.
+    # Report a server that does not answer at once, without waiting for it.
     url += "&hpc_db_patience=0" if "plugin=" in url else ""
     try:
         held = ask_python(python_of(python), url)
@@ -383,15 +383,15 @@ def _look_at_python(
 
 
 def python_of(environment: str) -> str:
-    """Return the Python of an environment, whose folder or Python is given."""
+    """Return the Python of an environment, which is given by its folder or by its Python."""
     path = os.path.expanduser(environment)
     return os.path.join(path, "bin", "python") if os.path.isdir(path) else path
 
 
 def ask_python(python: str, url: str) -> dict:
-    """Return what an environment says about itself."""
+    """Run probe.py with an environment's Python; return its result."""
     probe = os.path.join(os.path.dirname(os.path.abspath(__file__)), "probe.py")
-    # What is set for the hosting program's own import is not for others.
+    # These are set for the import of this package, and must not affect other environments.
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(
         [python, probe, url], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -404,7 +404,7 @@ def ask_python(python: str, url: str) -> dict:
 
 
 def missing_from(held: dict, wanted: dict, setting: str) -> List[tuple]:
-    """Return what an environment lacks, each with what mends it."""
+    """Return missing or unsuitable packages of an environment, each with its fix."""
     into = "%s: %s installs it there" % (setting, HOST_IT) if setting else "postgres_python_packages"
     if _numbers(held["python"]) < [3, 9]:
         return [("Python %s is too old, workers need 3.9" % held["python"], setting or "postgres_python")]
@@ -424,7 +424,7 @@ def missing_from(held: dict, wanted: dict, setting: str) -> List[tuple]:
 
 
 def mismatch(held: dict, setting: str, side: dict) -> List[tuple]:
-    """Return why the environment's Optuna cannot work on the studies, each with what mends it."""
+    """Return reasons why the environment's Optuna cannot work on the studies, each with its fix."""
     where = setting or "postgres_python_packages"
     knows, (library, revision) = held.get("revisions"), held.get("schema") or ("", "")
     if library and knows and revision not in knows:
@@ -434,7 +434,7 @@ def mismatch(held: dict, setting: str, side: dict) -> List[tuple]:
         return [("Optuna %s needs newer tables than those that Optuna %s made" % (held["optuna"], library),
                  "databases_upgrade_schema, or %s: install optuna==%s there" % (where, library))]
     ours, theirs = side.get("optuna", ""), held["optuna"]
-    # Optuna 4 writes local time, 5 writes UTC.
+    # Optuna 4 writes local time, Optuna 5 writes UTC.
     if ours and {major >= 5 for major in (_numbers(ours)[0], _numbers(theirs)[0])} == {True, False}:
         return [("Optuna %s, but the Python side has %s, and they write other times" % (theirs, ours),
                  "postgres_python_packages: optuna==%s, or %s: install optuna==%s there" % (theirs, where, ours))]
@@ -442,13 +442,13 @@ def mismatch(held: dict, setting: str, side: dict) -> List[tuple]:
 
 
 def _numbers(version: str) -> List[int]:
-    """Return the numbers at the beginning of a version."""
+    """Return the leading numbers of a version; [0] if there are none."""
     found = re.match(r"\d+(\.\d+)*", version)
     return [int(number) for number in found.group().split(".")] if found else [0]
 
 
 def main() -> int:
-    """Print what was found."""
+    """Print the findings as JSON."""
     parser = argparse.ArgumentParser(prog="hpc_db_host.doctor", description=__doc__)
     parser.add_argument("--wanted", required=True, help="what the inventory wants, as JSON")
     parser.add_argument("--server", action="store_true", help="look at job, state and logs, too")

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Dumps of the study databases, made beside everything else that the hosting program does.
+"""Dumps of the study databases, made while the supervisor goes on with its other tasks.
 
-A round is a generator: it gives way while a program runs, and closing it ends that program.
+A round is a generator: it yields while a program runs, and closing it ends that program.
 
-Dumps that a user asked for are called ``DATABASE-TIME.kept.dump``. Only the user removes them.
+Dumps that a user requested are called ``DATABASE-TIME.kept.dump``. Only the user removes them.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ from .postgres import Failed, Postgres, client_environment, end_with_parent
 
 Steps = Generator[None, None, None]
 
-# Seconds after the start in which workers come back and nothing else should happen.
+# No dump in the first seconds after the start, when the workers reconnect.
 FIRST_PAUSE = 60.0
 NICENESS = 10
-# pg_dump reads beside all workers; only a change of the schema makes it wait.
+# pg_dump does not conflict with workers; it waits only for a change of the schema.
 LOCK_WAIT_MILLISECONDS = 60000
 SUM = ".sha256"
 KEPT = ".kept"
-# What is read at a time; the hosting program has other things to do in between.
+# Bytes per read; the supervisor does other work in between.
 BLOCK_BYTES = 16 * 1024 * 1024
 
 
 class Dumps:
-    """The dumps in ``<root>/dumps``. ``told`` says why the last round left a database without one, else ""."""
+    """The dumps in ``<root>/dumps``. ``told`` says why the last round failed for a database; "" if it did not."""
 
     def __init__(self, settings: dict, postgres: Postgres, pause: float = FIRST_PAUSE) -> None:
         self.told = ""
@@ -48,12 +48,12 @@ class Dumps:
         self._round = None  # type: Optional[Steps]
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
         for name in os.listdir(self._folder):
-            if re.match(r"\w+-\w+(\.kept)?\.dump\.part$", name):  # of an earlier life; the lease is ours
+            if re.match(r"\w+-\w+(\.kept)?\.dump\.part$", name):  # from an earlier run; we hold the lease
                 files.remove(os.path.join(self._folder, name))
         self._due = time.monotonic() + max(pause, self._every - self._age())
 
     def poll(self) -> None:
-        """Go on with the round, or begin one that is due. Never waits."""
+        """Continue the current round, or begin one that is due. Never blocks."""
         if self._round is None and self._every and time.monotonic() >= self._due:
             self._begin()
         if self._round is not None:
@@ -63,9 +63,9 @@ class Dumps:
                 self._round = None
 
     def now(self, patience: float, alive: Callable[[], None], kept: bool = False) -> bool:
-        """Make a round at once, or give it up after ``patience`` seconds. True if every database has a new dump.
+        """Make a round now; abandon it after ``patience`` seconds. Return whether every database has a new dump.
 
-        Later rounds never remove dumps that are ``kept``.
+        Later rounds never remove dumps made with ``kept``.
         """
         limit = time.monotonic() + patience
         self.cancel()
@@ -82,7 +82,7 @@ class Dumps:
         return not self.told
 
     def cancel(self) -> None:
-        """Give the round up, if there is one; what it has not finished is removed."""
+        """Abandon the current round, if any, and remove its unfinished dump."""
         if self._round is not None:
             self._round.close()
             self._round = None
@@ -92,7 +92,7 @@ class Dumps:
         self._round = self._dump_all(kept)
 
     def _age(self) -> float:
-        """Return how many seconds ago the last dump was made, of the database where that is longest."""
+        """Return the age in seconds of the last dump, of the database where it is oldest."""
         newest = [self._dumps_of(database)[-1:] for database in self._databases]
         if not all(newest):
             return self._every
@@ -123,26 +123,26 @@ class Dumps:
                 "--host=%s" % self.postgres.socket, "--port=%d" % self.postgres.port, "--no-password",
                 "--file=%s" % part, database,  # synced to the disk by pg_dump
             )
-            # Everything is read: the list of contents, which is at the front, is fine in a dump that was cut off.
+            # Read all of it: in a truncated dump, the table of contents at the front is still intact.
             yield from self._run("pg_restore", "--file=%s" % os.devnull, part)
             digest = hashlib.sha256()
             with open(part, "rb") as stream:
                 for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
                     digest.update(block)
                     yield
-            # In the form of sha256sum, which finds what PostgreSQL does not: a changed bit in the list of contents.
+            # In sha256sum's format. The sum detects a flipped bit in the table of contents; PostgreSQL does not.
             files.write_atomically(path + SUM, "%s  %s\n" % (digest.hexdigest(), os.path.basename(path)))
             os.rename(part, path)
             files.sync(self._folder)
         finally:
-            with contextlib.suppress(OSError):  # no reason to lose why we end; the next start removes it
+            with contextlib.suppress(OSError):  # must not hide the original error; the next start removes the file
                 files.remove(part)
         for older in [] if kept else self._dumps_of(database)[:-self._keep]:
             files.remove(older)
             files.remove(older + SUM)
 
     def _run(self, program: str, *arguments: str) -> Steps:
-        """Run one of PostgreSQL's programs, giving way until it ends; raise Failed with its own words."""
+        """Run one of PostgreSQL's programs, yielding until it ends; raise Failed with its error message."""
         with tempfile.TemporaryFile() as said:
             child = subprocess.Popen(
                 [os.path.join(self._bindir, program)] + list(arguments), cwd=self._folder, env=client_environment(),
@@ -154,7 +154,7 @@ class Dumps:
             finally:
                 if child.poll() is None:
                     child.kill()
-                    with contextlib.suppress(subprocess.TimeoutExpired):  # where the file system hangs
+                    with contextlib.suppress(subprocess.TimeoutExpired):  # if the file system hangs
                         child.wait(5)
             if child.returncode:
                 said.seek(0)
@@ -164,7 +164,7 @@ class Dumps:
 
 
 def be_modest() -> None:
-    """In the child: leave the processor to postgres, and end when the hosting program does."""
+    """In the child: run at a lower priority than postgres, and end with the supervisor."""
     os.umask(0o077)
     os.nice(NICENESS)
     end_with_parent(signal.SIGKILL)

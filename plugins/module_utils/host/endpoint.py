@@ -1,15 +1,15 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The endpoint: where the server is now, for people and programs.
+"""The endpoint: the server's current address, for people and programs.
 
-``run/endpoint.json`` is for this collection; the instance's section in ``~/.pg_service.conf`` is for
-libpq, which reads it at every connect: so a URL that names the service follows the server. Where PgBouncer runs
-beside it, the section with ``-pooled`` after the instance's name leads there; no instance can be called so.
+This collection reads ``run/endpoint.json``. libpq reads the instance's section in ``~/.pg_service.conf`` at every
+connect, so a URL with the service's name follows the server. With PgBouncer there is a second section for it, named
+after the instance with the suffix ``-pooled``, which no instance's name can have.
 
-For one that nobody took back, as its node died, call it in <root>/host:
+If a node has failed, its endpoint stays behind. To remove it, call this in <root>/host:
 
     python3 -m hpc_db_host.endpoint look JOB        print whether jobs of this name have left an endpoint, as JSON
-    python3 -m hpc_db_host.endpoint withdraw JOB    the same, and take it back
+    python3 -m hpc_db_host.endpoint withdraw JOB    the same, and remove it
 """
 
 import argparse
@@ -27,27 +27,27 @@ from .lease import can_be_asked
 from .settings import complete
 
 LOCK_STALE_SECONDS = 30.0
-# On the way out somebody waits for our node: whoever serves next takes the endpoint back, too.
+# Short, since the scheduler waits for our job to end; the next server also removes the endpoint.
 LEAVING_SECONDS = 5.0
-# For somebody who waits at a terminal; a lock that a dead node has left is broken in that time.
+# For a user at a terminal; enough to break a lock that a failed node has left.
 PATIENCE_SECONDS = 45.0
 POOLED = "-pooled"
 
 
 def publish(run: str, service_file: str, endpoint: dict, service: dict, pooled: Optional[dict] = None) -> None:
-    """Tell everybody where the server is. ``service`` and ``pooled`` hold the libpq parameters beside host and port."""
+    """Publish the endpoint. ``service`` and ``pooled`` hold the libpq parameters except host and port."""
     name, pooler = endpoint["instance"], endpoint.get("pooler")
     try:
         edit_services(service_file, {
             name: dict(service, host=endpoint["host"], port=endpoint["port"]),
             name + POOLED: dict(pooled or service, **pooler) if pooler else {},
         })
-    finally:  # each by itself: they may be on different file systems
+    finally:  # independently: they may be on different file systems
         files.write_json(os.path.join(run, "endpoint.json"), endpoint)
 
 
 def withdraw(run: str, service_file: str, instance: str, patience: float = LEAVING_SECONDS) -> None:
-    """Take back what ``publish`` said."""
+    """Remove the endpoint."""
     try:
         files.remove(os.path.join(run, "endpoint.json"))
     finally:
@@ -55,16 +55,16 @@ def withdraw(run: str, service_file: str, instance: str, patience: float = LEAVI
 
 
 def edit_service(path: str, name: str, parameters: dict) -> None:
-    """Set the section ``name`` of a libpq service file, or remove it; everything else stays as it is."""
+    """Set or, without parameters, remove the section ``name`` of a libpq service file; keep everything else."""
     edit_services(path, {name: parameters})
 
 
 def edit_services(path: str, sections: Dict[str, dict], patience: float = 2 * LOCK_STALE_SECONDS) -> None:
-    """Set each of these sections, or remove those without parameters; everything else stays as it is."""
+    """Set these sections, or remove those without parameters; keep everything else."""
     path = os.path.realpath(path)
     with FileLock(path + ".lock", patience):
         try:
-            # Other people's lines may be of any encoding and any system: they are kept byte by byte.
+            # Other lines of the user may have any encoding and any line ends: keep every byte.
             with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
                 text = stream.read()
             mode = os.stat(path).st_mode & 0o777
@@ -78,15 +78,15 @@ def edit_services(path: str, sections: Dict[str, dict], patience: float = 2 * LO
 
 
 def replace_section(text: str, name: str, parameters: dict) -> str:
-    """Return ``text`` with the section ``name`` holding just ``parameters``; without it if there are none."""
+    """Return ``text`` with just ``parameters`` in the section ``name``; without the section if there are none."""
     kept = []  # type: List[str]
     inside = False
     for line in text.splitlines(True):
-        # As libpq has it: a line that begins with a bracket is a heading, whatever comes after.
+        # libpq's rule: a line that begins with a bracket is a heading, regardless of the rest.
         heading = re.match(r"\s*\[([^\]]*)", line)
         if heading:
             inside = heading.group(1) == name
-        # A comment may be about the next section, and is nobody's parameter.
+        # Keep comments: they may belong to the next section.
         if not inside or re.match(r"\s*(#|$)", line):
             kept.append(line)
     while parameters and kept and not kept[-1].endswith("\n"):
@@ -98,7 +98,7 @@ def replace_section(text: str, name: str, parameters: dict) -> str:
 
 
 class FileLock:
-    """A lock that needs no flock: who creates the directory has it. A lock that stood still is broken."""
+    """A lock without flock: creating the directory acquires it. A lock that does not change for too long is broken."""
 
     def __init__(self, path: str, patience: float = 2 * LOCK_STALE_SECONDS) -> None:
         self.path = path
@@ -119,7 +119,7 @@ class FileLock:
                 if made != seen:
                     seen, since = made, now
                 elif now - since > LOCK_STALE_SECONDS:
-                    # One at a time, so that nobody removes the lock that a faster one has taken meanwhile.
+                    # Only one process at a time: otherwise a slow one could remove the next holder's lock.
                     with FileLock(self.path + ".breaking", self.patience):
                         self._remove(made)
                 if now > limit:
@@ -130,9 +130,9 @@ class FileLock:
         self._remove(self._made)
 
     def _remove(self, made: "Optional[Tuple[int, int]]") -> None:
-        """Remove the lock if it is still the one that was made then, and not somebody else's."""
+        """Remove the lock if it is still the one identified by ``made``, and not another holder's."""
         if made and _made(self.path) == made:
-            with contextlib.suppress(OSError):  # one that stays stands still, and is broken by the next one
+            with contextlib.suppress(OSError):  # if it stays, the next process breaks it
                 os.rmdir(self.path)
 
 
@@ -145,12 +145,12 @@ def _made(path: str) -> "Optional[Tuple[int, int]]":
 
 
 def service_file(settings: dict) -> str:
-    """Return the path of the file that libpq reads."""
+    """Return the path of libpq's service file."""
     return os.path.expanduser(settings["service_file"])
 
 
 def is_there(run: str, path: str, instance: str) -> bool:
-    """Tell whether anything says where the server is."""
+    """Return whether an endpoint is published, in either file."""
     if os.path.exists(os.path.join(run, "endpoint.json")):
         return True
     try:
@@ -162,7 +162,7 @@ def is_there(run: str, path: str, instance: str) -> bool:
 
 
 def main() -> int:
-    """Do what the command line says."""
+    """Run the command line's verb and print the result as JSON."""
     parser = argparse.ArgumentParser(
         prog="hpc_db_host.endpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -175,7 +175,7 @@ def main() -> int:
         found = settings.get("job_name") == asked.job and is_there(run, service_file(settings), settings["instance"])
         holder = contender(run).holder() if found else None
         if holder and not can_be_asked(holder, settings["cluster"]):
-            found = False  # that of a server elsewhere, of which the scheduler here knows nothing
+            found = False  # a server elsewhere, unknown to the scheduler here
         if found and asked.verb == "withdraw":
             withdraw(run, service_file(settings), settings["instance"], PATIENCE_SECONDS)
     except OSError as error:

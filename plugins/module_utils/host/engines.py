@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What runs beside postgres for more workers than it has connections: PgBouncer and Optuna's storage proxy.
+"""The sidecars PgBouncer and Optuna's storage proxy, for more workers than postgres has connections.
 
-They are children like postgres. One that dies is started again a few times; one that cannot run costs nothing but
-itself, since workers may still connect directly.
+They are child processes like postgres. A sidecar that ends is restarted a few times. If it cannot run, workers can
+still connect directly.
 """
 
 import contextlib
@@ -21,22 +21,22 @@ from . import files
 from .layout import Layout
 from .postgres import Failed, Postgres, end_with_parent, free_port, program_environment
 
-# Deaths of an engine that are further apart than this are not one trouble.
+# Crashes of a sidecar that are further apart than this are unrelated.
 DEATHS_COUNT_SECONDS = 600.0
 LONGEST_PAUSE = 4.0
-# A program that imports half of Python from a parallel file system takes its time.
+# A program that imports many Python modules from a parallel file system starts slowly.
 START_SECONDS = 120.0
-# PgBouncer takes a few hundred bytes a client; what limits it are file descriptors.
+# PgBouncer needs only a few hundred bytes per client; file descriptors are the limit.
 MOST_CLIENTS = 20000
 SPARE_DESCRIPTORS = 100
-# The server has a new password a moment before the file that workers read.
+# A rotation changes the password on the server slightly earlier than in the file that workers read.
 ROTATION_SECONDS = 15.0
-# PgBouncer can hand prepared statements, psycopg 3's habit, from one server connection to another.
+# Since this version, PgBouncer supports prepared statements (used by psycopg 3) across server connections.
 FOLLOWS_PREPARED = (1, 21)
 
 
 class Engine:
-    """One program beside postgres. ``port`` is where it answers, None while it does not; ``reason`` says why not."""
+    """One sidecar. ``port`` is None while it does not answer; ``reason`` then says why."""
 
     name = ""
 
@@ -52,14 +52,14 @@ class Engine:
         self._listen = int(self.settings["port"])
         self._child = None  # type: Optional[subprocess.Popen[bytes]]
         self._deaths = []  # type: List[float]
-        self._due = 0.0  # when to start it; infinity if not again
+        self._due = 0.0  # when to start it; infinity for never
         self._late = 0.0
         self._log = os.path.join(Layout(self._root).log, "%s.log" % self.name)
         with contextlib.suppress(OSError):
             files.remove(self._log)
 
     def poll(self) -> None:
-        """Start it, see whether it answers, start it again."""
+        """Start or restart the program, check whether it answers, or refresh it; whichever is due."""
         try:
             if self._child is None:
                 if time.monotonic() >= self._due:
@@ -74,21 +74,21 @@ class Engine:
             self._died(str(died))
 
     def stop(self) -> None:
-        """End it at once: it holds nothing that could be lost."""
+        """Kill the program; it holds no data that could be lost."""
         self.port = None
         if self._child is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._child.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # where the file system hangs
+            with contextlib.suppress(subprocess.TimeoutExpired):  # if the file system hangs
                 self._child.wait(5)
             self._child = None
 
     def command(self) -> List[str]:
-        """Write what the program reads, and return how it is called."""
+        """Write the program's configuration and return its command line."""
         raise NotImplementedError
 
     def refresh(self) -> None:
-        """Tell the running program what has changed."""
+        """Pass changes on to the running program."""
 
     def _start(self) -> None:
         self._listen = free_port(self._listen)
@@ -118,7 +118,7 @@ class Engine:
         self.reason = "%s %s%s" % (self.name, why, "" if again else "; it stays away, direct connections go on")
 
     def _last_words(self) -> str:
-        """Return the last line of its log."""
+        """Return the last line of the program's log."""
         with open(self._log, "rb") as stream:
             stream.seek(max(0, os.path.getsize(self._log) - 4096))
             lines = stream.read().decode("utf-8", "replace").split("\n")
@@ -126,10 +126,10 @@ class Engine:
 
 
 class Pooler(Engine):
-    """PgBouncer in transaction mode: any number of clients on few connections.
+    """PgBouncer in transaction mode: any number of clients share few connections.
 
-    It knows the study role's verifier and nothing else: with that it lets a client in by SCRAM, learns the client's
-    proof, and shows it to postgres. It cannot make a proof of its own, nor let the owner in.
+    PgBouncer knows only the study role's SCRAM verifier. It authenticates a client with that, learns the client's key
+    from the proof, and uses it to log in to postgres. It cannot log in by itself, and it cannot admit the owner.
     """
 
     name = "pooler"
@@ -137,13 +137,13 @@ class Pooler(Engine):
     def __init__(self, settings: dict, postgres: Postgres, address: str) -> None:
         Engine.__init__(self, settings, postgres, address)
         self._databases = settings["databases"]
-        self._folder = postgres.socket  # private, on this node's own disk, removed with it
+        self._folder = postgres.socket  # private, on the node's local disk, removed with the socket
         self._verifier = ""
         self._seen = None  # type: Optional[float]
         self._settle = self._next_look = 0.0
 
     def command(self) -> List[str]:
-        """Write PgBouncer's files."""
+        """Write PgBouncer's configuration files; see Engine."""
         self._seen = self._changed()
         self._verifier = self._ask_verifier()
         self._write("users", '"%s" "%s"\n' % (self._service["user"], self._verifier))
@@ -157,7 +157,7 @@ class Pooler(Engine):
         return [program, self._write("ini", "\n".join(lines) + "\n")]
 
     def refresh(self) -> None:
-        """Go along with a new password."""
+        """Reload PgBouncer after a change of the password."""
         now = time.monotonic()
         changed = self._changed()
         if changed != self._seen:
@@ -178,11 +178,11 @@ class Pooler(Engine):
             "max_client_conn": most_clients(int(self.settings["connections"])),
             "auth_type": "hba", "auth_hba_file": self._path("hba"), "auth_file": self._path("users"),
             "client_tls_sslmode": "disable", "server_tls_sslmode": "disable",
-            # What libpq sends for settings that are the server's anyway.
+            # libpq may send this; the server sets it anyway.
             "ignore_startup_parameters": "extra_float_digits",
-            # A herd of workers has to log in while others wait for their turn; they themselves give up after 30 s.
+            # Many workers log in at the same time and have to wait; the clients give up after 30 s.
             "listen_backlog": 4096, "client_login_timeout": 30, "query_wait_timeout": 120,
-            # After a restart of postgres, or with a new password: soon again.
+            # Reconnect soon after a restart of postgres or a change of the password.
             "server_login_retry": 1, "server_idle_timeout": 60,
             "log_connections": 0, "log_disconnections": 0, "log_stats": 0,
         }  # type: Dict[str, object]
@@ -217,13 +217,13 @@ class Pooler(Engine):
 
 
 class Proxy(Engine):
-    """Optuna's storage proxy, for clients that show the instance's certificate."""
+    """Optuna's storage proxy, for clients with the instance's certificate."""
 
     name = "proxy"
 
     def command(self) -> List[str]:
-        """Return the call; nothing in it is secret."""
-        owner = pwd.getpwuid(os.geteuid()).pw_name  # of the server; others may make a folder of the same name after us
+        """Return the command line, which contains no secrets."""
+        owner = pwd.getpwuid(os.geteuid()).pw_name  # required of the server; others may reuse our folder's name later
         url = "postgresql+psycopg2://%s@/%s?host=%s&port=%d&requirepeer=%s&passfile=%s&application_name=%s" % (
             self._service["user"], self._service["dbname"], quoted(self._postgres.socket), self._postgres.port,
             quoted(owner), quoted(self._service["passfile"]), "hpc_db-proxy")
@@ -236,12 +236,12 @@ class Proxy(Engine):
 
 
 def engines_of(settings: dict, postgres: Postgres, address: str) -> List[Engine]:
-    """Return those that the settings ask for."""
+    """Return the sidecars that the settings enable."""
     return [kind(settings, postgres, address) for kind in (Pooler, Proxy) if settings[kind.name]]
 
 
 def pooler_rules(role: str, databases: List[str], settings: dict) -> str:
-    """Return PgBouncer's host-based access rules: the study role, from where it may connect to postgres itself."""
+    """Return PgBouncer's rules (auth_hba_file): the study role, from the networks allowed for postgres itself."""
     kind = "hostssl" if settings.get("certificate") else "host"
     networks = [each for network in settings["networks"]
                 for each in (("0.0.0.0/0", "::/0") if network == "all" else (network,))]
@@ -252,7 +252,7 @@ def pooler_rules(role: str, databases: List[str], settings: dict) -> str:
 
 
 def version_of(program: str) -> "tuple":
-    """Return PgBouncer's version as numbers."""
+    """Return PgBouncer's version as major and minor number."""
     try:
         said = subprocess.check_output(
             [program, "--version"], env=program_environment(), stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT,
@@ -267,19 +267,19 @@ def version_of(program: str) -> "tuple":
 
 
 def most_clients(connections: int) -> int:
-    """Return how many clients there are file descriptors for."""
+    """Return the number of clients that the limit of file descriptors allows."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     limit = MOST_CLIENTS if hard == resource.RLIM_INFINITY else hard - connections - SPARE_DESCRIPTORS
     return max(100, min(MOST_CLIENTS, limit))
 
 
 def quoted(value: str) -> str:
-    """Return a value as a URL's query has it; Optuna formats the URL, so braces must not be in it either."""
+    """Return a value encoded for a URL's query, without braces, since Optuna formats the URL."""
     return re.sub(r"[^\w/.~-]", lambda found: "".join("%%%02X" % byte for byte in os.fsencode(found.group())), value)
 
 
 def _be_an_engine() -> None:
-    """In the child: as many clients as the node allows, and no life after the hosting program's."""
+    """In the child: raise the limit of file descriptors as far as possible, and end with the supervisor."""
     os.umask(0o077)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What happened to the server, as data: log/events.jsonl has one JSON object per line.
+"""The server's history: log/events.jsonl has one JSON object per line.
 
     time      seconds since 1970
-    job       the job that says so, and its host
+    job, host the job that wrote the record, and its host
     state     starting, serving, unhealthy, stopping, ended or failed
     event     "start" of PostgreSQL, "restart" after a crash, "walltime" (it is near), else empty
     reason    one line for people
-    cause     of a restart: what ended PostgreSQL
+    cause     for a restart: why PostgreSQL ended
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterable, List, Optional
 
 from .layout import Layout
 
-# Several months of moves. At this size the file becomes the older one, which replaces the one before.
+# Enough for several months of hand-overs. A larger file is renamed, and replaces the previous older file.
 MOST_BYTES = 4 * 1024 * 1024
 OLDER = ".1"
 
@@ -29,7 +29,7 @@ def append(root: str, record: Dict[str, Any]) -> None:
         if os.path.getsize(path) > MOST_BYTES:
             os.rename(path, path + OLDER)
     with open(path, "ab+") as stream:
-        # A full disk may have cut the last line off.
+        # A full disk may have truncated the last line.
         whole = stream.tell() == 0 or _last_byte(stream) == b"\n"
         stream.write(b"" if whole else b"\n")
         stream.write(json.dumps(record, sort_keys=True).encode() + b"\n")
@@ -41,7 +41,7 @@ def _last_byte(stream: Any) -> bytes:
 
 
 def read(root: str) -> List[Dict[str, Any]]:
-    """Return the records, the oldest first; lines that are not one are left out."""
+    """Return the records, oldest first; skip invalid lines."""
     found = []
     for path in (Layout(root).events + OLDER, Layout(root).events):
         try:
@@ -58,10 +58,10 @@ def read(root: str) -> List[Dict[str, Any]]:
 
 
 def account(records: Iterable[Dict[str, Any]]) -> Dict[str, Any]:
-    """Return since when there are records, whether the server serves, its outages, and the times it was unhealthy.
+    """Return the time of the first record, whether the server is running, its outages, and its unhealthy periods.
 
-    An outage has ``began``, ``ended`` (None if it goes on), ``certain`` and ``reason``. A server that is killed says
-    nothing: then the outage began at some time after its last record, which is not ``certain``.
+    An outage has ``began``, ``ended`` (None if it goes on), ``certain`` and ``reason``. A server that is killed writes
+    no record: then the outage began at an unknown time after its last record, and is not ``certain``.
     """
     since: Optional[int] = None
     last, serving, notice, job = 0, False, "", None
@@ -92,7 +92,7 @@ def account(records: Iterable[Dict[str, Any]]) -> Dict[str, Any]:
             outages.append({"began": last, "ended": None, "certain": False, "reason": ""})
             serving = False
         elif away and not outages[-1]["reason"] and record.get("job") == job:
-            # Other jobs may ask for the lease meanwhile; they say nothing about this server.
+            # Ignore records of other jobs that try to get the lease meanwhile.
             if event == "restart" or state in ("ended", "failed"):
                 outages[-1]["reason"] = record.get("cause") or reason
         last = when

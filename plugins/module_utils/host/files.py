@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Small files that other hosts read while this one writes them."""
+"""Read and write small files that other hosts may read at the same time."""
 
 import contextlib
 import json
@@ -9,23 +9,23 @@ import sys
 import tempfile
 from typing import Optional
 
-# A state takes this much at least, so that a longer one can replace it without more space.
+# Minimum size of a state file, so that a longer state can replace it without more disk space.
 STATE_BYTES = 2048
 
 
 def printable(text: str) -> str:
-    r"""Return the text in one line, with ``\x1b`` and the like for what a terminal would obey or not show."""
+    r"""Return the text in one line, with escapes such as ``\x1b`` for control and other non-printable characters."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
     )
 
 
 def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
-    """Replace ``path`` by rename, so that a reader sees the old text or the new one, never a part."""
+    """Replace ``path`` by rename, so that a reader sees either the old text or the new one."""
     folder = os.path.dirname(path)
     descriptor, aside = tempfile.mkstemp(prefix=".%s." % os.path.basename(path), dir=folder)
     try:
-        # As it is: no line ends of another system changed, no byte refused for the shell's locale.
+        # Write the text unchanged: no conversion of line ends, no encoding errors from the shell's locale.
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
             stream.write(text)
             stream.flush()
@@ -33,13 +33,13 @@ def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
         os.chmod(aside, mode)
         os.rename(aside, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # else it would replace what has happened, which may be the wish to stop
+        with contextlib.suppress(OSError):  # it would hide the first one, which may be Stop
             remove(aside)
         raise
 
 
 def overwrite(path: str, text: str) -> None:
-    """Write ``text`` over the beginning of a file that is there: takes no inode, and no space that it does not have."""
+    """Write ``text`` over the beginning of an existing file, which needs no inode and no additional space."""
     descriptor = os.open(path, os.O_WRONLY)
     try:
         os.write(descriptor, text.encode("utf-8"))
@@ -54,7 +54,7 @@ def write_json(path: str, content: dict) -> None:
 
 
 def write_state(path: str, content: dict) -> None:
-    """Write ``content`` as JSON; on a full disk into the space that the file has already, so that it can be told."""
+    """Write ``content`` as JSON; on a full disk, into the existing file's space, so that the state can be reported."""
     text = json.dumps(content, indent=2, sort_keys=True).ljust(STATE_BYTES) + "\n"
     try:
         write_atomically(path, text)
@@ -63,7 +63,7 @@ def write_state(path: str, content: dict) -> None:
 
 
 def read_json(path: str) -> Optional[dict]:
-    """Return the JSON object in ``path``; None if there is none, or none that can be read."""
+    """Return the JSON object in ``path``; None if the file is missing or unreadable, or holds none."""
     try:
         with open(path) as stream:
             content = json.load(stream)
@@ -73,7 +73,7 @@ def read_json(path: str) -> Optional[dict]:
 
 
 def sync(folder: str) -> None:
-    """Have the names in a folder on the disk."""
+    """Flush a folder's entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -82,7 +82,7 @@ def sync(folder: str) -> None:
 
 
 def remove(path: str) -> None:
-    """Remove ``path`` if it is there."""
+    """Remove ``path`` if it exists."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -90,9 +90,9 @@ def remove(path: str) -> None:
 
 
 def log(line: str) -> None:
-    """Write one line to the job's log, whatever others have put into it.
+    """Write one line to the job's log, with non-printable characters escaped.
 
-    A log on a full disk is no reason to stop, nor to go on.
+    Errors such as a full disk are ignored: they must not stop the server, or prevent a stop.
     """
     with contextlib.suppress(OSError, ValueError):
         print(printable(line), file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Health: whether workers can write now. Watched beside the main loop, so that a probe that hangs delays nothing."""
+"""Check regularly whether workers can write. Runs in its own thread, so that a probe that hangs delays nothing."""
 
 import errno
 import os
@@ -8,16 +8,17 @@ import os
 from .postgres import Postgres
 from .threads import Repeat
 
-# What the file system must have left: less than one WAL segment (16 MiB), so it is seen before PostgreSQL stops.
+# Free space that must be available. It is less than one WAL segment (16 MiB), so that a full disk is noticed before
+# PostgreSQL stops.
 SPARE_BYTES = 1024 * 1024
-# What is written again and again: more at once than file systems compress, and soon made.
+# Size of the block that is written repeatedly: larger than file systems compress at a time, and quick to generate.
 BLOCK_BYTES = 256 * 1024
 
 HEALTHY = ""
 
 
 class Health(Repeat):
-    """Probes the server every ``probe_seconds``; ``reason`` says in one line what is wrong, "" if nothing is."""
+    """Probe the server every ``probe_seconds``; ``reason`` is the problem in one line, "" if there is none."""
 
     def __init__(self, settings: dict, postgres: Postgres) -> None:
         self.reason = HEALTHY
@@ -32,11 +33,11 @@ class Health(Repeat):
 
 
 def space(data: str) -> str:
-    """Take a little space beside the data directory and give it back; say why if that fails."""
+    """Allocate and release a little space next to the data directory; return the reason if that fails, else ""."""
     path = os.path.join(os.path.dirname(data), ".space.%d" % os.getpid())
     try:
         with open(path, "wb") as spare:
-            block = os.urandom(BLOCK_BYTES)  # not zeros, which some file systems do not store
+            block = os.urandom(BLOCK_BYTES)  # random: some file systems do not store zeros
             for _again in range(SPARE_BYTES // BLOCK_BYTES):
                 spare.write(block)
             spare.flush()
@@ -48,5 +49,5 @@ def space(data: str) -> str:
         try:
             os.unlink(path)
         except OSError:
-            pass  # it was not made
+            pass  # it was not created
     return HEALTHY

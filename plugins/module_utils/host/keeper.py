@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The keeper renews the lease for as long as a process of ours may have the data directory open.
+"""The keeper renews the lease while a process of ours may have the data directory open.
 
-It does so in threads of its own, whatever the program waits for: a slow checkpoint, programs that a cold file system
-brings late, pg_upgrade. Once the lease is lost, every process below this one is killed at once. A gentle stop would
-write a checkpoint into a data directory that is another's.
+It uses its own threads, so that nothing delays it: a slow checkpoint, programs loaded from a slow file system,
+pg_upgrade. If the lease is lost, all processes below this one are killed at once. A clean shutdown would write a
+checkpoint into a data directory that now belongs to another holder.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from . import processes
 from .lease import Lease, Lost
 from .threads import Repeat
 
-# How often to look whether the lease is due. A freeze ends in the middle of such a pause.
+# Seconds between two checks whether the lease is due. A frozen program continues within such a pause.
 LOOK_SECONDS = 0.5
 
 
 class Keeper:
-    """Keeps ``lease``, which we hold, from the beginning of a ``with`` block to its end or to ``release``.
+    """Renew ``lease``, which we hold, from the beginning of a ``with`` block to its end or to ``release``.
 
-    ``lost`` says why the lease is not ours any more, "" while it is.
+    ``lost`` says why we have lost the lease; "" while we hold it.
     """
 
     def __init__(self, lease: Lease) -> None:
@@ -43,13 +43,13 @@ class Keeper:
         self._threads.close()
 
     def check(self) -> None:
-        """Raise Lost if the lease is lost; then nothing of ours runs any more. Waits for no file system."""
+        """Raise Lost if the lease is lost, after killing all our processes. Never waits for the file system."""
         if self.lost:
             self._lose(self.lost)
             raise Lost(self.lost)
 
     def renew(self) -> None:
-        """Renew now, due or not, before a step that only the owner may take; raise Lost or OSError if that fails."""
+        """Renew now, due or not, before a step that only the holder may take; raise Lost or OSError if that fails."""
         try:
             with self._lock:
                 self._lease.renew()
@@ -58,13 +58,13 @@ class Keeper:
         self.check()
 
     def release(self) -> None:
-        """Give the lease back: nothing of ours has the data directory open."""
+        """Release the lease. No process of ours may have the data directory open."""
         with self._lock:
             self._over = True
             self._lease.release()
 
     def beat(self) -> float:
-        """Renew if that is due; return when to look again. Runs in the first thread."""
+        """Renew the lease if it is due; return the seconds until the next call. Runs in the first thread."""
         with self._lock:
             try:
                 if not self._over and not self.lost:
@@ -74,9 +74,10 @@ class Keeper:
         return min(LOOK_SECONDS, self._lease.ttl / 12)
 
     def watch(self) -> float:
-        """Notice that a renewal hangs; return when to look again. Runs in the second thread, and reads no file.
+        """Detect a renewal that hangs; return the seconds until the next call.
 
-        Late twice in a row: after a freeze the renewal gets its turn first.
+        Runs in the second thread, and reads no file. The lease has to be late twice in a row, so that after a freeze
+        the renewal runs first.
         """
         self._late = self._late + 1 if self._lease.is_late() else 0
         if self.lost or self._late > 1 and not self._over:
@@ -84,6 +85,6 @@ class Keeper:
         return self._lease.ttl / 12
 
     def _lose(self, why: str) -> None:
-        # In this order: what is started beside this is killed here, or its starter sees that the lease is lost.
+        # In this order: a process started at the same time is killed here, or its starter sees the lost lease.
         self.lost = self.lost or why
         processes.kill_below(os.getpid())

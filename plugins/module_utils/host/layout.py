@@ -6,7 +6,7 @@ import os
 
 
 class Layout:
-    """The paths of one instance. Programs in its folder ``host`` use ``..`` as the root."""
+    """The paths of one instance. Programs that run in its folder ``host`` use ``..`` as the root."""
 
     def __init__(self, root: str) -> None:
         def below(*names: str) -> str:
@@ -36,9 +36,9 @@ class Layout:
         self.dumps = below("dumps")
 
     def settings_of(self, major: int) -> str:
-        """Return the settings for a move to another major version, which become ``settings`` at its end."""
+        """Return the settings file for a move to another major version; it becomes ``settings`` at the end."""
         return os.path.join(self.host, "settings-%d.json" % major)
 
     def stop_request(self, job: str) -> str:
-        """Return the file by which a job is asked to stop, where the scheduler can only kill it."""
+        """Return the file that asks a job to stop, for schedulers that can only kill jobs."""
         return os.path.join(self.run, "stop.%s" % job)

@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A scheduler for one machine, with one job an instance. Call it in <root>/host.
+"""A scheduler for one machine, with one job per instance. Call it in <root>/host.
 
     python3 -m hpc_db_host.local_job submit --name NAME --script SCRIPT --output LOG    print the id
     python3 -m hpc_db_host.local_job queue                                              print the job
     python3 -m hpc_db_host.local_job cancel ID                                          send SIGTERM
     python3 -m hpc_db_host.local_job processes PID...                                   print those that run
 
-The queue has the form of `squeue --format=%i|%T|%N|%L|%j|%r`, and the id is the PID. Processes are printed as PID,
-start time in the kernel's ticks, state, start time in seconds (not told), host and name, with a | after each.
+The queue is printed in the format of `squeue --format=%i|%T|%N|%L|%j|%r`; the id is the PID. Processes are printed as
+PID, start time in the kernel's ticks, state, start time in seconds (always empty), host and name, with a | after each.
 """
 
 import argparse
@@ -27,7 +27,7 @@ RECORD = Layout("..").local_job
 
 
 def live_job() -> Optional[dict]:
-    """Return the recorded job if its process is still the one that was started."""
+    """Return the recorded job if its process still runs, and is not another one with the same PID."""
     job = files.read_json(RECORD)
     if not job or job["host"] != processes.this_host():
         return None
@@ -41,7 +41,7 @@ def submit(name: str, script: str, output: str) -> str:
     if job:
         raise SystemExit("job %(id)s (%(name)s) of this instance runs already" % job)
     os.umask(0o077)
-    # A job that was started from inside an allocation is no part of it.
+    # A job that is started inside an allocation does not belong to it.
     environment = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
     with open(output, "ab") as log:
         process = subprocess.Popen(
@@ -54,13 +54,13 @@ def submit(name: str, script: str, output: str) -> str:
     try:
         files.write_json(RECORD, dict(record, since=time.time()))
     except OSError:
-        process.kill()  # nobody would find it
+        process.kill()  # without its record, nobody could find the job
         raise
     return job_id
 
 
 def queue() -> str:
-    """Return the live job's line, or nothing."""
+    """Return the line of the running job; empty if there is none."""
     job = live_job()
     if not job:
         return ""
@@ -68,25 +68,25 @@ def queue() -> str:
 
 
 def running(pids: List[str]) -> str:
-    """Return a line for each process that runs; its start time tells it from another one of the same PID."""
+    """Return a line for each running process; the start time distinguishes processes with the same PID."""
     started = ((pid, processes.start_time(int(pid))) for pid in pids if pid.isdigit())
     line = "%s|%s|RUNNING||" + socket.gethostname() + "|process|\n"
     return "".join(line % (pid, time_) for pid, time_ in started if time_)
 
 
 def cancel(job_id: str) -> None:
-    """Ask the job to stop. Like scancel, an id that is not in the queue is no error."""
+    """Send SIGTERM to the job. As with scancel, an id that is not in the queue is not an error."""
     job = live_job()
     if job and job["id"] == job_id:
         os.kill(int(job_id), signal.SIGTERM)
 
 
 def main() -> int:
-    """Do what the command line says."""
+    """Run the command line's verb."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="hpc_db_host.local_job", description=__doc__, formatter_class=raw)
     verbs = parser.add_subparsers(dest="verb")
-    verbs.required = True  # no argument of add_subparsers before Python 3.7
+    verbs.required = True  # add_subparsers has no such argument before Python 3.7
     submitting = verbs.add_parser("submit")
     for option in ("--name", "--script", "--output"):
         submitting.add_argument(option, required=True)

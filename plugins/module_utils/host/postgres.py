@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""postgres as a child in the foreground: start, probe, stop."""
+"""Run postgres as a child process in the foreground: start, probe, stop."""
 
 import contextlib
 import ctypes
@@ -25,18 +25,18 @@ PR_SET_PDEATHSIG = 1
 # sockaddr_un holds 108 bytes with the final NUL; PostgreSQL adds "/.s.PGSQL.65535".
 LONGEST_SOCKET_FOLDER = 107 - len("/.s.PGSQL.65535")
 
-# What runs in the job, on a node that may differ from the one where it was installed.
+# The programs that the server job runs, on a node that may differ from the one where they were installed.
 PROGRAMS = ("postgres", "psql", "pg_dump", "pg_restore")
 
-# A write that goes to the WAL and is flushed like any commit, and needs no table of ours.
+# The write goes to the WAL and is flushed like any commit, but needs no table.
 PROBE = """
 SELECT pg_logical_emit_message(true, 'hpc_db', 'probe');
 SELECT count(*), current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
 FROM pg_stat_activity WHERE backend_type = 'client backend';
 """
 
-# psql is connected when it sends the postmaster SIGTERM, PostgreSQL's smart shutdown: nobody else is let in, those who
-# are in may go on. All of that ends with the server, however that ends.
+# psql is already connected when it sends SIGTERM to the postmaster. This is PostgreSQL's smart shutdown: new
+# connections are refused, existing ones continue. However the server ends, no other state is left behind.
 DRAIN = """
 \\! kill -TERM %d
 DO $$
@@ -58,13 +58,13 @@ SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND 
 
 
 class Failed(Exception):
-    """postgres cannot run; the message says why, in one line."""
+    """postgres cannot run; the message gives the reason in one line."""
 
 
 class Postgres:
     """One postgres process on the data directory ``data``. Socket and child live as long as this object.
 
-    ``keeper`` has the lease renewed all that time, and kills postgres when the lease is lost.
+    Meanwhile ``keeper`` renews the lease, and kills postgres if the lease is lost.
     """
 
     def __init__(self, settings: dict, listen: bool, keeper: Keeper, parameters: Dict[str, str]) -> None:
@@ -79,7 +79,7 @@ class Postgres:
             self._parameters["listen_addresses"] = ""
 
     def start(self) -> None:
-        """Start postgres; ``wait_for_write`` tells whether it came up."""
+        """Start postgres without waiting until it is ready; see ``wait_for_write``."""
         self._check_programs()
         self._keeper.renew()
         end_orphans(self._settings["data"])
@@ -89,8 +89,8 @@ class Postgres:
         command = [self._program("postgres"), "-c", "config_file=%s" % self._settings["config"]]
         for name, value in sorted(parameters.items()):
             command += ["-c", "%s=%s" % (name, value)]
-        self._keeper.renew()  # nothing that takes long may come between this and the start
-        # A signal that ended us between fork and assignment would leave a postgres that nobody knows of.
+        self._keeper.renew()  # nothing slow may come between this and the start
+        # A signal between fork and assignment would end the supervisor and leave an orphaned postgres.
         with signals_waiting():
             self._child = subprocess.Popen(
                 command, cwd="/", env=program_environment(), stdin=subprocess.DEVNULL, stdout=sys.stderr,
@@ -99,7 +99,7 @@ class Postgres:
         self._keeper.check()
 
     def _check_programs(self) -> None:
-        """Raise Failed while the programs are installed or updated, which waits for the end of our lease in turn."""
+        """Raise Failed while the programs are installed or updated; the playbook waits for our lease to end."""
         prefix = os.path.dirname(self._settings["bindir"])
         if os.path.exists(prefix + ".unfinished"):
             raise Failed(
@@ -108,7 +108,10 @@ class Postgres:
             )
 
     def wait_for_write(self, patience: float) -> None:
-        """Wait until a write succeeds: crash recovery may take a while; raise Failed if postgres ends."""
+        """Wait until a write succeeds, since crash recovery may take a while.
+
+        Raise Failed if postgres ends, or after ``patience`` seconds.
+        """
         limit = time.monotonic() + patience
         while True:
             if self.returncode() is not None:
@@ -123,12 +126,12 @@ class Postgres:
             time.sleep(0.1)
 
     def last_words(self) -> str:
-        """Return what PostgreSQL's log calls fatal last."""
+        """Return the last fatal message in PostgreSQL's logs."""
         folder = Layout(self._settings["root"]).log
         return causes.last_words(folder) or "see %s" % folder
 
     def probe(self) -> str:
-        """Make one durable write and count the connections; return "" if all is well, else why not, in one line."""
+        """Make one durable write and count the connections; return the problem in one line, "" if there is none."""
         try:
             printed = self.query(PROBE, 15)
         except Failed as failed:
@@ -136,12 +139,12 @@ class Postgres:
         counted = re.search(r"(\d+)\|(\d+)\s*$", printed)
         if not counted:
             return "psql printed %r" % printed.strip()
-        # The connection that asks is a superuser's, for whom some are reserved.
+        # Do not count this connection: it is a superuser's, which uses a reserved one.
         used, allowed = int(counted.group(1)) - 1, int(counted.group(2))
         return "connections exhausted: %d of %d are used" % (used, allowed) if used >= allowed else ""
 
     def query(self, statement: str, patience: float) -> str:
-        """Run SQL as the owner, over the socket; return what it prints, raise Failed with psql's last line."""
+        """Run SQL as the owner over the socket and return its output; raise Failed with psql's last line."""
         options = ["-XqAt", "-v", "ON_ERROR_STOP=1", "-h", self.socket, "-p", str(self.port), "-d", "postgres"]
         try:
             psql = subprocess.run(
@@ -161,32 +164,34 @@ class Postgres:
         return self._child.poll() if self._child else None
 
     def drain(self, seconds: float) -> int:
-        """Let nobody in, end idle sessions, await running transactions; return how many of them take longer.
+        """Refuse new connections, end idle sessions, and wait for running transactions.
 
-        Only ``stop`` may follow.
+        Return the number of transactions that have not finished in time. Only ``stop`` may follow.
         """
         if not self._child or self.returncode() is not None:
             return 0
         return int(self.query(DRAIN % (self._child.pid, seconds), seconds + 5))
 
     def stop(self, patience: float) -> bool:
-        """Stop fast (SIGINT): clients are disconnected, everything acknowledged is on disk. True if clean.
+        """Request a fast shutdown (SIGINT): clients are disconnected; all acknowledged writes are on disk.
 
-        No process is left on the data directory then, which may take as long as the file system hangs.
+        Return whether the shutdown was clean. Afterwards no process uses the data directory; if the file system
+        hangs, this call takes as long.
         """
         clean = self._child is None or not self._keeper.lost and _end(self._child, patience)
         if self._child is not None:
-            self._child.wait()  # killed by the keeper, if the lease is lost
+            self._child.wait()  # if the lease is lost, the keeper kills it
             if not self._keeper.lost:
                 end_orphans(self._settings["data"])
         shutil.rmtree(self.socket, ignore_errors=True)
         return clean
 
     def _disarm_pid_file(self) -> None:
-        """Let a stale postmaster.pid name us: the lease is ours, so no other host runs postgres here.
+        """Write our own PID into a stale postmaster.pid. We hold the lease, so no other host runs postgres here.
 
-        PostgreSQL believes the PID alone, which may be an innocent process of today, but never takes its own
-        parent for another server. The rest stays: it leads to the shared memory of backends that live on.
+        PostgreSQL checks only whether the PID exists, and it may belong to an unrelated process by now. It never
+        takes its own parent for another server. The rest of the file stays, since it identifies the shared memory of
+        backends that still run.
         """
         path = os.path.join(self._settings["data"], "postmaster.pid")
         try:
@@ -194,7 +199,7 @@ class Postgres:
                 pid, rest = int(stream.readline()), stream.read()
         except FileNotFoundError:
             return
-        except ValueError:  # cut short by a crash; PostgreSQL would refuse it for ever
+        except ValueError:  # truncated by a crash; PostgreSQL would never start with it
             files.remove(path)
             return
         if pid != os.getpid():
@@ -205,7 +210,7 @@ class Postgres:
 
 
 def check_programs(settings: dict) -> None:
-    """Raise Failed unless each of PostgreSQL's programs runs on this node, in the data directory's major version."""
+    """Raise Failed unless PostgreSQL's programs run on this node and have the data directory's major version."""
     with open(os.path.join(settings["data"], "PG_VERSION")) as stream:
         wanted = stream.read().strip()
     for program in PROGRAMS:
@@ -228,9 +233,9 @@ def check_programs(settings: dict) -> None:
 
 
 def end_orphans(data: str) -> None:
-    """Kill every process of PostgreSQL's on ``data`` on this host; the lease is ours, and none of them is of use.
+    """Kill all PostgreSQL processes on ``data`` on this host. We hold the lease, so they are orphans.
 
-    Returns when all have ended. A write that hangs in the file system cannot be killed, only awaited.
+    Returns when all have ended. A process that hangs in a write cannot be killed, so this waits for it.
     """
     told = time.monotonic() + 10
     while True:
@@ -259,7 +264,7 @@ def _end(child: "subprocess.Popen[bytes]", patience: float) -> bool:
 
 
 def socket_folder(parent: str, instance: str) -> str:
-    """Return a new private folder for the socket; those of servers of ours that were killed are removed."""
+    """Return a new private folder for the socket; remove the folders of this instance's servers that were killed."""
     prefix = "hpc_db-%s-" % instance
     longest = LONGEST_SOCKET_FOLDER - len("/%s12345678" % prefix)
     if len(os.fsencode(parent)) > longest:
@@ -277,7 +282,7 @@ def socket_folder(parent: str, instance: str) -> str:
 
 
 def _is_listening(folder: str) -> bool:
-    """Tell whether a server still listens in ``folder``, or may be about to."""
+    """Return whether a server listens in ``folder``, or may be about to."""
     names = [name for name in os.listdir(folder) if not name.endswith(".lock")]
     for name in names:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(ConnectionRefusedError):
@@ -287,7 +292,7 @@ def _is_listening(folder: str) -> bool:
 
 
 def free_port(wanted: int) -> int:
-    """Return ``wanted`` if nobody has it on this host, else any free port."""
+    """Return ``wanted`` if it is free on this host, else any free port."""
     for port in (wanted, 0):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -300,31 +305,31 @@ def free_port(wanted: int) -> int:
 
 
 def program_environment() -> Dict[str, str]:
-    """Return our environment without what is meant for workers, or for programs of another installation.
+    """Return our environment without variables that are meant for workers or for another installation's programs.
 
-    Programs speak English in it: their words are read here.
+    The locale is C, since the programs' messages are parsed.
     """
     foreign = [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]
     return dict({name: value for name, value in os.environ.items() if name not in foreign}, LC_ALL="C")
 
 
 def client_environment() -> Dict[str, str]:
-    """Return the environment of programs that connect over the socket: to a server of ours, and not for ever."""
+    """Return the environment of clients on the socket: only the owner's server is accepted, and with a timeout."""
     owner = pwd.getpwuid(os.geteuid()).pw_name
     return dict(program_environment(), PGCONNECT_TIMEOUT="10", PGAPPNAME="hpc_db", PGREQUIREPEER=owner)
 
 
 def _die_with_parent() -> None:
-    """In the child: end without a checkpoint, which may take long, when the hosting program is killed.
+    """In the child: end immediately, without a slow checkpoint, when the supervisor is killed.
 
-    Nobody renews the lease then. What was acknowledged is in the WAL.
+    The lease is not renewed any more then. All acknowledged writes are in the WAL.
     """
     os.umask(0o077)
     end_with_parent(signal.SIGQUIT)
 
 
 def end_with_parent(number: int) -> None:
-    """In a child: have the kernel send us this signal when the hosting program ends."""
+    """In a child: request this signal from the kernel for when the supervisor ends."""
     try:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     except (OSError, AttributeError):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a worker's environment has, and whether it lets a worker in. Run by that environment's own Python.
+"""Report the packages of a worker's environment, and try to connect. Run by that environment's own Python.
 
     PYTHON probe.py URL    prints one JSON object
 
@@ -16,7 +16,7 @@ import sys
 
 REVISION = re.compile(r"""^(down_)?revision(?:: .*)? = ["']([^"']+)""", re.MULTILINE)
 SCHEMA = "SELECT library_version, version_num FROM version_info, alembic_version"
-# Whose connections the others are is not for everybody to see.
+# Every role may read these numbers; pg_stat_activity hides other roles' sessions.
 CONNECTIONS = "SELECT sum(numbackends)::int, current_setting('max_connections') FROM pg_stat_database"
 
 
@@ -30,7 +30,7 @@ def version_of(name):  # type: (str) -> str
 
 
 def optuna_revisions():  # type: () -> list
-    """Return the revisions of the schema that the installed Optuna knows, in no order, and the one it needs first."""
+    """Return the schema revisions that the installed Optuna knows: first the one it needs, the others unordered."""
     spec = importlib.util.find_spec("optuna")
     if spec is None or not spec.submodule_search_locations:
         return []
@@ -45,7 +45,7 @@ def optuna_revisions():  # type: () -> list
 
 
 def look(url):  # type: (str) -> dict
-    """Return what there is."""
+    """Return the packages' versions, and the result of ``connect``."""
     said = {"python": ".".join(str(number) for number in sys.version_info[:3])}  # type: dict
     if sys.version_info < (3, 8):
         return said
@@ -57,7 +57,7 @@ def look(url):  # type: (str) -> dict
 
         said["driver"] = psycopg2.__version__.split()[0]
         said["libpq"] = psycopg2.__libpq_version__
-    except Exception as error:  # a library that is missing may raise anything
+    except Exception as error:  # a missing library may raise any exception
         said["driver"], said["why"] = "", " ".join(str(error).split())
         return said
     if said["sqlalchemy"]:
@@ -66,7 +66,7 @@ def look(url):  # type: (str) -> dict
 
 
 def connect(url):  # type: (str) -> dict
-    """Return what a worker with this URL finds."""
+    """Connect with this URL as a worker does; return the connections and the schema, or the error."""
     try:
         import sqlalchemy
 
@@ -79,7 +79,7 @@ def connect(url):  # type: (str) -> dict
                 said["schema"] = list(connection.execute(sqlalchemy.text(SCHEMA)).first())
         engine.dispose()
         return said
-    except Exception as error:  # whatever keeps a worker out
+    except Exception as error:  # any reason why a worker cannot connect
         return {"error": " ".join(str(getattr(error, "orig", None) or error).split())}
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Which process is which: a PID alone says nothing, since PIDs are used again."""
+"""Identify processes, since a PID alone does not: PIDs are reused."""
 
 import contextlib
 import glob
@@ -14,24 +14,24 @@ import time
 from typing import Dict, List, Optional, Tuple
 
 MACHINE_ID = "/etc/machine-id"
-# Each card, and which of its files has the address. A wireless one often shows a random address to the network.
+# Network cards, and the file with the address. A wireless card often uses a random address in the network.
 NETWORK_CARDS = (("/sys/class/net/*", "address"), ("/sys/class/ieee80211/*", "macaddress"))
-# Of addr_assign_type: the card's own address, not one that somebody has set.
+# Values of addr_assign_type for the card's permanent address, as opposed to one that was set.
 PERMANENT = ("0", "")
 
 
 def start_time(pid: int) -> Optional[str]:
-    """Return when ``pid`` started, as a word to compare; None if it does not run."""
+    """Return the start time of ``pid`` in a form that can only be compared; None if it does not run."""
     if not os.path.exists("/proc/self/stat"):  # macOS
         found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], stdout=subprocess.PIPE, check=False)
         return found.stdout.decode().strip() or None
     fields = _stat(pid)
-    # A zombie waits for its parent only, once its last thread has ended.
+    # A zombie has ended once its last thread has; then it only waits for its parent.
     return None if not fields or (fields[0] in "ZX" and int(fields[17]) < 2) else fields[19]
 
 
 def _stat(pid: int) -> List[str]:
-    """Return the fields of a process from its state on; an empty list if it does not run."""
+    """Return the fields of /proc/PID/stat from the state on; an empty list if the process does not run."""
     try:
         with open("/proc/%d/stat" % pid, "rb") as stream:
             return stat_fields(stream.read())
@@ -40,12 +40,12 @@ def _stat(pid: int) -> List[str]:
 
 
 def stat_fields(stat: bytes) -> List[str]:
-    """Return the fields of ``/proc/PID/stat`` after the name, which may contain anything, parentheses included."""
+    """Return the fields of ``/proc/PID/stat`` after the name, which may contain any character, also parentheses."""
     return stat.rpartition(b")")[2].decode().split()
 
 
 def this_host() -> str:
-    """Return a name for the place in which a PID of ours means something: boot and PID namespace."""
+    """Return an identifier for the scope of our PIDs: boot and PID namespace."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as stream:
             boot = stream.read().strip()
@@ -55,17 +55,17 @@ def this_host() -> str:
 
 
 def this_machine() -> List[str]:
-    """Return words that name this machine, whatever it is called and however often it boots; one in common is enough.
+    """Return identifiers of this machine that survive renames and reboots; one in common means the same machine.
 
-    A host name changes by DHCP, and a laptop that was rebooted under another name would wait for itself for ever.
-    The machine id alone does not do: nodes that boot one image all have the same, and so do copies of a virtual
-    machine. Were the holder on one login node taken for a former life of the next one, a file system that hangs for
-    the TTL would be enough for two servers on one data directory. So each word is of the machine id *and* the address
-    that a network card was made with, by which nodes of one image are told apart when they boot. Cards on a USB port
-    move from machine to machine and do not count. Where either is missing, as in a container, there are no words:
-    the host name decides then, and for a holder of another name somebody who knows (break_lease.yml).
+    A host name may change by DHCP, and a laptop that was rebooted under another name would wait for itself for ever.
+    The machine id alone is not enough: nodes that boot from one image share it, and so do copies of a virtual machine.
+    If a holder on one login node were taken for an earlier boot of another one, a file system that hangs for the TTL
+    would suffice for two servers on one data directory. So each identifier combines the machine id *and* the permanent
+    address of a network card, which differs between nodes of one image. Cards on a USB port are ignored, since they
+    move between machines. If either is missing, as in a container, there are no identifiers. Then the host name
+    decides, and for a holder with another host name the user does (break_lease.yml).
     """
-    if not os.path.exists("/proc/self/stat"):  # macOS, whose id is of the hardware
+    if not os.path.exists("/proc/self/stat"):  # macOS, whose id belongs to the hardware
         with contextlib.suppress(OSError):
             asked = ["/usr/sbin/ioreg", "-rd1", "-c", "IOPlatformExpertDevice"]
             said = subprocess.run(asked, stdout=subprocess.PIPE, check=False).stdout.decode("utf-8", "replace")
@@ -74,7 +74,7 @@ def this_machine() -> List[str]:
     system = _read(MACHINE_ID)
     if not re.match(r"[0-9a-f]{32}\Z", system):
         return []
-    # The machine id is meant to be shown to nobody.
+    # The machine id should stay secret, so it is hashed.
     return sorted(hashlib.sha256((system + address).encode()).hexdigest() for address in _card_addresses())
 
 
@@ -97,7 +97,7 @@ def _read(path: str) -> str:
 
 
 def runs_in(pid: int, program: str, folder: str) -> bool:
-    """Tell whether ``pid`` is the program of that name with ``folder`` as its working directory."""
+    """Return whether ``pid`` is the program of that name with ``folder`` as its working directory."""
     try:
         executable = os.path.basename(os.readlink("/proc/%d/exe" % pid)).split(" ")[0]
         return executable == program and os.path.samefile("/proc/%d/cwd" % pid, folder)
@@ -106,22 +106,22 @@ def runs_in(pid: int, program: str, folder: str) -> bool:
 
 
 def all_in(program: str, folder: str) -> List[int]:
-    """Return every process that is the program of that name with ``folder`` as its working directory."""
+    """Return the PIDs of all processes of that program with ``folder`` as their working directory."""
     names = os.listdir("/proc") if os.path.exists("/proc/self/stat") else []
     return [int(name) for name in names if name.isdigit() and runs_in(int(name), program, folder)]
 
 
 def kill(pid: int, number: int) -> None:
-    """Send a signal to a process that may have ended, or may be another user's."""
+    """Send a signal to a process; ignore that it has ended or belongs to another user."""
     with contextlib.suppress(OSError):
         os.kill(pid, number)
 
 
 def kill_below(pid: int) -> None:
-    """Kill every process below ``pid`` at once; PostgreSQL's are in sessions of their own, so no group has them all.
+    """Kill all descendants of ``pid`` at once. PostgreSQL's have their own sessions, so no process group has them all.
 
-    All of them are stopped before the first is killed. Else they would act on each other's deaths, start others
-    meanwhile, or leave their children to a parent that is not below ``pid``.
+    All are stopped before the first is killed. Otherwise they would react to each other's end, start new processes, or
+    leave children to a parent that is not below ``pid``.
     """
     limit = time.monotonic() + 1.0
     stopped = {}  # type: Dict[int, str]
@@ -137,7 +137,7 @@ def kill_below(pid: int) -> None:
 
 
 def below(pid: int) -> Dict[int, str]:
-    """Return the children of ``pid``, their children and so on, those that run, with the kernel's letter for each."""
+    """Return the running descendants of ``pid``, each with the kernel's letter for its state."""
     everything = _everything()
     found = {}  # type: Dict[int, str]
     parents = {pid}
@@ -148,7 +148,7 @@ def below(pid: int) -> Dict[int, str]:
 
 
 def _everything() -> Dict[int, Tuple[int, str]]:
-    """Return parent and state of every process."""
+    """Return the parent and state of every process."""
     if os.path.exists("/proc/self/stat"):
         read = {int(name): _stat(int(name)) for name in os.listdir("/proc") if name.isdigit()}
         return {pid: (int(fields[1]), fields[0]) for pid, fields in read.items() if fields}

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Running the scheduler's commands; and the queue as the server job sees it: has a job ended, does a successor wait?"""
+"""Run the scheduler's commands; check for the server job whether a job has ended and whether a successor is queued."""
 
 import contextlib
 import os
@@ -11,25 +11,25 @@ from typing import Dict, List, Optional
 
 from .schedulers import SCHEDULERS
 
-# Colours and cursor movements in an answer: escape sequences, and all control characters but tab and newline.
+# Colours and cursor movements in the output: escape sequences, and control characters except tab and newline.
 ESCAPES = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])|[\x00-\x08\x0b-\x1f\x7f]"
 )
-# Seconds for an answer about one job, and for any other.
+# Time limits in seconds for a query about one job, and for any other command.
 STATE_TIMEOUT = 60
 TIMEOUT = 120
-# The state of a job whose end has begun: nothing brings it back.
+# The state of a job that is ending, which cannot be reversed.
 LEAVING = "COMPLETING"
 
 
 def own_job(name: str) -> str:
-    """Return the id of the job that we run in; empty if that scheduler has not started us."""
+    """Return the id of the job in which this program runs; empty if this scheduler has not started it."""
     scheduler = SCHEDULERS.get(name)
     return os.environ.get(scheduler.job_variable, "") if scheduler and scheduler.job_variable else ""
 
 
 def job_has_ended(name: str, bin_dir: str, job: str) -> bool:
-    """Tell whether the scheduler says that ``job`` has ended. Unknown is False."""
+    """Return whether the scheduler reports that ``job`` has ended; False if that is unknown."""
     scheduler = SCHEDULERS.get(name)
     command = scheduler.state_command(job) if scheduler and job else None
     if not scheduler or not command:
@@ -42,7 +42,7 @@ def job_has_ended(name: str, bin_dir: str, job: str) -> bool:
 
 
 def run(name: str, bin_dir: str, command: List[str], timeout: float) -> "subprocess.CompletedProcess[str]":
-    """Run one of the scheduler's commands, which are in ``bin_dir`` if that is given."""
+    """Run one of the scheduler's commands, which are in ``bin_dir`` unless that is empty."""
     bin_dir = os.path.expanduser(bin_dir)
     environment = SCHEDULERS[name].environment(os.environ, bin_dir)
     return call([os.path.join(bin_dir, command[0])] + command[1:], environment, timeout)
@@ -51,7 +51,7 @@ def run(name: str, bin_dir: str, command: List[str], timeout: float) -> "subproc
 def call(
     command: List[str], environment: Dict[str, str], timeout: float, cwd: Optional[str] = None
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command with these variables and no others; after the time-out all of its processes are killed."""
+    """Run a command with exactly these variables; after the timeout, kill all of its processes."""
     with subprocess.Popen(
         command, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         encoding="utf-8", errors="replace", start_new_session=True,
@@ -65,7 +65,7 @@ def call(
 
 
 class Queue:
-    """What the server job asks of the scheduler: its successor, so that a walltime is not the end."""
+    """The queue as the server job uses it: to have a successor when its walltime ends."""
 
     def __init__(self, settings: dict, job: str) -> None:
         self._settings = settings
@@ -73,7 +73,7 @@ class Queue:
         self._scheduler = SCHEDULERS[settings["scheduler"]]
 
     def ensure_successor(self) -> str:
-        """Submit a job of our name unless one waits behind us; return which job follows, in one line."""
+        """Submit a successor unless one is queued; return one line with its id."""
         jobs = self._jobs()
         # A listing without this job is filtered or empty: it does not show whether a successor is queued.
         listed = self._job in [job["id"] for job in jobs]
@@ -95,7 +95,7 @@ class Queue:
         return self._scheduler.submit_command(name, wanted["script"], options, wanted["output"])
 
     def _submit(self, command: List[str]) -> str:
-        """Submit a job of our name; return its id as the queue has it, whatever a site prints around it."""
+        """Submit a job of our name; return its id from the queue, since sites may print other text around it."""
         printed = self._run(command)
         found: List[str] = []
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -107,12 +107,12 @@ class Queue:
         return job
 
     def cancel_successors(self) -> None:
-        """Cancel the jobs of our name that wait: they would end for the same reason."""
+        """Cancel the waiting jobs of our name: they would fail for the same reason."""
         for job in self._others(self._jobs()):
             self._run(self._scheduler.cancel_waiting_command(job))
 
     def _jobs(self) -> List[dict]:
-        """Return the jobs that go on; OSError if the answer is not a list of jobs."""
+        """Return the jobs that are not about to end; raise OSError if the output is not a list of jobs."""
         try:
             jobs = self._scheduler.parse_queue(self._run(self._scheduler.queue_command()))
         except ValueError as error:
@@ -123,7 +123,7 @@ class Queue:
         return [job["id"] for job in jobs if job["name"] == self._settings["job_name"] and job["id"] != self._job]
 
     def _run(self, command: List[str]) -> str:
-        """Run one of the scheduler's commands; raise OSError with its own words."""
+        """Run one of the scheduler's commands and return its output; raise OSError with its error message."""
         done = run(self._settings["scheduler"], self._settings["bin_dir"], command, TIMEOUT)
         if done.returncode:
             raise OSError("%s: %s" % (command[0], " ".join((done.stderr or done.stdout).split())))

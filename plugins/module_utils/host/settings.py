@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What hpc_db.yml tells the supervisor: the file host/settings.json, with types and defaults."""
+"""The supervisor's settings: the file host/settings.json, written by hpc_db.yml, with types and defaults."""
 
 from typing import Any, Dict
 
@@ -8,11 +8,11 @@ from . import files
 from .layout import Layout
 from .lease import DEFAULT_TTL
 
-# Each value has its default's type: ansible-core before 2.19 writes numbers as text. The role server gives the first
-# group on each run; the others are for tests, and for a file of an older release.
+# Each value gets the type of its default, since ansible-core before 2.19 writes numbers as text. The role server sets
+# the first group on each run; the others are for tests, and for a file from an older release.
 DEFAULTS: Dict[str, Any] = {
     "lease_ttl": DEFAULT_TTL,
-    # Starts of PostgreSQL after crashes within ten minutes, and of a sidecar.
+    # Maximum restarts of PostgreSQL, or of a sidecar, within 10 minutes.
     "restarts": 5,
     # Seconds between the scheduler's signal and the walltime.
     "stop_notice": 120,
@@ -27,11 +27,11 @@ DEFAULTS: Dict[str, Any] = {
     "service": {},
     "pooler": {},
     "proxy": {},
-    # Seconds for recovery after a crash, and for a shutdown.
+    # Time limits in seconds for a start with crash recovery, and for a shutdown.
     "start_patience": 300.0,
     "stop_patience": 60.0,
-    # Seconds for running transactions before a stop: Optuna's take milliseconds, and a job that is cancelled may have
-    # only ten seconds.
+    # Seconds that running transactions get before a stop: Optuna's take milliseconds, and a cancelled job may have only
+    # ten seconds.
     "drain_seconds": 5.0,
     # Seconds between two checks that PostgreSQL accepts writes.
     "probe_seconds": 10.0,
@@ -40,7 +40,7 @@ DEFAULTS: Dict[str, Any] = {
 
 
 def read_settings(root: str) -> Dict[str, Any]:
-    """Return the settings of an instance. Raise FileNotFoundError, with the playbook that writes them."""
+    """Return the settings of an instance. If there are none, raise FileNotFoundError naming the playbook to run."""
     path = Layout(root).settings
     held = files.read_json(path)
     if held is None:
@@ -49,7 +49,7 @@ def read_settings(root: str) -> Dict[str, Any]:
 
 
 def complete(held: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the settings with their types, and the default of each one that is missing."""
+    """Return the settings, converted to their types, with defaults for missing ones."""
     found = dict(held)
     for name, default in DEFAULTS.items():
         value = held.get(name)

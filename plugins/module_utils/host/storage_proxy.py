@@ -1,20 +1,20 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Optuna's storage proxy behind TLS that asks clients for the instance's certificate, and does everything once.
+"""Optuna's storage proxy behind TLS that requires the instance's certificate from clients, and runs each request once.
 
-Optuna's own ``run_grpc_proxy_server`` listens without any authentication: whoever reaches its port may change every
-study. The service is the same here, its port is not. Needs Optuna 4.2 or newer and grpcio; the rest of the hosting
-program does not.
+Optuna's own ``run_grpc_proxy_server`` has no authentication: anyone who reaches its port can change every study. The
+service here is the same, but its port is protected. Needs Optuna 4.2 or newer and grpcio; the rest of the supervisor
+does not.
 
-A client whose answer was cut sends its request again, perhaps to a proxy that was started meanwhile. So requests that
-must not be done twice have an id, and what they did is noted with it in the same transaction, in the table
-``hpc_db.requests``. The client names the notes that it will not need in its next such request. And a client remembers
-its trials: if the database is another one now, it is told.
+A client that loses the connection before the answer repeats its request, perhaps to a proxy that was started meanwhile.
+So requests that must not run twice have an id, and their result is recorded with this id in the same transaction, in
+the table ``hpc_db.requests``. The client's next such request names the records that it does not need any more. A client
+also caches its trials: if the database has been replaced by another one, the client gets an error.
 
-Done once are new and deleted studies, new trials, a trial's begin and end, and a study's attributes, since a repetition
-could undo what another worker has set meanwhile. A trial's parameters, attributes and intermediate values are set only
-by the worker that runs it, so that to set them twice is the same. All else reads. ``guard: NAME`` is as in
-``hpc_db_client.connection``.
+The requests that run once create or delete studies, create trials, begin or end a trial, or set a study's attributes,
+since a repetition could undo a later change by another worker. A trial's parameters, attributes and intermediate values
+are set only by the worker that runs it, so a repetition changes nothing. All other requests only read. ``guard: NAME``
+is as in ``hpc_db_client.connection``.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.servicer import OptunaStorageProxyService
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
-# Everybody: both families, or the one that this host has.
+# All addresses: of both families, or of the only one on this host.
 EVERYWHERE = ("[::]", "0.0.0.0")
-# The metadata of requests and answers: the id of a request, whether it is sent again, the ids of earlier ones that were
-# answered and will not be, and whose data it is about.
+# Metadata of requests and answers: the id of a request, whether it is a repetition, the ids of earlier requests that
+# were answered and will not be repeated, and the identity of the data.
 REQUEST, AGAIN, ANSWERED, DATA = "hpc-db-request", "hpc-db-again", "hpc-db-answered", "hpc-db-data"
 OTHER_DATA = "the database is another one now, restored or moved to other data; start this program anew"
-# Of the hosting program: an engine that ended is started again.
+# Exit code; the supervisor then restarts the proxy.
 ANEW = 3
 IDENTITY = """
 SELECT (SELECT system_identifier FROM pg_control_system()), oid::bigint, coalesce((
@@ -54,33 +54,33 @@ PREPARE = (
     "CREATE TABLE IF NOT EXISTS hpc_db.requests ("
     "id uuid PRIMARY KEY, made timestamptz NOT NULL DEFAULT now(), what bigint NOT NULL)",
 )
-# The last notes of clients that have ended. Those that wait do so for at most 30 days (hpc_db_client.proxy).
+# Removes the last records of clients that have ended. A client waits for at most 30 days (hpc_db_client.proxy).
 FORGET = "DELETE FROM hpc_db.requests WHERE made < now() - interval '90 days'"
 FORGET_SECONDS = 86400.0
-# In the transaction of the request.
+# Runs in the transaction of the request.
 NOTE = """
 WITH answered AS (DELETE FROM hpc_db.requests WHERE id = ANY (CAST(:answered AS uuid[])))
 INSERT INTO hpc_db.requests (id, what)
 SELECT CAST(:request AS uuid), """
-# The row that it has written, if it has.
+# Records the row that the request has written, if any.
 NOTE_ROW = NOTE + "{0} FROM {1} WHERE {2} AND xmin = pg_current_xact_id()::xid"
 NOTE_STUDY = NOTE_ROW.format("study_id", "studies", "study_name = :name")
 NOTE_STATE = NOTE_ROW.format("trial_id", "trials", "trial_id = :trial")
 NOTE_TRIAL = NOTE_ROW.format(
     "trial_id", "trials", "study_id = :study AND trial_id = currval(pg_get_serial_sequence('trials', 'trial_id'))"
 )
-# The study that it has deleted, or given an attribute, perhaps the same as before.
+# Records the study that was deleted, or whose attribute was set, even if that changed no row.
 NOTE_CHANGE = NOTE + ":study"
 DONE = "SELECT what FROM hpc_db.requests WHERE id = CAST(:request AS uuid)"
 
 
 class Once:
-    """Optuna's storage, whose requests are done once."""
+    """Optuna's storage, with requests that run only once."""
 
     def __init__(self, storage: "Any") -> None:
         self._storage = storage
         self._engine = storage._backend.engine
-        self.request = threading.local()  # id, again, answered: of the request that this thread serves
+        self.request = threading.local()  # id, again, answered: the request that this thread serves
         self._note = threading.local()
         with self._engine.begin() as connection:
             for statement in PREPARE:
@@ -92,33 +92,33 @@ class Once:
         return getattr(self._storage, name)
 
     def forget(self) -> None:
-        """Delete what nobody will ask for; if the server is away, another time."""
+        """Delete records that no client needs any more; if the server is down, try again later."""
         with contextlib.suppress(SQLAlchemyError), self._engine.begin() as connection:
             connection.exec_driver_sql(FORGET)
 
     def create_new_study(self, directions: "Any", study_name: "Optional[str]" = None) -> int:
-        """Optuna's, once."""
+        """See Optuna; runs once."""
         return self._once(
             lambda: self._storage.create_new_study(directions, study_name), int, NOTE_STUDY, {"name": study_name}
         )
 
     def delete_study(self, study_id: int) -> None:
-        """Optuna's, once."""
+        """See Optuna; runs once."""
         self._change(study_id, lambda: self._storage.delete_study(study_id))
 
     def set_study_user_attr(self, study_id: int, key: str, value: "Any") -> None:
-        """Optuna's, once."""
+        """See Optuna; runs once."""
         self._change(study_id, lambda: self._storage.set_study_user_attr(study_id, key, value))
 
     def set_study_system_attr(self, study_id: int, key: str, value: "Any") -> None:
-        """Optuna's, once."""
+        """See Optuna; runs once."""
         self._change(study_id, lambda: self._storage.set_study_system_attr(study_id, key, value))
 
     def create_new_trial(self, study_id: int, template_trial: "Any" = None) -> int:
-        """Optuna's, once."""
+        """See Optuna; runs once."""
 
         def found(trial_id: int) -> int:
-            self._storage.get_all_trials(study_id, deepcopy=False)  # for its cache, which refuses unknown trials
+            self._storage.get_all_trials(study_id, deepcopy=False)  # fills Optuna's cache, which refuses unknown trials
             return trial_id
 
         return self._once(
@@ -126,7 +126,7 @@ class Once:
         )
 
     def set_trial_state_values(self, trial_id: int, state: "Any", values: "Any" = None) -> bool:
-        """Optuna's, once."""
+        """See Optuna; runs once."""
         return self._once(
             lambda: self._storage.set_trial_state_values(trial_id, state, values), bool, NOTE_STATE,
             {"trial": trial_id},
@@ -148,7 +148,8 @@ class Once:
         try:
             did = act()
         except Exception:
-            # It was done though an answer of the server was cut, or the first one was still under way, and has won.
+            # If there is a record, the commit succeeded although its answer was lost, or the first attempt was still
+            # running and has committed.
             what = self._done(request)  # guard: note of a commit that was cut
             if what is None:
                 raise
@@ -170,7 +171,7 @@ class Once:
 
 
 class Serving(grpc.ServerInterceptor):  # type: ignore[misc]
-    """Tells clients whose data is served, and that postgres has gone as if the proxy had: they wait for both."""
+    """Send the identity of the data to clients; report an outage of postgres like one of the proxy, so clients wait."""
 
     def __init__(self, once: Once, data: str) -> None:
         self._request = once.request
@@ -179,7 +180,7 @@ class Serving(grpc.ServerInterceptor):  # type: ignore[misc]
         self._lock = threading.Lock()
 
     def intercept_service(self, continuation: "Callable", details: "grpc.HandlerCallDetails") -> object:
-        """Wrap the handler of a request."""
+        """Wrap the handler of a request; see grpc."""
         handler = continuation(details)
         if handler is None or handler.unary_unary is None:
             return handler
@@ -207,20 +208,20 @@ class Serving(grpc.ServerInterceptor):  # type: ignore[misc]
             self._request.id = None
 
     def _turn(self, request: "Optional[str]") -> threading.Semaphore:
-        """Have a repetition wait for the first one, which would undo what comes after if it went on later."""
+        """Let a repetition wait for the first attempt, which could otherwise undo later changes."""
         if request is None:  # guard: repetitions
-            return threading.Semaphore()  # of its own
+            return threading.Semaphore()  # not shared
         with self._lock:
             return self._turns.setdefault(request, threading.Semaphore())
 
 
 def is_outage(error: DBAPIError) -> bool:
-    """Tell whether a connection could not be made, or was ended by a server that stops."""
+    """Return whether a connection could not be opened, or was ended by a server that stops."""
     return isinstance(error, OperationalError) and (getattr(error.orig, "pgcode", None) or "57P0")[:4] == "57P0"
 
 
 def stay_with(engine: "Any") -> str:
-    """Return whose data the engine sees; a connection to other data ends this program, since Optuna has a cache."""
+    """Return the identity of the engine's data; end this program if it changes later, since Optuna caches the data."""
 
     def identity(connection: "Any") -> str:
         with connection.cursor() as cursor:
@@ -242,13 +243,13 @@ def stay_with(engine: "Any") -> str:
 
 
 def read(path: str) -> bytes:
-    """Return a file's content."""
+    """Return a file's bytes."""
     with open(path, "rb") as stream:
         return stream.read()
 
 
 def listen(server: "grpc.Server", address: str, port: int, credentials: "grpc.ServerCredentials") -> None:
-    """Listen on an address; ``*`` is every one."""
+    """Listen on an address; ``*`` means all addresses."""
     for host in EVERYWHERE if address == "*" else ("[%s]" % address if ":" in address else address,):
         try:
             if server.add_secure_port("%s:%d" % (host, port), credentials):
@@ -259,7 +260,7 @@ def listen(server: "grpc.Server", address: str, port: int, credentials: "grpc.Se
 
 
 def main() -> None:
-    """Serve until ended."""
+    """Serve until a signal ends the program."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--storage", required=True, help="the URL for RDBStorage")
     parser.add_argument("--listen", required=True, help="addresses, with commas between them; * is every one")
@@ -277,7 +278,7 @@ def main() -> None:
     data = stay_with(database.engine)
     storage = get_storage(database)
     for study in storage.get_all_studies():
-        # Optuna's cache refuses parameters of a trial that it does not know, such as one that began before a restart.
+        # Fill Optuna's cache: it refuses parameters of unknown trials, such as those that began before a restart.
         storage.get_all_trials(study._study_id, deepcopy=False)
     once = Once(storage)
     server = grpc.server(
@@ -285,9 +286,9 @@ def main() -> None:
         interceptors=[Serving(once, data)],
         options=[
             ("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0),
-            # A connection that shows no certificate is not waited for.
+            # Drop connections that present no certificate in time.
             ("grpc.server_handshake_timeout_ms", 10000),
-            # Clients ask whether the proxy is there while they wait for an answer.
+            # Clients send keepalive pings while they wait for an answer.
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000), ("grpc.http2.max_ping_strikes", 0),
         ],
     )

@@ -1,19 +1,19 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Work beside the main thread, and the signals that only the main thread hears."""
+"""Background threads, and the signals that only the main thread receives."""
 
 import contextlib
 import signal
 import threading
 from typing import Callable, Iterator
 
-# What asks the hosting program to stop.
+# Signals that ask the supervisor to stop.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def signals_waiting() -> Iterator[None]:
-    """Let signals wait until the block is done: what stops us must not keep us from stopping postgres."""
+    """Defer stop signals until the block ends: they must not interrupt the shutdown of postgres."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -22,9 +22,9 @@ def signals_waiting() -> Iterator[None]:
 
 
 class Repeat:
-    """Does ``work`` in a thread, again after as many seconds as it returns, until the ``with`` block ends.
+    """Run ``work`` repeatedly in a thread until the ``with`` block ends; it returns the seconds until the next call.
 
-    The thread blocks signals, or the kernel would give it those that the main thread lets wait.
+    The thread blocks signals. Otherwise the kernel would deliver to it the signals that the main thread defers.
     """
 
     def __init__(self, first: float, work: Callable[[], float]) -> None:
@@ -33,7 +33,7 @@ class Repeat:
         self._over = threading.Event()
 
     def __enter__(self) -> "Repeat":
-        with signals_waiting():  # a thread begins with the mask of the one that starts it
+        with signals_waiting():  # a thread inherits the mask of the thread that starts it
             threading.Thread(target=self._run, daemon=True).start()
         return self
 

@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The studies in another major version of PostgreSQL, and back.
+"""Move the studies to another major version of PostgreSQL, and back.
 
-All is made aside, compared, and made valid by one rename: that of ``host/settings.json``, which names programs, data
-directory and configuration. The old data directory is only ever run by its own postgres, as our child. pg_upgrade
-starts servers of its own, which nobody would end if we were killed, so it works on a copy.
+The new data directory is prepared separately and compared with the old one. One rename activates it: that of
+``host/settings.json``, which names programs, data directory and configuration. Only its own postgres, as our child
+process, ever runs on the old data directory. pg_upgrade starts servers that would keep running if we were killed, so
+it works on a copy.
 """
 
 import contextlib
@@ -24,11 +25,11 @@ from .layout import Layout
 from .postgres import Failed, Postgres, client_environment, end_orphans, socket_folder
 
 Settings = Dict[str, Any]
-Contents = Dict[str, Dict[str, Any]]  # of each database its tables and its studies
+Contents = Dict[str, Dict[str, Any]]  # the tables and studies of each database
 
-# A data directory of the new major, as initdb has left it.
+# A data directory of the new major version, as created by initdb.
 NEW = ".new"
-# What is at work on, and never used by anybody else; the next run begins it again.
+# A data directory that is still being built. It is not used otherwise; the next run starts over.
 UNFINISHED = ".unfinished"
 COPY = ".copy"
 
@@ -36,7 +37,7 @@ BLOCK_BYTES = 16 * 1024 * 1024
 START_PATIENCE = 300
 STOP_PATIENCE = 300
 DUMP_PATIENCE = 24 * 3600
-# A text of a row must not depend on anything but the row.
+# A row's text must depend only on the row.
 SAME_TEXT = "-c timezone=UTC -c datestyle=ISO -c extra_float_digits=1 -c bytea_output=hex"
 
 DATABASES = "SELECT to_json(datname) FROM pg_database WHERE datallowconn AND NOT datistemplate ORDER BY datname;"
@@ -45,7 +46,7 @@ SELECT json_build_array('table', 'roles', count(*),
   coalesce(sum(hashtextextended(concat_ws(' ', rolname, rolpassword, rolsuper, rolcanlogin), 0)::numeric), 0)::text)
 FROM pg_authid WHERE rolname !~ '^pg_';
 """
-# Rows in any order have the same sum.
+# The sum does not depend on the order of the rows.
 TABLES = r"""
 SELECT format('SELECT json_build_array(''table'', %L, count(*),
   coalesce(sum(hashtextextended(hpc_db_row::text COLLATE "C", 0)::numeric), 0)::text) FROM %I.%I AS hpc_db_row',
@@ -68,8 +69,8 @@ GROUP BY study_name, study_directions.objective, direction ORDER BY study_name, 
 \endif
 """
 
-# Rights on PostgreSQL's own functions, some of which have other arguments in another major. The playbook that moves
-# the studies sets them again afterwards.
+# Reset privileges on PostgreSQL's own functions, since some have other arguments in another major version. The playbook
+# that moves the studies sets the privileges again afterwards.
 FUNCTIONS = r"""
 SELECT format('GRANT EXECUTE ON FUNCTION %s TO PUBLIC', name),
   (SELECT format('REVOKE ALL ON FUNCTION %s FROM ', name) || string_agg(grantee::regrole::text, ', ')
@@ -79,21 +80,21 @@ WHERE pronamespace = 'pg_catalog'::regnamespace AND proacl IS NOT NULL
   AND NOT EXISTS (SELECT FROM pg_init_privs WHERE classoid = 'pg_proc'::regclass AND objoid = pg_proc.oid) \gexec
 """
 
-# Of the storage proxy, which makes and clears this table whenever it runs.
+# A table of the storage proxy, which creates and clears it whenever it runs.
 NOTES = "hpc_db.requests"
 
-# A server for nobody but us.
+# Parameters of a server that only this program uses.
 QUIET = {"shared_buffers": "32MB", "max_connections": "20", "max_wal_size": "256MB"}
 
 
 class Rejected(Exception):
-    """pg_upgrade cannot move this data directory, and has not begun to; the message says why."""
+    """pg_upgrade cannot move this data directory and has not changed anything; the message says why."""
 
 
 class Upgrade:
-    """Goes from the major that ``settings`` name to the one that the file ``following`` names.
+    """A move from the major version in ``settings`` to the one in the file ``following``.
 
-    ``keeper`` has the lease renewed meanwhile; it raises when nothing may be written any more.
+    ``keeper`` renews the lease meanwhile, and raises Lost when nothing may be written any more.
     """
 
     def __init__(self, settings: Settings, following: str, keeper: Keeper) -> None:
@@ -106,7 +107,7 @@ class Upgrade:
         self._keeper = keeper
 
     def run(self, back: bool) -> Dict[str, Any]:
-        """Move everything, or with a data directory that was kept go back to it; return what was compared."""
+        """Move everything, or go back to the data directory that was kept; return a summary with the contents."""
         began = time.monotonic()
         leaving = major_of(self.old["data"])
         if self.new["data"] == self.old["data"]:
@@ -138,18 +139,18 @@ class Upgrade:
         }
 
     def _kept(self) -> bool:
-        """Tell whether this is the way back, to a data directory that was in use."""
+        """Return whether this is the way back, to a data directory that was in use."""
         wanted = major_of(self.new["data"])
         return bool(wanted) and int(wanted) < int(major_of(self.old["data"]) or 0)
 
     def _dump(self, old: Postgres) -> None:
-        """Dump every study database; these dumps stay until the user removes them."""
+        """Dump every study database; only the user removes these dumps."""
         dumps = Dumps(self.old, old)
         if not dumps.now(DUMP_PATIENCE, self._keeper.check, kept=True):
             raise Failed(dumps.told)
 
     def _move(self, before: Contents) -> Any:
-        """Make the new data directory aside; return how, and what it holds."""
+        """Fill the new data directory under its temporary name; return the method and the contents."""
         self._discard(UNFINISHED)
         self._discard(COPY)
         aside = self.new["data"] + UNFINISHED
@@ -170,22 +171,22 @@ class Upgrade:
             lost = differences(before, after)
             if lost:
                 raise Failed("what PostgreSQL %s holds differs: %s" % (major_of(aside), in_short(lost)))
-            # pg_upgrade and pg_restore bring no statistics, or not all of them.
+            # pg_upgrade and pg_restore do not transfer all statistics.
             options = ["--all", "--analyze-only", "--quiet"]
             self._program([self._at(new, "vacuumdb")] + options + where(server), client_environment())
         return way, after
 
     def _pg_upgrade(self, aside: str) -> None:
-        """Move the copy; raise Rejected if it cannot be moved, Failed if that went wrong."""
+        """Run pg_upgrade on a copy; raise Rejected if it refuses, Failed if it fails half-way."""
         program = self._at(self.new, "pg_upgrade")
         if not os.path.exists(program):
             raise Rejected("%s is missing" % program)
         copy = self.new["data"] + COPY
         copy_tree(self.old["data"], copy, self._keeper.check)
-        # It leaves scripts where it runs, and needs a path that is short enough for a socket.
+        # pg_upgrade leaves scripts in its working directory, and needs a path short enough for a socket.
         folder = socket_folder(self.new["socket_parent"], self.new["instance"])
         try:
-            # Links, since the copy is of no other use: the old directory shares no file with the new one.
+            # Hard links are safe: they share files only with the copy, not with the old directory.
             self._program([
                 program, "--old-bindir=" + self.old["bindir"], "--new-bindir=" + self.new["bindir"],
                 "--old-datadir=" + copy, "--new-datadir=" + aside, "--socketdir=" + folder, "--link",
@@ -196,14 +197,14 @@ class Upgrade:
             raise Rejected(told) from None
         finally:
             for data in (copy, aside):
-                end_orphans(data)  # the server of a pg_upgrade that was killed
+                end_orphans(data)  # servers left behind if pg_upgrade was killed
             shutil.rmtree(folder, ignore_errors=True)
 
     def _restore(self, old: Postgres, new: Postgres) -> None:
-        """Bring roles and databases through pipes, so that no password is ever in a file."""
+        """Copy roles and databases through pipes, so that no password is ever in a file."""
         environment = client_environment()
         into = [self._at(self.new, "psql"), "-XqAt", "-v", "ON_ERROR_STOP=1"] + where(new)
-        # The programs of the new major know both.
+        # The new major version's programs support both.
         said = self._program(
             [self._at(self.new, "pg_dumpall"), "--roles-only"] + where(old), environment)
         owner = self._program(into + ["-d", "postgres", "-c", "SELECT quote_ident(current_user)"], environment).strip()
@@ -215,7 +216,7 @@ class Upgrade:
             self._program(into + ["-d", "postgres"], environment, source=dump)
 
     def contents(self, server: Postgres, settings: Settings) -> Contents:
-        """Return of each database how many rows each table has, with a sum of them, and each study's best value."""
+        """Return for each database the number and checksum of each table's rows, and each study's best value."""
         found = {}
         for database in self._databases(server, settings):
             asked = TABLES + STUDIES + (ROLES if database == "postgres" else "")
@@ -233,16 +234,16 @@ class Upgrade:
         return self._ask(server, settings, "postgres", DATABASES)
 
     def _ask(self, server: Postgres, settings: Settings, database: str, script: str) -> List[Any]:
-        """Run a script for psql; return the JSON on each line that it prints."""
+        """Run a psql script; return the JSON value on each line of its output."""
         command = [self._at(settings, "psql"), "-XqAt", "-v", "ON_ERROR_STOP=1"] + where(server)
         environment = dict(client_environment(), PGOPTIONS=SAME_TEXT)
         printed = self._program(command + ["-d", conninfo(database)], environment, given=script)
-        # Not splitlines: the name of a study may hold what separates lines elsewhere.
+        # Not splitlines: a study's name may contain other line separators.
         return [json.loads(line) for line in printed.split("\n") if line]
 
     @contextlib.contextmanager
     def _server(self, settings: Settings) -> Iterator[Postgres]:
-        """Run postgres on a data directory, for us alone, and leave the directory clean."""
+        """Run postgres on a data directory for this program only; raise Failed if it does not stop cleanly."""
         postgres = Postgres(settings, False, self._keeper, dict(QUIET, data_directory=settings["data"]))
         try:
             postgres.start()
@@ -254,11 +255,11 @@ class Upgrade:
             raise Failed("postgres did not stop cleanly on %s" % settings["data"])
 
     def _switch(self, back: bool) -> None:
-        """Make the new data directory the one in use: by one rename, after everything else."""
+        """Activate the new data directory: by one rename, after everything else."""
         data, folder = self.new["data"], os.path.dirname(self.new["data"])
         self._keeper.renew()
         if not back:
-            if os.path.lexists(data):  # in use before somebody went back, or of a run that ended right here
+            if os.path.lexists(data):  # in use before the user went back, or left by a run that ended here
                 os.rename(data, "%s.%s" % (data, time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())))
             os.rename(data + UNFINISHED, data)
             files.sync(folder)
@@ -280,7 +281,7 @@ class Upgrade:
         self, command: List[str], environment: Dict[str, str], given: str = "", folder: str = "/",
         source: Optional[List[str]] = None,
     ) -> str:
-        """Run a program on a text or on what another one prints; return its output, raise Told with its last words."""
+        """Run a program with input from ``given`` or from the program ``source``; return its output or raise Told."""
         with contextlib.ExitStack() as after:
             stdin, stdout, stderr = [after.enter_context(tempfile.TemporaryFile()) for _stream in range(3)]
             stdin.write(given.encode("utf-8"))
@@ -302,7 +303,7 @@ class Upgrade:
                 after.callback(reads.close)
             start(command, reads, stdout)
             if source:
-                reads.close()  # so that the one hears when the other has ended
+                reads.close()  # so that ``source`` is notified when the other program ends
             while any(child.poll() is None for child in children):
                 self._keeper.check()
                 time.sleep(0.05)
@@ -317,19 +318,19 @@ class Upgrade:
 
 
 class Told(Failed):
-    """A program failed; the message is what it told, in one line, and ``said`` all of its output."""
+    """A program failed; the message is its error in one line, ``said`` its whole standard output."""
 
     def __init__(self, program: str, stdout: str, stderr: str) -> None:
         self.said = stdout
         lines = [line.strip() for line in (stderr.strip() or stdout.strip()).splitlines()]
-        # pg_upgrade tells on stdout, below a line of its progress that says "fatal"
+        # pg_upgrade prints errors to stdout, after a progress line that ends in "fatal"
         fatal = [number for number, line in enumerate(lines) if line.endswith(("fatal", "*failure*"))]
         errors = lines[fatal[-1] + 1:] if fatal else [line for line in lines if "ERROR:" in line or "error:" in line]
         Failed.__init__(self, "%s: %s" % (program, " ".join((errors or lines[-3:] or ["no word why"])[:8])))
 
 
 def major_of(data: str) -> str:
-    """Return the major version of a data directory; "" if it is none."""
+    """Return the major version of a data directory; "" if the folder is not one."""
     try:
         with open(os.path.join(data, "PG_VERSION")) as stream:
             return stream.read().strip()
@@ -338,24 +339,24 @@ def major_of(data: str) -> str:
 
 
 def where(server: Postgres) -> List[str]:
-    """Return the options that lead PostgreSQL's programs to a server."""
+    """Return the options with which PostgreSQL's programs connect to a server."""
     return ["-h", server.socket, "-p", str(server.port)]
 
 
 def conninfo(database: str) -> str:
-    """Return a database's name as it cannot be taken for anything else."""
+    """Return a connection string for a database, which protects any name from being misread."""
     return "dbname='%s'" % re.sub(r"([\\'])", r"\\\1", database)
 
 
 def end(child: "subprocess.Popen[bytes]") -> None:
-    """Leave no program behind, whatever happened."""
+    """Kill a program that is still running, and wait for it."""
     if child.poll() is None:
         child.kill()
         child.wait()
 
 
 def differences(before: Contents, after: Contents, but: str = "") -> List[str]:
-    """Say in what the contents differ, one thing a line; ``but`` is a table that does not matter."""
+    """Return one line for each difference; the table ``but`` is ignored."""
     found = ["%s is missing" % database for database in sorted(set(before) - set(after))]
     for database in sorted(set(before) & set(after)):
         tables, others = before[database]["tables"], after[database]["tables"]
@@ -374,7 +375,7 @@ def in_short(lines: List[str]) -> str:
 
 
 def copy_tree(source: str, target: str, alive: Callable[[], None]) -> None:
-    """Copy a data directory; raise Rejected where a link leads out of it."""
+    """Copy a data directory; raise Rejected if it contains a symbolic link."""
     os.mkdir(target, 0o700)
     for entry in os.scandir(source):
         path = os.path.join(target, entry.name)

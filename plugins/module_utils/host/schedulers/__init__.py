@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The schedulers, by the value of the setting server_scheduler. A new one is a file here and an entry below."""
+"""The schedulers by the value of the setting server_scheduler. A new one needs a file here and an entry below."""
 
 from typing import Dict
 

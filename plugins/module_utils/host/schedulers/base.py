@@ -1,20 +1,20 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a scheduler has to know: command lines, and how to read the answers.
+"""The interface of a scheduler: command lines, and parsers for their output.
 
-Nothing here runs a command. The modules and the program in the job share one class per scheduler, so that both submit
-the same job and agree on which job has ended.
+Nothing here runs a command. The modules and the supervisor share one class per scheduler, so that both submit the same
+job and agree on which job has ended.
 """
 
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
-# The variables that every scheduler's commands are given. All others stay out: SQUEUE_PARTITION in a .bashrc hides
-# jobs, and a job that is submitted inside another one would inherit the variables that describe the other one.
+# The variables that every scheduler's commands get. All others are left out: SQUEUE_PARTITION in a .bashrc hides jobs,
+# and a job submitted inside another job would inherit the variables that describe that job.
 INHERITED = ("HOME", "KRB5CCNAME", "LD_LIBRARY_PATH", "LOGNAME", "PATH", "SHELL", "TZ", "USER")
 
 
 class Job(NamedTuple):
-    """A job of this user. ``start`` is in seconds since 1970; None if it has not begun, or nobody knows when."""
+    """A job of this user. ``start`` is in seconds since 1970; None if the job has not begun, or if it is unknown."""
 
     id: str
     restart: str
@@ -26,157 +26,157 @@ class Job(NamedTuple):
 
 
 def build_environment(variables: Mapping[str, str], names: Sequence[str]) -> Dict[str, str]:
-    """Return the variables for a scheduler's commands; ``names`` are those that this scheduler needs besides."""
+    """Return the environment of a scheduler's commands; ``names`` are the variables that this scheduler also needs."""
     kept = {name: variables[name] for name in (*INHERITED, *names) if name in variables}
-    return dict(kept, LC_ALL="C.UTF-8")  # the answers are parsed
+    return dict(kept, LC_ALL="C.UTF-8")  # the output is parsed
 
 
 class Scheduler:
     """One scheduler. The defaults suit one without a queue; ``name`` is the value of the setting server_scheduler.
 
-    ``options`` are the scheduler's own long options without their dashes, as the inventory has them: True stands
-    alone, False and None are left out. ``setting`` is the name of the setting that they come from, for messages.
-    A ``ValueError`` is a refusal for the user; its text names the option, what was given and what is allowed.
+    ``options`` are the scheduler's own long options without their dashes, as in the inventory: True makes a flag
+    without a value, False and None are left out. ``setting`` names the setting that they come from, for messages.
+    The text of a ``ValueError`` is for the user and names the option, the given value and the allowed ones.
     """
 
     name = ""
-    #: The variable that tells a job its own id; empty if there is none.
+    #: The variable that holds the job's own id inside a job; empty if there is none.
     job_variable = ""
 
     # The login's environment
 
     def environment(self, variables: Mapping[str, str], bin_dir: str) -> Dict[str, str]:
-        """Return the variables for the scheduler's commands, which are in the folder ``bin_dir``, if that is given."""
+        """Return the environment of the scheduler's commands; ``bin_dir`` is their folder, or empty."""
         return dict(variables)
 
     def check_environment(self, variables: Mapping[str, str], options: dict, setting: str) -> None:
-        """Raise ValueError for an option that only the login's environment or a user's file sets."""
+        """Raise ValueError for an option that is set only by the login environment or by a user's file."""
 
     def overridden(self, variables: Mapping[str, str], options: dict, setting: str) -> List[str]:
-        """Return a warning for each variable that overrides a job script which the user submits from this login."""
+        """Return a warning for each variable that overrides the job scripts that a user submits from this login."""
         return []
 
     # Options
 
     def check_options(self, options: dict) -> None:
-        """Raise ValueError for an option that would be misread, or that is set here and nowhere else."""
+        """Raise ValueError for an option that the scheduler would misread, or that the collection sets itself."""
 
     def server_options(self, options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:
         """Return the server job's options: memory, one job at a time, and a signal ``notice`` seconds before the end.
 
-        An option that is given wins. With ``chain`` the job submits its own successor.
+        The given options win. With ``chain`` the job submits its own successor.
         """
         return options
 
     def short_options(self, options: dict) -> dict:
-        """Return the options of a job of five minutes that runs where a server job with ``options`` would."""
+        """Return the options of a five-minute job that runs where a server job with ``options`` would run."""
         return options
 
     # Submission
 
     def submit_command(self, name: str, script: str, options: dict, output: str) -> List[str]:
-        """Return the call that submits a job script, its output appended to the file ``output``."""
+        """Return the call that submits a job script; the job's output is appended to the file ``output``."""
         raise NotImplementedError
 
     def parse_submit(self, text: str) -> Optional[str]:
-        """Return the id of the new job, which may stand between lines of the site; None if there is none."""
+        """Return the id of the new job, ignoring lines that the site prints around it; None if there is none."""
         raise NotImplementedError
 
     def check_command(self, name: str, options: dict) -> Optional[List[str]]:
-        """Return a call that fails where a submission would, without submitting; None if nothing can be refused."""
+        """Return a call that fails if the submission would, without submitting; None if nothing can be refused."""
         return None
 
     def limit_command(self, options: dict) -> Optional[List[str]]:
-        """Return a call that prints the time limits for these options; None if check_command judges them."""
+        """Return a call that prints the time limits for these options; None if check_command checks them."""
         return None
 
     def check_limit(self, text: str, options: dict) -> None:
-        """Raise ValueError if the time that was asked for is above every limit that limit_command has printed."""
+        """Raise ValueError if the requested time exceeds every limit in the output of limit_command."""
 
     def unavailable_command(self, refusal: str) -> Optional[List[str]]:
-        """Return a call that prints the nodes, if a refusal by check_command may be true only now."""
+        """Return a call that prints the nodes, if a refusal by check_command may be temporary."""
         return None
 
     def parse_unavailable(self, text: str, options: dict) -> str:
-        """Return which nodes could run the job but are not available now; empty if it can never run."""
+        """Return the nodes that could run the job but are not available now; empty if it can never run."""
         return ""
 
     # Job scripts of workers
 
     def batch_lines(self, name: str, number: int, folder: str, options: dict) -> List[str]:
-        """Return the head of a job script for an array of ``number`` jobs, each with a log in the folder."""
+        """Return the header of a job script for an array of ``number`` jobs, each with a log in ``folder``."""
         return []
 
     def batch_command(self, script: str) -> List[str]:
-        """Return the call that submits a job script with such a head."""
+        """Return the call that submits a job script with the header from ``batch_lines``."""
         return ["sh", script]
 
     def check_batch_command(self, script: str, options: dict) -> Optional[List[str]]:
-        """Return a call that fails where batch_command would, without submitting; None if nothing can be refused."""
+        """Return a call that fails if batch_command would, without submitting; None if nothing can be refused."""
         return None
 
     def worker_name(self, cluster: str) -> str:
-        """Return the name of a worker's connections, as a shell in its job reads it in double quotes."""
+        """Return the application name of a worker's connections, to be expanded by a shell in double quotes."""
         raise NotImplementedError
 
     # The queue
 
     def queue_command(self, name: str = "") -> List[str]:
-        """Return the call that lists this user's jobs; with a name, at least those of that name."""
+        """Return the call that lists this user's jobs; with ``name``, at least the jobs of that name."""
         raise NotImplementedError
 
     def parse_queue(self, text: str) -> List[dict]:
         """Return the jobs that have not ended, each with id, name, state, node, reason, time_left and time_limit.
 
-        States are Slurm's words; times are in seconds, or None. ValueError if the answer is not a list of jobs.
+        States have Slurm's names; times are in seconds, or None. Raise ValueError if the text is not a list of jobs.
         """
         raise NotImplementedError
 
     def jobs_command(self, ids: List[str]) -> List[str]:
-        """Return the call that lists all jobs of this user; ``ids`` are those that matter."""
+        """Return the call that lists all jobs of this user; the result must include the jobs ``ids``."""
         raise NotImplementedError
 
     def parse_jobs(self, text: str) -> List[Job]:
-        """Return the jobs that have not ended. ValueError if the answer is not a list of jobs."""
+        """Return the jobs that have not ended. Raise ValueError if the text is not a list of jobs."""
         raise NotImplementedError
 
     def is_hopeless(self, reason: str) -> bool:
-        """Tell whether a job that waits for this reason never starts."""
+        """Return whether a job that waits for this reason never starts."""
         return False
 
     def state_command(self, job: str) -> Optional[List[str]]:
-        """Return the call that asks about one job; None if there is nobody to ask."""
+        """Return the call that queries one job; None if the scheduler cannot be queried."""
         return None
 
     def has_ended(self, returncode: int, stdout: str, stderr: str) -> bool:
-        """Tell whether the answer to state_command says that the job has left its node for good.
+        """Return whether the result of state_command shows that the job has left its node for good.
 
-        An answer that says nothing is False: another server must not start while the job may run.
+        An inconclusive result means False: another server must not start while the job may still run.
         """
         return False
 
     # Nodes
 
     def all_nodes_command(self) -> Optional[List[str]]:
-        """Return the call that prints every node of the cluster; None if there is one machine."""
+        """Return the call that prints every node of the cluster; None if there is only one machine."""
         return None
 
     def parse_nodes(self, text: str) -> List[str]:
-        """Return the nodes that all_nodes_command has printed, each once."""
+        """Return the nodes in the output of all_nodes_command, each once."""
         return []
 
     def nodes_command(self, nodes: str) -> Optional[List[str]]:
-        """Return a call that prints each node of a list such as c[1-3]; None if the list holds the names themselves."""
+        """Return a call that expands a list of nodes such as c[1-3]; None if lists are never abbreviated."""
         return None
 
     def parse_hosts(self, text: str) -> List[str]:
-        """Return the nodes that nodes_command has printed, or those in the list itself."""
+        """Return the nodes in the output of nodes_command, or in the list itself."""
         return [node for node in text.split(",") if node]
 
     # The end of a job
 
     def ask_command(self, job_id: str) -> Optional[List[str]]:
-        """Return the call that asks a running job's script to end; None if the scheduler can only kill it."""
+        """Return the call that asks a running job's script to end; None if the scheduler can only kill jobs."""
         return None
 
     def cancel_command(self, job_id: str) -> List[str]:
@@ -184,5 +184,5 @@ class Scheduler:
         raise NotImplementedError
 
     def cancel_waiting_command(self, job_id: str) -> List[str]:
-        """Return the call that cancels a job unless it has begun."""
+        """Return the call that cancels a job only if it has not begun."""
         return self.cancel_command(job_id)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Grid Engine's commands and answers."""
+"""Grid Engine's commands, and parsers for their output."""
 
 import datetime
 import os
@@ -14,22 +14,22 @@ from xml.etree import ElementTree
 
 from .base import Job, Scheduler, build_environment
 
-# What the module sets itself, and what would make qsub wait, print, or read the order of its options; and notify,
-# see ask_command.
+# Options that the module sets itself, and options that make qsub wait, print, or depend on the order of its options;
+# and notify, see GridEngine.
 OWNED = (
     "C", "N", "S", "b", "cat", "clear", "cwd", "e", "hard", "help", "i", "j", "notify", "now", "o", "shell", "soft",
     "sync", "t", "tc", "terse", "verify", "w", "wd",
 )
 OWN_VARIABLES = ["SGE_CELL", "SGE_CLUSTER_NAME", "SGE_EXECD_PORT", "SGE_QMASTER_PORT", "SGE_ROOT"]
-# Options of qstat that choose jobs, or print something else, and that no option overrides without a loss.
+# Options of qstat that select jobs or change the output, and that no other option overrides without side effects.
 FILTERS = ("-U", "-dj", "-dq", "-explain", "-f", "-F", "-g", "-help", "-j", "-l", "-pe", "-q", "-qs")
-# Options of qsub that make it wait, print or hold a job, take a script for a program, or end postgres beside its
-# supervisor (see ask_command), and that a job script cannot override; those of the second list take yes or no.
+# Options of qsub that make it wait, print, hold a job, treat a script as a program, or end postgres together with its
+# supervisor (see GridEngine), and that a job script cannot override; the options in the second list take yes or no.
 BREAKING = ("-C", "-b", "-h", "-help", "-notify", "-now", "-soft", "-sync", "-t", "-verify")
 ANSWERED = ("-b", "-now", "-sync")
-# Options that say yes or no.
+# Options whose value is yes or no.
 SWITCHES = ("R", "r")
-# What the hosts report, which qsub does not look at when it judges a job: it would refuse it.
+# Resources that the hosts report. qsub ignores their values when it checks a job, and would refuse the job.
 REPORTED = re.compile(r"(mem|virtual|swap)_\w+|(np_)?load_\w+|m_\w+|arch|cpu|num_proc")
 MEMORIES = ("h_data", "h_rss", "h_vmem", "mem_free", "mem_total", "s_rss", "s_vmem", "virtual_free")
 MEMORY = re.compile(r"\d+(\.\d+)?[kKmMgGtT]?", re.ASCII)
@@ -39,30 +39,30 @@ TIME = re.compile(r"\d+|\d*:\d*:\d*", re.ASCII)
 class GridEngine(Scheduler):
     """Sun Grid Engine and its descendants.
 
-    Not overridden: what stands in a job script counts more than any default (``overridden``), ``-w v`` looks at all
-    hosts and queues whatever their state (``unavailable_command``) and refuses a job above every limit
-    (``limit_command``), and qstat writes the nodes' names out (``nodes_command``). Nor can Grid Engine ask a single
+    Some methods are not overridden. A job script overrides all defaults (``overridden``). ``-w v`` considers all hosts
+    and queues regardless of their state (``unavailable_command``) and refuses a job above every limit
+    (``limit_command``). qstat does not abbreviate lists of nodes (``nodes_command``). Grid Engine cannot ask a single
     process to end (``ask_command``): with -notify, qdel sends a signal before it kills, but to every process of the
-    job, and at that signal (USR2) postgres' checkpointer shuts down beside its postmaster.
+    job, and on that signal (USR2) postgres' checkpointer shuts down independently of its postmaster.
     """
 
     name = "gridengine"
     job_variable = "JOB_ID"
 
     def environment(self, variables: Mapping[str, str], bin_dir: str) -> Dict[str, str]:
-        """Return the variables that the commands need; a login over ssh may lack the folder of Grid Engine."""
+        """See Scheduler. A login over ssh may lack SGE_ROOT, so it is derived from ``bin_dir``."""
         found = re.fullmatch(r"(/.+)/bin/[^/]+/*", bin_dir)
         return {**({"SGE_ROOT": found[1]} if found else {}), **build_environment(variables, OWN_VARIABLES)}
 
     def check_environment(self, variables: Mapping[str, str], options: dict, setting: str) -> None:
-        """Raise ValueError for an option in a file of defaults with which no job is hosted.
+        """Raise ValueError for an option in a file of defaults that prevents hosting a server.
 
-        qsub takes no options from its environment; other defaults of a user or a site count for every job alike.
+        qsub reads no options from the environment; other defaults of a user or a site apply to every job alike.
         """
         check_defaults("request", BREAKING, "changes every job that qsub submits")
 
     def check_options(self, options: dict) -> None:
-        """Raise ValueError for what qsub would misread, or what is not the caller's to set."""
+        """Raise ValueError for an option that qsub would misread, or that the caller must not set."""
         for flag, value in ((str(key), value) for key, value in options.items()):
             if not re.fullmatch(r"[A-Za-z][A-Za-z_]*", flag, re.ASCII):
                 raise ValueError(f"{flag!r} is no option of qsub; write for example l or pe, not -l or -pe")
@@ -78,14 +78,14 @@ class GridEngine(Scheduler):
                 raise ValueError(f"{flag}: {value!r} has another option in it")
 
     def server_options(self, options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:
-        """See Scheduler. The job waits for the end of all jobs of its name that are in the queue.
+        """See Scheduler. The job waits until all jobs of its name in the queue have ended.
 
-        A job whose node has failed runs again once Grid Engine has given up the node; its successor waits for that.
+        After a node failure, the job runs again once Grid Engine has given up the node; its successor waits for that.
         """
         try:
             resources = parse_resources(options.get("l"))
         except ValueError:
-            return options  # which are going to be refused
+            return options  # check_options refuses them
         if not set(MEMORIES) & set(resources):
             resources["mem_free"] = memory
         seconds = parse_time(resources.get("h_rt"))
@@ -97,7 +97,7 @@ class GridEngine(Scheduler):
         try:
             resources = parse_resources(options.get("l"))
         except ValueError:
-            return options  # which are going to be refused
+            return options  # check_options refuses them
         small = {key: "2G" if key.endswith("vmem") else "512M" for key in resources if key in MEMORIES}
         untied = {key: value for key, value in resources.items() if key not in ("exclusive", "h", "hostname", "s_rt")}
         return {**options, "a": False, "hold_jid": False, "r": False, "l": {**untied, **small, "h_rt": 300}}
@@ -112,7 +112,7 @@ class GridEngine(Scheduler):
         return found[-1] if found else None
 
     def check_command(self, name: str, options: dict) -> Optional[List[str]]:
-        """Return a call that fails for a job that can never start, without submitting; qsub itself would take it."""
+        """See Scheduler. The call fails for a job that can never start; without -w v, qsub would accept it."""
         judged = {key: value for key, value in parse_resources(options.get("l")).items() if not REPORTED.fullmatch(key)}
         return ["qsub", "-w", "v", "-N", name, *flags({**options, "l": judged}), "-b", "y", "/bin/true"]
 
@@ -125,7 +125,7 @@ class GridEngine(Scheduler):
         return ["qsub", script]
 
     def check_batch_command(self, script: str, options: dict) -> Optional[List[str]]:
-        """Return a call that fails for these options, without submitting."""
+        """See Scheduler. Only the options are checked."""
         return self.check_command("check", options)
 
     def worker_name(self, cluster: str) -> str:
@@ -133,7 +133,7 @@ class GridEngine(Scheduler):
         return f"hpc_db {task}.${{RESTARTED:-0}} {cluster} $(uname -n) $$"
 
     def queue_command(self, name: str = "") -> List[str]:
-        """Return the qstat call for all jobs of this user, with what they have asked for."""
+        """See Scheduler. The list has all jobs of this user, with their requested resources."""
         return [*listing(), "-r", "-xml"]
 
     def parse_queue(self, text: str) -> List[dict]:
@@ -156,11 +156,11 @@ class GridEngine(Scheduler):
         return jobs
 
     def jobs_command(self, ids: List[str]) -> List[str]:
-        """Return the qstat call for all jobs of this user, with a line for each node that one has."""
+        """See Scheduler. The list has one entry per job and node."""
         return [*listing(), "-g", "t", "-xml"]
 
     def parse_jobs(self, text: str) -> List[Job]:
-        """Return the jobs; one of an array has the id of both, such as 12.3."""
+        """See Scheduler. The id of an array's task is that of job and task, such as 12.3."""
         found: Dict[str, Job] = {}
         for job in job_list(text):
             task = job.findtext("tasks")
@@ -178,10 +178,10 @@ class GridEngine(Scheduler):
         return ["qstat", "-j", job]
 
     def has_ended(self, returncode: int, stdout: str, stderr: str) -> bool:
-        """See Scheduler. Grid Engine forgets what has ended; an empty answer says nothing."""
+        """See Scheduler. Grid Engine does not know jobs that have ended. Empty output is inconclusive."""
         if returncode:
             return "jobs do not exist" in stdout + stderr
-        return "<unknown_jobs" in stdout  # with -xml in a file of qstat's defaults
+        return "<unknown_jobs" in stdout  # if a file of qstat's defaults has -xml
 
     def all_nodes_command(self) -> Optional[List[str]]:
         return ["qhost", "-xml"]
@@ -191,12 +191,12 @@ class GridEngine(Scheduler):
         return sorted(set(hosts) - {"", "global"})
 
     def cancel_command(self, job_id: str) -> List[str]:
-        """Return the qdel call, which kills."""
+        """Return the qdel call, which kills the job."""
         return ["qdel", job_id]
 
 
 def check_resources(value: object) -> None:
-    """Raise ValueError for what qsub would misread in its option -l."""
+    """Raise ValueError for a resource in option -l that qsub would misread."""
     for name, amount in parse_resources(value).items():
         if name in MEMORIES and not MEMORY.fullmatch(str(amount)):
             raise ValueError(f"l: {name}: {amount!r} is no memory; write for example 16G")
@@ -205,14 +205,14 @@ def check_resources(value: object) -> None:
 
 
 def check_output(path: str) -> str:
-    """Return the path, if qsub takes it as it is."""
+    """Return the path unchanged. Raise ValueError if qsub would misread it."""
     if re.search(r"[:,$\\]", path):
         raise ValueError(f"output: {path!r} has a : , $ or \\ in it, which qsub reads as something else")
     return path
 
 
 def parse_resources(value: object) -> dict:
-    """Return what -l asks for, which may be a text as on qsub's command line."""
+    """Return the resources requested by -l; ``value`` is a mapping, or a text as on qsub's command line."""
     if isinstance(value, str):
         value = {name: amount if equals else True for name, equals, amount in (
             part.partition("=") for part in value.split(",")
@@ -230,7 +230,7 @@ def parse_resources(value: object) -> dict:
 
 
 def parse_time(value: object) -> Optional[int]:
-    """Return the seconds of a time as Grid Engine writes it, None for no limit and for anything else."""
+    """Return a time in Grid Engine's format in seconds; None for no limit and for anything else."""
     text = str(value)
     if isinstance(value, bool) or not TIME.fullmatch(text):
         return None
@@ -239,7 +239,7 @@ def parse_time(value: object) -> Optional[int]:
 
 
 def words_of(flag: str, value: object) -> List[str]:
-    """Return the words after an option."""
+    """Return the arguments of an option."""
     if flag == "l":
         asked = {name: "true" if amount is True else amount for name, amount in parse_resources(value).items()}
         return [",".join(f"{name}={amount}" for name, amount in sorted(asked.items()) if amount is not False)]
@@ -248,13 +248,13 @@ def words_of(flag: str, value: object) -> List[str]:
     if value is True:
         return []
     try:
-        return shlex.split(str(value))  # as in "smp 4", which are two
+        return shlex.split(str(value))  # "smp 4" is two arguments
     except ValueError:
         raise ValueError(f"{flag}: {value!r} has a quote that does not end") from None
 
 
 def pairs(options: dict) -> List[List[str]]:
-    """Return each option with its words: true stands alone, false and null are left out."""
+    """Return each option with its arguments: true makes an option without any, false and null are left out."""
     given = {
         flag: value for flag, value in options.items()
         if value is not None and value != {} and (value is not False or flag in SWITCHES)
@@ -263,21 +263,21 @@ def pairs(options: dict) -> List[List[str]]:
 
 
 def flags(options: dict) -> List[str]:
-    """Return the options as qsub's arguments."""
+    """Return the options as one list of arguments for qsub."""
     return [word for pair in pairs(options) for word in pair]
 
 
 def listing() -> List[str]:
     """Return the beginning of a qstat call for all jobs of this user.
 
-    Its defaults from files are overridden as far as that can be; what hides jobs nevertheless is refused.
+    Defaults from files are overridden where possible; other defaults that hide jobs raise ValueError.
     """
     check_defaults("qstat", FILTERS, "changes what every qstat shows")
     return ["qstat", "-s", "prs", "-u", user()]
 
 
 def check_defaults(command: str, refused: Sequence[str], effect: str) -> None:
-    """Raise ValueError for one of these options in a file of defaults, the user's or the site's."""
+    """Raise ValueError if a file of defaults, the user's or the site's, has one of the ``refused`` options."""
     root, cell = os.environ.get("SGE_ROOT", "/nonexistent"), os.environ.get("SGE_CELL", "default")
     home = pwd.getpwuid(os.geteuid()).pw_dir
     for path in (Path(home, f".sge_{command}"), Path(root, cell, "common", f"sge_{command}")):
@@ -292,12 +292,12 @@ def check_defaults(command: str, refused: Sequence[str], effect: str) -> None:
 
 
 def user() -> str:
-    """Return our own name; without one qstat may show everybody's jobs."""
+    """Return our user name; without one, qstat may list the jobs of all users."""
     return pwd.getpwuid(os.geteuid()).pw_name
 
 
 def tree(text: str) -> ElementTree.Element:
-    """Return what was printed as XML, without a site's own lines before and after it."""
+    """Return the printed XML, without a site's own lines before and after it."""
     found = re.search(r"<\?xml[^>]*>\s*<(\w+).*</\1\s*>", text, re.DOTALL)
     try:
         return ElementTree.fromstring(found[0] if found else "")
@@ -306,12 +306,12 @@ def tree(text: str) -> ElementTree.Element:
 
 
 def job_list(text: str) -> List[ElementTree.Element]:
-    """Return the jobs in what qstat has printed."""
+    """Return the jobs in qstat's output."""
     return list(tree(text).iter("job_list"))
 
 
 def state_of(job: ElementTree.Element) -> str:
-    """Return the state in Slurm's words, which the modules know; one that nobody knows here stays as it is."""
+    """Return the state by Slurm's name, which the modules use; an unknown state stays unchanged."""
     letters = job.findtext("state", "")
     if "d" in letters:
         return "COMPLETING"
@@ -325,7 +325,7 @@ def state_of(job: ElementTree.Element) -> str:
 
 
 def reason_of(job: ElementTree.Element) -> str:
-    """Return why a job waits, as far as its state tells."""
+    """Return why a job waits, as far as its state shows."""
     letters = job.findtext("state", "")
     if "E" in letters:
         return f"error, which qstat -j {job.findtext('JB_job_number')} explains"
@@ -333,12 +333,12 @@ def reason_of(job: ElementTree.Element) -> str:
 
 
 def node_of(job: ElementTree.Element) -> str:
-    """Return the host in all.q@host; empty for a job that waits."""
+    """Return the host in all.q@host; empty for a waiting job."""
     return job.findtext("queue_name", "").partition("@")[2]
 
 
 def start_of(job: ElementTree.Element) -> Optional[float]:
-    """Return when a job has begun, in seconds since 1970; None if it has not."""
+    """Return the start time of a job in seconds since 1970; None if it has not begun."""
     told = job.findtext("JAT_start_time", "").partition(".")[0]
     try:
         return datetime.datetime.strptime(told, "%Y-%m-%dT%H:%M:%S").timestamp()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""One machine without a scheduler: the commands of local_job.py, to be run in <root>/host."""
+"""One machine without a scheduler. The commands are those of local_job.py and run in <root>/host."""
 
 from typing import List, Optional
 
@@ -13,7 +13,7 @@ LOCAL_JOB = ["python3", "-m", "hpc_db_host.local_job"]
 class Local(Scheduler):
     """One machine, on which jobs are processes.
 
-    The answers have Slurm's form without a head, so that they are read alike whatever the version of local_job.py is.
+    The output has Slurm's format without a header, so that it can be parsed for every version of local_job.py.
     """
 
     name = "local"
@@ -25,7 +25,7 @@ class Local(Scheduler):
         return parse_submitted(text)
 
     def worker_name(self, cluster: str) -> str:
-        """See Scheduler. A process is known by its PID and start time."""
+        """See Scheduler. PID and start time identify a process."""
         return "hpc_db $$.$(sed 's/.*) //' /proc/$$/stat | cut -d ' ' -f 20) $(uname -n) $(uname -n) $$"
 
     def queue_command(self, name: str = "") -> List[str]:
@@ -45,5 +45,5 @@ class Local(Scheduler):
         return self.cancel_command(job_id)
 
     def cancel_command(self, job_id: str) -> List[str]:
-        """See Scheduler. It asks; a job that does not end is still there."""
+        """See Scheduler. The call only asks the job to end; it may stay in the queue."""
         return [*LOCAL_JOB, "cancel", job_id]

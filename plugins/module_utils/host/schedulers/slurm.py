@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Slurm's commands and answers."""
+"""Slurm's commands, and parsers for their output."""
 
 import math
 import re
@@ -9,60 +9,60 @@ from typing import Dict, List, Mapping, Optional
 
 from .base import Job, Scheduler, build_environment
 
-# What the module sets itself, and what would make sbatch wait, print, or submit where squeue does not look.
+# Options that the module sets itself, and options that make sbatch wait, print, or submit to another cluster.
 OWNED = (
     "array", "clusters", "error", "help", "input", "job-name", "open-mode", "output", "parsable", "quiet",
     "test-only", "usage", "verbose", "version", "wait", "wrap",
 )
-# What every job script here says itself.
+# Options that every job script of the collection sets.
 HEAD = ("array", "job-name", "output")
-# What sbatch's variables may say without a word to the user: it changes nothing for a job whose environment is built,
-# or Slurm itself has set the variable, inside a job.
+# Options that may be set by sbatch's variables without an error: they do not affect a job with a new environment, or
+# Slurm itself sets the variable inside a job.
 UNTOLD = re.compile(r"debug|export|get-user-env|ignore-pbs|mem-bind.*|threads-per-core")
 RENAMED = {
     "array-inx": "array", "burst-buffer": "bb", "cpu-freq-req": "cpu-freq", "mem-per-node": "mem",
     "req-switch": "switches", "segment-size": "segment", "timelimit": "time", "wait4switch": "switches",
 }
-# What has no process any more. Any other state counts as one that has, also one that says something else and may hide
-# that the job runs: REVOKED (on another cluster of a federation), LAUNCH_FAILED.
+# States of jobs without processes. In any other state a job may have some, also in these: REVOKED (it may run on
+# another cluster of a federation), LAUNCH_FAILED.
 ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }
-# All jobs, whatever a site hides or adds: partitions that are hidden, other clusters, jobs that have ended just now.
+# List the same jobs at every site: with hidden partitions and just-ended jobs, without other clusters.
 LISTING = ["squeue", "--all", "--local", "--states=all"]
-# Reasons that no waiting resolves: the job itself has to change, or somebody has to release it.
-# A limit per job or node is one; a limit on all jobs of a user, group or account is not.
-# Nor is PartitionNodeLimit, which Slurm also reports while nodes are down.
+# Reasons that do not resolve by waiting: the job has to be changed, or somebody has to release it.
+# This includes limits per job or node, but not limits on all jobs of a user, group or account,
+# and not PartitionNodeLimit, which Slurm also reports while nodes are down.
 HOPELESS = re.compile(
     r"AccountNotAllowed|BadConstraints|DeadLine|DependencyNeverSatisfied|InvalidAccount|InvalidQOS"
     r"|JobHeld(Admin|User)|JobHoldMaxRequeue|MaxMemPerLimit|PartitionConfig|PartitionTimeLimit"
     r"|QOSMin\w+|QOSNotAllowed|Reservation(Deleted|Invalid)|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?"
 )
-# Words of --test-only for a job that may be waiting for nodes only.
+# Refusals by --test-only that may be temporary: the job may only have to wait for nodes.
 PASSING = re.compile(
     r"Requested node configuration is not available|Requested nodes are busy"
     r"|Required node not available \(down, drained or reserved\)"
 )
-# Of a node's state: no job begins there now. The signs stand for one that does not answer, or is under maintenance.
+# Node states in which no job begins. The signs mark nodes that do not respond, or are under maintenance.
 OUT = re.compile(r"down|drain|fail|inval|maint|reserved|reboot|power|unknown|[*$@^!%]", re.IGNORECASE)
-# Flags that choose among nodes by what is not read here.
+# Flags that select nodes by properties that are not parsed here.
 CHOOSING = re.compile(r"--((cluster-)?constraint|exclu|gpus|gres=|node(file|list)|reservation|tmp|tres-)")
 MEMORY = re.compile(r"\d+([KMGT]B?)?", re.ASCII | re.IGNORECASE)
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
 
 
 class Slurm(Scheduler):
-    """Slurm, from 20.11 on."""
+    """Slurm 20.11 or newer."""
 
     name = "slurm"
     job_variable = "SLURM_JOB_ID"
 
     def environment(self, variables: Mapping[str, str], bin_dir: str) -> Dict[str, str]:
-        """Return the variables that the commands need: times are to be seconds since 1970."""
+        """See Scheduler. Times are printed in seconds since 1970."""
         return {**build_environment(variables, ["SLURM_CONF", "SLURM_JWT"]), "SLURM_TIME_FORMAT": "%s"}
 
     def check_environment(self, variables: Mapping[str, str], options: dict, setting: str) -> None:
-        """Raise ValueError for an option that is left to a variable of sbatch's, which no job here is given."""
+        """Raise ValueError for an option that is set only by a variable of sbatch's, since no job here gets those."""
         for name in ("SBATCH_CLUSTERS", "SLURM_CLUSTERS"):
             if variables.get(name) and "clusters" not in options:
                 raise ValueError(
@@ -87,13 +87,13 @@ class Slurm(Scheduler):
         ]
 
     def check_options(self, options: dict) -> None:
-        """Raise ValueError for what sbatch would misread, or what is not the caller's to set."""
+        """Raise ValueError for an option that sbatch would misread, or that the caller must not set."""
         for flag, value in ((str(key), value) for key, value in options.items()):
             if not re.fullmatch(r"[a-z][a-z0-9-]+", flag, re.ASCII):
                 raise ValueError(f"{flag!r} is no long option of sbatch; write for example mem, not --mem or m")
             if flag == "clusters" and options[flag] is False:
-                continue  # this cluster, whatever the login's environment says
-            # sbatch takes any beginning of a flag for the flag.
+                continue  # this cluster, regardless of the login environment
+            # sbatch accepts abbreviated flags.
             if any(owned.startswith(flag) for owned in OWNED):
                 raise ValueError(f"{flag}: hosting_job sets this itself, or cannot work with it")
             if isinstance(value, (dict, list)):
@@ -111,9 +111,9 @@ class Slurm(Scheduler):
                     raise ValueError(f"{flag}: {value!r} is no time; write for example 72:00:00 or 3-00:00:00")
 
     def server_options(self, options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:
-        """See Scheduler. With a chain the successor takes over when a node has failed.
+        """See Scheduler. With a chain, the successor takes over after a node failure, so the job is not requeued.
 
-        A job that is queued again waits 2 minutes, until Slurm's credentials expire, and its successor waits with it.
+        A requeued job waits 2 minutes, until Slurm's credentials expire, and its successor would wait as well.
         """
         signal = f"B:USR1@{notice}"
         return {"mem": memory, "dependency": "singleton", "signal": signal, "no-requeue": chain, **options}
@@ -133,10 +133,10 @@ class Slurm(Scheduler):
         return ["sbatch", "--test-only", f"--job-name={name}", *flags(options), "--wrap=:"]
 
     def limit_command(self, options: dict) -> Optional[List[str]]:
-        """Return a call that prints the time limits of the partitions that were asked for.
+        """Return a call that prints the time limits of the requested partitions.
 
-        Slurm takes a job above its partition's limit and leaves it pending for ever. A QOS may lift the limit,
-        and without a partition the site decides where the job goes, so neither is judged.
+        Slurm accepts a job above its partition's limit and leaves it pending for ever. The limit is not checked with
+        a QOS, which may lift it, nor without a partition, since the site then decides where the job runs.
         """
         if options.get("qos") or not (options.get("partition") and options.get("time")):
             return None
@@ -150,13 +150,13 @@ class Slurm(Scheduler):
             raise ValueError(f"time: {options['time']} is above the limit ({known}), the job would never start")
 
     def unavailable_command(self, refusal: str) -> Optional[List[str]]:
-        """Return a call that prints the nodes, if a refusal by ``--test-only`` may be true only now.
+        """Return a call that prints the nodes, if a refusal by ``--test-only`` may be temporary.
 
-        It looks at the nodes that are up, where sbatch without it looks at all of them.
+        ``--test-only`` considers only nodes that are up; a real submission considers all nodes.
         """
         if not PASSING.search(refusal):
             return None
-        # All partitions, as hidden ones may be asked for; sinfo does not take --partition besides.
+        # All partitions, since a hidden one may be requested; sinfo accepts no --partition together with --all.
         return ["sinfo", "--noheader", "--local", "--all", "--exact", "--Node", "--format=%P|%a|%N|%T|%m|%c"]
 
     def parse_unavailable(self, text: str, options: dict) -> str:
@@ -164,7 +164,7 @@ class Slurm(Scheduler):
         if options.get("partition"):
             rows = [row for row in rows if row[0].rstrip("*") in str(options["partition"]).split(",")]
         else:
-            rows = [row for row in rows if row[0].endswith("*")] or rows  # the default one
+            rows = [row for row in rows if row[0].endswith("*")] or rows  # the default partition
         rows = [row for row in rows if row[4].isdigit() and row[5].isdigit()]
         cpus = whole(options.get("cpus-per-task")) * whole(options.get("ntasks-per-node"))
         memory = max(megabytes(options.get("mem")), megabytes(options.get("mem-per-cpu")) * cpus)
@@ -191,7 +191,7 @@ class Slurm(Scheduler):
         return f"hpc_db $SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}} {cluster} $(uname -n) $$"
 
     def queue_command(self, name: str = "") -> List[str]:
-        """See Scheduler. squeue ignores the case of names."""
+        """See Scheduler. squeue compares names without case."""
         return [*LISTING, "--me", *([f"--name={name}"] if name else []), "--format=%i|%T|%N|%L/%l|%j|%r"]
 
     def parse_queue(self, text: str) -> List[dict]:
@@ -206,16 +206,16 @@ class Slurm(Scheduler):
         return read_jobs(listed(text))
 
     def is_hopeless(self, reason: str) -> bool:
-        """Tell whether a job that waits for this reason never starts; details may come after it."""
+        """See Scheduler. Details may follow the reason after a comma."""
         return bool(HOPELESS.fullmatch(reason.partition(",")[0].strip()))
 
     def state_command(self, job: str) -> Optional[List[str]]:
         return [*LISTING, "--noheader", "--format=job|%T|", f"--jobs={job}"]
 
     def has_ended(self, returncode: int, stdout: str, stderr: str) -> bool:
-        """See Scheduler. A job that Slurm has forgotten has ended.
+        """See Scheduler. A job that Slurm does not know any more has ended.
 
-        An answer that is empty or cut off, or has nothing but a site's own lines, says nothing.
+        Output that is empty, truncated, or consists only of a site's own lines is inconclusive.
         """
         if returncode:
             return "Invalid job id specified" in stdout + stderr
@@ -226,24 +226,24 @@ class Slurm(Scheduler):
         return ["sinfo", "--noheader", "--all", "--local", "--Node", "--format=%t|%N"]
 
     def parse_nodes(self, text: str) -> List[str]:
-        found = (line.strip().partition("|")[2] for line in text.splitlines())  # without a bar: a site's own message
+        found = (line.strip().partition("|")[2] for line in text.splitlines())  # no bar: a site's own message
         return sorted({nodes for nodes in found if nodes})
 
     def nodes_command(self, nodes: str) -> Optional[List[str]]:
         return ["scontrol", "show", "hostnames", nodes]
 
     def parse_hosts(self, text: str) -> List[str]:
-        """Return the nodes; sites may print lines of their own before and after them."""
+        """See Scheduler. Sites may print their own lines before and after the nodes."""
         return re.findall(r"^[ \t]*(\w[\w.-]*)[ \t]*$", text, re.MULTILINE)
 
     def ask_command(self, job_id: str) -> Optional[List[str]]:
-        """Return the call that asks a running job to end: its script alone, which is the hosting program."""
+        """See Scheduler. The signal goes only to the job script, which is the supervisor."""
         return ["scancel", "--batch", "--signal=TERM", job_id]
 
     def cancel_command(self, job_id: str) -> List[str]:
-        """Return the scancel call. Slurm answers 0 for a job that has gone already.
+        """Return the scancel call, which returns 0 also for a job that has already ended.
 
-        It tells every process of the job to end, postgres and each of its sessions as well.
+        It signals every process of the job, including postgres and each of its sessions.
         """
         return ["scancel", job_id]
 
@@ -252,27 +252,27 @@ class Slurm(Scheduler):
 
 
 def parse_time(text: str) -> Optional[float]:
-    """Return the seconds of a time as Slurm writes it, inf for no limit, None for anything else."""
+    """Return a time in Slurm's format in seconds; inf for no limit, None for anything else."""
     if text.lower() in ("infinite", "unlimited"):
         return math.inf
     if not TIME.fullmatch(text):
         return None
     days, dash, clock = text.rpartition("-")
     fields = [int(field) for field in clock.split(":")]
-    if not dash and len(fields) < 3:  # minutes come first; after days, and in three fields, hours do
+    if not dash and len(fields) < 3:  # the first field is minutes; after days, or with three fields, it is hours
         fields.insert(0, 0)
     hours, minutes, seconds = (fields + [0, 0])[:3]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def whole_seconds(text: str) -> Optional[int]:
-    """Return the seconds of a time as Slurm writes it, None for no limit and for anything else."""
+    """Return a time in Slurm's format in seconds; None for no limit and for anything else."""
     seconds = parse_time(text)
     return None if seconds is None or math.isinf(seconds) else int(seconds)
 
 
 def flags(options: dict) -> List[str]:
-    """Return the options as flags: true stands alone, false and null are left out."""
+    """Return the options as flags: true makes a flag without a value, false and null are left out."""
     return [
         f"--{flag}" if value is True else f"--{flag}={value}"
         for flag, value in sorted(options.items())
@@ -281,37 +281,37 @@ def flags(options: dict) -> List[str]:
 
 
 def flags_of(variables: Mapping[str, str]) -> Dict[str, str]:
-    """Return the variables that sbatch takes for options, each with its flag."""
+    """Return the flag of each variable that sbatch reads as an option."""
     words = {name: name[7:].lower().replace("_", "-") for name in sorted(variables) if name.startswith("SBATCH_")}
     return {name: RENAMED.get(word, word) for name, word in words.items()}
 
 
 def suffice(nodes: dict, options: dict) -> bool:
-    """Tell whether these nodes, each with its CPUs as the last field, are enough for all of the job's tasks."""
+    """Return whether these nodes, each with its CPUs as the last field, are enough for all of the job's tasks."""
     cpus = whole(options.get("ntasks")) * whole(options.get("cpus-per-task"))
     return len(nodes) >= whole(options.get("nodes")) and sum(int(row[5]) for row in nodes.values()) >= cpus
 
 
 def megabytes(value: object) -> int:
-    """Return a memory as sbatch reads it; 0 for none."""
+    """Return an amount of memory as sbatch reads it, in MB; 0 for none."""
     found = re.fullmatch(r"(\d+)([KMGT]?)B?", str(value), re.ASCII | re.IGNORECASE)
     return int(found[1]) * 1024 ** "KMGT".index(found[2].upper() or "M") // 1024 if found else 0
 
 
 def whole(value: object) -> int:
-    """Return a number as sbatch reads it, of a range such as 1-2 the lower one; 1 for none."""
+    """Return a number as sbatch reads it; the lower one of a range such as 1-2; 1 for none."""
     found = re.match(r"\d+", str(value), re.ASCII)
     return int(found[0]) if found else 1
 
 
 def parse_submitted(text: str) -> Optional[str]:
-    """Return the id of the new job, alone or in a sentence, between lines of the site; None if there is none."""
+    """Return the id of the new job, alone or in a sentence, ignoring lines of the site; None if there is none."""
     found = re.findall(r"^\s*(?:Submitted batch job )?(\d+)(?:;.*| on cluster \S+)?\s*$", text, re.ASCII | re.MULTILINE)
     return found[-1] if found else None
 
 
 def listed(text: str) -> str:
-    """Return what squeue has printed below its head; without one it is no list of jobs, not even an empty one."""
+    """Return squeue's output below its header. Raise ValueError without a header: that is not even an empty list."""
     found = re.search(r"^JOBID\|.*$", text, re.MULTILINE)
     if not found:
         raise ValueError(f"squeue: no list of jobs in what was printed: {text.strip()[:200]!r}")
@@ -319,7 +319,7 @@ def listed(text: str) -> str:
 
 
 def read_queue(text: str) -> List[dict]:
-    """Return the same of what has no head."""
+    """Return the jobs in the format of ``queue_command``, without its header."""
     jobs = []
     for line in text.splitlines():
         if line.count("|") < 5:  # a site's own message
@@ -341,7 +341,7 @@ def read_queue(text: str) -> List[dict]:
 
 
 def read_jobs(text: str) -> List[Job]:
-    """Return the same of what has no head."""
+    """Return the jobs in the format of ``jobs_command``, without its header."""
     jobs = []
     for line in text.splitlines():
         if line.count("|") < 6:  # a site's own message
