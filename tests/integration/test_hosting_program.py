@@ -297,8 +297,7 @@ def test_study_role_logs_in_by_service_name_with_its_generated_password(instance
 
 
 def test_server_is_understood_where_everything_else_speaks_german(folder: Path) -> None:
-    """Debian's PostgreSQL includes translations. Ubuntu's has them in other packages; without those all output is
-    English."""
+    """Debian's PostgreSQL includes translations; Ubuntu's needs other packages, and is English without them."""
     debian = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parts[-2]))
     german = {"LOCPATH": str(folder / "locales"), "LANG": "de_DE.UTF-8", "LC_ALL": "de_DE.UTF-8", "LANGUAGE": "de"}
     (folder / "locales").mkdir()
