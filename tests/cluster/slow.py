@@ -25,7 +25,7 @@ TUNSETIFF, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x400454CA, 0x0002, 0x1000, 0x4000
 TUNSETOFFLOAD, TUN_F_CSUM, TUN_F_TSO4 = 0x400454D0, 0x01, 0x02
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING, ETH_P_ALL = 263, 15, 23, 0x0003
 SO_RCVBUFFORCE = 33
-# The kernel passes several packets as one frame, with a header that tells their sizes, and accepts such frames back.
+# The kernel passes several packets as one frame, with a header that contains their sizes, and accepts such frames back.
 LONGEST = 1 << 17
 
 
