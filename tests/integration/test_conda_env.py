@@ -42,7 +42,7 @@ DEFAULTS = {
     "client": "{{ folder }}/client",
     "package_cache": f"{HOME}/cache",
 }
-# Prints the state after a step: files beside the prefix, client runs so far, psql's version, and the user's own file.
+# Prints the state after a step: files next to the prefix, client runs so far, psql's version, and the user's own file.
 LOOK = """
 cd '{{ folder }}'; ls -A 'with a space' 2>/dev/null || :; echo
 wc -l < log; cd 'with a space/postgresql-17' 2>/dev/null && bin/psql --version && cat keep || :

@@ -89,7 +89,7 @@ for who, channel in (
 
 @pytest.fixture(scope="module")
 def instance(mini: Target) -> Iterator[Target]:
-    """The instance with both sidecars, and the tests' programs beside it."""
+    """The instance with both sidecars, and the tests' programs in alice's home directory."""
     played = mini.play("hpc_db", SETTINGS)
     assert re.search(r"^mini .* failed=0", played.stdout, re.MULTILINE), played.stdout
     assert f"\n{POOLED}&plugin=hpc_db\n" in played.stdout

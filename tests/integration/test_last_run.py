@@ -37,7 +37,7 @@ STATEMENTS = [
 
 
 class Instance:
-    """An instance of the user; this process examines it as the module does."""
+    """An instance of the user; this process runs the module's check on it."""
 
     def __init__(self, here: Target, settings: dict) -> None:
         self.here, self.settings = here, {**settings, "databases_studies": STUDIES}

@@ -20,7 +20,7 @@ def test_outages(cluster: MiniCluster, watch: Watch, figure: Figure, soak: bool)
         before = cluster.said("endpoint")
         eventually(lambda: "PENDING" in cluster.jobs().values(), 60)
         (successor,) = (job for job, state in cluster.jobs().items() if state == "PENDING")
-        if seconds > 1:  # otherwise a move takes as long
+        if seconds > 1:  # the shortest outage is as long as a plain move
             cluster.run("scontrol hold $1", successor)
         began = time.monotonic()
         cluster.run("scancel $1", before["job"])
