@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Shows that each guard of the plugin and of the storage proxy is needed: without it, in a copy, a test has to fail.
+"""Show that each guard of the plugin and of the storage proxy is needed: in a copy without it, a test must fail.
 
-PYTHON tests/client/guards.py [NAME...]; the Python is one of an environment for tests/client. With the names of
-guards only those.
+PYTHON tests/client/guards.py [NAME...]; the Python belongs to an environment for tests/client. With names, only those
+guards are tested.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ PACKAGES = [HERE.parents[1] / "client/src/hpc_db_client", HERE.parents[1] / "plu
 FILES = (
     "connection.py", "catalog.py", "journal.py", "sql.py", "plugin.py", "dialect.py", "proxy.py", "storage_proxy.py"
 )
-SECONDS = 180  # a test that hangs without a guard has noticed it
+SECONDS = 180  # a test that hangs without a guard also counts as failed
 
 
 class Guard(NamedTuple):
-    """What is replaced by what, and the tests that notice it."""
+    """The guard's code, its replacement, and the tests that must fail."""
 
     old: str
     new: str
-    tests: str  # as pytest's -k has them
+    tests: str  # in the syntax of pytest's -k
 
 
 GUARDS = {
@@ -161,7 +161,7 @@ GUARDS = {
 
 
 def notices(guard: Guard, folder: Path) -> bool:
-    """Tell whether a test fails without the guard."""
+    """Return whether a test fails without the guard."""
     shutil.rmtree(folder, ignore_errors=True)
     for package in PACKAGES:
         shutil.copytree(package, folder / package.name)

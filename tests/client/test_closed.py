@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Programs that do what Optuna does not: nothing lost or doubled without an error, and no error without a cut."""
+"""Programs other than Optuna: nothing is lost or doubled without an error, and there is no error without a cut."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_effects_of_a_view_that_is_gone_are_not_lost_silently(
 def test_name_that_is_cut_elsewhere_is_not_taken_for_nothing(
     driver: str, make: Make, url: str, engine: sqlalchemy.engine.Engine, server: Server, cut: Callable
 ) -> None:
-    name = "ä" * 40  # 80 bytes in UTF-8, of which PostgreSQL would take 63
+    name = "ä" * 40  # 80 bytes in UTF-8, of which PostgreSQL would keep 63
     server.ask("DROP DATABASE IF EXISTS latin WITH (FORCE)")
     server.ask("CREATE DATABASE latin OWNER study ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
     engine = make(url=url.replace("/study?", "/latin?"))
@@ -376,7 +376,7 @@ def test_what_a_listener_sets_is_not_forgotten(
         with pytest.raises(OperationalError):
             connection.execute(text("INSERT INTO t VALUES (4)"))
     assert database("SELECT count(*) FROM public.t") == [(2,)]
-    with engine.begin() as connection:  # and the next connection is set again
+    with engine.begin() as connection:  # and the next connection is configured again
         connection.execute(text("INSERT INTO t VALUES (5)"))
     assert database("SELECT n FROM f.t") == [(5,)]
 
@@ -421,7 +421,7 @@ def test_repetition_that_was_interrupted_is_not_committed_by_half(
 def test_interrupted_statement_is_not_left_out_of_a_repetition(
     engine: sqlalchemy.engine.Engine, database: Ask, cut: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal's exception can come at any point, also when the statement is done and its outcome is not noted."""
+    """A signal's exception can come at any point, even between a statement's end and the record of its outcome."""
     from hpc_db_client import connection as module
 
     with pytest.raises(OperationalError), engine.begin() as connection:
@@ -539,7 +539,7 @@ COUNTED = {
 
 
 def add_job(connection: sqlalchemy.engine.Connection, add: str, count: str) -> None:
-    """Add a job whose number is how many there are before it, as Optuna does with trials."""
+    """Add a job numbered by the count of jobs before it, as Optuna numbers its trials."""
     connection.execute(text("SELECT n FROM lock FOR UPDATE"))
     (key,) = connection.execute(text(add)).one()
     if count:
@@ -664,7 +664,7 @@ def test_keys_that_the_program_has_seen_stay(
         assert connection.execute(upsert).inserted_primary_key[0] == seen[0]
         new = postgresql.insert(keyed).values(word="g").on_conflict_do_nothing()
         seen.append(connection.execute(new).inserted_primary_key[0])
-        assert connection.execute(new).rowcount < 1  # psycopg forgets it
+        assert connection.execute(new).rowcount < 1  # psycopg returns -1
         proxy.cut_at(b"COMMIT", way)
     found = database("SELECT id::text, word, at, twice FROM keyed ORDER BY word COLLATE \"C\"")
     words = ["%b'", "a", "c", "d", *([] if IS_OLD else ["e", "f"]), "g"]
@@ -736,7 +736,7 @@ def test_pool_of_somebody_else_s_is_refused() -> None:
 
 def test_async_is_refused_in_one_line() -> None:
     with pytest.raises(ArgumentError, match="works with .*, not create_async_engine"):
-        # as create_async_engine calls it, which needs greenlet
+        # like create_async_engine, which needs greenlet
         sqlalchemy.create_engine("postgresql+psycopg2:///?plugin=hpc_db", _is_async=True)
 
 
@@ -804,7 +804,7 @@ def test_other_database_of_the_same_name_is_other_data(
         connection.execute(text("SELECT 1"))
 
 
-@pytest.mark.parametrize("driver", ["psycopg2"], indirect=True)  # psycopg sends parameters as such
+@pytest.mark.parametrize("driver", ["psycopg2"], indirect=True)  # psycopg sends parameters separately
 def test_parameter_that_is_sql_is_not_repeated(
     driver: str, engine: sqlalchemy.engine.Engine, cut: Callable, database: Ask
 ) -> None:
@@ -840,7 +840,7 @@ def test_clock_that_is_not_named_is_not_read_twice(
         connection.execute(text(statement))
         cut()
         connection.execute(text("INSERT INTO made VALUES (1)"))
-    with engine.begin() as connection:  # which nobody has read it before
+    with engine.begin() as connection:  # this table has not been read before
         connection.execute(text("SELECT n FROM made"))
         cut()
         connection.execute(text("INSERT INTO made VALUES (2)"))

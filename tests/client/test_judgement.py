@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What may be repeated, what the URL may say, and how long is waited: no server is needed here."""
+"""Rules for repeating statements, for the URL's options and for the waiting time; no server is needed here."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_doubled_percent_sign_is_one() -> None:
 
 
 def test_each_statement_of_optuna_s_is_known() -> None:
-    """The newest, the middle and the oldest Optuna that are tested, by way of each driver."""
+    """The newest, the middle and the oldest Optuna that are tested, through each driver."""
     recorded = json.loads((Path(__file__).with_name("optuna_statements.json")).read_text())
     judged = [judge(statement, True) for statement in recorded["statements"]]
 
@@ -208,7 +208,7 @@ def test_insert_is_told_the_keys_that_it_gave(text: str, given: dict, wanted: st
 
 
 def test_value_that_could_end_its_literal_is_not_told() -> None:
-    """With standard_conforming_strings off, a backslash makes SQL of what follows the quote."""
+    """With standard_conforming_strings off, a backslash turns the text after the quote into SQL."""
     for text in ("INSERT INTO t (a) VALUES (1) RETURNING b", "INSERT INTO t (a, b) VALUES (1, f) RETURNING b"):
         insert = judge(text).insert
         assert insert is not None

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Optuna's storage proxy as instances run it, killed after it has done what it was asked for and before it says so."""
+"""Optuna's storage proxy as instances run it, killed after it has executed a request and before it answers."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from optuna.trial import TrialState
 from real_server import Server, eventually, free_port
 
 HOST = Path(__file__).resolve().parents[2] / "roles" / "server" / "files"
-# The proxy; if the file "die" is there when it is about to serve a request that writes, it does what is in the file
-# instead, and ends as if by kill -9.
+# The proxy; if the file "die" exists when it is about to execute a request that writes, it runs the code in the file
+# instead, and exits like after kill -9.
 PROGRAM = """
 import os, sys
 sys.path.append(sys.argv.pop(1))  # after a copy without one of the guards
@@ -73,7 +73,7 @@ CERTIFICATE = [
 
 
 class Instance:
-    """An instance directory as far as the client looks at it, and the proxy, which is started again when it ends."""
+    """The part of an instance directory that the client reads, and the proxy, which is restarted when it ends."""
 
     def __init__(self, root: Path, server: Server, database: str = "study", port: int = 0) -> None:
         self.root = root
@@ -111,7 +111,7 @@ class Instance:
                 self.ended.append(int(number))
 
     def certify(self) -> None:
-        """Make a certificate, in the place of the former."""
+        """Create a certificate that replaces the previous one."""
         subprocess.run(CERTIFICATE, cwd=self.root / "secrets", check=True, stderr=subprocess.DEVNULL)
 
     def storage(self, patience: float = 60) -> client.InstanceStorage:
@@ -128,7 +128,7 @@ class Instance:
 
 @pytest.fixture(scope="module")
 def cutting(server: Server) -> Iterator[Proxy]:
-    """What is between the storage proxy and postgres."""
+    """The proxy between the storage proxy and postgres."""
     with Proxy(server.port, lambda pid: server.ask(f"SELECT pg_terminate_backend({pid})")) as cutting:
         yield cutting
 
@@ -142,7 +142,7 @@ def instance(server: Server, cutting: Proxy, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def killed(instance: Instance) -> Iterator[Callable[..., None]]:
-    """Have the proxy die of what it does next, and see that it has."""
+    """Make the storage proxy die at its next writing request, and check that it has died."""
     before = len(instance.ended)
 
     def die(does: str = "serve()") -> None:

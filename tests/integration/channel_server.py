@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A conda channel over HTTP that has its moods: ``channel_server.py FOLDER``, in a folder of its own.
+"""A conda channel over HTTP with injected faults: ``channel_server.py FOLDER``, in a folder of its own.
 
-The first word of a URL's path is the mood: ``login`` wants a password, ``busy-NAME`` is unavailable as long as
-``NAME/log`` has less than two lines, ``scarce-NAME`` lacks only packages then, ``held-NAME`` stops before a package of
-PostgreSQL as long as that file is there.
-The port is in the file ``port`` here, what is asked for in ``asked``.
+The first word of a URL's path selects the fault: ``login`` requires a password, ``busy-NAME`` is unavailable while
+``NAME/log`` has less than two lines, ``scarce-NAME`` lacks only packages during that time, ``held-NAME`` stops before
+a package of PostgreSQL while that file exists.
+The port is written to the file ``port`` here, the requested paths to ``asked``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A conda channel that gets a newer PostgreSQL."""
+"""A conda channel that gains a newer PostgreSQL."""
 
-# A program that makes a channel out of another one, without one version: WHOLE FOLDER VERSION.
+# A program that copies a channel without one version: WHOLE FOLDER VERSION.
 GROW = """
 import json, pathlib, shutil, sys
 whole, folder, hidden = sys.argv[1:]

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A lease whose holder nobody can ask about, and the playbook that breaks it."""
+"""A lease whose holder cannot be checked, and the playbook that breaks it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_break_lease(here: Target) -> None:
         with beating, beating.stdin:
             refused = here.play("break_lease", settings)
         assert refused.returncode != 0 and held in refused.stdout
-        assert "ago, and is broken unless it is renewed in the next 4 s" in refused.stdout  # what it waits for
+        assert "ago, and is broken unless it is renewed in the next 4 s" in refused.stdout  # watching time
         assert "renewed the lease in the 4 s of watching" in refused.stdout
         before = here.run("ls lease-test/run")
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Lock files and minor updates, in a channel that gets a newer PostgreSQL meanwhile."""
+"""Lock files and minor updates, with a channel that gains a newer PostgreSQL meanwhile."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def channel() -> Path:
 
 
 class Environment:
-    """An environment out of the growing channel, as one client keeps it."""
+    """An environment from the growing channel, managed by one client."""
 
     def __init__(self, folder: Path, whole: Path, provider: str) -> None:
         self._whole, self._channel, self._provider = whole, folder / "growing", provider
@@ -63,13 +63,13 @@ class Environment:
         return look(self.prefix)["lock"]
 
     def lock_of(self, *packages: str) -> str:
-        """Return a lock file of packages in the channel, whose names begin so."""
+        """Return a lock file of those packages in the channel whose names begin with the given words."""
         paths = [path for name in packages for path in self._channel.glob(f"linux-64/{name}*")]
         sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
         return "@EXPLICIT\n" + "".join(f"{path.as_uri()}#sha256:{of}\n" for path, of in zip(paths, sums))
 
     def files(self) -> dict[str, str]:
-        """Return checksum and mode of every file, but for the times in the history."""
+        """Return checksum and mode of every file, ignoring the times in conda's history."""
         paths = [path for path in self.prefix.rglob("*") if path.is_file() and path.name != "history"]
         sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.stat().st_mode:o}" for path in paths]
         return dict(zip((str(path.relative_to(self.prefix)) for path in paths), sums))
@@ -133,7 +133,7 @@ def test_staged_for_a_host_that_reads_no_channel(tmp_path: Path, channel: Path) 
     assert len(re.findall(rf"^{url}/linux-64/.*#sha256:", lock, re.MULTILINE)) == 2
 
     archive = archives / min(times)
-    archive.write_bytes(archive.read_bytes()[:-1])  # which is fetched again, and the other one is not
+    archive.write_bytes(archive.read_bytes()[:-1])  # this package is fetched again, the other one is not
     assert stage()["lock"] == lock
     assert [path.name for path in archives.iterdir() if path.stat().st_mtime_ns == times[path.name]] == [max(times)]
 
@@ -169,7 +169,7 @@ def test_damaged_lock_file_changes_nothing(tmp_path: Path, channel: Path, provid
         with pytest.raises(CondaError, match=says) as refused:
             env.keep(lock=damaged)
         assert "\n" not in str(refused.value)
-    if provider == "rattler":  # conda and mamba install a lock file without a look at dependencies
+    if provider == "rattler":  # conda and mamba install a lock file without checking dependencies
         with pytest.raises(CondaError, match="lock: .*dependency 'libpq ==17.9', which is not in the environment"):
             env.keep(lock=env.lock_of("postgresql-17.9-relabelled_0"), specs=["postgresql=17"])
     assert env.neighbours == []
@@ -189,7 +189,7 @@ def test_update_that_cannot_be_fetched_leaves_the_environment(tmp_path: Path, ch
     with pytest.raises(CondaError, match="channels: cannot read "):
         env.keep(update=True)
 
-    assert env.neighbours == ["postgresql-17"] and env.files() == files  # not marked: a server may start
+    assert env.neighbours == ["postgresql-17"] and env.files() == files  # not marked as unfinished: a server may start
     newer.write_bytes(whole)
     assert env.keep(update=True)["packages"] == NEW
 

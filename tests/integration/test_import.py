@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Studies that Optuna itself, of three ages, has written into files, brought to a server; and, whatever they hold,
-through everything else that is done with them.
+"""Import studies that three versions of Optuna have written into files, and run every other playbook on the result,
+whatever the studies contain.
 
 PostgreSQL is Debian's, at a path with a space.
 """
@@ -23,11 +23,11 @@ import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
 from target import ROOT, Target
 
-NAME = f"it{os.getpid()}"  # as the fixture ``here`` stops it
+NAME = f"it{os.getpid()}"  # the fixture ``here`` stops the instance with this name
 SETTINGS = {"instance_name": NAME, "databases_studies": [{"name": "studies"}, {"name": "second"}]}
 AGES = {"3": "old_optuna", "4": "optuna_4"}
 
-# What a study can hold. The last trials are one that its worker has left, and one that waits.
+# Writes everything that a study can contain. The last trials are one left by its worker, and one that waits.
 WRITE = """
 import math, sys, optuna
 url, age = sys.argv[1:]
@@ -71,7 +71,7 @@ trial = optuna.create_trial(
 for _each in range(50):
     study.add_trial(trial)
 """
-# All of a study, in one line; what is RUNNING in the file is FAIL in the database, and was never worked on there.
+# Prints a whole study in one line; RUNNING trials of the file are FAIL in the database, where nothing ever ran them.
 READ = """
 import sys, optuna
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -96,7 +96,7 @@ study = optuna.load_study(storage=sys.argv[1], study_name="be", sampler=optuna.s
 study.optimize(lambda trial: trial.suggest_float("x", -1, 1) ** 2 + trial.suggest_int("n", 1, 64, log=True), n_trials=6)
 print(study.best_value, len(study.trials), study.trials[15].params["x"], study.trials[-1].number)
 """
-# Which studies of a file are not the same in the database, apart from what became of RUNNING trials; and how many are.
+# Prints the studies that differ between file and database, except for RUNNING trials, and the number of all studies.
 COMPARE = """
 import sys, warnings, optuna
 warnings.simplefilter("ignore")
@@ -123,7 +123,7 @@ for study in file.get_all_studies():
     same += repr(there) == repr(here) or print(ascii(study.study_name)) or 0
 print(same)
 """
-# Files as users have them who have deleted a trial by SQL, or whose machine crashed.
+# Files of users who have deleted a trial by SQL, or whose machine has crashed.
 UNFIT = """
 import json, os, sqlite3, sys, optuna
 from optuna.storages.journal import JournalFileBackend
@@ -182,27 +182,27 @@ UNFITTING = {
     "nul.log": "line 9 of 20 is nothing but NUL bytes",
     "last.log": "line 17 of 17 is damaged, .*; import_repair=true leaves out blank lines and a damaged last one",
 }
-# As many steps as Optuna would take half a minute for.
+# More steps than Optuna could write in half a minute.
 STEPS = """
 INSERT INTO trial_intermediate_values (trial_id, step, intermediate_value, intermediate_value_type)
 SELECT trial_id, step, 0.5, 'FINITE' FROM trials JOIN studies USING (study_id), generate_series(300, 9999) AS step
 WHERE study_name = '300 steps'
 """
-# A parameter's value that is none of its choices, and an attribute that is no JSON; and back.
+# A parameter value outside its choices, and an attribute that is not JSON; and the valid values again.
 UNREADABLE = """
 UPDATE trial_params SET param_value = {0} WHERE param_id =
 (SELECT min(param_id) FROM trial_params WHERE distribution_json LIKE '%Categorical%');
 UPDATE study_user_attributes SET value_json = '{1}' WHERE key = 'cutoff' AND study_id =
 (SELECT study_id FROM studies WHERE study_name = 'empty')
 """
-# So many studies are drawn; and what they have to hold at least.
+# The number of random studies, and the minimum that they must cover.
 DRAWN = 25
 KINDS = [
     "-Infinity", "NaN", "FloatDistribution", "IntDistribution", "CategoricalDistribution", r'\"log\": true',
     "COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING", '"start": null', '"complete": null', "constraints:size",
     r"\ud800", r"\u0000",
 ]
-# Nothing can be added to a table that somebody reads all of.
+# Blocks inserts into the table, as a long read of it would.
 LOCK = """
 (psql -c 'BEGIN; LOCK TABLE trials IN SHARE MODE; SELECT pg_sleep(600)') > /dev/null 2>&1 &
 while n=$(psql -c "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") && [ "$n" = 0 ]
@@ -218,7 +218,7 @@ kill -9 $(pgrep -f -u "$USER" "^$HOME/hpc_db/{NAME}/python/bin/python( |$)")
 
 
 class Instance:
-    """An instance, files beside it, and what its owner does with them."""
+    """An instance, files beside it, and its owner's actions on them."""
 
     def __init__(self, target: Target, settings: dict) -> None:
         self.target = target
@@ -232,14 +232,14 @@ class Instance:
         return played.stdout
 
     def refusals(self, folder: Path, given: list[dict]) -> list[str]:
-        """Return the message of the one task that failed with each of these settings, after a look that all is kept."""
+        """Return the one failed task's message for each of these settings, after checking that nothing has changed."""
         hosts = {
             f"case{number}": {**self.target.variables, "ansible_connection": "local", **SETTINGS, **settings}
             for number, settings in enumerate(given)
         }
         (folder / "hosts.json").write_text(json.dumps({"hpc_db": {"hosts": hosts}}))
         before = self.held()
-        # One after another, since there can be one import at a time.
+        # One at a time, since only one import may run.
         played = self.target.play("import", None, f"--inventory={folder}/hosts.json", "--limit=case*", "--forks=1")
         assert self.held() == before
         said = [re.findall(rf"^fatal: \[{host}\].*(?:\n .*)*", played.stdout, re.MULTILINE) for host in hosts]
@@ -247,7 +247,7 @@ class Instance:
         return [" ".join(message.replace("''", "'").split()) for (message,) in said]
 
     def held(self) -> str:
-        """Return the studies, the files beside the instance, and what an import could leave."""
+        """Return the studies, the files beside the instance, and anything that an import could leave."""
         studies = self.psql("SELECT string_agg(studies::text, ',' ORDER BY study_id) FROM studies")
         return studies + self.target.run(f"sha256sum *.db *.log; ls -A ~ ~/hpc_db/{NAME} ~/hpc_db/{NAME}/dumps")
 
@@ -274,7 +274,7 @@ def instance(here: Target, quick_settings: dict) -> Instance:
 
 @pytest.fixture(scope="module")
 def ages(open_folder: Path) -> dict[str, str]:
-    """Folders with older Optunas."""
+    """Folders with older versions of Optuna."""
     for age, name in AGES.items():
         (wheel,) = (ROOT / ".cache" / name).glob("optuna-*.whl")
         with zipfile.ZipFile(wheel) as archive:
@@ -363,7 +363,7 @@ def test_import_that_is_killed_leaves_nothing_to_the_next(instance: Instance) ->
 
 @pytest.fixture(scope="module")
 def everything(instance: Instance, open_folder: Path) -> int:
-    """An SQLite file, and a journal, of as many studies as are returned, with whatever Optuna can store."""
+    """Write random studies to an SQLite file and a journal; return the number of studies in each."""
     drawn = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "workers" / "everything.py"), str(DRAWN)],
         check=True, capture_output=True, text=True,
@@ -373,7 +373,7 @@ def everything(instance: Instance, open_folder: Path) -> int:
     script = (ROOT / "tests" / "workers" / "fill.py").read_text()
     for url in (f"sqlite:///{instance.home}/everything.db", f"{instance.home}/everything.log"):
         instance.python(script, url, "0", str(open_folder / "studies.json"))
-    instance.target.run("touch -r everything.db everything.log")  # when trials end that have no time
+    instance.target.run("touch -r everything.db everything.log")  # the end time of trials without one
     return len(json.loads(drawn.stdout)) + 3
 
 
@@ -449,6 +449,6 @@ def test_what_the_database_cannot_hold_is_named_before(instance: Instance, tmp_p
 
 
 def ask(address: str) -> str:
-    """Return what the dashboard answers."""
+    """Return the dashboard's answer."""
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=100) as answer:
         return answer.read().decode()

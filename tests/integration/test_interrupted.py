@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A run that is interrupted at any task, and run again, ends where an undisturbed run ends; a dry one is no run."""
+"""A run that is interrupted at any task and repeated ends as an undisturbed run does; a dry run changes nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tasks_of(output: str) -> list[str]:
 
 
 def play_until(target: Target, task: int, end_with: signal.Signals, settings: dict | None = None) -> bool:
-    """Run the playbook, and end it within its task of that number. False: it ended by itself."""
+    """Run the playbook, and stop it within the task of that number. Return False if it ended by itself."""
     with subprocess.Popen(
         target.command("hpc_db", settings), cwd=ROOT, env={**target.environment, "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -52,7 +52,7 @@ def play_until(target: Target, task: int, end_with: signal.Signals, settings: di
             if TASK.search(line):
                 seen += 1
             if seen == task:
-                # A task takes 0.3 s and more: now it is on its way, at a different point each time.
+                # A task takes at least 0.3 s: it is running now, at a different point each time.
                 time.sleep(0.05 * (task % 7))
                 os.killpg(running.pid, end_with)
                 break
@@ -63,11 +63,11 @@ def play_until(target: Target, task: int, end_with: signal.Signals, settings: di
 
 @pytest.fixture
 def nothing_left(here: Target) -> Iterator[None]:
-    """Ansible's own processes, in sessions of their own, may outlive a run that is killed, and wait for it for ever."""
+    """Kill Ansible's processes of an interrupted run, which have their own sessions and may wait for ever."""
     yield
     own = here.command("hpc_db")[2].encode()  # the option that names the test's inventory
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             if own in (folder / "cmdline").read_bytes().split(b"\0"):
                 os.kill(int(folder.name), signal.SIGKILL)
 
@@ -103,7 +103,7 @@ def test_interrupted_at_each_task_and_run_again(here: Target) -> None:
     assert url
     assert url.group(1) == here.variables["instance_name"]
     assert run_python(here, WORK) == "3"
-    # one server, that of the job: no short-lived one was forgotten
+    # only the job's server: no temporary server is left
     assert here.run(f"pgrep -fc 'postgres -c [c]onfig_file=.*/{here.variables['instance_name']}/'") == "1"
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A run with nothing to do takes one look, and whatever somebody has changed since is seen and mended."""
+"""A run with nothing to do ends after the quick check; later changes by hand are detected and repaired."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from target import Target
 STUDIES = [{"name": "studies", "studies": [{"name": "beryllium", "user_attributes": {"element": "Be"}}]}]
 NOTHING = re.compile(r"^\[localhost\] \w+: all is as the last run has left it, serving on \S+:\d+$", re.MULTILINE)
 URL = re.compile(r"^postgresql\+psycopg2:///\?service=\w+$", re.MULTILINE)
-# What somebody may do to an instance: in its folder, or, by psql, in its database. The settings stay as they are.
+# Changes by hand to an instance: in its folder, or with psql in its database. The settings stay the same.
 FILES = [
     "chmod 0640 secrets/pgpass", "chmod 0711 log", "echo >> conf/pg_hba.conf", "touch host/new",
     "rm host/hpc_db_host/probe.py", "mkdir data/99; echo 99 > data/99/PG_VERSION",
@@ -37,7 +37,7 @@ STATEMENTS = [
 
 
 class Instance:
-    """An instance of the user's, which this process looks at as the module does."""
+    """An instance of the user; this process runs the module's check on it."""
 
     def __init__(self, here: Target, settings: dict) -> None:
         self.here, self.settings = here, {**settings, "databases_studies": STUDIES}
@@ -117,7 +117,7 @@ def test_one_look_is_enough_until_something_differs(here: Target, quick_settings
 
 
 def test_rotation_that_was_killed_before_its_last_step_is_mended(here: Target, quick_settings: dict) -> None:
-    """The server that runs has the new passwords already, and lets nobody in with those of the file."""
+    """The running server already has the new passwords, and rejects those in the file."""
     instance = Instance(here, quick_settings)
     instance.play()
     instance.shell("cd secrets && mv pgpass pgpass.new && umask 077 && sed 's/:[^:]*$/:old/' pgpass.new > pgpass")

@@ -60,7 +60,7 @@ COUNTS = "42 trials: 28 complete, 4 fail, 8 pruned, 1 running, 1 waiting"
 
 @pytest.fixture(scope="module")
 def settings(quick_settings: dict, open_folder: Path) -> dict:
-    """Those of the instance, and of a workstation whose folder has an unusual name."""
+    """Settings of the instance, and of a workstation whose folder has an unusual name."""
     return {**quick_settings, "report_root": str(open_folder / "work station")}
 
 
@@ -76,7 +76,7 @@ def studies(here: Target, settings: dict) -> Target:
 
 
 def report(target: Target, settings: dict, *options: str) -> tuple[Path, int]:
-    """Run the playbook; return the file that it names, and how many tasks have changed something."""
+    """Run the playbook; return the report's path and the number of changed tasks."""
     played = target.play("report", settings, *options)
     assert played.returncode == 0, played.stdout
     (file,) = re.findall(r"^(/.*\.html)$", played.stdout, re.MULTILINE)
@@ -84,7 +84,7 @@ def report(target: Target, settings: dict, *options: str) -> tuple[Path, int]:
 
 
 def look(browser: Browser, file: Path) -> str:
-    """Open the report without a network; return its text after a look that nothing else happened."""
+    """Open the report without a network; return its text after checking for requests and errors."""
     browser.requests()
     browser.complaints()
     browser.go_offline()

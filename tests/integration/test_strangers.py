@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whatever connects to the server, with somebody else's server on its port: it gives nothing away, and fails soon."""
+"""A rogue server on our port: every program that connects gives nothing away, and fails soon."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from target import ROOT
 
 SECRET = "a-password-of-256-bits"
 NOBODY = pwd.getpwnam("nobody")
-OWNER = pwd.getpwuid(os.geteuid()).pw_name  # as the owner's role is called
+OWNER = pwd.getpwuid(os.geteuid()).pw_name  # the owner's role has the same name
 ROGUE = ROOT / "tests" / "resilience" / "rogue.py"
 WHEELS = """
 psycopg2_binary sqlalchemy optuna alembic colorlog mako markupsafe numpy packaging pyyaml tqdm typing_extensions
@@ -45,7 +45,7 @@ PLAIN_SQLALCHEMY = "import sqlalchemy, sys; sqlalchemy.create_engine(sys.argv[1]
 
 
 class Place(NamedTuple):
-    """Where a program is led to, and with what."""
+    """The server that a program is led to, and the files it needs for that."""
 
     folder: Path
     bindir: Path
@@ -53,12 +53,12 @@ class Place(NamedTuple):
     tls: bool
 
     def login(self) -> dict:
-        """Return the options of mala.hpc_db's modules."""
+        """Return the login options of mala.hpc_db's modules."""
         passfile = str(self.folder / "pgpass")
         return {"host": "127.0.0.1", "port": self.port, "user": OWNER, "passfile": passfile, "tls": self.tls}
 
     def service(self) -> dict:
-        """Return the service entry's parameters, as the role ``server`` has them."""
+        """Return the service entry's parameters, as the role ``server`` writes them."""
         settings = {
             "databases_studies": [{"name": "postgres", "tables": "optuna"}], "instance_study_role": OWNER,
             "postgres_tls": self.tls, "postgres_hba_rules": [], "postgres_major": 17, "server_address": "",
@@ -75,7 +75,7 @@ def python(program: str, *arguments: str) -> list[str]:
 
 
 def module(which: str, **options: object) -> Command:
-    """Return what runs one of our modules, as the tasks call it."""
+    """Return the command that runs one of our modules, as the tasks call it."""
 
     def command(place: Place) -> list[str]:
         arguments = json.dumps({"ANSIBLE_MODULE_ARGS": {**place.login(), **options}})
@@ -85,7 +85,7 @@ def module(which: str, **options: object) -> Command:
 
 
 def community(which: str, **options: object) -> Command:
-    """Return what runs one of community.postgresql's modules, as the role ``databases`` has it log in."""
+    """Return the command that runs a module of community.postgresql, with the login of the role ``databases``."""
 
     def command(place: Place) -> list[str]:
         safe = {**_connection.safety("127.0.0.1", place.tls), "passfile": str(place.folder / "pgpass")}
@@ -109,7 +109,7 @@ def worker(place: Place) -> list[str]:
     return python(PLAIN_SQLALCHEMY, "postgresql+psycopg2:///?service=hpc_db")
 
 
-# Each file that opens a connection over the network, and how to have it do so.
+# Each file that opens a connection over the network, and commands that make it do so.
 OPENERS: dict[str, list[Command]] = {
     "plugins/module_utils/_connection.py": [
         lambda place: python(PLAIN_SQLALCHEMY, _connection.storage_url(place.login(), "postgres")),
@@ -150,11 +150,11 @@ OPENERS: dict[str, list[Command]] = {
         ),
     ],
 }
-# These connect over the unix socket of the server that they have started, whose folder is private.
+# These connect over the unix socket of the temporary server that they start, whose folder is private.
 OVER_THE_SOCKET = {
     f"plugins/module_utils/host/{name}.py" for name in ("dumps", "engines", "postgres", "storage_proxy", "upgrade")
 }
-# These name programs and modules without running them against a server.
+# These mention programs and modules without running them against a server.
 NAMES_ONLY = {
     "plugins/module_utils/_postgres.py", "plugins/module_utils/_workers.py", "plugins/modules/upgrade_data.py",
     "roles/databases/tasks/with_server.yml",
@@ -193,7 +193,7 @@ def test_service_entry_is_as_safe_as_the_modules() -> None:
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """What the programs find on a cluster: passwords, a service entry, a queue, and packages."""
+    """The files that the programs expect on a cluster: passwords, a service entry, a queue, and packages."""
     folder = Path(tempfile.mkdtemp(prefix="strangers-"))
     folder.chmod(0o755)
     for name in ("bin", "packages", "root/host/hpc_db_host", "root/run", "root/conf", "root/secrets"):
@@ -217,7 +217,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, bindir: Path) -> Iterator[int]:
-    """A real server with TLS; its port."""
+    """A real server with TLS; yields its port."""
     data, port = folder / "data", free_port()
     data.mkdir()
     (folder / "init").write_text(SECRET)
@@ -261,7 +261,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def rogue(port: int, *options: str) -> Iterator[list[str]]:
-    """Have the rogue server on a port; what each client has given it is in the list afterwards."""
+    """Run the rogue server on a port; afterwards the list holds the secrets that each client has given it."""
     got: list[str] = []
     said: list[str] = []
     with subprocess.Popen([sys.executable, ROGUE, str(port), *options], stdout=subprocess.PIPE, text=True) as process:
@@ -276,7 +276,7 @@ def rogue(port: int, *options: str) -> Iterator[list[str]]:
         listener.start()
         try:
             yield got
-            # It is through with a client a moment after that one has gone.
+            # The rogue finishes with a client a moment after the client has gone.
             eventually(lambda: 2 * said.count("accepted\n") == len(said))
         finally:
             process.kill()
@@ -285,7 +285,7 @@ def rogue(port: int, *options: str) -> Iterator[list[str]]:
 
 
 def run_all(place: Place) -> list[tuple[str, str, float]]:
-    """Run everything that connects, at once: each with what it says, if it fails, and how long that took."""
+    """Run every program that connects, in parallel; return each with its error message, if any, and its duration."""
     service = "".join(f"{key}={value}\n" for key, value in place.service().items())
     (place.folder / "pg_service.conf").write_text(f"[hpc_db]\n{service}")
     settings = {"bindir": str(place.bindir), "service": {}}
@@ -311,7 +311,7 @@ def run_all(place: Place) -> list[tuple[str, str, float]]:
 
 
 def why_failed(done: subprocess.CompletedProcess[str]) -> str:
-    """Return what a program has said, if it failed; the last line, where Python says it."""
+    """Return a failed program's output; for Python, its last line."""
     if done.stdout.strip().startswith("{"):
         said = json.loads(done.stdout)
         if said.get("failed"):
@@ -320,7 +320,7 @@ def why_failed(done: subprocess.CompletedProcess[str]) -> str:
     return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else ""
 
 
-# Without TLS nothing binds a password to the connection, so that it can be relayed: docs/security.md
+# Without TLS nothing binds a password to the connection, so a login can be relayed: docs/security.md
 @pytest.mark.parametrize(("kind", "tls"), [
     ("asks", True), ("asks over TLS", True), ("relays", True), ("relays over TLS", True), ("is silent", True),
     ("asks", False), ("asks over TLS", False), ("is silent", False),
@@ -336,7 +336,7 @@ def test_rogue_server_gets_nothing(kind: str, tls: bool, folder: Path, server: i
     assert not any(got)
     assert [each for each in ran if not each[1] or "\n" in each[1]] == []
     assert [each for each in ran if each[2] > 60] == []
-    assert len(got) >= len(ran) - 3  # psql of PostgreSQL 15 refuses to connect without TLS, before it does
+    assert len(got) >= len(ran) - 3  # without TLS, psql of PostgreSQL 15 refuses before it connects
 
 
 def test_the_real_server_lets_them_in(folder: Path, server: int, bindir: Path) -> None:

@@ -1,14 +1,16 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a role documents is what it does, and nothing is said in two places that could differ.
+"""A role's documentation matches its behaviour, and no default is stated in two places that could differ.
 
 - A role's defaults are the documented ones.
-- Every option, of roles and of modules, those inside of dictionaries too, is read by something.
-- A role reads settings from what the module ``settings`` has found, in which text has its type: never by name alone.
-- Roles work without one another, so one may have to say what another one's setting is if it is not given
-  (``setting | default(value)``), and a module has defaults of its own for whoever uses it alone. Both are then the
-  documented default of the setting; for a module that several settings are given to, of one of them.
-- So is a default that a page in docs/ or a README states: ```setting` (value)``, or a column ``default`` in a table.
+- Every option, of roles and of modules, including those inside dictionaries, is read somewhere.
+- A role reads settings only from the result of the module ``settings``, in which text has its type: never by name
+alone.
+- Roles work without one another, so a role may have to repeat another role's default (``setting | default(value)``);
+and a module has defaults for direct use. Both must equal the setting's documented default; for a module that receives
+several settings, the default of one of them.
+- The same holds for a default in a page of docs/ or a README: ```setting` (value)``, or a column ``default`` in a
+table.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ MODULES = sorted(path for path in (ROOT / "plugins/modules").glob("*.py"))
 UTILS = sorted(path.stem for path in (ROOT / "plugins/module_utils").glob("*.py"))
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("roles/*/*.md")])
 DOCUMENTATION = ("DOCUMENTATION", "EXAMPLES", "RETURN")
-# In lists that go to one module as they are for another.
+# In lists that are passed whole to one module, but contain keys for another.
 TAKEN_ALONG = ["databases.studies.directions"]
 
 each_role = pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
@@ -51,7 +53,7 @@ def documented(role: Path) -> dict[str, dict[str, Any]]:
 
 
 def options_of(options: dict[str, dict[str, Any]], inside: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every option by its path, those of dictionaries and of lists of dictionaries too."""
+    """Yield every option by its path, including those of dictionaries and of lists of dictionaries."""
     for name, option in options.items():
         yield inside + name, option
         yield from options_of(option.get("options", {}) or option.get("suboptions", {}), f"{inside}{name}.")
@@ -75,7 +77,7 @@ def module_documentation(path: Path) -> dict[str, dict[str, Any]]:
 
 @cache
 def words_of(path: Path) -> list[str]:
-    """Return every text and every name in a program, as often as it is there; without what documents it."""
+    """Return every string and name in a program, with repetitions; without its documentation."""
     words = []
     for statement in ast.parse(path.read_text()).body:
         if not (isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") in DOCUMENTATION):
@@ -86,7 +88,7 @@ def words_of(path: Path) -> list[str]:
 
 @cache
 def ansible_files() -> dict[Path, str]:
-    """Return what may read a setting: tasks, templates and variables without their comments, and filters."""
+    """Return all files that may read a setting: tasks, templates and variables without their comments, and filters."""
     files = [*ROOT.glob("playbooks/*.yml"), *ROOT.glob("roles/**/*.yml"), *ROOT.glob("roles/**/*.j2")]
     texts = {path: re.sub(r"(?m)(^|\s)#.*$|\{#.*?#\}", "", path.read_text()) for path in files}
     return {path: text for path, text in texts.items() if path.name != "argument_specs.yml"}
@@ -94,7 +96,7 @@ def ansible_files() -> dict[Path, str]:
 
 @cache
 def users_of(util: str) -> set[Path]:
-    """Return the plugins that import a file of module_utils, directly or by way of others."""
+    """Return the plugins that import a file of module_utils, directly or indirectly."""
     imported = re.compile(rf"module_utils\.{util}\b|module_utils import .*\b{util}\b")
     users = set()
     for path in ROOT.glob("plugins/*/*.py"):
@@ -104,7 +106,7 @@ def users_of(util: str) -> set[Path]:
 
 
 def tasks_of(content: Any) -> Iterator[dict[str, Any]]:
-    """Yield everything in a task file or play that could be a task."""
+    """Yield every mapping in a task file or play that could be a task."""
     if isinstance(content, dict):
         yield content
     for inner in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
@@ -150,13 +152,13 @@ def test_every_option_is_read(role: Path) -> None:
     for options in entry_points(role).values():
         for path, _option in options_of(options):
             name = path.rpartition(".")[2]
-            inside = modules if "." in path else []  # a part of a setting may be the module's to read
+            inside = modules if "." in path else []  # the module may read a part of a setting
             texts = [re.sub(rf"(?m)^{name}:", "", text) for text in [*ansible_files().values(), *inside]]
             assert any(re.search(rf"\b{name}\b", text) for text in texts), f"nothing reads {path}"
 
 
 def expressions_of(path: Path, text: str) -> Iterator[str]:
-    """Yield what Ansible evaluates in a file, without the texts in it."""
+    """Yield the expressions that Ansible evaluates in a file, without string literals."""
     found = re.findall(r"\{\{.*?\}\}(?!\})|\{%.*?%\}", text, re.DOTALL)
     for task in tasks_of(read(path)) if path.suffix == ".yml" else ():
         for key in ("when", "that", "until", "failed_when", "changed_when"):
@@ -223,7 +225,7 @@ def test_pages_state_the_defaults(page: Path) -> None:
 
 
 def stated_defaults(text: str) -> Iterator[tuple[str, str]]:
-    """Yield settings with the default that a page states, as YAML has it."""
+    """Yield the settings and defaults that a page states; the defaults are in YAML."""
     for name, value in re.findall(r"`(\w+)`\s\((\d[\d,]*|`[^`]*`)(?: \w+)?\)", text):
         yield name, value.strip("`").replace(",", "")
     column = None

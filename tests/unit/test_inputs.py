@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whatever a module is given is used as it is, or refused in one line; no part of it is ever run."""
+"""Every argument of a module is used literally, or refused in one line; no part of it is ever executed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOSTILE = [
 ]
 SERVER = {"host": "/SOCKET", "port": 5432, "user": "alice", "passfile": "FOLDER/pgpass"}
 JOB = {"name": "hpc-db", "root": "FOLDER/root", "bin_dir": "FOLDER/bin"}
-# Arguments that work, with the programs in FOLDER/bin; each text among them is replaced by each hostile one.
+# Valid arguments, with the programs in FOLDER/bin; each text among them is replaced by each hostile one.
 MODULES: dict[str, dict[str, Any]] = {
     "abandoned_trials": {
         **JOB, **SERVER, "database": "postgres", "cluster": "mini", "studies": ["mala/be"], "other_jobs": ["mine"],
@@ -128,7 +128,7 @@ MODULES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of an ordinary user, with programs that fail, and an empty working directory."""
+    """An ordinary user's folder, with programs that fail, and an empty working directory."""
     folder = Path(tempfile.mkdtemp(prefix="inputs-"))
     for name in ("bin", "cwd", "root/host/hpc_db_host", "root/log"):
         (folder / name).mkdir(parents=True)
@@ -152,7 +152,7 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def connections(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """What psycopg2 is asked for, where no server answers."""
+    """The arguments of psycopg2's connections; no server answers."""
     asked: list[dict] = []
 
     class Error(Exception):
@@ -168,7 +168,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 
 def texts_of(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Yield where the texts are."""
+    """Yield the positions of all texts."""
     if isinstance(value, str):
         yield path
     elif isinstance(value, (dict, list)):
@@ -188,7 +188,7 @@ CASES = [
     pytest.param(name.split()[0], arguments, path, id=f"{name}-{'.'.join(map(str, path))}")
     for name, arguments in MODULES.items()
     for path in texts_of(arguments)
-    if path[-1] not in ("layout", "provider", "scheduler", "state")  # of which there is a choice
+    if path[-1] not in ("layout", "provider", "scheduler", "state")  # these have fixed choices
 ]
 
 

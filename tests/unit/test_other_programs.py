@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a database of another program is to PostgreSQL and to its users; tests/integration has a real one."""
+"""Privileges in another program's database; tests/integration has a real one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The pages that playbooks print: nothing that a cluster says moves the cursor, or makes a line of its own."""
+"""Pages printed by playbooks: text from a cluster cannot move the cursor or start a line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOSTILE = "x\n    ok  job\r\x1b[2J\x1b]0;x\x07\x9b2J\u202ex\u2028\x85\x00{{ 1 }}
 INSTANCE = {"instance_name": "hpc_db", "inventory_hostname": "mini", "ansible_check_mode": False}
 CLIENT = {"host": "c1", "count": 1, "user": "study", "database": "studies", "seconds": 7, "pid": 8}
 
-# The role, its page, what it knows by itself, and what is from the cluster.
+# The role, its page, its local values, and the values from the cluster.
 PAGES: dict[str, tuple[str, dict, dict]] = {
     "status.txt.j2": ("server", {**INSTANCE, "__plan": {"url": "postgresql:///", "other_urls": []}}, {
         "__server_found": {
@@ -61,7 +61,7 @@ def ansible() -> Iterator[Reader]:
 
 
 def with_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """Return the same with each text changed but a state, by which a page chooses its words."""
+    """Return the data with each text changed except states, which select the page's wording."""
     if isinstance(value, dict):
         return {name: each if (name, each) in (("state", "found"), ("way", "kept")) else with_texts(each, change)
                 for name, each in value.items()}

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""``make release-check`` passes what is here, and finds what is wrong with it: its fast checks, on a copy."""
+"""``make release-check`` passes this working tree, and finds injected faults: its fast checks, on a copy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def commit(folder: Path) -> None:
 
 
 def check_release(folder: Path) -> tuple[str, dict[str, str]]:
-    """Return what the checks say, and the result of each."""
+    """Return the output of the checks, and the result of each."""
     command = [str(ROOT / "tools/release"), "--tree", str(folder), *FAST]
     done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     results = dict(re.findall(r"^(\w+) +\d+ s  (.+)$", done.stdout, re.MULTILINE))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""An Optuna worker that writes down what the server acknowledged: python worker.py URL STUDY TRIALS LOG."""
+"""An Optuna worker that records the results acknowledged by the server: python worker.py URL STUDY TRIALS LOG."""
 
 import argparse
 import socket
@@ -10,7 +10,7 @@ import optuna
 
 
 def main() -> None:
-    """Work; each line of the log is a trial whose result the server has acknowledged."""
+    """Run trials; each line of the log is a trial whose result the server has acknowledged."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("url", "study", "trials", "log"):
         parser.add_argument(name)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What hpc_db makes of ansible-runner's events, which are recorded ones; tests/integration has a real run."""
+"""hpc_db on recorded events of ansible-runner; tests/integration has a real run."""
 
 import io
 import sys
@@ -159,7 +159,7 @@ def test_phase_is_the_role_s(path, phase):
 
 def test_inventory_is_a_name_or_a_path(tmp_path, monkeypatch):
     (tmp_path / "inventories" / "mine").mkdir(parents=True)
-    (tmp_path / "hemera5").mkdir()  # results, say: no inventory
+    (tmp_path / "hemera5").mkdir()  # a folder of results, for example, not an inventory
     monkeypatch.chdir(tmp_path)
 
     mine, hemera5, path, elsewhere = (

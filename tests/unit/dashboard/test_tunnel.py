@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The tunnel with a program in the place of ssh that acts like it; tests/integration has the real one."""
+"""The tunnel with a fake ssh; tests/integration has the real one."""
 
 import importlib.util
 import json
@@ -19,8 +19,8 @@ specification = importlib.util.spec_from_file_location("tunnel", PROGRAM)
 tunnel = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(tunnel)
 
-# Keeps what it is told in files: a master makes its socket, and lives until its login node is cut off; what goes over
-# it runs here.
+# Records its calls in files: a master creates its socket, and lives until its login node is cut off; commands sent over
+# it run on this machine.
 SSH = """#!{python}
 import json, os, pathlib, signal, subprocess, sys
 folder, words = pathlib.Path({folder!r}), sys.argv[1:]
@@ -80,7 +80,7 @@ def test_other_answers_are_refused():
 
 
 class Running:
-    """The program, started, with a cluster that is a folder here."""
+    """The program, running, with a local folder as its cluster."""
 
     def __init__(self, folder):
         self.folder, self.root, self.here = folder, folder / "a b; $(x)", folder / "here"
@@ -152,7 +152,7 @@ def test_follows_the_server_and_leaves_nothing(running):
     running.serve(host="c2", since=2.5)
     running.wait_for("leads to c2 port 5432")
 
-    assert not is_alive(first)  # and with it whatever still waited for c1
+    assert not is_alive(first)  # and with it every connection that still waited for c1
     assert (running.here / "pg_service.conf").read_text().split() == [
         "[hpc_db]", "dbname=mala", "host=127.0.0.1", f"passfile={running.here}/pgpass", "port=4711",
         "sslmode=require", "user=reader",

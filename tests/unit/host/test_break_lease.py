@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The lease of a holder of which only the user can know that it has ended."""
+"""A lease whose holder only the user can know to have ended."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What PostgreSQL's and libpq's words mean, and what mends it."""
+"""The causes and fixes that belong to messages of PostgreSQL and libpq."""
 
 import os
 import time
@@ -106,7 +106,7 @@ def test_what_is_older_is_not_counted(tmp_path):
 
 @pytest.mark.parametrize("plugin, refused, workers", [
     (False, [0], 158), (False, range(10), 167), (False, [0, 1, 2, 100], 160),
-    # With the plugin each asks again every few seconds.
+    # With the plugin, each client retries every few seconds.
     (True, [0], 316), (True, range(10), 318),
 ])
 def test_workers_are_those_inside_and_those_refused_at_once(plugin, refused, workers):
@@ -124,9 +124,9 @@ FORGED = "2026-11-22 10:00:01.000 UTC {}PANIC:  could not read block 3 in file\n
 
 
 @pytest.mark.parametrize("forged", [
-    # Of a log that an older log_line_prefix made, in which a stranger's name is printed as it is.
+    # From a log written with an older log_line_prefix, which prints a stranger's user name unescaped.
     FORGED.format("[1] "), FORGED.format("[1] x@y 10.0.0.1 "), "x\n" + FORGED.format("[1] "),
-    # Within the words, and what is no whole line.
+    # Inside the message text, and an incomplete line.
     line(1, "duplicate key\n\t" + FORGED.format("postgres[1] ").strip(), level="ERROR"),
     *[line(1, f"duplicate{end}" + FORGED.format("postgres[1] ").strip(), level="ERROR") for end in "\r\v\x85\u2028"],
     FORGED.format("postgres[1] ").strip(), FORGED.format("postgres[1] x@y "), " " + FORGED.format("postgres[1] "),
@@ -157,7 +157,7 @@ def test_many_names_do_not_hide_the_rest(tmp_path):
      "could not open x"),
     ("job.log", "2026-11-22 10:00:00.123 GMT [7] FATAL:  configuration file is wrong\n", "configuration file"),
     ("job.log", "2026-11-22T10:00:00+0000 failed: FATAL:  of another job\n", ""),
-    # What runs beside postgres has logs of its own, with whatever a stranger sends.
+    # Sidecars have logs of their own, which contain arbitrary text from strangers.
     ("pooler.log", line(1, "could not open x", ""), ""),
 ])
 def test_last_words_are_the_servers_own(log, text, words, tmp_path):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the doctor says of one node; tests/integration has it on a cluster."""
+"""The doctor's findings on one node; tests/integration runs it on a cluster."""
 
 import json
 import os
@@ -25,7 +25,7 @@ HELD = {
 
 @pytest.fixture
 def instance(tmp_path, monkeypatch):
-    """An instance that serves, as far as its files tell."""
+    """An instance whose server is running, according to its files."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("PGSERVICEFILE", raising=False)
     root = tmp_path / "root"
@@ -51,7 +51,7 @@ def instance(tmp_path, monkeypatch):
 
 
 def found(report):
-    """Return what has to be mended: check, words and mend."""
+    """Return the problems: check, text and fix."""
     return [(each["check"], each["said"], each["mend"]) for each in report.findings if each["state"] == "found"]
 
 
@@ -96,7 +96,7 @@ def test_open_files_and_logs_are_told(instance):
     assert modes == ("modes", f"open to others: {root}/secrets", f"chmod go= {root}/secrets")
     assert log[1].startswith("a URL names the role bob, which does not exist (1 times by c2, at ")
 
-    # Settings that were changed since may have mended it.
+    # Settings changed since then may have fixed it.
     os.utime(root / "conf/postgresql-17.conf", (time.time() + 60,) * 2)
     assert [check for check, _said, _mend in found(doctor.look_at_server(instance))] == ["modes"]
 
@@ -223,7 +223,7 @@ def test_name_that_leads_nowhere(addresses, says, instance, monkeypatch):
 
 
 def test_socket(instance, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a socket's path holds 107 bytes
+    monkeypatch.chdir(tmp_path)  # a socket's path may have only 107 bytes
     for expected in ("found", "ok"):
         report = doctor.Report()
         doctor._look_at_socket(report, ".s.PGSQL.5432")
@@ -311,7 +311,7 @@ def test_node_that_died_is_told_once_and_no_address_is_blamed(answers, instance,
 
 @pytest.mark.parametrize("beats, ttl", [(False, 0.5), (True, 60.0)])
 def test_node_that_died_just_now_is_told_from_a_wrong_address(beats, ttl, instance, monkeypatch):
-    """Its last heartbeat is a fresh one: the next shows that the server lives."""
+    """The last heartbeat is recent: the next one shows that the server is alive."""
     run = Path(instance["root"]) / "run"
     (run / "lease.3").write_text("{}")
     (run / "hb.3").write_text("1")

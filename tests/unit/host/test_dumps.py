@@ -15,7 +15,7 @@ from hpc_db_host.dumps import Dumps
 from hpc_db_host.settings import complete
 
 NOTHING = {"pg_dump": "echo $* > $file", "pg_restore": ""}
-# A name is in seconds; a test is faster than that.
+# Names have a resolution of seconds; a test is faster than that.
 NAMES = iter(f"20260101T{number:06d}Z" for number in range(1, 999999))
 
 
@@ -112,7 +112,7 @@ def test_poll_never_waits_and_children_are_nice(make, tmp_path):
     dumps = make({"pg_dump": f"nice > $file; {wait}"})
     dumps.poll()
 
-    go.touch()  # whoever had waited for pg_dump would have seen it fail
+    go.touch()  # a program that had waited for pg_dump would have seen it fail
     finish(dumps)
     assert dumps.told == ""
     nice = {path.read_text() for path in (tmp_path / "dumps").glob("*.dump")}
@@ -187,7 +187,7 @@ def test_leftovers_of_earlier_lives_are_removed(make, tmp_path):
 
     make()
 
-    # those of a playbook that runs now, and other people's, are not ours
+    # the first belongs to a playbook that is running, the second to the user: neither is removed
     assert sorted(os.listdir(tmp_path / "dumps")) == [".a-20260101T000000Z.kept.dump.part", "thesis.part"]
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Where the server is, among whatever else a service file holds."""
+"""The endpoint in a service file, among arbitrary other content."""
 
 import json
 import os
@@ -33,7 +33,7 @@ for port in range(3):
     (SECTION + "[other]\nhost=x\n", "[other]\nhost=x\n", "[other]\nhost=x\n" + SECTION),
     ("[hpc_db2]\nhost=x\n[xhpc_db]\n", "[hpc_db2]\nhost=x\n[xhpc_db]\n", "[hpc_db2]\nhost=x\n[xhpc_db]\n" + SECTION),
     ("[hpc_db]\nhost=old\n[hpc_db]\nhost=older\n", "", SECTION),
-    # For libpq a bracket makes a heading, whatever comes after it.
+    # libpq takes any line that starts with a bracket as a heading, whatever follows the heading.
     ("[hpc_db]\nhost=old\n[other] # mine\nhost=x\n", "[other] # mine\nhost=x\n", "[other] # mine\nhost=x\n" + SECTION),
     ("[hpc_db] # old\nhost=old\n", "", SECTION),
     ("[hpc_db]\r\nhost=old\r\n", "", SECTION),
@@ -196,7 +196,7 @@ def test_pooler_has_a_section_of_its_own_as_long_as_it_is_there(tmp_path):
 
 @pytest.fixture
 def left_behind(tmp_path):
-    """An instance whose server is gone, and did not take its endpoint back."""
+    """An instance whose server is gone without having withdrawn its endpoint."""
     for folder in ("host", "run"):
         (tmp_path / folder).mkdir()
     service = tmp_path / "service"

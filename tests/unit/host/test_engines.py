@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What runs beside postgres, with a program that only listens; tests/integration has the real ones."""
+"""Sidecars, played by a program that only listens; tests/integration has the real ones."""
 
 import configparser
 import os
@@ -16,7 +16,7 @@ import pytest
 from hpc_db_host import engines, processes
 from hpc_db_host.engines import engines_of, pooler_rules, quoted
 
-# Listens where its configuration says, unless a file "broken" is beside it; writes down the signals that it gets.
+# Listens at its configured address, unless a file "broken" is beside it; records the signals that it receives.
 PROGRAM = """#!{python}
 import configparser, os, signal, socket, sys
 folder = os.path.dirname(sys.argv[0])
@@ -38,7 +38,7 @@ with socket.socket() as server:
 """
 
 
-# Runs an engine, and says which process that is.
+# Runs a sidecar, and prints its pid.
 SERVE = """
 import sys, time
 from hpc_db_host import engines
@@ -69,7 +69,7 @@ class FakePostgres:
 
 
 class Pooler:
-    """The engine under test and its surroundings."""
+    """The sidecar under test and its surroundings."""
 
     def __init__(self, root, says, **changes):
         for name in ("socket", "log", "host", "bin"):
@@ -151,7 +151,7 @@ def test_logins_that_never_end_are_awaited_no_longer_than_clients_wait(make):
 
 
 def port_of_nobody():
-    """One that no other test is given by chance, since it is below the kernel's own range."""
+    """Return a port below the kernel's ephemeral range, so that no other test gets it by chance."""
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
         port = random.randrange(low // 2, low)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a server's events tell of outages, and what is left of them on a full disk."""
+"""Outages computed from a server's events, including events cut off by a full disk."""
 
 import pytest
 from hpc_db_host import events
@@ -34,7 +34,7 @@ def outage(began, ended, reason="", certain=True):
     # killed: the outage began at some time after the last event
     ([*START, *START], True, [outage(3, 5, certain=False)], []),
     ([*START, STOPS, DIES, STARTS, SERVES], True, [outage(3, 6, "it ended")], []),
-    # another job asks for the lease in vain
+    # another job asks for the lease without success
     ([*START, ASKS_2, WAITS_2, FAILS_2, SERVES], True, [], []),
     ([*START, FULL, SERVES], True, [], [outage(3, 4, "the disk is full")]),
     ([*START, FULL, FULL, DUMP], True, [], [outage(3, 5, "the disk is full"), outage(5, None, "no dump")]),

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The hosting program with a postgres that only remembers; tests/integration has the real one."""
+"""The supervisor with a postgres that only records calls; tests/integration has the real one."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ SECTION = "[hpc_db]\ndbname=mala\nhost=c1\nport=5433\n"
 
 
 class FakePostgres:
-    """Notes what it is told, and what others see at that moment. ``during`` acts while it serves."""
+    """Records calls, and the state visible to others at that moment. ``during`` runs while the server is running."""
 
     port, socket = 5433, "/tmp/hpc_db-x"
     clean = True
@@ -90,7 +90,7 @@ def host(tmp_path, monkeypatch):
 
 
 class Instance:
-    """An instance directory, and the program called on it."""
+    """An instance directory, and the supervisor run on it."""
 
     def __init__(self, root, monkeypatch):
         self.root, self.service, self._monkeypatch = root, root / "service", monkeypatch
@@ -114,7 +114,7 @@ class Instance:
         return state["state"], state["reason"]
 
     def lease(self, ended=True, host="c2", **changes):
-        """Hold the lease as somebody else."""
+        """Hold the lease as another job."""
         holder = {"host": host, "pid": os.getpid(), "job": "8", "kind": "slurm", "cluster": "hemera5", **changes}
         return Lease(str(self.root / "run"), holder, lambda _holder: ended)
 
@@ -187,7 +187,7 @@ def test_each_signal_is_a_clean_end(number, host, monkeypatch):
 
 def test_second_signal_changes_nothing(host, monkeypatch):
     def stop_slowly(self, patience):
-        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # a thread of pytest's would take it for the process
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # not to one of pytest's threads
         return True
 
     monkeypatch.setattr(FakePostgres, "stop", stop_slowly)
@@ -247,7 +247,7 @@ def full(*_arguments, **_unused):
 
 @pytest.fixture
 def queue(host, monkeypatch):
-    """The scheduler's queue, with a successor in it until somebody cancels it."""
+    """The scheduler's queue, with a successor in it until that is cancelled."""
 
     class FakeQueue:
         successors = ["8"]
@@ -355,7 +355,7 @@ def test_takeover_leaves_everything_to_the_next_holder(host, monkeypatch):
 
     assert host.run("serve") == 1
 
-    # Killed before the stop, which would write a checkpoint into what is another's now.
+    # Killed before the stop, which would write a checkpoint into a directory that now belongs to another server.
     assert host.events.index("killed") < host.events.index("stop published")
     assert host.service.read_text() == SECTION
     assert json.loads((host.root / "run" / "state.json").read_text())["host"] == "c2"
@@ -528,7 +528,7 @@ def test_node_that_cannot_run_postgres_is_told_once(host, monkeypatch):
 
 
 class FakeUpgrade:
-    """Notes what it is told, and who has the lease meanwhile. ``during`` acts then."""
+    """Records calls, and the holder of the lease during them. ``during`` runs then."""
 
     def __init__(self, settings, following, keeper):
         self.settings, self.following = settings, following

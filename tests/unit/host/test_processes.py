@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Which process is which."""
+"""The identity of processes and machines."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ ctypes.CDLL(None).prctl(15, b"a) Z \\xff", 0, 0, 0)
 print(flush=True)
 time.sleep(60)
 """
-# A postmaster: its children have sessions of their own, and it starts the next one when one has died.
+# A postmaster: its children have sessions of their own, and it replaces a child that has died.
 RESTLESS = """
 import os, sys, time
 from hpc_db_host import processes
@@ -56,7 +56,7 @@ def test_start_time_stays_and_ends_with_the_process(sleeper):
 
     sleeper.kill()
     os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
-    assert os.path.exists(f"/proc/{sleeper.pid}")  # a zombie, which has ended
+    assert os.path.exists(f"/proc/{sleeper.pid}")  # a zombie, which counts as ended
     assert processes.start_time(sleeper.pid) is None
 
     sleeper.wait()
@@ -120,7 +120,7 @@ def test_every_process_of_a_program_in_a_folder_is_found(sleeper, tmp_path):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Describe a machine by files like those of /etc and /sys; return the words that name it."""
+    """Describe a machine by files like those of /etc and /sys; return the words that identify it."""
 
     def machine(system, **cards):
         shutil.rmtree(tmp_path / "sys", ignore_errors=True)

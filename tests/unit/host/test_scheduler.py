@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whether the scheduler says that a job has ended, where a doubt means no; and that one job follows."""
+"""A job counts as ended only if the scheduler says so without doubt; and one successor is queued."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from hpc_db_host.scheduler import Queue, job_has_ended, run
 from hpc_db_host.schedulers import SCHEDULERS
 
 slurm, grid_engine = SCHEDULERS["slurm"], SCHEDULERS["gridengine"]
-# What a user's .bashrc, a site's profile or the job that something runs in may set.
+# Settings from a user's .bashrc, a site's profile or the surrounding job.
 FOREIGN = """
 SQUEUE_ACCOUNT SQUEUE_ALL SQUEUE_ARRAY SQUEUE_FEDERATION SQUEUE_FORMAT SQUEUE_FORMAT2 SQUEUE_LICENSES SQUEUE_LOCAL
 SQUEUE_NAMES SQUEUE_PARTITION SQUEUE_PRIORITY SQUEUE_QOS SQUEUE_SIBLING SQUEUE_SORT SQUEUE_STATES SQUEUE_USERS
@@ -112,7 +112,7 @@ def test_answer_of_grid_engine_that_is_no_queue(text):
 
 @pytest.fixture
 def command(tmp_path):
-    """Make a command of a scheduler, a shell script, in a folder."""
+    """Create a command of a scheduler, a shell script, in a folder."""
     def command(name, script):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
@@ -137,7 +137,7 @@ def test_commands_get_a_few_variables_that_are_known(scheduler, command, monkeyp
 
 
 def test_nothing_is_left_of_a_command_that_does_not_answer(command, tmp_path):
-    """A site's wrapper of it waits for it, and it holds the pipes."""
+    """A site's wrapper waits for the command, and the command holds the pipes."""
     folder = command("squeue", f"trap '' TERM; sleep 100 & echo $$ $! > {tmp_path}/pids; wait")
 
     with pytest.raises(subprocess.TimeoutExpired):
@@ -184,7 +184,7 @@ HEAD = "JOBID|STATE|NODELIST|TIME_LEFT/TIME_LIMIT|NAME|REASON"
 
 
 def row(job, name, state):
-    """Return a line of squeue."""
+    """Return a line of squeue's output."""
     return f"{job}|{state}||1:00/2:00|{name}|None"
 
 
@@ -247,7 +247,7 @@ def test_successors_are_cancelled_and_nobody_else():
     (f"echo '{GONE.strip()}' >&2; exit 1", True),
 ])
 def test_listing_without_our_own_job_brings_no_successor(listed, state, submits, command, tmp_path):
-    """It is filtered, or empty; only of a job that has ended, so of a program run by hand, nothing is to be listed."""
+    """The list is filtered or empty; our own job may only be missing if it has ended, as for a program run by hand."""
     folder = command("squeue", f"case \"$*\" in *--jobs=7) {state};; *) echo '{listed}'; esac")
     command("sbatch", f"echo called >> {tmp_path}/called; echo 8")
     settings = {"scheduler": "slurm", "job_name": "hpc_db", "bin_dir": folder, "successor": ["sbatch"]}
@@ -261,7 +261,7 @@ def test_listing_without_our_own_job_brings_no_successor(listed, state, submits,
 
 
 def site(command, queue, printed, folder):
-    """Make commands of a site that prints lines of its own: sbatch puts a job into the queue, and prints this."""
+    """Create commands of a site that prints additional lines: sbatch queues a job, and prints ``printed``."""
     command("squeue", f"""[ -e {folder}/eight ] && more="$(printf '\\n{row(8, "hpc_db", "PENDING")}')"
 cat << end
 {queue}
@@ -276,7 +276,7 @@ end""")
 ])
 @pytest.mark.parametrize("printed", [
     "8", "8;mini", "Welcome to mini\n8\n--> 12 % of the allocation are left", "\x1b[32m8\x1b[0m\r",
-    # Nothing of it is the id: the queue knows it.
+    # None of this is the id, which only the queue shows.
     "8\n12", "Your job is queued", "", "job-id=8, have fun",
 ])
 def test_successor_is_found_whatever_a_site_prints(printed, queue, command, tmp_path):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Settings have their types, whatever ansible-core has written, and each has a default."""
+"""Settings have their types, whichever ansible-core has written them, and each has a default."""
 
 import json
 
@@ -12,7 +12,7 @@ def test_numbers_may_be_text():
     found = complete({"lease_ttl": "30", "restarts": "2", "stop_notice": 60, "dump_minutes": None, "port": "5432"})
 
     assert (found["lease_ttl"], found["restarts"], found["stop_notice"], found["dump_minutes"]) == (30.0, 2, 60, 60.0)
-    assert found["port"] == "5432"  # without a default: its reader knows
+    assert found["port"] == "5432"  # without a default: the reader of the setting has one
     assert set(found) == {*DEFAULTS, "port"}
 
 

@@ -18,7 +18,7 @@ from hpc_db_host.postgres import Failed
 from hpc_db_host.upgrade import Rejected, Told, Upgrade, copy_tree, differences, in_short
 
 TRIALS = '["table", "public.trials", 3, "77"]\n["study", "beryllium", 0, "MINIMIZE", 3, -1.5]\n'
-# A data directory holds its rows in a file, and its server's socket is in it.
+# A data directory keeps its rows in a file, and its server's socket is in it.
 PROGRAMS = {
     "psql": """
         while [ $# -gt 0 ]; do case $1 in -h) data=$2;; -c) echo '"alice"'; exit;; esac; shift; done
@@ -56,7 +56,7 @@ def instance(tmp_path, short_folder, monkeypatch):
 
 
 class Instance:
-    """An instance directory whose studies are in PostgreSQL 17, and all that an upgrade does with it."""
+    """An instance directory whose studies are in PostgreSQL 17, with all the steps of an upgrade."""
 
     def __init__(self, root, sockets, monkeypatch):
         self.root, self.sockets, self.servers, instance = root, sockets, [], self
@@ -97,7 +97,7 @@ class Instance:
         path.chmod(0o755)
 
     def make(self, name, major, rows=""):
-        """Make a data directory, as initdb does."""
+        """Create a data directory, as initdb does."""
         folder = self.root / "data" / name
         if not folder.exists():
             folder.mkdir(parents=True)
@@ -124,7 +124,7 @@ class Instance:
         return sorted(os.listdir(self.root / "data"))
 
     def upgrade(self, major=18, back=False, alive=lambda: None):
-        """Do what the playbook does."""
+        """Upgrade as the playbook does."""
         if major > int(self.used()):
             self.make(f"{major}.new", major)
         self.write(f"settings-{major}.json", major)
@@ -180,7 +180,7 @@ def test_what_pg_upgrade_refuses_is_dumped_and_restored(refuse, why, instance):
     assert done["way"].startswith("dump and restore, since pg_upgrade refused: ") and done["way"].endswith(why)
     assert (instance.used(), instance.names()) == ("18", ["17", "18"])
     assert instance.rows("17") == instance.rows("18") == TRIALS
-    # the owner is there already
+    # the owner's role exists already
     assert (instance.root / "data" / "18" / "roles").read_text() == "CREATE ROLE study;\n"
 
 
@@ -238,7 +238,7 @@ def test_run_that_ends_at_a_rename_is_done_again(number, after, instance, monkey
         instance.upgrade()
     assert (instance.used(), instance.rows("18")) == ("18", TRIALS)
     complete = (number, after) in ((2, True), (3, False))
-    # what was complete already is kept aside, and nothing else
+    # only a complete directory is kept, under another name
     aside = [name for name in instance.names() if name not in ("17", "18")]
     assert [bool(re.fullmatch(r"18\.\w+Z", name)) for name in aside] == [True] * complete
 
@@ -267,7 +267,7 @@ def test_way_back_is_the_kept_directory(instance):
     assert (instance.used(), instance.names()) == ("17", ["17", "18"])
 
     instance.upgrade()
-    assert instance.used() == "18" and len(instance.names()) == 3  # what was left the first time, too
+    assert instance.used() == "18" and len(instance.names()) == 3  # including the directories left by the first attempt
 
 
 def test_way_back_to_an_earlier_state_must_be_asked_for(instance):

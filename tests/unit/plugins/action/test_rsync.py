@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What rsync is told, and what is read from it."""
+"""rsync's arguments, and the parsing of its output."""
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.action.folder_copy import (

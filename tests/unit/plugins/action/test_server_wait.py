@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""server_wait on a clock that only moves when it sleeps; then it and show in a real ansible-playbook."""
+"""server_wait on a clock that only moves during sleep; then server_wait and show in a real ansible-playbook."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import
 
 
 class Clock:
-    """Time that passes by sleeping."""
+    """Advances only by sleeping."""
 
     def __init__(self):
         self.now = 1000.0
@@ -43,7 +43,7 @@ NO_ANSWER = {"failed": True, "msg": "slurm_load_jobs error: Socket timed out"}
 
 
 def wait(*looks, timeout=600):
-    """Wait while the looks show this, the last one for ever; return the endpoint, the lines and the clock."""
+    """Wait while the checks return these results, repeating the last; return the endpoint, the lines and the clock."""
     clock, lines, left = Clock(), [], list(looks)
 
     def look():
@@ -153,7 +153,7 @@ echo "7|$state|c1|1:00|hpc-db|Resources"
     (["--check"], [], ["hpc-db: "]),
 ])
 def test_in_a_playbook(arguments, lines, skipped, tmp_path):
-    """The lines reach the screen from the worker, whatever the callback."""
+    """The lines reach the screen from Ansible's worker process, whatever the callback."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "endpoint.json").write_text(json.dumps(ENDPOINT))
     (tmp_path / "squeue").write_text(SQUEUE)
@@ -162,7 +162,7 @@ def test_in_a_playbook(arguments, lines, skipped, tmp_path):
         "hosts": "c", "gather_facts": False, "tasks": [
             {"mala.hpc_db.server_wait": {
                 "name": "hpc-db", "root": "$ROOT", "bin_dir": "$ROOT", "timeout": 60,
-            }, "environment": {"ROOT": str(tmp_path)}},  # paths are the target's
+            }, "environment": {"ROOT": str(tmp_path)}},  # paths belong to the target
             {"mala.hpc_db.show": {"text": "postgresql+psycopg2:///?service='x'\nsecond line"}},
         ],
     }]))

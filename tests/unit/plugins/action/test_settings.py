@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Every setting means the same as text (``-e NAME=VALUE``), in YAML and as JSON, with Ansible's own parsers."""
+"""Every setting has the same meaning as text (``-e NAME=VALUE``), in YAML and in JSON, with Ansible's own parsers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ansible() -> Iterator[Reader]:
 
 
 def sample(option: dict, switch: bool) -> Any:
-    """Return a value that the option takes."""
+    """Return a value that the option accepts."""
     if option["type"] == "list":
         return [sample({**option, "type": option["elements"]}, switch)]
     if option["type"] == "dict" and "options" in option:
@@ -44,7 +44,7 @@ def text_of(value: Any) -> str:
 
 
 def as_number(value: Any) -> Any:
-    """Return the same as who forgets the quotes writes it."""
+    """Return the value as YAML reads it when the quotes are missing."""
     if isinstance(value, (dict, list)):
         return [*map(as_number, value)] if isinstance(value, list) else {k: as_number(v) for k, v in value.items()}
     return 17 if value == "17" else value
@@ -82,7 +82,7 @@ def roles_of(playbook: Path) -> list[str]:
 
 @pytest.mark.parametrize("playbook", PLAYBOOKS, ids=lambda path: path.stem)
 def test_every_playbook_finds_its_settings(playbook: Path, ansible: Reader) -> None:
-    """Without the roles that others have."""
+    """Without the roles of other playbooks."""
     roles = roles_of(playbook)
     assert roles
     every, found = ansible.settings({}), ansible.settings({}, roles)
@@ -93,7 +93,7 @@ def test_every_playbook_finds_its_settings(playbook: Path, ansible: Reader) -> N
 
 @pytest.mark.parametrize("playbook", PLAYBOOKS, ids=lambda path: path.stem)
 def test_no_playbook_forgets_its_settings(playbook: Path) -> None:
-    """A task that is skipped registers just that, in the place of what was there."""
+    """A skipped task would register its skipped result in place of the settings."""
     for play in yaml.safe_load(playbook.read_text()):
         for task in [*play.get("pre_tasks", []), *play.get("tasks", [])]:
             imported = task.get("ansible.builtin.import_role", {}).get("name")
@@ -111,7 +111,7 @@ def test_no_playbook_forgets_its_settings(playbook: Path) -> None:
     ({"instance_workers": 10}, {"databases_workers": 10}),
     ({"server_job_name": "{{ 'my' ~ ' server_job_name' }}/server_job_name"},
      {"server_job_name": "my server_job_name/server_job_name"}),
-    # 4096 MB less 409 of cache and 128 besides, for 320 connections with 3 MB of their own
+    # 4096 MB minus 409 of shared buffers and 128 fixed, for 320 connections with 3 MB of their own
     ({}, {"postgres_work_mem": "8MB"}),
     ({"instance_name": "{{ site.instance_name }}", "site": {"instance_name": "mine"}}, {"server_job_name": "mine"}),
     ({"instance_memory": "{{ 2 }}G", "postgres_settings": "shared_buffers=1GB"}, {"postgres_work_mem": "1MB"}),
@@ -208,7 +208,7 @@ def test_template_without_a_value_is_named(given: dict, says: str, ansible: Read
 
 
 def test_template_of_another_playbook_may_lack_a_value(ansible: Reader) -> None:
-    """Such as what is only given when that playbook is run."""
+    """For example a value that is only given when that playbook runs."""
     given = {"tensorboard_root": "~/{{ run }}", "restore_from": "{{ dump }}", "server_job_name": "mine"}
 
     found = ansible.settings(given, ["instance", "server"])

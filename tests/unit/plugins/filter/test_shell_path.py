@@ -21,7 +21,7 @@ def test_shell_path(path, word):
 
 
 def test_scripts_have_no_path_from_the_home_directory_in_quotes():
-    """In quotes ~ is no home directory."""
+    """A quoted ~ is not expanded."""
     roles = Path(__file__).resolve().parents[4] / "roles"
     settings = {"server_python", "workers_python", "workers_program"}
 

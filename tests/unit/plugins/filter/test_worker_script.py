@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The head of a job script holds options only, whatever is in them; and each scheduler has its call and its name."""
+"""The head of a job script contains only options, whatever their values; each scheduler has its call and name."""
 
 import pytest
 from ansible.errors import AnsibleFilterError

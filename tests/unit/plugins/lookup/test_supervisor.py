@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the role copies is the whole package, and it runs under its name on a cluster."""
+"""The role copies the whole package, which runs under its name on a cluster."""
 
 import subprocess
 import sys

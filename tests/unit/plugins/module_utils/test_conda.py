@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Specs, versions, commands, and what clients answer."""
+"""Specs, versions, commands, and the clients' answers."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_record_of_conda_meta() -> None:
         (["libpq >=17.3"], False),
         (["openssl"], False),
         (["openssl 3.5.* h1_*"], False),
-        (["libpq 17.2 other_0", "libpq 16.*|18.*"], True),  # not read, so only the name counts
+        (["libpq 17.2 other_0", "libpq 16.*|18.*"], True),  # not parsed, so only the name counts
     ],
 )
 def test_environment_without_a_dependency_is_not_whole(depends: list[str], whole: bool) -> None:
@@ -178,7 +178,7 @@ def test_difference_names_only_what_differs() -> None:
 @pytest.mark.parametrize(
     ("client", "create", "verb"),
     [
-        ("/opt/conda/bin/conda", True, ["create", "--no-default-packages"]),  # of the user's ~/.condarc
+        ("/opt/conda/bin/conda", True, ["create", "--no-default-packages"]),  # from the user's ~/.condarc
         ("/opt/conda/bin/conda", False, ["install"]),
         ("/opt/conda/bin/mamba", True, ["create"]),
         ("micromamba", False, ["install"]),
@@ -262,7 +262,7 @@ NEWER = {"libpq": LIBPQ, "postgresql": Package("postgresql", "17.10", "h2_0")}
         (0, {"success": True, "actions": CONDA_LINKS, "dry_run": True}, NEWER),
         (0, {"success": True, "actions": [CONDA_LINKS]}, NEWER),
         (0, {"success": True, "actions": MAMBA_LINKS}, NEWER),
-        (-11, {"success": True, "actions": CONDA_LINKS}, NEWER),  # crashed after it was done
+        (-11, {"success": True, "actions": CONDA_LINKS}, NEWER),  # crashed after all work was done
     ],
 )
 def test_success(code: int, content: dict, packages: dict[str, Package]) -> None:
@@ -316,7 +316,7 @@ def test_failure_without_words(code: int, stderr: str, provider: str, setting: s
 
 @pytest.mark.parametrize("stdout", ["", "Preparing transaction: done\n"])
 def test_nothing_is_no_failure(stdout: str) -> None:
-    """As conda answers, up to 26.7 at least, when it has installed a lock file."""
+    """conda's answer, up to 26.7 at least, after installing a lock file."""
     assert parse_answer(0, stdout, "", BOTH, "conda") == Answer(BOTH)
 
 
@@ -416,7 +416,7 @@ The channel is not accessible or is invalid.
     ],
 )
 def test_failure_of_a_real_conda(content: dict, setting: str, problem: str) -> None:
-    """As conda 26.7.1 has said it, shortened."""
+    """Output of conda 26.7.1, shortened."""
     assert parse_answer(1, json.dumps(content, indent=2), "", BOTH, "conda") == Answer({}, setting, problem)
 
 
@@ -446,7 +446,7 @@ def test_success_in_other_words(actions: object) -> None:
 
 
 def test_warnings_come_before_the_answer() -> None:
-    """As conda 26.7.1 prints them: a document of their own."""
+    """conda 26.7.1 prints them as a document of their own."""
     stdout = json.dumps(nested(SHORT_FILE), indent=2) + "\n\n" + json.dumps({"success": True, "actions": CONDA_LINKS})
 
     assert parse_answer(0, stdout, "", BOTH, "conda").packages == NEWER
@@ -481,7 +481,7 @@ CLASSIC = "- feature:/linux-64::__glibc==2.17=0 - postgresql=17 -> __glibc[versi
     ("problem", "glibc", "need"),
     [
         *((problem, "2.17", "__glibc >=2.34,<3.0.a0") for problem in (RATTLER, LIBMAMBA, CLASSIC, EXACT)),
-        *((problem, "2.34", "") for problem in (RATTLER, LIBMAMBA, CLASSIC)),  # then it was something else
+        *((problem, "2.34", "") for problem in (RATTLER, LIBMAMBA, CLASSIC)),  # then another problem is the cause
         (RATTLER, "", "__glibc >=2.34,<3.0.a0"),
         ("nothing provides __cuda >=12 needed by pytorch-2.8-h_0", "2.36", "__cuda >=12"),
         ("no candidates", "2.17", ""),

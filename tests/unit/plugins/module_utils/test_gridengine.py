@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the adapter says to Grid Engine, and how it reads what a real one (8.1.9) has answered."""
+"""The adapter's commands to Grid Engine, and the parsing of answers from a real one (8.1.9)."""
 
 import os
 import pwd
@@ -200,7 +200,7 @@ def test_id_of_a_submission(text, job_id):
 
 
 def test_queue(monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 1795417274.0 + 30)  # 30 s after its start
+    monkeypatch.setattr(time, "time", lambda: 1795417274.0 + 30)  # 30 s after the job's start
 
     assert gridengine.parse_queue("Maintenance on Monday\n" + QUEUE + "--> 12 % of the allocation are left\n") == [
         {"id": "18", "name": "hpc_db", "state": "RUNNING", "node": "c2", "reason": "", "time_left": 70,
@@ -232,7 +232,7 @@ def test_answer_that_is_none(text):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The home directory as qstat finds it, which is not by the variable."""
+    """The home directory as qstat finds it, which ignores $HOME."""
     monkeypatch.setattr(pwd, "getpwuid", lambda _uid: SimpleNamespace(pw_name="alice", pw_dir=str(tmp_path)))
     monkeypatch.setenv("SGE_ROOT", str(tmp_path / "sge"))
     monkeypatch.delenv("SGE_CELL", raising=False)

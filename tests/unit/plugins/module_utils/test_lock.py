@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Lock files: what is written is read again, and whatever is damaged is refused by its line."""
+"""Lock files: written files can be read again, and a damaged one is refused with the line's number."""
 
 from __future__ import annotations
 

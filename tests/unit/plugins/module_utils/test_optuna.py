@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What Optuna's files and rows say; the integration test has real ones."""
+"""Optuna's files and rows; the integration tests have real ones."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_schema_is_older_or_newer(revision: str, older: bool, newer: bool) -> No
 @pytest.mark.parametrize("ahead, steps, all_steps, version, says", [
     (0.0, 0, 0, "5.0.0", ""),
     (-3600.0, 0, 0, "5.0.0", ""),
-    (299.0, 0, 0, "5.0.0", ""),  # clocks of nodes
+    (299.0, 0, 0, "5.0.0", ""),  # the nodes' clocks may differ by that
     (7200.0, 0, 0, "5.0.0", "2.0 h ahead of UTC"),
-    (7200.0, 0, 0, "4.9.0", ""),  # where everybody writes local time
+    (7200.0, 0, 0, "4.9.0", ""),  # these versions write local time
     (7200.0, 3, 4, "4.9.0", "3 trials began some half hours before"),
     (7200.0, 3, 3, "5.0.0", "3 trials began some half hours before"),
     (0.0, 2, 2, "5.0.0", ""),  # few enough to be chance
-    (0.0, 7, 100, "5.0.0", ""),  # trials that waited, such as those of a job that hit its walltime
+    (0.0, 7, 100, "5.0.0", ""),  # trials that waited, for example after their job had hit its walltime
 ])
 def test_mixed_clocks_are_warned_about(ahead: float, steps: int, all_steps: int, version: str, says: str) -> None:
     told = _optuna.clock_warnings("mala", [("be", ahead, steps, all_steps)], OPTUNA._replace(version=version))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What follows from the settings."""
+"""Values computed from the settings."""
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._plan import access_rules, plan, service_entries, sizes, urls

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the Slurm adapter says to Slurm, and how it reads the answers; and what every adapter has."""
+"""The Slurm adapter's commands, and the parsing of its answers; and the interface common to all adapters."""
 
 import inspect
 import math
@@ -69,7 +69,7 @@ def job(job_id, state, node="", left=None, reason="", limit=None):
     ("4|PENDING||3-00:00:00/3-00:00:00|hpc-db|Resources",
      job("4", "PENDING", "", 259200, reason="Resources", limit=259200)),
     ("5|COMPLETING|c1|UNLIMITED/UNLIMITED|hpc-db|None", job("5", "COMPLETING", "c1")),
-    ("9|RUNNING|c1|UNLIMITED|hpc-db|None", job("9", "RUNNING", "c1")),  # of the hosting program's own queue
+    ("9|RUNNING|c1|UNLIMITED|hpc-db|None", job("9", "RUNNING", "c1")),  # the format that the supervisor queries
     ("6|CONFIGURING|c2|INVALID|hpc-db|None", job("6", "CONFIGURING", "c2")),
     ("7|Teleporting|c2|NOT_SET|hpc-db|None", job("7", "TELEPORTING", "c2")),
     ("8|PENDING||1:00|hpc-db|ReqNodeNotAvail, UnavailableNodes:c[1|2]",
@@ -77,7 +77,7 @@ def job(job_id, state, node="", left=None, reason="", limit=None):
 ])
 def test_queue_line(line, expected):
     assert slurm.parse_queue(f"Welcome!\n{HEAD}{line}\n--> 3 % are left\n") == [expected]
-    assert local.parse_queue(line + "\n") == [expected]  # of whatever version the hosting program is
+    assert local.parse_queue(line + "\n") == [expected]  # whichever version the supervisor has
 
 
 @pytest.mark.parametrize("text", [
@@ -210,7 +210,7 @@ def test_every_scheduler_is_called_alike(name):
 
 
 def test_scheduler_is_entered_in_one_place():
-    """What is documented is what there is."""
+    """Documentation and code list the same schedulers."""
     root = Path(__file__).parents[4]
     role = yaml.safe_load((root / "roles/server/meta/argument_specs.yml").read_text())["argument_specs"]["main"]
     module = yaml.safe_load(ModuleDocFragment.DOCUMENTATION)
@@ -255,7 +255,7 @@ def test_local_commands():
 
 
 class Module:
-    """As much of AnsibleModule as running a command takes."""
+    """The part of AnsibleModule that running a command needs."""
 
     def __init__(self, bin_dir=None):
         self.params = {"scheduler": "slurm", "root": "/nowhere", "bin_dir": bin_dir}
@@ -278,7 +278,7 @@ def test_run_gives_a_few_variables_that_are_known(monkeypatch):
 
 @pytest.mark.parametrize("printed", [
     r"\033[1;32m12\033[0m;mini\r\n\033]0;title\007",
-    r"\033(B\033[m\033[32m12\033(B\033[m\n", r"\033712\0338\a\n", r"12\033[m\017\033",  # as of tput
+    r"\033(B\033[m\033[32m12\033(B\033[m\n", r"\033712\0338\a\n", r"12\033[m\017\033",  # as printed by tput
 ])
 def test_colours_are_no_answer(printed):
     said = make_run(Module())(["printf", printed])
@@ -300,7 +300,7 @@ def test_run_that_waits_for_an_answer_has_none():
 
 
 def test_run_gives_up_a_command_that_does_not_answer(monkeypatch):
-    """And what it has started, which holds the pipes: a site's sbatch may be a script."""
+    """Nor does it wait for children, which hold the pipes: a site's sbatch may be a script."""
     monkeypatch.setattr(_scheduler, "TIMEOUT", 0.2)
     began = time.monotonic()
 
@@ -343,7 +343,7 @@ def test_option_of_the_login_alone_is_refused_with_its_setting(variables, option
     ({"SBATCH_EXPORT": "NONE", "SBATCH_WAIT": "1", "SQUEUE_PARTITION": "debug"}, {}, None),
 ])
 def test_what_sbatch_obeys_before_a_job_script_is_said(variables, options, flag):
-    """The user submits it, out of an environment that is not built."""
+    """The user submits the script, from an environment that the collection does not control."""
     said = slurm.overridden(variables, options, "workers_job_options")
 
     (name,) = variables if flag else [None]

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""abandoned_trials: in which order it looks, and what it reports; tests/resilience has real workers and rows."""
+"""abandoned_trials: the order of its queries, and its report; tests/resilience has real workers and rows."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ PARAMS = {
 
 
 class FakeCluster:
-    """Two study databases, and a queue; ``looks`` is what was asked for."""
+    """Two study databases, and a queue; ``looks`` records the queries."""
 
     def __init__(self, names, jobs=(), connections=(), revision="v3.2.0.a", others=()):
         self.names, self.connections, self.revision, self.others = names, connections, revision, others
@@ -122,7 +122,7 @@ def test_study_that_is_locked_keeps_no_other_from_the_queue(sqlstate, use, monke
         raise _connection.Unreachable("database mala: canceling statement due to lock timeout", sqlstate)
 
     monkeypatch.setattr(abandoned_trials, "requeue", requeue)
-    if sqlstate is None:  # the connection is what failed
+    if sqlstate is None:  # the connection itself failed
         with pytest.raises(_connection.Unreachable):
             ensure_requeued(PARAMS, cluster.run, False)
         return

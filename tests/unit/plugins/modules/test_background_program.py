@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""background_program with real processes that serve on real ports."""
+"""background_program with real processes that listen on real ports."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils.host.processes import 
 from ansible_collections.mala.hpc_db.plugins.modules import background_program
 from ansible_collections.mala.hpc_db.plugins.modules.background_program import Failed, answers, ensure_program
 
-# Accepts for ever; with a word before the port it does one thing more.
+# Accepts connections for ever; a word before the port selects one further action.
 SERVE = """
 import os, signal, socket, subprocess, sys
 what, port = sys.argv[1], int(sys.argv[2].partition("=")[2])
@@ -53,7 +53,7 @@ def serve(what):
 
 @pytest.fixture
 def params(tmp_path):
-    """Arguments of the module; whatever has been started with them ends with the test."""
+    """Arguments of the module; all programs that were started with them end with the test."""
     params = {
         "name": "logs", "root": str(tmp_path / "tensor board"), "command": serve("plain"), "environment": {},
         "port": 0, "port_option": "--port", "state": "started", "timeout": 60,
@@ -84,7 +84,7 @@ def test_starts_once_and_is_found_again_and_stopped(params, tmp_path):
     assert first["address"] == f"http://127.0.0.1:{first['port']}/"
     with urllib.request.urlopen(first["address"] + "page.txt", timeout=60) as page:
         assert page.read() == b"here"
-    assert os.getsid(first["pid"]) == first["pid"]  # no end of a terminal ends it
+    assert os.getsid(first["pid"]) == first["pid"]  # it survives the end of the terminal
 
     again = ensure_program(params, run, check_mode=False)
     assert {**again, "diff": None} == {**first, "changed": False, "diff": None}

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""cluster_info with what real commands have printed; tests/integration has a real cluster."""
+"""cluster_info with the output of real commands; tests/integration has a real cluster."""
 
 import functools
 import http.server
@@ -56,7 +56,7 @@ def test_partitions():
     ([WORK], [], {"partition": "work", "time": "04:00:00", "mem": "2000M", "cpus-per-task": 2}, "2000M"),
     ([LARGE], ["mine", "other"], {
         "partition": "work", "time": "04:00:00", "mem": "16G", "cpus-per-task": 4, "account": "mine"}, "16G"),
-    # one of the trials' kind gives way, and so does one with GPUs
+    # partitions with a short limit or with GPUs come last
     ([{**LARGE, "limit": 1800}, {**LARGE, "name": "gpu", "gpus": True, "limit": None},
       {**LARGE, "name": "long", "default": False, "limit": None, "exclusive": True}], [],
      {"partition": "long", "time": "7-00:00:00", "nodes": 1, "mem": False}, "64G"),
@@ -107,7 +107,7 @@ def test_mounts_are_named_and_not_touched(tmp_path):
 
 
 def test_what_others_have_mounted_is_not_named(tmp_path):
-    """Any user may make a FUSE mount, at a folder of any name."""
+    """Any user may create a FUSE mount, at a folder of any name."""
     mounts = [
         ("/tmp/evil\\012#", "fuse.sshfs", os.geteuid() + 1), ("/tmp/a\rb", "fuse.sshfs", os.geteuid() + 2),
         ("/home/alice/see", "fuse.sshfs", os.geteuid()), ("/gluster", "fuse.glusterfs", 0),

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""conda_env against a client that installs, destroys and dies as real ones do."""
+"""conda_env against a client that installs, removes and dies like real ones."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ DIED = "died"
 
 
 class Killed(BaseException):
-    """The module's own end while the client runs."""
+    """The module is killed while the client runs."""
 
 
 class FakeClient:
-    """Installs postgresql and the libpq of its version, by the commands for rattler and for conda alike."""
+    """Installs postgresql and the libpq of its version, with the commands of rattler and of conda."""
 
     available = ("17.2", "17.10", "18.6")
     login_shell = (0, "", "")
     postgres = (0, "OpenSSL\n", "")
-    outages = 0  # how many calls find the channel unreachable, after a part of the work was done
+    outages = 0  # number of calls that find the channel unreachable after a part of the work
     outage = "HTTP 503 SERVICE UNAVAILABLE for url <https://host/conda-forge>"
-    fate = ""  # of the next installation: a package to be killed after, or DIED to end without a word when done
-    last_words: tuple[int, str, str] | None = None  # of an installation that did all of its work
+    fate = ""  # of the next installation: the package after which it is killed, or DIED to end silently when done
+    last_words: tuple[int, str, str] | None = None  # printed by an installation that has done all of its work
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -117,14 +117,14 @@ class FakeClient:
             return 1, json.dumps({"exception_name": "CondaHTTPError", "message": self.outage}), ""
         if verb == "create" and prefix.exists():
             shutil.rmtree(prefix)
-        if verb == "fulfil":  # alone among the clients it removes what the list does not name
+        if verb == "fulfil":  # only this client removes packages that are not in the list
             shutil.rmtree(prefix / "conda-meta", ignore_errors=True)
         names = [url.rpartition("/")[2].split("-") for url in urls]
         for name, version, _build in names:
             write_record(prefix, name, version)
         if self.last_words:
             return self.last_words
-        # conda's own answer is nothing at all
+        # conda itself prints nothing
         return 0, json.dumps({"success": True, "actions": {}}) if verb == "fulfil" else "", ""
 
     def keep_archives(self, into: Path, urls: list[str]) -> tuple[int, str, str]:
@@ -339,7 +339,7 @@ def test_run_again_after_a_kill(
     client.fate = killed_after
     with pytest.raises(Killed):
         ensure_env(params, client, False)
-    # the rest looks complete, and is not to be trusted
+    # the rest looks complete, but must not be trusted
     (prefix / "rest").write_text("half")
     assert ensure_env(params, client, True)["packages"] == NEW
 
@@ -387,7 +387,7 @@ def test_unreachable_channel_is_tried_again(
     client.outages = 2
 
     assert ensure_env(params, client, check_mode)["packages"] == NEW
-    assert (pauses, left) == ([2, 8], [False, False])  # nothing that "create" could meet
+    assert (pauses, left) == ([2, 8], [False, False])  # no files that "create" could conflict with
 
     shutil.rmtree(prefix, ignore_errors=True)
     client.outages = 3
@@ -483,7 +483,7 @@ ERRORS = {
         for name in ("libpq", "postgresql", "libpq")
     ],
 }
-# What real clients print, or may, after all work was done.
+# Possible output of real clients after all work was done.
 LAST_WORDS = {
     "nothing": (0, "", ""),
     "words": (0, "\nWelcome to HPC!\nPreparing transaction: done\n", ""),
@@ -508,7 +508,7 @@ def test_records_tell_what_was_done(
 
     done = ensure_env({**params, "update": bool(lock)}, client, False)
 
-    assert len(client.calls) == 1  # although the network may have been at fault
+    assert len(client.calls) == 1  # although the network may have been the cause
     assert done["changed"] and done["packages"] == NEW
     assert os.listdir(prefix.parent) == [prefix.name] and ("keep" in content(prefix)) is bool(before)
     assert ensure_env(params, client, False)["changed"] is False
@@ -523,7 +523,7 @@ def test_records_do_not_tell_of_what_depends_on_others(
         make_env(prefix, before)
 
     def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
-        write_record(prefix, "postgresql", "17.10")  # and the libpq of its version is still on its way
+        write_record(prefix, "postgresql", "17.10")  # and the libpq of its version is still being installed
         return LAST_WORDS[last_words]
 
     params = params_for(prefix, provider=provider, channels=["file:///c"], specs=["postgresql==17.10"])
@@ -548,7 +548,7 @@ def test_client_says_why_a_record_is_cut_off(prefix: Path, client: FakeClient, p
     with pytest.raises(CondaError, match="No space left on device"):
         ensure_env(params, run, False)
 
-    assert prefix.exists() is bool(before)  # nothing is left of a new one
+    assert prefix.exists() is bool(before)  # nothing is left of a new environment
 
 
 def test_records_that_a_kill_has_left_tell_nothing(prefix: Path, client: FakeClient, provider: str) -> None:
@@ -635,7 +635,7 @@ def test_failed_before_anything_was_touched(
 
     assert str(refused.value) == says
     assert len(calls) == (3 if "tried" in says else 1)
-    assert (marker.read_text() if marker.exists() else "") == left  # no server would start otherwise
+    assert (marker.read_text() if marker.exists() else "") == left  # otherwise no server would start
 
 
 def test_cache_that_a_kill_has_left_is_named_with_what_mends_it(
@@ -1064,7 +1064,7 @@ def params_for_another(prefix: Path, before: dict | None, **others: object) -> d
 def test_staged_is_what_another_host_lacks(
     prefix: Path, client: FakeClient, before: dict | None, arguments: dict, after: dict, check_mode: bool
 ) -> None:
-    make_env(prefix, {"libpq": "16.1"})  # of this host, so it is not looked at
+    make_env(prefix, {"libpq": "16.1"})  # belongs to this host, so it is ignored
     found = content(prefix)
 
     result = ensure_env(params_for_another(prefix, before, **arguments), client, check_mode)

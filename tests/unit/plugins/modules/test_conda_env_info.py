@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""conda_env_info on environments that are there, half there, damaged or missing."""
+"""conda_env_info on environments that are complete, incomplete, damaged or missing."""
 
 from __future__ import annotations
 

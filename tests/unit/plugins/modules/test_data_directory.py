@@ -15,7 +15,7 @@ from ansible_collections.mala.hpc_db.plugins.modules.data_directory import (
 
 
 class FakePrograms:
-    """Answers as postgres and initdb do."""
+    """Answers like postgres and initdb."""
 
     def __init__(self, version="17.10", killed=False):
         self.version, self.killed = version, killed
@@ -27,7 +27,7 @@ class FakePrograms:
         if program == "postgres":
             return f"postgres (PostgreSQL) {self.version}\n"
         path = next(word for word in command if word.startswith("--pgdata=")).partition("=")[2]
-        os.mkdir(path)  # as initdb, which takes no directory that has anything in it
+        os.mkdir(path)  # fails if the directory exists; initdb accepts only an empty one
         if self.killed:
             raise KeyboardInterrupt
         with open(os.path.join(path, "PG_VERSION"), "w", encoding="ascii") as stream:
@@ -122,7 +122,7 @@ def test_locale_never_depends_on_the_shell(major, builtin):
 
 
 class FakeModule:
-    """AnsibleModule's run_command, as far as it is used."""
+    """The part of AnsibleModule's run_command that the module uses."""
 
     def run_command(self, command, **_options):
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)

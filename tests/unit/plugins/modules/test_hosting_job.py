@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""hosting_job and hosting_job_info against a Slurm that remembers what it was told."""
+"""hosting_job and hosting_job_info against a stateful fake Slurm."""
 
 import json
 import os
@@ -17,13 +17,13 @@ HEAD = "JOBID|STATE|NODELIST|TIME_LEFT/TIME_LIMIT|NAME|REASON\n"
 
 
 class FakeSlurm:
-    """Answers as sbatch, squeue, sinfo and scancel do. A cancelled job takes ``lingers`` looks to go."""
+    """Answers like sbatch, squeue, sinfo and scancel. A cancelled job stays for ``lingers`` calls of squeue."""
 
     last_id = 0
-    deaf = False  # jobs' scripts ignore signals
-    printed = "{}"  # by sbatch, in place of the id
-    fails = ""  # sbatch, after it has submitted
-    refusal = ""  # of --test-only
+    deaf = False  # job scripts ignore signals
+    printed = "{}"  # sbatch's output; ``{}`` is the id
+    fails = ""  # sbatch's error after it has submitted the job
+    refusal = ""  # answer to --test-only
     nodes = ""
 
     def __init__(self, *jobs, lingers=1):
@@ -63,7 +63,7 @@ class FakeSlurm:
         return HEAD + "".join(
             f"{job['id']}|{job['state']}|c1|1:00|{job['name']}|None\n"
             for job in self.jobs
-            if job["name"].lower() == flags["name"].lower()  # so does the real one
+            if job["name"].lower() == flags["name"].lower()  # like the real one
         )
 
     def sinfo(self, arguments):
@@ -194,14 +194,14 @@ UNAVAILABLE = "sbatch: error: allocation failure: Requested node configuration i
     ({"ntasks": 8}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 drained"),
     ({"constraint": "a100"}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 drained"),
     ({"nodelist": "c1"}, "defq*|up|c1|idle^|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 idle^"),
-    # No node has that, whatever its state is.
+    # No node is that large, whatever its state.
     ({"partition": "defq", "mem": "5G"}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "mem": 5000}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "mem-per-cpu": "2G", "cpus-per-task": 2}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "cpus-per-task": 8}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "nodes": "2-4"}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "ntasks": 8}, "defq*|up|c1|drained|4000|4\n", None),
-    # All are there, or as many as it takes, so it is something else.
+    # All nodes are available, or enough of them, so the reason is another one.
     ({"constraint": False}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", None),
     ({"partition": "defq"}, "defq*|up|c1|idle|4000|4\ndefq*|up|c2|mixed|4000|4\n", None),
     ({"partition": "defq"}, "", None),
@@ -300,7 +300,7 @@ def test_successor_is_cancelled_before_it_could_start():
 
 
 class FakeGridEngine:
-    """Answers as qstat and qdel do; ``obeys`` is where the job looks whether it is asked to end."""
+    """Answers like qstat and qdel; ``obeys`` makes the job end once its stop file exists."""
 
     def __init__(self, root, obeys, state="r"):
         self.path, self.obeys, self.state, self.calls = root / "run" / "stop.7", obeys, state, []
@@ -430,7 +430,7 @@ def test_info_takes_half_a_file_for_none(text, expected, tmp_path):
 @pytest.mark.parametrize("queue, published, serving", [
     ([RUNNING], "1", "1"), ([RUNNING], "7", None), ([], "1", None), ([PENDING], "1", None),
     ([(RUNNING[0], "COMPLETING"), RUNNING], "1", None),
-    ([RUNNING, RUNNING], "2", "2"),  # the one that hands over may not have ended yet
+    ([RUNNING, RUNNING], "2", "2"),  # the predecessor may not have ended yet
 ])
 def test_info_believes_the_endpoint_of_a_job_that_runs(queue, published, serving, tmp_path):
     (tmp_path / "run").mkdir()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""job_script_check: what is asked, and what is said; tests/resilience has a real Slurm."""
+"""job_script_check: its query and its messages; tests/resilience has a real Slurm."""
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""last_run, on a real directory; scheduler and server are answers that can change."""
+"""last_run, on a real directory; the answers of scheduler and server can be changed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ PARAMS = {
 
 
 class Instance:
-    """An instance directory, with what Slurm and psql say of it."""
+    """An instance directory, with the answers of Slurm and psql about it."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "hpc_db"

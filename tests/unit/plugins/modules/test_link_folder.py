@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""link_folder on real folders, with links that lead nowhere."""
+"""link_folder on real folders, with broken links."""
 
 import os
 

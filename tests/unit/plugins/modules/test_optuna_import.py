@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""optuna_import with storages that remember; tests/integration has Optuna's own."""
+"""optuna_import with storages in memory; tests/integration has Optuna's own."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ STATES = {name: SimpleNamespace(name=name) for name in ("COMPLETE", "FAIL", "RUN
 
 
 class Kind(str):
-    """A distribution in which each number stands for itself."""
+    """A distribution in which each number is stored as itself."""
 
     low = 0.0
 
@@ -34,7 +34,7 @@ class Kind(str):
 
 
 class Choices(str):
-    """One of choices, in which True cannot be told from 1."""
+    """A choice among values, in which True equals 1."""
 
     to_internal_repr, to_external_repr = Kind.to_internal_repr, Kind.to_external_repr
 
@@ -45,7 +45,7 @@ def check_compatible(old, new):
 
 
 def create_trial(params, **_held):
-    """Refuse what is outside of 0..1, as Optuna does."""
+    """Reject values outside of 0..1, like Optuna."""
     if any(not 0 <= value <= 1 for value in params.values()):
         raise ValueError("isn't contained")
 
@@ -74,7 +74,7 @@ class FakeStorage:
     def create_new_trial(self, study, template_trial):
         self.breaks()
         added = copy.deepcopy(template_trial)
-        added.system_attrs["hpc_db:worker"] = "mine"  # as the trigger does
+        added.system_attrs["hpc_db:worker"] = "mine"  # like the worker-tracking trigger
         self.studies[study][3].append(added)
 
     def get_study_id_from_name(self, name):
@@ -130,7 +130,7 @@ class FakeDatabase(FakeStorage):
 
 @pytest.fixture
 def import_(tmp_path, monkeypatch):
-    """Import a file with these studies into a database that is returned with the result."""
+    """Import a file with these studies; return the database with the result."""
     file = tmp_path / "study.log"
     file.write_text('{"op_code": 0, "worker_id": "a"}\n')
     (tmp_path / "dumps").mkdir()
@@ -176,7 +176,7 @@ def test_brings_what_is_missing_once(check_mode, import_):
     if not check_mode:
         ended = database.studies["be"][3][1]
         assert (ended.state.name, ended.datetime_complete) == ("FAIL", LATER)
-        database.studies["be"][3].append(trial(3))  # a worker goes on
+        database.studies["be"][3].append(trial(3))  # a worker continues
         again = import_(source, database)
         assert again["changed"] is False and [study["imported"] for study in again["studies"]] == [False, False]
 

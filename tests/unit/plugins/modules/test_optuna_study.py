@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""optuna_study against a database and an Optuna that remember; the scenarios have the real ones."""
+"""optuna_study against a database and an Optuna in memory; the scenarios have the real ones."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ NEW, OLD = "v3.2.0.a", "v3.0.0.d"
 
 
 class FakeDatabase:
-    """Tables and rows as Optuna makes them. ``studies`` is None without its schema."""
+    """Tables and rows as Optuna creates them. ``studies`` is None without its schema."""
 
     def __init__(self, studies, version=NEW, workers=0, notes=True, attributes=None):
         self.studies, self.version, self.workers = studies, version, workers

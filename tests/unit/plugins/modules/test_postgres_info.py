@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""postgres_info against programs that say what they are told to; tests/integration has real ones."""
+"""postgres_info against programs with fixed output; tests/integration has real ones."""
 
 import subprocess
 
@@ -8,7 +8,7 @@ import pytest
 from ansible_collections.mala.hpc_db.plugins.modules.postgres_info import Refused, read_postgres
 
 REQUIRED = ("postgres", "initdb", "psql", "pg_dump", "pg_restore")
-# As PostgreSQL 15 with and without TLS: --version, and -C ssl_library -D DIR -c config_file=/dev/null.
+# Like PostgreSQL 15 with and without TLS: --version, and -C ssl_library -D DIR -c config_file=/dev/null.
 PROGRAM = """#!/bin/sh
 [ "$1" != -C ] || { [ "$2" = ssl_library ] && [ -d "$4" ] && [ -z "$(ls "$4")" ] && echo "%(tls)s"; exit; }
 echo "$0" | grep -q "/%(broken)s$" && { echo "error while loading shared libraries: libpq.so.5:

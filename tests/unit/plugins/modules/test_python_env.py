@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""python_env against a pip and a venv that leave behind what the real ones do."""
+"""python_env against a pip and a venv that create the same files as the real ones."""
 
 import base64
 import http.server
@@ -29,7 +29,7 @@ PACKAGES = {"psycopg2-binary": "1.0", "optuna": "1.0"}
 
 
 class FakePython:
-    """Answers as ``python -m venv`` and ``python -m pip`` do. ``breaks`` is the step at which it is killed."""
+    """Answers like ``python -m venv`` and ``python -m pip``. ``breaks`` is the step at which it is killed."""
 
     def __init__(self, pip="23.0", version="3.11", breaks=None, leaves_out="nothing"):
         self.pip, self.version, self.breaks, self.leaves_out = pip, version, breaks, leaves_out
@@ -117,7 +117,7 @@ def test_python_without_ensurepip_is_refused_before_anything_is_made(check_mode,
     with pytest.raises(KeyboardInterrupt):
         ensure_packages(params, FakePython(breaks="ensurepip"), check_mode)
     assert os.listdir(tmp_path) == []
-    # one that is there, or has another layout, needs none
+    # not needed for an existing environment, nor with another layout
     ensure_packages({**params, "layout": "flat"}, FakePython(breaks="ensurepip"), check_mode)
 
 
@@ -201,7 +201,7 @@ def test_pip_that_outlives_its_killed_run_is_waited_for(params, tmp_path, monkey
 
 def test_run_that_had_to_wait_finds_it_done(params, tmp_path):
     ensure_packages(params, FakePython(), check_mode=False)
-    (tmp_path / "python.unfinished").touch()  # the other run had only begun to look, or was killed then
+    (tmp_path / "python.unfinished").touch()  # the other run had only begun to check, or was killed during that
 
     result = ensure_packages(params, FakePython(breaks="venv"), check_mode=False)
 
@@ -280,7 +280,7 @@ def test_every_call_of_pip_asks_the_same_source(pip, changes, expected, params):
     ensure_packages({**params, **changes}, python, check_mode=False)
 
     installs = [call for call in python.calls if "install" in call]
-    assert len(installs) == 1 + (pip == "20.2.4")  # an old pip replaces itself first
+    assert len(installs) == 1 + (pip == "20.2.4")  # an old pip upgrades itself first
     assert [["--upgrade", "pip"] == call[-2:] for call in installs] == [True, False][-len(installs):]
     sources = ("--no-index", "--find-links", "--index-url", "--extra-index-url")
     for call in installs:
@@ -314,7 +314,7 @@ def test_wheels_for_another_host(params):
     assert not any("manylinux_2_29" in word for word in call)
     assert ensure_packages(params, FakePython(breaks="install"), check_mode=False)["changed"] is False
 
-    # a host that has become another one gets other wheels only
+    # a host that has changed gets other wheels only
     os.mkdir(f"{params['path']}/old-1.0-cp39-none-any.whl")
     newer = {**params, "host": {**HOST, "python": "3.12.1"}}
     assert ensure_packages(newer, FakePython(), check_mode=False)["packages"] == {"optuna": "1.0"}
@@ -398,7 +398,7 @@ def test_pip_is_old(text, old):
 
 
 class FakeModule:
-    """AnsibleModule's run_command, as far as it is used."""
+    """The part of AnsibleModule's run_command that the module uses."""
 
     def __init__(self, advice=None, layout="venv"):
         self.params = {"advice": advice, "layout": layout}
@@ -430,7 +430,7 @@ def test_workstation_is_not_told_of_the_cluster_s_settings():
 
 @pytest.fixture
 def failing_python(tmp_path):
-    """Return a Python that says so much and fails, whatever it is asked."""
+    """Return a function that makes a Python which prints a text and fails, whatever its arguments."""
 
     def make(said):
         (tmp_path / "said").write_text(said)
@@ -579,7 +579,7 @@ def test_index_of_the_inventory_counts_more_than_the_users(params, tmp_path, mon
 
 
 class Index(http.server.BaseHTTPRequestHandler):
-    """A package index that wants a password, and has one package."""
+    """A package index with one package that requires a password."""
 
     def do_GET(self):
         given = self.headers.get("Authorization", "")

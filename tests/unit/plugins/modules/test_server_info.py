@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""server_info: what is made of the rows; tests/integration asks a real server."""
+"""server_info: the report made from rows; tests/integration queries a real server."""
 
 import contextlib
 import threading
@@ -95,7 +95,7 @@ def test_connections_by_client(monkeypatch):
     assert [(each["pid"], each["host"], each["seconds"]) for each in found["idle_in_transaction"]] == [
         (2, "c1", 40), (4, "c2", 70),
     ]
-    # The one that was opened 2 s ago may be of a job that has begun since the scheduler was asked.
+    # The connection opened 2 s ago may belong to a job that has started since the scheduler was queried.
     assert found["orphaned"] == [{"host": "c1", "user": "study", "count": 2, "seconds": 40}]
 
 
@@ -114,7 +114,7 @@ def test_name_server_that_does_not_answer_keeps_nobody(monkeypatch):
 
 
 def test_server_that_does_not_answer_is_said(monkeypatch):
-    """Its node is dead, and the scheduler does not know yet: that is no reason to fail."""
+    """The server's node is dead without the scheduler's knowledge: not a reason to fail."""
 
     def connect(_params, _database):
         raise _connection.Unreachable("database alice: timeout expired")

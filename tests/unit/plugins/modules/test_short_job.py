@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""short_job against a Slurm that runs the job for a few looks; tests/integration has a real one."""
+"""short_job against a Slurm that ends the job after a few calls; tests/integration has a real one."""
 
 import socket
 import time
@@ -12,7 +12,7 @@ from ansible_collections.mala.hpc_db.plugins.modules.short_job import run_job
 
 
 class FakeSlurm:
-    """Runs one job, which prints ``output`` at its end, ``looks`` looks later."""
+    """Runs one job, which prints ``output`` when it ends, after ``looks`` calls."""
 
     def __init__(self, path, output, looks=3, refuses="", printed="12\n"):
         self.path, self.output, self.looks, self.refuses, self.printed = path, output, looks, refuses, printed
@@ -29,7 +29,7 @@ class FakeSlurm:
             self.cancelled.append(command[1])
             return ""
         self.looks -= self.submitted
-        other = "JOBID|\n11|RUNNING|c1|1:00|doctor|None\n"  # somebody's earlier one
+        other = "JOBID|\n11|RUNNING|c1|1:00|doctor|None\n"  # another, earlier job
         if not self.submitted or self.looks < 0:
             if self.submitted and self.output is not None:
                 self.path.write_text(self.output)
@@ -148,7 +148,7 @@ def test_refusal_is_said(options, refuses, said, tmp_path):
 ])
 def test_connects_to_where_the_job_listens(says, reached, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))  # nobody listens, and nobody else gets it
+        reserved.bind(("127.0.0.1", 0))  # no process listens there, and none can take the port
         ports = {"port": server.getsockname()[1], "closed": reserved.getsockname()[1]}
         if says:
             (tmp_path / "door").write_text(says.format(**ports))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""sshfs_mount on a machine that remembers what is mounted; tests/integration has a real one."""
+"""sshfs_mount on a fake machine that keeps its mounts; tests/integration has a real one."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ SOURCE = "alice@login:logs/"
 
 
 class FakeMachine:
-    """Answers as sshfs, ssh, fusermount3 and the tables in /proc do; its processes end when they are told to."""
+    """Answers like sshfs, ssh, fusermount3 and the tables in /proc; its processes end when told to."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -37,7 +37,7 @@ class FakeMachine:
         self.sshfs_says = self.ssh_says = ""
         self.answer = (0, "")
         self.busy = False
-        self.deaf_to = ()  # signals
+        self.deaf_to = ()  # signals that are ignored
         self.write()
 
     def machine(self):
@@ -81,7 +81,7 @@ class FakeMachine:
         if number and number not in self.deaf_to:
             self.end(pid)
 
-    # --- what happens besides
+    # --- events from outside
 
     def add(self, path, source=SOURCE, command=None, kind="fuse.sshfs", user=ME, state="S"):
         self.mounts.append((path, source, kind, user))
@@ -132,7 +132,7 @@ def ensure(fake, check_mode=False, **others):
 
 
 def mount(fake, **others):
-    """Have what the module itself would mount."""
+    """Mount as the module itself would."""
     given = settings(fake, **others)
     wanted = plan(given)
     os.makedirs(given["path"], exist_ok=True)
@@ -194,7 +194,7 @@ def test_changes_only_what_differs(fake, before, found, state, check_mode):
     tables = (fake.mounts[:], fake.processes())
     changes = {"mounted": found != "mounted", "unmounted": found != "none", "remounted": True}[state]
     if state == "unmounted" and found in ("hung", "other"):
-        found = "hung" if before is stopped else "mounted"  # nothing is wanted, so it is not asked what it is
+        found = "hung" if before is stopped else "mounted"  # an unmount does not depend on the source
 
     result = ensure(fake, check_mode, state=state)
 
@@ -206,7 +206,7 @@ def test_changes_only_what_differs(fake, before, found, state, check_mode):
     assert [each[:2] for each in fake.mounts] == [(result["mount_point"], SOURCE)] * there
     assert len(fake.processes()) == there
     again = ensure(fake, state="unmounted" if state == "unmounted" else "mounted")
-    assert again["changed"] is (fake.answer == "hung" and there)  # it would still hang: the fake knows no better
+    assert again["changed"] is (fake.answer == "hung" and there)  # the fake would still hang
 
 
 def test_what_it_runs(fake):
@@ -314,7 +314,7 @@ def test_refuses_a_folder_that_holds_something(fake):
         with pytest.raises(Refused, match=r"is not empty, .* \(a, b, c, …\)"):
             ensure(fake, check_mode)
     dead(fake)
-    with pytest.raises(Refused, match="is not empty"):  # it came there while nothing was mounted
+    with pytest.raises(Refused, match="is not empty"):  # a file appeared there while nothing was mounted
         ensure(fake)
     assert not fake.mounts and len(os.listdir(folder)) == 4
 
@@ -469,7 +469,7 @@ def test_every_known_option_is_documented():
 
 
 class FakeMac(FakeMachine):
-    """Its tables are printed by programs, and umount needs no help."""
+    """Programs print its tables, and umount needs no helper."""
 
     def machine(self):
         return super().machine()._replace(proc=self.folder / "none", fuse=self.folder / "none")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""study_dump against a server and programs that remember; tests/integration has the real ones."""
+"""study_dump against a server and programs in memory; tests/integration has the real ones."""
 
 import contextlib
 import json
@@ -80,7 +80,8 @@ class FakeServer:
             except ValueError:
                 raise Failed("pg_restore failed: end of file") from None
         if "--list" in command:
-            # As pg_restore 15 lists tables and rows; spatial_ref_sys is as an extension has it, rows without a table.
+            # The format of pg_restore 15 for tables and rows; spatial_ref_sys has rows without a table, as in an
+            # extension.
             tables = "215; 1259 17 TABLE public trials study\n3370; 0 17 TABLE DATA public trials study\n"
             extension = "3371; 0 18 TABLE DATA public spatial_ref_sys study\n"
             return f"; Archive\n{extension}" + tables * (held[0] if held else 0)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""study_trials with studies that remember; tests/integration has Optuna's own."""
+"""study_trials with studies in memory; tests/integration has Optuna's own."""
 
 import contextlib
 import datetime
@@ -28,7 +28,7 @@ class Distribution:
 
 
 class FakeStorage:
-    """Studies by name. Those in ``broken`` have a trial that Optuna cannot read, which is why it reads none of them."""
+    """Studies by name. Those in ``broken`` have a trial that Optuna cannot read, so it cannot read any of them."""
 
     def __init__(self, studies):
         self.studies, self.broken, self.lost = studies, {}, None
@@ -55,7 +55,7 @@ class FakeStorage:
 
 
 class Lost(Exception):
-    """An error of SQLAlchemy's, from which Optuna raises its own."""
+    """An error of SQLAlchemy, from which Optuna raises its own."""
 
     def __init__(self, code, invalidated):
         super().__init__("(psycopg2.OperationalError) server closed")
@@ -78,7 +78,7 @@ def trial(number, state="COMPLETE", **held):
 
 @pytest.fixture
 def optuna(monkeypatch):
-    """Optuna, with two studies."""
+    """A fake Optuna with two studies."""
     kind = Distribution("a", "b")
     trials = [
         trial(0, values=[float("inf")], params={"k": "b", "l": "a"}, distributions={"k": kind, "l": kind}),
@@ -107,14 +107,14 @@ def optuna(monkeypatch):
 
 
 def create_trial(params, **_held):
-    """Refuse an "a", as Optuna does with what is not in a distribution."""
+    """Reject an "a", as Optuna rejects values outside a distribution."""
     if "a" in params.values():
         raise ValueError("isn't contained")
 
 
 @pytest.fixture
 def server(monkeypatch, optuna):
-    """Databases with the version of their schema, and their studies."""
+    """Databases with the versions of their schemas, and their studies."""
     databases = {"alice": (None, []), "mala": ("new", ["al", "be"]), "newer": ("newest", ["x"])}
 
     def rows(database, query):
