@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = [HERE.parents[1] / "client/src/hpc_db_client", HERE.parents[1] / "plugins/module_utils/host"]
+PACKAGES = [HERE.parents[1] / "client/src/hpc_db_client", HERE.parents[1] / ".cache/host/hpc_db_host"]
 FILES = (
     "connection.py", "catalog.py", "journal.py", "sql.py", "plugin.py", "dialect.py", "proxy.py", "storage_proxy.py"
 )

@@ -29,7 +29,7 @@ from optuna.exceptions import DuplicatedStudyError, StorageInternalError, Update
 from optuna.trial import TrialState
 from real_server import Server, eventually, free_port
 
-HOST = Path(__file__).resolve().parents[2] / "roles" / "server" / "files"
+HOST = Path(__file__).resolve().parents[2] / ".cache" / "host"
 # The proxy; if the file "die" exists when it is about to execute a request that writes, it runs the code in the file
 # instead, and exits like after kill -9.
 PROGRAM = """
