@@ -44,10 +44,11 @@ class Proxy:
         self._after = b""
         self.requests: list[bytes] = []
 
-    def cut(self, chosen: dict[int, str]) -> None:
-        """Cut these requests, numbered by one from now on, in these ways."""
+    def cut(self, chosen: dict[int, str], then: Callable[[], object] = lambda: None) -> None:
+        """Cut these requests, numbered by one from now on, in these ways; each time do something before it is noticed.
+        """
         with self._lock:
-            self._chosen = dict(chosen)
+            self._chosen, self._then = dict(chosen), then
             self._text, self._after = (b"", ""), b""
             self.requests = []
 
@@ -55,8 +56,7 @@ class Proxy:
         self, text: bytes, way: str, then: Callable[[], object] = lambda: None, after: bytes = b""
     ) -> None:
         """Cut the next request that holds this text, perhaps after another; do something before it is noticed."""
-        self.cut({})
-        self._then = then
+        self.cut({}, then)
         self._text, self._after = (text, way), after
 
     @property

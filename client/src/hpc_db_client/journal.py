@@ -15,7 +15,7 @@ import hashlib
 import ipaddress
 import pickle
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .sql import Judgement
@@ -101,7 +101,6 @@ class Journal:
         self.crash = ""  # Facts.crash when it began
         self.keys: dict[str, set[int]] = {}  # of each sequence: those that were given to us
         self.late: set[str] = set()  # tables where others were given keys after ours, before our rows were there
-        self.hidden = False  # a statement may read such a table without naming it
         self._bytes = 0
 
     def begin(self, step: Step) -> None:
@@ -122,17 +121,22 @@ class Journal:
         if not self.why_not:
             self.steps.append(step)
 
-    def check_order(self, step: Step) -> None:
+    def check_order(self, step: Step, follow: Callable[[Iterable[str]], tuple[str, set[str]]]) -> None:
         """Raise Differs if a statement looks at a table where our row comes later than its key says.
 
-        Others may have counted the rows with smaller keys meanwhile: Optuna numbers its trials so.
+        Others may have counted the rows with smaller keys meanwhile: Optuna numbers its trials so. ``follow`` tells
+        what is behind names in the database (``catalog.follow``).
         """
-        if self.late and self.hidden:  # guard: order of keys, behind views
-            raise Differs("others were given keys meanwhile, and a view, a trigger or a partition may look for them")
+        if not self.late or step.judged.head == "rollback":
+            return
+        why, seen = follow(step.judged.names)  # guard: order of keys, behind views
+        if why:
+            raise Differs(why)
         if not (step.judged.gives or step.judged.sequence):
-            for table in self.late:
-                if not table or table in step.judged.names:
-                    raise Differs(f"others were given keys of {table or 'a sequence'} meanwhile")
+            seen |= step.judged.names
+        for table in self.late:
+            if table in seen or (seen and not table):
+                raise Differs(f"others were given keys of {table or 'a sequence'} meanwhile")
 
     def give_up(self, why: str) -> None:
         """Drop the statements: from now on they are not complete."""
