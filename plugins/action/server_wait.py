@@ -11,7 +11,8 @@ from typing import Any, Callable
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
-from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import ARGUMENT_SPEC, SCHEDULERS
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import ARGUMENT_SPEC
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 10.0

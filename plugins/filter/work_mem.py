@@ -27,7 +27,7 @@ EXAMPLES = r"""
     msg: >-
       {{
         {'instance_memory': '16G', 'postgres_max_connections': 320, 'postgres_shared_buffers': '1638MB',
-        'postgres_settings': {}} | mala.hpc_db.work_mem
+        'postgres_settings': {} } | mala.hpc_db.work_mem
       }}
 """
 

@@ -144,7 +144,7 @@ def submit_job(params: dict, run: Run, command: list, known: Iterable[dict]) -> 
     if job and not told:
         return Submitted(job["id"], f"{words}; job {job['id']}, found by its name {params['name']}, is in the queue")
     if job or told:
-        return Submitted(job["id"] if job else told, "")
+        return Submitted(job["id"] if job else str(told), "")
     raise SchedulerError(f"{words}, and no new job of the name {params['name']} is in the queue")
 
 

@@ -122,13 +122,13 @@ from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _o
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
-    SCHEDULERS,
     Run,
     SchedulerError,
     check_name,
     hosts_of,
     make_run,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
 # Revision of the schema that this module writes to: Optuna 3.2 to 5.
 REVISION = "v3.2.0.a"

@@ -189,7 +189,7 @@ from ansible.module_utils.urls import ConnectionError as UrlError
 from ansible.module_utils.urls import open_url
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import parse_search, search_command
 from ansible_collections.mala.hpc_db.plugins.module_utils._mounts import parse_mountinfo
-from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import call
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import call
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.slurm import parse_time
 

@@ -172,8 +172,6 @@ from ansible_collections.mala.hpc_db.plugins.module_utils import _slices
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
-    LEAVING,
-    SCHEDULERS,
     Run,
     SchedulerError,
     check_environment,
@@ -184,6 +182,8 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     submit_job,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import LEAVING
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
 # Runs "look" or "withdraw" of the supervisor's program for the endpoint; returns whether there is or was an endpoint.
 Endpoint = Callable[[str], bool]

@@ -60,13 +60,13 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
-    SCHEDULERS,
     Run,
     SchedulerError,
     check_environment,
     judge_job,
     make_run,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
 
 def judge(params: dict, run: Run) -> list[str]:

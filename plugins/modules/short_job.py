@@ -95,7 +95,6 @@ from ansible_collections.mala.hpc_db.plugins.module_utils import _slices
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
-    SCHEDULERS,
     Run,
     SchedulerError,
     check_environment,
@@ -104,6 +103,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
     submit_job,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
 # A shared file system may show the output after the scheduler has forgotten the job, NFS up to a minute later. Output
 # without an answer is incomplete, or will never have one.
