@@ -16,14 +16,15 @@ OWN = {
         {"name": "second"},
     ],
 }
+BESIDE = ["instance", "client", "postgres", "databases", "server"]
 FOUND = {"job": None, "endpoint": None, "state": None, "disk": None}
 
 
 def test_nobody_else_gets_in_and_each_has_a_url() -> None:
     ansible = Reader()
     try:
-        (rules,) = ansible.render("postgres", ["pg_hba.conf.j2"], OWN, {}, ["databases"])
-        (page,) = ansible.render("server", ["status.txt.j2"], OWN, {"__server_found": FOUND})
+        (rules,) = ansible.render("postgres", ["pg_hba.conf.j2"], OWN, {}, BESIDE)
+        (page,) = ansible.render("server", ["status.txt.j2"], OWN, {"__server_found": FOUND}, BESIDE)
     finally:
         ansible.end()
 

@@ -134,4 +134,4 @@ def test_program_says_what_it_can_do():
         [sys.executable, "-m", "hpc_db_host.break_lease", "--help"], capture_output=True, text=True, check=True,
         cwd=Path(hpc_db_host.__file__).parents[1],
     )
-    assert "free the lease if that stands still" in done.stdout
+    assert "release the lease if there is none" in done.stdout

@@ -144,8 +144,8 @@ def test_configuration_lets_in_by_password_over_tls_only_and_nobody_else_reads_i
 def test_logins_that_never_end_are_awaited_no_longer_than_clients_wait(make):
     pooler = make()
     pooler.poll_until(lambda: pooler.engine.port)
-    entries = (Path(__file__).parents[3] / "roles" / "server" / "vars" / "main.yml").read_text()
-    (patience,) = re.findall(r"\| combine\(\{'connect_timeout': '(\d+)'\}", entries)
+    entries = (Path(__file__).parents[3] / "plugins" / "module_utils" / "_plan.py").read_text()
+    (patience,) = re.findall(r'POOLER_CONNECT_TIMEOUT = "(\d+)"', entries)
 
     assert pooler.parameters()[1]["client_login_timeout"] == patience
 
