@@ -32,7 +32,7 @@ ALLOWED = {
 }
 EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
 # A name after another dot is an attribute or key, which may have the same name as a setting.
-READ = re.compile(r"(?<![\w.])(?:__settings\.)?(\w+)")
+READ = re.compile(r"(?<![\w.])(?:hpc_db\.)?(\w+)")
 QUOTED = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""")
 
 
@@ -131,7 +131,7 @@ def read_settings(
         for other in sorted(read_by(given[name], variables, options, is_template)):
             settle(other, (*before, name))
         try:
-            found = evaluate(given[name], {**variables, **settings, "__settings": settings})
+            found = evaluate(given[name], {**variables, **settings, "hpc_db": settings})
         except AnsibleError as error:
             if options[name]["role"] not in here:
                 return

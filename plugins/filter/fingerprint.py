@@ -10,20 +10,28 @@ name: fingerprint
 short_description: Checksum of settings and of this collection
 version_added: 0.1.0
 description:
-  - The checksum changes if the settings or any file of the collection's playbooks, plugins, roles and client package
-    change.
+  - The checksum changes if a setting that the playbook C(hpc_db.yml) reads, its lock file, the cluster's Python, or any
+    file of the collection's playbooks, plugins, roles and client package changes.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: Settings by name.
+    description: Settings by name, as M(mala.hpc_db.settings) returns them.
     type: dict
     required: true
+  inventory:
+    description: The inventory's folder, to which the path of the lock file is relative.
+    type: str
+    default: ""
+  python:
+    description: Path of the cluster's Python, C(ansible_python_interpreter).
+    type: str
+    default: ""
 """
 
 EXAMPLES = r"""
 - name: Print the checksum
   ansible.builtin.debug:
-    msg: "{{ {'instance_name': instance_name} | mala.hpc_db.fingerprint }}"
+    msg: "{{ hpc_db | mala.hpc_db.fingerprint(inventory_dir) }}"
 """
 
 RETURN = r"""
@@ -36,13 +44,21 @@ import hashlib
 import json
 from pathlib import Path
 
+from ansible_collections.mala.hpc_db.plugins.module_utils._plan import lock_file
+
 COLLECTION = Path(__file__).parents[2]
 PARTS = ("client", "playbooks", "plugins", "roles")
+# What the playbook reads, and what of it has no effect on the cluster.
+ROLES = ("instance_", "databases_", "upgrade_", "postgres_", "client_", "server_")
+WITHOUT_EFFECT = {"server_look_closely", "server_wait", "server_wait_timeout"}
 
 
-def fingerprint(settings: dict, collection: Path = COLLECTION) -> str:
+def fingerprint(settings: dict, inventory: str = "", python: str = "", collection: Path = COLLECTION) -> str:
     """Return the checksum as hexadecimal digits."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    read = {name: value for name, value in settings.items() if name.startswith(ROLES) and name not in WITHOUT_EFFECT}
+    lock = Path(lock_file(settings, inventory)) if settings.get("postgres_lock_file") else None
+    text = lock.read_text(encoding="utf-8") if lock and lock.is_file() else ""
+    digest = hashlib.sha256(json.dumps([read, text, python], sort_keys=True, default=str).encode())
     paths = sorted(path for part in PARTS for path in (collection / part).rglob("*"))
     for path in paths:
         if path.is_file() and path.suffix != ".pyc":

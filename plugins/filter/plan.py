@@ -10,32 +10,47 @@ name: plan
 short_description: What follows from the settings of an instance
 version_added: 0.1.0
 description:
-  - Returns PostgreSQL's sizes and access rules, the workers' service entries, and the databases' URLs.
+  - Returns PostgreSQL's sizes and access rules, the workers' service entries, and the databases' URLs. The roles share
+    the result with the settings in the dictionary C(hpc_db).
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
     description: All settings of the host, as M(mala.hpc_db.settings) returns them.
     type: dict
     required: true
-  owner:
-    description: The user who owns the instance.
-    type: str
+  instance:
+    description: The instance as M(mala.hpc_db.instance) returns it. Only C(root) is required.
+    type: dict
     required: true
-  root:
-    description: The instance directory, an absolute path on the cluster.
+  host:
+    description: Name of the host in the inventory.
     type: str
-    required: true
+    default: ""
+  inventory:
+    description: The inventory's folder on the workstation.
+    type: str
+    default: ""
+  base_python:
+    description: Path of the Python on the login node from which environments are made.
+    type: str
+    default: ""
 """
 
 EXAMPLES = r"""
 - name: Print the URL for the workers
   ansible.builtin.debug:
-    msg: "{{ (read.settings | mala.hpc_db.plan('alice', '/home/alice/hpc_db/hpc_db')).url }}"
+    msg: "{{ (hpc_db | mala.hpc_db.plan({'root': '/home/alice/hpc_db/hpc_db', 'owner': 'alice'})).url }}"
 """
 
 RETURN = r"""
 _value:
   description:
+    - C(root), C(owner) and C(major) of the instance, C(base_python), and C(python), that of the management environment.
+    - C(major_changes) is whether the studies are in another major version than the wanted one.
+    - C(prefix), C(bindir), C(data) and C(config) are PostgreSQL's paths, and C(pooler_prefix) PgBouncer's; C(config) is
+      relative to the instance directory, and C(bindir) an empty text if only the login node knows it.
+    - C(optuna_databases), C(other_databases) and C(database_roles).
+    - C(lock_file) and C(stage) are on the workstation, the latter the folder for packages that are staged there.
     - C(sizes) has the memory in megabytes; C(memory) of the job, C(need) of PostgreSQL with all C(connections), with
       C(shared), C(base) and C(each) as its parts.
     - C(warns) is whether the settings are allowed but dangerous.

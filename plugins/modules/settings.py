@@ -35,11 +35,11 @@ options: {}
 EXAMPLES = r"""
 - name: Read the settings
   mala.hpc_db.settings:
-  register: __settings
+  register: hpc_db
 
 - name: Print one
   ansible.builtin.debug:
-    msg: "{{ __settings.server_wait }}"
+    msg: "{{ hpc_db.server_wait }}"
 """
 
 RETURN = r"""

@@ -34,7 +34,7 @@ class Reader:
     def render(self, role: str, templates: list[str], own: dict, sent: dict, beside: Sequence[str] = ()) -> list[str]:
         """Return a role's rendered templates, in a play with the roles ``beside``.
 
-        ``sent`` holds results of modules, which Ansible marks as unsafe.
+        ``sent`` holds results of modules, which Ansible marks as unsafe, and ``own["hpc_db"]`` what roles share.
         """
         return self._ask(role=role, templates=templates, own=own, sent=sent, beside=list(beside))
 
@@ -87,11 +87,14 @@ def render(role: str, templates: list[str], own: dict, sent: dict, beside: list[
     """Return the templates as rendered by Ansible."""
     from ansible.utils.unsafe_proxy import wrap_var
     from ansible_collections.mala.hpc_db.plugins.action.settings import find_settings
+    from ansible_collections.mala.hpc_db.plugins.module_utils._plan import plan
 
     folder = ROOT / "roles" / role
     given = dict(own, role_path=str(folder), **{name: wrap_var(value) for name, value in sent.items()})
     templar, variables, trust, loader = templar_of([*(ROOT / "roles" / each for each in beside), folder], given)
-    templar.available_variables = {**variables, "__settings": find_settings(variables, templar, loader)}
+    found = find_settings(variables, templar, loader)
+    derived = plan(found, {"root": "/r", "owner": "alice"})
+    templar.available_variables = {**variables, "hpc_db": {**found, **derived, **own.get("hpc_db", {})}}
     return [
         str(templar.template(trust("{{ lookup('ansible.builtin.template', '%s') }}" % (folder / "templates" / each))))
         for each in templates

@@ -173,7 +173,7 @@ def test_settings_are_read_with_their_types() -> None:
     for path, text in ansible_files().items():
         for expression in expressions_of(path, text) if path.parent.name != "defaults" else ():
             bare = set(re.findall(r"(?<![\w.])\w+", expression)) & settings
-            assert not bare, f"{path}: __settings.{bare.pop()} is what has its type: {expression}"
+            assert not bare, f"{path}: hpc_db.{bare.pop()} is what has its type: {expression}"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
@@ -208,7 +208,7 @@ def test_modules_have_the_defaults_of_the_settings() -> None:
             for key, arguments in task.items():
                 name = str(key).removeprefix("mala.hpc_db.")
                 for option, value in arguments.items() if name in modules and isinstance(arguments, dict) else ():
-                    setting = re.fullmatch(r"\{\{ __settings\.(\w+) \}\}", str(value))
+                    setting = re.fullmatch(r"\{\{ hpc_db\.(\w+) \}\}", str(value))
                     if setting and setting[1] in defaults and "default" in modules[name].get(option, {}):
                         given.setdefault((name, option), {})[setting[1]] = defaults[setting[1]]
 

