@@ -197,8 +197,8 @@ def ensure_started(params: dict, run: Run, is_served: IsServed) -> dict:
                 os.unlink(log)
             pid = int(run(start_command(root, params["lifetime"], params["timeout"], log)))
         elif not runs(pid):
-            raise Failed(f"the short-lived server did not start: {last_words(log)}")
-        slice_.check(f"the short-lived server: {last_line(log)}, {params['timeout']} s are allowed", pid=pid)
+            raise Failed(f"the temporary server did not start: {last_words(log)}")
+        slice_.check(f"the temporary server: {last_line(log)}, {params['timeout']} s are allowed", pid=pid)
         time.sleep(POLL_SECONDS)
     if pid and runs(pid):
         os.kill(pid, signal.SIGTERM)
@@ -235,8 +235,8 @@ def ensure_stopped(params: dict) -> bool:
     limit = slice_.began + params["timeout"]
     while os.path.exists(path) or answers({"host": said["socket"], "port": said["port"]}):
         if time.monotonic() > limit:
-            raise Failed(f"the short-lived server (PID {said['pid']}) has not stopped within {params['timeout']} s")
-        slice_.check(f"the short-lived server (PID {said['pid']}) stops", pid=said["pid"])
+            raise Failed(f"the temporary server (PID {said['pid']}) has not stopped within {params['timeout']} s")
+        slice_.check(f"the temporary server (PID {said['pid']}) stops", pid=said["pid"])
         time.sleep(POLL_SECONDS)
     return True
 
@@ -264,7 +264,7 @@ def main() -> None:
             expand_user_and_vars=False,
         )
         if returncode:
-            raise Failed(f"the short-lived server did not start: {' '.join(stderr.split())}")
+            raise Failed(f"the temporary server did not start: {' '.join(stderr.split())}")
         return stdout
 
     is_served = ask_once(module.params["root"], lambda where: make_run(module, where))

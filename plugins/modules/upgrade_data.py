@@ -172,7 +172,7 @@ def ensure_major(params: dict, run: Run, check_mode: bool) -> dict:
 
 def last_words(stderr: str) -> str:
     """Return why the program ended, without the time and state before it."""
-    lines = stderr.strip().splitlines() or ["no word why"]
+    lines = stderr.strip().splitlines() or ["no error message"]
     return lines[-1].partition(" failed: ")[2] or lines[-1]
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 COUNTERS, ACCOUNTS, BALANCE = 3, 6, 100
-OTHER_DATA = "the database is another one now"
+OTHER_DATA = "the database was restored or replaced"
 KINDS = ["counter", "counter", "blind", "blind", "transfer", "transfer", "put", "claim", "bulk", "look", "sum"]
 # Seconds between transactions, during which no session is open.
 MOST_REST = 0.02

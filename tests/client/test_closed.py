@@ -299,7 +299,7 @@ def test_other_data_behind_a_pooler_are_not_written(
         connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
     server.ask(f"ALTER DATABASE study SET hpc_db.generation = '{uuid.uuid4()}'")
     for _turn in range(2):
-        with pytest.raises(OperationalError, match="the database is another one now"), pooled.begin() as connection:
+        with pytest.raises(OperationalError, match="database was restored or replaced"), pooled.begin() as connection:
             connection.execute(text("INSERT INTO t VALUES (4, 'four')"))
     assert database("SELECT count(*) FROM t") == [(3,)]
 
@@ -319,7 +319,7 @@ def test_other_data_behind_a_pooler_are_not_written_without_a_mark(
         raw.cursor().execute("SELECT 1")
         raw.commit()
         server.ask(f"ALTER DATABASE study SET hpc_db.generation = '{uuid.uuid4()}'")
-        with pytest.raises(DRIVER_ERRORS, match="the database is another one now"):
+        with pytest.raises(DRIVER_ERRORS, match="the database was restored or replaced"):
             if what == "COPY":
                 copy_in(raw.cursor(), "3\tthree\n")
             else:
@@ -783,10 +783,10 @@ def test_engine_does_not_go_on_with_other_data(
         server.ask(f"ALTER DATABASE study SET hpc_db.generation = '{uuid.uuid4()}'")
         cut()
         if within:
-            with pytest.raises(OperationalError, match="the database is another one now"):
+            with pytest.raises(OperationalError, match="the database was restored or replaced"):
                 connection.execute(text("INSERT INTO t VALUES (4, 'four')"))
     for _turn in range(2):
-        with pytest.raises(OperationalError, match="the database is another one now"), engine.connect() as connection:
+        with pytest.raises(OperationalError, match="database was restored or replaced"), engine.connect() as connection:
             connection.execute(text("SELECT 1"))
     assert database("SELECT count(*) FROM t") == [(2,)]
 
@@ -800,7 +800,7 @@ def test_other_database_of_the_same_name_is_other_data(
     engine.connect().close()
     server.ask("DROP DATABASE other WITH (FORCE)")
     server.ask("CREATE DATABASE other OWNER study")
-    with pytest.raises(OperationalError, match="the database is another one now"), engine.connect() as connection:
+    with pytest.raises(OperationalError, match="database was restored or replaced"), engine.connect() as connection:
         connection.execute(text("SELECT 1"))
 
 

@@ -403,11 +403,11 @@ def test_clients_are_told_that_the_database_is_another_one(instance: Instance, s
     server.ask("ALTER DATABASE study SET hpc_db.generation = 'restored'")
     server.ask("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'study'")
 
-    with pytest.raises(StorageInternalError, match="the database is another one now"):
+    with pytest.raises(StorageInternalError, match="the database was restored or replaced"):
         for _turn in range(100):
             trial.report(1.0, step=_turn)
             time.sleep(0.1)
-    with pytest.raises(StorageInternalError, match="the database is another one now"):
+    with pytest.raises(StorageInternalError, match="the database was restored or replaced"):
         study.tell(trial, 1.0)
     assert instance.ended[before:] == [3], "the proxy has begun anew, without what it remembered"
     again = optuna.load_study(storage=instance.storage(), study_name="moved")

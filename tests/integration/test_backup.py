@@ -251,7 +251,7 @@ def test_dump_that_is_killed_leaves_the_older_ones(studies: Studies) -> None:
 
     killed = locked("ps -o ni= $(pgrep -P $program); pkill -9 -P $program; wait $program")
     niceness = min(19, os.nice(0) + 10)
-    assert killed.split("\n") == [str(niceness), "False no dump of studies: pg_dump ended with -9"]
+    assert killed.split("\n") == [str(niceness), "False cannot dump studies: pg_dump ended with -9"]
     assert locked("wait $program; pgrep -r RSDT -xu $USER pg_dump", patience=2) == "False no dump within 2 s"
     assert studies.target.run("stat -c '%a %n %Y' ~/rounds/dumps/*") == older
 

@@ -151,7 +151,7 @@ def test_successor_goes_on_after_a_kill_and_before_the_walltime(grid_engine: Gri
     last = grid_engine.wait_for_another({"job": third})
 
     said = grid_engine.log()[log:]
-    assert "ended: told to by SIGUSR1" in said
+    assert "ended: stopped by SIGUSR1" in said
     assert "waiting: the data directory is held" not in said.partition("SIGUSR1")[2]  # the third job released it
     assert last["host"] in HOSTS
     assert sorted(grid_engine.target.run(STATES).split()) == ["FAIL", "RUNNING", "WAITING"]
@@ -162,5 +162,5 @@ def test_stop_leaves_no_job(grid_engine: GridEngine, settings: dict) -> None:
 
     assert grid_engine.jobs() == {}
     assert grid_engine.endpoint() == {}
-    assert re.search(r"ended: told to by .*/run/stop\.\d+\n", grid_engine.log())
+    assert re.search(r"ended: stopped by .*/run/stop\.\d+\n", grid_engine.log())
     assert list(grid_engine.root.glob("run/stop.*")) == []

@@ -72,7 +72,7 @@ def test_built_and_installed(here: Target, installed: Installed) -> None:
     assert re.search(r"^  connections  \d of 60 +\[#?-{19,20}\]$", status, re.MULTILINE)
     assert re.search(r"^  disk         \S+ \wB free of \S+ \wB +\[#+-*\]$", status, re.MULTILINE)
     assert re.search(r"^  URL          postgresql\+psycopg2:///\?service=\w+$", status, re.MULTILINE)
-    assert re.search(r"^\w+ on localhost: nothing found$", examined, re.MULTILINE)
+    assert re.search(r"^\w+ on localhost: no problems found$", examined, re.MULTILINE)
     assert "changed=1" in stopped
 
 

@@ -152,4 +152,4 @@ def test_without_a_server_the_studies_are_read_all_the_same(
 
     assert "none in the queue: no server runs" in text
     assert COUNTS in text
-    assert re.search(r"UTC not until now [\d:]+ away told to by SIGTERM", text), text
+    assert re.search(r"UTC not until now [\d:]+ away stopped by SIGTERM", text), text

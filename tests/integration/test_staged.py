@@ -117,7 +117,7 @@ def report(mini: Target, settings: dict) -> tuple[int, str]:
 def parts(text: str) -> dict[str, str]:
     """Return the findings by place; each fix is on the line of its problem."""
     found = re.findall(r"^  ((?:the|login|compute) \S+).*\n((?:    .*(?:\n|$))*)", text, re.MULTILINE)
-    return {name: re.sub(r"\n +mend: ", " -> ", part) for name, part in found}
+    return {name: re.sub(r"\n +fix: ", " -> ", part) for name, part in found}
 
 
 def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_job: subprocess.Popen) -> None:
@@ -125,7 +125,7 @@ def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_jo
     mini.run("echo ~/hpc_db/hpc_db/python/lib/python3*/site-packages > more.pth && mv more.pth env/lib/python3*/site-*")
     status, well = report(mini, {})
 
-    assert status == 0 and " nothing found\n" in well, well
+    assert status == 0 and " no problems found\n" in well, well
     assert re.search(r"^  login node login\n(?:.*\n)+  compute node c[12]\n", well, re.MULTILINE), well
     versions = r"Python 3.* psycopg2 2.* SQLAlchemy 2.* Optuna 5.*"
     for name in ("login node", "compute node"):
@@ -145,11 +145,11 @@ def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_jo
     assert status != 0
     found = parts(ill)
     too_many = r"too many clients: about (5[6-9]|6[0-3]) workers against max_connections 60 \(8 times by c2, .*"
-    assert re.search(rf"FOUND +log +{too_many} -> databases_workers \(20\): ", found["the server"]), ill
-    assert re.search(r"FOUND +passwords +\S+ has mode 0644: libpq ignores it.* -> chmod 600 ", found["login node"]), ill
-    assert re.search(r"FOUND +workers +~/env cannot connect: a client knew no password ", found["login node"]), ill
+    assert re.search(rf"PROBLEM +log +{too_many} -> databases_workers \(20\): ", found["the server"]), ill
+    assert re.search(r"PROBLEM +passwords +\S+ has mode 0644: libpq ignores .* -> chmod 600 ", found["login node"]), ill
+    assert re.search(r"PROBLEM +workers +~/env cannot connect: a client sent no pass", found["login node"]), ill
     refused = r"nothing was looked at: .*invalid partition .* -> doctor_job_options"
-    assert re.search(rf"FOUND +job +{refused}", found["compute node"]), ill
+    assert re.search(rf"PROBLEM +job +{refused}", found["compute node"]), ill
 
     mini.run(f"until {OLD_ENOUGH} | grep -q t; do sleep 0.5; done")
     shown = mini.play("status", {"client_environment": "~/env"}).stdout
@@ -168,6 +168,6 @@ def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_jo
 
     assert status != 0
     found = parts(down)
-    assert "no hosting job is queued or runs, so the server is down -> the playbook hpc_db.yml" in found["the server"]
-    assert "FOUND" not in found["login node"] + found["compute node"], down
+    assert "no server job is queued or running, so the server is down -> the playbook hpc_db.yml" in found["the server"]
+    assert "PROBLEM" not in found["login node"] + found["compute node"], down
     assert found["compute node"].count("the server is down") == 6, down

@@ -56,7 +56,7 @@ def test_walltime(cluster: MiniCluster, watch: Watch, figure: Figure, soak: bool
         cluster.wait_for_another(before, 150)
         watch.wait_for_acknowledgement(60)
 
-        assert "ended: told to by SIGUSR1" in cluster.log()[log:]
+        assert "ended: stopped by SIGUSR1" in cluster.log()[log:]
         assert cluster.said("endpoint")["job"] != before["job"]
         outages.append(watch.gap(began))
     figure("L3", f"{len(outages)} clean hand-overs of {len(outages)}, at most {max(outages):.1f} s without a result")
@@ -76,7 +76,7 @@ def test_job_is_taken_away(
 
     figure("L4", f"{way}: back after {back:.1f} s, {watch.gap(began):.1f} s without a result, "
                  f"service entry stale for {watch.stale:.1f} s")
-    assert ("ended: told to by SIGTERM" in cluster.log()[log:]) is clean
+    assert ("ended: stopped by SIGTERM" in cluster.log()[log:]) is clean
     assert watch.stale <= (0.5 if clean else cluster.settings()["lease_ttl"] + 5)
 
 

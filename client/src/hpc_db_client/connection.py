@@ -130,8 +130,8 @@ class Engine:
             self._identity = identity
         if identity != self._identity:  # guard: identity
             raise self.dbapi.OperationalError(
-                "hpc_db: the database is another one now, restored or moved to other data:"
-                f" {_in_words(identity)} instead of {_in_words(self._identity)}; start this program anew"
+                "hpc_db: the database was restored or replaced:"
+                f" now {_in_words(identity)}, before {_in_words(self._identity)}; restart this program"
             )
 
 

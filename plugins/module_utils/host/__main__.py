@@ -40,7 +40,7 @@ LONGEST_PAUSE = 4.0
 # Seconds between two checks whether the successor is still in the queue.
 FOLLOW_SECONDS = 900.0
 # Added to a message if only the user can know whether the holder has ended.
-ASK_THE_USER = "; nothing here can tell whether it has ended: if you know that it has, run the playbook break_lease.yml"
+ASK_THE_USER = "; this host cannot check whether it has ended: if it has, run the playbook break_lease.yml"
 # Seconds until the next attempt to publish the endpoint.
 PUBLISH_SECONDS = 5.0
 
@@ -109,7 +109,7 @@ class Host:
             "allocation": self._allocation, "silence": ttl * (SILENT_TTLS if self.bootstrap else 1),
         }
         lease = Lease(self.layout.run, holder, self._has_ended, ttl)
-        self.tell("starting", "asking for the lease")
+        self.tell("starting", "requesting the lease")
         self._acquire(lease, patience)
         self._lease = lease
         with Keeper(lease) as keeper:
@@ -128,7 +128,7 @@ class Host:
             self._release(keeper)
 
     def _release(self, keeper: Keeper) -> None:
-        with self._only_told("the lease is not released"):
+        with self._only_told("cannot release the lease"):
             keeper.release()
 
     @contextlib.contextmanager
@@ -164,7 +164,7 @@ class Host:
                 if not is_job or not self._has_ended(held.holder):
                     # the holder may still run, or we are not a job of the scheduler
                     raise Held(held.holder, "" if self._can_be_asked(held.holder) else ASK_THE_USER) from None
-                hint = "; its job has ended, but its heartbeat goes on: is its node cut off?"
+                hint = "; its job has ended, but its heartbeat continues: its node may be cut off"
                 self._follow()  # our walltime may end before that
             except OSError as error:
                 if not is_job or error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -189,7 +189,7 @@ class Host:
                 if len(deaths) > limit:
                     raise Failed(str(died)) from None
                 pause = min(2.0 ** (len(deaths) - 1), LONGEST_PAUSE)
-                self.tell("starting", "postgres starts again, as %s" % died, "restart", str(died))
+                self.tell("starting", "postgres restarts: %s" % died, "restart", str(died))
                 self._sleep(keeper, pause)
             full = space(self.settings["data"])
             while full:
@@ -213,7 +213,7 @@ class Host:
             parameters = BOOTSTRAP_PARAMETERS if self.bootstrap else {}
             postgres = Postgres(self.settings, not self.bootstrap, keeper, parameters)
             postgres.start()
-            with self._only_told("what the last holder has left is not withdrawn"):
+            with self._only_told("cannot remove the previous holder's endpoint"):
                 self._withdraw()
             postgres.wait_for_write(self.settings["start_patience"])
             if not self.bootstrap:
@@ -231,11 +231,11 @@ class Host:
 
     def _prepare_to_move(self, postgres: Postgres, keeper: Keeper) -> None:
         """Make a dump and a checkpoint before the walltime, so that the stop is quick; workers continue meanwhile."""
-        self.tell("stopping", "the walltime is near", "walltime")
+        self.tell("stopping", "the walltime ends soon", "walltime")
         if self._dumps:
-            with self._only_told("no dump is made"):
+            with self._only_told("cannot dump the studies"):
                 self._dumps.now(self.settings["stop_notice"] / 4, keeper.check)
-        with self._only_told("no checkpoint is made"):
+        with self._only_told("cannot make a checkpoint"):
             postgres.query("CHECKPOINT", 15)
 
     def _leave(self, postgres: Optional[Postgres]) -> None:
@@ -253,14 +253,14 @@ class Host:
                 drain(postgres, self.settings["drain_seconds"])
         finally:
             for engine in self._engines:
-                with self._only_told("%s is not ended" % engine.name):
+                with self._only_told("cannot stop %s" % engine.name):
                     engine.stop()
             self._clean = postgres is None or postgres.stop(self.settings["stop_patience"])
 
     def _end_chain(self) -> None:
         """Cancel the successors: they would fail as well, one after the other, for ever."""
         if self._queue:
-            with self._only_told("the successors are not cancelled"):
+            with self._only_told("cannot cancel the successors"):
                 self._queue.cancel_successors()
 
     def tell(self, state: str, reason: str, event: str = "", cause: str = "") -> None:
@@ -279,12 +279,12 @@ class Host:
         try:
             events.append(self.settings["root"], dict(content, time=now, event=event, cause=cause))
         except (OSError, ValueError) as error:
-            files.log("events.jsonl is not written: %s" % error)
+            files.log("cannot write events.jsonl: %s" % error)
         try:
             if self._lease and self._lease.is_ours():
                 files.write_state(self.layout.state, dict(content, since=now))
         except (OSError, ValueError) as error:
-            files.log("state.json is not written: %s" % error)
+            files.log("cannot write state.json: %s" % error)
 
     def tell_end(self, state: str, reason: object) -> None:
         """Report the reason for the end, and the errors during the shutdown."""
@@ -309,14 +309,14 @@ class Host:
                     raise _told_to_stop[0]
                 returncode = postgres.returncode()
                 if returncode is not None:
-                    raise Failed("postgres ended by itself with exit code %d" % returncode)
+                    raise Failed("postgres exited unexpectedly with code %d" % returncode)
                 if time.monotonic() > ends:
-                    stop("its lifetime is over")
+                    stop("its lifetime has expired")
                 if os.path.exists(wish):
                     ignore_signals()
-                    with self._only_told("the wish to stop stays"):
+                    with self._only_told("cannot remove the stop request"):
                         files.remove(wish)
-                    stop("told to by %s" % wish)
+                    stop("stopped by %s" % wish)
                 if self._dumps:
                     self._dumps.poll()
                     self._poll_engines(postgres)
@@ -341,7 +341,7 @@ class Host:
             followed, pause = self._queue.ensure_successor() if self._queue else "", FOLLOW_SECONDS
             self._alone = ""
         except (OSError, subprocess.TimeoutExpired) as error:
-            followed, pause = "no successor: %s" % error, 60.0
+            followed, pause = "cannot queue a successor: %s" % error, 60.0
             self._alone = ", but " + followed
         if followed != self._followed:
             self._followed = followed
@@ -368,7 +368,7 @@ class Host:
                 endpoint.publish(self.layout.run, self._service_file(), where, self.settings["service"], pooled)
                 self._unpublished = ""
             except OSError as error:  # postgres still serves the connected workers
-                self._unpublished = "workers do not learn where the server is: %s" % error
+                self._unpublished = "cannot publish the endpoint: %s" % error
                 self._publish_due = time.monotonic() + PUBLISH_SECONDS
 
     def _withdraw(self) -> None:
@@ -388,7 +388,9 @@ class Host:
         try:
             socket.getaddrinfo(name, None)
         except OSError:
-            raise Failed("the host name %s cannot be resolved: set server_address to one that can" % name) from None
+            raise Failed(
+                "the host name %s cannot be resolved: set server_address to one that every node can resolve" % name
+            ) from None
         return name
 
     def _service_file(self) -> str:
@@ -426,10 +428,10 @@ def in_words(refused: Exception) -> str:
 def silence(holder: dict, seconds: float, can_be_asked: bool) -> str:
     """Return how long others have to wait for a holder whose host has failed; empty if unknown."""
     if holder.get("kind") == "bootstrap":
-        told = "; if it was killed, it is replaced at once on its own host, on others after %g s without a heartbeat"
+        told = "; if it was killed, it can be replaced at once on its host, elsewhere after %g s without a heartbeat"
         return told % seconds
     if can_be_asked and holder.get("kind") != "local":
-        return "; if it has died, it is replaced after %g s without a heartbeat, once the scheduler knows" % seconds
+        return "; if it has died, it is replaced after %g s without a heartbeat, once its job has ended" % seconds
     return ""
 
 
@@ -437,9 +439,9 @@ def drain(postgres: Postgres, seconds: float) -> None:
     """Wait for running transactions; log those that are cut."""
     try:
         cut = postgres.drain(seconds)
-        told = "transactions that take longer than %d s and are cut: %d" % (seconds, cut) if cut else ""
+        told = "transactions terminated after %d s: %d" % (seconds, cut) if cut else ""
     except (Failed, OSError, ValueError) as failed:
-        told = "running transactions are not awaited: %s" % failed
+        told = "cannot wait for running transactions: %s" % failed
     if told:
         files.log(told)
 
@@ -457,7 +459,7 @@ def on_signal(number: int, _frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)  # later signals are more urgent
     else:
         ignore_signals()
-    stop("told to by %s" % signal.Signals(number).name, planned)
+    stop("stopped by %s" % signal.Signals(number).name, planned)
 
 
 def ignore_signals() -> None:
@@ -484,11 +486,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="hpc_db_host", description=__doc__)
     parser.add_argument("what", choices=("serve", "bootstrap", "upgrade"))
     parser.add_argument("--root", required=True, help="the instance directory")
-    parser.add_argument("--lifetime", type=float, help="seconds after which it ends by itself")
+    parser.add_argument("--lifetime", type=float, help="lifetime in seconds; by default unlimited")
     parser.add_argument("--lease-patience", type=float, default=0.0, help="seconds to wait for the lease")
-    parser.add_argument("--detach", metavar="LOG", help="go on in the background, print the PID, and write to LOG")
-    parser.add_argument("--settings", metavar="FILE", help="the settings to go over to")
-    parser.add_argument("--back", action="store_true", help="go back even to an earlier state of the studies")
+    parser.add_argument("--detach", metavar="LOG", help="run in the background, print the PID, and log to LOG")
+    parser.add_argument("--settings", metavar="FILE", help="settings file of the new major version")
+    parser.add_argument("--back", action="store_true", help="go back even if the kept studies are older")
     arguments = parser.parse_args()
     os.umask(0o077)
     del _told_to_stop[:]

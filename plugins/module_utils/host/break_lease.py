@@ -43,7 +43,7 @@ def free(lease: Lease) -> dict:
             lease.acquire(watched, lambda refused: None)
         except Held as held:
             raise SystemExit(
-                "%s, who has renewed the lease in the %d s of watching, or runs on this host: it is not broken"
+                "%s: the holder renewed the lease within %d s, or runs on this host, so the lease is kept"
                 % (held, watched)
             ) from None
         lease.release()

@@ -29,7 +29,7 @@ LOOKUP_SECONDS = 2.0
 # superuser_reserved_connections: only the owner can use these.
 RESERVED = 5
 
-RESTART = "; then the playbooks hpc_db.yml, stop.yml and hpc_db.yml, since it counts from the next start"
+RESTART = "; then the playbooks hpc_db.yml, stop.yml and hpc_db.yml, since it takes effect at the next start"
 
 # Messages that every planned move causes.
 HARMLESS = re.compile(
@@ -50,21 +50,21 @@ CHOSEN = re.compile('(?<=").*(?=")|(?<=argument for server process: ).*')
 CAUSES = [
     ("password authentication failed for user \"\"",
      "the password of {0} is not the server's",
-     "the playbook hpc_db.yml, which brings both together; workers must use the URL as it is printed"),
+     "the playbook hpc_db.yml, which sets both again; workers must use the printed URL"),
     ("no password supplied|expected (?:SASL|password) response, got message type 88",
-     "a client knew no password",
-     "chmod 600 for the service's passfile, which libpq else ignores; workers must use the URL as it is printed"),
+     "a client sent no password",
+     "chmod 600 for the service's passfile, or libpq ignores it; workers must use the printed URL"),
     ("pg_hba.conf rejects connection",
-     "a rule forbids a connection",
+     "a rule in pg_hba.conf rejects a client",
      "postgres_hba_rules"),
     ("database \"\" does not exist",
-     "there is no database {0}",
-     "databases_studies: name it there, then the playbook hpc_db.yml"),
+     "the database {0} does not exist",
+     "databases_studies: add it there, then the playbook hpc_db.yml"),
     ("role \"\" does not exist",
      "a URL names the role {0}, which does not exist",
-     "workers must use the URL as it is printed, which needs no user (instance_study_role)"),
+     "workers must use the printed URL, which needs no user (instance_study_role)"),
     ("idle-in-transaction timeout",
-     "a worker was silent inside a transaction for too long, and lost it",
+     "a worker was idle in a transaction for too long and was disconnected",
      "postgres_settings: idle_in_transaction_session_timeout, if workers are suspended for longer than that"),
     ("idle-session timeout",
      "workers lose their connections between trials",
@@ -73,13 +73,13 @@ CAUSES = [
      "the disk is full",
      "instance_root: free space there, or move the instance to a larger file system"),
     ("Disk quota exceeded|quota exceeded|disk full",
-     "the quota is used up, or the disk full",
+     "the quota is exceeded or the disk is full",
      "instance_root: free space there, or move the instance to a larger file system"),
     ("was terminated by signal 9|out of memory|Cannot allocate memory|could not fork",
-     "the hosting job's memory is too small",
+     "the server job has too little memory",
      "mem in server_job_options (instance_memory), or fewer databases_workers"),
     ("could not (?:bind|create any TCP/IP sockets)|Address already in use",
-     "the server cannot listen where it should",
+     "the server cannot listen on its address and port",
      "postgres_listen_addresses, postgres_port"),
     ("could not (?:resize|open|create) shared memory",
      "the compute node has too little shared memory (/dev/shm)",
@@ -95,15 +95,15 @@ CAUSES = [
      "postgres_major, or the playbook upgrade.yml"),
     ("lock file .* already exists|pre-existing shared memory block",
      "another server has the data directory",
-     "instance_root: two instances need two; end what else runs there"),
+     "instance_root: each instance needs its own; stop the other server"),
     ("checkpoint record|invalid (?:page|record|magic number)|could not read block",
      "the data directory is damaged",
      "the playbook restore.yml, with restore_from: newest"),
     ("authentication timeout|due to timeout",
-     "clients took too long to say who they are",
-     "databases_workers: fewer that start at once, or postgres_settings: authentication_timeout"),
+     "clients took too long to authenticate",
+     "databases_workers: start fewer at once, or postgres_settings: authentication_timeout"),
     ("unsupported frontend protocol|invalid length of startup packet",
-     "something else than a PostgreSQL client has spoken to the port",
+     "a program other than a PostgreSQL client connected to the port",
      "postgres_networks: only those of the cluster"),
     ("definition of service \"\" not found",
      "libpq does not find the service {0}",
@@ -114,12 +114,12 @@ CAUSES = [
      " (client_environment, postgres_python_packages)"),
     ("could not translate host name|Name or service not known|failure in name resolution",
      "the server's name cannot be resolved here",
-     "server_address: a name or an address that every node knows"),
+     "server_address: a name or an address that every node can resolve"),
     ("channel binding",
-     "TLS is not as the service entry asks: a libpq without OpenSSL, or a stranger's server",
+     "TLS differs from the service entry: libpq has no OpenSSL, or another user's server answers",
      "postgres_tls, or another driver (client_environment, postgres_python_packages)"),
     ("server does not support SSL",
-     "the server has no TLS, but the service entry asks for it",
+     "the server has no TLS, but the service entry requires it",
      "postgres_tls" + RESTART),
     ("Connection refused|timeout expired|timed out|No route to host|Network is unreachable|unreachable",
      "the server cannot be reached",
@@ -168,13 +168,13 @@ def explain_rule(rule: "re.Match", wanted: dict) -> Tuple[str, str]:
     """Return cause and fix if no rule in pg_hba.conf matches a client."""
     if rule.group("database") not in wanted["databases"]:
         return (
-            "%(user)s asked for the database %(database)s, which is none for studies" % rule.groupdict(),
-            "databases_studies: name it there, then the playbook hpc_db.yml",
+            "%(user)s requested the database %(database)s, which is not in databases_studies" % rule.groupdict(),
+            "databases_studies: add it there, then the playbook hpc_db.yml",
         )
     if wanted["tls"] and re.search("no encryption|SSL off", rule.group("rest")):
         return (
-            "a client on %(host)s wanted no TLS" % rule.groupdict(),
-            "workers must use the URL as it is printed, whose service asks for TLS (postgres_tls)",
+            "a client on %(host)s connected without TLS" % rule.groupdict(),
+            "workers must use the printed URL, whose service requires TLS (postgres_tls)",
         )
     return (
         "%(user)s may not connect from %(host)s" % rule.groupdict(),
@@ -184,8 +184,8 @@ def explain_rule(rule: "re.Match", wanted: dict) -> Tuple[str, str]:
 
 def mend_too_many(wanted: dict) -> str:
     """Return the settings that allow more workers."""
-    fewer = "" if wanted["plugin"] else ", or client_environment, with which each holds fewer connections"
-    return "databases_workers (%s): how many there really are%s%s" % (wanted["workers"], fewer, RESTART)
+    fewer = "" if wanted["plugin"] else ", or set client_environment, so that each holds fewer connections"
+    return "databases_workers (%s): set the real number of workers%s%s" % (wanted["workers"], fewer, RESTART)
 
 
 class Event:
@@ -248,7 +248,7 @@ def read_logs(folder: str, since: float, wanted: dict) -> List[Event]:
     rest = [event for event in found if event.clients][MOST_OF_CLIENTS:]
     if rest:
         found = [event for event in found if event not in rest]
-        found.append(Event("%d more things that clients were told" % len(rest), "see the logs in %s" % folder))
+        found.append(Event("%d more errors sent to clients" % len(rest), "see the logs in %s" % folder))
         found[-1].times = [when for event in rest for when in event.times]
     if refused.times:
         workers = estimate_workers(refused.times, wanted)

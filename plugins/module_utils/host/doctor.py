@@ -114,19 +114,19 @@ def look_at_server(wanted: dict) -> Report:
 def _look_at_job(report: Report, wanted: dict) -> None:
     job, state, endpoint = wanted["job"], wanted["state"] or {}, wanted["endpoint"]
     serves = endpoint and job
-    said = "no hosting job is queued or runs"
+    said = "no server job is queued or running"
     if job:
         where = " on %s" % job["node"] if job["node"] else ""
         why = " (%s)" % job["reason"] if job["reason"] and job["state"] != "RUNNING" else ""
         said = "job %s %s%s%s" % (job["id"], job["state"], where, why)
     if serves and wanted["silent"]:
-        report.found("job", "%s, but the server has given no sign of life for %.0f s: its node may be dead" % (
+        report.found("job", "%s, but the server has sent no heartbeat for %.0f s: its node may be dead" % (
             said, wanted["silent"]), "wait until the scheduler has ended the job; then %s, if no other job is queued" %
             HOST_IT)
     elif serves:
         report.well("job", said)
     elif job and job["state"] == "RUNNING":
-        report.found("job", "%s, but the server is down: it does not serve yet, or no longer" % said,
+        report.found("job", "%s, but the server is down: it is still starting, or has stopped" % said,
                      "wait, or see %s" % Layout(wanted["root"]).job_log)
     elif job:
         report.found("job", "%s, so the server is down" % said,
@@ -176,14 +176,14 @@ def look_from_here(wanted: dict) -> Report:
     """Run the checks whose results may differ between nodes."""
     report = Report()
     if not os.path.isdir(wanted["root"]):
-        report.found("files", "%s is not there" % wanted["root"],
-                     "instance_root: a folder on a file system that login and compute nodes share")
+        report.found("files", "%s does not exist" % wanted["root"],
+                     "instance_root: use a folder on a file system that login and compute nodes share")
         return report
     path = Layout(wanted["root"]).endpoint
     endpoint = files.read_json(path) if wanted["endpoint"] else None  # else the job has ended and the file is stale
     if wanted["endpoint"] and not endpoint:
-        report.found("files", "%s is not here, but was on the login node just now" % path,
-                     "instance_root: a folder on a file system that login and compute nodes share")
+        report.found("files", "%s is missing on this node, but the login node has just read it" % path,
+                     "instance_root: use a folder on a file system that login and compute nodes share")
         return report
     entry = _look_at_service(report, wanted, endpoint)
     _look_at_passwords(report, entry.get("passfile", Layout(wanted["root"]).pgpass))
@@ -192,7 +192,7 @@ def look_from_here(wanted: dict) -> Report:
     else:
         _look_at_network(report, wanted, endpoint["host"], int(endpoint["port"]))
     serves = endpoint is not None and not wanted["silent"]
-    side = _look_at_python(report, wanted, "Python side", wanted["python_side"], "", serves, {})
+    side = _look_at_python(report, wanted, "management", wanted["python_side"], "", serves, {})
     if wanted["environment"]:
         _look_at_python(report, wanted, "workers", wanted["environment"], "client_environment", serves, side)
     return report
@@ -206,17 +206,17 @@ def _look_at_service(report: Report, wanted: dict, endpoint: Optional[dict]) -> 
     unset = "unset PGSERVICEFILE in the job; it hides ~/.pg_service.conf" if os.environ.get("PGSERVICEFILE") else ""
     if endpoint is None:
         if entry:
-            report.found("service", "%s leads to a server that is down" % where, HOST_IT)
+            report.found("service", "%s points to a server that is down" % where, HOST_IT)
         else:
-            report.skipped("service", "the server is down, so there is none")
+            report.skipped("service", "the server is down, so the entry is not needed")
     elif not entry:
-        shared = "%s; if it is there on the login node, nodes do not share the home directory" % HOST_IT_AGAIN
-        report.found("service", "there is no %s" % where, unset or shared)
+        shared = "%s; if the login node has it, the nodes do not share the home directory" % HOST_IT_AGAIN
+        report.found("service", "%s is missing" % where, unset or shared)
     elif (entry.get("host"), entry.get("port")) != (str(endpoint["host"]), str(endpoint["port"])):
-        report.found("service", "%s leads to %s port %s, but the server is on %s port %s" % (
+        report.found("service", "%s points to %s port %s, but the server is on %s port %s" % (
             where, entry.get("host"), entry.get("port"), endpoint["host"], endpoint["port"]), unset or HOST_IT_AGAIN)
     else:
-        report.well("service", "%s leads to %s port %s" % (where, entry["host"], entry["port"]))
+        report.well("service", "%s points to %s port %s" % (where, entry["host"], entry["port"]))
     return entry
 
 
@@ -253,7 +253,7 @@ def _look_at_passwords(report: Report, path: str) -> None:
     elif found.st_uid != os.geteuid():
         report.found("passwords", "%s belongs to another user" % path, HOST_IT)
     else:
-        report.well("passwords", "%s is yours alone (%04o)" % (path, mode))
+        report.well("passwords", "only you can read %s (%04o)" % (path, mode))
 
 
 def _look_at_network(report: Report, wanted: dict, host: str, port: int) -> None:
@@ -264,19 +264,19 @@ def _look_at_network(report: Report, wanted: dict, host: str, port: int) -> None
         addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
     except OSError as error:
         if _is_dead(wanted):
-            _skip_network(report, "the server gives no sign of life, and %s has no address here" % host)
+            _skip_network(report, "the server sends no heartbeat, and %s cannot be resolved" % host)
             return
         report.found("name", "%s cannot be resolved: %s" % (host, error.strerror or error),
-                     "server_address: a name or an address that every node knows")
+                     "server_address: a name or an address that every node can resolve")
         for check in ("port", "TLS"):
-            report.skipped(check, "there is no address")
+            report.skipped(check, "the name cannot be resolved")
         return
     elsewhere = host not in (socket.gethostname(), "localhost", "127.0.0.1", "::1")
     if elsewhere and all(address.startswith("127.") or address == "::1" for address in addresses):
-        report.found("name", "%s is %s, which is this node itself" % (host, ", ".join(addresses)),
-                     "server_address: a name or an address that means the same on every node")
+        report.found("name", "%s resolves to %s, which is this node itself" % (host, ", ".join(addresses)),
+                     "server_address: a name or an address that leads every node to the server")
     else:
-        report.well("name", "%s is %s" % (host, ", ".join(addresses)))
+        report.well("name", "%s resolves to %s" % (host, ", ".join(addresses)))
     try:
         began = time.monotonic()
         with socket.create_connection((host, port), PORT_SECONDS) as connection:
@@ -285,7 +285,7 @@ def _look_at_network(report: Report, wanted: dict, host: str, port: int) -> None
             _look_at_tls(report, wanted, connection)
     except OSError as error:
         if _is_dead(wanted):
-            _skip_network(report, "the server gives no sign of life, and nothing answers")
+            _skip_network(report, "the server sends no heartbeat, and nothing answers")
             return
         meaning, mend = causes.explain(error.strerror or str(error), wanted)
         report.found("port", "%s port %d: %s" % (host, port, _with_words(meaning, error.strerror or str(error))), mend)
@@ -309,7 +309,7 @@ def _look_at_socket(report: Report, path: str) -> None:
                          "server_address: a host name, if workers are on other nodes; else %s" % HOST_IT_AGAIN)
         else:
             report.well("port", "%s answers" % path)
-    report.skipped("TLS", "there is none on a socket")
+    report.skipped("TLS", "a socket needs none")
 
 
 def _look_at_tls(report: Report, wanted: dict, connection: socket.socket) -> None:
@@ -317,16 +317,16 @@ def _look_at_tls(report: Report, wanted: dict, connection: socket.socket) -> Non
     try:
         import ssl
     except ImportError:
-        report.skipped("TLS", "this node's Python was built without it")
+        report.skipped("TLS", "this node's Python was built without TLS")
         return
     try:
         connection.sendall(SSL_REQUEST)
         answer = connection.recv(1)
         if answer != b"S":
             if wanted["tls"]:
-                report.found("TLS", "the server speaks none", "postgres_tls: %s" % HOST_IT_AGAIN)
+                report.found("TLS", "the server offers no TLS", "postgres_tls: %s" % HOST_IT_AGAIN)
             else:
-                report.well("TLS", "none, as postgres_tls says")
+                report.well("TLS", "off, as postgres_tls says")
             return
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
@@ -334,7 +334,7 @@ def _look_at_tls(report: Report, wanted: dict, connection: socket.socket) -> Non
         with context.wrap_socket(connection) as encrypted:
             theirs, version = encrypted.getpeercert(True), encrypted.version()
     except OSError as error:  # includes SSLError
-        report.found("TLS", "no agreement: %s" % error, "postgres_tls: %s" % HOST_IT_AGAIN)
+        report.found("TLS", "the handshake failed: %s" % error, "postgres_tls: %s" % HOST_IT_AGAIN)
         return
     path = Layout(wanted["root"]).certificate
     try:
@@ -343,7 +343,7 @@ def _look_at_tls(report: Report, wanted: dict, connection: socket.socket) -> Non
     except (OSError, ValueError):
         ours = b""
     if theirs != ours:
-        report.found("TLS", "the server's certificate is not %s: a stranger's server, or a new certificate" % path,
+        report.found("TLS", "the server's certificate is not %s: another user's server, or a new certificate" % path,
                      HOST_IT_AGAIN)
     else:
         report.well("TLS", "%s, with the certificate of this instance" % version)
@@ -352,7 +352,7 @@ def _look_at_tls(report: Report, wanted: dict, connection: socket.socket) -> Non
 def _look_at_python(
     report: Report, wanted: dict, check: str, python: str, setting: str, serves: bool, side: dict
 ) -> dict:
-    """Check an environment by connecting from it. ``side`` is the result for the Python side, for comparison."""
+    """Check an environment by connecting from it. ``side`` is the management environment's result, for comparison."""
     url = wanted["url"] if setting else wanted["plain_url"]
     # Report a server that does not answer at once, without waiting for it.
     url += "&hpc_db_patience=0" if "plugin=" in url else ""
@@ -410,16 +410,16 @@ def missing_from(held: dict, wanted: dict, setting: str) -> List[tuple]:
         return [("Python %s is too old, workers need 3.9" % held["python"], setting or "postgres_python")]
     wrong = []
     if not held["driver"]:
-        wrong.append(("no psycopg2: %s" % held["why"], into))
+        wrong.append(("psycopg2 cannot be imported: %s" % held["why"], into))
     if not held["sqlalchemy"]:
-        wrong.append(("no SQLAlchemy", into))
+        wrong.append(("SQLAlchemy is missing", into))
     elif setting and not list(OLDEST_SQLALCHEMY) <= _numbers(held["sqlalchemy"]) < list(NEWEST_SQLALCHEMY):
         wrong.append(("SQLAlchemy %s, but the plugin needs 1.4.24 to 2.1" % held["sqlalchemy"],
                       "%s: install SQLAlchemy>=1.4.24,<2.2 there" % setting))
     if not held["optuna"]:
-        wrong.append(("no Optuna", "%s: install optuna>=3.2 there" % setting if setting else into))
+        wrong.append(("Optuna is missing", "%s: install optuna>=3.2 there" % setting if setting else into))
     if setting and wanted["plugin"] and not held["hpc-db-client"]:
-        wrong.append(("no hpc-db-client, which the URL's plugin=hpc_db needs", into))
+        wrong.append(("hpc-db-client is missing, but the URL's plugin=hpc_db needs it", into))
     return wrong
 
 
@@ -428,15 +428,15 @@ def mismatch(held: dict, setting: str, side: dict) -> List[tuple]:
     where = setting or "postgres_python_packages"
     knows, (library, revision) = held.get("revisions"), held.get("schema") or ("", "")
     if library and knows and revision not in knows:
-        return [("Optuna %s does not know the tables that Optuna %s made" % (held["optuna"], library),
+        return [("Optuna %s does not support the tables of Optuna %s" % (held["optuna"], library),
                  "%s: install optuna==%s there" % (where, library))]
     if library and knows and revision != knows[0]:
-        return [("Optuna %s needs newer tables than those that Optuna %s made" % (held["optuna"], library),
+        return [("Optuna %s needs newer tables than those of Optuna %s" % (held["optuna"], library),
                  "databases_upgrade_schema, or %s: install optuna==%s there" % (where, library))]
     ours, theirs = side.get("optuna", ""), held["optuna"]
     # Optuna 4 writes local time, Optuna 5 writes UTC.
     if ours and {major >= 5 for major in (_numbers(ours)[0], _numbers(theirs)[0])} == {True, False}:
-        return [("Optuna %s, but the Python side has %s, and they write other times" % (theirs, ours),
+        return [("Optuna %s, but the management environment has %s: only one of them writes UTC" % (theirs, ours),
                  "postgres_python_packages: optuna==%s, or %s: install optuna==%s there" % (theirs, where, ours))]
     return []
 
@@ -450,8 +450,8 @@ def _numbers(version: str) -> List[int]:
 def main() -> int:
     """Print the findings as JSON."""
     parser = argparse.ArgumentParser(prog="hpc_db_host.doctor", description=__doc__)
-    parser.add_argument("--wanted", required=True, help="what the inventory wants, as JSON")
-    parser.add_argument("--server", action="store_true", help="look at job, state and logs, too")
+    parser.add_argument("--wanted", required=True, help="the inventory's settings, as JSON")
+    parser.add_argument("--server", action="store_true", help="also check job, state and logs")
     arguments = parser.parse_args()
     wanted = read_wanted(arguments.wanted)
     answer = {"host": socket.gethostname(), "here": look_from_here(wanted).findings}

@@ -110,7 +110,7 @@ class Dumps:
             try:
                 yield from self._dump(database, kept)
             except (Failed, OSError) as error:
-                refused.append("no dump of %s: %s" % (database, error))
+                refused.append("cannot dump %s: %s" % (database, error))
         self.told = "; ".join(refused)
 
     def _dump(self, database: str, kept: bool = False) -> Steps:

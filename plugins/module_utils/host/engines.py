@@ -115,7 +115,7 @@ class Engine:
         self._deaths = [death for death in self._deaths if now - death < DEATHS_COUNT_SECONDS] + [now]
         again = len(self._deaths) <= self._limit
         self._due = now + min(2.0 ** (len(self._deaths) - 1), LONGEST_PAUSE) if again else float("inf")
-        self.reason = "%s %s%s" % (self.name, why, "" if again else "; it stays away, direct connections go on")
+        self.reason = "%s %s%s" % (self.name, why, "" if again else "; not restarted, direct connections still work")
 
     def _last_words(self) -> str:
         """Return the last line of the program's log."""
@@ -199,7 +199,7 @@ class Pooler(Engine):
         role = self._service["user"].replace("'", "''")
         found = self._postgres.query("SELECT rolpassword FROM pg_catalog.pg_authid WHERE rolname = '%s'" % role, 15)
         if not found.startswith("SCRAM-SHA-256$"):
-            raise Failed("cannot let %s in, which has no SCRAM password" % self._service["user"])
+            raise Failed("cannot serve the role %s, which has no SCRAM password" % self._service["user"])
         return found.strip()
 
     def _changed(self) -> Optional[float]:
@@ -262,7 +262,7 @@ def version_of(program: str) -> "tuple":
         raise Failed("does not run on %s: %s" % (socket.gethostname(), error)) from None
     found = re.search(r"(?i)pgbouncer (\d+)\.(\d+)", said)
     if not found:
-        raise Failed("is no PgBouncer: %s said %r" % (program, said[:80]))
+        raise Failed("is not PgBouncer: %s printed %r" % (program, said[:80]))
     return int(found.group(1)), int(found.group(2))
 
 

@@ -81,7 +81,7 @@ class Keeper:
         """
         self._late = self._late + 1 if self._lease.is_late() else 0
         if self.lost or self._late > 1 and not self._over:
-            self._lose("the lease was not renewed for %g s, as the file system does not answer" % (self._lease.ttl / 2))
+            self._lose("the lease was not renewed for %g s: the file system does not answer" % (self._lease.ttl / 2))
         return self._lease.ttl / 12
 
     def _lose(self, why: str) -> None:

@@ -46,8 +46,8 @@ class Lost(Exception):
 def describe(holder: dict) -> str:
     """Return one line about a holder: its kind, place and start time."""
     if not holder:
-        return "somebody whose lease file cannot be read"
-    what = "job %s" % holder["job"] if holder.get("job") else "a short-lived server"
+        return "an unknown holder, whose lease file cannot be read"
+    what = "job %s" % holder["job"] if holder.get("job") else "a temporary server"
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder.get("since", 0)))
     return "%s on %s (PID %s) since %s" % (what, holder.get("host", "?"), holder.get("pid", "?"), since)
 

@@ -103,8 +103,8 @@ class Postgres:
         prefix = os.path.dirname(self._settings["bindir"])
         if os.path.exists(prefix + ".unfinished"):
             raise Failed(
-                "PostgreSQL in %s is being installed or updated, or that was interrupted: run the playbook hpc_db.yml "
-                "once more" % prefix
+                "PostgreSQL in %s is being installed or updated, or this was interrupted: run the playbook hpc_db.yml "
+                "again" % prefix
             )
 
     def wait_for_write(self, patience: float) -> None:
@@ -121,7 +121,7 @@ class Postgres:
             if not refused:
                 return
             if time.monotonic() > limit:
-                raise Failed("postgres accepts no write after %d s: %s" % (patience, refused))
+                raise Failed("postgres has accepted no write within %d s: %s" % (patience, refused))
             self._keeper.check()
             time.sleep(0.1)
 
@@ -247,7 +247,7 @@ def end_orphans(data: str) -> None:
         if time.monotonic() > told:
             told = float("inf")
             words = (", ".join(map(str, orphans)), data)
-            print("postgres (PID %s) on %s was killed and does not end: a hanging file system?" % words,
+            print("postgres (PID %s) on %s was killed but has not ended: the file system may hang" % words,
                   file=sys.stderr, flush=True)
         time.sleep(0.05)
 

@@ -78,7 +78,7 @@ class Queue:
         # A listing without this job is filtered or empty: it does not show whether a successor is queued.
         listed = self._job in [job["id"] for job in jobs]
         if not listed and not job_has_ended(self._settings["scheduler"], self._settings["bin_dir"], self._job):
-            raise OSError("%s does not list job %s, which runs" % (
+            raise OSError("%s does not list job %s, although it is running" % (
                 self._scheduler.queue_command()[0], self._job))
         others = self._others(jobs)
         if others:

@@ -40,7 +40,7 @@ EVERYWHERE = ("[::]", "0.0.0.0")
 # Metadata of requests and answers: the id of a request, whether it is a repetition, the ids of earlier requests that
 # were answered and will not be repeated, and the identity of the data.
 REQUEST, AGAIN, ANSWERED, DATA = "hpc-db-request", "hpc-db-again", "hpc-db-answered", "hpc-db-data"
-OTHER_DATA = "the database is another one now, restored or moved to other data; start this program anew"
+OTHER_DATA = "the database was restored or replaced; restart this program"
 # Exit code; the supervisor then restarts the proxy.
 ANEW = 3
 IDENTITY = """
@@ -203,7 +203,7 @@ class Serving(grpc.ServerInterceptor):  # type: ignore[misc]
             cause = error.__cause__ if isinstance(error, StorageInternalError) else error
             if not isinstance(cause, DBAPIError) or not (cause.connection_invalidated or is_outage(cause)):
                 raise
-            return context.abort(grpc.StatusCode.UNAVAILABLE, "the server is away")
+            return context.abort(grpc.StatusCode.UNAVAILABLE, "the server does not answer")
         finally:
             self._request.id = None
 
@@ -263,10 +263,10 @@ def main() -> None:
     """Serve until a signal ends the program."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--storage", required=True, help="the URL for RDBStorage")
-    parser.add_argument("--listen", required=True, help="addresses, with commas between them; * is every one")
+    parser.add_argument("--listen", required=True, help="addresses, separated by commas; * means all")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--connections", type=int, required=True, help="connections, and requests at a time")
-    parser.add_argument("--certificate", required=True, help="the certificate of both sides")
+    parser.add_argument("--connections", type=int, required=True, help="limit of connections and requests at a time")
+    parser.add_argument("--certificate", required=True, help="the certificate of server and clients")
     parser.add_argument("--key", required=True, help="its key")
     arguments = parser.parse_args()
     certificate = read(arguments.certificate)

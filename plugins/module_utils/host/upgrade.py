@@ -103,7 +103,7 @@ class Upgrade:
         self._following = following
         self.new = dict(files.read_json(following) or {}, root=self.root)  # type: Settings
         if "data" not in self.new:
-            raise Failed("%s names no data directory; run the playbook upgrade.yml" % following)
+            raise Failed("%s contains no data directory; run the playbook upgrade.yml" % following)
         self._keeper = keeper
 
     def run(self, back: bool) -> Dict[str, Any]:
@@ -112,7 +112,7 @@ class Upgrade:
         leaving = major_of(self.old["data"])
         if self.new["data"] == self.old["data"]:
             files.remove(self._following)
-            raise Failed("another run has moved the studies to PostgreSQL %s meanwhile" % leaving)
+            raise Failed("another run has already moved the studies to PostgreSQL %s" % leaving)
         kept = self._kept()
         with self._server(self.old) as old:
             before = self.contents(old, self.old)
@@ -125,8 +125,8 @@ class Upgrade:
             lost = differences(before, after, but=NOTES)
             if lost and not back:
                 raise Failed(
-                    "upgrade_back: PostgreSQL %s was left at an earlier state (%s); with upgrade_back=true the studies "
-                    "go back to that, and what came later stays in %s"
+                    "upgrade_back: PostgreSQL %s holds an earlier state of the studies (%s); upgrade_back=true returns "
+                    "to it, and later changes remain in %s"
                     % (major_of(self.new["data"]), in_short(lost), self.old["data"])
                 )
             way = "kept"
@@ -160,7 +160,7 @@ class Upgrade:
             self._pg_upgrade(aside)
             way = "pg_upgrade"
         except Rejected as rejected:
-            way = "dump and restore, since pg_upgrade refused: %s" % rejected
+            way = "dump and restore, since pg_upgrade failed: %s" % rejected
             with self._server(self.old) as old, self._server(new) as empty:
                 self._restore(old, empty)
         finally:
@@ -170,7 +170,7 @@ class Upgrade:
             after = self.contents(server, new)
             lost = differences(before, after)
             if lost:
-                raise Failed("what PostgreSQL %s holds differs: %s" % (major_of(aside), in_short(lost)))
+                raise Failed("the contents of PostgreSQL %s differ: %s" % (major_of(aside), in_short(lost)))
             # pg_upgrade and pg_restore do not transfer all statistics.
             options = ["--all", "--analyze-only", "--quiet"]
             self._program([self._at(new, "vacuumdb")] + options + where(server), client_environment())
@@ -326,7 +326,7 @@ class Told(Failed):
         # pg_upgrade prints errors to stdout, after a progress line that ends in "fatal"
         fatal = [number for number, line in enumerate(lines) if line.endswith(("fatal", "*failure*"))]
         errors = lines[fatal[-1] + 1:] if fatal else [line for line in lines if "ERROR:" in line or "error:" in line]
-        Failed.__init__(self, "%s: %s" % (program, " ".join((errors or lines[-3:] or ["no word why"])[:8])))
+        Failed.__init__(self, "%s: %s" % (program, " ".join((errors or lines[-3:] or ["no error message"])[:8])))
 
 
 def major_of(data: str) -> str:

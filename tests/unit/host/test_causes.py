@@ -18,18 +18,18 @@ RULE = 'no pg_hba.conf entry for host "10.0.0.7", user "study", database "{}", {
     ("sorry, too many clients already", "too many clients against max_connections 320", r"databases_workers \(100\)"),
     ("remaining connection slots are reserved for roles with SUPERUSER", "too many clients", "client_environment"),
     ('password authentication failed for user "study"', "the password of study is not", "hpc_db.yml"),
-    ('connection to server at "c1" failed: fe_sendauth: no password supplied', "knew no password", "chmod 600"),
-    ("expected SASL response, got message type 88", "knew no password", "chmod 600"),
-    (RULE.format("nope", "SSL encryption"), "study asked for the database nope, which is none", "^databases_studies: "),
-    (RULE.format("mala", "no encryption"), "10.0.0.7 wanted no TLS", "postgres_tls"),
+    ('connection to server at "c1" failed: fe_sendauth: no password supplied', "sent no password", "chmod 600"),
+    ("expected SASL response, got message type 88", "sent no password", "chmod 600"),
+    (RULE.format("nope", "SSL encryption"), "study requested the database nope, which", "^databases_studies: "),
+    (RULE.format("mala", "no encryption"), "10.0.0.7 connected without TLS", "postgres_tls"),
     (RULE.format("mala", "SSL encryption"), "study may not connect from 10.0.0.7", "^postgres_networks: "),
-    ('database "x y" does not exist', "there is no database x y", "^databases_studies: "),
+    ('database "x y" does not exist', "the database x y does not exist", "^databases_studies: "),
     ('role "bob" does not exist', "names the role bob", "instance_study_role"),
-    ("terminating connection due to idle-in-transaction timeout", "silent inside a trans", "^postgres_settings: "),
+    ("terminating connection due to idle-in-transaction timeout", "idle in a transaction", "^postgres_settings: "),
     ("terminating connection due to idle-session timeout", "between trials", "leave idle_session_timeout out"),
     ('could not write to file "pg_wal/x": No space left on device', "the disk is full", "^instance_root: "),
-    ("disk full: /r/data", "the quota is used up, or the disk full", "^instance_root: "),
-    ("server process (PID 7) was terminated by signal 9: Killed", "memory is too small", "^mem in server_job_options"),
+    ("disk full: /r/data", "the quota is exceeded or the disk is full", "^instance_root: "),
+    ("server process (PID 7) was terminated by signal 9: Killed", "too little memory", "^mem in server_job_options"),
     ('private key file "server.key" has group or world access', "certificate or its key", "chmod 600 conf/server.key"),
     ('unrecognized configuration parameter "work_men"', "a parameter of PostgreSQL is wrong", "^postgres_settings$"),
     ("database files are incompatible with server", "made by another PostgreSQL", "^postgres_major"),
@@ -38,7 +38,7 @@ RULE = 'no pg_hba.conf entry for host "10.0.0.7", user "study", database "{}", {
     ('definition of service "hpc_db" not found', "does not find the service hpc_db", "unset PGSERVICEFILE"),
     ('syntax error in service file "/home/alice/.pg_service.conf", line 3', "too old", "psycopg2-binary>=2.9"),
     ('could not translate host name "c1" to address', "cannot be resolved", "server_address"),
-    ("channel binding required, but server did not complete authentication", "TLS is not as", "^postgres_tls"),
+    ("channel binding required, but server did not complete authentication", "TLS differs from", "^postgres_tls"),
     ('connection to server at "c1", port 5432 failed: Connection refused', "cannot be reached", "postgres_listen_add"),
     ("something that nobody has seen", "^something that nobody has seen$", "^see the logs in /r/log$"),
 ])
@@ -89,7 +89,7 @@ def test_fatal_lines_are_counted_by_cause(tmp_path):
         "too many clients: about 160 workers against max_connections 320 "
         "(3 times by c2, c3, from 2026-11-22 10:00:01 to 2026-11-22 10:00:03 UTC)",
         "a URL names the role bob, which does not exist (1 times by the server's own host, at 2026-11-22 10:00:04 UTC)",
-        "the hosting job's memory is too small (1 times, at 2026-11-22 10:00:08 UTC)",
+        "the server job has too little memory (1 times, at 2026-11-22 10:00:08 UTC)",
     ]
 
 
@@ -148,7 +148,7 @@ def test_many_names_do_not_hide_the_rest(tmp_path):
 
     assert len(events) == 22
     assert "the data directory is damaged" in [event.said for event in events]
-    assert events[-1].said == "480 more things that clients were told"
+    assert events[-1].said == "480 more errors sent to clients"
 
 
 @pytest.mark.parametrize("log, text, words", [

@@ -131,7 +131,7 @@ def test_dump_that_fails_leaves_the_older_ones_and_is_told(programs, told, make,
     dumps = make(programs)
     assert dumps.now(10, lambda: None) is False
 
-    assert dumps.told == f"no dump of a: {told}; no dump of a_b: {told}"
+    assert dumps.told == f"cannot dump a: {told}; cannot dump a_b: {told}"
     assert names(tmp_path) == older
     dumps = make()
     dumps.told = told
@@ -142,7 +142,7 @@ def test_program_that_is_missing_is_told(make, tmp_path):
     dumps = make(databases=["a"], bindir=str(tmp_path / "gone"))
 
     assert dumps.now(10, lambda: None) is False
-    assert dumps.told.startswith("no dump of a: ") and "/gone/pg_dump" in dumps.told
+    assert dumps.told.startswith("cannot dump a: ") and "/gone/pg_dump" in dumps.told
 
 
 def test_round_is_given_up_in_time_and_nothing_is_left(make, tmp_path):

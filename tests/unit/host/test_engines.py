@@ -178,17 +178,17 @@ def test_one_that_cannot_run_is_given_up_with_its_reason(make, monkeypatch):
     pooler = make()
     (pooler.root / "bin" / "broken").touch()
 
-    pooler.poll_until(lambda: "stays away" in pooler.engine.reason)
+    pooler.poll_until(lambda: "not restarted" in pooler.engine.reason)
 
-    assert pooler.engine.reason == "pooler ended with exit code 1: FATAL cannot do that; it stays away, " \
-        "direct connections go on"
+    assert pooler.engine.reason == "pooler ended with exit code 1: FATAL cannot do that; not restarted, " \
+        "direct connections still work"
     assert (pooler.root / "log" / "pooler.log").read_text().count("FATAL") == 3
 
 
 @pytest.mark.parametrize("says, verifier, reason", [
-    ("GNU coreutils", FakePostgres.verifier, "is no PgBouncer"),
-    ("PgBouncer 1.18.0", "", "cannot let study in, which has no SCRAM password"),
-    ("PgBouncer 1.18.0", "md5abc", "cannot let study in, which has no SCRAM password"),
+    ("GNU coreutils", FakePostgres.verifier, "is not PgBouncer"),
+    ("PgBouncer 1.18.0", "", "cannot serve the role study, which has no SCRAM password"),
+    ("PgBouncer 1.18.0", "md5abc", "cannot serve the role study, which has no SCRAM password"),
 ])
 def test_what_it_needs_is_named(says, verifier, reason, make):
     pooler = make(says)

@@ -10,10 +10,10 @@ def said(state, reason, event="", cause="", job="1"):
     return {"state": state, "reason": reason, "event": event, "cause": cause, "job": job}
 
 
-ASKS, STARTS = said("starting", "asking for the lease"), said("starting", "postgres is starting", "start")
+ASKS, STARTS = said("starting", "requesting the lease"), said("starting", "postgres is starting", "start")
 SERVES, STOPS = said("serving", "it accepts writes"), said("stopping", "postgres is stopping")
-NEAR, TOLD = said("stopping", "the walltime is near", "walltime"), said("ended", "told to")
-DIES = said("starting", "postgres starts again, as it ended", "restart", "it ended")
+NEAR, TOLD = said("stopping", "the walltime ends soon", "walltime"), said("ended", "stopped by SIGTERM")
+DIES = said("starting", "postgres restarts: it ended", "restart", "it ended")
 START = [ASKS, STARTS, SERVES]
 FULL, DUMP = said("unhealthy", "the disk is full"), said("unhealthy", "no dump")
 ASKS_2, WAITS_2, FAILS_2 = ({**each, "job": "2"} for each in (ASKS, said("starting", "held"), said("failed", "held")))
@@ -27,10 +27,10 @@ def outage(began, ended, reason="", certain=True):
     ([], False, [], []),
     ([ASKS, STARTS, said("failed", "no")], False, [], []),
     (START, True, [], []),
-    ([*START, STOPS, TOLD], False, [outage(3, None, "told to")], []),
-    ([*START, STOPS, FAILS_2, TOLD], False, [outage(3, None, "told to")], []),
-    ([*START, STOPS, TOLD, *START], True, [outage(3, 7, "told to")], []),
-    ([*START, NEAR, STOPS, TOLD, *START], True, [outage(4, 8, "the walltime is near")], []),
+    ([*START, STOPS, TOLD], False, [outage(3, None, "stopped by SIGTERM")], []),
+    ([*START, STOPS, FAILS_2, TOLD], False, [outage(3, None, "stopped by SIGTERM")], []),
+    ([*START, STOPS, TOLD, *START], True, [outage(3, 7, "stopped by SIGTERM")], []),
+    ([*START, NEAR, STOPS, TOLD, *START], True, [outage(4, 8, "the walltime ends soon")], []),
     # killed: the outage began at some time after the last event
     ([*START, *START], True, [outage(3, 5, certain=False)], []),
     ([*START, STOPS, DIES, STARTS, SERVES], True, [outage(3, 6, "it ended")], []),
@@ -38,7 +38,7 @@ def outage(began, ended, reason="", certain=True):
     ([*START, ASKS_2, WAITS_2, FAILS_2, SERVES], True, [], []),
     ([*START, FULL, SERVES], True, [], [outage(3, 4, "the disk is full")]),
     ([*START, FULL, FULL, DUMP], True, [], [outage(3, 5, "the disk is full"), outage(5, None, "no dump")]),
-    ([*START, FULL, STOPS, TOLD], False, [outage(4, None, "told to")], [outage(3, 4, "the disk is full")]),
+    ([*START, FULL, STOPS, TOLD], False, [outage(4, None, "stopped by SIGTERM")], [outage(3, 4, "the disk is full")]),
     ([STOPS, FULL, *START], True, [], []),
 ])
 def test_outages(records, serving, outages, troubles):

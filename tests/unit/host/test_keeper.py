@@ -288,7 +288,7 @@ def test_renewal_that_hangs_is_noticed_before_others_may_take_over(busy, lease, 
             assert time.monotonic() - began < 0.6
         finally:
             over.set()
-    assert keeper.lost == "the lease was not renewed for 0.3 s, as the file system does not answer"
+    assert keeper.lost == "the lease was not renewed for 0.3 s: the file system does not answer"
     assert set(killed) == {os.getpid()}
 
 

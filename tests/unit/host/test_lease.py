@@ -247,7 +247,7 @@ def test_lease_that_cannot_be_read_is_nobody_s_to_take(content, contender, clock
 
     for _turn in range(3):
         clock.now += TTL
-        with pytest.raises(Held, match="somebody whose lease file cannot be read"):
+        with pytest.raises(Held, match="an unknown holder, whose lease file cannot be read"):
             waiting.try_acquire()
 
 

@@ -125,7 +125,7 @@ def test_endpoint_is_there_only_between_the_first_write_and_the_stop(host):
     assert host.events == [
         "made listen=True []", "start", "write", "serving published", "drain 5.0", "stop",
     ]
-    assert host.state() == ("ended", "told to by SIGTERM")
+    assert host.state() == ("ended", "stopped by SIGTERM")
     assert host.service.read_text() == ""
     assert host.lease().holder() is None
 
@@ -171,7 +171,7 @@ def test_file_that_asks_for_the_end_is_a_clean_end(host, monkeypatch):
     monkeypatch.setattr(FakePostgres, "during", lambda self: (host.root / "run" / next(wishes)).touch())
 
     assert host.run("serve") == 0
-    assert host.state() == ("ended", f"told to by {host.root}/run/stop.7")
+    assert host.state() == ("ended", f"stopped by {host.root}/run/stop.7")
     assert host.events.count("serving published") == 2
     assert not (host.root / "run" / "stop.7").exists()
     assert host.lease().holder() is None
@@ -182,7 +182,7 @@ def test_each_signal_is_a_clean_end(number, host, monkeypatch):
     monkeypatch.setattr(FakePostgres, "during", lambda self: os.kill(os.getpid(), number))
 
     assert host.run("serve") == 0
-    assert host.state() == ("ended", f"told to by {signal.Signals(number).name}")
+    assert host.state() == ("ended", f"stopped by {signal.Signals(number).name}")
 
 
 def test_second_signal_changes_nothing(host, monkeypatch):
@@ -213,7 +213,7 @@ def raise_(error):
 
 
 @pytest.mark.parametrize("during, reason", [
-    (lambda self: 1, "postgres ended by itself with exit code 1"),
+    (lambda self: 1, "postgres exited unexpectedly with code 1"),
     (lambda self: raise_(Failed("no")), "no"),
     (lambda self: raise_(OSError("the file system went away")), "the file system went away"),
 ])
@@ -237,7 +237,7 @@ def test_service_file_that_cannot_be_edited_keeps_postgres_from_nothing(host, mo
     assert host.events[-1] == "stop"
     assert host.lease().holder() is None
     assert host.state() == (
-        "failed", "postgres ended by itself with exit code 1; the endpoint is not withdrawn: [Errno 28] no space",
+        "failed", "postgres exited unexpectedly with code 1; the endpoint is not withdrawn: [Errno 28] no space",
     )
 
 
@@ -294,7 +294,7 @@ def test_wish_to_stop_outlives_what_takes_its_place(host, queue, monkeypatch):
     monkeypatch.setattr(FakePostgres, "during", during)
 
     assert host.run("serve") == 0
-    assert host.state() == ("ended", "told to by SIGTERM")
+    assert host.state() == ("ended", "stopped by SIGTERM")
     assert queue.successors == ["8"]
 
 
@@ -339,7 +339,7 @@ def test_place_that_cannot_be_told_is_told_later_while_postgres_serves(host, mon
     assert host.run("serve") == 0
 
     assert [state for state, _reason in looks] == ["serving", "unhealthy", "serving", "serving"]
-    assert looks[1][1] == "workers do not learn where the server is: [Errno 28] no space"
+    assert looks[1][1] == "cannot publish the endpoint: [Errno 28] no space"
     assert published[-1] == "[other]\nhost=elsewhere\n" + SECTION
     assert host.events.count("start published") + host.events.count("start") == 1
 
@@ -447,7 +447,7 @@ def test_which_holders_have_ended(holder, ended, host, monkeypatch):
 
 
 @pytest.mark.parametrize("holder, told", [
-    ({}, "it has died, it is replaced after"), ({"kind": "bootstrap"}, "it was killed, it is replaced at once on"),
+    ({}, "it has died, it is replaced after"), ({"kind": "bootstrap"}, "it was killed, it can be replaced at once on"),
     ({"cluster": "another"}, None),
 ])
 def test_who_waits_for_the_lease_says_for_how_long(holder, told, host, monkeypatch, capsys):
@@ -477,7 +477,7 @@ def test_job_waits_for_a_holder_that_is_cut_off_and_nobody_else_does(host, monke
     assert (host.run("serve"), asked) == (3, [])
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert (host.run("serve", "--lease-patience", "0.05"), asked) == (0, ["8", "8", "8"])
-    assert capsys.readouterr().err.count("its job has ended, but its heartbeat goes on: is its node cut off?") == 1
+    assert capsys.readouterr().err.count("its job has ended, but its heartbeat continues: its node may be cut off") == 1
 
 
 def test_instance_serves_again_after_a_reboot(host, monkeypatch):
@@ -558,7 +558,7 @@ def test_upgrade_holds_the_lease_and_prints_what_was_compared(arguments, back, h
 
 @pytest.mark.parametrize("during, told", [
     (lambda self: raise_(Failed("pg_upgrade: no")), "failed: pg_upgrade: no"),
-    (lambda self: os.kill(os.getpid(), signal.SIGTERM), "ended: told to by SIGTERM"),
+    (lambda self: os.kill(os.getpid(), signal.SIGTERM), "ended: stopped by SIGTERM"),
 ])
 def test_upgrade_that_does_not_end_well_is_no_success(during, told, host, monkeypatch, capsys):
     monkeypatch.setattr(program, "Upgrade", FakeUpgrade)

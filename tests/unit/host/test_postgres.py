@@ -127,7 +127,7 @@ def test_probe_says_why(psql, reason, make):
 
 @pytest.mark.parametrize("deaf, psql, message", [
     ("dead", "exit 1", "ended with exit code 1 while starting: see .*/log"),
-    ("", "echo refused >&2; exit 1", "accepts no write after 0 s: refused"),
+    ("", "echo refused >&2; exit 1", "has accepted no write within 0 s: refused"),
 ])
 def test_start_that_fails_says_why(deaf, psql, message, make, tmp_path):
     postgres = make(deaf, psql)

@@ -255,7 +255,7 @@ def test_listing_without_our_own_job_brings_no_successor(listed, state, submits,
     if submits:
         assert Queue(settings, "7").ensure_successor() == "job 8 follows"
     else:
-        with pytest.raises(OSError, match="^squeue does not list job 7, which runs$"):
+        with pytest.raises(OSError, match="^squeue does not list job 7, although it is running$"):
             Queue(settings, "7").ensure_successor()
     assert (tmp_path / "called").exists() is submits
 

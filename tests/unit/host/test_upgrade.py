@@ -177,7 +177,7 @@ def test_what_pg_upgrade_refuses_is_dumped_and_restored(refuse, why, instance):
 
     done = instance.upgrade()
 
-    assert done["way"].startswith("dump and restore, since pg_upgrade refused: ") and done["way"].endswith(why)
+    assert done["way"].startswith("dump and restore, since pg_upgrade failed: ") and done["way"].endswith(why)
     assert (instance.used(), instance.names()) == ("18", ["17", "18"])
     assert instance.rows("17") == instance.rows("18") == TRIALS
     # the owner's role exists already
@@ -188,7 +188,7 @@ def test_what_pg_upgrade_refuses_is_dumped_and_restored(refuse, why, instance):
     ("pg_upgrade", "echo 'Performing Upgrade'; echo 'Linking files    fatal'; echo 'disk full'; exit 1",
      "pg_upgrade failed: pg_upgrade: disk full; its logs are in .*/data/18.unfinished"),
     ("pg_upgrade", PROGRAMS["pg_upgrade"] + "sed -i s/3,/2,/ $new/rows",
-     "what PostgreSQL 18 holds differs: postgres: public.trials has 2 rows, not 3; .* and 1 more"),
+     "the contents of PostgreSQL 18 differ: postgres: public.trials has 2 rows, not 3; .* and 1 more"),
     ("pg_upgrade", PROGRAMS["pg_upgrade"] + "sed -i s/77/78/ $new/rows", "studies: rows of public.trials differ$"),
     ("pg_upgrade", PROGRAMS["pg_upgrade"] + "sed -i s/-1.5/-1.4/ $new/rows", "studies: best values of .* differ$"),
     ("vacuumdb", "echo 'vacuumdb: error: no' >&2; exit 1", "vacuumdb: error: no"),
@@ -207,7 +207,7 @@ def test_upgrade_that_fails_changes_nothing_and_the_next_one_works(program, scri
 def test_nothing_is_moved_without_a_dump(instance):
     instance.program(17, "pg_dump", "echo 'pg_dump: error: disk full' >&2; exit 1")
 
-    with pytest.raises(Failed, match="no dump of studies: pg_dump: error: disk full"):
+    with pytest.raises(Failed, match="cannot dump studies: pg_dump: error: disk full"):
         instance.upgrade()
     assert (instance.used(), instance.names(), instance.servers) == ("17", ["17", "18.new"], [])
 
@@ -301,7 +301,7 @@ def test_run_that_came_late_moves_nothing(instance):
     instance.upgrade()
     instance.write("settings-18.json", 18)
 
-    with pytest.raises(Failed, match="another run has moved the studies to PostgreSQL 18 meanwhile"):
+    with pytest.raises(Failed, match="another run has already moved the studies to PostgreSQL 18"):
         instance.run()
     assert (instance.used(), instance.names(), os.listdir(instance.root / "host")) == (
         "18", ["17", "18"], ["settings.json"]
@@ -309,7 +309,7 @@ def test_run_that_came_late_moves_nothing(instance):
 
 
 def test_settings_to_go_over_to_are_needed(instance):
-    with pytest.raises(Failed, match="settings-18.json names no data directory; run the playbook upgrade.yml"):
+    with pytest.raises(Failed, match="settings-18.json contains no data directory; run the playbook upgrade.yml"):
         instance.run()
 
 
@@ -366,7 +366,7 @@ def test_copy_is_the_same_and_private(tmp_path):
     ("", "psql: note\npsql:<stdin>:3: ERROR:  no table\nLINE 1\n", "x: psql:<stdin>:3: ERROR:  no table"),
     ("", "x: error: no\n", "x: x: error: no"),
     ("", "a\nb\nc\nd\n", "x: b c d"),
-    ("", "", "x: no word why"),
+    ("", "", "x: no error message"),
 ])
 def test_failed_program_tells_in_one_line(stdout, stderr, message):
     assert " ".join(str(Told("x", stdout, stderr)).split()) == " ".join(message.split())

@@ -95,7 +95,7 @@ def test_what_another_job_left_behind_counts_for_nothing(left_behind):
     assert len(lines) == 2
 
 
-ENDED = {"state": "ended", "reason": "told to by SIGTERM", "job": "7"}
+ENDED = {"state": "ended", "reason": "stopped by SIGTERM", "job": "7"}
 FAILED = {"state": "failed", "reason": "disk full", "job": "7"}
 
 
@@ -103,7 +103,7 @@ FAILED = {"state": "failed", "reason": "disk full", "job": "7"}
     ([PENDING, found()], "no such job is in the queue; its log may tell why"),
     ([found()], "no such job is in the queue"),
     ([found(state={**FAILED, "job": "6"})], "no such job is in the queue; its log"),
-    ([RUNNING, found(state=ENDED)], "(told to by SIGTERM)"),
+    ([RUNNING, found(state=ENDED)], "(stopped by SIGTERM)"),
     ([RUNNING, found(state=FAILED)], "failed: disk full"),
     ([found(job("RUNNING"), state=FAILED)], "failed: disk full"),
     ([found(job("PENDING", "PartitionTimeLimit"))], "job 7 can never start as it is (PartitionTimeLimit)"),

@@ -207,7 +207,7 @@ def test_failure_says_why_in_one_line(program, timeout, message, root):
 
 SLOW = """
 import time
-print("2026-11-29T10:00:00+0000 starting: asking for the lease", flush=True)
+print("2026-11-29T10:00:00+0000 starting: requesting the lease", flush=True)
 print("2026-11-29T10:00:00+0000 starting: waiting: the data directory is held by job 7 on c1; hint", flush=True)
 time.sleep(60)
 """
@@ -228,9 +228,9 @@ def test_wait_goes_on_in_the_next_slice_with_the_same_server(root):
 
     assert server["host"] == str(root)
     assert told[-1] == (
-        "the short-lived server: waiting: the data directory is held by job 7 on c1; hint, 10 s are allowed")
+        "the temporary server: waiting: the data directory is held by job 7 on c1; hint, 10 s are allowed")
     assert pids == {int((root / "pid").read_text())}
-    with pytest.raises(Waiting, match=r"^the short-lived server \(PID \d+\) stops$"):
+    with pytest.raises(Waiting, match=r"^the temporary server \(PID \d+\) stops$"):
         ensure_stopped(params(root, slice=1e-9, resume={"waited": 1.0}))  # the first call has printed it
     assert ensure_stopped(params(root)) is True
     assert not (root / "run" / "bootstrap.json").exists()
@@ -269,7 +269,7 @@ def test_playbook_says_what_it_waits_for(root):
 
     assert done.returncode == 0, done.stdout + done.stderr
     waited = re.search(
-        r"^\[c\] the short-lived server: waiting: the data directory is held by job 7 on c1; hint, 180 s are allowed "
+        r"^\[c\] the temporary server: waiting: the data directory is held by job 7 on c1; hint, 180 s are allowed "
         r"\((\d+) s\)$", done.stdout, re.MULTILINE)
     assert waited and int(waited[1]) >= 5, done.stdout
     assert not (root / "run" / "bootstrap.json").exists()

@@ -98,10 +98,10 @@ def test_names_and_attributes_are_text():
           "5.0 GiB free of 10.0 GiB", "It tells of no outage."]),
     ({"job": None, "server": None}, ["none in the queue: no server runs", "none: the server accepts no connections"]),
     ({"log": {**LOG, "since": None}}, ["There are no events of a server job yet."]),
-    ({"log": {**LOG, "outages": [{"began": 100, "ended": 161, "certain": True, "reason": "told to"},
+    ({"log": {**LOG, "outages": [{"began": 100, "ended": 161, "certain": True, "reason": "stopped by SIGTERM"},
                                  {"began": 200, "ended": 260, "certain": False, "reason": ""},
                                  {"began": 300, "ended": None, "certain": True, "reason": "x"}]}},
-     ["00:01:01</td><td>away</td><td>told to", "00:03:20 UTC or later", "at most 00:01:00", "it said nothing",
+     ["00:01:01</td><td>away</td><td>stopped by SIG", "00:03:20 UTC or later", "at most 00:01:00", "it said nothing",
       "not until now</td><td>00:11:40"]),
 ])
 def test_status(changes, lines):

@@ -114,8 +114,8 @@ def test_space_for_a_copy_is_needed(more, fits, ensure, root, monkeypatch):
 
 @pytest.mark.parametrize("stderr, told", [
     ("2026-11-22T20:00:00 starting: asking\n2026-11-22T20:00:01 failed: pg_upgrade: no\n", "pg_upgrade: no"),
-    ("2026-11-22T20:00:00 ended: told to by SIGTERM\n", "2026-11-22T20:00:00 ended: told to by SIGTERM"),
-    ("", "no word why"),
+    ("2026-11-22T20:00:00 ended: stopped by SIGTERM\n", "2026-11-22T20:00:00 ended: stopped by SIGTERM"),
+    ("", "no error message"),
 ])
 def test_last_words(stderr, told):
     assert last_words(stderr) == told
