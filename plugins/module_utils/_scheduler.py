@@ -72,7 +72,7 @@ def check_environment(params: dict, setting: str) -> None:
 def check_name(name: str) -> None:
     """Raise ValueError for a name that squeue, a file system or a shell could misinterpret."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(f"name: {name!r} is not a letter or digit, then letters, digits, '.', '_' and '-'")
+        raise ValueError(f"name: {name!r} is not allowed; letters, digits, '.', '_' and '-', a letter or digit first")
 
 
 def find_jobs(params: dict, run: Run) -> list[dict]:
@@ -103,7 +103,7 @@ def judge_job(params: dict, run: Run, command: list, setting: str) -> list[str]:
         nodes = ""
     if not nodes:
         raise refused
-    return [f"{refused}; that is true now, not for ever, so the job is going to wait in the queue: {nodes}"]
+    return [f"{refused}; this is temporary, so the job is queued and waits: {nodes}"]
 
 
 class Submitted(NamedTuple):
@@ -139,7 +139,7 @@ def submit_job(params: dict, run: Run, command: list, known: Iterable[dict]) -> 
         job = find_new()
     except (SchedulerError, ValueError) as error:
         if not told:
-            raise SchedulerError(f"{words}, and whether the job is in the queue cannot be asked: {error}") from None
+            raise SchedulerError(f"{words}, and the queue cannot be read: {error}") from None
         job = None
     if job and not told:
         return Submitted(job["id"], f"{words}; job {job['id']}, found by its name {params['name']}, is in the queue")

@@ -172,7 +172,9 @@ class Failed(Exception):
 def check_params(params: dict) -> None:
     """Refuse invalid parameters."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", params["name"]):
-        raise Failed(f"name: {params['name']!r} is not a letter or digit, then letters, digits, '.', '_' and '-'")
+        raise Failed(
+            f"name: {params['name']!r} is not allowed; letters, digits, '.', '_' and '-', a letter or digit first"
+        )
     if not os.path.isabs(params["root"]):
         raise Failed(f"root: {params['root']!r} is not absolute; give a path that begins with / or ~")
     if not 0 <= params["port"] <= 65535:

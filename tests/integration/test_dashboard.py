@@ -280,7 +280,7 @@ def test_refused_in_one_line(dashboard: Dashboard) -> None:
     """One host for each case, in a single play."""
     given: dict[str, tuple[dict, str]] = {
         "reader": ({"databases_reader_role": "visitor"}, "databases_reader_role: visitor cannot read mala, second; run"
-                   " the playbook hpc_db.yml, which lets it (database mala: "),
+                   " the playbook hpc_db.yml to grant access (database mala: "),
         "database": ({"dashboard_databases": ["nope"]}, "dashboard_databases: nope is not allowed; names in"),
         "socket": ({"server_address": "socket"}, "server_address: socket with a connection over ssh is not allowed; a"),
         "port": ({"dashboard_port": 80}, "dashboard_port: 80 is not allowed; a port from 1024"),

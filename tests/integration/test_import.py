@@ -337,7 +337,7 @@ def test_what_does_not_fit_is_refused(instance: Instance, tmp_path: Path) -> Non
         ({"import_from": str(other)}, "import_from: other.db is still being written to, .* other.db.lock is beside it"),
         ({"import_from": "~/other.db"}, r"import_as: studies holds a study be already, with other trials \(the "),
         ({"import_from": "~/new.db", "import_database": "no"},
-         "import_database: no is none of databases_studies with Optuna's tables, which are studies, second"),
+         "import_database: no is not allowed; databases in databases_studies with Optuna's tables: studies, second"),
     ]
     said = instance.refusals(tmp_path, [settings for settings, _says in expected])
     for (_settings, says), message in zip(expected, said):

@@ -119,7 +119,7 @@ def test_configuration_of_an_interrupted_run_is_loaded_by_the_next(here: Target)
 
     assert played.returncode == 0, played.stdout
     assert (before, run_python(here, SHOW)) == ("-1", "77s")
-    assert "The running server takes over max_worker_processes" in played.stdout
+    assert "The running server applies max_worker_processes" in played.stdout
     assert here.play("hpc_db").returncode == 0
 
 

@@ -218,13 +218,13 @@ def test_a_discovered_inventory_works(mini: Target, elsewhere: str, bindir: Path
     played = login.play("discover", job)
     again = login.play("discover", settings)
 
-    assert "no compute node was looked at; allow a short job by -e discover_submit_job=true" in tried.stdout
+    assert "no compute node was checked; allow a short job with -e discover_submit_job=true" in tried.stdout
     assert re.search(r"msg: .login: there is no sbatch on the PATH or that of a login shell( \(qsub is, of another "
                      r"scheduler, which is not asked\))?; name its folder by -e server_bin_dir=", words(lost.stdout))
     assert played.returncode == 0, played.stdout
     assert mini.run("ls -A") == before
     assert again.returncode == 2
-    assert f"discover_folder: {written} is not allowed; it is there already, and is not overw" in words(again.stdout)
+    assert f"discover_folder: {written} is not allowed; a new folder, since an existing one" in words(again.stdout)
     text = (written / "group_vars" / "all.yml").read_text()
     settings = yaml.safe_load(text)
     assert settings["server_bin_dir"] == elsewhere

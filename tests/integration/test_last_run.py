@@ -16,7 +16,7 @@ from ansible_collections.mala.hpc_db.plugins.modules.last_run import look, quest
 from target import Target
 
 STUDIES = [{"name": "studies", "studies": [{"name": "beryllium", "user_attributes": {"element": "Be"}}]}]
-NOTHING = re.compile(r"^\[localhost\] \w+: all is as the last run has left it, serving on \S+:\d+$", re.MULTILINE)
+NOTHING = re.compile(r"^\[localhost\] \w+: nothing has changed since the last run, serving on \S+:\d+$", re.MULTILINE)
 URL = re.compile(r"^postgresql\+psycopg2:///\?service=\w+$", re.MULTILINE)
 # Changes by hand to an instance: in its folder, or with psql in its database. The settings stay the same.
 FILES = [

@@ -87,7 +87,7 @@ def test_locked_and_updated(here: Target, settings: dict, root: str) -> None:
     locked = lock_file.read_text()
     assert version() == "17.9" and "/postgresql-17.9-relabelled_1.tar.bz2#sha256:" in locked
     publish(here, hidden="none")
-    assert re.search(r"server_job_name: job \d+ \(\w+\) hosts the server; end it with .* stop.yml", refusal("update"))
+    assert re.search(r"server_job_name: job \d+ \(\w+\) hosts the server; stop it with .* stop.yml", refusal("update"))
     play("stop")
 
     lock_file.unlink()

@@ -158,7 +158,7 @@ def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_jo
     for line in (
         r"connections  5\d of 60 +\[#{17,19}-{1,3}\]\n  from +c2 +5\d  study",
         rf"stuck +c2 +1  study: idle in transaction on mala for {clock} \(PID \d+\)",
-        rf"orphaned +c2 +5\d  study: no job of yours is there; silent for {clock}",
+        rf"orphaned +c2 +5\d  study: you have no job there; idle for {clock}",
         rf"URL +{re.escape(URL)}",
     ):
         assert re.search(rf"^  {line}$", shown, re.MULTILINE), shown

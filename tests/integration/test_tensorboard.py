@@ -169,10 +169,10 @@ def test_bad_input_is_refused(workstation: Workstation) -> None:
     refused = " ".join(workstation.play("tensorboard", bad).stdout.split())
     missed = " ".join(workstation.play("tensorboard", absent).stdout.split())
 
-    assert "tensorboard_logs: a b is not allowed; each name is another one, a letter or digit before" in refused
+    assert "tensorboard_logs: a b is not allowed; unique names of letters, digits" in refused
     assert "tensorboard_logs: runs is not allowed; each path begins with / or ~/" in refused
-    assert "tensorboard_reload_interval: 0 is not allowed; a number of seconds from 1 on" in refused
-    assert "tensorboard_logs: ~/$(touch canary) is no folder on mini; give one that is there" in missed
+    assert "tensorboard_reload_interval: 0 is not allowed; 1 second or more" in refused
+    assert "tensorboard_logs: ~/$(touch canary) is not a folder on mini; give an existing one" in missed
     assert workstation.run("ls -d .local || :") == ""
 
 

@@ -121,7 +121,7 @@ def test_terminal_has_one_line_that_is_rewritten(server: hpc_db.Server, inventor
     assert running.communicate(timeout=100) == (f"{server.url}\n", None) and running.returncode == 0
     lines = shown.decode().replace("\r\n", "\n").split("\n")
     assert re.search(r"\r\x1b\[Klocalhost: last run: See whether ", lines[0])
-    assert [line for line in lines if "all is as the last run has left it" in line] and len(lines) == 2, shown
+    assert [line for line in lines if "nothing has changed since the last run" in line] and len(lines) == 2, shown
     assert shown.endswith(b"\r\x1b[K")
     assert list(tmp_path.iterdir()) == []  # ansible-runner left no files
 

@@ -111,7 +111,7 @@ def parse_look(text: str, role: str) -> Seen:
     """Return the state in the output of LOOK; raise Lost for any other text."""
     parts = text.split(f"\n{MARK}")
     if len(parts) < 4:
-        raise Lost(f"{' '.join(text.split())[-200:]!r} is no answer of the login node's")
+        raise Lost(f"{' '.join(text.split())[-200:]!r} is not a valid answer of the login node")
     password = parts[-2].rstrip("\n")
     found = re.fullmatch(rf"\*:\*:\*:{re.escape(role)}:[^\r\n]+", password)
     return Seen(parse_endpoint(parts[-3]), password if found else "")
@@ -168,7 +168,7 @@ class Connection:
             if self._ssh.poll() is not None:
                 raise Lost(f"ssh to {self._settings['host']} has ended with {self._ssh.returncode}")
             if time.monotonic() > deadline:
-                raise Lost(f"{self._settings['host']} has not let us in for {LOGIN_SECONDS:.0f} s")
+                raise Lost(f"{self._settings['host']} has not accepted the login for {LOGIN_SECONDS:.0f} s")
             time.sleep(0.05)
 
     def _ask(self, command: list[str]) -> str:
@@ -203,7 +203,7 @@ class Connection:
 
 def in_short(text: str) -> str:
     """Return the last line of ssh's output."""
-    return (text.strip().splitlines() or ["it says nothing"])[-1]
+    return (text.strip().splitlines() or ["no error message"])[-1]
 
 
 def follow(settings: dict[str, Any], connection: Connection) -> NoReturn:
@@ -218,14 +218,14 @@ def follow(settings: dict[str, Any], connection: Connection) -> NoReturn:
             say(f"the password of {settings['role']} is in {passfile}" if not known else "it has a new password")
             known = seen.password
         if place and seen.place != place:
-            raise Lost(f"the server has gone from {place.host} port {place.port}")
+            raise Lost(f"the server has left {place.host} port {place.port}")
         if seen.place and not place:
             connection.forward(seen.place)
             place = seen.place
-            say(f"leads to {place.host} port {place.port}")
+            say(f"forwards to {place.host} port {place.port}")
         elif not place and not waited:
             waited = True
-            say("the server is nowhere now; waits until it serves")
+            say("no server is running; waiting for one")
         time.sleep(settings["poll"])
 
 

@@ -106,7 +106,7 @@ def test_grid_engine_is_told_where_it_is(variables, bin_dir, root):
 
 @pytest.mark.parametrize("text", ["", "error: unable to contact qmaster\n", "<?xml version='1.0'?>\n<job_info>"])
 def test_answer_of_grid_engine_that_is_no_queue(text):
-    with pytest.raises(ValueError, match="no XML in what was printed"):
+    with pytest.raises(ValueError, match="the output is not XML"):
         grid_engine.parse_queue(text)
 
 
@@ -304,7 +304,7 @@ def test_successor_that_the_queue_does_not_show_yet(printed, follows, command, t
 
 @pytest.mark.parametrize("printed", ["", "Welcome to mini\n", row(*OURS), "slurm_load_jobs error: x\n"])
 def test_answer_of_slurm_that_is_no_queue(printed):
-    with pytest.raises(ValueError, match="^squeue: no list of jobs in what was printed"):
+    with pytest.raises(ValueError, match="^squeue: the output is not a list of jobs"):
         slurm.parse_queue(printed)
 
 

@@ -65,17 +65,17 @@ class GridEngine(Scheduler):
         """Raise ValueError for an option that qsub would misread, or that the caller must not set."""
         for flag, value in ((str(key), value) for key, value in options.items()):
             if not re.fullmatch(r"[A-Za-z][A-Za-z_]*", flag, re.ASCII):
-                raise ValueError(f"{flag!r} is no option of qsub; write for example l or pe, not -l or -pe")
+                raise ValueError(f"{flag!r} is not an option of qsub; write for example l or pe, not -l or -pe")
             if flag in OWNED:
                 raise ValueError(f"{flag}: hosting_job sets this itself, or cannot work with it")
             if flag == "l":
                 check_resources(value)
             elif isinstance(value, (dict, list)):
-                raise ValueError(f"{flag}: {value!r} is no single value")
+                raise ValueError(f"{flag}: {value!r} is not a single value")
             elif re.search(r"[\0\r\n]", str(value)):
                 raise ValueError(f"{flag}: {value!r} is more than one line")
             elif any(re.match(r"-\D|-$", word) for word in words_of(flag, value)):
-                raise ValueError(f"{flag}: {value!r} has another option in it")
+                raise ValueError(f"{flag}: {value!r} contains another option")
 
     def server_options(self, options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:
         """See Scheduler. The job waits until all jobs of its name in the queue have ended.
@@ -199,15 +199,15 @@ def check_resources(value: object) -> None:
     """Raise ValueError for a resource in option -l that qsub would misread."""
     for name, amount in parse_resources(value).items():
         if name in MEMORIES and not MEMORY.fullmatch(str(amount)):
-            raise ValueError(f"l: {name}: {amount!r} is no memory; write for example 16G")
+            raise ValueError(f"l: {name}: {amount!r} is not an amount of memory; write for example 16G")
         if name in ("h_rt", "s_rt") and parse_time(amount) is None:
-            raise ValueError(f'l: {name}: {amount!r} is no time; write for example "72:00:00"')
+            raise ValueError(f'l: {name}: {amount!r} is not a time; write for example "72:00:00"')
 
 
 def check_output(path: str) -> str:
     """Return the path unchanged. Raise ValueError if qsub would misread it."""
     if re.search(r"[:,$\\]", path):
-        raise ValueError(f"output: {path!r} has a : , $ or \\ in it, which qsub reads as something else")
+        raise ValueError(f"output: {path!r} contains : , $ or \\, which qsub interprets")
     return path
 
 
@@ -220,12 +220,12 @@ def parse_resources(value: object) -> dict:
     if value is None or value is False:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"l: {value!r} are no resources; write for example {{h_rt: \"72:00:00\", mem_free: 16G}}")
+        raise ValueError(f"l: {value!r} are not resources; write for example {{h_rt: \"72:00:00\", mem_free: 16G}}")
     for name, amount in value.items():
         if not re.fullmatch(r"[A-Za-z_][\w.-]*", str(name), re.ASCII):
-            raise ValueError(f"l: {name!r} is no resource")
+            raise ValueError(f"l: {name!r} is not a resource")
         if not re.fullmatch(r"[^\s,\0]+", str(amount)):
-            raise ValueError(f"l: {name}: {amount!r} is no single value")
+            raise ValueError(f"l: {name}: {amount!r} is not a single value")
     return dict(value)
 
 
@@ -250,7 +250,7 @@ def words_of(flag: str, value: object) -> List[str]:
     try:
         return shlex.split(str(value))  # "smp 4" is two arguments
     except ValueError:
-        raise ValueError(f"{flag}: {value!r} has a quote that does not end") from None
+        raise ValueError(f"{flag}: {value!r} has an unbalanced quote") from None
 
 
 def pairs(options: dict) -> List[List[str]]:
@@ -302,7 +302,7 @@ def tree(text: str) -> ElementTree.Element:
     try:
         return ElementTree.fromstring(found[0] if found else "")
     except ElementTree.ParseError:
-        raise ValueError(f"no XML in what was printed: {text.strip()[:200]!r}") from None
+        raise ValueError(f"the output is not XML: {text.strip()[:200]!r}") from None
 
 
 def job_list(text: str) -> List[ElementTree.Element]:

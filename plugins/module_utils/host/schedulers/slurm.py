@@ -68,20 +68,20 @@ class Slurm(Scheduler):
                 raise ValueError(
                     f"{setting}: clusters: your login shell sets {name}={variables[name]!r}, "
                     "but all jobs go to the cluster that this login node belongs to; "
-                    "use a login node of the cluster that is meant, or set clusters: false here if it is this one"
+                    "use a login node of that cluster, or set clusters: false here if it is this one"
                 )
         for name, flag in flags_of(variables).items():
             memory = flag.startswith("mem") and any(str(option).startswith("mem") for option in options)
             if not (flag in options or flag in OWNED or memory or UNTOLD.fullmatch(flag)):
                 raise ValueError(
                     f"{setting}: {flag}: not set, but your login shell sets {name}={variables[name]!r}, "
-                    f"which no job is given; set {flag} here, to false if the job needs none"
+                    f"which is not passed to jobs; set {flag} here, or to false if the job needs none"
                 )
 
     def overridden(self, variables: Mapping[str, str], options: dict, setting: str) -> List[str]:
         return [
-            f"{setting}: {flag} in the job script counts for nothing while your shell sets {name}={variables[name]!r}, "
-            f"which sbatch obeys first; unset {name} before you submit it"
+            f"{setting}: {flag} in the job script has no effect while your shell sets {name}={variables[name]!r}, "
+            f"which takes precedence; unset {name} before you submit it"
             for name, flag in flags_of(variables).items()
             if flag in HEAD or options.get(flag) not in (None, False, True) and str(options[flag]) != variables[name]
         ]
@@ -90,25 +90,25 @@ class Slurm(Scheduler):
         """Raise ValueError for an option that sbatch would misread, or that the caller must not set."""
         for flag, value in ((str(key), value) for key, value in options.items()):
             if not re.fullmatch(r"[a-z][a-z0-9-]+", flag, re.ASCII):
-                raise ValueError(f"{flag!r} is no long option of sbatch; write for example mem, not --mem or m")
+                raise ValueError(f"{flag!r} is not a long option of sbatch; write for example mem, not --mem or m")
             if flag == "clusters" and options[flag] is False:
                 continue  # this cluster, regardless of the login environment
             # sbatch accepts abbreviated flags.
             if any(owned.startswith(flag) for owned in OWNED):
                 raise ValueError(f"{flag}: hosting_job sets this itself, or cannot work with it")
             if isinstance(value, (dict, list)):
-                raise ValueError(f"{flag}: {value!r} is no single value")
+                raise ValueError(f"{flag}: {value!r} is not a single value")
             if re.search(r"[\0\r\n]", str(value)):
                 raise ValueError(f"{flag}: {value!r} is more than one line")
             if value is None or value is False:
                 continue
             if flag in ("mem", "mem-per-cpu", "mem-per-gpu") and not MEMORY.fullmatch(str(value)):
-                raise ValueError(f"{flag}: {value!r} is no memory; write for example 16G")
+                raise ValueError(f"{flag}: {value!r} is not an amount of memory; write for example 16G")
             if flag in ("time", "time-min"):
                 if isinstance(value, int):
-                    raise ValueError(f'{flag}: {value} is what YAML makes of a bare time; quote it: "72:00:00"')
+                    raise ValueError(f'{flag}: {value} is how YAML reads an unquoted time; quote it: "72:00:00"')
                 if parse_time(str(value)) is None:
-                    raise ValueError(f"{flag}: {value!r} is no time; write for example 72:00:00 or 3-00:00:00")
+                    raise ValueError(f"{flag}: {value!r} is not a time; write for example 72:00:00 or 3-00:00:00")
 
     def server_options(self, options: dict, name: str, memory: str, notice: int, chain: bool) -> dict:
         """See Scheduler. With a chain, the successor takes over after a node failure, so the job is not requeued.
@@ -314,7 +314,7 @@ def listed(text: str) -> str:
     """Return squeue's output below its header. Raise ValueError without a header: that is not even an empty list."""
     found = re.search(r"^JOBID\|.*$", text, re.MULTILINE)
     if not found:
-        raise ValueError(f"squeue: no list of jobs in what was printed: {text.strip()[:200]!r}")
+        raise ValueError(f"squeue: the output is not a list of jobs: {text.strip()[:200]!r}")
     return text[found.end():]
 
 

@@ -37,9 +37,9 @@ def test_call_and_name_are_the_scheduler_s(scheduler, submit, name):
 
 @pytest.mark.parametrize("scheduler, options, says", [
     ("slurm", {"comment": "a\n#SBATCH --wrap=date"}, "workers_job_options: comment: .* is more than one line"),
-    ("slurm", {"time": 86400}, "workers_job_options: time: 86400 is what YAML makes of a bare time"),
+    ("slurm", {"time": 86400}, "workers_job_options: time: 86400 is how YAML reads an unquoted time"),
     ("slurm", {"array": "1-9"}, "workers_job_options: array: hosting_job sets this itself"),
-    ("gridengine", {"l": {"h_rt": "soon"}}, "workers_job_options: l: h_rt: 'soon' is no time"),
+    ("gridengine", {"l": {"h_rt": "soon"}}, "workers_job_options: l: h_rt: 'soon' is not a time"),
 ])
 def test_refused_with_the_setting(scheduler, options, says):
     with pytest.raises(AnsibleFilterError, match=f"^{says}"):

@@ -140,7 +140,7 @@ def test_check_asks_for_nothing_that_only_hosts_report():
 
 @pytest.mark.parametrize("path", ["/a:b", "/a,b", "/$HOME", "/a\\b"])
 def test_log_that_qsub_would_misread_is_refused(path):
-    with pytest.raises(ValueError, match="output: .* which qsub reads as something else"):
+    with pytest.raises(ValueError, match="output: .* which qsub interprets"):
         gridengine.submit_command("hpc_db", "/job.sh", {}, path)
 
 
@@ -226,7 +226,7 @@ def test_states(letters, state, reason):
 
 @pytest.mark.parametrize("text", ["", "error: unable to contact qmaster\n", "<?xml version='1.0'?>\n<job_info>"])
 def test_answer_that_is_none(text):
-    with pytest.raises(ValueError, match="no XML in what was printed"):
+    with pytest.raises(ValueError, match="the output is not XML"):
         gridengine.parse_queue(text)
 
 
@@ -313,19 +313,19 @@ def test_options_that_qsub_understands(options):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"l": {"h_rt": "soon"}}, "l: h_rt: 'soon' is no time; write for example \"72:00:00\""),
-    ({"l": {"h_rt": True}}, "is no time"),
-    ({"l": {"mem_free": "lots"}}, "l: mem_free: 'lots' is no memory"),
-    ({"l": {"a b": 1}}, "l: 'a b' is no resource"),
-    ({"l": {"gpu": "1,h_rt=1"}}, "l: gpu: '1,h_rt=1' is no single value"),
-    ({"l": ["h_rt=1"]}, "l: ['h_rt=1'] are no resources"),
-    ({"l": "h_rt=soon"}, "is no time"),
-    ({"-l": "h_rt=1"}, "'-l' is no option of qsub"),
-    ({"l h_rt=1 -b": "y"}, "is no option of qsub"),
+    ({"l": {"h_rt": "soon"}}, "l: h_rt: 'soon' is not a time; write for example \"72:00:00\""),
+    ({"l": {"h_rt": True}}, "is not a time"),
+    ({"l": {"mem_free": "lots"}}, "l: mem_free: 'lots' is not an amount of memory"),
+    ({"l": {"a b": 1}}, "l: 'a b' is not a resource"),
+    ({"l": {"gpu": "1,h_rt=1"}}, "l: gpu: '1,h_rt=1' is not a single value"),
+    ({"l": ["h_rt=1"]}, "l: ['h_rt=1'] are not resources"),
+    ({"l": "h_rt=soon"}, "is not a time"),
+    ({"-l": "h_rt=1"}, "'-l' is not an option of qsub"),
+    ({"l h_rt=1 -b": "y"}, "is not an option of qsub"),
     ({"q": "all.q\n-b y"}, "is more than one line"),
-    ({"q": "all.q -b y"}, "q: 'all.q -b y' has another option in it"),
-    ({"A": "it's"}, "has a quote that does not end"),
-    ({"pe": ["smp", 4]}, "pe: ['smp', 4] is no single value"),
+    ({"q": "all.q -b y"}, "q: 'all.q -b y' contains another option"),
+    ({"A": "it's"}, "has an unbalanced quote"),
+    ({"pe": ["smp", 4]}, "pe: ['smp', 4] is not a single value"),
     *(({flag: "x"}, f"{flag}: hosting_job sets this itself, or cannot work with it")
       for flag in ("N", "o", "t", "b", "notify", "sync", "S", "soft", "terse", "w")),
 ])

@@ -90,7 +90,7 @@ def test_queue_without_jobs(text):
 @pytest.mark.parametrize("text", ["", "\n", "Welcome!\n", "3|RUNNING|c1|1:00/1:00|hpc-db|None\n"])
 @pytest.mark.parametrize("parse", [slurm.parse_queue, slurm.parse_jobs])
 def test_answer_without_a_head_is_no_list_of_jobs(parse, text):
-    with pytest.raises(ValueError, match="^squeue: no list of jobs in what was printed"):
+    with pytest.raises(ValueError, match="^squeue: the output is not a list of jobs"):
         parse(text)
 
 
@@ -131,18 +131,18 @@ def test_options_that_sbatch_understands(options):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"mem": "16 G"}, "mem: '16 G' is no memory"),
-    ({"mem": "1.5G"}, "is no memory"),
-    ({"mem-per-cpu": "lots"}, "mem-per-cpu: 'lots' is no memory"),
-    ({"mem": True}, "is no memory"),
-    ({"time": 259200}, 'time: 259200 is what YAML makes of a bare time; quote it: "72:00:00"'),
-    ({"time": "three days"}, "time: 'three days' is no time"),
-    ({"time": 1.5}, "is no time"),
-    ({"--mem": "1G"}, "'--mem' is no long option"),
-    ({"p": "defq"}, "'p' is no long option"),
-    ({"mem_per_cpu": "1G"}, "is no long option"),
-    ({"partition=defq --wrap": "x"}, "is no long option"),
-    ({1: "x"}, "is no long option"),
+    ({"mem": "16 G"}, "mem: '16 G' is not an amount of memory"),
+    ({"mem": "1.5G"}, "is not an amount of memory"),
+    ({"mem-per-cpu": "lots"}, "mem-per-cpu: 'lots' is not an amount of memory"),
+    ({"mem": True}, "is not an amount of memory"),
+    ({"time": 259200}, 'time: 259200 is how YAML reads an unquoted time; quote it: "72:00:00"'),
+    ({"time": "three days"}, "time: 'three days' is not a time"),
+    ({"time": 1.5}, "is not a time"),
+    ({"--mem": "1G"}, "'--mem' is not a long option"),
+    ({"p": "defq"}, "'p' is not a long option"),
+    ({"mem_per_cpu": "1G"}, "is not a long option"),
+    ({"partition=defq --wrap": "x"}, "is not a long option"),
+    ({1: "x"}, "is not a long option"),
     ({"job-name": "x"}, "job-name: hosting_job sets this itself"),
     ({"job-na": "x"}, "job-na: hosting_job sets this itself"),
     ({"wra": "x"}, "wra: hosting_job"),
@@ -155,7 +155,7 @@ def test_options_that_sbatch_understands(options):
     ({"clusters": True}, "hosting_job"),
     ({"comment": "a\nb"}, "more than one line"),
     ({"comment": "a\0b"}, "more than one line"),
-    ({"constraint": ["a", "b"]}, "no single value"),
+    ({"constraint": ["a", "b"]}, "not a single value"),
 ])
 def test_options_that_are_refused_in_one_line(options, words):
     with pytest.raises(ValueError) as refused:
@@ -347,7 +347,7 @@ def test_what_sbatch_obeys_before_a_job_script_is_said(variables, options, flag)
     said = slurm.overridden(variables, options, "workers_job_options")
 
     (name,) = variables if flag else [None]
-    assert [each.partition(" in the job script counts for nothing")[0] for each in said] == (
+    assert [each.partition(" in the job script has no effect")[0] for each in said] == (
         [f"workers_job_options: {flag}"] if flag else [])
     assert not flag or f"unset {name} before you submit it" in said[0]
 

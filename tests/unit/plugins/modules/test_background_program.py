@@ -272,7 +272,7 @@ def test_two_runs_at_once_start_one(params):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"name": "../x"}, "name: '../x' is not a letter or digit"), ({"name": ""}, "name: ''"),
+    ({"name": "../x"}, "name: '../x' is not allowed; letters, digits"), ({"name": ""}, "name: ''"),
     ({"root": "x"}, "root: 'x' is not absolute"),
     ({"port": 65536}, "port: 65536 is not a port; allowed"), ({"port": -1}, "port: -1 is not"),
     ({"port_option": "--port=1 --x"}, "port_option: '--port=1 --x' is not an option"),

@@ -212,7 +212,7 @@ def test_refusal_that_is_true_only_now_is_said(options, nodes, told):
 
     if told:
         (said,) = ensure_job(params(options=options), slurm, check_mode=True)["warnings"]
-        assert said.startswith(f"server_job_options: sbatch says: {UNAVAILABLE}; that is true now")
+        assert said.startswith(f"server_job_options: sbatch says: {UNAVAILABLE}; this is temporary")
         assert said.endswith(f": {told}") and "\n" not in said
     else:
         with pytest.raises(SchedulerError, match="^server_job_options: sbatch says: .* is not available$"):

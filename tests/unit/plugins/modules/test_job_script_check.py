@@ -38,7 +38,7 @@ def test_option_of_the_login_alone_is_refused(monkeypatch):
         judge(params(), print)
     assert judge(params(partition="debug"), print) == []
     (said,) = judge(params(partition="work"), print)
-    assert said.startswith("workers_job_options: partition in the job script counts for nothing while your shell sets")
+    assert said.startswith("workers_job_options: partition in the job script has no effect while your shell sets")
 
 
 def test_script_that_would_only_wait_is_no_refusal():

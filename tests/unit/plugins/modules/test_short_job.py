@@ -100,7 +100,7 @@ def test_job_is_found_whatever_sbatch_prints(tmp_path):
 
 @pytest.mark.parametrize("printed, said", [
     ("12\n", ""),
-    ("Hi\n", "sbatch printed no job id: 'Hi', and whether the job is in the queue cannot be asked: x"),
+    ("Hi\n", "sbatch printed no job id: 'Hi', and the queue cannot be read: x"),
 ])
 def test_queue_that_cannot_be_asked_after_a_submission(printed, said, tmp_path):
     slurm = FakeSlurm(tmp_path / "out", '{"host": "c1"}', printed=printed)
@@ -134,7 +134,7 @@ def test_job_that_does_not_start_is_cancelled(tmp_path):
 
 @pytest.mark.parametrize("options, refuses, said", [
     ({}, "sbatch: error: invalid partition\nsecond line", "sbatch: error: invalid partition second line"),
-    ({"time": 300}, "", 'time: 300 is what YAML makes of a bare time; quote it: "72:00:00"'),
+    ({"time": 300}, "", 'time: 300 is how YAML reads an unquoted time; quote it: "72:00:00"'),
 ])
 def test_refusal_is_said(options, refuses, said, tmp_path):
     slurm = FakeSlurm(tmp_path / "out", "", refuses=refuses)
