@@ -105,10 +105,10 @@ def why_hopeless(found: dict, seen: set, is_hopeless: Callable[[str], bool]) -> 
         return f"failed: {state.get('reason')}"
     if not job:
         last_words = f" ({state.get('reason')})" if own else ""
-        return f"no such job is in the queue{last_words}; its log may tell why"
+        return f"the job is not in the queue{last_words}; its log may show the reason"
     if job["state"] == "PENDING" and is_hopeless(job["reason"]):
         return (
-            f"job {job['id']} can never start as it is ({job['reason']}); "
+            f"job {job['id']} can never start with these options ({job['reason']}); "
             "stop it with playbooks/stop.yml, change server_job_options and start again"
         )
     return None

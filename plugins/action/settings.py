@@ -28,7 +28,7 @@ ALLOWED = {
     "dict": "names with values, such as {partition: work}",
     "int": "a whole number",
     "list": "a list, such as [a, b]",
-    "str": "text, in quotes if YAML takes it for something else",
+    "str": "text, in quotes if YAML reads it as another type",
 }
 EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
 # A name after another dot is an attribute or key, which may have the same name as a setting.
@@ -123,7 +123,7 @@ def read_settings(
 
     def settle(name: str, before: tuple[str, ...] = ()) -> None:
         if name in before:
-            raise Refused(f"{name}: {shown(given[name])} is not allowed; it follows from itself")
+            raise Refused(f"{name}: {shown(given[name])} is not allowed; it refers to itself")
         if name not in given and not has_every_role:
             raise Unknown(f"{before[-1]}: {name} is not known")
         if name in settings or name not in given:

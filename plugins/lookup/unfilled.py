@@ -48,7 +48,7 @@ def unfilled(variables: Mapping) -> list[str]:
     """Return a sentence for each setting that is not filled in yet."""
     inventory = Path(variables.get("inventory_dir") or ".")
     found = sorted(path for name in variables if name not in NOT_SETTINGS for path in marked(variables[name], name))
-    return [f"{path}: {MARK} is to be replaced by your own value, {locate(inventory, path)}" for path in found]
+    return [f"{path}: {MARK} must be replaced by your own value, {locate(inventory, path)}" for path in found]
 
 
 def marked(value: Any, path: str) -> Iterator[str]:

@@ -113,7 +113,7 @@ def parse_spec(text: str) -> Spec:
     bounds = [_BOUND.fullmatch(bound) for bound in rest.split(",")] if rest else []
     equal = _EQUAL.fullmatch(rest)
     if not name or not (equal or all(bounds)):
-        raise CondaError(f"specs: {text!r} is not understood; write it as one of {SPEC_FORMS}")
+        raise CondaError(f"specs: {text!r} cannot be parsed; write it as one of {SPEC_FORMS}")
     if equal:
         version, build = equal["exact"] or equal["begin"], equal["build"] or ""
         is_exact = equal["exact"] or (build and not equal["star"])  # a build makes the version exact, as in conda
@@ -304,7 +304,7 @@ def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Packa
         with suppress(AttributeError, KeyError, TypeError, ValueError):
             links = actions.get("LINK") or [] if isinstance(actions, dict) else []
             return Answer(_after(actions, installed), links=tuple(links))
-        return Answer({}, "provider", "its answer has an unknown form")
+        return Answer({}, "provider", "its answer has an unknown format")
     if content.get("solver_problems"):
         return Answer({}, "specs", _one_line("; ".join(content["solver_problems"])))
     if not content and code in (124, 137):
@@ -312,7 +312,7 @@ def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Packa
     program = "rattler_python" if provider == "rattler" else "client"
     if not content and code in (126, 127):
         return Answer({}, program, _one_line(stderr))
-    last_words = "\n".join((stderr or stdout).strip().splitlines()[-3:]) or "it said nothing"
+    last_words = "\n".join((stderr or stdout).strip().splitlines()[-3:]) or "it printed nothing"
     blamed = [_blame(error, last_words, program) for error in _flat(content)]
     # errors with a remedy come first, possibly temporary ones last
     ranks = {"package_cache": 0, "channels": 2}

@@ -215,7 +215,7 @@ def history(exported: dict[str, Any], objective: int) -> tuple[Any, str]:
             points = [point for point in points if point[0] in kept]
         trace.x, trace.y = [x for x, _y in points], [y for _x, y in points]
     infinite = sum(trial["state"] == "COMPLETE" for trial in trials) - len(complete_trials(exported))
-    notes += [f"Trials that are complete with an infinite value, and not drawn: {infinite}."] if infinite else []
+    notes += [f"Complete trials with an infinite value, which are not drawn: {infinite}."] if infinite else []
     return figure, " ".join(dict.fromkeys(notes))
 
 
@@ -239,7 +239,7 @@ def importances(exported: dict[str, Any], objective: int) -> tuple[Any, str]:
         target=(lambda trial: sign * trial.values[objective]) if several else None,
         target_name=objectives(exported)[objective],
     )
-    note = "By PED-ANOVA: how much a parameter decides whether a trial is among the best tenth."
+    note = "By PED-ANOVA: the influence of each parameter on whether a trial is among the best tenth."
     if len(chosen) < len(ranked):
         note += f" {len(chosen)} of {len(ranked)} trials are compared, evenly from the best to the worst."
     return figure, note
@@ -262,7 +262,7 @@ def parallel_coordinates(exported: dict[str, Any]) -> tuple[Any, str]:
     if len(chosen) == len(ranked):
         notes = []
     if len(used) > len(names):
-        notes.append(f"Of {len(used)} parameters these {len(names)} are those that most trials have.")
+        notes.append(f"Of {len(used)} parameters the {len(names)} that most trials have are shown.")
     return figure, " ".join(notes)
 
 
@@ -325,9 +325,9 @@ def running_over_time(studies: list[dict[str, Any]], log: dict[str, Any], until:
             ends = stamp(until if outage["ended"] is None else outage["ended"])
             figure.add_vrect(x0=stamp(outage["began"]), x1=ends, fillcolor=OUTAGE, opacity=0.25, line_width=1,
                              line_color=OUTAGE)
-        figure.update_layout(xaxis_title="UTC", yaxis_title="trials that run", showlegend=True)
+        figure.update_layout(xaxis_title="UTC", yaxis_title="running trials", showlegend=True)
         figure.update_yaxes(rangemode="tozero", dtick=1 if most < 10 else None)
-        notes.append("As the trials' own times say. Outages of the server are red.")
+        notes.append("From the times of the trials. Outages of the server are red.")
         return figure, " ".join(dict.fromkeys(notes))
 
     return draw("Running trials, and outages", plot)

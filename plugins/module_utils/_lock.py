@@ -59,7 +59,7 @@ def parse_lock(text: str, platform: str) -> list[Locked]:
     """Return the packages of a lock file for this platform; raise CondaError if the file is incomplete."""
     lines = [line.strip() for line in text.splitlines()]
     if "@EXPLICIT" not in lines:
-        raise CondaError("lock: it has no line @EXPLICIT, so it is no lock file, or only a part of one")
+        raise CondaError("lock: it has no line @EXPLICIT, so it is not a complete lock file")
     locked: dict[str, Locked] = {}
     for number, line in enumerate(lines, 1):
         if not line or line == "@EXPLICIT" or line.startswith("#"):

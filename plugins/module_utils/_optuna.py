@@ -101,11 +101,11 @@ def mismatch(database: str, schema: Schema, optuna: Optuna) -> str:
     if is_older(schema, optuna):
         return (
             f"{said}, but the installed Optuna {optuna.version} needs {optuna.revisions[0]}: set "
-            "databases_upgrade_schema to true once the workers have that Optuna, too, or have "
+            "databases_upgrade_schema to true once the workers also have that Optuna, or set "
             f"optuna=={schema.library} in postgres_python_packages"
         )
     return (
-        f"{said}, which is newer than the installed Optuna {optuna.version}: have optuna=={schema.library} in "
+        f"{said}, which is newer than the installed Optuna {optuna.version}: set optuna=={schema.library} in "
         "postgres_python_packages"
     )
 
@@ -176,7 +176,7 @@ def oddities(trials: list[Any], objectives: int) -> list[str]:
         for trial, count in valued if trial.state.name == "COMPLETE" and count != objectives
     ]
     endless = [
-        f"trial {trial.number} is {trial.state.name} without the time of its end"
+        f"trial {trial.number} is {trial.state.name} without an end time"
         for trial in trials if trial.state.name in ENDED and trial.datetime_complete is None
     ]
     return [
@@ -205,15 +205,15 @@ def values_outside(trial: Any) -> list[str]:
 
 def clock_warnings(database: str, clocks: list[tuple], optuna: Optuna) -> list[str]:
     """Return warnings, from the rows of CLOCKS, about workers whose clocks cannot be compared."""
-    mixed = "one study must not have workers with Optuna before 5 (local time) and 5 (UTC), nor several time zones"
+    mixed = "the workers of a study must not mix Optuna before 5 (local time) with 5 (UTC), nor time zones"
     told = []
     for study, ahead, steps, all_steps in clocks:
         where = f"study {study} in database {database}"
         if steps >= FEWEST_STEPS and steps >= all_steps / 2:
-            told.append(f"{where}: {steps} trials began some half hours before the trial before them; {mixed}")
+            told.append(f"{where}: {steps} trials began half an hour or more before their predecessors; {mixed}")
         elif ahead > AHEAD_SECONDS and int(optuna.version.partition(".")[0]) >= 5:
             told.append(
-                f"{where}: a trial's time is {ahead / 3600:.1f} h ahead of UTC, as Optuna before 5 writes it, but the "
+                f"{where}: a trial's time is {ahead / 3600:.1f} h ahead of UTC, as written by Optuna before 5, but the "
                 f"installed Optuna is {optuna.version}; {mixed}"
             )
     return told

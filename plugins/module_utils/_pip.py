@@ -27,21 +27,21 @@ ADVICE = (
     ("No space left on device|Disk quota exceeded",
      "a disk or quota is full: that of the folder, of pip's cache (~/.cache/pip) or of TMPDIR"),
     ("ProxyError|Tunnel connection failed|Unable to connect to proxy|407 Proxy|proxy-connection-failed",
-     "the proxy lets nobody through: see proxy in pip.conf, http_proxy and https_proxy there"),
+     "the proxy refuses the connection: see proxy in pip.conf, http_proxy and https_proxy there"),
     ("CERTIFICATE_VERIFY_FAILED", "pip does not trust the index's certificate: see cert in pip.conf there"),
     ("SSLError|ssl-verification-failed",
-     "the index speaks no TLS that pip knows: see its address, and whether a proxy is in between"),
+     "pip and the index share no TLS version: check its address, and any proxy"),
     ("connection broken by|Max retries exceeded|NewConnectionError|ReadTimeout|Read timed out|"
      "connection-(?:failed|timeout)", "{0}"),
     (r"\b40[13] (?:Client )?Error|Unauthorized|Forbidden|Credentials not correct",
-     "the index lets nobody in without the right password: in ~/.netrc, or index-url in pip.conf there"),
+     "the index requires a password: set it in ~/.netrc, or index-url in pip.conf there"),
     ("ResolutionImpossible|conflicting dependencies",
-     "requirements exclude each other; those of a constraint in pip.conf count, too"),
+     "the requirements conflict; constraints in pip.conf count as well"),
     ("Location '.*' is ignored",
-     "a folder of wheels is not there: see postgres_python_wheelhouse, or find-links in pip.conf there"),
+     "a folder of wheels does not exist: see postgres_python_wheelhouse, or find-links in pip.conf there"),
     ("Could not find a version .*from versions: none",
-     "the source was read, but offers none for this Python and machine, or wants a password"),
-    ("Could not find a version|requires a different Python", "the source has other versions only"),
+     "the source offers nothing for this Python and machine, or requires a password"),
+    ("Could not find a version|requires a different Python", "the source has only other versions"),
 )
 # User and password in a URL.
 SECRET = re.compile(r"(?<=://)[^\s/@]*(?::[^\s/]*)?@")

@@ -113,7 +113,7 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     job, endpoint, state, server = (status[name] for name in ("job", "endpoint", "state", "server"))
     rows = [("instance", f"{status['instance']} on {status['cluster']}")]
     if job is None:
-        rows.append(("job", "none in the queue: no server runs"))
+        rows.append(("job", "none in the queue: the server is not running"))
     else:
         rows.append(("job", " ".join(filter(None, [job["id"], job["state"], job["node"], job["reason"]]))))
         if job["time_left"] is not None:
@@ -146,15 +146,15 @@ def outages(log: dict[str, Any], until: float) -> str:
             length = span((until if each["ended"] is None else each["ended"]) - each["began"])
             rows.append((
                 when(each["began"]) + ("" if each["certain"] else " or later"),
-                "not until now" if each["ended"] is None else when(each["ended"]),
+                "still going on" if each["ended"] is None else when(each["ended"]),
                 length if each["certain"] else f"at most {length}",
-                kind, each["reason"] or "killed, or its node went: it said nothing",
+                kind, each["reason"] or "killed, or its node failed: no message",
             ))
-    told = f"As log/events.jsonl of the instance tells since {when(log['since'])}. "
-    told += "A server that is killed says nothing: then only its successor's first line is known."
+    told = f"From log/events.jsonl of the instance since {when(log['since'])}. "
+    told += "A killed server writes no message: only the first line of its successor is known then."
     if not rows:
-        return note(f"{told} It tells of no outage.")
-    return note(told) + table(sorted(rows), ("from", "until", "for", "", "what the server said"))
+        return note(f"{told} There was no outage.")
+    return note(told) + table(sorted(rows), ("from", "until", "for", "", "message of the server"))
 
 
 def counts(study: dict[str, Any]) -> str:
@@ -196,7 +196,7 @@ def study_section(study: dict[str, Any], figures: list[Figure], name: str) -> st
         parts.append(f"<h3>Best trials {first}</h3>")
         parts.append(table(rows, ("trial", "values", "parameters", "attributes")))
     elif study["trials"]:
-        parts.append(note("No trial is complete with a finite value, so there is nothing to compare."))
+        parts.append(note("No trial is complete with a finite value, so no trials can be compared."))
     parts += [plot(figure, f"{name}-{number}") for number, figure in enumerate(figures)]
     return "<section>" + "".join(parts) + "</section>"
 

@@ -75,7 +75,7 @@ def _name(value: str) -> str:
 
 def _names(value: str) -> str:
     if not re.fullmatch(r"[a-z-]+(?:,[a-z-]+)*", value) or value.startswith("-"):
-        raise ValueError("words with commas between them")
+        raise ValueError("words separated by commas")
     return value
 
 
@@ -95,7 +95,7 @@ def _path(value: str) -> str:
 
 def _hops(value: str) -> str:
     if value != "none" and not all(HOP.fullmatch(hop) for hop in value.split(",")):
-        raise ValueError("[user@]host[:port], with commas between several")
+        raise ValueError("[user@]host[:port], separated by commas")
     return value
 
 
@@ -153,14 +153,14 @@ def read_ssh_arguments(text: str) -> tuple[str | None, dict[str, str]]:
         elif flag in ("-F", "-o", *FLAGS_WITH_VALUE):
             name, value = FLAGS_WITH_VALUE.get(flag, ""), word[2:] or (words.pop(0) if words else "")
         else:
-            raise Refused(f"{setting}: {word!r} is none of ssh's arguments that a mount can have: -F, -J, -o, …")
+            raise Refused(f"{setting}: {word!r} is not an ssh argument that a mount supports: -F, -J, -o, …")
         if flag == "-F":
             config = config or os.path.expanduser(value)
             continue
         if flag == "-o":
             name, value = split_option(value)
         if name == "ProxyCommand":
-            raise Refused(f"{setting}: ProxyCommand is a command; give ProxyJump, or have it in a file for ssh_config")
+            raise Refused(f"{setting}: ProxyCommand runs a program; use ProxyJump, or set it in a file for ssh_config")
         if name not in LEFT_OUT:
             options.setdefault(name, check(setting, name, value, SSH_OPTIONS))
     return config, options
@@ -178,7 +178,7 @@ def plan(params: dict) -> Wanted:
     """Return the wanted mount; raise Refused for ambiguous values."""
     host, folder = params["host"], params["folder"]
     if not HOST.fullmatch(host):
-        raise Refused(f"host: {host!r} is none; allowed are letters, digits and ._-, or an address")
+        raise Refused(f"host: {host!r} is not allowed; letters, digits and ._-, or an address")
     if not folder.isprintable():
         raise Refused(f"folder: {folder!r} has a line break or another character that cannot be printed")
     for name, least in (("alive_interval", 1), ("alive_count", 1), ("connect_timeout", 1), ("timeout", 1)):
@@ -196,7 +196,7 @@ def plan(params: dict) -> Wanted:
     config = params["ssh_config"] or config
     # For a jump host, ssh inserts this name unquoted into a shell command.
     if config and not re.fullmatch(r"[\w./+@=,:-]+", config):
-        raise Refused(f"ssh_config: {config!r} is none that ssh can pass on; allowed are letters, digits and ./+@=,:_-")
+        raise Refused(f"ssh_config: {config!r} cannot be passed on by ssh; allowed are letters, digits and ./+@=,:_-")
     if config and (not os.path.exists(config) or os.path.isdir(config)):
         raise Refused(f"ssh_config: there is no file {config!r}")
     file = ["-F", os.path.abspath(config)] if config else []
@@ -250,7 +250,7 @@ def escape(option: str) -> str:
 def check_path(path: str) -> None:
     """Refuse a mount point that is ambiguous in tables of mounts."""
     if not os.path.isabs(path) or not path.isprintable() or os.path.normpath(path) in ("/", "//"):
-        raise Refused(f"path: {path!r} is none; give one that begins with / or ~, without line breaks")
+        raise Refused(f"path: {path!r} is not allowed; a path that begins with / or ~, without line breaks")
 
 
 # --- commands
@@ -294,14 +294,14 @@ def is_served_by(arguments: list[str], source: str | None, path: str) -> bool:
 # The setting to change, the message, and its meaning.
 MEANINGS = (
     ("host", r"HOST IDENTIFICATION HAS CHANGED",
-     "{host} shows another host key than the one known here, and is refused: somebody may be in between; ask its "
+     "{host} has another host key than the one known here and is refused: the connection may be intercepted; ask its "
      "administrators, and only if they changed it forget the old one: ssh-keygen -R {host}"),
     ("host", r"key is known for|Host key verification failed|strict checking",
      "the host key of {host}, or of a host on the way there, is not known here, and is refused: log in once with ssh, "
      "and compare the fingerprint with the one that its administrators publish"),
     ("identity_file", r"Permission denied \(",
-     "{host} lets nobody in without a key: load one into ssh-agent, or name its file"),
-    ("host", r"Could not resolve hostname", "there is no address for {host}, or for a host on the way there"),
+     "{host} requires a key: load one into ssh-agent, or set its file"),
+    ("host", r"Could not resolve hostname", "cannot resolve the name of {host}, or of a host on the way there"),
     ("host", r"timed out|No route to host|Network is unreachable|Connection refused", "{host} cannot be reached"),
     ("host", r"[Ss]ubsystem request failed", "{host} has no sftp, which sshfs needs"),
     ("folder", r"Permission denied", "{source} may not be read"),
@@ -319,4 +319,4 @@ def explain(said: str, host: str, source: str) -> str:
         found = next((line for line in said.splitlines() if re.search(pattern, line)), None)
         if found:
             return f"{setting}: {meaning.format(host=host, source=source)} ({' '.join(found.strip('@').split())})"
-    return f"host: {' '.join(said.split()) or 'sshfs failed and said nothing'}"
+    return f"host: {' '.join(said.split()) or 'sshfs failed without a message'}"

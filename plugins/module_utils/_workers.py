@@ -156,10 +156,10 @@ def judge(trial: Trial, world: World) -> Verdict:
     if any(connection.name == name for connection in world.connections):
         return Verdict(False, f"job {worker.job} has an open connection")
     if worker.cluster != world.cluster:
-        return Verdict(False, f"job {worker.job} is one of the cluster {worker.cluster}; ask there", True)
+        return Verdict(False, f"job {worker.job} belongs to the cluster {worker.cluster}; requeue there", True)
     for job in world.jobs:
         if job.id == worker.job and is_later(job.restart, worker.restart):
-            return Verdict(True, f"job {job.id} was queued again since")
+            return Verdict(True, f"job {job.id} has been queued again since")
         if job.id == worker.job:
             return Verdict(False, f"job {job.id} is {job.state}{f' on {job.nodes}' if job.nodes else ''}")
     return Verdict(True, f"job {worker.job} has ended and has no connection")
@@ -187,9 +187,9 @@ def judge_by_time(trial: Trial, world: World) -> Verdict:
     if older:
         return Verdict(False, f"job {older[0].id} ({older[0].name}) may be its worker", True)
     if world.boot is None:
-        return Verdict(True, "no connection and no job is left from the time at which it began")
+        return Verdict(True, "no connection and no job from its start are left")
     if span and span[1] + world.tolerance < world.boot:
-        return Verdict(True, "this machine was started since it began")
+        return Verdict(True, "this machine has been restarted since it began")
     # On a single machine a connection ends only with its worker or with the server.
     if span and span[0] - world.tolerance > world.server_start:
         return Verdict(True, "its connection is closed, and the server has not been stopped since it began")

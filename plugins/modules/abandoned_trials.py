@@ -216,7 +216,7 @@ def running_trials(params: dict) -> tuple[list[_workers.Trial], list[str]]:
     for study in params["studies"]:
         if study not in known:
             raise Refused(
-                f"requeue_studies: there is no study {study}; there are {', '.join(sorted(known)) or 'none at all'}"
+                f"requeue_studies: there is no study {study}; there are {', '.join(sorted(known)) or 'none'}"
             )
     trials = [
         trial for _names, trials in found.values() for trial in trials
@@ -247,8 +247,8 @@ def look_around(params: dict, run: Run, trials: list[_workers.Trial]) -> _worker
     local = params["scheduler"] == "local"
     if trials and not local and params["name"] not in [job.name for job in jobs]:
         raise Refused(
-            f"the scheduler does not list {params['name']}, the job that hosts the server; so it may not list jobs of "
-            "workers either, and none of their trials is taken for abandoned"
+            f"the scheduler does not list {params['name']}, the job that hosts the server; so it may not list the jobs "
+            "of workers either, and no trial is requeued"
         )
     jobs = [job for job in jobs if job.name not in (params["name"], *params["other_jobs"])]
     return _workers.World(
@@ -343,7 +343,7 @@ def ensure_requeued(params: dict, run: Run, check_mode: bool) -> dict:
         elif check_mode or new_number is not None:
             requeued.append({**told, "new_number": new_number})
         else:
-            left.append({**told, "why": "it has ended meanwhile", "unknown": False})
+            left.append({**told, "why": "it has ended in the meantime", "unknown": False})
     return {
         "changed": bool(requeued),
         "requeued": requeued,

@@ -183,7 +183,7 @@ def check_params(params: dict) -> None:
         raise Failed(f"port_option: {params['port_option']!r} is not an option such as --port")
     for name in params["environment"]:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise Failed(f"environment: {name!r} is no name of a variable; allowed are letters, digits and _")
+            raise Failed(f"environment: {name!r} is not the name of a variable; allowed are letters, digits and _")
     command = params["command"] or []
     if params["state"] == "started" and not (command and os.path.isabs(command[0])):
         raise Failed(f"command: {' '.join(command)!r} does not begin with a program's absolute path")
@@ -230,7 +230,7 @@ def answers(port: int) -> bool:
 def why_not_free(port: int) -> str:
     """Return why a program cannot use the port; empty if it can. Port 0 stands for any free port."""
     if port and answers(port):
-        return "another program serves there"
+        return "another program uses it"
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, to reuse a recent port
         try:
@@ -244,7 +244,7 @@ def choose_port(wanted: int, last: int) -> int:
     """Return the wanted port. For 0, return the last port if it is free, otherwise any free port."""
     trouble = why_not_free(wanted)
     if trouble:
-        raise Failed(f"port: {wanted} cannot be had: {trouble}; give a free one, or 0 for any")
+        raise Failed(f"port: {wanted} cannot be used: {trouble}; give a free one, or 0 for any")
     if wanted or (last and not why_not_free(last)):
         return wanted or last
     with socket.socket() as probe:
@@ -300,7 +300,7 @@ def start(params: dict, last_port: int, run: Run) -> dict:
     if not has_come_up(record, params["timeout"]):
         alive = runs(record)
         end(record)
-        reason = f"did not answer on port {port} within {params['timeout']} s" if alive else "has ended at once"
+        reason = f"did not answer on port {port} within {params['timeout']} s" if alive else "ended immediately"
         raise Failed(f"{params['name']} {reason}: {last_words(log)}")
     return record
 
@@ -315,7 +315,7 @@ def end(record: dict) -> None:
         while runs(record) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
     if runs(record):
-        raise Failed(f"PID {record['pid']} does not end, even after SIGKILL; it may wait for a disk or a mount")
+        raise Failed(f"PID {record['pid']} does not end, even after SIGKILL; it may be waiting for a disk or a mount")
 
 
 def last_words(log: Path) -> str:

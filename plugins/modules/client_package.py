@@ -160,7 +160,7 @@ def parse_probe(stdout: str) -> dict:
     """Return the probe's answer; a site's start-up files may print lines before it."""
     answers = [line[len("hpc_db ") :] for line in stdout.splitlines() if line.startswith("hpc_db ")]
     if not answers:
-        raise Failed("it does not answer as a Python does")
+        raise Failed("it is not a Python")
     return json.loads(answers[-1])
 
 
@@ -170,7 +170,7 @@ def read_project(text: str) -> Project:
     def value(key: str) -> str:
         found = re.search(rf'^{key} = (".*?"|\[.*?\])$', text, re.MULTILINE | re.DOTALL)
         if not found:
-            raise Failed(f"project: it does not say what its {key} is")
+            raise Failed(f"project: its {key} is missing")
         return re.sub(r",\s*\]$", "]", found[1])
 
     plugins = re.search(rf'^\[project\.entry-points\."{re.escape(ENTRY_POINTS)}"\]\n((?:\w.*\n)+)', text, re.MULTILINE)
@@ -188,7 +188,7 @@ def project_of(requirement: str) -> tuple[str, str]:
     """Return the normalised name and the version bounds of a requirement."""
     name = re.match(r"[A-Za-z0-9][\w.-]*", requirement)
     if not name:
-        raise Failed(f"project: {requirement!r} is no requirement")
+        raise Failed(f"project: {requirement!r} is not a requirement")
     return normalise(name[0]), requirement[name.end() :]
 
 
@@ -276,7 +276,7 @@ def look_at_dependencies(project: Project, held: dict) -> tuple[list[str], Proje
         elif not allows(versions, held["packages"][present]):
             raise Failed(
                 f"{present} {held['packages'][present]} there is not allowed; the client package needs {requirement}:"
-                " change it there yourself, since other packages may need it as it is"
+                " change it yourself, since other packages may depend on this version"
             )
         elif "psycopg2" in present and held["driver"]:
             raise Failed(f"its Python cannot import psycopg2, though it is there: {held['driver']}")
@@ -331,7 +331,7 @@ def ensure_client(params: dict, run: Run, check_mode: bool) -> dict:
             install(params, named, missing, python, run)
             held = ask(python, run)
             if look_at_dependencies(project, held)[0] or not has_client(project, params["files"], held):
-                raise Failed("pip ended well but did not install everything there")
+                raise Failed("pip succeeded but did not install everything there")
     planned = {project.name: project.version, **{project_of(each)[0]: "to be installed" for each in missing}}
     return {
         "changed": changed,

@@ -72,7 +72,7 @@ def existing_major(path: str) -> str | None:
             return stream.read().strip()
     except (FileNotFoundError, NotADirectoryError):
         if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
-            raise Failed(f"{path} exists and is no PostgreSQL data directory") from None
+            raise Failed(f"{path} exists and is not a PostgreSQL data directory") from None
         return None
 
 
@@ -106,7 +106,7 @@ def ensure_data_directory(params: dict, run: Run, check_mode: bool) -> dict:
     said = run([os.path.join(bindir, "postgres"), "--version"])
     version, major = parse_version(said) or (None, None)
     if version is None or major is None:
-        raise Failed(f"postgres --version printed {said.strip()!r}, which names no version")
+        raise Failed(f"postgres --version printed {said.strip()!r}, which contains no version")
     if found not in (None, str(major)):
         raise Failed(f"{path} was made by PostgreSQL {found}, but {bindir} holds {version}; nothing was changed")
     if found is None and not check_mode:

@@ -149,11 +149,11 @@ def check_root(root: str, uid: int) -> None:
     if not os.path.lexists(root):
         return
     if not os.path.isdir(root):
-        raise Refused(f"instance_root: {root} exists and is no directory")
+        raise Refused(f"instance_root: {root} exists and is not a directory")
     if os.stat(root).st_uid != uid:
         raise Refused(f"instance_root: {root} belongs to another user")
     if os.listdir(root) and not os.path.isdir(Layout(root).run):
-        raise Refused(f"instance_root: {root} holds other things and is no instance directory; choose a new folder")
+        raise Refused(f"instance_root: {root} contains other files and is no instance directory; choose a new folder")
 
 
 def check_links(root: str) -> None:
@@ -288,10 +288,10 @@ def ensure_instance(params: dict, run: Run, check_mode: bool, uid: int) -> dict:
     check_root(root, uid)
     for name in [*params["directories"], *(wanted["path"] for wanted in params["files"])]:
         if not os.path.normpath(os.path.join(root, name)).startswith(root + os.sep) or not name.isprintable():
-            raise Refused(f"{name!r} is no path inside {root}")
+            raise Refused(f"{name!r} is not a path inside {root}")
     for wanted in params["files"]:
         if not re.fullmatch("0?[0-7]{3}", wanted["mode"]):
-            raise Refused(f"mode: {wanted['mode']!r} is none; write for example 0600")
+            raise Refused(f"mode: {wanted['mode']!r} is not a mode; write for example 0600")
     if not check_mode and not os.path.isdir(Layout(root).run):
         check_links(root)
     # "run" comes first: it distinguishes an instance directory from any other folder.

@@ -235,9 +235,9 @@ def describe(line: bytes) -> str:
     if not line.strip():
         return BLANK
     if not line.strip(b"\0\r\n"):
-        return "nothing but NUL bytes"
+        return "empty, with only NUL bytes"
     shown = line[:LINE_SHOWN].decode(errors="replace").strip()
-    return f"damaged, or none of Optuna's ({shown}{'…' if len(line) > LINE_SHOWN else ''})"
+    return f"damaged or not written by Optuna ({shown}{'…' if len(line) > LINE_SHOWN else ''})"
 
 
 class Journal:
@@ -262,7 +262,7 @@ class Journal:
         if len(damaged) == len(self.left_out):
             way_out = "import_repair=true leaves out blank lines and a damaged last one"
         else:
-            way_out = "later lines may depend on what it was, so the file has to be mended by hand, or from a copy"
+            way_out = "later lines may depend on it, so repair the file by hand or from a copy"
         raise Refused(f"import_from: {label}: {'; '.join([*named, way_out])}")
 
     def read_logs(self, log_number_from: int) -> Iterator[dict]:
@@ -285,7 +285,7 @@ def kind_of(path: str) -> str:
         stream.seek(0)
         if any(operation(stream.readline(1 << 20)) for _line in range(LINES_READ)):
             return "journal"
-    raise Refused(f"import_from: {os.path.basename(path)} is neither an SQLite file nor one of Optuna's JournalStorage")
+    raise Refused(f"import_from: {os.path.basename(path)} is not an SQLite file, nor one of Optuna's JournalStorage")
 
 
 def stamp_of(path: str) -> tuple[int, int, int]:
@@ -294,7 +294,7 @@ def stamp_of(path: str) -> tuple[int, int, int]:
         beside = path + suffix
         # SQLite leaves an empty file in some modes. A lock is empty, and may be a link without a target.
         if os.path.lexists(beside) and (suffix == ".lock" or os.path.getsize(beside)):
-            raise in_use(path, f"{os.path.basename(beside)} is beside it")
+            raise in_use(path, f"{os.path.basename(beside)} exists")
     found = os.stat(path)
     return found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -302,7 +302,7 @@ def stamp_of(path: str) -> tuple[int, int, int]:
 def in_use(path: str, sign: str) -> Refused:
     """Return the error for a file that is being written."""
     return Refused(
-        f"import_from: {os.path.basename(path)} is still being written to, or was when its last worker died: {sign}; "
+        f"import_from: {os.path.basename(path)} is in use, or was when its last worker died: {sign}; "
         "end its workers, and read it once with Optuna or sqlite3 there"
     )
 
@@ -310,7 +310,7 @@ def in_use(path: str, sign: str) -> Refused:
 def check_unchanged(path: str, before: tuple) -> None:
     """Raise Refused if the file has changed, because the copy may then mix two versions."""
     if stamp_of(path) != before:
-        raise in_use(path, "it has changed meanwhile")
+        raise in_use(path, "it changed during the import")
 
 
 @contextlib.contextmanager
@@ -332,20 +332,21 @@ def look_at_schema(path: str, label: str, optuna: _optuna.Optuna) -> bool:
             damage = [said for said, in connection.execute("PRAGMA quick_check(1)") if said != "ok"]
             rows = [] if damage else connection.execute(_optuna.SCHEMA).fetchall()
     except sqlite3.OperationalError as error:
-        raise Refused(f"import_from: {label} holds no studies of Optuna's: SQLite says: {error}") from None
+        raise Refused(f"import_from: {label} holds no Optuna studies: SQLite reports: {error}") from None
     except sqlite3.Error as error:
         damage = [str(error)]
     if damage:
         raise Refused(
-            f"import_from: {label} is damaged: SQLite says: {damage[0]}; its command .recover prints what can be read"
+            f"import_from: {label} is damaged: SQLite reports: {damage[0]}; "
+            "its command .recover prints the readable part"
         )
     if not rows:
-        raise Refused(f"import_from: {label} holds no studies of Optuna's")
+        raise Refused(f"import_from: {label} holds no Optuna studies")
     schema = _optuna.Schema(*rows[0])
     if _optuna.is_newer(schema, optuna):
         raise Refused(
             f"import_from: {label} was made by Optuna {schema.library}, which is newer than the installed Optuna "
-            f"{optuna.version}: have optuna=={schema.library} in postgres_python_packages"
+            f"{optuna.version}: set optuna=={schema.library} in postgres_python_packages"
         )
     return _optuna.is_older(schema, optuna)
 
@@ -392,7 +393,7 @@ def read_source(params: dict, storage: Any) -> list[Study]:
     if missing:
         raise Refused(f"import_studies: {label} holds no study {', '.join(missing)}, but {', '.join(held)}")
     if params["name"] and len(wanted) != 1:
-        raise Refused(f"import_as: {params['name']} is one name for {len(wanted)} studies; name one in import_studies")
+        raise Refused(f"import_as: {params['name']} is one name for {len(wanted)} studies; set import_studies")
     changed = datetime.datetime.fromtimestamp(os.stat(params["file"]).st_mtime)
     studies = []
     for name in dict.fromkeys(wanted):
@@ -414,7 +415,7 @@ def check_fit(label: str, studies: list[Study]) -> None:
         return
     named = [f"study {_optuna.cut(study.source)}: {problem}" for study, problem in found[:MOST_NAMED]]
     more = [f"and {len(found) - MOST_NAMED} more"] if found[MOST_NAMED:] else []
-    ways = ["import_repair=true numbers trials anew"] if any(map(numbering, studies)) else []
+    ways = ["import_repair=true renumbers the trials"] if any(map(numbering, studies)) else []
     fit = [study.source for study in studies if study not in [study for study, _problem in found]]
     raise Refused(f"import_from: {label}: {'; '.join([*named, *more, *ways, *others(fit)])}")
 
@@ -431,7 +432,7 @@ def numbering(study: Study) -> list[str]:
         if held > number:
             return [f"trial {number} is missing, as if it had been deleted"]
         if held < number:
-            return [f"two trials have the number {held}"]
+            return [f"two trials have number {held}"]
     return []
 
 
@@ -455,9 +456,9 @@ def unfit_names(names: Iterable[tuple[str, str]]) -> Iterator[str]:
     """Return the names that the database cannot store."""
     for what, name in names:
         if len(name) > LONGEST_NAME:
-            yield f"{what} {_optuna.cut(name)} has {len(name)} characters, of which PostgreSQL holds {LONGEST_NAME}"
+            yield f"{what} {_optuna.cut(name)} has {len(name)} characters, but PostgreSQL stores at most {LONGEST_NAME}"
         elif "\0" in name or name != name.encode("utf-8", "replace").decode():
-            yield f"{what} {_optuna.cut(name)} has a character that PostgreSQL cannot hold"
+            yield f"{what} {_optuna.cut(name)} has a character that PostgreSQL cannot store"
 
 
 def unfit_numbers(trial: Any) -> Iterator[str]:
@@ -466,10 +467,10 @@ def unfit_numbers(trial: Any) -> Iterator[str]:
     for what, numbers in held.items():
         for number in numbers:
             if not isinstance(number, float) and not (isinstance(number, int) and abs(number) <= LARGEST):
-                yield f"its {what} {_optuna.cut(number)} is no number of 64 bits"
+                yield f"its {what} {_optuna.cut(number)} is not a 64-bit integer"
     for step in trial.intermediate_values:
         if step not in STEPS:
-            yield f"its step {step}, with an intermediate value, is beyond 32 bits"
+            yield f"its step {step}, with an intermediate value, does not fit into 32 bits"
 
 
 def unfit_parameters(trial: Any, first: dict[str, tuple[int, Any]]) -> Iterator[str]:
@@ -483,7 +484,7 @@ def unfit_parameters(trial: Any, first: dict[str, tuple[int, Any]]) -> Iterator[
             check_distribution_compatibility(earlier, kind)
             back = kind.to_external_repr(float(kind.to_internal_repr(value)))
         except Exception as error:  # any error that Optuna raises for a value outside of its distribution
-            since = f"differs from trial {number} in its distribution" if earlier != kind else "has no fit value"
+            since = f"differs from trial {number} in its distribution" if earlier != kind else "has no valid value"
             yield f"its parameter {_optuna.cut(name)} {since}: {' '.join(str(error).split()).rstrip('.')}"
             continue
         if text_of(as_held(back, kind)) != text_of(as_held(value, kind)):
@@ -649,7 +650,7 @@ def read_file(params: dict, installed: _optuna.Optuna, stamp: tuple) -> list[Stu
         except (Refused, OSError):
             raise
         except Exception as error:  # any error of Optuna and SQLAlchemy for a damaged file
-            raise Refused(f"import_from: {label}: Optuna says: {_optuna.said(error)}") from None
+            raise Refused(f"import_from: {label}: Optuna reports: {_optuna.said(error)}") from None
 
 
 def ensure_imported(params: dict, check_mode: bool) -> dict:
@@ -675,7 +676,7 @@ def ensure_imported(params: dict, check_mode: bool) -> dict:
         "changed": bool(missing),
         "studies": [study.report(study in missing, took.get(study.name, 0)) for study in studies],
         "warnings": [
-            *(f"study {study.source}: {odd}; brought as it is" for study in missing for odd in study.odd),
+            *(f"study {study.source}: {odd}; imported unchanged" for study in missing for odd in study.odd),
             *_optuna.clock_warnings(params["database"], clocks, installed),
         ],
         "diff": {

@@ -205,7 +205,7 @@ def let_optuna(params: dict, upgrade: bool, studies: list[dict], attributes: dic
                 loaded.set_user_attr(key, value)
         storage.engine.dispose()  # otherwise its connection stays open while the other databases are opened
     except Exception as error:  # any error of Optuna, SQLAlchemy, Alembic and psycopg2
-        raise Refused(f"database {params['database']}: Optuna says: {' '.join(str(error).split())}") from None
+        raise Refused(f"database {params['database']}: Optuna reports: {' '.join(str(error).split())}") from None
 
 
 def take_notes(params: dict) -> None:
@@ -261,7 +261,7 @@ def ensure_studies(params: dict, check_mode: bool) -> dict:
         if directions != study["directions"]:
             raise Refused(
                 f"databases_studies: the study {study['name']} in {params['database']} has the directions "
-                f"{directions}, not {study['directions']}; directions cannot be changed, choose another name"
+                f"{directions}, not {study['directions']}; directions cannot be changed; choose another name"
             )
     attributes = {} if found.too_old and not upgrade else differing_attributes(params, found)
     if (before.schema is None or missing or attributes) and not check_mode:

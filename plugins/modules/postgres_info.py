@@ -139,7 +139,7 @@ def find_programs(params: dict, run: Run) -> tuple[str, str]:
         raise Refused(f"postgres_bindir: {bindir!r} is not absolute; give a path that begins with / or ~")
     if not load:
         if not bindir:
-            raise Refused("postgres_bindir: neither it nor postgres_module_load says where PostgreSQL is; set one")
+            raise Refused("postgres_bindir: neither this nor postgres_module_load is set; set one")
         return bindir, ""
     code, stdout, stderr = run(search_command(load, params["timeout"]))
     if code:
@@ -147,7 +147,7 @@ def find_programs(params: dict, run: Run) -> tuple[str, str]:
         raise Refused(f"postgres_module_load: {load!r} {why} in a login shell: {' '.join(stderr.split())}")
     found, library_path = parse_search(stdout)
     if not (bindir or found):
-        raise Refused(f"postgres_module_load: {load!r} brings no program postgres onto the PATH; set postgres_bindir")
+        raise Refused(f"postgres_module_load: {load!r} adds no program postgres to the PATH; set postgres_bindir")
     return bindir or found, library_path
 
 

@@ -200,7 +200,7 @@ def bring(params: dict, database: str, check_mode: bool) -> list[str]:
             makers = [params["user"], params["writer"]]
             found = _connection.rows(connection, RIGHTS, (makers, params["role"]))
             if not found and not check_mode:
-                raise _connection.Unreachable(f"database {database}: there is no role {params['role']}")
+                raise _connection.Unreachable(f"database {database}: the role {params['role']} does not exist")
             ((functions,),) = _connection.rows(connection, OPEN, (HARMFUL, params["writer"], params["role"]))
             statements = for_database(params, database, found, functions)
         for text, names in [] if check_mode else statements:

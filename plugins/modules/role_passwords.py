@@ -162,7 +162,7 @@ def ensure_passwords(params: dict, check_mode: bool) -> dict:
     """
     for role in params["roles"]:
         if len(role.splitlines()) != 1:  # the password file has one line per role
-            raise ValueError(f"roles: {role!r} is no role's name")
+            raise ValueError(f"roles: {role!r} is not a role's name")
     passfile, aside = params["passfile"], params["passfile"] + ASIDE
     if not params["roles"] and not os.path.exists(aside):
         return {"changed": False, "changed_roles": [], "passfile": passfile}

@@ -199,10 +199,10 @@ def _read(
             return answer, ""
         if last and second >= SETTLED_SECONDS:
             break
-        told = f"job {job_id} has ended, and {path} does not show its whole answer yet"
+        told = f"job {job_id} has ended, and {path} is not complete yet"
         slice_.check(told, job=job_id, reached=door.reached, second=second)
         sleep(1.0)
-    return None, f"job {job_id} ended without an answer: {last or 'it printed nothing'}"
+    return None, f"job {job_id} ended without a result: {last or 'it printed nothing'}"
 
 
 def _last_line(path: str) -> str:

@@ -333,7 +333,7 @@ def ask(path: str, params: dict, machine: Machine) -> str:
 def check_folder(path: str) -> None:
     """Refuse a mount point that is not a folder or whose contents the mount would hide."""
     if os.path.lexists(path) and not os.path.isdir(path):
-        raise Refused(f"path: {path} is no folder")
+        raise Refused(f"path: {path} is not a folder")
     names = sorted(set(os.listdir(path)) - {MARKER}) if os.path.isdir(path) else []
     if names:
         some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
@@ -394,9 +394,9 @@ def mount(path: str, wanted: Wanted, params: dict, machine: Machine) -> None:
             raise Failed(explain(words if refused else said, params["host"], wanted.source))
     except Hung:
         take_away(path, params, machine, by_force=True)
-        raise Failed(f"timeout: {params['host']} has not let sshfs in within {params['timeout']} s") from None
+        raise Failed(f"timeout: {params['host']} has not accepted the login within {params['timeout']} s") from None
     if look(path, wanted, machine).state != "mounted":
-        raise Failed(f"path: sshfs ended well, but {wanted.source} is not mounted at {path}")
+        raise Failed(f"path: sshfs succeeded, but {wanted.source} is not mounted at {path}")
 
 
 def take_away(path: str, params: dict, machine: Machine, by_force: bool) -> None:
@@ -502,7 +502,7 @@ def ensure_mount(params: dict, machine: Machine, check_mode: bool) -> dict:
         "source": wanted.source if wanted else None,
         "found": found.state,
         "answers": not trouble if wanted else None,
-        "warning": f"{path} is mounted, but {params['host']} does not answer just now: {trouble}" if trouble else None,
+        "warning": f"{path} is mounted, but {params['host']} does not answer: {trouble}" if trouble else None,
         "diff": {
             "before": "".join(
                 as_text(mount.source, path, arguments_of(found.servers[0]) if found.servers else "", found.state)

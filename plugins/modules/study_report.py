@@ -120,7 +120,7 @@ def present_mark(path: str) -> str:
     except OSError as error:
         raise Refused(f"path: {path}: {error.strerror}") from None
     if not found:
-        raise Refused(f"path: {path} is there and is no report; move it away, or choose another report_file")
+        raise Refused(f"path: {path} exists and is not a report; move it away, or choose another report_file")
     return found[1]
 
 

@@ -131,7 +131,7 @@ def check(params: dict, used: dict, found: int) -> None:
     missing = [name for name in PROGRAMS if not os.path.exists(os.path.join(used["bindir"], name))]
     if missing:
         raise Refused(
-            f"{used['bindir']} has no {', '.join(missing)} any more, and only PostgreSQL {found} reads {data}: "
+            f"{used['bindir']} no longer has {', '.join(missing)}, and only PostgreSQL {found} reads {data}: "
             f"install it again with the playbook hpc_db.yml and postgres_major={found}"
         )
     if major < found:
@@ -159,7 +159,7 @@ def ensure_major(params: dict, run: Run, check_mode: bool) -> dict:
     used = read_settings(params["root"])
     found = major_of(used["data"])
     if found is None:
-        raise Refused(f"{used['data']} is no data directory of PostgreSQL; run the playbook hpc_db.yml first")
+        raise Refused(f"{used['data']} is not a PostgreSQL data directory; run the playbook hpc_db.yml first")
     changed = found != params["major"]
     result = {"changed": changed, "way": None, "kept": used["data"] if changed else None}
     if changed:

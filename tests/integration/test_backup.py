@@ -291,7 +291,7 @@ def test_older_schema_is_named_and_upgraded_on_request_after_a_dump(studies: Stu
     must = r"database older: Optuna's schema v3\.0\.0\.d there was made by Optuna 3\.1\.1, but the installed Optuna \S+"
     assert re.search(rf"\[WARNING\]: {must} needs v3\.2\.0\.a: set databases_upgrade_schema", named), named
     assert re.search(r"localhost \| SUCCESS => .*\bchanged: false", named)
-    assert "databases_upgrade_schema: 1 connections to the database older are open; end its workers first" in refused
+    assert "databases_upgrade_schema: 1 connections to the database older are open; stop its workers first" in refused
     assert (older(TRIALS), studies.dumps()) == (before, dumps)
 
     said = studies.play("hpc_db", **studies.settings, databases_upgrade_schema=True)
@@ -301,8 +301,8 @@ def test_older_schema_is_named_and_upgraded_on_request_after_a_dump(studies: Stu
     assert re.search(rf"^older: 11 trials in \S+/{re.escape(made[0])}$", said, re.M), said
     assert made == [made[0], f"{made[0]}.sha256"]
     assert "study east in database older: a trial's time is 2.0 h ahead of UTC" in said
-    assert "study mixed in database older: 3 trials began some half hours before the trial before them" in said
-    assert re.search(r"is newer than the installed Optuna 3\.1\.1: have optuna==\d\S+ in postgres_python_packages",
+    assert "study mixed in database older: 3 trials began half an hour or more before their" in said
+    assert re.search(r"is newer than the installed Optuna 3\.1\.1: set optuna==\d\S+ in postgres_python_packages",
                      studies.schema(old))
 
 

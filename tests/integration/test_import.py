@@ -170,16 +170,16 @@ for name, change in {
 """
 UNFITTING = {
     "long_parameter.db": r"study long_parameter: trial 0: its parameter pp+… has 600 characters, .* in 6 trials\)",
-    "long_key.db": "study long_key: its attribute kk+… has 600 characters, of which PostgreSQL holds 512",
-    "step.db": "study step: trial 0: its step 2147483648, with an intermediate value, is beyond 32 bits",
+    "long_key.db": "study long_key: its attribute kk+… has 600 characters, but PostgreSQL stores at most 512",
+    "step.db": "study step: trial 0: its step 2147483648, with an intermediate value, does not fit into 32 bits",
     "patched.db": "study patched: trial 3: its parameter k differs from trial 0 in its distribution: Categorical",
     "unreadable.db": "study unreadable: trial 2 cannot be read: IndexError: tuple index out of range'$",
     "attribute.db": "study attribute cannot be read: JSONDecodeError: ",
-    "gap.db": "study gap: trial 2 is missing, as if it had been deleted; import_repair=true numbers trials anew",
-    "twice.db": "study twice: two trials have the number 2; import_repair=true numbers trials anew",
-    "cut.log": r"line 11 of 19 is damaged, or none of Optuna's \(.*op_code",
+    "gap.db": "study gap: trial 2 is missing, as if it had been deleted; import_repair=true renumbers the trials",
+    "twice.db": "study twice: two trials have number 2; import_repair=true renumbers the trials",
+    "cut.log": r"line 11 of 19 is damaged or not written by Optuna \(.*op_code",
     "blank.log": "line 11 of 20 is blank; import_repair=true leaves out",
-    "nul.log": "line 9 of 20 is nothing but NUL bytes",
+    "nul.log": "line 9 of 20 is empty, with only NUL bytes",
     "last.log": "line 17 of 17 is damaged, .*; import_repair=true leaves out blank lines and a damaged last one",
 }
 # More steps than Optuna could write in half a minute.
@@ -333,8 +333,8 @@ def test_what_does_not_fit_is_refused(instance: Instance, tmp_path: Path) -> Non
 
     expected: list[tuple[dict, str]] = [
         ({"import_from": "~/new.db", "import_studies": ["nope"]}, "import_studies: new.db holds no study nope, but be"),
-        ({"import_from": "~/text.db"}, "import_from: text.db is neither an SQLite file nor one of Optuna's"),
-        ({"import_from": str(other)}, "import_from: other.db is still being written to, .* other.db.lock is beside it"),
+        ({"import_from": "~/text.db"}, "import_from: text.db is not an SQLite file, nor one of Optuna's"),
+        ({"import_from": str(other)}, "import_from: other.db is in use, .* other.db.lock exists"),
         ({"import_from": "~/other.db"}, r"import_as: studies holds a study be already, with other trials \(the "),
         ({"import_from": "~/new.db", "import_database": "no"},
          "import_database: no is not allowed; databases in databases_studies with Optuna's tables: studies, second"),
@@ -383,7 +383,7 @@ def test_whatever_optuna_can_store_is_imported(instance: Instance, everything: i
 
     assert len(re.findall(r"^study .* would be imported$", looked, re.MULTILINE)) == everything
     assert len(re.findall(r"^study .* in [\d.]+ s$", said, re.MULTILINE)) == everything
-    assert re.search(r"WARNING\]: study \d+ .*: trial \d+ has .* outside of .*; brought as it is", said), said
+    assert re.search(r"WARNING\]: study \d+ .*: trial \d+ has .* outside of .*; imported unchanged", said), said
     file, database = f"sqlite:///{instance.home}/everything.db", f"postgresql+psycopg2:///second?service={NAME}"
     assert instance.python(COMPARE, file, database) == str(everything)
     assert "changed=0" in instance.play("import", import_from="~/everything.log", import_database="second")

@@ -154,8 +154,8 @@ def test_what_is_to_be_filled_in_is_refused_before_anything_connects(mini: Targe
     said = re.findall(r"^ +msg: (.*(?:\n {8,}.*)*)", played.stdout, re.MULTILINE)
     assert len(said) == 1, played.stdout
     assert " ".join(said[0].split()).strip("'") == (
-        "ansible_user: FILL_IN is to be replaced by your own value, in inventories/jureca/hosts.yml line 8: your user "
-        "name there, such as surname1; hpc_db_project: FILL_IN is to be replaced by your own value, in "
+        "ansible_user: FILL_IN must be replaced by your own value, in inventories/jureca/hosts.yml line 8: your user "
+        "name there, such as surname1; hpc_db_project: FILL_IN must be replaced by your own value, in "
         "inventories/jureca/group_vars/all.yml line 17: your project, as `jutil user projects` lists it there"
     )
     assert "unreachable=0" in played.stdout

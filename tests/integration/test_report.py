@@ -112,11 +112,11 @@ def test_a_report_of_all_studies(studies: Target, settings: dict, page: Browser)
     text = look(page, file)
 
     for said in (
-        f"studies/{HOSTILE}", COUNTS, "Trials that are complete with an infinite value, and not drawn: 1.",
+        f"studies/{HOSTILE}", COUNTS, "Complete trials with an infinite value, which are not drawn: 1.",
         "studies/both", "12 trials: 12 complete", "Pareto front", "Optimisation history of objective 1",
         "studies/only failed", "2 trials: 2 fail", "No trial is complete with a finite value",
         "studies/empty", "no trials yet", "13 trials: 12 complete, 1 fail", r"\udce4.traj", "layers = [",
-        "trial 0 has x = 2.0 outside of FloatDistribution", "trial 12 is FAIL without the time of its end",
+        "trial 0 has x = 2.0 outside of FloatDistribution", "trial 12 is FAIL without an end time",
         f"note = {HOSTILE}", "connections", "The studies are those of the server",
     ):
         assert said in text, (said, text)
@@ -150,6 +150,6 @@ def test_without_a_server_the_studies_are_read_all_the_same(
 
     text = look(page, report(studies, {**settings, "report_file": str(tmp_path / "mine.html")})[0])
 
-    assert "none in the queue: no server runs" in text
+    assert "none in the queue: the server is not running" in text
     assert COUNTS in text
-    assert re.search(r"UTC not until now [\d:]+ away stopped by SIGTERM", text), text
+    assert re.search(r"UTC still going on [\d:]+ away stopped by SIGTERM", text), text

@@ -217,7 +217,7 @@ def test_unknown_and_changed_host_keys(workstation: Workstation) -> None:
         assert "see" not in workstation.run("ls -A").split() and "known_hosts" not in workstation.run("ls .ssh").split()
 
         workstation.run("cd .ssh; ssh-keygen -q -t ed25519 -N '' -f other; echo login $(cat other.pub) > known_hosts")
-        assert re.match(r"host: login shows another host key .* ssh-keygen -R login", fails(workstation))
+        assert re.match(r"host: login has another host key .* ssh-keygen -R login", fails(workstation))
     finally:
         workstation.run("cd .ssh; mv kept known_hosts; rm -f config other other.pub")
     assert mounts(workstation) == ""

@@ -154,7 +154,7 @@ def test_what_dead_workers_leave_is_requeued_once(cluster: MiniCluster, serving:
     assert re.fullmatch(f"second/{STUDY}: trial 0 is left alone: a connection from .* may be its worker's", foreseen[3])
     assert again == [
         f"second/{STUDY}: trial 0 is requeued as trial 1: "
-        "no connection and no job is left from the time at which it began"
+        "no connection and no job from its start are left"
     ]
     assert untied.returncode == 1 and "ValueError: Cannot tell a FAIL trial." in refused
 

@@ -100,13 +100,13 @@ FAILED = {"state": "failed", "reason": "disk full", "job": "7"}
 
 
 @pytest.mark.parametrize("looks, words", [
-    ([PENDING, found()], "no such job is in the queue; its log may tell why"),
-    ([found()], "no such job is in the queue"),
-    ([found(state={**FAILED, "job": "6"})], "no such job is in the queue; its log"),
+    ([PENDING, found()], "the job is not in the queue; its log may show the reason"),
+    ([found()], "the job is not in the queue"),
+    ([found(state={**FAILED, "job": "6"})], "the job is not in the queue; its log"),
     ([RUNNING, found(state=ENDED)], "(stopped by SIGTERM)"),
     ([RUNNING, found(state=FAILED)], "failed: disk full"),
     ([found(job("RUNNING"), state=FAILED)], "failed: disk full"),
-    ([found(job("PENDING", "PartitionTimeLimit"))], "job 7 can never start as it is (PartitionTimeLimit)"),
+    ([found(job("PENDING", "PartitionTimeLimit"))], "job 7 can never start with these options (PartitionTimeLimit)"),
     ([NO_ANSWER], "Socket timed out"),
 ])
 def test_gives_up_at_once(looks, words):

@@ -161,8 +161,8 @@ def test_all_wrong_values_are_named_at_once(ansible: Reader) -> None:
     ("databases_workers", True, "databases_workers: true is not allowed; a whole number"),
     ("databases_workers", None, "databases_workers: nothing is not allowed; a whole number"),
     ("postgres_provider", "apt", "postgres_provider: apt is not allowed; rattler, conda, embedded, system"),
-    ("workers_study", True, "workers_study: true is not allowed; text, in quotes if YAML takes it for something else"),
-    ("workers_study", 1.1, "workers_study: 1.1 is not allowed; text, in quotes if YAML takes it for something else"),
+    ("workers_study", True, "workers_study: true is not allowed; text, in quotes if YAML reads it as another type"),
+    ("workers_study", 1.1, "workers_study: 1.1 is not allowed; text, in quotes if YAML reads it as another type"),
     ("server_job_options", "x", "server_job_options: x is not allowed; names with values, such as {partition: work}"),
     ("server_job_options", "{a: b", "server_job_options: {a: b is not allowed; names with values, such as "),
     ("server_job_options", ["a"], "server_job_options: ['a'] is not allowed; names with values, such as "),
@@ -199,7 +199,7 @@ def test_text_has_its_type(name: str, value: Any, found: Any) -> None:
 @pytest.mark.parametrize("given, says", [
     ({"instance_root": "{{ nowhere }}/x"}, r"^instance_root: .*'?nowhere'? is undefined"),
     ({"instance_name": "{{ instance_cluster }}", "instance_cluster": "{{ instance_name }}"},
-     r"^instance_cluster: \{\{ instance_name \}\} is not allowed; it follows from itself$"),
+     r"^instance_cluster: \{\{ instance_name \}\} is not allowed; it refers to itself$"),
     ({"databases_workers": "{{ 'many' }}"}, "^databases_workers: many is not allowed; a whole number$"),
 ])
 def test_template_without_a_value_is_named(given: dict, says: str, ansible: Reader) -> None:

@@ -5,7 +5,7 @@
 import pytest
 from ansible_collections.mala.hpc_db.plugins.lookup.unfilled import unfilled
 
-SAYS = "FILL_IN is to be replaced by your own value"
+SAYS = "FILL_IN must be replaced by your own value"
 
 
 @pytest.mark.parametrize("variables, paths", [

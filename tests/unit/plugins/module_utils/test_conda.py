@@ -93,7 +93,7 @@ def test_spec_and_package(text: str, version: str, build: str, expected: bool) -
     ],
 )
 def test_what_is_no_spec(text: str) -> None:
-    with pytest.raises(CondaError, match=r"^specs: .* is not understood; write it as one of name, "):
+    with pytest.raises(CondaError, match=r"^specs: .* cannot be parsed; write it as one of name, "):
         parse_spec(text)
 
 
@@ -307,7 +307,7 @@ def test_failure(content: dict, setting: str, problem: str) -> None:
         (127, "env: '/x': No such file", "rattler", "rattler_python", "env: '/x': No such file"),
         (126, "env: '/x': Permission denied", "conda", "client", "env: '/x': Permission denied"),
         (124, "", "conda", "timeout", "the client was stopped"),
-        (-11, "", "conda", "provider", "it said nothing"),
+        (-11, "", "conda", "provider", "it printed nothing"),
     ],
 )
 def test_failure_without_words(code: int, stderr: str, provider: str, setting: str, problem: str) -> None:
@@ -442,7 +442,7 @@ def test_failure_in_other_words(content: dict, setting: str, problem: str) -> No
 def test_success_in_other_words(actions: object) -> None:
     answer = parse_answer(0, json.dumps({"success": True, "actions": actions}), "", BOTH, "conda")
 
-    assert answer == Answer({}, "provider", "its answer has an unknown form")
+    assert answer == Answer({}, "provider", "its answer has an unknown format")
 
 
 def test_warnings_come_before_the_answer() -> None:

@@ -52,8 +52,8 @@ def test_schema_is_older_or_newer(revision: str, older: bool, newer: bool) -> No
     (299.0, 0, 0, "5.0.0", ""),  # the nodes' clocks may differ by that
     (7200.0, 0, 0, "5.0.0", "2.0 h ahead of UTC"),
     (7200.0, 0, 0, "4.9.0", ""),  # these versions write local time
-    (7200.0, 3, 4, "4.9.0", "3 trials began some half hours before"),
-    (7200.0, 3, 3, "5.0.0", "3 trials began some half hours before"),
+    (7200.0, 3, 4, "4.9.0", "3 trials began half an hour or more before"),
+    (7200.0, 3, 3, "5.0.0", "3 trials began half an hour or more before"),
     (0.0, 2, 2, "5.0.0", ""),  # few enough to be chance
     (0.0, 7, 100, "5.0.0", ""),  # trials that waited, for example after their job had hit its walltime
 ])

@@ -58,7 +58,7 @@ def test_worker_is_known_by_its_connections_name(name, worker):
     (world(jobs=[job()]), False, False, "job 12 is RUNNING on c1"),
     (world(jobs=[job(state="COMPLETING")]), False, False, "job 12 is COMPLETING"),
     (world(jobs=[job(state="TELEPORTING")]), False, False, "job 12 is TELEPORTING"),
-    (world(jobs=[job(restart="1")]), True, False, "job 12 was queued again since"),
+    (world(jobs=[job(restart="1")]), True, False, "job 12 has been queued again since"),
     (world(jobs=[job(restart="1", state="PENDING", nodes="", start=None)]), True, False, "queued again"),
     (world(jobs=[job(restart="")]), False, False, "job 12 is RUNNING on c1"),
     # Slurm has given up a node that is cut off, but the worker there has not ended.
@@ -66,7 +66,7 @@ def test_worker_is_known_by_its_connections_name(name, worker):
     (world([Connection("mala", NAME, "10.0.0.1")], [job(restart="1")]), False, False, "has an open connection"),
     (world([Connection("mala", "hpc_db 13.0 mini c1 5", "10.0.0.1")]), True, False, "has ended"),
     (world([Connection("mala", "", "10.0.0.1")]), True, False, "has ended"),
-    (world(cluster="other"), False, True, "job 12 is one of the cluster mini"),
+    (world(cluster="other"), False, True, "job 12 belongs to the cluster mini"),
 ])
 def test_trial_that_is_tied_to_a_job(around, gone, unknown, says):
     verdict = judge(trial(NAME), around)
@@ -77,10 +77,10 @@ def test_trial_that_is_tied_to_a_job(around, gone, unknown, says):
 
 @pytest.mark.parametrize("noted", [True, False])
 @pytest.mark.parametrize("around, gone, says", [
-    (world(), True, "no connection and no job is left"),
+    (world(), True, "no connection and no job from its start"),
     (world(jobs=[job(start=NOW - 3 * HOUR)]), False, "job 12 (train) may be its worker"),
     (world(jobs=[job(start=None)]), False, "job 12 (train) may be its worker"),
-    (world(jobs=[job(start=None, state="PENDING", nodes="")]), True, "no job is left"),
+    (world(jobs=[job(start=None, state="PENDING", nodes="")]), True, "no job from its start"),
     (world([Connection("other", "", "10.0.0.9")]), True, "no connection"),
     (world([Connection("mala", "", "10.0.0.9")]), False, "a connection from 10.0.0.9 (no name) may be its worker's"),
     (world([Connection("mala", "", "")]), False, "a connection from the server's own machine"),
@@ -116,7 +116,7 @@ def test_heartbeat_shows_that_a_worker_lives(name, age, gone):
 
 
 @pytest.mark.parametrize("settings, gone, says", [
-    ({"boot": NOW - HOUR}, True, "this machine was started since"),
+    ({"boot": NOW - HOUR}, True, "this machine has been restarted since"),
     ({"boot": NOW - 20 * HOUR, "server_start": NOW - 3 * HOUR}, True, "the server has not been stopped since"),
     ({"boot": NOW - 20 * HOUR, "server_start": NOW - HOUR}, False, "the server may have been stopped"),
     ({"boot": NOW - 20 * HOUR, "server_start": BEGUN - 200}, False, "the server may have been stopped"),

@@ -109,7 +109,7 @@ def test_trial_that_ends_meanwhile_is_left(use, monkeypatch):
     result = ensure_requeued(PARAMS, cluster.run, False)
 
     assert (result["changed"], result["requeued"]) == (False, [])
-    assert [trial["why"] for trial in result["left"]] == ["it has ended meanwhile"]
+    assert [trial["why"] for trial in result["left"]] == ["it has ended in the meantime"]
 
 
 @pytest.mark.parametrize("sqlstate", ["55P03", None])

@@ -146,8 +146,8 @@ def test_check_mode_only_tells(state, running, changed, params):
 
 @pytest.mark.parametrize("command, message", [
     ([sys.executable, "-S", "-c", "print('one\\n\\ntwo', flush=True); raise SystemExit('three')"],
-     "^logs has ended at once: one; two; three$"),
-    ([sys.executable, "-S", "-c", "pass"], "^logs has ended at once: .*logs.log is empty$"),
+     "^logs ended immediately: one; two; three$"),
+    ([sys.executable, "-S", "-c", "pass"], "^logs ended immediately: .*logs.log is empty$"),
     (["/nowhere/program"], "^/nowhere/program: No such file or directory$"),
 ])
 def test_program_that_does_not_start(command, message, params):
@@ -222,7 +222,7 @@ def test_port_of_another_program(params):
     first = ensure_program(params, run, check_mode=False)
     ensure_program({**params, "state": "stopped"}, run, check_mode=False)
     with socket.create_server(("127.0.0.1", first["port"])):
-        with pytest.raises(Failed, match=f"^port: {first['port']} cannot be had: another program serves there; give a"):
+        with pytest.raises(Failed, match=f"^port: {first['port']} cannot be used: another program uses it; give a"):
             ensure_program({**params, "port": first["port"]}, run, check_mode=False)
         other = ensure_program(params, run, check_mode=False)
 
@@ -278,7 +278,7 @@ def test_two_runs_at_once_start_one(params):
     ({"port_option": "--port=1 --x"}, "port_option: '--port=1 --x' is not an option"),
     ({"command": []}, "command: '' does not begin with a program's absolute path"),
     ({"command": ["tensorboard", "--port"]}, "command: 'tensorboard --port' does not begin"),
-    ({"environment": {"A=B": "c"}}, "environment: 'A=B' is no name of a variable"),
+    ({"environment": {"A=B": "c"}}, "environment: 'A=B' is not the name of a variable"),
 ])
 @pytest.mark.parametrize("check_mode", [False, True])
 def test_bad_input_is_refused(change, message, check_mode, params):

@@ -800,7 +800,7 @@ def test_damaged_environment(prefix: Path, client: FakeClient) -> None:
         ("channels", ["https://a:secret@host/c"], r"channels: that of host holds a password [^.:]* ~/.netrc$"),
         ("channels", ["https://host/t/secret/c"], r"channels: that of host holds a password [^.:]* ~/.netrc$"),
         ("specs", [], "specs: none are given; name at least one package"),
-        ("specs", ["-p /"], "specs: '-p /' is not understood; write it as one of name, name=17"),
+        ("specs", ["-p /"], "specs: '-p /' cannot be parsed; write it as one of name, name=17"),
     ],
 )
 def test_refuses_before_anything_runs(

@@ -98,7 +98,7 @@ def test_folder_of_somebody_else_is_refused(make, params):
     os.makedirs(os.path.dirname(params["path"]))
     make(params["path"])
 
-    with pytest.raises(Failed, match="exists and is no PostgreSQL data directory"):
+    with pytest.raises(Failed, match="exists and is not a PostgreSQL data directory"):
         ensure_data_directory(params, FakePrograms(), check_mode=False)
 
 
@@ -109,7 +109,7 @@ def test_empty_folder_is_taken(params):
 
 
 def test_version_that_is_none_is_refused(params):
-    with pytest.raises(Failed, match="printed 'bash: postgres: not found', which names no version"):
+    with pytest.raises(Failed, match="printed 'bash: postgres: not found', which contains no version"):
         ensure_data_directory(params, lambda _command: "bash: postgres: not found\n", check_mode=False)
 
 

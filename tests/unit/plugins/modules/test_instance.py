@@ -148,9 +148,9 @@ def test_folder_that_others_could_enter_is_closed(folder):
     (None, "a{b", None, "contains '{'"),
     (None, "a%b", None, "contains '%'"),
     (lambda folder: (folder / "conda-meta").mkdir(), "x/y", None, "lies inside the conda environment"),
-    (lambda folder: (folder / "x").write_text(""), "x", None, "is no directory"),
-    (lambda folder: (folder / "x").symlink_to("nowhere"), "x", None, "is no directory"),
-    (lambda folder: (folder / "mine").write_text(""), ".", None, "holds other things"),
+    (lambda folder: (folder / "x").write_text(""), "x", None, "is not a directory"),
+    (lambda folder: (folder / "x").symlink_to("nowhere"), "x", None, "is not a directory"),
+    (lambda folder: (folder / "mine").write_text(""), ".", None, "contains other files"),
     (None, ".", 4711, "belongs to another user"),
 ])
 def test_refusals_are_one_line_and_change_nothing(prepare, root, uid, message, folder):

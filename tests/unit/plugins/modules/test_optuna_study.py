@@ -148,9 +148,9 @@ def test_older_schema_is_left_alone_with_a_warning_unless_asked(check_mode, use)
 
 
 @pytest.mark.parametrize("version, workers, upgrade, says", [
-    (OLD, 2, True, "databases_upgrade_schema: 2 connections to the database mala are open; end its workers first"),
+    (OLD, 2, True, "databases_upgrade_schema: 2 connections to the database mala are open; stop its workers first"),
     (OLD, 0, False, "by Optuna 3.1.1, but the installed Optuna 5.0.0 needs .*; the study aluminium is missing"),
-    ("v9.9.9.a", 0, True, "Optuna 9.0.0, which is newer than the installed Optuna 5.0.0: have optuna==9.0.0 in"),
+    ("v9.9.9.a", 0, True, "Optuna 9.0.0, which is newer than the installed Optuna 5.0.0: set optuna==9.0.0 in"),
 ])
 @pytest.mark.parametrize("check_mode", [False, True])
 def test_schema_that_does_not_fit_is_refused_before_anything_changes(version, workers, upgrade, says, check_mode, use):
@@ -203,7 +203,7 @@ def test_what_optuna_says_is_told_in_one_line(use, monkeypatch):
     monkeypatch.setattr(FakeDatabase, "create_study", fail)
     use(FakeDatabase({}))
 
-    with pytest.raises(Refused, match="^database mala: Optuna says: no longer compatible$"):
+    with pytest.raises(Refused, match="^database mala: Optuna reports: no longer compatible$"):
         ensure_studies({**PARAMS, "studies": [BERYLLIUM], "upgrade": False}, False)
 
 

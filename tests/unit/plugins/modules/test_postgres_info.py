@@ -61,10 +61,10 @@ def test_programs_run_with_the_libraries_of_the_module(make):
     (REQUIRED, {"broken": "psql"}, {}, "psql in .* does not run: error while loading .*libpq.so.5: cannot open$"),
     (REQUIRED, {"version": "dev"}, {}, r"postgres in .* does not run: postgres \(PostgreSQL\) dev"),
     (REQUIRED, {}, {"bindir": "bin"}, "postgres_bindir: 'bin' is not absolute"),
-    (REQUIRED, {}, {"bindir": None}, "postgres_bindir: neither it nor postgres_module_load"),
+    (REQUIRED, {}, {"bindir": None}, "postgres_bindir: neither this nor postgres_module_load"),
     (REQUIRED, {}, {"module_load": "echo no >&2; false"}, "postgres_module_load: .* failed in a login shell: no$"),
     (REQUIRED, {}, {"module_load": "sleep 9", "timeout": 1}, "postgres_module_load: .* took more than 1 s"),
-    (REQUIRED, {}, {"bindir": None, "module_load": "PATH=/nowhere"}, "brings no program postgres onto the PATH"),
+    (REQUIRED, {}, {"bindir": None, "module_load": "PATH=/nowhere"}, "adds no program postgres to the PATH"),
 ])
 def test_refuses_what_cannot_be_used(programs, options, changes, says, make):
     with pytest.raises(Refused, match=says):

@@ -450,19 +450,19 @@ SOME = "ERROR: Could not find a version that satisfies the requirement optuna>=9
     (f"{RETRYING}'NewConnectionError(': [Errno 101] Network is unreachable')': /simple/optuna/\n{NONE}",
      "without internet there: set postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"),
     (f"{RETRYING}'ProxyError('Cannot connect to proxy.', OSError('Tunnel connection failed: 407'))'\n{NONE}",
-     "the proxy lets nobody through: see proxy in pip.conf, http_proxy and https_proxy there"),
+     "the proxy refuses the connection: see proxy in pip.conf, http_proxy and https_proxy there"),
     (f"{RETRYING}'SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]'))'\n{NONE}",
      "pip does not trust the index's certificate: see cert in pip.conf there"),
     (f"WARNING: 401 Error, Credentials not correct for https://pypi.example/simple/optuna/\n{NONE}",
-     "the index lets nobody in without the right password: in ~/.netrc, or index-url in pip.conf there"),
+     "the index requires a password: set it in ~/.netrc, or index-url in pip.conf there"),
     (f"WARNING: Location '/wheels' is ignored: it is either a non-existing path or lacks a specific scheme.\n{NONE}",
-     "a folder of wheels is not there: see postgres_python_wheelhouse, or find-links in pip.conf there"),
-    (NONE, "the source was read, but offers none for this Python and machine, or wants a password"),
-    (SOME, "the source has other versions only"),
+     "a folder of wheels does not exist: see postgres_python_wheelhouse, or find-links in pip.conf there"),
+    (NONE, "the source offers nothing for this Python and machine, or requires a password"),
+    (SOME, "the source has only other versions"),
     ("ERROR: Could not install packages due to an OSError: [Errno 122] Disk quota exceeded",
      "a disk or quota is full: that of the folder, of pip's cache (~/.cache/pip) or of TMPDIR"),
     ("ERROR: ResolutionImpossible: for help visit https://pip.pypa.io",
-     "requirements exclude each other; those of a constraint in pip.conf count, too"),
+     "the requirements conflict; constraints in pip.conf count as well"),
     ("ERROR: Can not perform a '--user' install.", None),
 ])
 def test_hint_fits_the_failure(said, hint, failing_python):
@@ -478,7 +478,7 @@ def test_hint_fits_the_failure(said, hint, failing_python):
 
 @pytest.mark.parametrize("reference, hint", [
     ("connection-failed", "without internet there: "), ("connection-timeout", "without internet there: "),
-    ("proxy-connection-failed", "the proxy lets "), ("ssl-verification-failed", "the index speaks no TLS "),
+    ("proxy-connection-failed", "the proxy refuses "), ("ssl-verification-failed", "pip and the index share no TLS "),
 ])
 def test_newer_pip_says_it_otherwise(reference, hint, failing_python):
     words = "× Failed to connect to pypi.example"
@@ -613,10 +613,10 @@ def index(tmp_path):
 
 @pytest.mark.parametrize("lines, says", [
     ("index-url = http://alice:s3cret@{}", None),
-    ("index-url = http://alice:gu3ss@{}", r"\(the source was read, but offers none .* or wants a password\)$"),
-    ("index-url = http://alice:gu3ss@{}\nproxy = http://bob:gu3ss@127.0.0.1:1", r"\(the proxy lets nobody through: "),
+    ("index-url = http://alice:gu3ss@{}", r"\(the source offers nothing .* or requires a password\)$"),
+    ("index-url = http://alice:gu3ss@{}\nproxy = http://bob:gu3ss@127.0.0.1:1", r"\(the proxy refuses the connec"),
     ("index-url = http://alice:gu3ss@127.0.0.1:1", r"\(without internet there: set postgres_staged, "),
-    ("index-url = https://alice:gu3ss@{}", r"\(the index speaks no TLS that pip knows: "),
+    ("index-url = https://alice:gu3ss@{}", r"\(pip and the index share no TLS version: "),
 ])
 def test_index_and_proxy_of_pips_own_configuration(lines, says, index, params, tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("PIP_") or "proxy" in name.lower()]:

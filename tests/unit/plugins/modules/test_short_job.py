@@ -48,10 +48,10 @@ def params(tmp_path, **changes):
 @pytest.mark.parametrize("output, answer, said", [
     ('{"host": "c1"}\n', {"host": "c1"}, ""),
     ('Welcome to c1\n{"host": "c1"}\n', {"host": "c1"}, ""),
-    ("sh: python3: not found\n", None, "job 12 ended without an answer: sh: python3: not found"),
-    ("[1]\n", None, "job 12 ended without an answer: [1]"),
-    ("", None, "job 12 ended without an answer: it printed nothing"),
-    (None, None, "job 12 ended without an answer: it printed nothing"),
+    ("sh: python3: not found\n", None, "job 12 ended without a result: sh: python3: not found"),
+    ("[1]\n", None, "job 12 ended without a result: [1]"),
+    ("", None, "job 12 ended without a result: it printed nothing"),
+    (None, None, "job 12 ended without a result: it printed nothing"),
 ])
 def test_answer(output, answer, said, tmp_path):
     slept = []
@@ -86,7 +86,7 @@ def test_wait_goes_on_in_the_next_slice(tmp_path):
 
     assert result["answer"] == {"host": "c1"}
     assert told[0] == "doctor: job 12 is PENDING (Resources), 60 s are allowed"
-    assert told[4] == f"job 12 has ended, and {tmp_path}/out does not show its whole answer yet"
+    assert told[4] == f"job 12 has ended, and {tmp_path}/out is not complete yet"
 
 
 def test_job_is_found_whatever_sbatch_prints(tmp_path):

@@ -167,7 +167,7 @@ def test_trials_as_json_has_them(server, tmp_path):
     assert study == {
         "database": "mala", "name": "be", "directions": ["minimize"], "metrics": None, "attributes": {"by": "alice"},
         "distributions": ['["a", "b"]'], "odd": [
-            "trial 0 has l = a outside of <a, b>", "trial 0 is COMPLETE without the time of its end",
+            "trial 0 has l = a outside of <a, b>", "trial 0 is COMPLETE without an end time",
         ],
         "trials": [
             {**common, "number": 0, "state": "COMPLETE", "start": begun, "values": [float("inf")],

@@ -85,10 +85,10 @@ def test_older_major_is_gone_back_to_only_if_it_was_kept(ensure, root):
 
 @pytest.mark.parametrize("check_mode", [False, True])
 @pytest.mark.parametrize("spoil, message", [
-    (lambda root: (root / "bin" / "psql").unlink(), "bin has no psql any more, .* hpc_db.yml and postgres_major=17$"),
+    (lambda root: (root / "bin" / "psql").unlink(), "/bin no longer has psql, .* hpc_db.yml and postgres_major=17$"),
     (lambda root: (root / "host" / "settings.json").unlink(), "settings.json is missing; run the playbook hpc_db.yml"),
     (lambda root: (root / "host" / "settings.json").write_text("{"), "settings.json is missing"),
-    (lambda root: shutil.rmtree(root / "data"), "data/17 is no data directory of PostgreSQL"),
+    (lambda root: shutil.rmtree(root / "data"), "data/17 is not a PostgreSQL data directory"),
 ])
 def test_what_cannot_end_well_is_refused(spoil, message, check_mode, ensure, root):
     spoil(root)
