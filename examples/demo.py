@@ -30,7 +30,7 @@ states = [trial.state.name.lower() for trial in study.trials]
 new = [trial.state.name.lower() for trial in study.trials if trial.datetime_start.timestamp() >= float(sys.argv[3])]
 print("trials:     " + ", ".join(f"{new.count(state)} {state}" for state in sorted(set(new))))
 if len(new) < len(states):
-    print(f"study:      {len(states)} trials, with those of earlier runs")
+    print(f"study:      {len(states)} trials, including earlier runs")
 print(f"best value: {study.best_value:.4f} in trial {study.best_trial.number}")
 print("with:       " + ", ".join(f"{name} = {value:.3f}" for name, value in study.best_params.items()))
 """
@@ -85,7 +85,7 @@ def owner(name: str) -> str:
     try:
         pwd.getpwnam(user)
     except KeyError:
-        print(f"PostgreSQL does not run as root: making the user {user} (userdel -r {user} removes it)")
+        print(f"PostgreSQL does not run as root: creating the user {user} (userdel -r {user} removes it)")
         subprocess.run(["useradd", "--create-home", "--shell", "/bin/sh", user], check=True)
     return user
 
@@ -107,7 +107,7 @@ def usable_python(user: str) -> str:
         tried = subprocess.run(as_user(user, [python, "-c", "import venv"]), cwd="/", capture_output=True)
         if tried.returncode == 0:
             return python
-    sys.exit(f"make demo: the user {user} can run no Python here; install python3 for all users")
+    sys.exit(f"make demo: the user {user} cannot run Python; install python3 for all users")
 
 
 def write_inventory(folder: Path, name: str, user: str) -> None:
@@ -184,7 +184,7 @@ def run(name: str, folder: Path | None) -> None:
         program, *arguments = place.command(verb)
         print(f"{what + ':':14} {os.path.relpath(program, place.folder)} {' '.join(arguments)}")
     again = " ".join(sys.argv) if folder or name != "demo" else "make demo"
-    print(f"once more:     {again}   (reuses all of it, and the study goes on)")
+    print(f"run again:     {again}   (reuses everything and continues the study)")
 
 
 if __name__ == "__main__":

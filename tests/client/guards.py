@@ -88,8 +88,11 @@ GUARDS = {
     "id that was not made durable": Guard(
         'or (status == "committed" and lsn)', 'or status == "committed"', "cannot_make_sure"
     ),
-    "calls": Guard("raise Unknown(f\"what {token.text}", "continue; raise Unknown(f\"what {token.text}", "judgement"),
-    "INTO": Guard('raise Unknown("INTO makes a table")', "pass", "judgement"),
+    "calls": Guard(
+        "raise Unknown(f\"the effect of {token.text}", "continue; raise Unknown(f\"the effect of {token.text}",
+        "judgement",
+    ),
+    "INTO": Guard('raise Unknown("INTO creates a table")', "pass", "judgement"),
     "temporary tables": Guard('raise Unknown("a temporary table")', "pass", "judgement"),
     "the server's own tables": Guard("if not judged.free and _has_server_s_own(names):", "if False:", "judgement"),
     "the server's own tables, in triggers": Guard("if _has_server_s_own(names):", "if False:", "judgement"),

@@ -56,7 +56,7 @@ def test_effects_of_the_server_s_functions_are_not_lost_silently(
         cut()
         connection.execute(text("INSERT INTO t VALUES (5)"))
 
-    assert "the error goes up" in capfd.readouterr().err
+    assert "raising the error" in capfd.readouterr().err
     assert database("SELECT count(*) FROM t") == [(2,)]
 
 
@@ -112,7 +112,7 @@ def test_effects_are_looked_for_in_all_that_a_database_has(
         cut()
         connection.execute(text("INSERT INTO t VALUES (5)"))
 
-    assert "the error goes up" in capfd.readouterr().err
+    assert "raising the error" in capfd.readouterr().err
     assert database("SELECT count(*) FROM t") == [(2,)]
 
 
@@ -730,7 +730,7 @@ def test_connections_that_are_opened_otherwise_wait_as_well(
 
 
 def test_pool_of_somebody_else_s_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="^pool: the plugin hpc_db has its own"):
+    with pytest.raises(ArgumentError, match="^pool: not allowed with the plugin hpc_db"):
         sqlalchemy.create_engine("postgresql+psycopg2:///?plugin=hpc_db", pool=NullPool(lambda: None))
 
 

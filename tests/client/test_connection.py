@@ -61,8 +61,8 @@ def test_transaction_that_would_read_something_else_is_not_repeated(
             connection.execute(text("UPDATE t SET word = 'mine' WHERE n = 1"))
 
     told = capfd.readouterr().err
-    assert "a transaction was cut that cannot be repeated: another result than before" in told
-    assert told.endswith("; the error goes up\n")
+    assert "the connection was lost in a transaction that cannot be repeated: another result than before" in told
+    assert told.endswith("; raising the error\n")
     assert rows() == [(1, "another"), (2, "two")]
     with engine.connect() as connection:  # and the next one works as usual
         assert connection.execute(text("SELECT count(*) FROM t")).scalar() == 2

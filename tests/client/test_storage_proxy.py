@@ -283,7 +283,7 @@ def test_notes_that_nobody_needs_are_deleted(instance: Instance, server: Server)
 
 
 def test_patience_ends_before_the_proxy_forgets(instance: Instance) -> None:
-    with pytest.raises(ValueError, match="patience is 2.6784e[+]06; it may be 0 to 2592000 seconds"):
+    with pytest.raises(ValueError, match="patience: 2.6784e[+]06 is not allowed; 0 to 2592000 seconds"):
         instance.storage(patience=31 * 86400)
 
 

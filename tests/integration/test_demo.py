@@ -59,7 +59,7 @@ def test_demo(demo: dict[str, str]) -> None:
     for said in (first, second):
         assert re.findall(r"^trials: +(.*)$", said, re.MULTILINE) == ["40 complete"], said
     assert "\nstudy: " not in first
-    assert re.findall(r"^study: +(.*)$", second, re.MULTILINE) == ["80 trials, with those of earlier runs"], second
+    assert re.findall(r"^study: +(.*)$", second, re.MULTILINE) == ["80 trials, including earlier runs"], second
     assert f" in {ROOT}\n" in second.partition("waiting for another run of the demo: process ")[2], second
     assert ("removes it)" in first) == (os.geteuid() == 0) and "removes it)" not in second
     assert re.findall("^stop it: +(.*)", first + second, re.MULTILINE) == [" ".join(STOP)] * 2

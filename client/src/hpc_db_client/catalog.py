@@ -101,7 +101,7 @@ UNION ALL SELECT format_type(t.oid, NULL), 'a type of the database', 'unknown' F
     LEFT JOIN pg_range ON rngtypid = t.oid JOIN own ON own.oid IN (
         typinput, typoutput, typreceive, typsend, typmodin, typmodout, rngcanonical, rngsubdiff
     )
-UNION ALL SELECT name, 'it is not there', 'unknown' FROM unnest(%s::text[]) AS needed (name)
+UNION ALL SELECT name, 'it does not exist', 'unknown' FROM unnest(%s::text[]) AS needed (name)
     WHERE NOT EXISTS (SELECT FROM pg_class WHERE relname = name::name)  -- guard: relations that are gone
         AND NOT EXISTS (SELECT FROM pg_attribute WHERE attname = name::name)
         AND name NOT IN (SELECT word FROM pg_get_keywords())

@@ -39,8 +39,8 @@ MOST_KEYS = 1000
 MOST_NAMES = 5000
 IN_TRANSACTION, IN_ERROR = 2, 3  # libpq's PQTRANS_INTRANS, PQTRANS_INERROR
 IN_THE_FUTURE = "22023"  # the error of pg_xact_status for an id that was not assigned yet
-CANNOT = "a transaction was cut that cannot be repeated"
-LOST = "hpc_db: the transaction was cut and is not repeated; roll it back"
+CANNOT = "the connection was lost in a transaction that cannot be repeated"
+LOST = "hpc_db: the transaction was interrupted and is not repeated; roll it back"
 # SQLSTATEs of a session that the server has ended: shutdown, crash, idle timeouts.
 ENDED = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
 
@@ -499,7 +499,7 @@ class Connection:
             if not step.kept:
                 journal.give_up("a statement in it failed")
             elif self._lost:
-                journal.give_up("its error went up before")
+                journal.give_up("its error has already been raised")
             raise
         except BaseException:  # interrupted: the outcome is unknown
             journal.give_up("an interrupted statement")
@@ -508,7 +508,7 @@ class Connection:
     def _run_in_order(self, cursor: Cursor, step: Step) -> None:
         self._journal.check_order(step)
         if self._journal.clock_twice and self._journal.repeats:  # guard: clock of a new transaction
-            raise Differs("it has read the clock before")
+            raise Differs("it has already read the clock")
         self._mark_early(step)
         cursor.run(self.real, step)
 
@@ -543,7 +543,7 @@ class Connection:
             self._names |= judged.names
             self._relations |= judged.relations
             if len(self._names) > MOST_NAMES:
-                self.bind("more names than are kept")
+                self.bind("too many names to remember")
 
     def revive(self) -> None:
         """Replace a lost session between transactions, or after reads that need no repetition, unless it was bound."""
@@ -588,7 +588,7 @@ class Connection:
                 pass
             self._end()
         except BaseException:  # at any point, the transaction may already be committed
-            self._journal.give_up("its commit failed before")
+            self._journal.give_up("its commit has already failed")
             raise
 
     def _commit_once(self) -> bool:
@@ -689,7 +689,7 @@ class Connection:
         if self._journal.began and self._journal.path != self._facts.path:  # guard: search_path
             raise Differs(f"the search_path is {self._facts.path} now and was {self._journal.path}")
         if self._journal.clock_twice:  # guard: clock
-            raise Differs("it has read the clock before")
+            raise Differs("it has already read the clock")
 
     def _open(self) -> None:
         self.real, self._facts = self._link.open(self._current_outage(), self._old, self._attributes)
@@ -711,7 +711,7 @@ class Connection:
 
     def _give_up(self, why: str, error: Exception) -> None:
         self._discard()
-        tell(f"{why}; the error goes up")
+        tell(f"{why}; raising the error")
         raise error
 
     def _end(self) -> None:
@@ -1035,7 +1035,7 @@ def _ask_for_keys(
     for step in journal.steps:
         if step.key is not None:
             if crashed:  # guard: keys that a crash gives twice
-                raise Differs("the server has crashed, and may have given its key to somebody else")
+                raise Differs("the server has crashed, and may have given its key to another session")
             names[id(step)] = [step.judged.sequence]
             journal.keys.setdefault(step.judged.sequence, set()).add(step.key)
         elif step.judged.insert and step.rows:

@@ -117,7 +117,7 @@ class Journal:
             return
         self._bytes += step.size
         if self._bytes > MOST_BYTES or len(self.steps) >= MOST_STEPS:
-            self.give_up("more statements than are kept")
+            self.give_up("too many statements to remember")
         if not self.why_not:
             self.steps.append(step)
 
@@ -127,11 +127,11 @@ class Journal:
         Others may have counted the rows with smaller keys meanwhile, as Optuna does to number its trials.
         """
         if self.late and self.hidden:  # guard: order of keys, behind views
-            raise Differs("others were given keys meanwhile, and a view, a trigger or a partition may look for them")
+            raise Differs("other sessions have received keys since, and a view, a trigger or a partition may read them")
         if not (step.judged.gives or step.judged.sequence):
             for table in self.late:
                 if not table or table in step.judged.names:
-                    raise Differs(f"others were given keys of {table or 'a sequence'} meanwhile")
+                    raise Differs(f"other sessions have received keys of {table or 'a sequence'} since")
 
     def give_up(self, why: str) -> None:
         """Drop the statements, since they will not be complete any more."""

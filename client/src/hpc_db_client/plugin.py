@@ -25,7 +25,7 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
         super().__init__(url, kwargs)
         unknown = sorted(name for name in url.query if name.startswith(PREFIX) and name != "hpc_db_patience")
         if unknown:
-            raise ArgumentError(f"{unknown[0]}: no such setting of the plugin hpc_db; there is hpc_db_patience")
+            raise ArgumentError(f"{unknown[0]}: not a setting of the plugin hpc_db; allowed is hpc_db_patience")
         self._patience = _seconds("hpc_db_patience", url.query.get("hpc_db_patience", PATIENCE_SECONDS))
         base = url.get_dialect()
         self._driver = base.driver
@@ -36,7 +36,7 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
                 f"the plugin hpc_db works with postgresql+psycopg2:// and postgresql+psycopg://, not {given}"
             )
         if kwargs.get("pool") is not None:
-            raise ArgumentError("pool: the plugin hpc_db has its own; give poolclass, pool_size and their like instead")
+            raise ArgumentError("pool: not allowed with the plugin hpc_db; set poolclass, pool_size and the like")
         self._url = url.difference_update_query(["plugin", "hpc_db_patience"])
 
     def update_url(self, url: URL) -> URL:
@@ -75,5 +75,5 @@ def _seconds(name: str, given: object) -> float:
     except (TypeError, ValueError):
         seconds = -1.0
     if not 0 <= seconds <= LONGEST_PATIENCE_SECONDS:
-        raise ArgumentError(f"{name}: {given!r} is no number of seconds from 0 to {LONGEST_PATIENCE_SECONDS:.0f}")
+        raise ArgumentError(f"{name}: {given!r} is not allowed; seconds from 0 to {LONGEST_PATIENCE_SECONDS:.0f}")
     return seconds

@@ -80,10 +80,10 @@ class InstanceStorage(GrpcStorageProxy):  # type: ignore[misc]
 def storage(instance: str = "hpc_db", patience: float = PATIENCE_SECONDS) -> InstanceStorage:
     """Return the storage of an instance, given by name or directory; ``patience`` is the max outage in seconds."""
     if not 0 <= patience <= MOST_SECONDS:  # guard: longest patience
-        raise ValueError(f"patience is {patience:g}; it may be 0 to {MOST_SECONDS:.0f} seconds")
+        raise ValueError(f"patience: {patience:g} is not allowed; 0 to {MOST_SECONDS:.0f} seconds")
     root = os.path.expanduser(instance if os.sep in instance else f"~/hpc_db/{instance}")
     if not os.path.isdir(os.path.join(root, "run")):
-        raise ValueError(f"{root} is no instance directory; give its path, as instance_root has it")
+        raise ValueError(f"{root} is not an instance directory; give the path in instance_root")
     return InstanceStorage(root, patience)
 
 
@@ -114,7 +114,7 @@ class _Channel:
         try:
             certificate, key = (self._read(f"proxy.{kind}") for kind in ("crt", "key"))
         except FileNotFoundError as error:  # guard: certificate that is missing
-            raise LookupError(f"{error.filename} is missing until hpc_db.yml makes another one") from error
+            raise LookupError(f"{error.filename} is missing until hpc_db.yml creates another one") from error
         with self._lock:
             if self._stub is None or (address, certificate, key) != self._made_for:
                 # The old channel closes after its last request, which may be another thread's.

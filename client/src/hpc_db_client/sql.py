@@ -203,18 +203,18 @@ def tokens(text: str, has_arguments: bool = False, standard_strings: bool = True
     place, end = 0, len(text)
     while place < end:
         if end > MOST_CHARACTERS or len(found) >= MOST_TOKENS:  # guard: long texts
-            raise Unknown("it is too long to be looked at")
+            raise Unknown("it is too long to be checked")
         match = _TOKEN.match(text, place)
         kind = match.lastgroup if match else "unknown"
         if match is None or kind is None or kind == "unknown":
-            raise Unknown(f"{text[place:place + 10]!r} in it is not understood")
+            raise Unknown(f"{text[place:place + 10]!r} in it cannot be parsed")
         start, place = place, match.end()
         if kind == "comment":
             place = _end_of_comment(text, place)
         elif kind == "dollar":
             place = text.find(match.group(), place) + len(match.group())
             if place < start + 2 * len(match.group()):
-                raise Unknown("a literal in it has no end")
+                raise Unknown("it has an unterminated literal")
         elif kind in _QUOTES:
             place = _end_of_literal(text, place, _QUOTES[kind])
             if kind == "string" and not standard_strings and text.find("\\", start, place) >= 0:
@@ -222,7 +222,7 @@ def tokens(text: str, has_arguments: bool = False, standard_strings: bool = True
             if kind == "string" and found and found[-1].kind == "escaped":
                 raise Unknown("a literal in two parts")
         elif kind == "number" and place < end and (text[place].isalnum() or text[place] in "_$"):
-            raise Unknown(f"{text[start:place + 5]!r} in it is not understood")
+            raise Unknown(f"{text[start:place + 5]!r} in it cannot be parsed")
         part = text[start:place]
         if has_arguments and (
             "%" in part.replace("%%", "") if kind not in ("placeholder", "operator") else part == "%"
@@ -245,7 +245,7 @@ def _end_of_literal(text: str, place: int, ends: re.Pattern[str]) -> int:
     while True:
         mark = ends.search(text, place)
         if not mark:
-            raise Unknown("a literal in it has no end")
+            raise Unknown("it has an unterminated literal")
         place = mark.end()
         if len(mark.group()) % 2:
             return place
@@ -256,7 +256,7 @@ def _end_of_comment(text: str, place: int) -> int:
     while depth:
         mark = _NESTED.search(text, place)
         if not mark:
-            raise Unknown("a comment in it has no end")
+            raise Unknown("it has an unterminated comment")
         depth += 1 if mark.group() == "/*" else -1
         place = mark.end()
     return place
@@ -284,7 +284,7 @@ def _judge(text: str, has_arguments: bool, standard_strings: bool) -> Judgement:
             try:
                 _judge_part(judged, part, has_arguments)
             except IndexError:
-                raise Unknown("it ends too early") from None
+                raise Unknown("it is incomplete") from None
             adds = adds and judged.adds
         if len(parts) > 1:
             judged.free = False
@@ -379,7 +379,7 @@ def _judge_query(judged: Judgement, part: list[Token], words: list[str], has_arg
     check_calls(part)
     for place, word in enumerate(words):
         if word == "into" and words[place - 1] != "insert":
-            raise Unknown("INTO makes a table")
+            raise Unknown("INTO creates a table")
         if words[place:place + 2] == ["current", "of"]:
             raise Unknown("a cursor")
     names = {token.name for token in part}
@@ -437,7 +437,7 @@ def check_calls(part: Sequence[Token], definition: bool = False, also: frozenset
             continue  # a table with its columns, an alias with its columns, a type with its size
         elif definition and (token.word in _DEFINING or (before and before.word in _DEFINED)):
             continue
-        raise Unknown(f"what {token.text}{after.text if after.kind == 'placeholder' else '()'} does")
+        raise Unknown(f"the effect of {token.text}{after.text if after.kind == 'placeholder' else '()'}")
 
 
 def _is_syntax(part: Sequence[Token], place: int, definition: bool) -> bool:
@@ -479,7 +479,7 @@ def _open(part: Sequence[Token], place: int) -> int:
         depth += {")": 1, "]": 1, "(": -1, "[": -1}.get(part[at].text, 0)
         if not depth:
             return at
-    raise Unknown("a parenthesis in it is not opened")
+    raise Unknown("it has an unbalanced parenthesis")
 
 
 def judge_expression(text: str) -> tuple[str, frozenset[str]]:
@@ -491,9 +491,9 @@ def judge_expression(text: str) -> tuple[str, frozenset[str]]:
 def judge_view(text: str) -> tuple[str, frozenset[str]]:
     """Judge the query of a view; return the same as ``judge_expression``."""
     judged = judge(text)
-    why = judged.why or ("" if judged.free else "it does not only read")
+    why = judged.why or ("" if judged.free else "it is not read-only")
     if not why and _has_server_s_own(judged.names):  # guard: the server's own tables, in views
-        why = "what is written to it may change one of the server's own tables"
+        why = "writing to it may change one of the server's own tables"
     return why, judged.names
 
 
@@ -560,7 +560,7 @@ def _close(part: Sequence[Token], place: int) -> int:
         depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(part[at].text, 0)
         if not depth:
             return at
-    raise Unknown("a parenthesis in it is not closed")
+    raise Unknown("it has an unbalanced parenthesis")
 
 
 def _items(part: list[Token], first: int, last: int) -> Iterator[tuple[int, int]]:

@@ -67,7 +67,7 @@ def play(playbook: str, inventories: Sequence[Inventory], folder: Inventory | No
 def find_inventories(inventories: Sequence[Inventory], folder: Inventory | None) -> list[str]:
     """Return the paths of inventories given by name or by path."""
     if not inventories:
-        raise Failed("no inventory is given, such as hemera5")
+        raise Failed("no inventory is given; name one, such as hemera5")
     places = [Path(folder)] if folder else [Path("inventories"), CHECKOUT / "inventories"]
     return [find_inventory(os.fspath(inventory), places) for inventory in inventories]
 
@@ -78,7 +78,7 @@ def find_inventory(inventory: str, places: list[Path]) -> str:
     for path in paths:
         if path.exists():
             return str(path.absolute())
-    raise Failed(f"there is no inventory {' or '.join(map(str, paths))}")
+    raise Failed(f"inventory not found: {' or '.join(map(str, paths))}")
 
 
 def run(private: str, playbook: str, inventories: list[str]) -> list[Result]:
@@ -190,12 +190,12 @@ class Told:
         if failed:
             return "\n".join(f"{host}: {message}" for host, message in failed.items())
         said = [line for line in self._lines if re.match(r"ERROR!|\[ERROR\]", line)] or self._lines[-1:]
-        return f"{', '.join(inventories)}: {' '.join(said[:1]) or 'ansible-playbook ended without a word'}"
+        return f"{', '.join(inventories)}: {' '.join(said[:1]) or 'ansible-playbook ended without a message'}"
 
     def why_nobody(self, inventories: Iterable[str]) -> str:
         """Return the reason why the playbook ran on no host."""
         unread = [line.partition(": ")[2] for line in self._lines if "Unable to parse" in line]
-        return (unread or [f"{', '.join(inventories)}: there is no host in a group hpc_db"])[0]
+        return (unread or [f"{', '.join(inventories)}: no host is in a group hpc_db"])[0]
 
     def interrupt(self) -> bool:
         """Interrupt Ansible as ^C in a terminal does, so that it ends its own children; return whether it has begun."""
@@ -217,11 +217,11 @@ def phase_of(task_path: str) -> str:
 
 def one_line(result: dict[str, Any], unreachable: bool) -> str:
     """Return the message of a failed task without Ansible's prefix."""
-    text = " ".join(str(result.get("msg") or result.get("module_stderr") or "it failed without a word").split())
+    text = " ".join(str(result.get("msg") or result.get("module_stderr") or "it failed without a message").split())
     text = re.sub(r"^(Task failed: )?((Module|Action) failed: )?", "", text)
     if unreachable and NOBODY_ANSWERS.search(text):
         text += (
-            "; nobody can answer ssh's questions here: load a key into ssh-agent, or open the connection that Ansible "
-            "shares in a terminal before (docs/notebooks.md)"
+            "; ssh cannot ask for input here: load a key into ssh-agent, or first open Ansible's shared "
+            "connection in a terminal (docs/notebooks.md)"
         )
     return text

@@ -75,14 +75,14 @@ def test_unreachable_host_says_that_nobody_answers_ssh():
 
     why = told_of([*events, stats(dark={"a": 1, "b": 1})]).why(["mine"]).split("\n")
 
-    assert "; nobody can answer ssh's questions here: load a key into ssh-agent, or open" in why[0]
+    assert "; ssh cannot ask for input here: load a key into ssh-agent, or first open" in why[0]
     assert why[1] == "b: ssh: Could not resolve hostname b"
 
 
 @pytest.mark.parametrize("lines, says", [
     (["[WARNING]: x", "[ERROR]: no vault secrets", "Origin: y"], "mine: [ERROR]: no vault secrets"),
     (["Segmentation fault"], "mine: Segmentation fault"),
-    ([], "mine: ansible-playbook ended without a word"),
+    ([], "mine: ansible-playbook ended without a message"),
 ])
 def test_what_ansible_says_before_any_task_is_kept(lines, says):
     assert told_of(map(verbose, lines)).why(["mine"]) == says
@@ -92,7 +92,7 @@ def test_inventory_that_cannot_be_read_is_named():
     line = "[WARNING]: Unable to parse /x/hosts.yml as an inventory source"
 
     assert told_of([verbose(line)]).why_nobody(["x"]) == "Unable to parse /x/hosts.yml as an inventory source"
-    assert told_of([]).why_nobody(["x", "y"]) == "x, y: there is no host in a group hpc_db"
+    assert told_of([]).why_nobody(["x", "y"]) == "x, y: no host is in a group hpc_db"
 
 
 EVENTS = [
@@ -170,7 +170,7 @@ def test_inventory_is_a_name_or_a_path(tmp_path, monkeypatch):
     assert mine == str(tmp_path / "inventories" / "mine")
     assert hemera5.endswith("/inventories/hemera5") and not hemera5.startswith(str(tmp_path))
     assert path == elsewhere == str(tmp_path / "hemera5")
-    with pytest.raises(Failed, match="^there is no inventory inventories/nope or /.*/inventories/nope$"):
+    with pytest.raises(Failed, match="^inventory not found: inventories/nope or /.*/inventories/nope$"):
         find_inventories(["nope"], None)
     with pytest.raises(Failed, match="^no inventory is given"):
         find_inventories([], None)
@@ -189,4 +189,4 @@ def test_command_says_why_it_failed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hpc_db", "up", "nope"])
 
     assert main() == 1
-    assert capsys.readouterr().err.startswith("there is no inventory inventories/nope or ")
+    assert capsys.readouterr().err.startswith("inventory not found: inventories/nope or ")
