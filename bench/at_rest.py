@@ -52,7 +52,7 @@ def find(root: Path) -> int:
             if b"hpc_db_host" in words and b"serve" in words and os.fsencode(root) in words:
                 found.append(int(folder.name))
     if len(found) != 1:
-        raise SystemExit(f"at_rest.py: {len(found)} hosting programs of {root} run, not one")
+        raise SystemExit(f"at_rest.py: {len(found)} supervisors of {root} are running, instead of one")
     return found[0]
 
 

@@ -89,7 +89,7 @@ def check_specs(locked: list[Locked], specs: list[Spec]) -> None:
     for spec in specs:
         if not any(satisfies(each.package, spec) for each in locked):
             held = [f"{each.package.name} {each.package.version}" for each in locked if each.package.name == spec.name]
-            raise CondaError(f"lock: it holds {''.join(held) or f'no {spec.name}'}, but {spec.text} is wanted")
+            raise CondaError(f"lock: it holds {''.join(held) or f'no {spec.name}'}, but {spec.text} is required")
 
 
 def check_sums(locked: list[Locked], records: Iterable[dict]) -> None:

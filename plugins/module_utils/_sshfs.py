@@ -198,7 +198,7 @@ def plan(params: dict) -> Wanted:
     if config and not re.fullmatch(r"[\w./+@=,:-]+", config):
         raise Refused(f"ssh_config: {config!r} cannot be passed on by ssh; allowed are letters, digits and ./+@=,:_-")
     if config and (not os.path.exists(config) or os.path.isdir(config)):
-        raise Refused(f"ssh_config: there is no file {config!r}")
+        raise Refused(f"ssh_config: the file {config!r} does not exist")
     file = ["-F", os.path.abspath(config)] if config else []
 
     user = f"{ssh_options.pop('User')}@" if "User" in ssh_options else ""
@@ -309,7 +309,7 @@ MEANINGS = (
     ("path", r"fuse: device not found|/dev/fuse|mount failed: Operation not permitted",
      "FUSE cannot be used here: the kernel has to offer /dev/fuse, to a container as well"),
     ("path", r"no write access to mountpoint", "the mount point is not yours to write to"),
-    ("folder", r"No such file or directory|Not a directory", "there is no folder {source}"),
+    ("folder", r"No such file or directory|Not a directory", "the folder {source} does not exist"),
 )
 
 

@@ -216,7 +216,7 @@ def running_trials(params: dict) -> tuple[list[_workers.Trial], list[str]]:
     for study in params["studies"]:
         if study not in known:
             raise Refused(
-                f"requeue_studies: there is no study {study}; there are {', '.join(sorted(known)) or 'none'}"
+                f"requeue_studies: {study} is not allowed; existing studies: {', '.join(sorted(known)) or 'none'}"
             )
     trials = [
         trial for _names, trials in found.values() for trial in trials

@@ -77,7 +77,7 @@ def ensure_broken(params: dict, run: Run, check_mode: bool) -> dict:
         [sys.executable, "-m", "hpc_db_host.break_lease", "look" if check_mode else "break"]
     )
     if returncode:
-        raise Refused((stderr.strip().splitlines() or [f"the hosting program ended with {returncode}"])[-1])
+        raise Refused((stderr.strip().splitlines() or [f"the supervisor ended with {returncode}"])[-1])
     found = json.loads(stdout)
     return {"changed": found["holder"] is not None, **found}
 

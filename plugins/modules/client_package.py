@@ -251,7 +251,7 @@ def python_of(environment: str) -> str:
     python = os.path.join(environment, "bin", "python") if os.path.isdir(environment) else environment
     if not os.path.isfile(python):
         raise Failed(
-            f"there is no {python}; give the folder of a conda or virtual environment, or the path of its Python"
+            f"{python} does not exist; give the folder of a conda or virtual environment, or the path of its Python"
         )
     return python
 

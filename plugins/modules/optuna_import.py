@@ -579,8 +579,8 @@ def choose(params: dict, studies: list[Study], held: list[str]) -> list[Study]:
             different = difference(study, storage, study.name, grown=True)
             if different:
                 raise Refused(
-                    f"import_as: {params['database']} holds a study {study.name} already, with other trials "
-                    f"({different}); give the new one another name by import_as"
+                    f"import_as: {params['database']} already contains a study {study.name}, with other trials "
+                    f"({different}); rename the new one by import_as"
                 )
     return [study for study in studies if study not in present]
 
@@ -689,7 +689,7 @@ def ensure_imported(params: dict, check_mode: bool) -> dict:
 def explain(error: Exception) -> str:
     """Return the error message for the user."""
     if isinstance(error, FileNotFoundError):
-        return f"import_from: there is no file {error.filename}, neither here nor on the workstation"
+        return f"import_from: the file {error.filename} exists neither on the cluster nor on the workstation"
     if isinstance(error, OSError):
         return f"import_from: {error.filename}: {error.strerror}"
     return str(error)

@@ -453,8 +453,8 @@ def find_sshfs(machine: Machine) -> str:
         )
     if machine.proc.exists() and not machine.fuse.exists():
         raise Refused(
-            f"FUSE is missing on {platform.node()}, there is no {machine.fuse}: install the package fuse3; a container "
-            f"has to be given that device{copy}"
+            f"FUSE is missing on {platform.node()}, {machine.fuse} does not exist: install the package fuse3; "
+            f"a container needs access to that device{copy}"
         )
     find_unmount(machine)
     return path

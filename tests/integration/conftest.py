@@ -41,7 +41,7 @@ def slurm_lines() -> list[str]:
 def mini(slurm_lines: list[str]) -> Iterator[Target]:
     """The test cluster, with an empty home for alice."""
     if os.geteuid() != 0:
-        pytest.skip("the mini Slurm cluster needs root")
+        pytest.skip("the test cluster needs root")
     state = f"/tmp/hpc-db-it-{os.getpid()}"
     cache = ROOT / ".cache"
     build = [str(ROOT / ".venv/bin/python"), "tests/channel/build.py", "--if-needed", str(cache / "channel")]

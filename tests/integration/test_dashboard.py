@@ -252,7 +252,7 @@ def test_follows_the_server_to_another_node(dashboard: Dashboard, page: Browser)
     eventually(lambda: dashboard.trials() == 25)
 
     page.wait_for_text("25 Trials")  # the open page polls by itself
-    assert f"leads to {dashboard.endpoint()['host']} port" in dashboard.log("tunnel")
+    assert f"forwards to {dashboard.endpoint()['host']} port" in dashboard.log("tunnel")
 
 
 def test_login_node_is_cut_off_and_back(dashboard: Dashboard) -> None:

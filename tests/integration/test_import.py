@@ -335,7 +335,7 @@ def test_what_does_not_fit_is_refused(instance: Instance, tmp_path: Path) -> Non
         ({"import_from": "~/new.db", "import_studies": ["nope"]}, "import_studies: new.db holds no study nope, but be"),
         ({"import_from": "~/text.db"}, "import_from: text.db is not an SQLite file, nor one of Optuna's"),
         ({"import_from": str(other)}, "import_from: other.db is in use, .* other.db.lock exists"),
-        ({"import_from": "~/other.db"}, r"import_as: studies holds a study be already, with other trials \(the "),
+        ({"import_from": "~/other.db"}, r"import_as: studies already contains a study be, with other trials \(the "),
         ({"import_from": "~/new.db", "import_database": "no"},
          "import_database: no is not allowed; databases in databases_studies with Optuna's tables: studies, second"),
     ]

@@ -117,7 +117,7 @@ def wait(condition: Callable[[], object], seconds: float = 60) -> None:
 
 def site(scheduler: str, *options: str) -> Iterator[Site]:
     if os.geteuid() != 0:
-        pytest.skip("the mini cluster needs root")
+        pytest.skip("the test cluster needs root")
     state = Path(f"/tmp/hpc-db-defaults-{scheduler}-{os.getpid()}")
     up = [str(CLUSTER), "up", "--state", str(state), "--nodes=1", f"--scheduler={scheduler}", *options]
     subprocess.run([*up, f"--mount={ROOT / 'plugins/module_utils/host'}:/srv/host"], check=True)

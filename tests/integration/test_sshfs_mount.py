@@ -147,7 +147,7 @@ def test_what_is_wanted_otherwise(mini: Target, workstation: Workstation) -> Non
     workstation.run("touch see/logs/draft")
     assert "see/logs is not empty, and a mount would hide what is in it (draft)" in fails(workstation)
     workstation.run("rm -r see")
-    assert re.match("folder: there is no folder login:nowhere/ ", fails(workstation, folder="nowhere"))
+    assert re.match("folder: the folder login:nowhere/ does not exist ", fails(workstation, folder="nowhere"))
 
 
 def test_link_is_cut(workstation: Workstation) -> None:

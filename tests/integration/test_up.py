@@ -211,7 +211,7 @@ def test_what_ssh_asks_is_told_and_can_be_answered_before(
             tmp_path, **{**local, **quick_settings, "instance_name": NAME}, ansible_user=user,
             ansible_ssh_args="-o ControlMaster=auto -o ControlPersist=60s", ansible_ssh_common_args=shlex.join(options),
         )
-        unanswered = r"far: .*{}.*; nobody can answer ssh's questions here: .*"
+        unanswered = r"far: .*{}.*; ssh cannot ask for input here: .*"
         with pytest.raises(hpc_db.Failed, match=unanswered.format("Host key verification failed")):
             hpc_db.status(inventory)
         (tmp_path / "known").write_text("far " + (tmp_path / "key.pub").read_text())

@@ -49,7 +49,7 @@ def soak(request: pytest.FixtureRequest) -> bool:
 def cluster() -> MiniCluster:
     state = os.environ.get("HPC_DB_CLUSTER", "/tmp/hpc-db-cluster")
     if not Path(state, "home/alice/hpc_db/hpc_db/host").exists():
-        pytest.skip(f"no mini cluster with a server is up in {state}")
+        pytest.skip(f"no test cluster with a server is running in {state}")
     return MiniCluster(Path(state))
 
 

@@ -31,10 +31,10 @@ PHASES = {
     "databases": "databases and studies",
     "client": "client package",
     "server/last_run": "last run",
-    "server/host": "hosting program",
-    "server/main": "hosting job",
-    "server/read": "hosting job",
-    "server/stop": "hosting job",
+    "server/host": "supervisor",
+    "server/main": "server job",
+    "server/read": "server job",
+    "server/stop": "server job",
 }
 ROLE = re.compile(r"/roles/(\w+)/tasks/(\w+)\.yml:\d+$")
 

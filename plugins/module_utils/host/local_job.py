@@ -39,7 +39,7 @@ def submit(name: str, script: str, output: str) -> str:
     """Start the script so that it outlives the caller and its connection; return its id."""
     job = live_job()
     if job:
-        raise SystemExit("job %(id)s (%(name)s) of this instance runs already" % job)
+        raise SystemExit("job %(id)s (%(name)s) of this instance is already running" % job)
     os.umask(0o077)
     # A job that is started inside an allocation does not belong to it.
     environment = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}

@@ -106,7 +106,7 @@ def test_file_has_a_line_a_phase():
     stream = io.StringIO()
     told_of(EVENTS, Lines(stream))
 
-    assert stream.getvalue() == "mini: PostgreSQL\nmini: hosting job\nsomething to know\n"
+    assert stream.getvalue() == "mini: PostgreSQL\nmini: server job\nsomething to know\n"
 
 
 def test_terminal_has_one_line_that_is_rewritten(monkeypatch):
@@ -115,8 +115,8 @@ def test_terminal_has_one_line_that_is_rewritten(monkeypatch):
     told_of(EVENTS, Terminal(stream)).screen.end()
 
     assert stream.getvalue().split("\r\033[K") == [
-        "", "mini: PostgreSQL: Have the packages", "mini: PostgreSQL: Have the data", "mini: hosting job: Wait",
-        "mini: hosting job: hpc_db: PENDING, 0 s", "something to know\n", "",
+        "", "mini: PostgreSQL: Have the packages", "mini: PostgreSQL: Have the data", "mini: server job: Wait",
+        "mini: server job: hpc_db: PENDING, 0 s", "something to know\n", "",
     ]
 
 

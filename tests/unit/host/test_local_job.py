@@ -141,7 +141,7 @@ def test_second_job_of_an_instance_is_refused(instance):
     refused = instance.submit("another", check=False)
 
     assert refused.returncode == 1
-    assert refused.stderr == f"job {job_id} (hpc-db) of this instance runs already\n"
+    assert refused.stderr == f"job {job_id} (hpc-db) of this instance is already running\n"
     assert instance.queue().startswith(job_id)
 
 

@@ -512,7 +512,7 @@ def test_refusal_names_the_way_out_where_only_the_user_can_know(holder, hint, ho
 
     assert host.run("serve") == 3
 
-    assert ("if you know that it has, run the playbook break_lease.yml" in capsys.readouterr().err) is hint
+    assert ("if it has, run the playbook break_lease.yml" in capsys.readouterr().err) is hint
 
 
 def test_node_that_cannot_run_postgres_is_told_once(host, monkeypatch):

@@ -275,7 +275,7 @@ def test_way_back_to_an_earlier_state_must_be_asked_for(instance):
     later = TRIALS.replace('3, "77"', '4, "78"')
     (instance.root / "data" / "18" / "rows").write_text(later)
 
-    with pytest.raises(Failed, match="^upgrade_back: .*studies: public.trials has 3 rows, not 4.* stays in .*18$"):
+    with pytest.raises(Failed, match="^upgrade_back: .*studies: public.trials has 3 rows, not 4.* remain in .*18$"):
         instance.upgrade(17)
     assert instance.used() == "18"
 

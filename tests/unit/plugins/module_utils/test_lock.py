@@ -110,8 +110,8 @@ def test_what_is_damaged_is_refused(old: str, new: str, says: str) -> None:
     ("spec", "says"),
     [
         ("postgresql=17", None),
-        ("postgresql=18", "it holds postgresql 17.2, but postgresql=18 is wanted"),
-        ("optuna", "it holds no optuna, but optuna is wanted"),
+        ("postgresql=18", "it holds postgresql 17.2, but postgresql=18 is required"),
+        ("optuna", "it holds no optuna, but optuna is required"),
     ],
 )
 def test_what_is_wanted_is_in_it(spec: str, says: str | None) -> None:

@@ -178,7 +178,7 @@ def test_only_the_studies_that_are_named(studies, trials, use):
 
 @pytest.mark.parametrize("settings, revision, says", [
     ({"studies": ["mala/lead"]}, "v3.2.0.a",
-     "requeue_studies: there is no study mala/lead; there are mala/aluminium, mala/beryllium"),
+     "requeue_studies: mala/lead is not allowed; existing studies: mala/aluminium, mala/beryllium"),
     ({}, "v3.0.0.d", "database mala: Optuna's schema v3.0.0.d there was made by Optuna 5.0.0, but trials can be"),
 ])
 def test_refused_before_anything_changes(settings, revision, says, use):

@@ -132,7 +132,7 @@ def test_unfit_environments_are_refused(check_mode, environment, says, params):
 
 
 @pytest.mark.parametrize("given, says", [
-    ("env", "'env' is not absolute"), ("/no/such", "there is no /no/such; give the folder of a conda or"),
+    ("env", "'env' is not absolute"), ("/no/such", "/no/such does not exist; give the folder of a conda"),
 ])
 def test_what_is_no_environment_is_refused(given, says, params):
     def asked(command):

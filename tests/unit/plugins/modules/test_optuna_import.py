@@ -184,7 +184,7 @@ def test_brings_what_is_missing_once(check_mode, import_):
 @pytest.mark.parametrize("params, says", [
     ({"studies": ["be", "nope"]}, "^import_studies: study.log holds no study nope, but al, be$"),
     ({"name": "x"}, "^import_as: x is one name for 2 studies; set import_studies$"),
-    ({"studies": ["be"], "name": "other"}, r"^import_as: mala holds .* other already, .* \(the params of trial 0\);"),
+    ({"studies": ["be"], "name": "other"}, r"^import_as: mala already contains .* other, .* \(the params of trial 0\)"),
 ])
 def test_what_contradicts_is_refused(params, says, import_):
     database = FakeDatabase(other=[trial(0, params={"x": 0.25})])

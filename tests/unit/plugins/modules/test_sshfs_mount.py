@@ -361,7 +361,7 @@ def test_says_why_ssh_fails_in_one_line_and_leaves_nothing(fake, ssh, message):
 
 
 @pytest.mark.parametrize(("sshfs", "message"), [
-    ("alice@login:logs/: No such file or directory", "^folder: there is no folder alice@login:logs/ "),
+    ("alice@login:logs/: No such file or directory", "^folder: the folder alice@login:logs/ does not exist "),
     ("alice@login:logs/: Permission denied", "^folder: alice@login:logs/ may not be read "),
     ("fuse: failed to exec fusermount3: No such file or directory", "^path: FUSE .* install the package fuse3 "),
     ("fuse: device not found, try 'modprobe fuse' first", "^path: FUSE cannot be used here"),
@@ -440,7 +440,7 @@ def test_refuses_what_could_be_an_option_or_a_command(fake, name, text):
     ({"folder": "a\nb"}, "^folder: "),
     ({"identity_file": '/a",ProxyCommand=x'}, "^identity_file: "),
     ({"identity_file": "/a%h"}, "^identity_file: "),
-    ({"ssh_config": "/nowhere"}, "^ssh_config: there is no file '/nowhere'"),
+    ({"ssh_config": "/nowhere"}, "^ssh_config: the file '/nowhere' does not exist"),
     ({"ssh_config": "/etc/passwd; touch x"}, "^ssh_config: .* cannot be passed on by ssh"),
     ({"port": 0}, "^port: .*1 to 65535"),
     ({"timeout": 0}, "^timeout: 0 is too little"),
