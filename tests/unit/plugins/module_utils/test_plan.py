@@ -4,6 +4,7 @@
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._plan import access_rules, plan, service_entries, sizes, urls
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import DEFAULTS
 
 SETTINGS = {
     "instance_name": "hpc_db", "instance_memory": "16G", "instance_study_role": "study",
@@ -11,7 +12,15 @@ SETTINGS = {
     "postgres_major": 17, "postgres_max_connections": 320, "postgres_shared_buffers": "1638MB",
     "postgres_work_mem": "16MB", "postgres_settings": {}, "postgres_tls": True, "postgres_hba_rules": [],
     "postgres_networks": ["10.0.0.0/8"], "server_address": "", "server_pooler": False, "server_proxy": False,
-    "client_environment": "", "postgres_provider": "rattler", "postgres_lock_file": "",
+    "client_environment": "", "postgres_provider": "rattler", "postgres_lock_file": "", "postgres_python": "",
+    "postgres_python_provider": "pip", "postgres_python_packages": ["optuna"], "postgres_python_wheelhouse": "",
+    "postgres_python_conda_packages": ["optuna>=4"], "postgres_staged": False, "postgres_port": 5432,
+    "postgres_listen_addresses": "*", "instance_cluster": "mini", "server_scheduler": "slurm", "server_bin_dir": "",
+    "server_socket_parent": "/tmp", "server_lease_ttl": 30, "server_job_name": "hpc_db", "server_chain": True,
+    "server_job_options": {"partition": "work", "extra": {"gres": "gpu:1", "qos": "long"}},
+    "server_successor_options": {"extra": {"qos": "short"}}, "server_stop_notice": 120, "server_restarts": 5,
+    "server_dump_minutes": 60, "server_dump_keep": 5, "server_pooler_program": "", "server_pooler_port": 6432,
+    "server_pooler_connections": 160, "server_proxy_port": 13000, "server_proxy_connections": 10,
 }
 INSTANCE = {"root": "/r", "owner": "alice", "major": None}
 OTHERS = [
@@ -141,3 +150,63 @@ def test_staged_packages_are_in_the_user_s_cache(cache, folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
 
     assert plan(SETTINGS, INSTANCE, host="hemera5")["stage"] == f"{folder}/mala.hpc_db/hemera5/hpc_db"
+
+
+@pytest.mark.parametrize("changes, conda, python", [
+    ({}, ["postgres"], ["/r/rattler", "/r/python"]),
+    ({"postgres_provider": "embedded"}, ["postgres"], ["/r/python"]),
+    ({"postgres_python_provider": "conda"}, ["postgres", "python"], ["/r/rattler"]),
+    ({"server_pooler": True}, ["postgres", "pgbouncer"], ["/r/rattler", "/r/python"]),
+    ({"server_pooler": True, "server_pooler_program": "/usr/sbin/pgbouncer"}, ["postgres"],
+     ["/r/rattler", "/r/python"]),
+    ({"server_pooler": True, "postgres_provider": "system"}, ["postgres"], ["/r/python"]),
+])
+def test_environments_that_are_installed(changes, conda, python):
+    made = plan({**SETTINGS, **changes}, INSTANCE)
+
+    assert [each["name"] for each in made["conda_environments"]] == conda
+    assert made["conda_environments"][0]["specs"] == ["postgresql=17"]
+    assert [each["path"] for each in made["python_environments"]] == python
+
+
+@pytest.mark.parametrize("packages, more", [(["optuna"], True), (["optuna==5 --hash=sha256:00"], False)])
+def test_packages_of_the_proxy_are_added_unless_hashes_are_given(packages, more):
+    made = plan({**SETTINGS, "server_proxy": True, "postgres_python_packages": packages}, INSTANCE)
+
+    asked = made["python_environments"][-1]["requirements"]
+    assert asked[:1] == packages
+    assert ("grpcio" in asked) is more
+
+
+def test_wheels_are_staged():
+    given = {**SETTINGS, "postgres_python_wheelhouse": "/wheels"}
+
+    assert plan(given, INSTANCE)["wheelhouse"] == "/wheels"
+    assert plan({**given, "postgres_staged": True}, INSTANCE)["wheelhouse"] == "/r/staged/wheels"
+
+
+def test_supervisor_is_told_how_to_submit_its_successor():
+    told = plan(SETTINGS, INSTANCE)["supervisor"]
+
+    assert told["successor"] == {
+        "options": {"partition": "work", "extra": {"gres": "gpu:1", "qos": "short"}}, "memory": "16G",
+        "script": "/r/host/job.sh", "output": "/r/log/job.log",
+    }
+    assert plan({**SETTINGS, "server_scheduler": "local"}, INSTANCE)["supervisor"]["successor"] == {}
+    assert SETTINGS["server_job_options"]["extra"]["qos"] == "long"
+
+
+def test_supervisor_starts_only_the_sidecars_that_are_wanted():
+    without = plan(SETTINGS, INSTANCE)["supervisor"]
+    both = plan({**SETTINGS, "server_pooler": True, "server_proxy": True, "postgres_tls": False}, INSTANCE)["supervisor"]
+
+    assert (without["pooler"], without["proxy"]) == ({}, {})
+    assert (both["pooler"]["program"], both["pooler"]["certificate"]) == ("/r/pgbouncer/bin/pgbouncer", "")
+    assert both["proxy"]["python"] == "/r/python/bin/python"
+
+
+def test_supervisor_knows_each_of_its_settings():
+    told = plan(SETTINGS, INSTANCE)["supervisor"]
+
+    required = {"instance", "scheduler", "bindir", "data", "port", "socket_parent", "job_name", "successor"}
+    assert {*told} <= {*DEFAULTS} | required
