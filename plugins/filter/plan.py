@@ -54,8 +54,8 @@ _value:
     - C(base_python) is the Python from which environments are made, and C(embedded_wheel) the requirement of the
       provider embedded.
     - C(conda_environments) and C(python_environments) are those to install, the latter with the management environment
-      last. C(staged) and C(wheelhouse) are the folders of staged packages and of wheels on the login node, and C(lock) is
-      the text of the lock file.
+      last. C(staged) and C(wheelhouse) are the folders of staged packages and of wheels on the login node, and C(lock)
+      is the text of the lock file.
     - C(supervisor) are the settings of the program in the server job, and C(successor_options) those of its successor's
       job.
     - C(sizes) has the memory in megabytes; C(memory) of the job, C(need) of PostgreSQL with all C(connections), with

@@ -206,7 +206,9 @@ def environments(settings: dict[str, Any], root: str) -> dict[str, Any]:
     pooler = settings["server_pooler"] and not settings["server_pooler_program"]
     if pooler and settings["postgres_provider"] in ("rattler", "conda"):
         conda.append({"name": "pgbouncer", "prefix": f"{root}/pgbouncer", "specs": ["pgbouncer"]})
-    python = [{"path": f"{root}/rattler", "requirements": RATTLER}] if settings["postgres_provider"] == "rattler" else []
+    python = []
+    if settings["postgres_provider"] == "rattler":
+        python.append({"path": f"{root}/rattler", "requirements": RATTLER})
     if from_pip:
         python.append({"path": f"{root}/python", "requirements": settings["postgres_python_packages"] + proxy})
     return {"conda_environments": conda, "python_environments": python}

@@ -198,7 +198,8 @@ def test_supervisor_is_told_how_to_submit_its_successor():
 
 def test_supervisor_starts_only_the_sidecars_that_are_wanted():
     without = plan(SETTINGS, INSTANCE)["supervisor"]
-    both = plan({**SETTINGS, "server_pooler": True, "server_proxy": True, "postgres_tls": False}, INSTANCE)["supervisor"]
+    wanted = {"server_pooler": True, "server_proxy": True, "postgres_tls": False}
+    both = plan({**SETTINGS, **wanted}, INSTANCE)["supervisor"]
 
     assert (without["pooler"], without["proxy"]) == ({}, {})
     assert (both["pooler"]["program"], both["pooler"]["certificate"]) == ("/r/pgbouncer/bin/pgbouncer", "")
