@@ -78,7 +78,7 @@ def test_results_while_others_are_given_keys(
     url: str, ways: list[str], at_every_request: Callable, server: Server
 ) -> None:
     study = optuna.create_study(storage=url)
-    values = {}
+    values: dict[int, float] = {}
 
     def work(number: int) -> None:
         # To ask for a trial numbers it by its key: that is an error then, and Optuna asks again.
