@@ -88,7 +88,7 @@ def test_results_while_others_are_given_keys(
         trial.set_user_attr("number", number)
         study.tell(trial, values[number])
 
-    trials = [study.ask()._trial_id for _ in range(100)]
+    trials = [study.ask()._trial_id for _turn in range(100)]
     at_every_request(work, lambda: server.ask("SELECT nextval(seqrelid::regclass) FROM pg_sequence", "study"))
 
     told = {trial.number: trial for trial in study.trials if trial.state.is_finished()}
