@@ -201,7 +201,7 @@ def restore_target(settings: dict[str, Any], owner: str) -> dict[str, Any]:
     A database that is not in ``databases_studies`` is one with Optuna's tables.
     """
     name = settings["restore_database"] or first_database(settings)
-    known = next((each for each in settings["databases_studies"] if each["name"] == name), {})
+    known: dict[str, Any] = next((each for each in settings["databases_studies"] if each["name"] == name), {})
     return {
         "name": name,
         "owner": known.get("role") or settings["instance_study_role"],
