@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Values derived from the settings: PostgreSQL's sizes and access rules, the workers' service entries, and the URLs."""
+"""Values derived from the settings: PostgreSQL's sizes and access rules, the workers' service entries, and paths."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
 KILOBYTES = {"k": 1, "m": 1024, "g": 1024**2, "t": 1024**3}
 # Measured, in megabytes: one TLS connection without sorting; PostgreSQL's own processes, the supervisor and a dump.
@@ -24,6 +26,11 @@ TIMEOUTS = {
 }
 # Workers that start together wait in a queue for their login at PgBouncer.
 POOLER_CONNECT_TIMEOUT = "30"
+# Names of databases that need no quotes anywhere, and of roles, of which PostgreSQL reserves those with pg_.
+DATABASE = re.compile(r"[a-z][a-z0-9_]{0,62}")
+ROLE = re.compile(r"(?!pg_)[a-z][a-z0-9_]{0,62}")
+# PostgreSQL's own databases.
+RESERVED = ("postgres", "template0", "template1")
 
 # The Python API of rattler changes between versions; these versions are tested.
 RATTLER = ['py-rattler==0.25.0 ; python_version < "3.10"', 'py-rattler==0.28.0 ; python_version >= "3.10"']
@@ -108,7 +115,7 @@ def service_entries(settings: dict[str, Any], owner: str, root: str) -> dict[str
     """Return libpq's parameters for workers, ``direct`` or ``pooled`` (by PgBouncer), and for a ``tunnel``."""
     plain = {
         "dbname": first_database(settings), "user": settings["instance_study_role"],
-        "passfile": f"{root}/secrets/pgpass", **TIMEOUTS,
+        "passfile": Layout(root).pgpass, **TIMEOUTS,
     }
     # Without TLS a rogue server can relay logins, but cannot collect passwords. Custom rules may need no password, and
     # psql before PostgreSQL 16 refuses the key in a service entry.
@@ -137,11 +144,21 @@ def first_database(settings: dict[str, Any]) -> str:
     return next((each["name"] for each in settings["databases_studies"] if each["tables"] == "optuna"), "")
 
 
+def main_url(settings: dict[str, Any]) -> str:
+    """Return the URL of the service entry, with the plugin if there is an environment with the client package."""
+    return plain_url(settings) + ("&plugin=hpc_db" if settings["client_environment"] else "")
+
+
+def plain_url(settings: dict[str, Any]) -> str:
+    """Return the URL of the service entry, without the plugin."""
+    return f"postgresql+psycopg2:///?service={settings['instance_name']}"
+
+
 def urls(settings: dict[str, Any]) -> dict[str, str]:
     """Return the URL of each database by name, the first database first."""
     first, service = first_database(settings), f"?service={settings['instance_name']}"
     plugin = "&plugin=hpc_db" if settings["client_environment"] else ""
-    found = {first: f"postgresql+psycopg2:///{service}{plugin}"} if first else {}
+    found = {first: main_url(settings)} if first else {}
     for each in settings["databases_studies"]:
         if each["name"] != first:
             role = f"{each['role']}@" if each.get("role") else ""
@@ -163,6 +180,85 @@ def databases(settings: dict[str, Any]) -> dict[str, list]:
         "other_databases": others,
         "database_roles": list(dict.fromkeys(filter(None, roles))),
     }
+
+
+def refused(settings: dict[str, Any], owner: str) -> dict[str, list[str]]:
+    """Return the names in ``databases_studies`` and ``databases_reader_role`` that are not allowed, by the reason.
+
+    ``reader`` is the read-only role, ``names`` are databases, and ``roles`` those of other programs. ``with_role`` are
+    databases with Optuna's tables and a role, ``with_studies`` databases of other programs with studies.
+    """
+    given, reader = settings["databases_studies"], settings["databases_reader_role"]
+    others = [each for each in given if each["tables"] == "none"]
+    names = [each["name"] for each in given]
+    roles = list(dict.fromkeys(each["role"] for each in others if each.get("role")))
+    taken = (settings["instance_study_role"], owner)
+    return {
+        "reader": [reader] if not ROLE.fullmatch(reader) or reader in taken else [],
+        "names": [
+            *(name for name in names if not DATABASE.fullmatch(name)),
+            *dict.fromkeys(name for name in names if name in (*RESERVED, owner)),
+            *(names if len(set(names)) < len(names) else []),
+            *([] if names else ["an empty list"]),
+        ],
+        "roles": [
+            *(role for role in roles if not ROLE.fullmatch(role)), *(role for role in roles if role in (reader, owner)),
+        ],
+        "with_role": [each["name"] for each in given if each["tables"] == "optuna" and each.get("role")],
+        "with_studies": [each["name"] for each in others if each.get("studies")],
+    }
+
+
+def restore_target(settings: dict[str, Any], owner: str) -> dict[str, Any]:
+    """Return the database to restore into: ``name``, ``owner``, kind of ``tables``, and whether it is ``allowed``.
+
+    A database that is not in ``databases_studies`` is one with Optuna's tables.
+    """
+    name = settings["restore_database"] or first_database(settings)
+    known: dict[str, Any] = next((each for each in settings["databases_studies"] if each["name"] == name), {})
+    return {
+        "name": name,
+        "owner": known.get("role") or settings["instance_study_role"],
+        "tables": known.get("tables", "optuna"),
+        "allowed": bool(DATABASE.fullmatch(name)) and name not in (*RESERVED, owner),
+    }
+
+
+def on_workstation(given: str | None) -> str:
+    """Return the absolute path, without symbolic links, of a path on the workstation."""
+    return os.path.realpath(os.path.expanduser(given or ""))
+
+
+def upload(given: str | None) -> str:
+    """Return the absolute path of a file to restore or import, or "" if it is not on the workstation.
+
+    ``newest`` is a dump on the cluster, even if the workstation has such a file.
+    """
+    path = on_workstation(given)
+    return path if given and given != "newest" and os.path.isfile(path) else ""
+
+
+def worker(settings: dict[str, Any], root: str) -> dict[str, str]:
+    """Return how a worker runs: ``folder`` of its scripts, ``url``, ``python``, ``program``, and ``outage`` in seconds.
+
+    ``outage`` is "" without the client package's plugin, because Optuna's heartbeat thread then ends for good at the
+    first lost connection.
+    """
+    folder = f"{root}/workers"
+    url = settings["workers_url"] or main_url(settings)
+    has_plugin = re.search(r"[?&]plugin=hpc_db(&|$)", url)
+    return {
+        "folder": folder,
+        "url": url,
+        "python": settings["workers_python"] or environment_python(root),
+        "program": settings["workers_program"] or f"{folder}/study.py",
+        "outage": str(settings["workers_outage"]) if has_plugin else "",
+    }
+
+
+def environment_python(root: str) -> str:
+    """Return the Python of the management environment."""
+    return f"{root}/python/bin/python"
 
 
 def programs(settings: dict[str, Any], root: str) -> dict[str, str]:
@@ -260,7 +356,7 @@ def supervisor(settings: dict[str, Any], owner: str, root: str) -> dict[str, Any
         "key": f"{root}/conf/server.key", "service": services["pooled"],
     }
     proxy = {
-        "python": f"{root}/python/bin/python", "port": settings["server_proxy_port"],
+        "python": environment_python(root), "port": settings["server_proxy_port"],
         "connections": settings["server_proxy_connections"], "listen": settings["postgres_listen_addresses"],
         "certificate": f"{root}/secrets/proxy.crt", "key": f"{root}/secrets/proxy.key",
     }
@@ -299,7 +395,7 @@ def plan(
     login node from which environments are made.
     """
     root, owner, major = instance["root"], instance.get("owner", ""), instance.get("major")
-    first, plain = first_database(settings), f"postgresql+psycopg2:///?service={settings['instance_name']}"
+    first = first_database(settings)
     found = urls(settings)
     held = sizes(settings)
     trusts = any(rule.get("method") == "trust" for rule in settings["postgres_hba_rules"])
@@ -313,7 +409,7 @@ def plan(
         "owner": owner,
         "major": major,
         "major_changes": major is not None and major != settings["postgres_major"],
-        "python": f"{root}/python/bin/python",
+        "python": environment_python(root),
         "base_python": settings["postgres_python"] or base_python,
         **programs(settings, root),
         **databases(settings),
@@ -323,13 +419,24 @@ def plan(
         **staging(settings, root, host),
         "successor_options": successor_options(settings),
         "supervisor": supervisor(settings, owner, root),
+        "passfile": Layout(root).pgpass,
+        "reserved": [*RESERVED, owner],
+        "refused": refused(settings, owner),
+        "backup_folder": on_workstation(settings["backup_fetch"]),
+        "restore_target": restore_target(settings, owner),
+        "restore_upload": upload(settings["restore_from"]),
+        "import_target": settings["import_database"] or first,
+        "import_upload": upload(settings["import_from"]),
+        "report_folder": on_workstation(settings["report_root"]),
+        "report_page": on_workstation(settings["report_file"]),
+        "worker": worker(settings, root),
         "sizes": held._asdict(),
         # A warning is repeated in each run, so the quick check must not skip it.
         "warns": held.need > held.memory or trusts,
         "rules": settings["postgres_hba_rules"] or access_rules(settings, owner),
         "services": service_entries(settings, owner, root),
-        "plain_url": plain,
-        "url": plain + ("&plugin=hpc_db" if settings["client_environment"] else ""),
+        "plain_url": plain_url(settings),
+        "url": main_url(settings),
         "urls": found,
         "other_urls": [{"name": name, "url": url} for name, url in found.items() if name != first],
         "ways": ways,

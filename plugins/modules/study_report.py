@@ -27,9 +27,8 @@ options:
     required: true
   status:
     description:
-      - Other contents of the report. RV(ignore:instance), RV(ignore:cluster), RV(ignore:url) and RV(ignore:source) are
-        texts, of which the last states the source of the studies. RV(ignore:read) is the time when they were read, in
-        seconds since 1970.
+      - Other contents of the report. RV(ignore:instance), RV(ignore:cluster) and RV(ignore:url) are texts.
+        RV(ignore:read) is the time when the studies were read, in seconds since 1970.
       - RV(ignore:job), RV(ignore:endpoint), RV(ignore:state) and RV(ignore:disk) are values of
         M(mala.hpc_db.hosting_job_info). RV(ignore:server) is the result of M(mala.hpc_db.server_info) or null, and
         RV(ignore:log) is RV(mala.hpc_db.hosting_job_info#module:history).
@@ -56,7 +55,6 @@ EXAMPLES = r"""
       instance: hpc_db
       cluster: hemera5
       url: postgresql+psycopg2:///?service=hpc_db
-      source: Nothing more.
       read: 1795392835
       job: null
       endpoint: null

@@ -116,7 +116,7 @@ MODULES: dict[str, dict[str, Any]] = {
     },
     "study_report": {
         "path": "FOLDER/report.html", "trials": "FOLDER/trials.json.gz", "status": {
-            "instance": "mine", "cluster": "mini", "url": "postgresql://", "source": "", "read": 0, "job": None,
+            "instance": "mine", "cluster": "mini", "url": "postgresql://", "read": 0, "job": None,
             "endpoint": None, "state": None, "disk": None, "server": None,
             "log": {"since": None, "serving": False, "outages": [], "troubles": []},
         },

@@ -3,7 +3,17 @@
 """Values computed from the settings."""
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils._plan import access_rules, plan, service_entries, sizes, urls
+from ansible_collections.mala.hpc_db.plugins.module_utils._plan import (
+    access_rules,
+    plan,
+    refused,
+    restore_target,
+    service_entries,
+    sizes,
+    upload,
+    urls,
+    worker,
+)
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import DEFAULTS
 
 SETTINGS = {
@@ -21,6 +31,9 @@ SETTINGS = {
     "server_successor_options": {"extra": {"qos": "short"}}, "server_stop_notice": 120, "server_restarts": 5,
     "server_dump_minutes": 60, "server_dump_keep": 5, "server_pooler_program": "", "server_pooler_port": 6432,
     "server_pooler_connections": 160, "server_proxy_port": 13000, "server_proxy_connections": 10,
+    "backup_fetch": None, "restore_from": None, "restore_database": None, "import_from": None, "import_database": None,
+    "report_root": "/w/report", "report_file": "/w/report/hpc_db.html",
+    "workers_url": "", "workers_python": "", "workers_program": "", "workers_outage": 600,
 }
 INSTANCE = {"root": "/r", "owner": "alice", "major": None}
 OTHERS = [
@@ -133,6 +146,93 @@ def test_databases_and_roles():
     assert made["optuna_databases"] == [{"name": "studies", "studies": studies}, {"name": "second"}]
     assert made["other_databases"] == OTHERS[2:]
     assert made["database_roles"] == ["study", "reader", "mlflow"]
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"databases_studies": OTHERS}, {}),
+    ({"databases_studies": []}, {"names": ["an empty list"]}),
+    ({"databases_studies": [{"name": name, "tables": "optuna"} for name in ("My-Study", "template1", "alice", "pg_a")]},
+     {"names": ["My-Study", "template1", "alice"]}),
+    ({"databases_studies": [OTHERS[0], OTHERS[0]]}, {"names": ["studies", "studies"]}),
+    ({"databases_studies": [{"name": "a" * 64, "tables": "optuna"}]}, {"names": ["a" * 64]}),
+    ({"databases_studies": [{"name": "a\n", "tables": "optuna"}]}, {"names": ["a\n"]}),
+    ({"databases_studies": [{**OTHERS[3], "role": role} for role in ("pg_x", "reader", "alice", "study")]},
+     {"names": ["other"] * 4, "roles": ["pg_x", "reader", "alice"]}),
+    ({"databases_studies": [{**OTHERS[0], "role": "mine"}, {**OTHERS[1], "role": ""}]}, {"with_role": ["studies"]}),
+    ({"databases_studies": [{**OTHERS[0], "studies": [{"name": "be"}]}, {**OTHERS[3], "studies": [{"name": "be"}]}]},
+     {"with_studies": ["other"]}),
+    ({"databases_reader_role": "pg_reader"}, {"reader": ["pg_reader"]}),
+    ({"databases_reader_role": "study"}, {"reader": ["study"]}),
+    ({"databases_reader_role": "alice"}, {"reader": ["alice"]}),
+])
+def test_names_that_are_not_allowed(changes, expected):
+    found = refused({**SETTINGS, **changes}, "alice")
+
+    assert set(found) == {"reader", "names", "roles", "with_role", "with_studies"}
+    assert {reason: names for reason, names in found.items() if names} == expected
+
+
+@pytest.mark.parametrize("given, name, owner, tables", [
+    (None, "studies", "study", "optuna"), ("second", "second", "study", "optuna"),
+    ("mlflow", "mlflow", "mlflow", "none"), ("other", "other", "study", "none"), ("new", "new", "study", "optuna"),
+])
+def test_database_to_restore_into(given, name, owner, tables):
+    target = restore_target({**SETTINGS, "databases_studies": OTHERS, "restore_database": given}, "alice")
+
+    assert target == {"name": name, "owner": owner, "tables": tables, "allowed": True}
+
+
+@pytest.mark.parametrize("name", ["My-Study", "postgres", "template0", "alice", "a\n", "a" * 64])
+def test_database_that_is_not_restored(name):
+    assert not restore_target({**SETTINGS, "restore_database": name}, "alice")["allowed"]
+
+
+@pytest.mark.parametrize("given, database", [(None, "studies"), ("second", "second")])
+def test_database_to_import_into(given, database):
+    assert plan({**SETTINGS, "import_database": given}, INSTANCE)["import_target"] == database
+
+
+def test_only_a_file_on_the_workstation_is_uploaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.dump").touch()
+    (tmp_path / "newest").touch()
+    (tmp_path / "link").symlink_to("a.dump")
+
+    for given in ("a.dump", "~/a.dump", str(tmp_path / "a.dump"), "link"):
+        assert upload(given) == str((tmp_path / "a.dump").resolve())
+    for given in (None, "", "newest", "/none/a.dump", "~/none.dump", str(tmp_path)):
+        assert upload(given) == ""
+    made = plan({**SETTINGS, "restore_from": "a.dump", "import_from": "none"}, INSTANCE)
+    assert (made["restore_upload"], made["import_upload"]) == (str((tmp_path / "a.dump").resolve()), "")
+
+
+def test_paths_on_the_workstation_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.resolve()))
+    monkeypatch.chdir(tmp_path)
+    paths = {"backup_fetch": "~/dumps", "report_root": "report", "report_file": "~/report/a.html"}
+    made = plan({**SETTINGS, **paths}, INSTANCE)
+
+    assert [made[name] for name in ("backup_folder", "report_folder", "report_page")] == [
+        f"{tmp_path.resolve()}/{name}" for name in ("dumps", "report", "report/a.html")
+    ]
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, {"url": "postgresql+psycopg2:///?service=hpc_db", "outage": ""}),
+    ({"client_environment": "/env"}, {"url": "postgresql+psycopg2:///?service=hpc_db&plugin=hpc_db", "outage": "600"}),
+    ({"workers_url": "postgresql:///?plugin=hpc_db&x=y", "workers_outage": 60},
+     {"url": "postgresql:///?plugin=hpc_db&x=y", "outage": "60"}),
+    ({"client_environment": "/env", "workers_url": "postgresql:///?plugin=hpc_db2"},
+     {"url": "postgresql:///?plugin=hpc_db2", "outage": ""}),
+    ({"workers_python": "~/env/bin/python", "workers_program": "/mine.py"},
+     {"url": "postgresql+psycopg2:///?service=hpc_db", "outage": "", "python": "~/env/bin/python",
+      "program": "/mine.py"}),
+])
+def test_worker(changes, expected):
+    usual = {"folder": "/r/workers", "python": "/r/python/bin/python", "program": "/r/workers/study.py"}
+
+    assert worker({**SETTINGS, **changes}, "/r") == {**usual, **expected}
 
 
 @pytest.mark.parametrize("given, path", [
