@@ -131,9 +131,9 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     check_name,
     find_jobs,
     make_run,
-    serving_job,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import NOTES
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
@@ -204,7 +204,7 @@ def digest_of(path: str) -> str:
 def served(params: dict, run: Run) -> dict | None:
     """Return the endpoint of the running server job; None if the job does not serve."""
     check_name(params["name"])
-    endpoint = read_json(Layout(params["root"]).endpoint)
+    endpoint = read_endpoint(Layout(params["root"]))
     return endpoint if serving_job(endpoint, find_jobs(params, run)) else None
 
 

@@ -19,6 +19,7 @@ import time
 from typing import Dict, List, Optional
 
 from . import causes, files, lease
+from .endpoint import read_endpoint
 from .layout import Layout
 from .settings import complete
 
@@ -112,8 +113,7 @@ def look_at_server(wanted: dict) -> Report:
 
 
 def _look_at_job(report: Report, wanted: dict) -> None:
-    job, state, endpoint = wanted["job"], wanted["state"] or {}, wanted["endpoint"]
-    serves = endpoint and job
+    job, state, serves = wanted["job"], wanted["state"] or {}, bool(wanted["endpoint"])
     said = "no hosting job is queued or runs"
     if job:
         where = " on %s" % job["node"] if job["node"] else ""
@@ -179,14 +179,15 @@ def look_from_here(wanted: dict) -> Report:
         report.found("files", "%s is not there" % wanted["root"],
                      "instance_root: a folder on a file system that login and compute nodes share")
         return report
-    path = Layout(wanted["root"]).endpoint
-    endpoint = files.read_json(path) if wanted["endpoint"] else None  # else the job has ended and the file is stale
+    layout = Layout(wanted["root"])
+    # The playbook has found on the login node whether the server is live; if it is not, the file is stale.
+    endpoint = read_endpoint(layout) if wanted["endpoint"] else None
     if wanted["endpoint"] and not endpoint:
-        report.found("files", "%s is not here, but was on the login node just now" % path,
+        report.found("files", "%s is not here, but was on the login node just now" % layout.endpoint,
                      "instance_root: a folder on a file system that login and compute nodes share")
         return report
     entry = _look_at_service(report, wanted, endpoint)
-    _look_at_passwords(report, entry.get("passfile", Layout(wanted["root"]).pgpass))
+    _look_at_passwords(report, entry.get("passfile", layout.pgpass))
     if endpoint is None:
         _skip_network(report, "the server is down")
     else:
