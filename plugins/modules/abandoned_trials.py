@@ -128,6 +128,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     hosts_of,
     make_run,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
 # Revision of the schema that this module writes to: Optuna 3.2 to 5.
@@ -181,9 +182,9 @@ class Refused(Exception):
 def look_into(params: dict, database: str) -> tuple[list[str], list[_workers.Trial]]:
     """Return the studies in a database and their running trials; none if Optuna has no schema there."""
     with _connection.connect(params, database) as connection:
-        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        if _connection.rows(connection, optuna_schema.HAS_SCHEMA) != [("version_info", "alembic_version")]:
             return [], []
-        schemas = [_optuna.Schema(*row) for row in _connection.rows(connection, _optuna.SCHEMA)]
+        schemas = [optuna_schema.Schema(*row) for row in _connection.rows(connection, optuna_schema.SCHEMA)]
         if any(schema.revision != REVISION for schema in schemas):
             raise Refused(
                 f"database {database}: Optuna's schema {schemas[0].revision} there was made by Optuna "
@@ -285,7 +286,7 @@ def boot_time() -> float:
 
 def now() -> datetime.datetime:
     """Return the current time as the installed Optuna stores it: local before Optuna 5, UTC since."""
-    optuna = _optuna.installed_optuna()
+    optuna = optuna_schema.installed_optuna()
     if optuna and int(optuna.version.partition(".")[0]) < 5:
         return datetime.datetime.now()
     return datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)

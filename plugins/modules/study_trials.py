@@ -78,6 +78,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 
 DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
 STUDIES = "SELECT study_name FROM studies ORDER BY study_name"
@@ -160,11 +161,11 @@ def look_into(params: dict, database: str) -> tuple[list[str], str]:
     The tables are checked first, because Optuna would create missing ones.
     """
     with _connection.connect(params, database) as connection:
-        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        if _connection.rows(connection, optuna_schema.HAS_SCHEMA) != [("version_info", "alembic_version")]:
             return [], ""
-        schemas = [_optuna.Schema(*row) for row in _connection.rows(connection, _optuna.SCHEMA)]
+        schemas = [optuna_schema.Schema(*row) for row in _connection.rows(connection, optuna_schema.SCHEMA)]
         names = [name for name, in _connection.rows(connection, STUDIES)]
-    optuna = _optuna.installed_optuna()
+    optuna = optuna_schema.installed_optuna()
     if optuna is None:
         raise _connection.Unreachable(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
     return names, _optuna.mismatch(database, schemas[0], optuna) if schemas else ""

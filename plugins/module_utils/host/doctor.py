@@ -21,6 +21,7 @@ from typing import Dict, List, Optional
 from . import causes, files, lease
 from .endpoint import read_endpoint
 from .layout import Layout
+from .optuna_schema import Optuna, Schema, is_newer, is_older
 from .settings import complete
 
 # PostgreSQL's SSLRequest, the first message of a client that wants TLS.
@@ -427,13 +428,14 @@ def missing_from(held: dict, wanted: dict, setting: str) -> List[tuple]:
 def mismatch(held: dict, setting: str, side: dict) -> List[tuple]:
     """Return reasons why the environment's Optuna cannot work on the studies, each with its fix."""
     where = setting or "postgres_python_packages"
-    knows, (library, revision) = held.get("revisions"), held.get("schema") or ("", "")
-    if library and knows and revision not in knows:
-        return [("Optuna %s does not know the tables that Optuna %s made" % (held["optuna"], library),
-                 "%s: install optuna==%s there" % (where, library))]
-    if library and knows and revision != knows[0]:
-        return [("Optuna %s needs newer tables than those that Optuna %s made" % (held["optuna"], library),
-                 "databases_upgrade_schema, or %s: install optuna==%s there" % (where, library))]
+    schema = Schema(*held["schema"]) if held.get("schema") else None
+    optuna = Optuna(held["optuna"], held.get("revisions") or [])
+    if schema and is_newer(schema, optuna):
+        return [("Optuna %s does not know the tables that Optuna %s made" % (optuna.version, schema.library),
+                 "%s: install optuna==%s there" % (where, schema.library))]
+    if schema and is_older(schema, optuna):
+        return [("Optuna %s needs newer tables than those that Optuna %s made" % (optuna.version, schema.library),
+                 "databases_upgrade_schema, or %s: install optuna==%s there" % (where, schema.library))]
     ours, theirs = side.get("optuna", ""), held["optuna"]
     # Optuna 4 writes local time, Optuna 5 writes UTC.
     if ours and {major >= 5 for major in (_numbers(ours)[0], _numbers(theirs)[0])} == {True, False}:
