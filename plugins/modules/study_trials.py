@@ -79,6 +79,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import write_atomically
 
 DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
 STUDIES = "SELECT study_name FROM studies ORDER BY study_name"
@@ -218,9 +219,7 @@ def ensure_exported(params: dict, check_mode: bool) -> dict[str, Any]:
     content = gzip.compress(json.dumps(held).encode(), mtime=0)
     changed = content != read_bytes(params["path"])
     if changed and not check_mode:
-        with open(params["path"] + ".new", "wb") as stream:
-            stream.write(content)
-        os.rename(params["path"] + ".new", params["path"])
+        write_atomically(params["path"], content)
     return {
         "changed": changed,
         "studies": len(held["studies"]),
