@@ -13,7 +13,15 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ansible_collections.mala.hpc_db.plugins.module_utils.host.optuna_schema import Optuna, Schema, is_newer, is_older
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.optuna_schema import (
+    HAS_SCHEMA,
+    SCHEMA,
+    Optuna,
+    Schema,
+    is_newer,
+    is_older,
+)
 
 # Trials are numbered in the order of their start, except for trials that waited: Optuna marks some of them, and the
 # others start at any time. Time zones differ by multiples of half an hour; clocks of nodes, and the starts of two
@@ -38,6 +46,20 @@ ENDED = ("COMPLETE", "PRUNED", "FAIL")
 AHEAD_SECONDS = 300
 # Fewer steps, or fewer than half of all, may be chance: 7 % of the steps of trials that waited look like half hours.
 FEWEST_STEPS = 3
+
+
+def has_schema(connection: Any) -> bool:
+    """Return whether a database has Optuna's tables."""
+    return _connection.rows(connection, HAS_SCHEMA) == [("version_info", "alembic_version")]
+
+
+def read_schema(connection: Any) -> Schema | None:
+    """Return the schema of a database that has Optuna's tables; None if it is incomplete.
+
+    Optuna writes its version last, and completes a schema without it.
+    """
+    versions = _connection.rows(connection, SCHEMA)
+    return Schema(*versions[0]) if versions else None
 
 
 def mismatch(database: str, schema: Schema, optuna: Optuna) -> str:

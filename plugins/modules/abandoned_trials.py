@@ -182,13 +182,13 @@ class Refused(Exception):
 def look_into(params: dict, database: str) -> tuple[list[str], list[_workers.Trial]]:
     """Return the studies in a database and their running trials; none if Optuna has no schema there."""
     with _connection.connect(params, database) as connection:
-        if _connection.rows(connection, optuna_schema.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        if not _optuna.has_schema(connection):
             return [], []
-        schemas = [optuna_schema.Schema(*row) for row in _connection.rows(connection, optuna_schema.SCHEMA)]
-        if any(schema.revision != REVISION for schema in schemas):
+        schema = _optuna.read_schema(connection)
+        if schema and schema.revision != REVISION:
             raise Refused(
-                f"database {database}: Optuna's schema {schemas[0].revision} there was made by Optuna "
-                f"{schemas[0].library}, but trials can be requeued only in {REVISION}, that of Optuna 3.2 to 5"
+                f"database {database}: Optuna's schema {schema.revision} there was made by Optuna "
+                f"{schema.library}, but trials can be requeued only in {REVISION}, that of Optuna 3.2 to 5"
             )
         studies = [name for name, in _connection.rows(connection, STUDIES)]
         trials = [_workers.Trial(database, *row) for row in _connection.rows(connection, TRIALS, (_workers.KEY,))]

@@ -552,12 +552,12 @@ def difference(study: Study, storage: Any, name: str, grown: bool) -> str:
 
 def look_into_database(params: dict, connection: Any, optuna: optuna_schema.Optuna) -> list[str]:
     """Return the names of the studies in the database."""
-    if _connection.rows(connection, optuna_schema.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+    if not _optuna.has_schema(connection):
         return []
-    for row in _connection.rows(connection, optuna_schema.SCHEMA):
-        mismatch = _optuna.mismatch(params["database"], optuna_schema.Schema(*row), optuna)
-        if mismatch:
-            raise Refused(mismatch)
+    schema = _optuna.read_schema(connection)
+    mismatch = _optuna.mismatch(params["database"], schema, optuna) if schema else ""
+    if mismatch:
+        raise Refused(mismatch)
     return [name for name, in _connection.rows(connection, NAMES)]
 
 
@@ -603,7 +603,7 @@ def remove_unfinished(params: dict, connection: Any) -> None:
     """Remove studies that still have a temporary name."""
     import optuna
 
-    if _connection.rows(connection, optuna_schema.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+    if not _optuna.has_schema(connection):
         return
     names = [name for name, in _connection.rows(connection, NAMES) if name.startswith(UNFINISHED)]
     storage = open_database(params) if names else None

@@ -162,12 +162,9 @@ def look(params: dict) -> Found:
         optuna = optuna_schema.installed_optuna()
         if optuna is None:
             raise Refused(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
-        # Optuna writes its version last: a schema without it is incomplete, and Optuna completes it.
-        has_tables = _connection.rows(connection, optuna_schema.HAS_SCHEMA) == [("version_info", "alembic_version")]
-        versions = _connection.rows(connection, optuna_schema.SCHEMA) if has_tables else []
-        if not versions:
+        schema = _optuna.read_schema(connection) if _optuna.has_schema(connection) else None
+        if schema is None:
             return Found(optuna, None, "", {}, [], 0, {}, False)
-        schema = optuna_schema.Schema(*versions[0])
         mismatch = _optuna.mismatch(params["database"], schema, optuna)
         if optuna_schema.is_newer(schema, optuna):
             raise Refused(mismatch)

@@ -82,7 +82,6 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
-from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 
 # Optuna stores infinity outside of the column value, so it cannot be the best value here. PostgreSQL sorts NaN above
 # all numbers.
@@ -103,7 +102,7 @@ FROM studies JOIN study_directions USING (study_id) GROUP BY study_id, study_nam
 def read_studies(params: dict) -> list[dict[str, Any]]:
     """Return the studies in a database."""
     with _connection.connect(params, params["database"]) as connection:
-        if _connection.rows(connection, optuna_schema.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        if not _optuna.has_schema(connection):
             return []
         rows = _connection.rows(connection, STUDIES)
     return [

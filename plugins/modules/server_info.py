@@ -113,9 +113,8 @@ from collections import Counter
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
-from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 
 SETTINGS = "SELECT current_setting('max_connections')::int, current_setting('server_version')"
 SESSIONS = """
@@ -190,7 +189,7 @@ def by_client(sessions: list[tuple], idle_nodes: list[str]) -> dict[str, list[di
 def studies_of(params: dict, database: str) -> list[dict[str, Any]]:
     """Return the studies in a database; none if Optuna has no schema there."""
     with _connection.connect(params, database) as connection:
-        if _connection.rows(connection, optuna_schema.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        if not _optuna.has_schema(connection):
             return []
         found: dict[str, dict[str, int]] = {}
         for name, state, count in _connection.rows(connection, TRIALS):

@@ -162,14 +162,14 @@ def look_into(params: dict, database: str) -> tuple[list[str], str]:
     The tables are checked first, because Optuna would create missing ones.
     """
     with _connection.connect(params, database) as connection:
-        if _connection.rows(connection, optuna_schema.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        if not _optuna.has_schema(connection):
             return [], ""
-        schemas = [optuna_schema.Schema(*row) for row in _connection.rows(connection, optuna_schema.SCHEMA)]
+        schema = _optuna.read_schema(connection)
         names = [name for name, in _connection.rows(connection, STUDIES)]
     optuna = optuna_schema.installed_optuna()
     if optuna is None:
         raise _connection.Unreachable(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
-    return names, _optuna.mismatch(database, schemas[0], optuna) if schemas else ""
+    return names, _optuna.mismatch(database, schema, optuna) if schema else ""
 
 
 def read_studies(params: dict, database: str, names: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
