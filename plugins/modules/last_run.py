@@ -119,7 +119,6 @@ import json
 import os
 import pwd
 import re
-import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
@@ -131,10 +130,10 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     check_name,
     find_jobs,
     make_run,
-    serving_job,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils._workers import NOTES
-from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json, write_json
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
 NOTE = "run/kept.json"
@@ -204,7 +203,7 @@ def digest_of(path: str) -> str:
 def served(params: dict, run: Run) -> dict | None:
     """Return the endpoint of the running server job; None if the job does not serve."""
     check_name(params["name"])
-    endpoint = read_json(Layout(params["root"]).endpoint)
+    endpoint = read_endpoint(Layout(params["root"]))
     return endpoint if serving_job(endpoint, find_jobs(params, run)) else None
 
 
@@ -296,15 +295,8 @@ def see_last_run(params: dict, run: Run, ask: Run, check_mode: bool) -> dict:
         found, endpoint = look(params, run, ask)
         why = ", ".join(key for key in found if found[key] != noted.get(key)) if found else "no server"
     if params["state"] == "noted" and found and not check_mode:
-        note(path, found)
+        write_json(path, found)
     return {"changed": False, "root": params["root"], "kept": not why, "why": why, "endpoint": endpoint}
-
-
-def note(path: str, found: dict) -> None:
-    descriptor, aside = tempfile.mkstemp(prefix=".new-", dir=os.path.dirname(path))
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        json.dump(found, stream)
-    os.rename(aside, path)
 
 
 def main() -> None:

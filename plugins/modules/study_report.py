@@ -81,12 +81,12 @@ import inspect
 import json
 import os
 import re
-import tempfile
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _figures, _report
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import write_atomically
 
 # Stands in the head of every report.
 MARK = re.compile(r'<meta name="mala\.hpc_db" content="([0-9a-f]{64})">')
@@ -151,11 +151,8 @@ def render(status: dict[str, Any], held: dict[str, Any], digest: str) -> str:
 
 def write(path: str, content: str) -> None:
     """Replace the file by one that others cannot read."""
-    folder = os.path.dirname(path)
     try:
-        with tempfile.NamedTemporaryFile("w", dir=folder, encoding="utf-8", delete=False) as stream:
-            stream.write(content)
-        os.rename(stream.name, path)
+        write_atomically(path, content)
     except OSError as error:
         raise Refused(f"path: {path}: {error.strerror}; choose another report_file") from None
 
