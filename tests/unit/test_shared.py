@@ -52,7 +52,7 @@ def test_no_task_that_shares_is_skipped(path: Path) -> None:
 
 def test_such_a_task_would_be_found() -> None:
     share = {"name": "Share", "mala.hpc_db.share": {}, "register": "hpc_db"}
-    look = {"name": "Look", "ansible.builtin.import_tasks": "look.yml", "when": "x"}
+    look = {"name": "Look", "ansible.builtin.import_tasks": "check.yml", "when": "x"}
 
     assert list(registering([{"block": [share], "when": "x"}], ROOT, False)) == ["Share"]
-    assert list(registering([look], ROOT / "roles/server/tasks", False)) != []
+    assert list(registering([look], ROOT / "roles/instance/tasks", False)) != []
