@@ -48,6 +48,7 @@ STATEMENTS = {
     "DROP TRIGGER {trigger} ON trials": "SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal",
     "UPDATE study_user_attributes SET value_json = '1'": "SELECT value_json FROM study_user_attributes",
 }
+DIRECTION = "UPDATE study_directions SET direction = '{}'"
 
 
 class Instance:
@@ -136,6 +137,20 @@ def test_full_run_mends_what_the_quick_check_does_not_read(here: Target, quick_s
     assert "changed=0" not in mended and not NOTHING.search(mended)
     assert answers() == before
     assert instance.psql("SELECT current_user", user="study") == "study"
+    assert NOTHING.search(instance.play())
+
+
+def test_after_a_full_run_that_failed_there_is_another(here: Target, quick_settings: dict) -> None:
+    instance = Instance(here, quick_settings)
+    instance.play()
+    instance.psql(DIRECTION.format("MAXIMIZE"))
+
+    refused = here.play("hpc_db", {**instance.settings, "server_look_closely": True})
+    instance.psql(DIRECTION.format("MINIMIZE"))
+
+    assert refused.returncode != 0
+    assert "directions cannot be changed" in " ".join(refused.stdout.split()), refused.stdout
+    assert not NOTHING.search(instance.play())
     assert NOTHING.search(instance.play())
 
 

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.modules.quick_check import check
 
+FORGET = Path(__file__).parents[4] / "roles/server/tasks/forget.yml"
 PARAMS = {"name": "hpc_db", "scheduler": "slurm", "bin_dir": None, "fingerprint": "one"}
 
 
@@ -131,3 +133,7 @@ def test_without_the_server_nothing_is_recorded(instance: Instance) -> None:
     assert instance.check("recorded")["reason"] == "no server"
 
     assert instance.check()["reason"] == "no full run"
+
+
+def test_full_run_removes_that_record() -> None:
+    assert f'path: "{{{{ hpc_db.root }}}}/{Layout("").recorded_state}"' in FORGET.read_text()
