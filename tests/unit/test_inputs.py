@@ -78,11 +78,6 @@ MODULES: dict[str, dict[str, Any]] = {
     "job_script_check": {
         **JOB, "script": "FOLDER/root/job.sh", "options": {"partition": "work"}, "setting": "workers_job_options",
     },
-    "last_run": {
-        **JOB, "state": "noted", "fingerprint": "a1", "roles": ["study"], "environment": "FOLDER/new", "databases": [
-            {"name": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}]},
-        ],
-    },
     "link_folder": {"path": "FOLDER/new/logs", "links": {"mine": "FOLDER/x"}},
     "optuna_import": {
         **SERVER, "database": "mala", "file": "FOLDER/study.log", "root": "FOLDER/root", "studies": ["be"], "name": "b",
@@ -103,6 +98,7 @@ MODULES: dict[str, dict[str, Any]] = {
         "path": "FOLDER/new/wheels", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"], "layout": "wheels",
         "host": {"python": "3.9.2", "machine": "x86_64", "glibc": "2.28"},
     },
+    "quick_check": {**JOB, "state": "recorded", "fingerprint": "a1"},
     "reading_role": {**SERVER, "role": "reader", "writer": "study", "databases": ["mala"]},
     "role_passwords": {**SERVER, "database": "postgres", "roles": ["study"]},
     "server_info": {**SERVER, "database": "postgres"},

@@ -30,7 +30,7 @@ PHASES = {
     "upgrade": "major version",
     "databases": "databases and studies",
     "client": "client package",
-    "server/last_run": "last run",
+    "server/quick_check": "quick check",
     "server/host": "hosting program",
     "server/main": "hosting job",
     "server/read": "hosting job",
