@@ -44,7 +44,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ansible_collections.mala.hpc_db.plugins.module_utils._plan import lock_file
+from ansible_collections.mala.hpc_db.plugins.module_utils._plan import lock_of
 
 COLLECTION = Path(__file__).parents[2]
 PARTS = ("client", "playbooks", "plugins", "roles")
@@ -56,9 +56,8 @@ WITHOUT_EFFECT = {"server_look_closely", "server_wait", "server_wait_timeout"}
 def fingerprint(settings: dict, inventory: str = "", python: str = "", collection: Path = COLLECTION) -> str:
     """Return the checksum as hexadecimal digits."""
     read = {name: value for name, value in settings.items() if name.startswith(ROLES) and name not in WITHOUT_EFFECT}
-    lock = Path(lock_file(settings, inventory)) if settings.get("postgres_lock_file") else None
-    text = lock.read_text(encoding="utf-8") if lock and lock.is_file() else ""
-    digest = hashlib.sha256(json.dumps([read, text, python], sort_keys=True, default=str).encode())
+    lock = lock_of({"postgres_lock_file": "", **settings}, inventory)["lock"]
+    digest = hashlib.sha256(json.dumps([read, lock, python], sort_keys=True, default=str).encode())
     paths = sorted(path for part in PARTS for path in (collection / part).rglob("*"))
     for path in paths:
         if path.is_file() and path.suffix != ".pyc":

@@ -49,8 +49,24 @@ _value:
     - C(major_changes) is whether the studies are in another major version than the wanted one.
     - C(prefix), C(bindir), C(data) and C(config) are PostgreSQL's paths, and C(pooler_prefix) PgBouncer's; C(config) is
       relative to the instance directory, and C(bindir) an empty text if only the login node knows it.
-    - C(optuna_databases), C(other_databases) and C(database_roles).
+    - C(optuna_databases), C(other_databases) and C(database_roles). C(reserved) are names that no database of
+      C(databases_studies) may have. C(refused) has lists of names that are not allowed; C(reader), C(names), C(roles),
+      C(with_role) and C(with_studies).
+    - C(passfile) is the password file of the instance, on the cluster.
+    - C(backup_folder), C(report_folder) and C(report_page) are absolute paths on the workstation. C(restore_upload) and
+      C(import_upload) are those of the files to restore and to import, or empty texts if the files are not there.
+    - C(restore_target) is the database to restore into, with C(name), C(owner), C(tables) and C(allowed), and
+      C(import_target) the name of the database to import into.
+    - C(worker) has C(folder), C(url), C(python), C(program) and C(outage) of the workers' job script. C(outage) is in
+      seconds, or an empty text if workers do not wait for the server.
     - C(lock_file) and C(stage) are on the workstation, the latter the folder for packages that are staged there.
+    - C(base_python) is the Python from which environments are made, and C(embedded_wheel) the requirement of the
+      provider embedded.
+    - C(conda_environments) and C(python_environments) are those to install, the latter with the management environment
+      last. C(staged) and C(wheelhouse) are the folders of staged packages and of wheels on the login node, and C(lock)
+      is the text of the lock file.
+    - C(supervisor) are the settings of the program in the server job, and C(successor_options) those of its successor's
+      job.
     - C(sizes) has the memory in megabytes; C(memory) of the job, C(need) of PostgreSQL with all C(connections), with
       C(shared), C(base) and C(each) as its parts.
     - C(warns) is whether the settings are allowed but dangerous.

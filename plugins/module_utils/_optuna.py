@@ -4,26 +4,24 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What Optuna's tables reveal about the version that made them and about the clocks of workers.
 
-Optuna is imported only where its trials are read anyway, because the import takes a second: its revisions are read from
-its files.
+Optuna is imported only where its trials are read anyway, because the import takes a second.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
-import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-# Since Optuna 0.9 the migrations of its schema are in these files.
-REVISIONS = "storages/_rdb/alembic/versions/*.py"
-REVISION = re.compile(r"""^(down_)?revision(?:: .*)? = ["']([^"']+)""", re.MULTILINE)
-
-HAS_SCHEMA = "SELECT to_regclass('version_info'), to_regclass('alembic_version')"
-SCHEMA = "SELECT library_version, version_num FROM version_info, alembic_version"
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.optuna_schema import (
+    HAS_SCHEMA,
+    SCHEMA,
+    Optuna,
+    Schema,
+    is_newer,
+    is_older,
+)
 
 # Trials are numbered in the order of their start, except for trials that waited: Optuna marks some of them, and the
 # others start at any time. Time zones differ by multiples of half an hour; clocks of nodes, and the starts of two
@@ -50,47 +48,18 @@ AHEAD_SECONDS = 300
 FEWEST_STEPS = 3
 
 
-class Optuna(NamedTuple):
-    """The installed Optuna: its version, and the schema revisions that it knows, the required one first."""
-
-    version: str
-    revisions: list[str]
+def has_schema(connection: Any) -> bool:
+    """Return whether a database has Optuna's tables."""
+    return _connection.rows(connection, HAS_SCHEMA) == [("version_info", "alembic_version")]
 
 
-class Schema(NamedTuple):
-    """A schema in a database: the version of Optuna that created or upgraded it, and its revision."""
+def read_schema(connection: Any) -> Schema | None:
+    """Return the schema of a database that has Optuna's tables; None if it is incomplete.
 
-    library: str
-    revision: str
-
-
-def installed_optuna() -> Optuna | None:
-    """Return the Optuna that this interpreter would import; None if there is none."""
-    spec = importlib.util.find_spec("optuna")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    files = Path(next(iter(spec.submodule_search_locations))).glob(REVISIONS)
-    return Optuna(importlib.metadata.version("optuna"), newest_first([path.read_text("utf-8") for path in files]))
-
-
-def newest_first(steps: list[str]) -> list[str]:
-    """Return the revisions in Optuna's migration files, the newest first."""
-    found = [dict(REVISION.findall(step)) for step in steps]
-    before = {step[""]: step.get("down_") for step in found if "" in step}
-    chain = sorted(set(before) - set(before.values()))[-1:]
-    while chain and before.get(chain[-1]):
-        chain.append(str(before[chain[-1]]))
-    return chain
-
-
-def is_older(schema: Schema, optuna: Optuna) -> bool:
-    """Return whether the installed Optuna needs an upgrade of the schema."""
-    return schema.revision in optuna.revisions[1:]
-
-
-def is_newer(schema: Schema, optuna: Optuna) -> bool:
-    """Return whether the schema is unknown to the installed Optuna; false if Optuna's revisions are unreadable."""
-    return bool(optuna.revisions) and schema.revision not in optuna.revisions
+    Optuna writes its version last, and completes a schema without it.
+    """
+    versions = _connection.rows(connection, SCHEMA)
+    return Schema(*versions[0]) if versions else None
 
 
 def mismatch(database: str, schema: Schema, optuna: Optuna) -> str:

@@ -211,6 +211,15 @@ def parameters(study: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def source(status: dict[str, Any]) -> str:
+    """Return the source of the studies."""
+    if status["server"]:
+        return "The studies are those of the server that runs."
+    if not status["job"]:
+        return "No server runs: a temporary server has read the studies."
+    return "No server runs yet: the studies are those of the last report, if there was one."
+
+
 def page(
     status: dict[str, Any], held: dict[str, Any], running: Figure | None, figures: list[list[Figure]], digest: str,
     plotly: str,
@@ -228,7 +237,7 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
-        note(f"Written {when(status['read'])}; all times are UTC. {status['source']}"),
+        note(f"Written {when(status['read'])}; all times are UTC. {source(status)}"),
         "<h2>Status</h2>", table(status_rows(status)),
         "".join(note(problem, "bad") for problem in held["problems"]),
         "<h2>Outages</h2>", outages(status["log"], status["read"]),

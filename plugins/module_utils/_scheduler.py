@@ -148,13 +148,6 @@ def submit_job(params: dict, run: Run, command: list, known: Iterable[dict]) -> 
     raise SchedulerError(f"{words}, and no new job of the name {params['name']} is in the queue")
 
 
-def serving_job(endpoint: dict | None, jobs: list[dict]) -> dict | None:
-    """Return the running job whose server has published the endpoint; None if that job was killed."""
-    return next(
-        (job for job in jobs if endpoint and job["state"] == "RUNNING" and job["id"] == endpoint.get("job")), None
-    )
-
-
 def find_idle_nodes(params: dict, run: Run) -> list[str]:
     """Return the nodes on which this user has no job of any name."""
     scheduler = SCHEDULERS[params["scheduler"]]

@@ -128,6 +128,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     hosts_of,
     make_run,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
 # Revision of the schema that this module writes to: Optuna 3.2 to 5.
@@ -181,13 +182,13 @@ class Refused(Exception):
 def look_into(params: dict, database: str) -> tuple[list[str], list[_workers.Trial]]:
     """Return the studies in a database and their running trials; none if Optuna has no schema there."""
     with _connection.connect(params, database) as connection:
-        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        if not _optuna.has_schema(connection):
             return [], []
-        schemas = [_optuna.Schema(*row) for row in _connection.rows(connection, _optuna.SCHEMA)]
-        if any(schema.revision != REVISION for schema in schemas):
+        schema = _optuna.read_schema(connection)
+        if schema and schema.revision != REVISION:
             raise Refused(
-                f"database {database}: Optuna's schema {schemas[0].revision} there was made by Optuna "
-                f"{schemas[0].library}, but trials can be requeued only in {REVISION}, that of Optuna 3.2 to 5"
+                f"database {database}: Optuna's schema {schema.revision} there was made by Optuna "
+                f"{schema.library}, but trials can be requeued only in {REVISION}, that of Optuna 3.2 to 5"
             )
         studies = [name for name, in _connection.rows(connection, STUDIES)]
         trials = [_workers.Trial(database, *row) for row in _connection.rows(connection, TRIALS, (_workers.KEY,))]
@@ -285,7 +286,7 @@ def boot_time() -> float:
 
 def now() -> datetime.datetime:
     """Return the current time as the installed Optuna stores it: local before Optuna 5, UTC since."""
-    optuna = _optuna.installed_optuna()
+    optuna = optuna_schema.installed_optuna()
     if optuna and int(optuna.version.partition(".")[0]) < 5:
         return datetime.datetime.now()
     return datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)

@@ -130,6 +130,7 @@ from typing import Callable
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._marker import alone_at
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json, write_json
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.processes import start_time, this_host
 
 HERE = "127.0.0.1"
@@ -197,19 +198,8 @@ def paths(params: dict) -> tuple[Path, Path]:
 
 def read_record(path: Path) -> dict:
     """Return the record of the last run; empty if there is none or it cannot be read."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) and RECORDED <= set(record) else {}
-
-
-def write_record(path: Path, record: dict) -> None:
-    """Write the record atomically."""
-    new = path.with_name(f".{path.name}")
-    new.touch(mode=0o600)
-    new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    record = read_json(str(path)) or {}
+    return record if RECORDED <= set(record) else {}
 
 
 def runs(record: dict) -> bool:
@@ -296,7 +286,8 @@ def start(params: dict, last_port: int, run: Run) -> dict:
         "pid": pid, "started": start_time(pid) or "", "boot": this_host(), "port": port, "command": command,
         "environment": digest_of(params["environment"]),
     }
-    write_record(path, record)  # before the wait: if the wait is interrupted, the next run continues with this process
+    # Before the wait: if the wait is interrupted, the next run continues with this process.
+    write_json(str(path), record)
     if not has_come_up(record, params["timeout"]):
         alive = runs(record)
         end(record)

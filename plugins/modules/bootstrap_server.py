@@ -87,12 +87,8 @@ from typing import Callable
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _slices
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
-from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
-    SchedulerError,
-    find_jobs,
-    make_run,
-    serving_job,
-)
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError, find_jobs, make_run
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
@@ -102,7 +98,7 @@ POLL_SECONDS = 0.1
 CONNECT_SECONDS = 5
 
 Run = Callable[[list[str]], str]
-IsServed = Callable[[dict], bool]
+IsLive = Callable[[dict], bool]
 
 
 class Failed(Exception):
@@ -124,19 +120,19 @@ def answers(server: dict) -> bool:
     return True
 
 
-def find_server(root: str, is_served: IsServed) -> dict | None:
-    """Return the server that answers now, or None. ``is_served`` returns whether an endpoint's job is running."""
-    endpoint = read_json(Layout(root).endpoint)
+def find_server(root: str, is_live: IsLive) -> dict | None:
+    """Return the server that answers now, or None. ``is_live`` returns whether an endpoint's job is running."""
+    endpoint = read_endpoint(Layout(root))
     bootstrap = read_json(Layout(root).temporary_server)
     for said, host in ((endpoint, "host"), (bootstrap, "socket")):
         server = {"host": said[host], "port": said["port"], "job": said["job"]} if said else {}
-        if said and (said is bootstrap or is_served(said)) and answers(server):
+        if said and (said is bootstrap or is_live(said)) and answers(server):
             tls = said.get("tls", True)
             return {**server, "tls": tls, "connect_params": _connection.safety(server["host"], tls)}
     return None
 
 
-def ask_once(root: str, run_with: Callable[[dict], Run]) -> IsServed:
+def ask_once(root: str, run_with: Callable[[dict], Run]) -> IsLive:
     """Return a function that asks the scheduler whether an endpoint's job is running, once per endpoint.
 
     ``run_with`` takes the scheduler's parameters and returns a function that runs its commands.
@@ -178,7 +174,7 @@ def _answers_signal(pid: int) -> bool:
     return True
 
 
-def ensure_started(params: dict, run: Run, is_served: IsServed) -> dict:
+def ensure_started(params: dict, run: Run, is_live: IsLive) -> dict:
     """Return a server that answers; start one if needed. ``run`` takes an argument list and returns its stdout."""
     root = params["root"]
     log = Layout(root).temporary_server_log
@@ -186,7 +182,7 @@ def ensure_started(params: dict, run: Run, is_served: IsServed) -> dict:
     limit = slice_.began + params["timeout"]
     pid = slice_.resume.get("pid", 0)
     while time.monotonic() < limit:
-        server = find_server(root, is_served)
+        server = find_server(root, is_live)
         if server:
             if pid and server["job"] and runs(pid):
                 # The server job was only slow to answer: our temporary server must not wait for its lease.
@@ -267,12 +263,12 @@ def main() -> None:
             raise Failed(f"the temporary server did not start: {' '.join(stderr.split())}")
         return stdout
 
-    is_served = ask_once(module.params["root"], lambda where: make_run(module, where))
+    is_live = ask_once(module.params["root"], lambda where: make_run(module, where))
     try:
         if module.check_mode:
-            server = find_server(module.params["root"], is_served)
+            server = find_server(module.params["root"], is_live)
         elif module.params["state"] == "started":
-            server = ensure_started(module.params, run, is_served)
+            server = ensure_started(module.params, run, is_live)
         else:
             ensure_stopped(module.params)
     except _slices.Waiting as waiting:

@@ -18,11 +18,22 @@ options:
   bin_dir:
     description: Folder of Slurm's commands. Needed if it is neither on the PATH nor on that of a login shell.
     type: path
-  urls:
-    description: URLs of package sources. RV(sources) reports whether the login node reaches them.
+  channels:
+    description:
+      - Conda channels, as for M(mala.hpc_db.conda_env). RV(sources) reports whether the login node reaches those that
+        are URLs or absolute paths. A bare name is skipped, because only the package manager knows its URL.
+      - By default no channel is checked.
     type: list
     elements: str
-    default: []
+  index_url:
+    description:
+      - URL of the package index. RV(sources) reports whether the login node reaches it. If empty, none is checked.
+    type: str
+    default: ""
+  wheelhouse:
+    description: Folder of Python packages on the login node. If given, it is checked instead of O(index_url).
+    type: str
+    default: ""
   timeout:
     description: Timeout in seconds for each command and each source.
     type: int
@@ -41,7 +52,7 @@ attributes:
 EXAMPLES = r"""
 - name: Read the cluster's configuration
   mala.hpc_db.cluster_info:
-    urls: [https://mirror.example.org/conda-forge/noarch/repodata.json]
+    channels: [https://mirror.example.org/conda-forge]
   register: cluster
 
 - name: Print its partitions
@@ -163,14 +174,20 @@ clients:
   type: list
   elements: str
 sources:
-  description: The error for each of O(urls). Empty if the login node reaches it.
+  description: The error for each package source, by its URL or path. Empty if the login node reaches it.
   returned: success
   type: dict
 proposed:
-  description: Proposed options and memory of a server job. V(null) without a usable partition.
+  description:
+    - Proposed C(options) and C(memory) of a server job, and C(short_options) of a job of seconds in the same partition,
+      on two nodes if there are two. V(false) omits an option.
+    - V(null) without a usable partition.
   returned: success
   type: dict
-  sample: {options: {partition: defq, time: "2-00:00:00", mem: 16G, cpus-per-task: 4}, memory: 16G}
+  sample:
+    options: {partition: defq, time: "2-00:00:00", mem: 16G, cpus-per-task: 4}
+    memory: 16G
+    short_options: {partition: defq, time: "00:03:00", mem: 512M, cpus-per-task: 1, nodes: 2, ntasks-per-node: 1}
 """
 
 import http.client
@@ -211,6 +228,10 @@ MEMORY_MB = 16384
 ALONE_MB = 65536
 CPUS = 4
 SECONDS = 7 * 24 * 3600
+# The short job checks a node, and the network to a second one.
+SHORT_JOB = {"time": "00:03:00", "ntasks-per-node": 1}
+SHORT_JOB_NODES = 2
+SHORT_JOB_SHARE = {"mem": "512M", "cpus-per-task": 1}
 # A default partition with a shorter time limit than this is meant for tests.
 SHORT_SECONDS = 3600
 
@@ -251,7 +272,10 @@ def look(params: dict, run: Run, run_slurm: Run, fetch: Callable[[str], str]) ->
         "file_systems": file_systems,
         "mounted": other_mounts(Path("/proc/self/mountinfo"), [each["path"] for each in file_systems]),
         "clients": sorted(set(parse_search(run(search_command(None, CLIENTS)), CLIENTS))),
-        "sources": {url: fetch(url) for url in params["urls"]},
+        "sources": {
+            url: fetch(url)
+            for url in source_urls(params["channels"] or [], params["index_url"], params["wheelhouse"])
+        },
         "proposed": propose(partitions, accounts),
     }
 
@@ -322,6 +346,14 @@ def parse_partitions(partitions: str, nodes: str, accounts: list[str]) -> list[d
     return result
 
 
+def source_urls(channels: list[str], index_url: str, wheelhouse: str) -> list[str]:
+    """Return what has to be reached of the package sources: a file of each channel, and the wheelhouse or the index."""
+    files = [f"{channel}/noarch/repodata.json" for channel in channels if re.match("[a-z]+://|/", channel)]
+    # The page of a project, because an index may have no front page.
+    packages = wheelhouse or (f"{index_url}/optuna/" if index_url else "")
+    return [*files, packages] if packages else files
+
+
 def propose(partitions: list[dict], accounts: list[str]) -> dict | None:
     """Return job options that a partition accepts. The default partition is preferred unless it is meant for tests."""
     usable = [each for each in partitions if each["usable"] and each["nodes"]]
@@ -343,7 +375,10 @@ def propose(partitions: list[dict], accounts: list[str]) -> dict | None:
         options.update({"nodes": 1, "mem": False})
     else:
         options.update({"mem": memory, "cpus-per-task": min(CPUS, best["cpus"] or 1)})
-    return {"options": options, "memory": memory}
+    short = {**options, **SHORT_JOB, "nodes": min(best["nodes"], SHORT_JOB_NODES)}
+    if not best["exclusive"]:
+        short.update(SHORT_JOB_SHARE)
+    return {"options": options, "memory": memory, "short_options": short}
 
 
 def format_time(seconds: int) -> str:
@@ -421,7 +456,9 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "bin_dir": {"type": "path"},
-            "urls": {"type": "list", "elements": "str", "default": []},
+            "channels": {"type": "list", "elements": "str"},
+            "index_url": {"type": "str", "default": ""},
+            "wheelhouse": {"type": "str", "default": ""},
             "timeout": {"type": "int", "default": 15},
         },
         supports_check_mode=True,

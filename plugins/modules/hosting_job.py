@@ -158,6 +158,10 @@ job:
     reason: Resources
     time_left: 259200
     time_limit: 259200
+endpoint:
+  description: Endpoint of the server in the format of M(mala.hpc_db.hosting_job_info). V(null) unless it is live.
+  returned: success
+  type: dict
 """
 
 import json
@@ -181,6 +185,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
     submit_job,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import LEAVING
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
@@ -197,6 +202,7 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
     check_name(params["name"])
     params = {**params, "options": _all_options(params)}
     SCHEDULERS[params["scheduler"]].check_options(params["options"])
+    published = read_endpoint(Layout(params["root"]))
     jobs = find_jobs(params, run)
     said: list[str] = []
     wanted = params["state"] == "present"
@@ -221,7 +227,11 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
         if rest and not check_mode:
             raise SchedulerError(f"{params['name']} has not ended after {params['timeout']} s: {_in_words(rest)}")
         jobs = rest
-    return {"changed": changed, "job": next(iter(jobs), None), "diff": diff, "warnings": said}
+    serving = serving_job(published, jobs)
+    job = serving or next(iter(jobs), None)
+    return {
+        "changed": changed, "job": job, "endpoint": published if serving else None, "diff": diff, "warnings": said,
+    }
 
 
 def _all_options(params: dict) -> dict:

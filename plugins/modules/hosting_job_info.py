@@ -55,7 +55,9 @@ job:
   type: dict
   sample: {id: "4711", name: hpc-db, state: RUNNING, node: c1, reason: "", time_left: 86000, time_limit: 259200}
 endpoint:
-  description: Endpoint of the server, from C(run/endpoint.json). V(null) while the server is not running.
+  description:
+    - Endpoint of the server, from C(run/endpoint.json).
+    - V(null) unless the server is live, that is, unless the job that the endpoint names is running.
   returned: success
   type: dict
   contains:
@@ -181,9 +183,9 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     find_idle_nodes,
     find_jobs,
     make_run,
-    serving_job,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils.host import events
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
@@ -196,7 +198,7 @@ def look(params: dict, run: Run) -> dict:
     check_name(params["name"])
     layout = Layout(params["root"])
     # The files first: if the job ends in between, the result is a stale file without a job, never the reverse.
-    endpoint = read_json(layout.endpoint)
+    endpoint = read_endpoint(layout)
     state = read_json(layout.state)
     jobs = find_jobs(params, run)
     serving = serving_job(endpoint, jobs)
@@ -205,7 +207,7 @@ def look(params: dict, run: Run) -> dict:
     return {
         "changed": False,
         "job": job,
-        "endpoint": {"tls": True, **endpoint} if endpoint and serving else None,
+        "endpoint": endpoint if serving else None,
         "state": state,
         "idle_nodes": find_idle_nodes(params, run) if params["nodes"] else None,
         "disk": _disk(params["root"]),

@@ -110,6 +110,7 @@ from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import write_atomically
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
 # These paths are written into service files, job scripts and postgresql.conf: characters that one of them could misread
@@ -250,15 +251,6 @@ def validate(wanted: dict, run: Run) -> None:
         shutil.rmtree(scratch)
 
 
-def write(path: str, text: str, mode: int) -> None:
-    """Replace ``path`` by a rename, so that readers never see a partial file."""
-    descriptor, aside = tempfile.mkstemp(prefix=".new-", dir=os.path.dirname(path))
-    with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as stream:
-        stream.write(text)
-    os.chmod(aside, mode)
-    os.rename(aside, path)
-
-
 def ensure_files(root: str, files: list[dict], run: Run, check_mode: bool) -> list[dict]:
     """Bring the files to the wanted state; return a diff for each that changed."""
     changes = []
@@ -273,7 +265,7 @@ def ensure_files(root: str, files: list[dict], run: Run, check_mode: bool) -> li
             changes.append((path, wanted, before))
     if not check_mode:
         for path, wanted, _before in changes:
-            write(path, wanted["content"], int(wanted["mode"], 8))
+            write_atomically(path, wanted["content"], int(wanted["mode"], 8))
     return [
         {"before": before, "after": wanted["content"], "before_header": wanted["path"], "after_header": wanted["path"]}
         for _path, wanted, before in changes

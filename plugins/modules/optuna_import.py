@@ -126,6 +126,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
 SQLITE = b"SQLite format 3\0"
@@ -325,12 +326,12 @@ def copied(params: dict) -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-def look_at_schema(path: str, label: str, optuna: _optuna.Optuna) -> bool:
+def look_at_schema(path: str, label: str, optuna: optuna_schema.Optuna) -> bool:
     """Return whether an SQLite file's tables must be upgraded; raise Refused if they are newer or not Optuna's."""
     try:
         with contextlib.closing(sqlite3.connect(path)) as connection:
             damage = [said for said, in connection.execute("PRAGMA quick_check(1)") if said != "ok"]
-            rows = [] if damage else connection.execute(_optuna.SCHEMA).fetchall()
+            rows = [] if damage else connection.execute(optuna_schema.SCHEMA).fetchall()
     except sqlite3.OperationalError as error:
         raise Refused(f"import_from: {label} holds no Optuna studies: SQLite reports: {error}") from None
     except sqlite3.Error as error:
@@ -342,16 +343,16 @@ def look_at_schema(path: str, label: str, optuna: _optuna.Optuna) -> bool:
         )
     if not rows:
         raise Refused(f"import_from: {label} holds no Optuna studies")
-    schema = _optuna.Schema(*rows[0])
-    if _optuna.is_newer(schema, optuna):
+    schema = optuna_schema.Schema(*rows[0])
+    if optuna_schema.is_newer(schema, optuna):
         raise Refused(
             f"import_from: {label} was made by Optuna {schema.library}, which is newer than the installed Optuna "
             f"{optuna.version}: set optuna=={schema.library} in postgres_python_packages"
         )
-    return _optuna.is_older(schema, optuna)
+    return optuna_schema.is_older(schema, optuna)
 
 
-def open_copy(path: str, label: str, kind: str, repair: bool, installed: _optuna.Optuna) -> Any:
+def open_copy(path: str, label: str, kind: str, repair: bool, installed: optuna_schema.Optuna) -> Any:
     """Return Optuna's storage for the copy, after an upgrade if necessary."""
     from optuna import storages
 
@@ -550,14 +551,14 @@ def difference(study: Study, storage: Any, name: str, grown: bool) -> str:
     return ""
 
 
-def look_into_database(params: dict, connection: Any, optuna: _optuna.Optuna) -> list[str]:
+def look_into_database(params: dict, connection: Any, optuna: optuna_schema.Optuna) -> list[str]:
     """Return the names of the studies in the database."""
-    if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+    if not _optuna.has_schema(connection):
         return []
-    for row in _connection.rows(connection, _optuna.SCHEMA):
-        mismatch = _optuna.mismatch(params["database"], _optuna.Schema(*row), optuna)
-        if mismatch:
-            raise Refused(mismatch)
+    schema = _optuna.read_schema(connection)
+    mismatch = _optuna.mismatch(params["database"], schema, optuna) if schema else ""
+    if mismatch:
+        raise Refused(mismatch)
     return [name for name, in _connection.rows(connection, NAMES)]
 
 
@@ -603,7 +604,7 @@ def remove_unfinished(params: dict, connection: Any) -> None:
     """Remove studies that still have a temporary name."""
     import optuna
 
-    if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+    if not _optuna.has_schema(connection):
         return
     names = [name for name, in _connection.rows(connection, NAMES) if name.startswith(UNFINISHED)]
     storage = open_database(params) if names else None
@@ -640,7 +641,7 @@ def alone(params: dict) -> Iterator[Any]:
         yield connection
 
 
-def read_file(params: dict, installed: _optuna.Optuna, stamp: tuple) -> list[Study]:
+def read_file(params: dict, installed: optuna_schema.Optuna, stamp: tuple) -> list[Study]:
     """Return the selected studies of the file, read from a copy."""
     kind, label = kind_of(params["file"]), os.path.basename(params["file"])
     with copied(params) as path:
@@ -656,7 +657,7 @@ def read_file(params: dict, installed: _optuna.Optuna, stamp: tuple) -> list[Stu
 def ensure_imported(params: dict, check_mode: bool) -> dict:
     """Import the studies that the database does not have yet."""
     stamp = stamp_of(params["file"])
-    installed = _optuna.installed_optuna()
+    installed = optuna_schema.installed_optuna()
     if installed is None:
         raise Refused(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
     with alone(params) as connection:

@@ -121,6 +121,7 @@ from typing import Any, NamedTuple
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 
 WORKERS = """
 SELECT count(*) FROM pg_stat_activity
@@ -145,8 +146,8 @@ class Found(NamedTuple):
     ``attributes`` are those of the studies; ``notes`` is whether trials are recorded with their workers.
     """
 
-    optuna: _optuna.Optuna
-    schema: _optuna.Schema | None
+    optuna: optuna_schema.Optuna
+    schema: optuna_schema.Schema | None
     too_old: str
     studies: dict[str, list[str] | None]
     clocks: list[tuple]
@@ -158,19 +159,16 @@ class Found(NamedTuple):
 def look(params: dict) -> Found:
     """Return the current state; raise Refused if Optuna is missing or older than the schema."""
     with _connection.connect(params, params["database"]) as connection:
-        optuna = _optuna.installed_optuna()
+        optuna = optuna_schema.installed_optuna()
         if optuna is None:
             raise Refused(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
-        # Optuna writes its version last: a schema without it is incomplete, and Optuna completes it.
-        has_tables = _connection.rows(connection, _optuna.HAS_SCHEMA) == [("version_info", "alembic_version")]
-        versions = _connection.rows(connection, _optuna.SCHEMA) if has_tables else []
-        if not versions:
+        schema = _optuna.read_schema(connection) if _optuna.has_schema(connection) else None
+        if schema is None:
             return Found(optuna, None, "", {}, [], 0, {}, False)
-        schema = _optuna.Schema(*versions[0])
         mismatch = _optuna.mismatch(params["database"], schema, optuna)
-        if _optuna.is_newer(schema, optuna):
+        if optuna_schema.is_newer(schema, optuna):
             raise Refused(mismatch)
-        if _optuna.is_older(schema, optuna):
+        if optuna_schema.is_older(schema, optuna):
             names, workers, attributes = (_connection.rows(connection, query) for query in (NAMES, WORKERS, ATTRIBUTES))
             return Found(optuna, schema, mismatch, dict(names), [], workers[0][0], by_study(attributes), False)
         queries = STUDIES, _optuna.CLOCKS, ATTRIBUTES, _workers.NOTES

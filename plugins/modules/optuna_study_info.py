@@ -102,7 +102,7 @@ FROM studies JOIN study_directions USING (study_id) GROUP BY study_id, study_nam
 def read_studies(params: dict) -> list[dict[str, Any]]:
     """Return the studies in a database."""
     with _connection.connect(params, params["database"]) as connection:
-        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        if not _optuna.has_schema(connection):
             return []
         rows = _connection.rows(connection, STUDIES)
     return [

@@ -189,7 +189,7 @@ def by_client(sessions: list[tuple], idle_nodes: list[str]) -> dict[str, list[di
 def studies_of(params: dict, database: str) -> list[dict[str, Any]]:
     """Return the studies in a database; none if Optuna has no schema there."""
     with _connection.connect(params, database) as connection:
-        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        if not _optuna.has_schema(connection):
             return []
         found: dict[str, dict[str, int]] = {}
         for name, state, count in _connection.rows(connection, TRIALS):

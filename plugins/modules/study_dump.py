@@ -121,14 +121,12 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import ENGLISH
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import dumps, files
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
 # The database from which others are created and renamed.
 MAINTENANCE = "postgres"
-SUM = ".sha256"
-# Follows the time in the name of a dump that only the user removes.
-KEPT = ".kept"
 # A partial dump unchanged for this long was left by a killed run; a running dump never pauses that long.
 LEFTOVER_SECONDS = 3600
 # Maximum length of a database's name within the names of databases beside it.
@@ -163,12 +161,6 @@ class Failed(Exception):
     """The operation failed; the message is for the user."""
 
 
-def dump_command(bindir: str, params: dict, path: str) -> list[str]:
-    """Return the call that dumps the database."""
-    database = _connection.conninfo(params, params["database"])
-    return [f"{bindir}/pg_dump", "--format=custom", "--no-privileges", f"--file={path}", f"--dbname={database}"]
-
-
 def restore_command(bindir: str, params: dict, database: str, path: str) -> list[str]:
     """Return the call that restores a dump into an empty database, completely or not at all."""
     return [
@@ -190,15 +182,6 @@ def count_rows(script: str) -> int:
     return 0 if begin is None else lines.index("\\.", begin) - begin - 1
 
 
-def checksum(path: str) -> str:
-    """Return the file's SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def count_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int | None:
     """Read the whole dump and return its number of trials; None if it has no table of trials.
 
@@ -206,8 +189,7 @@ def count_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int 
     """
     command = [f"{bindir}/pg_restore", "--format=custom", path]
     listed = run([*command, "--list"])
-    # The list is at the front, so a truncated dump has it too.
-    run([*command, f"--file={os.devnull}"])
+    run(dumps.read_command(bindir, path))
     if tables == "none":
         return len(TABLE_ENTRY.findall(listed))
     if " TABLE DATA public trials " not in listed:
@@ -219,10 +201,10 @@ def check_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int:
     """Return the result of ``count_dump``; raise Refused if the dump is damaged or not a dump of studies."""
     name = os.path.basename(path)
     try:
-        if os.path.exists(path + SUM):
-            with open(path + SUM, encoding="utf-8", errors="replace") as stream:
-                if stream.read().split()[:1] != [checksum(path)]:
-                    raise Refused(f"restore_from: {name} is damaged: it does not fit {name}{SUM}")
+        if os.path.exists(path + dumps.SUM):
+            with open(path + dumps.SUM, encoding="utf-8", errors="replace") as stream:
+                if stream.read().split()[:1] != [dumps.finish(dumps.checksum(path))]:
+                    raise Refused(f"restore_from: {name} is damaged: it does not fit {name}{dumps.SUM}")
         counted = count_dump(bindir, path, run, tables)
     except (Failed, OSError) as error:
         raise Refused(f"restore_from: {name} is no dump, or a damaged one: {error}") from None
@@ -236,24 +218,18 @@ def check_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int:
 
 def newest_dump(folder: str, database: str) -> str:
     """Return the newest dump of a database."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    pattern = re.compile(rf"{re.escape(database)}-(\w+)({re.escape(KEPT)})?\.dump")
-    found = [match for match in map(pattern.fullmatch, names) if match]
+    found = dumps.find(folder, database)
     if not found:
         raise Refused(f"{folder} holds no dump of {database}")
-    return os.path.join(folder, max(found, key=lambda match: match.group(1)).group())
-
-
-def now() -> str:
-    """Return the time in the format of dump names."""
-    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    _made, _kept, path = found[-1]
+    return path
 
 
 def ensure_dumped(params: dict, run: Run, check_mode: bool) -> dict:
     """Make a dump. ``run`` takes an argument list and returns its stdout."""
     bindir = read_settings(params["root"])["bindir"]
     folder = Layout(params["root"]).dumps
-    path = os.path.join(folder, f"{params['database']}-{now()}{KEPT}.dump")
+    path = dumps.new_path(folder, params["database"], kept=True)
     count = None
     if not check_mode:
         os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -261,14 +237,12 @@ def ensure_dumped(params: dict, run: Run, check_mode: bool) -> dict:
         # Hidden: .part files without a leading dot belong to the supervisor.
         part = os.path.join(folder, f".{os.path.basename(path)}.part")
         try:
-            run(dump_command(bindir, params, part))
+            database = _connection.conninfo(params, params["database"])
+            run(dumps.dump_command(bindir, part, [f"--dbname={database}"]))
             count = count_dump(bindir, part, run, params["tables"]) or 0
-            with open(path + SUM, "w", encoding="utf-8") as stream:
-                stream.write(f"{checksum(part)}  {os.path.basename(path)}\n")
-            os.rename(part, path)
+            dumps.finish(dumps.publish(part, path))
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)
+            files.remove(part)
     diff = {"before": "", "after": f"{path}\n"}
     return {"changed": True, "file": path, **told(params, count), "diff": diff}
 
@@ -316,7 +290,7 @@ def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
             f"restore_database: {database} holds {held}; with restore_replace=true the dump takes its place, "
             "and it is kept under another name"
         )
-    kept = beside(database, now()) if found else None
+    kept = beside(database, dumps.stamp()) if found else None
     if not check_mode:
         with restored_aside(bindir, params, path, run) as aside:
             restored = count(params, aside)
@@ -324,7 +298,8 @@ def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
                 raise Failed(f"{path} holds {wanted} {counted}, but {restored[1]} were restored; nothing was changed")
             if found:
                 count_on(params, aside)
-            execute(params, f"ALTER DATABASE {quoted(aside)} SET hpc_db.generation = '{now()}-{os.urandom(4).hex()}'")
+            generation = f"{dumps.stamp()}-{os.urandom(4).hex()}"
+            execute(params, f"ALTER DATABASE {quoted(aside)} SET hpc_db.generation = '{generation}'")
             swap(params, aside, kept)
         if kept and found and not found[0]:
             execute(params, f"DROP DATABASE {quoted(kept)}")

@@ -27,9 +27,8 @@ options:
     required: true
   status:
     description:
-      - Other contents of the report. RV(ignore:instance), RV(ignore:cluster), RV(ignore:url) and RV(ignore:source) are
-        texts, of which the last states the source of the studies. RV(ignore:read) is the time when they were read, in
-        seconds since 1970.
+      - Other contents of the report. RV(ignore:instance), RV(ignore:cluster) and RV(ignore:url) are texts.
+        RV(ignore:read) is the time when the studies were read, in seconds since 1970.
       - RV(ignore:job), RV(ignore:endpoint), RV(ignore:state) and RV(ignore:disk) are values of
         M(mala.hpc_db.hosting_job_info). RV(ignore:server) is the result of M(mala.hpc_db.server_info) or null, and
         RV(ignore:log) is RV(mala.hpc_db.hosting_job_info#module:history).
@@ -56,7 +55,6 @@ EXAMPLES = r"""
       instance: hpc_db
       cluster: hemera5
       url: postgresql+psycopg2:///?service=hpc_db
-      source: Nothing more.
       read: 1795392835
       job: null
       endpoint: null
@@ -83,12 +81,12 @@ import inspect
 import json
 import os
 import re
-import tempfile
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _figures, _report
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import write_atomically
 
 # Stands in the head of every report.
 MARK = re.compile(r'<meta name="mala\.hpc_db" content="([0-9a-f]{64})">')
@@ -153,11 +151,8 @@ def render(status: dict[str, Any], held: dict[str, Any], digest: str) -> str:
 
 def write(path: str, content: str) -> None:
     """Replace the file by one that others cannot read."""
-    folder = os.path.dirname(path)
     try:
-        with tempfile.NamedTemporaryFile("w", dir=folder, encoding="utf-8", delete=False) as stream:
-            stream.write(content)
-        os.rename(stream.name, path)
+        write_atomically(path, content)
     except OSError as error:
         raise Refused(f"path: {path}: {error.strerror}; choose another report_file") from None
 

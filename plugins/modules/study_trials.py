@@ -78,6 +78,8 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import write_atomically
 
 DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
 STUDIES = "SELECT study_name FROM studies ORDER BY study_name"
@@ -160,14 +162,14 @@ def look_into(params: dict, database: str) -> tuple[list[str], str]:
     The tables are checked first, because Optuna would create missing ones.
     """
     with _connection.connect(params, database) as connection:
-        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        if not _optuna.has_schema(connection):
             return [], ""
-        schemas = [_optuna.Schema(*row) for row in _connection.rows(connection, _optuna.SCHEMA)]
+        schema = _optuna.read_schema(connection)
         names = [name for name, in _connection.rows(connection, STUDIES)]
-    optuna = _optuna.installed_optuna()
+    optuna = optuna_schema.installed_optuna()
     if optuna is None:
         raise _connection.Unreachable(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
-    return names, _optuna.mismatch(database, schemas[0], optuna) if schemas else ""
+    return names, _optuna.mismatch(database, schema, optuna) if schema else ""
 
 
 def read_studies(params: dict, database: str, names: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -217,9 +219,7 @@ def ensure_exported(params: dict, check_mode: bool) -> dict[str, Any]:
     content = gzip.compress(json.dumps(held).encode(), mtime=0)
     changed = content != read_bytes(params["path"])
     if changed and not check_mode:
-        with open(params["path"] + ".new", "wb") as stream:
-            stream.write(content)
-        os.rename(params["path"] + ".new", params["path"])
+        write_atomically(params["path"], content)
     return {
         "changed": changed,
         "studies": len(held["studies"]),

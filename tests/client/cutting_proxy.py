@@ -44,10 +44,10 @@ class Proxy:
         self._after = b""
         self.requests: list[bytes] = []
 
-    def cut(self, chosen: dict[int, str]) -> None:
-        """Cut the requests with these numbers, counted from one starting now, in these ways."""
+    def cut(self, chosen: dict[int, str], then: Callable[[], object] = lambda: None) -> None:
+        """Cut the requests with these numbers, counted from one starting now; call ``then`` before a cut is noticed."""
         with self._lock:
-            self._chosen = dict(chosen)
+            self._chosen, self._then = dict(chosen), then
             self._text, self._after = (b"", ""), b""
             self.requests = []
 
@@ -55,8 +55,7 @@ class Proxy:
         self, text: bytes, way: str, then: Callable[[], object] = lambda: None, after: bytes = b""
     ) -> None:
         """Cut the next request with this text, perhaps after another; call ``then`` before the cut is noticed."""
-        self.cut({})
-        self._then = then
+        self.cut({}, then)
         self._text, self._after = (text, way), after
 
     @property

@@ -67,7 +67,7 @@ GUARDS = {
     "fork": Guard("os.register_at_fork(", "(lambda **_unused: None)(", "forked"),
     "sequences that begin again": Guard("if sequence.cycles:", "if False:", "count_otherwise"),
     "order of keys": Guard("for table in self.late:", "for table in ():", "keys_that_count"),
-    "order of keys, behind views": Guard("if self.late and self.hidden:", "if False:", "one_number"),
+    "order of keys, behind views": Guard("seen = follow(step.judged.names)", "seen = '', set()", "one_number"),
     "order of keys, when the locks are held": Guard(
         "if not tables <= journal.late and _is_late(", "if False and _is_late(", "locks_are_held"
     ),

@@ -33,7 +33,7 @@ def schema(server: Server) -> None:
 def at_every_request(proxy: Proxy, ways: list[str], soak: bool) -> Callable[[Callable[[int], None]], int]:
     """Repeat some work until each of its requests has been cut; return the number of repetitions."""
 
-    def repeat(work: Callable[[int], None]) -> int:
+    def repeat(work: Callable[[int], None], then: Callable[[], object] = lambda: None) -> int:
         proxy.cut({})
         work(0)
         requests = len(proxy.requests)
@@ -42,7 +42,7 @@ def at_every_request(proxy: Proxy, ways: list[str], soak: bool) -> Callable[[Cal
         step = requests * 2 if soak and ways[0] in WAYS else 30
         for first in range(1, step):
             chosen = range(first, requests * 2, step)
-            proxy.cut({number: ways[(first + turn) % len(ways)] for turn, number in enumerate(chosen)})
+            proxy.cut({number: ways[(first + turn) % len(ways)] for turn, number in enumerate(chosen)}, then)
             work(first)
         return step
 
@@ -72,6 +72,32 @@ def test_trials(url: str, ways: list[str], at_every_request: Callable, database:
         LEFT JOIN trial_user_attributes USING (trial_id) LEFT JOIN trial_values USING (trial_id)
         WHERE study_name = '{name}' AND x.param_name = 'x' AND layer.param_name = 'layer' ORDER BY number
     """) == expected
+
+
+def test_results_while_others_are_given_keys(
+    url: str, ways: list[str], at_every_request: Callable, server: Server
+) -> None:
+    study = optuna.create_study(storage=url)
+    values: dict[int, float] = {}
+
+    def work(number: int) -> None:
+        # To ask for a trial numbers it by its key: that is an error then, and Optuna asks again.
+        trial = optuna.Trial(study, trials[number])
+        values[number] = trial.suggest_float("x", 0, 1)
+        trial.report(values[number], step=1)
+        trial.set_user_attr("number", number)
+        study.tell(trial, values[number])
+
+    trials = [study.ask()._trial_id for _turn in range(100)]
+    at_every_request(work, lambda: server.ask("SELECT nextval(seqrelid::regclass) FROM pg_sequence", "study"))
+
+    told = {trial.number: trial for trial in study.trials if trial.state.is_finished()}
+    assert {number: trial.value for number, trial in told.items()} == values
+    assert all(
+        trial.params["x"] == trial.intermediate_values[1] == trial.value and trial.user_attrs["number"] == number
+        for number, trial in told.items()
+    )
+    assert len(values) > 10
 
 
 def test_studies(url: str, ways: list[str], at_every_request: Callable, database: Ask) -> None:

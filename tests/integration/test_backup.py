@@ -187,9 +187,11 @@ def test_newest_dump_brings_back_what_was_there(studies: Studies, fetched: Path)
     assert "restore_database: studies holds 1 studies with 25 trials; with restore_replace=true" in studies.refusal(
         restore_from="newest"
     )
+    assert "kept.json" in studies.shell("ls ../run").split()
     said = studies.play("restore", restore_from="newest", restore_replace=True)
 
     assert studies.drill() == before
+    assert "kept.json" not in studies.shell("ls ../run").split(), "the next run must ensure the settings' studies"
     kept = re.findall(r"^studies: 20 trials from newest; .* kept as the database (studies-\w+)$", said, re.MULTILINE)
     names = studies.psql("SELECT datname FROM pg_database WHERE datname LIKE 'studies%' ORDER BY 1").split()
     assert names == ["studies", *kept]

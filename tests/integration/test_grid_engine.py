@@ -111,7 +111,7 @@ def test_server_from_nothing(grid_engine: GridEngine, settings: dict) -> None:
     assert re.search(r"hpc_db: serving on c[12]:\d+", played)
     assert 'name="h_rt" resource_contribution="0.000000">1800<' in asked
     assert 'name="s_rt" resource_contribution="0.000000">1740<' in asked
-    assert "nothing has changed since the last run" in again
+    assert "nothing changed since the last full run" in again
     assert re.search(r"job +\d+ RUNNING\n +node +c[12]\n +time left +00:\d\d h of 00:30 h", status)
     assert re.search(r"compute node c[12]\n +ok +service", doctor)
     assert sorted(grid_engine.jobs().values()) == ["hqw", "r"]

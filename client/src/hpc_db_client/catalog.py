@@ -21,15 +21,20 @@ from .sql import TIMES, TRANSACTION_CLOCK, judge_body, judge_definition, judge_e
 MEANING = """
 WITH RECURSIVE named AS (
     SELECT unnest(%s::text[]) AS name
-), leads AS (
+), is_part AS (
     SELECT inhparent AS one, inhrelid AS other FROM pg_inherits
     UNION ALL SELECT inhrelid, inhparent FROM pg_inherits
+), leads AS (
+    SELECT one, other FROM is_part
     UNION ALL SELECT confrelid, conrelid FROM pg_constraint WHERE contype = 'f'
-), reached AS (
+), first AS (
     SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN named ON named.name = c.relname
     WHERE c.oid >= 16384 AND c.relkind NOT IN ('S', 'i', 'I', 't', 'c') AND n.nspname !~ '^pg_(toast_)?temp_'
         AND (pg_table_is_visible(c.oid) OR n.nspname IN (SELECT name FROM named))
-    UNION SELECT other FROM reached JOIN leads ON one = reached.oid
+), whole AS (
+    SELECT oid FROM first UNION SELECT other FROM whole JOIN is_part ON one = whole.oid
+), reached AS (
+    SELECT oid FROM first UNION SELECT other FROM reached JOIN leads ON one = reached.oid
 ), relation AS (
     SELECT c.oid, c.relkind, c.oid::regclass::text AS name FROM reached JOIN pg_class c USING (oid)
 ), consists AS (
@@ -61,7 +66,9 @@ WITH RECURSIVE named AS (
         ))
     )
 )
-SELECT name, 'a foreign table', 'unknown' FROM relation WHERE relkind NOT IN ('r', 'p', 'v', 'm')
+SELECT relname::text, relname::text, 'part' FROM whole JOIN pg_class USING (oid)
+    WHERE oid NOT IN (SELECT oid FROM first)
+UNION ALL SELECT name, 'a foreign table', 'unknown' FROM relation WHERE relkind NOT IN ('r', 'p', 'v', 'm')
 UNION ALL SELECT name, pg_get_viewdef(oid), 'view' FROM relation WHERE relkind = 'v'
 UNION ALL SELECT name, 'the rule ' || rulename, 'unknown' FROM relation JOIN pg_rewrite ON ev_class = relation.oid
     WHERE rulename <> '_RETURN'
@@ -87,7 +94,7 @@ UNION ALL SELECT name, pg_get_expr(typdefaultbin, 0), 'expression' FROM domain W
 UNION ALL SELECT name, part, 'expression' FROM relation JOIN pg_index ON indrelid = relation.oid
     CROSS JOIN LATERAL (VALUES (pg_get_expr(indexprs, indrelid)), (pg_get_expr(indpred, indrelid))) x (part)
     WHERE part IS NOT NULL
-UNION ALL SELECT name, part, 'expression' FROM relation JOIN pg_policy ON polrelid = relation.oid
+UNION ALL SELECT name, part, 'policy' FROM relation JOIN pg_policy ON polrelid = relation.oid
     CROSS JOIN LATERAL (VALUES (pg_get_expr(polqual, polrelid)), (pg_get_expr(polwithcheck, polrelid))) x (part)
     WHERE part IS NOT NULL
 UNION ALL SELECT own.oid::regprocedure::text, 'a function of the database', 'unknown' FROM own
@@ -144,21 +151,12 @@ SELECT s.seqrelid::regclass::text, s.seqincrement, s.seqcycle, s.seqcache > 1, (
 )
 FROM pg_sequence s WHERE s.seqrelid = to_regclass(%s)
 """
-# Returns whether there are views, triggers or partitions, so that a statement may read a table that it does not name.
-HIDDEN = """
-SELECT EXISTS (SELECT FROM pg_inherits)
-    OR EXISTS (SELECT FROM pg_trigger WHERE NOT tgisinternal AND tgenabled <> 'D')
-    OR EXISTS (
-        SELECT FROM pg_class c WHERE relkind IN ('v', 'm', 'f')
-            AND relnamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
-            AND NOT EXISTS (
-                SELECT FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = c.oid AND deptype = 'e'
-            )
-    )
-"""
 JUDGES: dict[str, Callable[[str], tuple[str, frozenset[str]]]] = {
     "view": judge_view, "body": judge_body, "definition": judge_definition, "expression": judge_expression,
+    "policy": judge_expression, "part": lambda name: ("", frozenset((name,))),
 }
+# Kinds that may read tables. PostgreSQL allows no queries in other expressions.
+LOOK = {"view", "body", "policy", "part"}
 _CLOCK = re.compile(rf"(?i)\b({'|'.join(sorted(TRANSACTION_CLOCK))})\b|'({'|'.join(sorted(TIMES))})'")
 # Maximum depth of nested definitions, such as views of views.
 MOST_ROUNDS = 10
@@ -174,32 +172,38 @@ class Sequence(NamedTuple):
     tables: str | None
 
 
-def find_unknown(
-    ask_all: Callable[[str, tuple], list], names: Iterable[str], relations: Iterable[str], timed: Iterable[str] = ()
-) -> str:
-    """Return the first unknown code that statements with these names may run in the database; "" if there is none.
+def follow(
+    ask_all: Callable[[str, tuple], list], names: Iterable[str], relations: Iterable[str] = (),
+    timed: Iterable[str] = (),
+) -> tuple[str, set[str]]:
+    """Return the first unknown code that statements with these names may run, and the names that they may read.
+
+    The former is "" if there is none; the latter are those of views, functions and partitions behind the names.
 
     ``relations`` are the names that must exist. Definitions of the kinds ``timed`` (keys of JUDGES) must not read the
     clock, since the program may remember an earlier value.
     """
     known: set[str] = set()
+    seen: set[str] = set()
     new = set(names)
     for _round in range(MOST_ROUNDS):
         if not new:
-            return ""
+            return "", seen
         known |= new
         found: set[str] = set()
         for name, text, kind in ask_all(MEANING, (sorted(known), sorted(relations))):
             if kind == "unknown":
-                return f"{name}: {text}"
+                return f"{name}: {text}", seen
             if kind in timed and _CLOCK.search(text):  # guard: clock that is not named
-                return f"{name}: it reads the clock"
+                return f"{name}: it reads the clock", seen
             why, more = JUDGES[kind](text)
             if why:
-                return f"{name}: {why}"
+                return f"{name}: {why}", seen
             found |= more
+            if kind in LOOK:
+                seen |= more
         new = found - known
-    return "views of views"
+    return "views of views", seen
 
 
 class Column(NamedTuple):
@@ -215,11 +219,6 @@ def settable_columns(ask_all: Callable[[str, tuple], list], relation: str) -> di
     """Return the columns of a table whose values can be passed to a repeated INSERT."""
     found: list[Any] = ask_all(COLUMNS, (relation,))
     return {name: Column(sequence or "", *others) for name, sequence, *others in found}
-
-
-def hides(ask_all: Callable[[str, tuple], list]) -> bool:
-    """Return whether a statement may read a table that it does not name."""
-    return ask_all(HIDDEN, ())[0][0]
 
 
 def sequence(ask_all: Callable[[str, tuple], list], name: str) -> Sequence | None:

@@ -22,6 +22,7 @@ import os
 import select
 import threading
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Callable, NamedTuple
 from weakref import ref
 
@@ -392,10 +393,10 @@ class Connection:
             return ""
         timed = catalog.JUDGES if self._journal.clock else ("view",) if self._journal.began else ()
         try:
-            return catalog.find_unknown(
+            return catalog.follow(
                 lambda statement, parameters: ask_all(self.real, statement, parameters, in_transaction),
                 self._names, self._relations, timed,
-            )
+            )[0]
         except self._link.dbapi.Error as error:
             if self._link.is_lost(self.real, error):
                 raise
@@ -506,7 +507,7 @@ class Connection:
             raise
 
     def _run_in_order(self, cursor: Cursor, step: Step) -> None:
-        self._journal.check_order(step)
+        self._journal.check_order(step, partial(catalog.follow, _asking(self.real)))
         if self._journal.clock_twice and self._journal.repeats:  # guard: clock of a new transaction
             raise Differs("it has already read the clock")
         self._mark_early(step)
@@ -1001,7 +1002,7 @@ def _run_each(cursor: Any, step: Step) -> None:
 
 def _run_again(real: Any, step: Step, link: Link, journal: Journal) -> None:
     """Repeat a statement; raise Differs if its result differs. A statement that only got a key is not repeated."""
-    journal.check_order(step)
+    journal.check_order(step, partial(catalog.follow, _asking(real)))
     if step.key is not None:
         return  # the key is ours: no other session gets it
     before = step.outcome
@@ -1063,7 +1064,6 @@ def _note_late(real: Any, journal: Journal, users: Iterable[tuple[catalog.Sequen
         # guard: order of keys, when the locks are held
         if not tables <= journal.late and _is_late(asking, sequence, journal.keys[name]):
             journal.late |= tables
-            journal.hidden = journal.hidden or catalog.hides(asking)
 
 
 def _asking(real: Any) -> Callable[[str, tuple], list]:

@@ -105,6 +105,8 @@ class _Channel:
         with self._lock:
             if self._stub is not None and not look:
                 return self._stub
+        # Workers cannot ask the scheduler whether the endpoint's job still runs. They need not: a proxy that has ended
+        # does not answer, and any other program lacks the certificate.
         try:
             with open(os.path.join(self._root, "run", "endpoint.json"), encoding="utf-8") as stream:
                 proxy = json.load(stream)["proxy"]

@@ -30,7 +30,7 @@ PHASES = {
     "upgrade": "major version",
     "databases": "databases and studies",
     "client": "client package",
-    "server/last_run": "last run",
+    "server/quick_check": "quick check",
     "server/host": "supervisor",
     "server/main": "server job",
     "server/read": "server job",

@@ -36,7 +36,7 @@ def servers_of(results: Iterable[tuple[str, dict[str, Any]]]) -> list[Server]:
 
 
 def server_of(cluster: str, values: dict[str, Any]) -> Server:
-    """Return the server described by the role ``server``."""
+    """Return the server described by the role ``server``, which gives an endpoint only if its job runs."""
     endpoint, job = values["endpoint"] or {}, values["job"] or {}
     state = "serving" if endpoint else str(job.get("state", "absent")).lower()
     return Server(

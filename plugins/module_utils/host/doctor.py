@@ -19,7 +19,9 @@ import time
 from typing import Dict, List, Optional
 
 from . import causes, files, lease
+from .endpoint import read_endpoint
 from .layout import Layout
+from .optuna_schema import Optuna, Schema, is_newer, is_older
 from .settings import complete
 
 # PostgreSQL's SSLRequest, the first message of a client that wants TLS.
@@ -112,8 +114,7 @@ def look_at_server(wanted: dict) -> Report:
 
 
 def _look_at_job(report: Report, wanted: dict) -> None:
-    job, state, endpoint = wanted["job"], wanted["state"] or {}, wanted["endpoint"]
-    serves = endpoint and job
+    job, state, serves = wanted["job"], wanted["state"] or {}, bool(wanted["endpoint"])
     said = "no server job is queued or running"
     if job:
         where = " on %s" % job["node"] if job["node"] else ""
@@ -179,14 +180,15 @@ def look_from_here(wanted: dict) -> Report:
         report.found("files", "%s does not exist" % wanted["root"],
                      "instance_root: use a folder on a file system that login and compute nodes share")
         return report
-    path = Layout(wanted["root"]).endpoint
-    endpoint = files.read_json(path) if wanted["endpoint"] else None  # else the job has ended and the file is stale
+    layout = Layout(wanted["root"])
+    # The playbook has found on the login node whether the server is live; if it is not, the file is stale.
+    endpoint = read_endpoint(layout) if wanted["endpoint"] else None
     if wanted["endpoint"] and not endpoint:
-        report.found("files", "%s is missing on this node, but the login node has just read it" % path,
+        report.found("files", "%s is missing on this node, but the login node has just read it" % layout.endpoint,
                      "instance_root: use a folder on a file system that login and compute nodes share")
         return report
     entry = _look_at_service(report, wanted, endpoint)
-    _look_at_passwords(report, entry.get("passfile", Layout(wanted["root"]).pgpass))
+    _look_at_passwords(report, entry.get("passfile", layout.pgpass))
     if endpoint is None:
         _skip_network(report, "the server is down")
     else:
@@ -426,13 +428,14 @@ def missing_from(held: dict, wanted: dict, setting: str) -> List[tuple]:
 def mismatch(held: dict, setting: str, side: dict) -> List[tuple]:
     """Return reasons why the environment's Optuna cannot work on the studies, each with its fix."""
     where = setting or "postgres_python_packages"
-    knows, (library, revision) = held.get("revisions"), held.get("schema") or ("", "")
-    if library and knows and revision not in knows:
-        return [("Optuna %s does not support the tables of Optuna %s" % (held["optuna"], library),
-                 "%s: install optuna==%s there" % (where, library))]
-    if library and knows and revision != knows[0]:
-        return [("Optuna %s needs newer tables than those of Optuna %s" % (held["optuna"], library),
-                 "databases_upgrade_schema, or %s: install optuna==%s there" % (where, library))]
+    schema = Schema(*held["schema"]) if held.get("schema") else None
+    optuna = Optuna(held["optuna"], held.get("revisions") or [])
+    if schema and is_newer(schema, optuna):
+        return [("Optuna %s does not support the tables of Optuna %s" % (optuna.version, schema.library),
+                 "%s: install optuna==%s there" % (where, schema.library))]
+    if schema and is_older(schema, optuna):
+        return [("Optuna %s needs newer tables than those of Optuna %s" % (optuna.version, schema.library),
+                 "databases_upgrade_schema, or %s: install optuna==%s there" % (where, schema.library))]
     ours, theirs = side.get("optuna", ""), held["optuna"]
     # Optuna 4 writes local time, Optuna 5 writes UTC.
     if ours and {major >= 5 for major in (_numbers(ours)[0], _numbers(theirs)[0])} == {True, False}:

@@ -1,10 +1,12 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Dumps of the study databases, made while the supervisor goes on with its other tasks.
+"""Dumps of the study databases: their names, commands and checksums; and those that the supervisor makes.
 
-A round is a generator: it yields while a program runs, and closing it ends that program.
+The supervisor goes on with its other tasks meanwhile. A round is a generator: it yields while a program runs, and
+closing it ends that program.
 
-Dumps that a user requested are called ``DATABASE-TIME.kept.dump``. Only the user removes them.
+Dumps that a user requested are called ``DATABASE-TIME.kept.dump``. Only the user removes them. The module study_dump
+makes such dumps, too.
 """
 
 import contextlib
@@ -15,12 +17,13 @@ import signal
 import subprocess
 import tempfile
 import time
-from typing import Callable, Generator, List, Optional  # noqa: F401 - Optional in a type comment
+from typing import Callable, Generator, List, Optional, Tuple, TypeVar  # noqa: F401 - Optional in a type comment
 
 from . import files
 from .layout import Layout
 from .postgres import Failed, Postgres, client_environment, end_with_parent
 
+Result = TypeVar("Result")
 Steps = Generator[None, None, None]
 
 # No dump in the first seconds after the start, when the workers reconnect.
@@ -29,9 +32,66 @@ NICENESS = 10
 # pg_dump does not conflict with workers; it waits only for a change of the schema.
 LOCK_WAIT_MILLISECONDS = 60000
 SUM = ".sha256"
+# Follows the time in the name of a dump that only the user removes.
 KEPT = ".kept"
 # Bytes per read; the supervisor does other work in between.
 BLOCK_BYTES = 16 * 1024 * 1024
+
+
+def stamp() -> str:
+    """Return the current time in UTC in the format of dump names, such as ``20260101T000000Z``."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+
+
+def new_path(folder: str, database: str, kept: bool) -> str:
+    """Return the path of a new dump in ``folder``. Later rounds of the supervisor never remove one that is ``kept``."""
+    return os.path.join(folder, "%s-%s%s.dump" % (database, stamp(), KEPT if kept else ""))
+
+
+def find(folder: str, database: str) -> List[Tuple[str, bool, str]]:
+    """Return time, whether it is kept, and path of each finished dump of a database; the oldest is first."""
+    name = re.compile(r"%s-(\w+)(%s)?\.dump" % (re.escape(database), re.escape(KEPT)))
+    found = [name.fullmatch(each) for each in (os.listdir(folder) if os.path.isdir(folder) else [])]
+    return sorted((each.group(1), bool(each.group(2)), os.path.join(folder, each.group())) for each in found if each)
+
+
+def dump_command(bindir: str, path: str, connection: List[str]) -> List[str]:
+    """Return the call that dumps a database to ``path``. ``connection`` are the arguments that name the database."""
+    # pg_dump syncs the file to the disk.
+    return [os.path.join(bindir, "pg_dump"), "--format=custom", "--no-privileges", "--file=%s" % path] + connection
+
+
+def read_command(bindir: str, path: str) -> List[str]:
+    """Return the call that reads all of a dump: if one is truncated, the table of contents at its front is intact."""
+    return [os.path.join(bindir, "pg_restore"), "--format=custom", "--file=%s" % os.devnull, path]
+
+
+def checksum(path: str) -> "Generator[None, None, str]":
+    """Return a file's SHA-256; yield after each block."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
+            digest.update(block)
+            yield
+    return digest.hexdigest()
+
+
+def publish(part: str, path: str) -> Steps:
+    """Write the checksum of the dump ``part``, which was read back, and rename the dump to ``path``."""
+    digest = yield from checksum(part)
+    # In sha256sum's format. The sum detects a flipped bit in the table of contents; PostgreSQL does not.
+    files.write_atomically(path + SUM, "%s  %s\n" % (digest, os.path.basename(path)))
+    os.rename(part, path)
+    files.sync(os.path.dirname(path))
+
+
+def finish(steps: "Generator[None, None, Result]") -> Result:
+    """Run all steps without a pause; return their result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 class Dumps:
@@ -101,8 +161,7 @@ class Dumps:
 
     def _dumps_of(self, database: str) -> List[str]:
         """Return the finished dumps of regular rounds, oldest first."""
-        name = re.compile(r"%s-\w+\.dump$" % re.escape(database))
-        return [os.path.join(self._folder, each) for each in sorted(os.listdir(self._folder)) if name.match(each)]
+        return [path for _made, kept, path in find(self._folder, database) if not kept]
 
     def _dump_all(self, kept: bool = False) -> Steps:
         refused = []
@@ -114,26 +173,15 @@ class Dumps:
         self.told = "; ".join(refused)
 
     def _dump(self, database: str, kept: bool = False) -> Steps:
-        made = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        path = os.path.join(self._folder, "%s-%s%s.dump" % (database, made, KEPT if kept else ""))
+        path = new_path(self._folder, database, kept)
         part = path + ".part"
         try:
-            yield from self._run(
-                "pg_dump", "--format=custom", "--no-privileges", "--lock-wait-timeout=%d" % LOCK_WAIT_MILLISECONDS,
-                "--host=%s" % self.postgres.socket, "--port=%d" % self.postgres.port, "--no-password",
-                "--file=%s" % part, database,  # synced to the disk by pg_dump
-            )
-            # Read all of it: in a truncated dump, the table of contents at the front is still intact.
-            yield from self._run("pg_restore", "--file=%s" % os.devnull, part)
-            digest = hashlib.sha256()
-            with open(part, "rb") as stream:
-                for block in iter(lambda: stream.read(BLOCK_BYTES), b""):
-                    digest.update(block)
-                    yield
-            # In sha256sum's format. The sum detects a flipped bit in the table of contents; PostgreSQL does not.
-            files.write_atomically(path + SUM, "%s  %s\n" % (digest.hexdigest(), os.path.basename(path)))
-            os.rename(part, path)
-            files.sync(self._folder)
+            yield from self._run(dump_command(self._bindir, part, [
+                "--lock-wait-timeout=%d" % LOCK_WAIT_MILLISECONDS, "--host=%s" % self.postgres.socket,
+                "--port=%d" % self.postgres.port, "--no-password", database,
+            ]))
+            yield from self._run(read_command(self._bindir, part))
+            yield from publish(part, path)
         finally:
             with contextlib.suppress(OSError):  # must not hide the original error; the next start removes the file
                 files.remove(part)
@@ -141,12 +189,12 @@ class Dumps:
             files.remove(older)
             files.remove(older + SUM)
 
-    def _run(self, program: str, *arguments: str) -> Steps:
+    def _run(self, command: List[str]) -> Steps:
         """Run one of PostgreSQL's programs, yielding until it ends; raise Failed with its error message."""
         with tempfile.TemporaryFile() as said:
             child = subprocess.Popen(
-                [os.path.join(self._bindir, program)] + list(arguments), cwd=self._folder, env=client_environment(),
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=be_modest,
+                command, cwd=self._folder, env=client_environment(), stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=said, preexec_fn=be_modest,
             )
             try:
                 while child.poll() is None:
@@ -160,7 +208,8 @@ class Dumps:
                 said.seek(0)
                 lines = said.read().decode("utf-8", "replace").splitlines()
                 errors = [line.strip() for line in lines if "error:" in line]
-                raise Failed((errors or lines or ["%s ended with %d" % (program, child.returncode)])[0])
+                raise Failed((errors or lines or ["%s ended with %d" % (
+                    os.path.basename(command[0]), child.returncode)])[0])
 
 
 def be_modest() -> None:

@@ -6,7 +6,8 @@ This collection reads ``run/endpoint.json``. libpq reads the instance's section 
 connect, so a URL with the service's name follows the server. With PgBouncer there is a second section for it, named
 after the instance with the suffix ``-pooled``, which no instance's name can have.
 
-If a node has failed, its endpoint stays behind. To remove it, call this in <root>/host:
+The server is live if an endpoint exists, names a job, and that job runs: ``serving_job``. A failed node leaves its
+endpoint behind. To remove it, call this in <root>/host:
 
     python3 -m hpc_db_host.endpoint look JOB        print whether jobs of this name have left an endpoint, as JSON
     python3 -m hpc_db_host.endpoint withdraw JOB    the same, and remove it
@@ -23,6 +24,7 @@ from typing import Dict, List, Optional, Tuple  # noqa: F401 - some in type comm
 
 from . import files
 from .break_lease import HERE, contender
+from .layout import Layout
 from .lease import can_be_asked
 from .settings import complete
 
@@ -52,6 +54,26 @@ def withdraw(run: str, service_file: str, instance: str, patience: float = LEAVI
         files.remove(os.path.join(run, "endpoint.json"))
     finally:
         edit_services(service_file, {instance: {}, instance + POOLED: {}}, patience)
+
+
+def read_endpoint(layout: Layout) -> Optional[dict]:
+    """Return the last published endpoint, with ``tls`` true by default; None if the file is missing or unreadable.
+
+    It may have been left behind by a job that was killed: ask ``serving_job``.
+    """
+    endpoint = files.read_json(layout.endpoint)
+    return dict({"tls": True}, **endpoint) if endpoint else None
+
+
+def serving_job(endpoint: Optional[dict], jobs: List[dict]) -> Optional[dict]:
+    """Return the job whose server is live at ``endpoint``; None if the server is not live.
+
+    The server is live if the endpoint exists, names a job, and that job runs. ``jobs`` are the server jobs in the
+    queue, as dicts with ``id`` and ``state``. Read the endpoint before the queue: a job that ends in between is then
+    missing from ``jobs``.
+    """
+    named = endpoint.get("job") if endpoint else None
+    return next((job for job in jobs if named and job["id"] == named and job["state"] == "RUNNING"), None)
 
 
 def edit_service(path: str, name: str, parameters: dict) -> None:

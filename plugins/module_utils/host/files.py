@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from typing import Optional
+from typing import Optional, Union
 
 # Minimum size of a state file, so that a longer state can replace it without more disk space.
 STATE_BYTES = 2048
@@ -20,14 +20,15 @@ def printable(text: str) -> str:
     )
 
 
-def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
-    """Replace ``path`` by rename, so that a reader sees either the old text or the new one."""
+def write_atomically(path: str, content: Union[str, bytes], mode: int = 0o600) -> None:
+    """Replace ``path`` by rename, so that a reader sees either the old content or the new one."""
+    # Write a text unchanged: no conversion of line ends, no encoding errors from the shell's locale.
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     folder = os.path.dirname(path)
     descriptor, aside = tempfile.mkstemp(prefix=".%s." % os.path.basename(path), dir=folder)
     try:
-        # Write the text unchanged: no conversion of line ends, no encoding errors from the shell's locale.
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            stream.write(text)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(aside, mode)

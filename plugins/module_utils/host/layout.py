@@ -23,6 +23,8 @@ class Layout:
         self.state = below("run", "state.json")
         self.temporary_server = below("run", "bootstrap.json")
         self.local_job = below("run", "local_job.json")
+        # The state after the last full run of hpc_db.yml, for its quick check.
+        self.recorded_state = below("run", "kept.json")
         self.log = below("log")
         self.job_log = below("log", "job.log")
         self.temporary_server_log = below("log", "bootstrap.log")

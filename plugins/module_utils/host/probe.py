@@ -4,44 +4,19 @@
 
     PYTHON probe.py URL    prints one JSON object
 
-Optuna is not imported, since that takes seconds: its version and the revisions of its schema are read from its files.
+That Python finds optuna_schema in this file's folder.
 """
 
-import glob
-import importlib.util
 import json
-import os
-import re
 import sys
 
-REVISION = re.compile(r"""^(down_)?revision(?:: .*)? = ["']([^"']+)""", re.MULTILINE)
-SCHEMA = "SELECT library_version, version_num FROM version_info, alembic_version"
+if __package__:
+    from . import optuna_schema
+else:
+    import optuna_schema  # type: ignore
+
 # Every role may read these numbers; pg_stat_activity hides other roles' sessions.
 CONNECTIONS = "SELECT sum(numbackends)::int, current_setting('max_connections') FROM pg_stat_database"
-
-
-def version_of(name):  # type: (str) -> str
-    """Return the version of an installed distribution; empty if there is none."""
-    metadata = importlib.import_module("importlib.metadata")  # since Python 3.8
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def optuna_revisions():  # type: () -> list
-    """Return the schema revisions that the installed Optuna knows: first the one it needs, the others unordered."""
-    spec = importlib.util.find_spec("optuna")
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    folder = os.path.join(list(spec.submodule_search_locations)[0], "storages", "_rdb", "alembic", "versions")
-    steps = []
-    for path in glob.glob(os.path.join(glob.escape(folder), "*.py")):
-        with open(path, encoding="utf-8") as stream:
-            steps.append(dict(REVISION.findall(stream.read())))
-    known = [step[""] for step in steps if "" in step]
-    before = [step.get("down_") for step in steps]
-    return sorted(known, key=lambda revision: revision in before)
 
 
 def look(url):  # type: (str) -> dict
@@ -50,8 +25,9 @@ def look(url):  # type: (str) -> dict
     if sys.version_info < (3, 8):
         return said
     for name in ("sqlalchemy", "optuna", "hpc-db-client"):
-        said[name] = version_of(name)
-    said["revisions"] = optuna_revisions()
+        said[name] = optuna_schema.version_of(name)
+    optuna = optuna_schema.installed_optuna()
+    said["revisions"] = optuna.revisions if optuna else []
     try:
         import psycopg2
 
@@ -74,9 +50,8 @@ def connect(url):  # type: (str) -> dict
         with engine.connect() as connection:
             used, largest = connection.execute(sqlalchemy.text(CONNECTIONS)).first()
             said = {"used": used - 1, "max_connections": int(largest), "schema": []}
-            there = connection.execute(sqlalchemy.text("SELECT to_regclass('alembic_version')")).scalar()
-            if there:
-                said["schema"] = list(connection.execute(sqlalchemy.text(SCHEMA)).first())
+            if all(connection.execute(sqlalchemy.text(optuna_schema.HAS_SCHEMA)).first()):
+                said["schema"] = list(connection.execute(sqlalchemy.text(optuna_schema.SCHEMA)).first())
         engine.dispose()
         return said
     except Exception as error:  # any reason why a worker cannot connect

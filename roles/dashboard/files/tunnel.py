@@ -46,6 +46,9 @@ LIBC = ctypes.CDLL(None)
 
 # Separates our output from text that the login shell prints before it.
 MARK = "hpc_db-tunnel:"
+# Does not ask the scheduler whether the endpoint's job still runs: every few seconds, that would be too many questions.
+# An endpoint left behind by a failed node leads nowhere until the next server replaces it. If another server has got
+# its port, the parameters of the service entry protect the password.
 LOOK = (
     f'printf "\\n{MARK}"; cat "$1/run/endpoint.json" 2>/dev/null; '
     f'printf "\\n{MARK}"; grep "^[*]:[*]:[*]:$2:" "$1/secrets/pgpass" 2>/dev/null; printf "\\n{MARK}"'

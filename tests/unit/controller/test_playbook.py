@@ -149,7 +149,7 @@ def test_terminal_is_not_moved_by_what_a_cluster_says():
 
 @pytest.mark.parametrize("path, phase", [
     (f"{ROLES}/postgres/tasks/check_tls.yml:3", "settings"), (f"{ROLES}/instance/tasks/settings.yml:3", "settings"),
-    (f"{ROLES}/server/tasks/last_run.yml:3", "last run"),
+    (f"{ROLES}/server/tasks/quick_check.yml:3", "quick check"),
     (f"{ROLES}/databases/tasks/main.yml:3", "databases and studies"), (f"{ROLES}/server/tasks/show.yml:3", ""),
     ("/x/playbooks/hpc_db.yml:9", ""),
 ])

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hpc_db_host import doctor, probe
+from hpc_db_host import doctor, optuna_schema
 
 ENTRY = "[other]\nhost=x\n[hpc_db]\n# mine\nhost=c1\nport=5433\npassfile={}/secrets/pgpass\n[last]\nport=1\n"
 HELD = {
@@ -356,6 +356,6 @@ def test_newest_revision_comes_first(tmp_path, monkeypatch):
     for name, before in (("v1", "None"), ("v2", '"v1"'), ("v3", '"v2"')):
         (folder / f"{name}.py").write_text(f'revision = "{name}"\ndown_revision = {before}\n')
     spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
-    monkeypatch.setattr(probe.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(optuna_schema.importlib.util, "find_spec", lambda name: spec)
 
-    assert probe.optuna_revisions()[0] == "v3" and sorted(probe.optuna_revisions()) == ["v1", "v2", "v3"]
+    assert optuna_schema.installed_optuna().revisions == ["v3", "v2", "v1"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hpc_db_host import endpoint
+from hpc_db_host.layout import Layout
 
 WANTED = {"host": "c1", "port": 5433}
 SECTION = "[hpc_db]\nhost=c1\nport=5433\n"
@@ -192,6 +193,30 @@ def test_pooler_has_a_section_of_its_own_as_long_as_it_is_there(tmp_path):
     endpoint.withdraw(str(tmp_path), str(service), "hpc_db")
 
     assert service.read_text() == ""
+
+
+@pytest.mark.parametrize("published, queue, serving", [
+    ({"job": "7"}, [("7", "RUNNING")], "7"), ({"job": "7"}, [("6", "RUNNING"), ("7", "RUNNING")], "7"),
+    ({"job": "7"}, [], None), ({"job": "7"}, [("7", "PENDING")], None), ({"job": "7"}, [("7", "COMPLETING")], None),
+    ({"job": "7"}, [("8", "RUNNING")], None), ({"host": "c1"}, [("7", "RUNNING")], None),
+    (None, [("7", "RUNNING")], None), ({"job": ""}, [("", "RUNNING")], None),
+])
+def test_server_is_live_if_the_job_of_its_endpoint_runs(published, queue, serving):
+    found = endpoint.serving_job(published, [{"id": number, "state": state} for number, state in queue])
+
+    assert (found or {}).get("id") == serving
+
+
+@pytest.mark.parametrize("text, expected", [
+    ('{"job": "7"}', {"job": "7", "tls": True}), ('{"job": "7", "tls": false}', {"job": "7", "tls": False}),
+    ('{"job"', None), (None, None),
+])
+def test_endpoint_that_is_read(text, expected, tmp_path):
+    (tmp_path / "run").mkdir()
+    if text:
+        (tmp_path / "run" / "endpoint.json").write_text(text)
+
+    assert endpoint.read_endpoint(Layout(str(tmp_path))) == expected
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ def test_is_another_for_another_collection(collection: Path, name: str, text: st
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {**SETTINGS, "postgres_major": 18}, {**SETTINGS, "postgres_major": "17"}, {**SETTINGS, "databases_workers": None},
+    {}, {**SETTINGS, "postgres_major": 18}, {**SETTINGS, "postgres_major": "17"},
+    {**SETTINGS, "databases_workers": None},
 ])
 def test_is_another_for_other_settings(collection: Path, settings: dict) -> None:
     assert fingerprint(settings, collection=collection) != fingerprint(SETTINGS, collection=collection)

@@ -32,7 +32,7 @@ def test_scripts_have_no_path_from_the_home_directory_in_quotes():
         if name in settings
     ]
 
-    asked = (roles / "discover" / "vars" / "main.yml").read_text(encoding="utf-8")
+    asked = (roles / "discover" / "templates" / "pythons.sh.j2").read_text(encoding="utf-8")
     used += re.findall(r"{{ \(hpc_db\.(discover_python) or .*\) \| ([\w.]+)", asked)
 
     assert {name for name, _filter in used} == settings | {"discover_python"}

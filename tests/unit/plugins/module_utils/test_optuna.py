@@ -8,18 +8,19 @@ import math
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _optuna
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 
 CHAIN = [
     'revision = "v0.9.0.a"\ndown_revision = None\n',
     '# revision identifiers, used by Alembic.\nrevision = "v3.0.0.d"\ndown_revision = "v0.9.0.a"\n',
     "revision: str = 'v3.2.0.a'\ndown_revision: str | None = 'v3.0.0.d'\nbranch_labels = None\n",
 ]
-OPTUNA = _optuna.Optuna("5.0.0", ["v3.2.0.a", "v3.0.0.d", "v0.9.0.a"])
+OPTUNA = optuna_schema.Optuna("5.0.0", ["v3.2.0.a", "v3.0.0.d", "v0.9.0.a"])
 
 
 @pytest.mark.parametrize("steps", [CHAIN, CHAIN[::-1], [CHAIN[1], CHAIN[2], CHAIN[0], "# nothing\n"]])
 def test_revisions_come_in_their_order_not_the_files(steps: list[str]) -> None:
-    assert _optuna.newest_first(steps) == OPTUNA.revisions
+    assert optuna_schema.newest_first(steps) == OPTUNA.revisions
 
 
 @pytest.mark.parametrize("held, value", [
@@ -31,18 +32,18 @@ def test_attribute_that_is_no_json_is_the_text_that_is_there(held: str, value: o
 
 
 def test_no_revisions_leave_the_judgement_to_optuna() -> None:
-    unknown = _optuna.Optuna("9.0.0", _optuna.newest_first([]))
+    unknown = optuna_schema.Optuna("9.0.0", optuna_schema.newest_first([]))
 
-    assert not _optuna.mismatch("mala", _optuna.Schema("5.0.0", "v3.2.0.a"), unknown)
+    assert not _optuna.mismatch("mala", optuna_schema.Schema("5.0.0", "v3.2.0.a"), unknown)
 
 
 @pytest.mark.parametrize("revision, older, newer", [
     ("v3.2.0.a", False, False), ("v3.0.0.d", True, False), ("v0.9.0.a", True, False), ("v6.0.0.a", False, True),
 ])
 def test_schema_is_older_or_newer(revision: str, older: bool, newer: bool) -> None:
-    schema = _optuna.Schema("x", revision)
+    schema = optuna_schema.Schema("x", revision)
 
-    assert (_optuna.is_older(schema, OPTUNA), _optuna.is_newer(schema, OPTUNA)) == (older, newer)
+    assert (optuna_schema.is_older(schema, OPTUNA), optuna_schema.is_newer(schema, OPTUNA)) == (older, newer)
     assert bool(_optuna.mismatch("mala", schema, OPTUNA)) is (older or newer)
 
 

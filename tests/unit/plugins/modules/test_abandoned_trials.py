@@ -6,7 +6,8 @@ import contextlib
 import json
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.modules import abandoned_trials
 from ansible_collections.mala.hpc_db.plugins.modules.abandoned_trials import Refused, ensure_requeued
 
@@ -28,9 +29,9 @@ class FakeCluster:
     def rows(self, database, query, _values=()):
         if query == abandoned_trials.DATABASES:
             return [("alice",), ("mala",), *((name,) for name in self.others)]
-        if query == _optuna.HAS_SCHEMA:
+        if query == optuna_schema.HAS_SCHEMA:
             return [(None, None) if database == "alice" else ("version_info", "alembic_version")]
-        if query == _optuna.SCHEMA:
+        if query == optuna_schema.SCHEMA:
             return [("5.0.0", "v3.0.0.d" if database in self.others else self.revision)]
         if query == abandoned_trials.STUDIES:
             return [("beryllium",), ("aluminium",)]

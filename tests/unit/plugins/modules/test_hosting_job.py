@@ -442,6 +442,21 @@ def test_info_believes_the_endpoint_of_a_job_that_runs(queue, published, serving
     assert serving is None or found["job"]["id"] == serving
 
 
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize("queue, published, serving", [
+    ([RUNNING], "1", "1"), ([RUNNING, RUNNING], "2", "2"), ([RUNNING], "7", None), ([], "1", None),
+    ([PENDING], "1", None),
+])
+def test_job_is_returned_with_the_endpoint_of_a_server_that_is_live(queue, published, serving, check_mode, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "endpoint.json").write_text(json.dumps({"host": "c1", "port": 1, "job": published}))
+
+    found = ensure_job(params(root=tmp_path), FakeSlurm(*queue), check_mode)
+
+    assert (found["endpoint"] or {}).get("job") == serving
+    assert serving is None or found["job"]["id"] == serving
+
+
 @pytest.mark.parametrize("queue, state, shown", [
     ([RUNNING], "serving", False), ([RUNNING], "failed", True), ([], "serving", True),
 ])

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.modules import optuna_import
 from ansible_collections.mala.hpc_db.plugins.modules.optuna_import import Refused, ensure_imported
 
@@ -118,7 +119,7 @@ class FakeDatabase(FakeStorage):
             return [(not self.locked,)]
         if "to_regclass" in query:
             return [("version_info", "alembic_version")]
-        if query == _optuna.SCHEMA:
+        if query == optuna_schema.SCHEMA:
             return [("5.0.0", "new")]
         return [] if query == _optuna.CLOCKS else [(name,) for name in self.studies]
 
@@ -145,7 +146,7 @@ def import_(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "optuna.trial", fake_trial)
         monkeypatch.setitem(sys.modules, "optuna.distributions", SimpleNamespace(
             distribution_to_json=str, check_distribution_compatibility=check_compatible))
-        monkeypatch.setattr(_optuna, "installed_optuna", lambda: _optuna.Optuna("5.0.0", ["new", "old"]))
+        monkeypatch.setattr(optuna_schema, "installed_optuna", lambda: optuna_schema.Optuna("5.0.0", ["new", "old"]))
         monkeypatch.setattr(_connection, "connect", database.connect)
         monkeypatch.setattr(_connection, "rows", database.rows)
         monkeypatch.setattr(optuna_import, "open_database", lambda params: database)
@@ -367,7 +368,7 @@ def test_damaged_sqlite_file_is_named(tmp_path):
     (tmp_path / "a.db").write_bytes(whole[:len(whole) // 2])
 
     with pytest.raises(Refused, match=r"^import_from: a.db is damaged: SQLite reports: .*; its command .recover pr"):
-        optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", _optuna.Optuna("5.0.0", ["new", "old"]))
+        optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", optuna_schema.Optuna("5.0.0", ["new", "old"]))
 
 
 def test_two_at_once_are_refused(import_):
@@ -421,7 +422,7 @@ def test_tables_that_optuna_cannot_read_are_refused(tables, rows, says, tmp_path
         connection.commit()
 
     with pytest.raises(Refused, match=f"^import_from: a.db {says}"):
-        optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", _optuna.Optuna("5.0.0", ["new", "old"]))
+        optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", optuna_schema.Optuna("5.0.0", ["new", "old"]))
 
 
 @pytest.mark.parametrize("revision, old", [("new", False), ("old", True)])
@@ -433,7 +434,8 @@ def test_older_tables_are_upgraded(revision, old, tmp_path):
         connection.execute("INSERT INTO alembic_version VALUES (?)", (revision,))
         connection.commit()
 
-    assert optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", _optuna.Optuna("5.0.0", ["new", "old"])) is old
+    installed = optuna_schema.Optuna("5.0.0", ["new", "old"])
+    assert optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", installed) is old
 
 
 def test_fields_tell_apart_what_python_does_not():

@@ -9,7 +9,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _workers
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.modules.optuna_study import Refused, ensure_databases, ensure_studies
 
 PARAMS = {"host": "/tmp/hpc_db-x", "port": 5432, "user": "study", "passfile": "/home/a b/pgpass", "database": "mala"}
@@ -96,7 +97,7 @@ def use(monkeypatch):
     def use(database):
         monkeypatch.setattr(_connection, "connect", database.connect)
         monkeypatch.setattr(_connection, "rows", database.rows)
-        monkeypatch.setattr(_optuna, "installed_optuna", lambda: _optuna.Optuna("5.0.0", [NEW, OLD]))
+        monkeypatch.setattr(optuna_schema, "installed_optuna", lambda: optuna_schema.Optuna("5.0.0", [NEW, OLD]))
         monkeypatch.setitem(sys.modules, "optuna", database.optuna())
         return database
 
@@ -209,7 +210,7 @@ def test_what_optuna_says_is_told_in_one_line(use, monkeypatch):
 
 def test_missing_optuna_is_told_by_its_setting(use, monkeypatch):
     use(FakeDatabase({}))
-    monkeypatch.setattr(_optuna, "installed_optuna", lambda: None)
+    monkeypatch.setattr(optuna_schema, "installed_optuna", lambda: None)
 
     with pytest.raises(Refused, match="^postgres_python_packages: .* cannot import optuna: .*; name the package"):
         ensure_studies({**PARAMS, "studies": [], "upgrade": False}, False)

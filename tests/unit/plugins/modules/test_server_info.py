@@ -6,7 +6,8 @@ import contextlib
 import threading
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.modules import server_info
 
 
@@ -22,7 +23,7 @@ def server(monkeypatch):
             return [(4711, "", "alice", "mala", "idle", 0.1, 0.2)]
         if query == server_info.DATABASES:
             return [(name, 100 + index) for index, name in enumerate(server)]
-        if query == _optuna.HAS_SCHEMA:
+        if query == optuna_schema.HAS_SCHEMA:
             return [("version_info", "alembic_version") if isinstance(server[database], list) else (None, None)]
         assert isinstance(server[database], list), "column study_id does not exist"
         if server[database] == ["odd"]:

@@ -94,7 +94,7 @@ class FakeServer:
 
 @pytest.fixture
 def params(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_dump, "now", lambda: NOW)
+    monkeypatch.setattr(study_dump.dumps, "stamp", lambda: NOW)
     (tmp_path / "host").mkdir()
     (tmp_path / "host" / "settings.json").write_text('{"bindir": "/opt/bin"}')
     (tmp_path / "dumps").mkdir()

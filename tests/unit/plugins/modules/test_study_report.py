@@ -20,7 +20,7 @@ SERVER = {"version": "17.2", "databases": [{"name": "mala", "size": 8000000}], "
     "orphaned": [],
 }}
 STATUS = {
-    "instance": "hpc_db", "cluster": "mini", "url": "postgresql://", "source": "So.", "read": 1000, "job": JOB,
+    "instance": "hpc_db", "cluster": "mini", "url": "postgresql://", "read": 1000, "job": JOB,
     "endpoint": {"host": "c1", "port": 5432, "since": 500.0}, "state": {"state": "serving", "reason": "it <b>does"},
     "disk": {"total": 10 * 1024**3, "free": 5 * 1024**3}, "server": SERVER, "log": LOG,
 }
@@ -95,8 +95,10 @@ def test_names_and_attributes_are_text():
 
 @pytest.mark.parametrize("changes, lines", [
     ({}, ["7 RUNNING c1", "1 d 01:00:00 of 3 d 00:00:00", "2 of 80", "2 of study from c2", "mala, 7.6 MiB",
-          "5.0 GiB free of 10.0 GiB", "There was no outage."]),
-    ({"job": None, "server": None}, ["none in the queue: the server is not", "none: the server accepts no"]),
+          "5.0 GiB free of 10.0 GiB", "There was no outage.", "The studies are those of the server that runs."]),
+    ({"job": None, "server": None}, ["none in the queue: the server is not running", "none: the server accepts no",
+                                     "No server runs: a temporary server has read the studies."]),
+    ({"server": None}, ["No server runs yet: the studies are those of the last report, if there was one."]),
     ({"log": {**LOG, "since": None}}, ["There are no events of a server job yet."]),
     ({"log": {**LOG, "outages": [{"began": 100, "ended": 161, "certain": True, "reason": "stopped by SIGTERM"},
                                  {"began": 200, "ended": 260, "certain": False, "reason": ""},

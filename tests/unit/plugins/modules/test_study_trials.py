@@ -10,7 +10,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.modules import study_trials
 
 STARTED = datetime.datetime(2026, 11, 23, 4, 10)
@@ -121,16 +122,16 @@ def server(monkeypatch, optuna):
         schema, studies = databases[database]
         if query == study_trials.DATABASES:
             return [(name,) for name in databases]
-        if query == _optuna.HAS_SCHEMA:
+        if query == optuna_schema.HAS_SCHEMA:
             return [("version_info", "alembic_version") if schema else (None, None)]
-        if query == _optuna.SCHEMA:
+        if query == optuna_schema.SCHEMA:
             return [("5.0.0", schema)]
         assert schema, "there is no such table"
         return [(name,) for name in studies]
 
     monkeypatch.setattr(_connection, "connect", lambda params, database: contextlib.nullcontext(database))
     monkeypatch.setattr(_connection, "rows", rows)
-    monkeypatch.setattr(_optuna, "installed_optuna", lambda: _optuna.Optuna("5.0.0", ["new"]))
+    monkeypatch.setattr(optuna_schema, "installed_optuna", lambda: optuna_schema.Optuna("5.0.0", ["new"]))
     return databases
 
 
@@ -220,7 +221,7 @@ def test_every_time_can_be_exported(year):
 
 
 def test_without_optuna_the_setting_is_named(server, monkeypatch):
-    monkeypatch.setattr(_optuna, "installed_optuna", lambda: None)
+    monkeypatch.setattr(optuna_schema, "installed_optuna", lambda: None)
 
     with pytest.raises(_connection.Unreachable, match="^postgres_python_packages: .* cannot import optuna"):
         study_trials.read_all(PARAMS)
