@@ -69,7 +69,7 @@ def no_answer(said: str, timeout: int) -> dict[str, str]:
     return {
         "state": "found",
         "check": "job",
-        "said": f"nothing was looked at: {said}",
+        "said": f"nothing was checked: {said}",
         "mend": f"doctor_job_options (another partition), doctor_timeout ({timeout}), or server_python",
     }
 

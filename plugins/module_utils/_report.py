@@ -214,10 +214,10 @@ def parameters(study: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
 def source(status: dict[str, Any]) -> str:
     """Return the source of the studies."""
     if status["server"]:
-        return "The studies are those of the server that runs."
+        return "The studies were read from the running server."
     if not status["job"]:
-        return "No server runs: a temporary server has read the studies."
-    return "No server runs yet: the studies are those of the last report, if there was one."
+        return "The server is not running: a temporary server has read the studies."
+    return "The server is not running yet: the studies are those of the last report, if any."
 
 
 def page(

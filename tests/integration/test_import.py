@@ -302,7 +302,7 @@ def test_sqlite_file_of_the_cluster(instance: Instance, ages: dict[str, str]) ->
     best, trials, waited, last = instance.python(GO_ON, instance.url).split()
     assert (trials, waited, last) == ("21", "0.5", "20") and float(best) > 1
     again = instance.play("import", import_from="~/new.db")
-    assert re.search(r"^study be: 16 trials .* there already$", again, re.MULTILINE) and "changed=0" in again
+    assert re.search(r"^study be: 16 trials .* already imported$", again, re.MULTILINE) and "changed=0" in again
 
 
 @pytest.mark.parametrize("age, file", [("4", "four.log"), ("3", "three.db")])

@@ -117,7 +117,7 @@ def test_a_report_of_all_studies(studies: Target, settings: dict, page: Browser)
         "studies/only failed", "2 trials: 2 fail", "No trial is complete with a finite value",
         "studies/empty", "no trials yet", "13 trials: 12 complete, 1 fail", r"\udce4.traj", "layers = [",
         "trial 0 has x = 2.0 outside of FloatDistribution", "trial 12 is FAIL without an end time",
-        f"note = {HOSTILE}", "connections", "The studies are those of the server",
+        f"note = {HOSTILE}", "connections", "The studies were read from the running server.",
     ):
         assert said in text, (said, text)
     assert len(page.driver.find_elements("css selector", "#plot-0-1 .point")) > 20

@@ -148,7 +148,7 @@ def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_jo
     assert re.search(rf"PROBLEM +log +{too_many} -> databases_workers \(20\): ", found["the server"]), ill
     assert re.search(r"PROBLEM +passwords +\S+ has mode 0644: libpq ignores .* -> chmod 600 ", found["login node"]), ill
     assert re.search(r"PROBLEM +workers +~/env cannot connect: a client sent no pass", found["login node"]), ill
-    refused = r"nothing was looked at: .*invalid partition .* -> doctor_job_options"
+    refused = r"nothing was checked: .*invalid partition .* -> doctor_job_options"
     assert re.search(rf"PROBLEM +job +{refused}", found["compute node"]), ill
 
     mini.run(f"until {OLD_ENOUGH} | grep -q t; do sleep 0.5; done")

@@ -32,6 +32,6 @@ def test_job_without_an_answer_is_a_problem():
 
     assert report["parts"][2] == {"name": "compute node ", "findings": [report["found"][1]]}
     assert report["found"][1] == {
-        "state": "found", "check": "job", "said": "nothing was looked at: it did not start within 120 s",
+        "state": "found", "check": "job", "said": "nothing was checked: it did not start within 120 s",
         "mend": "doctor_job_options (another partition), doctor_timeout (120), or server_python",
     }

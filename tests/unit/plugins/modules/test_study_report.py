@@ -95,10 +95,10 @@ def test_names_and_attributes_are_text():
 
 @pytest.mark.parametrize("changes, lines", [
     ({}, ["7 RUNNING c1", "1 d 01:00:00 of 3 d 00:00:00", "2 of 80", "2 of study from c2", "mala, 7.6 MiB",
-          "5.0 GiB free of 10.0 GiB", "There was no outage.", "The studies are those of the server that runs."]),
+          "5.0 GiB free of 10.0 GiB", "There was no outage.", "The studies were read from the running server."]),
     ({"job": None, "server": None}, ["none in the queue: the server is not running", "none: the server accepts no",
-                                     "No server runs: a temporary server has read the studies."]),
-    ({"server": None}, ["No server runs yet: the studies are those of the last report, if there was one."]),
+                                     "The server is not running: a temporary server has read the studies."]),
+    ({"server": None}, ["The server is not running yet: the studies are those of the last report, if any."]),
     ({"log": {**LOG, "since": None}}, ["There are no events of a server job yet."]),
     ({"log": {**LOG, "outages": [{"began": 100, "ended": 161, "certain": True, "reason": "stopped by SIGTERM"},
                                  {"began": 200, "ended": 260, "certain": False, "reason": ""},
