@@ -145,11 +145,11 @@ def text_of(found: dict[str, float], place: str, where: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path, nargs="?", help="the page with the marks; without it the table is printed")
+    parser.add_argument("page", type=Path, nargs="?", help="page to update; by default the table is printed")
     parser.add_argument("--place", choices=PLACES[:2], default=PLACES[0] if os.geteuid() else PLACES[1],
                         help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="how long (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a minute, to see that all of it works")
+    parser.add_argument("--quick", action="store_true", help="a test run of one minute")
     arguments = parser.parse_args()
     bury_children_of_others()
     with contextlib.ExitStack() as stack:

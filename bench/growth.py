@@ -190,11 +190,11 @@ def workers_table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path, nargs="?", help="the page with the marks; without it the table is printed")
+    parser.add_argument("page", type=Path, nargs="?", help="page to update; by default the table is printed")
     parser.add_argument("--place", choices=PLACES, default=PLACES[0] if os.geteuid() else PLACES[1],
                         help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=1, help="how often all is measured (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="with little, to see that all of it works")
+    parser.add_argument("--repeats", type=int, default=1, help="number of measurements (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a small test run")
     arguments = parser.parse_args()
     counts = QUICK if arguments.quick else WHOLE
     bury_children_of_others()

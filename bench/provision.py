@@ -428,15 +428,15 @@ def profiles(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path, nargs="?", help="the page with the marks; without it the table is printed")
+    parser.add_argument("page", type=Path, nargs="?", help="page to update; by default the table is printed")
     parser.add_argument("--places", nargs="+", default=PLACES if not os.geteuid() else PLACES[:1], metavar="PLACE",
                         help="local, or mini+N for N ms (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="how often all is measured (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="once, to see that all of it works")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="number of measurements (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a test run with one measurement")
     arguments = parser.parse_args()
     for place in arguments.places:
         if not re.fullmatch(r"local|mini\+[0-9]{1,4}", place):
-            parser.error(f"--places: {place} is none; allowed are local and mini+N, with N milliseconds")
+            parser.error(f"--places: {place} is not allowed; local and mini+N, with N milliseconds")
     bury_children_of_others()
     results: dict[str, list[dict[str, Any]]] = {place: [] for place in arguments.places}
     with tempfile.TemporaryDirectory(prefix="hpc-db-bench-") as folder:

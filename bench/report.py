@@ -97,7 +97,7 @@ def write_page(path: Path, program: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("figures", type=Path, help="what bench/storage.py has written")
+    parser.add_argument("figures", type=Path, help="result file of bench/storage.py")
     parser.add_argument("page", type=Path, help="the page with the marks; the plot gets its name")
     arguments = parser.parse_args()
     content = json.loads(arguments.figures.read_text())

@@ -346,13 +346,13 @@ def machine(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("out", type=Path, help="output file, JSON")
     parser.add_argument("--root", type=Path, default=Path("~/hpc_db/hpc_db"), help="the instance directory")
     parser.add_argument("--client", type=Path, help="the client package's folder, unless it is installed")
     parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, help="how many (default: %(default)s)")
     parser.add_argument("--ways", nargs="+", help="only these storages")
     parser.add_argument("--processes", type=int, default=2 * (os.cpu_count() or 1), help="that workers share")
-    parser.add_argument("--quick", action="store_true", help="two workers for a moment, to see that all of it works")
+    parser.add_argument("--quick", action="store_true", help="a short test run with two workers")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit normally, so that our own server is stopped
     if arguments.client:
