@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Any, NamedTuple
 
-KILOBYTES = {"k": 1, "m": 1024, "g": 1024**2, "t": 1024**3}
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import megabytes
+
 # Measured, in megabytes: one TLS connection without sorting; PostgreSQL's own processes, the supervisor and a dump.
 CONNECTION_MB = 3
 BASE_MB = 128
@@ -38,14 +38,6 @@ class Sizes(NamedTuple):
     #: The maximum for one connection, and for all of PostgreSQL.
     each: int
     need: int
-
-
-def megabytes(memory: str | int, bare: int = 1024) -> int:
-    """Return a size such as ``16G`` in megabytes, 0 if it is invalid. A bare number has the unit ``bare`` kilobytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])b?)?", str(memory).strip(), re.ASCII | re.IGNORECASE)
-    if not found:
-        return 0
-    return int(float(found[1]) * (KILOBYTES[found[2].lower()] if found[2] else bare) / 1024)
 
 
 def sizes(settings: dict[str, Any]) -> Sizes:
