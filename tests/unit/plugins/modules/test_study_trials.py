@@ -119,7 +119,7 @@ def server(monkeypatch, optuna):
 
     def rows(database, query):
         schema, studies = databases[database]
-        if query == study_trials.DATABASES:
+        if query == _connection.DATABASES:
             return [(name,) for name in databases]
         if query == _optuna.HAS_SCHEMA:
             return [("version_info", "alembic_version") if schema else (None, None)]
