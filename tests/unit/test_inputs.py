@@ -91,7 +91,6 @@ MODULES: dict[str, dict[str, Any]] = {
             {"name": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}]},
         ],
     },
-    "optuna_study_info": {**SERVER, "database": "mala"},
     "postgres_info": {"bindir": "FOLDER/bin"},
     "python_env": {
         "path": "FOLDER/new/python", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"],
