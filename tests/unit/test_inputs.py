@@ -82,7 +82,6 @@ MODULES: dict[str, dict[str, Any]] = {
             {"name": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}]},
         ],
     },
-    "link_folder": {"path": "FOLDER/new/logs", "links": {"mine": "FOLDER/x"}},
     "optuna_import": {
         **SERVER, "database": "mala", "file": "FOLDER/study.log", "root": "FOLDER/root", "studies": ["be"], "name": "b",
     },
