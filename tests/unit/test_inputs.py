@@ -40,7 +40,7 @@ MODULES: dict[str, dict[str, Any]] = {
         "environment": "FOLDER/bin/python", "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels", "project":
         'name = "n"\nversion = "1"\nrequires-python = ">=3.9"\ndependencies = []', "files": {"n/a.py": "pass"},
     },
-    "cluster_info": {"bin_dir": "FOLDER/bin", "urls": ["FOLDER/x"], "timeout": 5},
+    "cluster_info": {"bin_dir": "FOLDER/bin", "urls": ["FOLDER/x"]},
     "conda_env": {
         "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "channels": ["conda-forge"], "provider": "conda",
         "client": "FOLDER/bin/conda", "module_load": None, "package_cache": "FOLDER/cache",
