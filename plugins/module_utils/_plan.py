@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import megabytes
 
-KILOBYTES = {"k": 1, "m": 1024, "g": 1024**2, "t": 1024**3}
 # Measured, in megabytes: one TLS connection without sorting; PostgreSQL's own processes, the supervisor and a dump.
 CONNECTION_MB = 3
 BASE_MB = 128
@@ -59,14 +59,6 @@ class Sizes(NamedTuple):
     #: The maximum for one connection, and for all of PostgreSQL.
     each: int
     need: int
-
-
-def megabytes(memory: str | int, bare: int = 1024) -> int:
-    """Return a size such as ``16G`` in megabytes, 0 if it is invalid. A bare number has the unit ``bare`` kilobytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])b?)?", str(memory).strip(), re.ASCII | re.IGNORECASE)
-    if not found:
-        return 0
-    return int(float(found[1]) * (KILOBYTES[found[2].lower()] if found[2] else bare) / 1024)
 
 
 def sizes(settings: dict[str, Any]) -> Sizes:
