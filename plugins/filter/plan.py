@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: plan
-short_description: What follows from the settings of an instance
+short_description: Derive values from the settings of an instance
 version_added: 0.1.0
 description:
   - Returns PostgreSQL's sizes and access rules, the workers' service entries, and the databases' URLs. The roles share

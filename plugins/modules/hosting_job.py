@@ -70,8 +70,8 @@ options:
     default: {}
   memory:
     description:
-      - The memory of the job, such as V(16G), unless O(options) set it. With it the job gets all that the server job
-        needs from the scheduler, where O(options) do not say something else. It runs alone among the jobs of its name
+      - The memory of the job, such as V(16G), unless O(options) set it. With this option the job gets all options that
+        the server job needs; those in O(options) win. It runs alone among the jobs of its name
         (C(dependency=singleton)), gets a signal before its walltime, and is queued again after a failure of its node
         only without O(chain).
     type: str
