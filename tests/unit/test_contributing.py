@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""roles/README.md lists all that the roles share, and CONTRIBUTING.md shows the imports as they are."""
+"""roles/README.md lists all that the roles share; CONTRIBUTING.md has the current counts and imports."""
 
 from __future__ import annotations
 
@@ -147,3 +147,10 @@ def test_picture_of_the_imports_is_current(counts: ModuleType) -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
 
     assert f"```mermaid\n{counts.mermaid(counts.imports())}\n```\n" in text, "paste the output of tools/counts --graph"
+
+
+def test_counts_of_files_are_current(counts: ModuleType) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for change in counts.CHANGES:
+        number = len(counts.places_of(change)["code"])
+        assert f"| {change.kind} | `{change.example}` | {number} | {change.goal} |\n" in text
