@@ -56,8 +56,8 @@ options:
     type: path
   options:
     description:
-      - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time). With
-        O(scheduler=gridengine), options of C(qsub), such as C(q), C(pe), or C(l) with resources such as C(h_rt).
+      - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time), or of
+        the command that O(scheduler) names.
       - V(true) passes the bare flag. V(false) and V(null) omit it.
       - Times need quotes. YAML reads a bare C(72:00:00) as the number 259200, which Slurm would read as minutes, so it
         is refused.
