@@ -153,4 +153,5 @@ def test_counts_of_files_are_current(counts: ModuleType) -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     for change in counts.CHANGES:
         number = len(counts.places_of(change)["code"])
-        assert f"| {change.kind} | `{change.example}` | {number} | {change.goal} |\n" in text
+        row = f"| {change.kind} | `{change.example}` | {number} | {change.goal} |\n"
+        assert row in text, f"CONTRIBUTING.md lacks the row {row}"
