@@ -64,10 +64,11 @@ def shared() -> dict[str, set[str]]:
     """Return the entries that tasks add themselves, each with its files."""
     found: dict[str, set[str]] = {}
     for file, task in all_tasks():
-        values = task.get(SHARE, {}).get("values", "")
-        for name in re.findall(r"'(\w+)':", values):
+        values = task.get(SHARE, {}).get("values", {})
+        names = list(values) if isinstance(values, dict) else re.findall(r"'(\w+)':", values)
+        for name in names:
             found.setdefault(name, set()).add(file)
-        assert not values or "'" in values or "mala.hpc_db.plan" in values, f"{file}: {task['name']}"
+        assert SHARE not in task or names or "mala.hpc_db.plan" in values, f"{file}: {task['name']}"
     return found
 
 
