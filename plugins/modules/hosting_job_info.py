@@ -140,7 +140,7 @@ log_tail:
   type: list
   elements: str
 history:
-  description: What C(log/events.jsonl) says. V(null) unless O(history=true).
+  description: Outages and problems from C(log/events.jsonl). V(null) unless O(history=true).
   returned: success
   type: dict
   contains:
