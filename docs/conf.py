@@ -40,6 +40,7 @@ html_show_sphinx = False
 html_copy_source = False
 
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+PICTURE = re.compile(r"^```mermaid\n.*?^```\n", re.DOTALL | re.MULTILINE)
 SPECS = re.compile(r"roles/(\w+)/meta/argument_specs\.yml")
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ def contents(text: str) -> str:
 def read_source(_app: Sphinx, docname: str, source: list[str]) -> None:
     """Turn what is Markdown for everybody into what Sphinx needs."""
     if not docname.startswith("reference/"):
-        source[0] = turn_links(docname, source[0])
+        page = f"{GALAXY['repository']}/blob/main/{ELSEWHERE.get(docname, f'docs/{docname}.md')}"
+        source[0] = PICTURE.sub(f"[The picture is in the repository.]({page})\n", turn_links(docname, source[0]))
     if docname == "index":
         source[0] += "\n" + contents(source[0])
 

@@ -25,6 +25,8 @@ options:
   scheduler:
     description:
       - Scheduler that runs the job.
+      - V(gridengine) submits with C(qsub). Job options are those of C(qsub), such as C(q), C(pe), or C(l) with
+        resources such as C(h_rt).
       - V(local) is a single machine without a scheduler. The job is a background process of this user.
     type: str
     choices: [slurm, local, gridengine]

@@ -16,7 +16,7 @@ description:
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: The settings and what follows from them, C(hpc_db).
+    description: The settings and the values derived from them, C(hpc_db).
     type: dict
     required: true
   ssh:

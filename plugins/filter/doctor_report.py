@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: doctor_report
-short_description: What the doctor has found on a login node and a compute node
+short_description: Findings of the doctor on a login node and a compute node
 version_added: 0.1.0
 description:
   - Returns the findings of the doctor, by the place where it looked.

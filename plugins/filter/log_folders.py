@@ -51,7 +51,7 @@ EXAMPLES = r"""
 RETURN = r"""
 _value:
   description:
-    - C(links) has the path of each folder on the workstation by its name, as M(mala.hpc_db.link_folder) takes it.
+    - C(links) has the path of each folder on the workstation by its name.
     - C(mount) and C(copy) are lists of the folders that have to be mounted or copied, each with its C(name), its path
       C(src) on the cluster, and its path C(dest) on the workstation.
   type: dict

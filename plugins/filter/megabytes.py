@@ -39,7 +39,7 @@ _value:
   type: int
 """
 
-from ansible_collections.mala.hpc_db.plugins.module_utils._plan import megabytes
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import megabytes
 
 
 class FilterModule:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: plan
-short_description: What follows from the settings of an instance
+short_description: Derive values from the settings of an instance
 version_added: 0.1.0
 description:
   - Returns PostgreSQL's sizes and access rules, the workers' service entries, and the databases' URLs. The roles share
@@ -60,8 +60,8 @@ _value:
     - C(worker) has C(folder), C(url), C(python), C(program) and C(outage) of the workers' job script. C(outage) is in
       seconds, or an empty text if workers do not wait for the server.
     - C(lock_file) and C(stage) are on the workstation, the latter the folder for packages that are staged there.
-    - C(base_python) is the Python from which environments are made, and C(embedded_wheel) the requirement of the
-      provider embedded.
+    - C(base_python) is the Python from which environments are made, and C(embedded_wheel) the requirement of
+      PostgreSQL's wheel.
     - C(conda_environments) and C(python_environments) are those to install, the latter with the management environment
       last. C(staged) and C(wheelhouse) are the folders of staged packages and of wheels on the login node, and C(lock)
       is the text of the lock file.

@@ -29,6 +29,8 @@ LIMITS = {
     "keepalives_count": 3,
     "tcp_user_timeout": 20000,
 }
+# The names of all databases that can contain studies.
+DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
 
 
 class Unreachable(Exception):

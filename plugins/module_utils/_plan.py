@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import megabytes
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import DEFAULTS
 
-KILOBYTES = {"k": 1, "m": 1024, "g": 1024**2, "t": 1024**3}
 # Measured, in megabytes: one TLS connection without sorting; PostgreSQL's own processes, the supervisor and a dump.
 CONNECTION_MB = 3
 BASE_MB = 128
@@ -59,14 +60,6 @@ class Sizes(NamedTuple):
     #: The maximum for one connection, and for all of PostgreSQL.
     each: int
     need: int
-
-
-def megabytes(memory: str | int, bare: int = 1024) -> int:
-    """Return a size such as ``16G`` in megabytes, 0 if it is invalid. A bare number has the unit ``bare`` kilobytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])b?)?", str(memory).strip(), re.ASCII | re.IGNORECASE)
-    if not found:
-        return 0
-    return int(float(found[1]) * (KILOBYTES[found[2].lower()] if found[2] else bare) / 1024)
 
 
 def sizes(settings: dict[str, Any]) -> Sizes:
@@ -360,27 +353,24 @@ def supervisor(settings: dict[str, Any], owner: str, root: str) -> dict[str, Any
         "connections": settings["server_proxy_connections"], "listen": settings["postgres_listen_addresses"],
         "certificate": f"{root}/secrets/proxy.crt", "key": f"{root}/secrets/proxy.key",
     }
+    # Settings that it gets as they are, under their names without the role's prefix.
+    passed = {name: settings[f"server_{name}"] for name in DEFAULTS if f"server_{name}" in settings}
     return {
+        **passed,
         "instance": settings["instance_name"],
         "cluster": settings["instance_cluster"],
         "scheduler": settings["server_scheduler"],
-        "bin_dir": settings["server_bin_dir"],
         "bindir": where["bindir"],
         "data": where["data"],
         "config": f"{root}/{where['config']}",
         "port": settings["postgres_port"],
         "advertise": settings["server_address"],
         "socket_parent": settings["server_socket_parent"],
-        "lease_ttl": settings["server_lease_ttl"],
         "service": services["direct"],
         "databases": [each["name"] for each in settings["databases_studies"]],
         "job_name": settings["server_job_name"],
         "chain": chain,
         "successor": successor if chain else {},
-        "stop_notice": settings["server_stop_notice"],
-        "restarts": settings["server_restarts"],
-        "dump_minutes": settings["server_dump_minutes"],
-        "dump_keep": settings["server_dump_keep"],
         "pooler": pooler if settings["server_pooler"] else {},
         "proxy": proxy if settings["server_proxy"] else {},
     }

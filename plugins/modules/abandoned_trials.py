@@ -135,7 +135,6 @@ from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import
 REVISION = "v3.2.0.a"
 
 STUDIES = "SELECT study_name FROM studies"
-DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
 TRIALS = """
 SELECT study_name, number, trials.trial_id, datetime_start::text, extract(epoch FROM datetime_start)::float, value_json,
        extract(epoch FROM now() AT TIME ZONE 'UTC' - heartbeat)::float
@@ -201,7 +200,7 @@ def running_trials(params: dict) -> tuple[list[_workers.Trial], list[str]]:
     An unreadable database is an error if no other database has studies or one of its studies is selected.
     """
     with _connection.connect(params, params["database"]) as connection:
-        databases = [name for name, in _connection.rows(connection, DATABASES)]
+        databases = [name for name, in _connection.rows(connection, _connection.DATABASES)]
     found: dict[str, tuple[list[str], list[_workers.Trial]]] = {}
     unreadable: list[str] = []
     for database in databases:

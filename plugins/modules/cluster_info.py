@@ -13,7 +13,7 @@ author: mala.hpc_db contributors (@mala-project)
 description:
   - Queries Slurm for partitions, limits and accounts, and the login node for file systems and conda clients. Checks
     whether package sources can be reached, and proposes options for a job.
-  - Unknown values are empty or V(null). No job is submitted.
+  - Unknown values are empty or V(null). No job is submitted. Each command, and each source, may take 15 seconds.
 options:
   bin_dir:
     description: Folder of Slurm's commands. Needed if it is neither on the PATH nor on that of a login shell.
@@ -34,10 +34,6 @@ options:
     description: Folder of Python packages on the login node. If given, it is checked instead of O(index_url).
     type: str
     default: ""
-  timeout:
-    description: Timeout in seconds for each command and each source.
-    type: int
-    default: 15
 extends_documentation_fragment:
   - mala.hpc_db.attributes
 attributes:
@@ -234,6 +230,8 @@ SHORT_JOB_NODES = 2
 SHORT_JOB_SHARE = {"mem": "512M", "cpus-per-task": 1}
 # A default partition with a shorter time limit than this is meant for tests.
 SHORT_SECONDS = 3600
+# Timeout in seconds for each command and each source.
+TIMEOUT = 15
 
 
 def look(params: dict, run: Run, run_slurm: Run, fetch: Callable[[str], str]) -> dict:
@@ -439,13 +437,13 @@ def other_mounts(table: Path, known: list[str]) -> list[str]:
         folder == path or folder.startswith(f"{path}/") for folder in known)]
 
 
-def fetch_url(url: str, timeout: int) -> str:
+def fetch_url(url: str) -> str:
     """Return why this host cannot reach a URL; empty if it can."""
     if url.startswith(("file:", "/")):
         path = re.sub("^file:/*", "/", url)
         return "" if os.path.exists(path) else f"there is no {path}"
     try:
-        open_url(url, method="HEAD", timeout=timeout).close()
+        open_url(url, method="HEAD", timeout=TIMEOUT).close()
     except (OSError, ValueError, http.client.HTTPException, UrlError) as error:
         return " ".join(str(getattr(error, "reason", error)).split()) or error.__class__.__name__
     return ""
@@ -459,25 +457,23 @@ def main() -> None:
             "channels": {"type": "list", "elements": "str"},
             "index_url": {"type": "str", "default": ""},
             "wheelhouse": {"type": "str", "default": ""},
-            "timeout": {"type": "int", "default": 15},
         },
         supports_check_mode=True,
     )
-    timeout = module.params["timeout"]
 
     def run(command: list) -> str:
-        limited = ["timeout", "--kill-after=5", str(timeout), *command]
+        limited = ["timeout", "--kill-after=5", str(TIMEOUT), *command]
         code, stdout, _stderr = module.run_command(limited, expand_user_and_vars=False)
         return stdout if code == 0 else ""
 
     def run_slurm(command: list) -> str:
         try:
-            done = call(command, SCHEDULERS["slurm"].environment(os.environ, ""), timeout)
+            done = call(command, SCHEDULERS["slurm"].environment(os.environ, ""), TIMEOUT)
         except (OSError, subprocess.TimeoutExpired):
             return ""
         return done.stdout if done.returncode == 0 else ""
 
-    module.exit_json(**look(module.params, run, run_slurm, lambda url: fetch_url(url, timeout)))
+    module.exit_json(**look(module.params, run, run_slurm, fetch_url))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ attributes:
   diff_mode:
     support: none
     description: Only the number and the size of the files are reported.
+notes:
+  - C(ansible.posix.synchronize) cannot replace this module. It shows no progress, and rsync then fails if the login
+    shell on the target prints text.
 options:
   src:
     description: Absolute path of the folder on the target, taken literally.

@@ -56,8 +56,8 @@ options:
     type: path
   options:
     description:
-      - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time). With
-        O(scheduler=gridengine), options of C(qsub), such as C(q), C(pe), or C(l) with resources such as C(h_rt).
+      - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time), or of
+        the command that O(scheduler) names.
       - V(true) passes the bare flag. V(false) and V(null) omit it.
       - Times need quotes. YAML reads a bare C(72:00:00) as the number 259200, which Slurm would read as minutes, so it
         is refused.
@@ -70,8 +70,8 @@ options:
     default: {}
   memory:
     description:
-      - The memory of the job, such as V(16G), unless O(options) set it. With it the job gets all that the server job
-        needs from the scheduler, where O(options) do not say something else. It runs alone among the jobs of its name
+      - The memory of the job, such as V(16G), unless O(options) set it. With this option the job gets all options that
+        the server job needs; those in O(options) win. It runs alone among the jobs of its name
         (C(dependency=singleton)), gets a signal before its walltime, and is queued again after a failure of its node
         only without O(chain).
     type: str

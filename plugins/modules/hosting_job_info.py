@@ -82,6 +82,9 @@ endpoint:
     tls:
       description: Whether connections over the network use TLS.
       type: bool
+    connect_params:
+      description: Parameters of libpq that prevent a rogue server from collecting or relaying the password.
+      type: dict
     since:
       description: Start of this state in seconds since 1970.
       type: float
@@ -137,7 +140,7 @@ log_tail:
   type: list
   elements: str
 history:
-  description: What C(log/events.jsonl) says. V(null) unless O(history=true).
+  description: Outages and problems from C(log/events.jsonl). V(null) unless O(history=true).
   returned: success
   type: dict
   contains:
@@ -174,6 +177,7 @@ import os
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
@@ -207,13 +211,19 @@ def look(params: dict, run: Run) -> dict:
     return {
         "changed": False,
         "job": job,
-        "endpoint": endpoint if serving else None,
+        "endpoint": _published(endpoint) if endpoint and serving else None,
         "state": state,
         "idle_nodes": find_idle_nodes(params, run) if params["nodes"] else None,
         "disk": _disk(params["root"]),
         "history": events.account(events.read(params["root"])) if params["history"] else None,
         "log_tail": _log_tail(layout.log) if troubled else None,
     }
+
+
+def _published(endpoint: dict) -> dict:
+    """Return the endpoint with the parameters of a safe connection."""
+    tls = endpoint.get("tls", True)
+    return {**endpoint, "tls": tls, "connect_params": _connection.safety(endpoint["host"], tls)}
 
 
 def _disk(path: str) -> dict | None:

@@ -59,7 +59,7 @@ attributes:
   diff_mode:
     support: full
 seealso:
-  - module: mala.hpc_db.optuna_study_info
+  - module: mala.hpc_db.optuna_study
 """
 
 EXAMPLES = r"""

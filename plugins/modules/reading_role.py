@@ -12,7 +12,8 @@ short_description: Create a read-only PostgreSQL role
 description:
   - Creates a role that may log in and read all tables of some databases, including tables that are created later.
   - The role owns nothing, cannot create tables (not even temporary ones), and cannot read password hashes. Its
-    transactions are read-only by default, so that a program that tries to write gets a clear error.
+    transactions are read-only by default, so that a program that tries to write gets a clear error. It can have 10
+    connections at the same time.
   - All privileges are granted directly. The role is not a member of C(pg_read_all_data), which can also read password
     hashes.
   - In these databases only O(writer) and superusers may call functions with which even a read-only role could fill the
@@ -35,10 +36,6 @@ options:
     type: list
     elements: str
     required: true
-  connections:
-    description: Maximum number of simultaneous connections of the role.
-    type: int
-    default: 10
 extends_documentation_fragment:
   - mala.hpc_db.attributes
   - mala.hpc_db.connection
@@ -137,16 +134,18 @@ FROM pg_roles reader WHERE rolname = %s
 
 # SQL with a placeholder for each name, and the names.
 Statement = tuple[str, list[str]]
-ALTER = "ALTER ROLE {{}} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS CONNECTION LIMIT {}"
+CONNECTIONS = 10
+ATTRIBUTES = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS"
+ALTER = f"ALTER ROLE {{}} {ATTRIBUTES} CONNECTION LIMIT {CONNECTIONS}"
 
 
 def for_role(params: dict, found: list[tuple]) -> list[Statement]:
     """Return the statements that create or correct the role. ``found`` are the rows of ROLE."""
-    role, limit = params["role"], params["connections"]
+    role = params["role"]
     harmless, connections, settings, databases = found[0] if found else (False, None, [], [])
     statements: list[Statement] = [] if found else [("CREATE ROLE {}", [role])]
-    if not harmless or connections != limit:
-        statements.append((ALTER.format(int(limit)), [role]))
+    if not harmless or connections != CONNECTIONS:
+        statements.append((ALTER, [role]))
     # A role may change its own settings.
     if {setting.partition("=")[0] for setting in settings} - SETTINGS.keys():
         statements.append(("ALTER ROLE {} RESET ALL", [role]))
@@ -211,8 +210,6 @@ def bring(params: dict, database: str, check_mode: bool) -> list[str]:
 
 def ensure_reader(params: dict, check_mode: bool) -> dict:
     """Bring the role and its rights to the wanted state."""
-    if params["connections"] < 1:
-        raise ValueError(f"connections: {params['connections']} is not allowed; 1 or more")
     said = [
         f"{database}: {statement}"
         for database in [MAINTENANCE, *params["databases"]]
@@ -232,7 +229,6 @@ def main() -> None:
             "role": {"type": "str", "required": True},
             "writer": {"type": "str", "required": True},
             "databases": {"type": "list", "elements": "str", "required": True},
-            "connections": {"type": "int", "default": 10},
             **_connection.CONNECTION_OPTIONS,
         },
         supports_check_mode=True,

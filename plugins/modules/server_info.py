@@ -123,9 +123,8 @@ SELECT pid, coalesce(host(client_addr), ''), coalesce(usename, '-'), coalesce(da
        extract(epoch FROM clock_timestamp() - backend_start)::float
 FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() ORDER BY pid
 """
-DATABASES = """
-SELECT datname, pg_database_size(oid) FROM pg_database
-WHERE NOT datistemplate AND datallowconn ORDER BY datname
+SIZES = f"""
+SELECT datname, pg_database_size(oid) FROM pg_database WHERE datname IN ({_connection.DATABASES}) ORDER BY datname
 """
 TRIALS = """
 SELECT study_name, lower(state::text), count(trial_id)
@@ -202,7 +201,7 @@ def read_server(params: dict) -> dict:
     with _connection.connect(params, params["database"]) as connection:
         (maximum, version) = _connection.rows(connection, SETTINGS)[0]
         sessions = _connection.rows(connection, SESSIONS)
-        databases = [{"name": name, "size": size} for name, size in _connection.rows(connection, DATABASES)]
+        databases = [{"name": name, "size": size} for name, size in _connection.rows(connection, SIZES)]
     studies: list[dict[str, Any]] = []
     unreadable: list[str] = []
     for database in databases:

@@ -11,8 +11,8 @@ module: share
 short_description: Add entries to the dictionary that the roles share
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Returns a dictionary with more entries. Registered as C(hpc_db), it tells the roles that follow what one role has
-    found. C(roles/README.md) lists the entries.
+  - Returns a dictionary with more entries. Registered as C(hpc_db), it passes the results of one role to the following
+    roles. C(roles/README.md) lists the entries.
 attributes:
   action:
     support: full
@@ -25,7 +25,7 @@ attributes:
     description: Nothing is ever changed.
 options:
   known:
-    description: The dictionary as it is.
+    description: Current dictionary.
     type: dict
     required: true
   values:

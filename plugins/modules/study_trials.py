@@ -81,7 +81,6 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import enco
 from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import write_atomically
 
-DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
 STUDIES = "SELECT study_name FROM studies ORDER BY study_name"
 
 
@@ -199,7 +198,7 @@ def read_studies(params: dict, database: str, names: list[str]) -> tuple[list[di
 def read_all(params: dict) -> dict[str, Any]:
     """Return all studies, and why some are missing."""
     with _connection.connect(params, params["database"]) as connection:
-        databases = [name for name, in _connection.rows(connection, DATABASES)]
+        databases = [name for name, in _connection.rows(connection, _connection.DATABASES)]
     studies: list[dict[str, Any]] = []
     problems: list[str] = []
     for database in databases:

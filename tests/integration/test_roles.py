@@ -194,7 +194,7 @@ HARMFUL = [
 def reader(server: Server) -> dict:
     """The read-only role of the database mala, as the playbook leaves it."""
     passwords_of(server, rotate=False)
-    reader = {"role": "reader", "writer": "study", "databases": ["mala"], "connections": 10}
+    reader = {"role": "reader", "writer": "study", "databases": ["mala"]}
     params = {**server.where(), "tls": False, **reader}
     planned = reading_role.ensure_reader(params, check_mode=True)
     done = reading_role.ensure_reader(params, check_mode=False)

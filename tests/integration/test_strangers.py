@@ -85,7 +85,7 @@ def module(which: str, **options: object) -> Command:
 
 
 def community(which: str, **options: object) -> Command:
-    """Return the command that runs a module of community.postgresql, with the login of the role ``databases``."""
+    """Return the command that runs a module of community.postgresql, with the login that the roles use."""
 
     def command(place: Place) -> list[str]:
         safe = {**_connection.safety("127.0.0.1", place.tls), "passfile": str(place.folder / "pgpass")}
@@ -114,7 +114,6 @@ OPENERS: dict[str, list[Command]] = {
         module("optuna_import", database="postgres", root="FOLDER/root", file="FOLDER/study.log"),
     ],
     "plugins/modules/optuna_study.py": [module("optuna_study", databases=[{"name": "postgres"}])],
-    "plugins/modules/optuna_study_info.py": [module("optuna_study_info", database="postgres")],
     "plugins/modules/reading_role.py": [
         module("reading_role", role="reader", writer=OWNER, databases=["postgres"]),
     ],
@@ -123,6 +122,9 @@ OPENERS: dict[str, list[Command]] = {
     "plugins/modules/study_dump.py": [module("study_dump", root="FOLDER/root", database="postgres")],
     "plugins/modules/study_trials.py": [
         module("study_trials", database="postgres", path="FOLDER/trials.json.gz"),
+    ],
+    "roles/dashboard/tasks/start.yml": [
+        community("postgresql_query", login_db="postgres", query="SELECT study_name FROM studies LIMIT 0"),
     ],
     "roles/databases/tasks/ensure.yml": [
         community("postgresql_user", login_db="postgres", name="study"),

@@ -165,14 +165,23 @@ def left(workstation: Workstation) -> str:
 def test_bad_input_is_refused(workstation: Workstation) -> None:
     bad = {"tensorboard_logs": [{"name": "a b", "path": "runs"}], "tensorboard_reload_interval": 0}
     absent = {"tensorboard_logs": [{"name": "absent", "path": "~/$(touch canary)"}]}
+    used = {"tensorboard_logs": [{"name": "home", "path": "~"}], "tensorboard_root": "~/used"}
+    workstation.run("mkdir -p used/logs/mine; ln -s nowhere used/logs/other")
 
     refused = " ".join(workstation.play("tensorboard", bad).stdout.split())
     missed = " ".join(workstation.play("tensorboard", absent).stdout.split())
+    kept = [
+        " ".join(workstation.play("tensorboard", {**used, "tensorboard_state": state}).stdout.split())
+        for state in ("started", "stopped")
+    ]
 
     assert "tensorboard_logs: a b is not allowed; unique names of letters, digits" in refused
     assert "tensorboard_logs: runs is not allowed; each path begins with / or ~/" in refused
     assert "tensorboard_reload_interval: 0 is not allowed; 1 second or more" in refused
     assert "tensorboard_logs: ~/$(touch canary) is not a folder on mini; give an existing one" in missed
+    for said in kept:
+        assert re.search(r"tensorboard_root: /\S+/used/logs/mine is not a link; move it away, or give", said), said
+    assert workstation.run("ls -A used; ls used/logs").split() == ["logs", "mine", "other"]
     assert workstation.run("ls -d .local || :") == ""
 
 
@@ -233,6 +242,12 @@ def test_stop_leaves_nothing(workstation: Workstation) -> None:
     found = left(workstation)
     assert "/mounts/beryllium " in found and "tensorboard.main" in found
     assert "/mounts/aluminium " not in found, found
+
+    links = workstation.run(f"find {FOLDER}/logs -type l -printf '%f %l'")
+    assert re.fullmatch(rf"beryllium /\S+/{FOLDER}/mounts/beryllium", links.strip()), links
+    planned = workstation.play("tensorboard", {"tensorboard_state": "stopped"}, "--check")
+    assert re.search(r"^mini .* changed=[1-9].* failed=0 ", planned.stdout, re.MULTILINE), planned.stdout
+    assert workstation.run(f"find {FOLDER}/logs -type l -printf '%f %l'") == links and left(workstation) == found
 
     stopped = workstation.play("tensorboard", {"tensorboard_state": "stopped"})
 

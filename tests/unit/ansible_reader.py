@@ -105,7 +105,8 @@ def settings(given: dict, roles: list[str] | None) -> dict[str, Any]:
     """Return the settings in a play with these roles."""
     from ansible_collections.mala.hpc_db.plugins.action.settings import find_settings
 
-    folders = [path for path in sorted((ROOT / "roles").iterdir()) if roles is None or path.name in roles]
+    every = sorted(path for path in (ROOT / "roles").iterdir() if path.is_dir())
+    folders = [path for path in every if roles is None or path.name in roles]
     templar, variables, trust, loader = templar_of(folders, {})
     variables.update({name: as_in_a_file(value, trust, loader) for name, value in given.items()})
     variables.update(inventory_hostname="mini", ansible_playbook_python=sys.executable)

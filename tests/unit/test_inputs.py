@@ -40,8 +40,8 @@ MODULES: dict[str, dict[str, Any]] = {
         "environment": "FOLDER/bin/python", "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels", "project":
         'name = "n"\nversion = "1"\nrequires-python = ">=3.9"\ndependencies = []', "files": {"n/a.py": "pass"},
     },
-    "cluster_info": {"bin_dir": "FOLDER/bin", "channels": ["FOLDER/x"], "wheelhouse": "FOLDER/wheels", "timeout": 5},
-    "cluster_info index": {"bin_dir": "FOLDER/bin", "index_url": "file:FOLDER/x", "timeout": 5},
+    "cluster_info": {"bin_dir": "FOLDER/bin", "channels": ["FOLDER/x"], "wheelhouse": "FOLDER/wheels"},
+    "cluster_info index": {"bin_dir": "FOLDER/bin", "index_url": "file:FOLDER/x"},
     "conda_env": {
         "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "channels": ["conda-forge"], "provider": "conda",
         "client": "FOLDER/bin/conda", "module_load": None, "package_cache": "FOLDER/cache",
@@ -78,7 +78,6 @@ MODULES: dict[str, dict[str, Any]] = {
     "job_script_check": {
         **JOB, "script": "FOLDER/root/job.sh", "options": {"partition": "work"}, "setting": "workers_job_options",
     },
-    "link_folder": {"path": "FOLDER/new/logs", "links": {"mine": "FOLDER/x"}},
     "optuna_import": {
         **SERVER, "database": "mala", "file": "FOLDER/study.log", "root": "FOLDER/root", "studies": ["be"], "name": "b",
     },
@@ -87,7 +86,6 @@ MODULES: dict[str, dict[str, Any]] = {
             {"name": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}]},
         ],
     },
-    "optuna_study_info": {**SERVER, "database": "mala"},
     "postgres_info": {"bindir": "FOLDER/bin"},
     "python_env": {
         "path": "FOLDER/new/python", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"],

@@ -8,8 +8,9 @@ from . import files
 from .layout import Layout
 from .lease import DEFAULT_TTL
 
-# Each value gets the type of its default, since ansible-core before 2.19 writes numbers as text. The role server sets
-# the first group on each run; the others are for tests, and for a file from an older release.
+# Each value gets the type of its default, since ansible-core before 2.19 writes numbers as text. On each run, a name
+# that with the prefix server_ is a setting gets that setting's value, and the others up to "proxy" a derived one
+# (_plan.py). The rest is for tests, and for an older file.
 DEFAULTS: Dict[str, Any] = {
     "lease_ttl": DEFAULT_TTL,
     # Maximum restarts of PostgreSQL, or of a sidecar, within 10 minutes.

@@ -6,11 +6,13 @@ Nothing here runs a command. The modules and the supervisor share one class per 
 job and agree on which job has ended.
 """
 
+import re
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 # The variables that every scheduler's commands get. All others are left out: SQUEUE_PARTITION in a .bashrc hides jobs,
 # and a job submitted inside another job would inherit the variables that describe that job.
 INHERITED = ("HOME", "KRB5CCNAME", "LD_LIBRARY_PATH", "LOGNAME", "PATH", "SHELL", "TZ", "USER")
+KILOBYTES = {"k": 1, "m": 1024, "g": 1024**2, "t": 1024**3}
 
 
 class Job(NamedTuple):
@@ -24,11 +26,18 @@ class Job(NamedTuple):
     name: str
 
 
-
 def build_environment(variables: Mapping[str, str], names: Sequence[str]) -> Dict[str, str]:
     """Return the environment of a scheduler's commands; ``names`` are the variables that this scheduler also needs."""
     kept = {name: variables[name] for name in (*INHERITED, *names) if name in variables}
     return dict(kept, LC_ALL="C.UTF-8")  # the output is parsed
+
+
+def megabytes(memory: object, bare: int = 1024) -> int:
+    """Return a size such as ``16G`` in megabytes, 0 if it is invalid. A bare number has the unit ``bare`` kilobytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])b?)?", str(memory).strip(), re.ASCII | re.IGNORECASE)
+    if not found:
+        return 0
+    return int(float(found[1]) * (KILOBYTES[found[2].lower()] if found[2] else bare) / 1024)
 
 
 class Scheduler:

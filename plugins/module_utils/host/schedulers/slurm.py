@@ -7,7 +7,7 @@ import re
 import shlex
 from typing import Dict, List, Mapping, Optional
 
-from .base import Job, Scheduler, build_environment
+from .base import Job, Scheduler, build_environment, megabytes
 
 # Options that the module sets itself, and options that make sbatch wait, print, or submit to another cluster.
 OWNED = (
@@ -290,12 +290,6 @@ def suffice(nodes: dict, options: dict) -> bool:
     """Return whether these nodes, each with its CPUs as the last field, are enough for all of the job's tasks."""
     cpus = whole(options.get("ntasks")) * whole(options.get("cpus-per-task"))
     return len(nodes) >= whole(options.get("nodes")) and sum(int(row[5]) for row in nodes.values()) >= cpus
-
-
-def megabytes(value: object) -> int:
-    """Return an amount of memory as sbatch reads it, in MB; 0 for none."""
-    found = re.fullmatch(r"(\d+)([KMGT]?)B?", str(value), re.ASCII | re.IGNORECASE)
-    return int(found[1]) * 1024 ** "KMGT".index(found[2].upper() or "M") // 1024 if found else 0
 
 
 def whole(value: object) -> int:

@@ -73,7 +73,6 @@ def test_every_default_is_found(ansible: Reader) -> None:
     for name, option in OPTIONS.items():
         if "{{" not in str(option.get("default", "{{")):
             assert found[name] == typed(option["default"], option, name)
-    assert found["databases_workers"] == 100
 
 
 def roles_of(playbook: Path) -> list[str]:
@@ -108,7 +107,6 @@ def test_no_playbook_forgets_its_settings(playbook: Path) -> None:
     ({"server_job_options": "mem=8G,exclusive=True"}, {"server_job_options": {"mem": "8G", "exclusive": True}}),
     ({"postgres_settings": "work_mem=4MB"}, {"postgres_settings": {"work_mem": "4MB"}}),
     ({"databases_studies": '[{"name":"a"},{"name":"b"}]'}, {"dashboard_databases": ["a", "b"]}),
-    ({"instance_workers": 10}, {"databases_workers": 10}),
     ({"server_job_name": "{{ 'my' ~ ' server_job_name' }}/server_job_name"},
      {"server_job_name": "my server_job_name/server_job_name"}),
     # 4096 MB minus 409 of shared buffers and 128 fixed, for 320 connections with 3 MB of their own

@@ -306,6 +306,13 @@ def test_supervisor_starts_only_the_sidecars_that_are_wanted():
     assert both["proxy"]["python"] == "/r/python/bin/python"
 
 
+def test_supervisor_gets_a_setting_under_its_own_name():
+    given = {"server_restarts": 3, "server_dump_minutes": 0, "server_bin_dir": "/opt", "server_scheduler": "local"}
+    told = plan({**SETTINGS, **given}, INSTANCE)["supervisor"]
+
+    assert (told["restarts"], told["dump_minutes"], told["bin_dir"], told["chain"]) == (3, 0, "/opt", False)
+
+
 def test_supervisor_knows_each_of_its_settings():
     told = plan(SETTINGS, INSTANCE)["supervisor"]
 

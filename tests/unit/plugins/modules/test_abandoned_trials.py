@@ -27,7 +27,7 @@ class FakeCluster:
         self.looks, self.running = [], set(range(len(names)))
 
     def rows(self, database, query, _values=()):
-        if query == abandoned_trials.DATABASES:
+        if query == _connection.DATABASES:
             return [("alice",), ("mala",), *((name,) for name in self.others)]
         if query == optuna_schema.HAS_SCHEMA:
             return [(None, None) if database == "alice" else ("version_info", "alembic_version")]

@@ -7,6 +7,7 @@ import os
 import shutil
 
 import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils._connection import safety
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError, find_idle_nodes
 from ansible_collections.mala.hpc_db.plugins.module_utils._slices import Slice, Waiting
 from ansible_collections.mala.hpc_db.plugins.modules import hosting_job
@@ -413,7 +414,8 @@ def test_info_knows_the_disk(tmp_path):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ('{"job": "1", "tls": false}', {"job": "1", "tls": False}), ('{"job": "1', None), ("", None), ("[1]", None),
+    ('{"job": "1", "host": "c1", "tls": false}', {"job": "1", "host": "c1", "tls": False}),
+    ('{"job": "1', None), ("", None), ("[1]", None),
     (b"\xff\xfe", None),
 ])
 def test_info_takes_half_a_file_for_none(text, expected, tmp_path):
@@ -423,7 +425,8 @@ def test_info_takes_half_a_file_for_none(text, expected, tmp_path):
 
     found = look(params(root=tmp_path), FakeSlurm(RUNNING))
 
-    assert (found["endpoint"], found["state"]) == (expected, expected)
+    assert found["state"] == expected
+    assert found["endpoint"] == (expected and {**expected, "connect_params": safety("c1", expected["tls"])})
     assert found["job"]["state"] == "RUNNING"
 
 

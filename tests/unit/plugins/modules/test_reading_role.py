@@ -18,7 +18,7 @@ from ansible_collections.mala.hpc_db.plugins.modules.reading_role import (
     for_database,
 )
 
-PARAMS = {"role": "reader", "writer": "study", "user": "alice", "databases": ["mala", "second"], "connections": 10}
+PARAMS = {"role": "reader", "writer": "study", "user": "alice", "databases": ["mala", "second"]}
 ATTRIBUTES = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS CONNECTION LIMIT 10"
 GRANTED = [
     'REVOKE TEMPORARY ON DATABASE "mala" FROM PUBLIC, "reader"',
@@ -141,8 +141,3 @@ def test_what_others_have_taken_or_left_open_is_mended():
         ("GRANT USAGE, CREATE ON SCHEMA public TO {}", ["study"]),
         ("REVOKE CREATE ON SCHEMA public FROM PUBLIC, {}", ["reader"]),
     ]
-
-
-def test_no_connection_at_all_is_refused():
-    with pytest.raises(ValueError, match="connections: 0 is not allowed; 1 or more"):
-        ensure_reader({**PARAMS, "connections": 0}, check_mode=False)

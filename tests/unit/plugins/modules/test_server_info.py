@@ -21,7 +21,7 @@ def server(monkeypatch):
             return [(320, "17.10")]
         if query == server_info.SESSIONS:
             return [(4711, "", "alice", "mala", "idle", 0.1, 0.2)]
-        if query == server_info.DATABASES:
+        if query == server_info.SIZES:
             return [(name, 100 + index) for index, name in enumerate(server)]
         if query == optuna_schema.HAS_SCHEMA:
             return [("version_info", "alembic_version") if isinstance(server[database], list) else (None, None)]

@@ -120,7 +120,7 @@ def server(monkeypatch, optuna):
 
     def rows(database, query):
         schema, studies = databases[database]
-        if query == study_trials.DATABASES:
+        if query == _connection.DATABASES:
             return [(name,) for name in databases]
         if query == optuna_schema.HAS_SCHEMA:
             return [("version_info", "alembic_version") if schema else (None, None)]
