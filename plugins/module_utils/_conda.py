@@ -162,29 +162,13 @@ def conda_command(
     ]
 
 
-def rattler_command(
-    python: str,
-    source: str,
-    prefix: str,
-    channels: list[str],
-    specs: list[Spec],
-    installed: dict[str, Package],
-    dry_run: bool,
-    host: dict | None = None,
-) -> list[str]:
-    """Return the call of the rattler helper, whose ``source`` is passed to the interpreter as an argument.
-
-    ``host`` is the result of ``describe_host``, if the environment is for another host.
-    """
+def solve_request(
+    channels: list[str], specs: list[Spec], installed: dict[str, Package], dry_run: bool, host: dict | None = None
+) -> dict:
+    """Return a request to the rattler helper. ``host`` is the result of ``describe_host``, if it is another host."""
     others = sorted(set(installed) - {spec.name for spec in specs})  # packages that are not requested would be removed
-    request = {
-        "prefix": prefix,
-        "channels": channels,
-        "specs": [*(spec.text for spec in specs), *others],
-        "dry_run": dry_run,
-        "host": host,
-    }
-    return [python, "-I", "-c", source, json.dumps(request)]
+    wanted = [*(spec.text for spec in specs), *others]
+    return {"channels": channels, "specs": wanted, "dry_run": dry_run, "host": host}
 
 
 def describe_host(platform: str, machine: str, release: str, glibc: str) -> dict:

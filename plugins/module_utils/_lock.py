@@ -10,7 +10,6 @@ conda, mamba and micromamba install the same list with ``create --prefix PREFIX 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -158,18 +157,10 @@ def install_command(client: str, create: bool, prefix: str, lock: str) -> list[s
     return [*verb_command(client, create), "-y", "-q", "--json", "-p", prefix, "--file", lock]
 
 
-def rattler_command(
-    python: str,
-    source: str,
-    prefix: str,
-    locked: list[Locked],
-    archives: str | None,
-    only_keep: bool,
-) -> list[str]:
-    """Return the call of the rattler helper: it installs the packages, from the folder ``archives`` if one is given.
+def install_request(locked: list[Locked], archives: str | None, only_keep: bool) -> dict:
+    """Return a request to the rattler helper: it installs the packages, from the folder ``archives`` if one is given.
 
     With ``only_keep`` it stores them in that folder instead.
     """
     packages = [{"url": each.url, "channel": each.channel, "kind": each.kind, "sum": each.sum} for each in locked]
-    request = {"prefix": prefix, "lock": packages, "into" if only_keep else "archives": archives}
-    return [python, "-I", "-c", source, json.dumps(request)]
+    return {"lock": packages, "into" if only_keep else "archives": archives}

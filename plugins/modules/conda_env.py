@@ -262,8 +262,8 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     parse_search,
     parse_spec,
     pins,
-    rattler_command,
     search_command,
+    solve_request,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils._marker import alone_at, rewrite
 from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import (
@@ -737,14 +737,14 @@ def client_command(
         if locked:
             return _lock.install_command(client, create, prefix, lock_file)
         return conda_command(client, create, prefix, channels, specs, dry_run)
-    source, python = inspect.getsource(_rattler_helper), params["rattler_python"]
     if locked:
-        return _lock.rattler_command(
-            python, source, prefix, locked, params["archives"], only_keep=params["state"] == "staged"
-        )
-    other = params["host"]
-    host = other and describe_host(platform_of(params), other["machine"], other["release"], other["glibc"])
-    return rattler_command(python, source, prefix, channels, specs, before or {}, dry_run, host)
+        request = _lock.install_request(locked, params["archives"], only_keep=params["state"] == "staged")
+    else:
+        other = params["host"]
+        host = other and describe_host(platform_of(params), other["machine"], other["release"], other["glibc"])
+        request = solve_request(channels, specs, before or {}, dry_run, host)
+    source = inspect.getsource(_rattler_helper)
+    return [params["rattler_python"], "-I", "-c", source, json.dumps({"prefix": prefix, **request})]
 
 
 def glibc_of(params: dict) -> str:

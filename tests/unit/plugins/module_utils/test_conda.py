@@ -27,8 +27,8 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     parse_search,
     parse_spec,
     pins,
-    rattler_command,
     search_command,
+    solve_request,
     unmet_need,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils._lock import install_command
@@ -140,12 +140,9 @@ def test_command_of_each_client(client: str, create: bool, verb: list[str], dry_
 
 
 def test_rattler_is_told_to_keep_what_is_there() -> None:
-    specs = [parse_spec("postgresql=17")]
+    request = solve_request(["c"], [parse_spec("postgresql=17")], BOTH, True)
 
-    command = rattler_command("/py", "import this", "/a b", ["c"], specs, BOTH, True)
-
-    assert command[:4] == ["/py", "-I", "-c", "import this"]
-    assert json.loads(command[4])["specs"] == ["postgresql=17", "libpq"]
+    assert request["specs"] == ["postgresql=17", "libpq"]
 
 
 def test_environment_of_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
