@@ -112,7 +112,7 @@ class FakeClient:
         installed = dict(path.name.split("-")[:2] for path in prefix.glob("conda-meta/*-h_0.json"))
         needs_postgresql = "postgresql" in {*installed, *(re.split("[<>=]", spec)[0] for spec in specs)}
         names = ["postgresql", "libpq"] if needs_postgresql else ["libpq"]
-        kept = {installed.get(name) for name in names}
+        kept = {installed.get(name, "") for name in names}
         version = kept.pop() if len(kept) == 1 and kept <= set(versions) else versions[-1]
         links = [{"dist_name": f"{name}-{version}-h_0", **record_of(name, version)} for name in names]
         if not dry_run:
