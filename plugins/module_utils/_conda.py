@@ -148,13 +148,17 @@ def verb_command(client: str, create: bool) -> list[str]:
 
 
 def conda_command(
-    client: str, create: bool, prefix: str, channels: list[str], specs: list[Spec], dry_run: bool
+    client: str, create: bool, prefix: str, channels: list[str], specs: list[Spec], dry_run: bool, skip: bool = False
 ) -> list[str]:
-    """Return the call of conda, mamba or micromamba. ``create`` deletes everything at ``prefix``."""
+    """Return the call of conda, mamba or micromamba. ``create`` deletes everything at ``prefix``.
+
+    With ``skip``, packages that satisfy the specs stay. Only conda itself needs an option for it.
+    """
     return [
         *verb_command(client, create),
         *("-y", "-q", "--json"),
         *(["--dry-run"] if dry_run else []),
+        *(["--satisfied-skip-solve"] if skip and client.rpartition("/")[2] == "conda" else []),
         "--override-channels",
         *(argument for channel in channels for argument in ("-c", channel)),
         *("-p", prefix),

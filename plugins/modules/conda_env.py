@@ -587,7 +587,8 @@ def plan_change(
     if params["update"] and before is not None and not params["locked"]:
         newest = plan(params, run, [*specs, *no_older(postgresql_of(before, note))], None, check_mode).packages
         return pins(newest), {**before, **newest}
-    planned = plan(params, run, specs, before, check_mode).packages
+    is_whole = before is not None and not note
+    planned = plan({**params, "is_whole": is_whole}, run, specs, before, check_mode).packages
     if before is None or note or params["locked"]:
         return specs, planned
     stays = set(planned) <= set(before) and all(planned[spec.name] == before[spec.name] for spec in specs)
@@ -736,7 +737,7 @@ def client_command(
         client, create = params["client"], before is None
         if locked:
             return _lock.install_command(client, create, prefix, lock_file)
-        return conda_command(client, create, prefix, channels, specs, dry_run)
+        return conda_command(client, create, prefix, channels, specs, dry_run, skip=params.get("is_whole", False))
     if locked:
         request = _lock.install_request(locked, params["archives"], only_keep=params["state"] == "staged")
     else:

@@ -116,17 +116,21 @@ def test_difference_names_only_what_differs() -> None:
     ],
 )
 @pytest.mark.parametrize(("dry_run", "dry"), [(True, ["--dry-run"]), (False, [])])
-def test_command_of_each_client(client: str, create: bool, verb: list[str], dry_run: bool, dry: list[str]) -> None:
+@pytest.mark.parametrize("skip", [False, True])
+def test_command_of_each_client(
+    client: str, create: bool, verb: list[str], dry_run: bool, dry: list[str], skip: bool
+) -> None:
     specs = [parse_spec("postgresql>=17,<18"), parse_spec("libpq")]
 
     assert install_command(client, create, "/a b", "/lock")[: len(verb) + 1] == [client, *verb]
-    assert conda_command(client, create, "/a b", ["conda-forge", "file:///c"], specs, dry_run) == [
+    assert conda_command(client, create, "/a b", ["conda-forge", "file:///c"], specs, dry_run, skip) == [
         client,
         *verb,
         "-y",
         "-q",
         "--json",
         *dry,
+        *(["--satisfied-skip-solve"] if skip and client.endswith("/conda") else []),
         "--override-channels",
         "-c",
         "conda-forge",

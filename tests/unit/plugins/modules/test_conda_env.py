@@ -334,6 +334,27 @@ def test_newer_dependencies_are_no_reason_for_a_change(prefix: Path, client: Fak
     assert client.calls == []
 
 
+@pytest.mark.parametrize("left", ["", "changing 17.2"])
+def test_conda_leaves_what_satisfies_the_specs_only_in_a_whole_environment(
+    prefix: Path, tmp_path: Path, client: FakeClient, left: str
+) -> None:
+    make_env(prefix, OLD)
+    if left:
+        prefix.with_name("postgresql-17.unfinished").write_text(left)
+    conda = shutil.copy("/bin/true", tmp_path / "conda")
+    skips: list[bool] = []
+
+    def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        if str(conda) in command:
+            skips.append("--satisfied-skip-solve" in command)
+        return client(command, pass_fds)
+
+    params = params_for(prefix, provider="conda", client=str(conda), specs=["postgresql==17.10"])
+    assert ensure_env(params, run, False)["packages"] == NEW
+
+    assert skips == [not left, False]  # one solves, the other one installs
+
+
 def test_missing_dependency_is_installed(prefix: Path, client: FakeClient) -> None:
     make_env(prefix, OLD)
     ensure_env(params_for(prefix), client, False)
