@@ -9,26 +9,24 @@ A client is conda, mamba, micromamba or the rattler helper. Each is an argument 
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import operator
 import re
 import shlex
 import textwrap
 from contextlib import suppress
-from itertools import zip_longest
 from typing import NamedTuple
 
 SPEC_FORMS = "name, name=17, name=17.*, name==17.2, name>=17,<18, name=17.2=build"
 # Return code of a search whose "module load" failed.
 LOAD_FAILED = 97
 
-_VERSION = r"\w[\w.!+]*?"
-_NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]*")
-_EQUAL = re.compile(
-    rf"=(?:=(?P<exact>{_VERSION})|(?P<begin>{_VERSION})(?P<star>\.\*)?|\*)(?:=(?P<build>[\w.*]+))?"
+_VERSION = r"\w[\w.!+]*"
+_LIMIT = rf"(?:[<>]=?|!=){_VERSION}"
+_SPEC = re.compile(
+    r"(?P<name>[a-z0-9_][a-z0-9_.-]*)"
+    rf"(?:(?:=={_VERSION}|={_VERSION}(?:\.\*)?|=\*)(?:=[\w.*]+)?|{_LIMIT}(?:,{_LIMIT})*)?",
+    re.ASCII | re.IGNORECASE,
 )
-_BOUND = re.compile(rf"(?P<sign>[<>]=?|!=)(?P<version>{_VERSION})")
 
 # The setting to blame, by the name of a client's error. All other errors are problems of the client itself.
 _BLAME = {
@@ -40,7 +38,7 @@ _BLAME = {
 # Settings to blame before any file of an environment is changed. Rattler links some packages while it downloads others.
 BEFORE_LINKING = {
     "rattler": ("specs", "lock", "rattler_python"),
-    "conda": ("specs", "lock", "client", "channels", "package_cache"),
+    "conda": ("specs", "lock", "client", "channels", "cache"),
 }
 # An incomplete package in conda's cache.
 _DAMAGED = re.compile(r"located at (/.+?)\s+appears to be corrupted")
@@ -58,15 +56,6 @@ _SECRET = re.compile(r"(://)[^/\s]+(?=@)|(https?://\S*?/t/)[^/\s]+")
 # A requirement on the host, as rattler and libmamba or conda's classic solver print it.
 _HOST_NEED = re.compile(r"__(?P<name>\w+)(?:\[version=')?\s*(?P<bounds>[<>]=?[\w.]+(?:,[<>]=?[\w.]+)*)")
 
-_COMPARE = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-
 
 class CondaError(Exception):
     """One line for the user: the setting, its value, and the allowed values."""
@@ -79,22 +68,16 @@ class Package(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """The wanted version of one package. ``bounds`` pair a sign with a version; ``=`` is any version that begins so."""
+    """A wanted package: its name in lower case, and the spec without spaces as clients get it."""
 
     text: str
     name: str
-    bounds: tuple[tuple[str, str], ...]
-    build: str
-
-    @property
-    def canonical(self) -> str:
-        """Return the form that rattler, the strictest parser, accepts."""
-        bounds = ",".join(f"{version}.*" if sign == "=" else sign + version for sign, version in self.bounds)
-        return f"{self.name} {bounds or '*'} {self.build or '*'}"
 
 
 class Answer(NamedTuple):
     """A client's answer: all packages present after its actions, or the problem and the setting to blame.
+
+    Without output there are neither packages nor a problem.
 
     ``links`` describe the packages to be added in the client's own words; those of the rattler helper suffice for a
     lock file.
@@ -107,102 +90,42 @@ class Answer(NamedTuple):
 
 
 def parse_spec(text: str) -> Spec:
+    """Return the spec; raise CondaError unless it has one of SPEC_FORMS. Only clients compare versions with it."""
     squeezed = re.sub(r"\s*([=<>!,])\s*", r"\1", text.strip())
-    name = _NAME.match(squeezed.lower())
-    rest = squeezed[name.end() :] if name else ""
-    bounds = [_BOUND.fullmatch(bound) for bound in rest.split(",")] if rest else []
-    equal = _EQUAL.fullmatch(rest)
-    if not name or not (equal or all(bounds)):
+    found = _SPEC.fullmatch(squeezed)
+    if not found:
         raise CondaError(f"specs: {text!r} cannot be parsed; write it as one of {SPEC_FORMS}")
-    if equal:
-        version, build = equal["exact"] or equal["begin"], equal["build"] or ""
-        is_exact = equal["exact"] or (build and not equal["star"])  # a build makes the version exact, as in conda
-        pairs = [("==" if is_exact else "=", version)] if version else []
-    else:
-        pairs, build = [(bound["sign"], bound["version"]) for bound in bounds if bound], ""
-    return Spec(name[0] + rest, name[0], tuple(pairs), build)
+    name = found["name"].lower()
+    return Spec(name + squeezed[len(name) :], name)
 
 
-def _segments(version: str) -> list[list[tuple[int, int, str]]]:
-    """Split a version into the parts that conda compares: dev, words, numbers and post, in this order."""
-    epoch, _mark, rest = version.lower().rpartition("!")
-    result = []
-    for segment in re.split(r"[._+-]", f"{epoch or 0}.{rest}"):
-        parts = re.findall(r"\d+|[a-z]+", segment)
-        padded = parts if parts and parts[0].isdigit() else ["0", *parts]
-        result.append([_rank(part) for part in padded])
-    return result
-
-
-def _rank(part: str) -> tuple[int, int, str]:
-    if part.isdigit():
-        return (2, int(part), "")
-    return ({"dev": 0, "post": 3}.get(part, 1), 0, part)
-
-
-def compare_versions(left: str, right: str) -> int:
-    """Return a number below, at or above 0, in conda's order: 1.0dev < 1.0a < 1.0 == 1 < 1.1."""
-    zero = (2, 0, "")
-    for mine, theirs in zip_longest(_segments(left), _segments(right), fillvalue=[zero]):
-        for one, other in zip_longest(mine, theirs, fillvalue=zero):
-            if one != other:
-                return -1 if one < other else 1
-    return 0
-
-
-def _is_within(version: str, bound: tuple[str, str]) -> bool:
-    sign, limit = bound
-    if sign == "=":
-        *begin, end = _segments(limit)
-        given = _segments(version)[: len(begin) + 1]
-        return given[:-1] == begin and given[-1][: len(end)] == end
-    return _COMPARE[sign](compare_versions(version, limit), 0)
-
-
-def satisfies(package: Package, spec: Spec) -> bool:
-    return (
-        package.name == spec.name
-        and all(_is_within(package.version, bound) for bound in spec.bounds)
-        and fnmatch.fnmatchcase(package.build, spec.build or "*")
-    )
-
-
-def all_satisfied(packages: dict[str, Package], specs: list[Spec]) -> bool:
-    return all(spec.name in packages and satisfies(packages[spec.name], spec) for spec in specs)
+def pins(packages: dict[str, Package]) -> list[Spec]:
+    """Return specs that only these builds satisfy."""
+    return [Spec(f"{name}={package.version}={package.build}", name) for name, package in packages.items()]
 
 
 def major_of(version: str) -> str:
     return re.split(r"\D", version, maxsplit=1)[0]
 
 
-def allows_major(spec: Spec, major: str) -> bool:
-    """Return whether some version of this major satisfies the spec."""
-    named = [version for _sign, version in spec.bounds if major_of(version) == major]
-    tried = [f"{major}.0", f"{major}.999999", *named, *(f"{version}.1" for version in named)]
-    return any(all(_is_within(version, bound) for bound in spec.bounds) for version in tried)
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
-def parse_record(text: str) -> Package:
-    """Read one file of ``conda-meta``; raise ValueError or KeyError if it is damaged."""
-    record = json.loads(text)
-    return Package(record["name"], record["version"], record["build"])
-
-
-def is_whole(records: list[dict]) -> bool:
-    """Return whether all dependencies of the recorded packages are present, as far as their specs can be parsed.
-
-    A spec with a build or alternative versions cannot be parsed; then only the name is checked.
-    """
-    packages = {record["name"]: Package(record["name"], record["version"], record["build"]) for record in records}
-
-    def is_met(text: str) -> bool:
-        name = re.split(r"[\s=<>!~\[]", text.lower(), maxsplit=1)[0]
-        with suppress(CondaError):
-            return name in packages and satisfies(packages[name], parse_spec(text))
-        return name in packages
-
-    needs = {text for record in records for text in record.get("depends") or []}
-    return all(is_met(text) for text in needs if not text.startswith("__"))  # a property of the host
+def allows_major(spec: Spec, version: str) -> bool:
+    """Return whether the numbers in a spec leave room for the major of this version. Clients decide the rest."""
+    major = _numbers(version)[:1]
+    for part in spec.text[len(spec.name) :].split(","):
+        bound = re.match(r"([<>=]+)([\d.]+)", part)
+        sign, limit = (bound[1], _numbers(bound[2])) if bound else ("", [])
+        if (
+            (sign in ("=", "==") and limit[:1] != major)
+            or (sign in (">", ">=") and limit[:1] > major)
+            or (sign == "<" and limit <= major)
+            or (sign == "<=" and limit < major)
+        ):
+            return False
+    return True
 
 
 def difference(before: dict[str, Package], after: dict[str, Package]) -> dict[str, dict[str, str]]:
@@ -225,13 +148,17 @@ def verb_command(client: str, create: bool) -> list[str]:
 
 
 def conda_command(
-    client: str, create: bool, prefix: str, channels: list[str], specs: list[Spec], dry_run: bool
+    client: str, create: bool, prefix: str, channels: list[str], specs: list[Spec], dry_run: bool, skip: bool = False
 ) -> list[str]:
-    """Return the call of conda, mamba or micromamba. ``create`` deletes everything at ``prefix``."""
+    """Return the call of conda, mamba or micromamba. ``create`` deletes everything at ``prefix``.
+
+    With ``skip``, packages that satisfy the specs stay. Only conda itself needs an option for it.
+    """
     return [
         *verb_command(client, create),
         *("-y", "-q", "--json"),
         *(["--dry-run"] if dry_run else []),
+        *(["--satisfied-skip-solve"] if skip and client.rpartition("/")[2] == "conda" else []),
         "--override-channels",
         *(argument for channel in channels for argument in ("-c", channel)),
         *("-p", prefix),
@@ -239,31 +166,13 @@ def conda_command(
     ]
 
 
-def rattler_command(
-    python: str,
-    source: str,
-    prefix: str,
-    channels: list[str],
-    specs: list[Spec],
-    installed: dict[str, Package],
-    dry_run: bool,
-    cache: str | None,
-    host: dict | None = None,
-) -> list[str]:
-    """Return the call of the rattler helper, whose ``source`` is passed to the interpreter as an argument.
-
-    ``host`` is the result of ``describe_host``, if the environment is for another host.
-    """
+def solve_request(
+    channels: list[str], specs: list[Spec], installed: dict[str, Package], dry_run: bool, host: dict | None = None
+) -> dict:
+    """Return a request to the rattler helper. ``host`` is the result of ``describe_host``, if it is another host."""
     others = sorted(set(installed) - {spec.name for spec in specs})  # packages that are not requested would be removed
-    request = {
-        "prefix": prefix,
-        "channels": channels,
-        "specs": [*(spec.canonical for spec in specs), *others],
-        "dry_run": dry_run,
-        "cache": cache,
-        "host": host,
-    }
-    return [python, "-I", "-c", source, json.dumps(request)]
+    wanted = [*(spec.text for spec in specs), *others]
+    return {"channels": channels, "specs": wanted, "dry_run": dry_run, "host": host}
 
 
 def describe_host(platform: str, machine: str, release: str, glibc: str) -> dict:
@@ -275,13 +184,11 @@ def describe_host(platform: str, machine: str, release: str, glibc: str) -> dict
     return {"platform": platform, "virtual": virtual}
 
 
-def clean_command(command: list[str], timeout: int, cache: str | None) -> list[str]:
-    """otherwise conda installs a file truncated by a kill during unpacking"""
+def clean_command(command: list[str], timeout: int) -> list[str]:
+    """Return the command with a time limit in seconds, without variables of other software."""
     strict = "CONDA_SAFETY_CHECKS=enabled"  # else conda installs a file truncated by a kill during unpacking
     unset = [word for name in ("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME") for word in ("-u", name)]
-    # the cache has the layout of mamba's root, so that mamba uses it
-    caches = [f"CONDA_PKGS_DIRS={cache}/pkgs", f"MAMBA_ROOT_PREFIX={cache}"] if cache else []
-    return ["timeout", "--kill-after=10", str(timeout), "env", *unset, strict, *caches, *command]
+    return ["timeout", "--kill-after=10", str(timeout), "env", *unset, strict, *command]
 
 
 def search_command(module_load: str | None, names: list[str]) -> list[str]:
@@ -299,7 +206,9 @@ def parse_search(stdout: str, names: list[str]) -> list[str]:
 def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Package], provider: str) -> Answer:
     """Parse a client's answer. It does not prove what was done: clients may crash after all work is complete."""
     content = _last_object(stdout)
-    if content.get("success") or (not content and code == 0):  # conda prints nothing for a lock file
+    if not content and code == 0:  # conda prints nothing for a lock file
+        return Answer({})
+    if content.get("success"):
         actions = content.get("actions") or {}
         with suppress(AttributeError, KeyError, TypeError, ValueError):
             links = actions.get("LINK") or [] if isinstance(actions, dict) else []
@@ -315,7 +224,7 @@ def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Packa
     last_words = "\n".join((stderr or stdout).strip().splitlines()[-3:]) or "it printed nothing"
     blamed = [_blame(error, last_words, program) for error in _flat(content)]
     # errors with a remedy come first, possibly temporary ones last
-    ranks = {"package_cache": 0, "channels": 2}
+    ranks = {"cache": 0, "channels": 2}
     setting = min((setting for setting, _problem in blamed), key=lambda setting: ranks.get(setting, 1))
     return Answer({}, setting, "; ".join(dict.fromkeys(problem for blames, problem in blamed if blames == setting)))
 
@@ -332,7 +241,7 @@ def _blame(error: dict, last_words: str, program: str) -> tuple[str, str]:
     problem = problem or str(error.get("error") or last_words)
     damaged = _DAMAGED.search(problem)
     if damaged:
-        return "package_cache", f"rm -r {shlex.quote(damaged[1])}"
+        return "cache", f"rm -r {shlex.quote(damaged[1])}"
     guess = "channels" if _FETCHING.search(problem) else "provider"
     setting = next((setting for setting, names in _BLAME.items() if re.search(names, name)), guess)
     return setting or program, _one_line(_ADVICE.sub("", problem))
@@ -387,10 +296,9 @@ def may_pass(answer: Answer, channels: list[str]) -> bool:
 def unmet_need(problem: str, glibc: str) -> str:
     """Return a solver's unmet requirement on the host, such as ``__glibc >=2.34``; empty if there is none."""
     for need in _HOST_NEED.finditer(problem):
-        bounds = [_BOUND.fullmatch(bound) for bound in need["bounds"].split(",")]
-        pairs = [(bound["sign"], bound["version"]) for bound in bounds if bound]
+        lowest = re.findall(r">=?([\d.]+)", need["bounds"])
         # the classic solver names glibc in every error
-        if need["name"] != "glibc" or not glibc or not all(_is_within(glibc, pair) for pair in pairs):
+        if need["name"] != "glibc" or not glibc or any(_numbers(glibc) < _numbers(limit) for limit in lowest):
             return f"__{need['name']} {need['bounds']}"
     return ""
 
@@ -403,9 +311,9 @@ def explain(answer: Answer, params: dict, specs: list[Spec], glibc: str) -> str:
         return f"channels: cannot read {', '.join(named)}: {problem}"
     if answer.setting == "lock":
         return f"lock: {problem}"
-    if answer.setting == "package_cache":
+    if answer.setting == "cache":
         return (
-            "package_cache: the client's cache holds incomplete packages (it was probably killed while unpacking); "
+            "client: the client's cache holds incomplete packages (it was probably killed while unpacking); "
             f"remove them and run this again: {answer.problem}"
         )
     if answer.setting == "specs":

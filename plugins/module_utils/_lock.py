@@ -10,7 +10,6 @@ conda, mamba and micromamba install the same list with ``create --prefix PREFIX 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,8 +21,8 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     CondaError,
     Package,
     Spec,
+    allows_major,
     has_secret,
-    satisfies,
     verb_command,
 )
 
@@ -85,11 +84,14 @@ def parse_lock(text: str, platform: str) -> list[Locked]:
 
 
 def check_specs(locked: list[Locked], specs: list[Spec]) -> None:
-    """Raise CondaError unless the lock file satisfies the specs."""
+    """Raise CondaError unless the lock file has the specs' packages in a major version that they allow."""
+    versions = {each.package.name: each.package.version for each in locked}
     for spec in specs:
-        if not any(satisfies(each.package, spec) for each in locked):
-            held = [f"{each.package.name} {each.package.version}" for each in locked if each.package.name == spec.name]
-            raise CondaError(f"lock: it holds {''.join(held) or f'no {spec.name}'}, but {spec.text} is required")
+        held = versions.get(spec.name)
+        if held is None or not allows_major(spec, held):
+            raise CondaError(
+                f"lock: it holds {f'{spec.name} {held}' if held else f'no {spec.name}'}, but {spec.text} is required"
+            )
 
 
 def check_sums(locked: list[Locked], records: Iterable[dict]) -> None:
@@ -155,19 +157,10 @@ def install_command(client: str, create: bool, prefix: str, lock: str) -> list[s
     return [*verb_command(client, create), "-y", "-q", "--json", "-p", prefix, "--file", lock]
 
 
-def rattler_command(
-    python: str,
-    source: str,
-    prefix: str,
-    locked: list[Locked],
-    cache: str | None,
-    archives: str | None,
-    only_keep: bool,
-) -> list[str]:
-    """Return the call of the rattler helper: it installs the packages, from the folder ``archives`` if one is given.
+def install_request(locked: list[Locked], archives: str | None, only_keep: bool) -> dict:
+    """Return a request to the rattler helper: it installs the packages, from the folder ``archives`` if one is given.
 
     With ``only_keep`` it stores them in that folder instead.
     """
     packages = [{"url": each.url, "channel": each.channel, "kind": each.kind, "sum": each.sum} for each in locked]
-    request = {"prefix": prefix, "lock": packages, "cache": cache, "into" if only_keep else "archives": archives}
-    return [python, "-I", "-c", source, json.dumps(request)]
+    return {"lock": packages, "into" if only_keep else "archives": archives}

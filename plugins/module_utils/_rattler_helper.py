@@ -31,20 +31,19 @@ async def fulfil(request: dict) -> dict:
     import rattler
 
     metadata = Path(request["prefix"]) / "conda-meta"
-    cache = Path(request["cache"]) if request["cache"] else None
     # The default client neither retries nor uses the user's credentials.
     client = rattler.networking.Client.authenticated_client()
     if request.get("into"):
         return await keep_archives(request, client)
     installed = [rattler.PrefixRecord.from_path(path) for path in sorted(metadata.glob("*.json"))]
     if request.get("lock"):
-        return await reproduce(request, client, installed, cache)
+        return await reproduce(request, client, installed)
     host = request.get("host")
     solved = await rattler.solve(
         sources=request["channels"],
-        specs=request["specs"],
+        specs=[rattler.MatchSpec(spec) for spec in request["specs"]],  # rattler itself parses strings more strictly
         locked_packages=installed,
-        gateway=rattler.Gateway(cache_dir=cache and cache / "repodata", client=client),
+        gateway=rattler.Gateway(client=client),
         platforms=[host["platform"], "noarch"] if host else None,
         virtual_packages=virtual_packages(host),
     )
@@ -52,7 +51,6 @@ async def fulfil(request: dict) -> dict:
         await rattler.install(
             solved,
             target_prefix=request["prefix"],
-            cache_dir=cache and cache / "pkgs",
             installed_packages=installed,
             show_progress=False,
             client=client,
@@ -90,7 +88,7 @@ async def keep_archives(request: dict, client: Any) -> dict:
     return success([], [])
 
 
-async def reproduce(request: dict, client: Any, installed: list, cache: Path | None) -> dict:
+async def reproduce(request: dict, client: Any, installed: list) -> dict:
     """Install exactly the packages of a lock file, after verifying each checksum."""
     import rattler
 
@@ -103,7 +101,6 @@ async def reproduce(request: dict, client: Any, installed: list, cache: Path | N
         await rattler.install(
             records,
             target_prefix=request["prefix"],
-            cache_dir=cache and cache / "pkgs",
             installed_packages=installed,
             show_progress=False,
             execute_link_scripts=False,

@@ -12,8 +12,13 @@ short_description: Install packages into a conda environment, with or without co
 author: mala.hpc_db contributors (@mala-project)
 description:
   - Creates a conda environment at a path, or updates an existing one to the wanted packages.
-  - The installed packages are read from the environment itself, in milliseconds. A client runs only if they do not
-    satisfy O(specs). It has succeeded if they do afterwards, regardless of its output.
+  - A complete environment records O(specs), O(provider) and the installed packages in its file C(conda-meta/hpc_db).
+    While all three are the same, no client runs. The comparison takes milliseconds.
+  - Otherwise a client solves. If it neither replaces a package of O(specs) nor adds one, the environment stays as it
+    is, and only the record is written anew. This does not count as a change. It also applies to an environment without
+    a record, such as one of an earlier version of this collection, even while O(lease) is held.
+  - An installation has succeeded if the environment has the solved packages afterwards, regardless of the client's
+    output.
   - Other packages in the environment stay. The major version of PostgreSQL is never changed, because it could not
     open the data directory afterwards. Create another environment for another major version.
   - An unreachable channel is tried twice more, after 2 and 8 seconds, in addition to the client's own retries.
@@ -42,13 +47,14 @@ options:
     description:
       - Wanted packages, as C(name), C(name=17), C(name=17.*), C(name==17.2), C(name>=17,<18) or
         C(name=17.2=build), where C(build) may contain C(*).
-      - Required for O(state=present).
     type: list
     elements: str
+    required: true
   channels:
     description:
       - Conda channels in order of preference, as names, URLs or C(file://) folders.
       - Other channels in the user's configuration are ignored.
+      - Other channels alone do not change an environment that satisfies O(specs).
       - A URL with a password or token is refused. Put credentials where the client reads them. For conda and mamba
         that is the user's own C(~/.condarc), its plugins or C(~/.netrc). For O(provider=rattler) it is the first
         existing one of the file in E(RATTLER_AUTH_FILE), the keyring, C(~/.rattler/credentials.json) and C(~/.netrc).
@@ -58,13 +64,11 @@ options:
   state:
     description:
       - V(present) ensures that the packages are installed.
-      - V(absent) removes the environment with everything in it. It refuses to remove a conda installation, or a folder
-        that is not an environment.
       - V(staged) installs nothing and does not read O(prefix). It downloads into O(archives) the packages that are
         missing in the environment of another O(host), which may have no internet. On that host, O(state=present) with
         the returned RV(lock) and these O(archives) needs no channel.
     type: str
-    choices: [present, absent, staged]
+    choices: [present, staged]
     default: present
   provider:
     description:
@@ -78,13 +82,15 @@ options:
     default: rattler
   lock:
     description:
-      - Content of a lock file, as returned by M(mala.hpc_db.conda_env_info). Exactly its packages are installed and
-        verified by checksum. Nothing is solved; O(specs) are only compared with it.
+      - Content of a lock file, as returned in RV(lock). Exactly its packages are installed and verified by checksum.
+        Nothing is solved. The packages of O(specs) must be in it, in a major version that O(specs) allow.
       - An environment that differs from it is refused unless O(update=true).
     type: str
   archives:
     description:
       - Folder with the archives of all packages of O(lock), for O(provider=rattler).
+      - Without O(lock), O(state=staged) has found nothing to install. An environment that has all packages of O(specs)
+        then stays as it is. One that lacks them is refused.
       - With O(state=staged) the archives are downloaded there and verified by checksum, and other archives are removed.
     type: path
   host:
@@ -108,8 +114,12 @@ options:
         type: str
         default: ""
       packages:
-        description: Packages of the host's environment, as returned by M(mala.hpc_db.conda_env_info) on the host.
+        description: RV(installed) as returned on the host.
         type: dict
+      satisfied:
+        description: RV(satisfied) as returned on the host.
+        type: bool
+        default: false
   update:
     description:
       - Update an environment that satisfies O(specs) to the newest packages that do, or to O(lock).
@@ -139,21 +149,12 @@ options:
       - Shell line that makes a client available at this site, such as C(module load anaconda).
       - A login shell runs it if no client was found before.
     type: str
-  package_cache:
-    description:
-      - Folder for downloaded packages. The environment uses hard links to its files if both are on the same file
-        system.
-      - The default is the client's own package cache, usually in the home directory.
-      - If conda is killed while it unpacks a package there, it continues to use the incomplete package. The error
-        message then contains the command that removes it.
-    type: path
   timeout:
     description:
-      - Maximum time in seconds for all attempts of a client together, and for waiting for another run.
+      - Maximum time in seconds for all attempts to solve, for all attempts to install, and for waiting for another run.
     type: int
     default: 1800
 seealso:
-  - module: mala.hpc_db.conda_env_info
   - module: mala.hpc_db.python_env
 """
 
@@ -170,11 +171,6 @@ EXAMPLES = r"""
     specs: ["postgresql>=17.2,<18"]
     provider: conda
     module_load: module load anaconda
-
-- name: Remove the environment
-  mala.hpc_db.conda_env:
-    prefix: /scratch/alice/postgresql-17
-    state: absent
 """
 
 RETURN = r"""
@@ -205,11 +201,24 @@ packages:
   returned: success
   type: dict
   sample: {libpq: "17.10", postgresql: "17.10"}
+installed:
+  description:
+    - Version and build of each installed package by name. In check mode, the packages before the run.
+    - V(null) if the environment is missing or incomplete.
+  returned: unless O(state=staged)
+  type: dict
+  sample: {libpq: ["17.10", h1_0]}
+satisfied:
+  description: Whether the record showed before the run that the environment satisfies O(specs). O(lock) is ignored.
+  returned: unless O(state=staged)
+  type: bool
 lock:
   description:
-    - Lock file of the packages in O(archives), with the URLs of the channels.
-    - Empty if the other host's environment is up to date, and in check mode while it cannot be solved.
-  returned: with O(state=staged)
+    - Lock file of RV(installed) in conda's explicit format with checksums, without credentials. V(null) if the
+      environment is missing or incomplete, or if a package's record in C(conda-meta) has no URL or no checksum.
+    - With O(state=staged), the lock file of the packages in O(archives), with the URLs of the channels. Empty if the
+      other host's environment is up to date, and in check mode while it cannot be solved.
+  returned: success
   type: str
 """
 
@@ -240,7 +249,6 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     CondaError,
     Package,
     Spec,
-    all_satisfied,
     allows_major,
     clean_command,
     conda_command,
@@ -248,15 +256,14 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     difference,
     explain,
     has_secret,
-    is_whole,
     major_of,
     may_pass,
     parse_answer,
-    parse_record,
     parse_search,
     parse_spec,
-    rattler_command,
+    pins,
     search_command,
+    solve_request,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils._marker import alone_at, rewrite
 from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import (
@@ -268,6 +275,9 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_
 
 CLIENTS = ["micromamba", "mamba", "conda"]
 HOMES = ["~/miniforge3", "~/mambaforge", "~/micromamba", "~/miniconda3", "~/anaconda3", "~/.local", "/opt/*"]
+
+# File in a complete environment that records what was asked for and what is installed. Clients read only *.json there.
+STAMP = "conda-meta/hpc_db"
 
 # Contents of the marker file beside the prefix, from the start of the client until the work is complete.
 MAKING = "making"  # the prefix may be deleted
@@ -286,34 +296,33 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
     """Bring the environment to the wanted state. ``run`` takes a command and returns its code and output."""
     specs = wanted_specs(params)
     params = {**params, "locked": wanted_lock(params, specs)}
-    locked = params["locked"]
     if params["state"] == "staged":
         return stage(params, run, specs, check_mode)
     prefix = Path(params["prefix"])
     marker = prefix.with_name(prefix.name + ".unfinished")
-    if params["state"] == "absent":
-        before, after = remove(params, prefix, marker, check_mode), None
-    else:
-        note = note_of(marker)
-        before = after = look(prefix, note)
-        if locked and before:
-            _lock.check_sums(locked, records_of(params["prefix"]))
-        if before is not None and params["update"] and not locked:
-            params = {**params, **find_program(params, run)}
-            specs = newest(params, run, specs, postgresql_of(before, note))
-        if before is None or marker.exists() or not is_wanted(before, specs, locked):
-            specs = keep_major(specs, postgresql_of(before, note))
+    note = note_of(marker)
+    before = after = look(prefix, note)
+    whole = None if marker.exists() else before
+    satisfied = whole is not None and read_stamp(params) == stamp_of(params, specs, whole)
+    if params["locked"] and before:
+        _lock.check_sums(params["locked"], records_of(params["prefix"]))
+    if whole is None or not is_satisfied(params, specs, whole):
+        kept = keep_major(specs, postgresql_of(before, note))
+        params = {**params, **find_program(params, run)}
+        change = None
+        if whole is not None or check_mode:
+            change = plan_change(params, run, kept, before, note, check_mode)
+            after = change[1]
+        if whole is None or after != whole:
             if before is not None:
                 check_change(params, before)
-            params = {**params, **find_program(params, run)}
             if params["provider"] == "conda":
-                _lock.check_archives(locked)
-            if params["archives"] and not locked and not check_mode:
-                raise CondaError(f"lock: {NO_LOCK}")
-            if check_mode:
-                after = plan(params, run, specs, before).packages
-            else:
-                before, after = bring(params, run, specs, marker)
+                _lock.check_archives(params["locked"])
+            if not check_mode:
+                before, after = bring(params, run, specs, marker, change)
+    if not check_mode and after is not None:
+        write_stamp(params, specs, after)
+        whole = after
     bindir = str(prefix / "bin")
     postgresql = (after or {}).get("postgresql")
     installed = (before or {}).get("postgresql") if check_mode else postgresql
@@ -324,25 +333,28 @@ def ensure_env(params: dict, run: Run, check_mode: bool) -> dict:
         "version": postgresql and postgresql.version,
         "features": installed and features_of(bindir, run, installed.version),
         "packages": {package.name: package.version for package in (after or {}).values()},
+        "installed": None if whole is None else {name: [each.version, each.build] for name, each in whole.items()},
+        "satisfied": satisfied,
+        "lock": None if whole is None else lock_of(params),
         "diff": difference(before or {}, after or {}),
     }
 
 
 def stage(params: dict, run: Run, specs: list[Spec], check_mode: bool) -> dict:
     """Ensure that the archives missing in another host's environment are here. Install and check nothing locally."""
-    before, lock = packages_of(params["host"]), ""
-    after, version = before, postgresql_of(before, "")
-    if before is None or not is_wanted(before, specs, params["locked"]) or (params["update"] and not params["locked"]):
+    held, lock = params["host"]["packages"], ""
+    before = after = None if held is None else {name: Package(name, *about) for name, about in held.items()}
+    version = postgresql_of(before, "")
+    if before is None or not is_satisfied(params, specs, before):
         params = {**params, **find_program(params, run)}
-        floor = no_older(version) if params["update"] else []
-        planned = plan(params, run, [*keep_major(specs, version), *floor], before)
-        if planned.problem and not check_mode:
-            raise CondaError(explain(planned, params, specs, glibc_of(params)))
-        after = planned.packages
-        if after != before and not planned.problem:
-            lock = params["lock"] or _lock.lock_text(list(planned.links), platform_of(params))
-        if lock and not check_mode:
-            keep_archives(params, run, specs, lock)
+        kept = [*keep_major(specs, version), *(no_older(version) if params["update"] else [])]
+        if before is None or params["locked"] or params["update"] or not may_stay(params, run, kept, before):
+            planned = plan(params, run, kept, before, check_mode)
+            after = planned.packages
+            if after != before and not planned.problem:
+                lock = params["lock"] or _lock.lock_text(list(planned.links), platform_of(params))
+            if lock and not check_mode:
+                keep_archives(params, run, specs, lock)
     return {
         "changed": before != after,
         "prefix": params["prefix"],
@@ -352,11 +364,37 @@ def stage(params: dict, run: Run, specs: list[Spec], check_mode: bool) -> dict:
     }
 
 
-def packages_of(host: dict) -> Packages | None:
-    """Return the other host's packages; None if its environment does not exist or must be created again."""
-    if host["packages"] is None:
-        return None
-    return {name: Package(name, version, build) for name, (version, build) in host["packages"].items()}
+def may_stay(params: dict, run: Run, specs: list[Spec], before: Packages) -> bool:
+    """Return whether a solver accepts the wanted packages of another host as they are. It does not see that host."""
+    if any(spec.name not in before for spec in specs):
+        return False
+    with suppress(CondaError):
+        plan(params, run, [*specs, *pins({spec.name: before[spec.name] for spec in specs})], None, False)
+        return True
+    return False
+
+
+def stamp_of(params: dict, specs: list[Spec], packages: Packages) -> dict:
+    """Return the record of what was asked for and of what is installed."""
+    return {
+        "provider": params["provider"],
+        "specs": sorted(spec.text for spec in specs),
+        "packages": {name: f"{package.version} {package.build}" for name, package in packages.items()},
+    }
+
+
+def read_stamp(params: dict) -> dict:
+    """Return the environment's record; empty if it has none."""
+    with suppress(OSError, ValueError):
+        return json.loads(Path(params["prefix"], STAMP).read_text(encoding="utf-8"))
+    return {}
+
+
+def write_stamp(params: dict, specs: list[Spec], packages: Packages) -> None:
+    """Write the record unless it is there already."""
+    stamp = stamp_of(params, specs, packages)
+    if read_stamp(params) != stamp:
+        Path(params["prefix"], STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
 
 
 def keep_archives(params: dict, run: Run, specs: list[Spec], lock: str) -> None:
@@ -373,16 +411,16 @@ def keep_archives(params: dict, run: Run, specs: list[Spec], lock: str) -> None:
 def features_of(bindir: str, run: Run, version: str) -> list[str]:
     """Return the build features of this PostgreSQL; raise if it does not start."""
     with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
-        code, tls_library, stderr = run(clean_command(tls_command(bindir, "", scratch), 60, None))
+        code, tls_library, stderr = run(clean_command(tls_command(bindir, "", scratch), 60))
     if code:
         raise CondaError(f"prefix: {bindir}/postgres does not run on this host: {' '.join(stderr.split())}")
-    code, configure, stderr = run(clean_command(configure_command(bindir, ""), 60, None))
+    code, configure, stderr = run(clean_command(configure_command(bindir, ""), 60))
     return parse_features("" if code else configure, tls_library, int(major_of(version)))
 
 
 def wanted_specs(params: dict) -> list[Spec]:
     """Return the specs; raise for invalid values, before any client sees them."""
-    for name in ("prefix", "rattler_python", "package_cache", "lease", "archives"):
+    for name in ("prefix", "rattler_python", "lease", "archives"):
         if params[name] is not None and not os.path.isabs(params[name]):
             raise CondaError(f"{name}: {params[name]!r} is not absolute; give a path that begins with / or ~")
     for channel in params["channels"]:
@@ -395,8 +433,8 @@ def wanted_specs(params: dict) -> list[Spec]:
             )
     if params["archives"] and params["provider"] != "rattler":
         raise CondaError(f"archives: not allowed with provider {params['provider']}; only rattler takes packages there")
-    specs = [parse_spec(text) for text in params["specs"] or []]
-    if params["state"] != "absent" and not specs:
+    specs = [parse_spec(text) for text in params["specs"]]
+    if not specs:
         raise CondaError("specs: none are given; name at least one package")
     return specs
 
@@ -416,10 +454,21 @@ def platform_of(params: dict) -> str:
     return _lock.platform_of(host["system"], host["machine"])
 
 
-def is_wanted(packages: Packages, specs: list[Spec], locked: list[_lock.Locked]) -> bool:
-    if locked:
-        return set(packages.values()) == {each.package for each in locked}
-    return all_satisfied(packages, specs)
+def is_satisfied(params: dict, specs: list[Spec], packages: Packages) -> bool:
+    """Return whether an environment is known to be as wanted. Otherwise a client has to be asked."""
+    if params["locked"]:
+        return packages == exactly(params["locked"])
+    if params["update"]:
+        return False
+    if params["host"]:
+        return params["host"]["satisfied"]
+    if params["archives"]:  # the workstation has asked a client, and brought nothing
+        return all(spec.name in packages for spec in specs)
+    return read_stamp(params) == stamp_of(params, specs, packages)
+
+
+def exactly(locked: list[_lock.Locked]) -> Packages:
+    return {each.package.name: each.package for each in locked}
 
 
 def check_change(params: dict, before: Packages) -> None:
@@ -428,18 +477,18 @@ def check_change(params: dict, before: Packages) -> None:
     if not params["locked"]:
         return
     prefix = params["prefix"]
-    differs = difference(before, {each.package.name: each.package for each in params["locked"]})
+    differs = difference(before, exactly(params["locked"]))
     if any(differs.values()) and not params["update"]:
         held, wanted = (", ".join(map(" ".join, side.items())) or "nothing else" for side in differs.values())
         raise CondaError(
             f"lock: it differs from {prefix}, which has {held} instead of {wanted}; "
             "an update brings it there (playbooks/update.yml)"
         )
-    others = sorted(set(before) - {each.package.name for each in params["locked"]})
+    others = sorted(set(before) - set(exactly(params["locked"])))
     if others and params["provider"] == "conda":
         raise CondaError(
             f"lock: it has no {', '.join(others)}, which {prefix} has, and no client of conda's removes packages for "
-            "a lock file; remove the environment by state=absent and install it again, or take provider rattler"
+            "a lock file; remove the environment and install it again, or take provider rattler"
         )
 
 
@@ -459,23 +508,29 @@ def check_lease(folder: str | None) -> None:
     )
 
 
-def records_of(prefix: str) -> list[dict]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in Path(prefix).glob("conda-meta/*.json")]
+def records_of(prefix: str | Path) -> list[dict]:
+    """Return the installed packages as clients have recorded them; raise if a record is damaged."""
+    records = []
+    for path in sorted(Path(prefix).glob("conda-meta/*.json")):
+        with suppress(ValueError):
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+            if {"name", "version", "build"} <= set(records[-1]):
+                continue
+        raise CondaError(f"prefix: {path} is damaged; remove {prefix} and install it again")
+    return records
+
+
+def lock_of(params: dict) -> str | None:
+    """Return the lock file of the installed packages; None if one of them cannot be locked."""
+    with suppress(CondaError):
+        return _lock.lock_text(records_of(params["prefix"]), platform_of(params))
+    return None
 
 
 def has_all_files(prefix: Path) -> bool:
     """Return whether all recorded files exist: a failed client may have removed files before their record."""
-    named = (name for record in records_of(str(prefix)) for name in record.get("files") or [])
+    named = (name for record in records_of(prefix) for name in record.get("files") or [])
     return all(os.path.lexists(prefix / name) for name in named)
-
-
-def newest(params: dict, run: Run, specs: list[Spec], version: str) -> list[Spec]:
-    """Return exact specs of the newest packages that fit the specs. PostgreSQL keeps its major and gets no older."""
-    solved = plan(params, run, [*keep_major(specs, version), *no_older(version)], None).packages
-    return [
-        Spec(f"{name}={package.version}={package.build}", name, (("==", package.version),), package.build)
-        for name, package in solved.items()
-    ]
 
 
 def no_older(version: str) -> list[Spec]:
@@ -486,7 +541,7 @@ def note_of(marker: Path) -> str:
     return marker.read_text(encoding="utf-8") if marker.exists() else ""
 
 
-def look(prefix: Path, note: str, strict: bool = True) -> Packages | None:
+def look(prefix: Path, note: str) -> Packages | None:
     """Return the environment's packages; None if one may be created there. Raise if neither applies."""
     outer = next((parent for parent in prefix.parents if (parent / "conda-meta").is_dir()), None)
     if outer and prefix.parent != outer / "envs":
@@ -494,7 +549,7 @@ def look(prefix: Path, note: str, strict: bool = True) -> Packages | None:
     if not os.path.lexists(prefix) or note == MAKING:
         return None
     if (prefix / "conda-meta").is_dir():
-        return read_packages(prefix / "conda-meta", strict)
+        return {each["name"]: Package(each["name"], each["version"], each["build"]) for each in records_of(prefix)}
     if prefix.is_dir() and not prefix.is_symlink() and not any(prefix.iterdir()):
         return None
     reason = "it has no folder conda-meta" if prefix.is_dir() else "it is no directory"
@@ -502,21 +557,6 @@ def look(prefix: Path, note: str, strict: bool = True) -> Packages | None:
         f"prefix: {prefix} exists and is no conda environment: {reason}; choose a path that does not exist, "
         "an empty directory or an environment"
     )
-
-
-def read_packages(metadata: Path, strict: bool) -> Packages:
-    packages: Packages = {}
-    for path in sorted(metadata.glob("*.json")):
-        try:
-            package = parse_record(path.read_text(encoding="utf-8"))
-        except (ValueError, KeyError):
-            if strict:
-                raise CondaError(
-                    f"prefix: {path} is damaged; remove the environment by state=absent and install it again"
-                ) from None
-            continue
-        packages[package.name] = package
-    return packages
 
 
 def postgresql_of(before: Packages | None, note: str) -> str:
@@ -532,7 +572,7 @@ def keep_major(specs: list[Spec], version: str) -> list[Spec]:
         return specs
     kept = parse_spec(f"postgresql={major_of(version)}")
     for spec in specs:
-        if spec.name == "postgresql" and not allows_major(spec, major_of(version)):
+        if spec.name == "postgresql" and not allows_major(spec, version):
             raise CondaError(
                 f"specs: {spec.text} would replace the installed PostgreSQL {version} by another major; "
                 f"stay with {kept.text} or choose another prefix"
@@ -540,44 +580,65 @@ def keep_major(specs: list[Spec], version: str) -> list[Spec]:
     return specs if kept in specs else [*specs, kept]
 
 
-def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None) -> Answer:
-    """Return the packages to be installed; leave no files. The answer has a problem only if solving was impossible."""
+def plan_change(
+    params: dict, run: Run, specs: list[Spec], before: Packages | None, note: str, check_mode: bool
+) -> tuple[list[Spec], Packages]:
+    """Return the specs to install, and the packages to be present then; those of ``before`` if they are to stay."""
+    if params["update"] and before is not None and not params["locked"]:
+        newest = plan(params, run, [*specs, *no_older(postgresql_of(before, note))], None, check_mode).packages
+        return pins(newest), {**before, **newest}
+    is_whole = before is not None and not note
+    planned = plan({**params, "is_whole": is_whole}, run, specs, before, check_mode).packages
+    if before is None or note or params["locked"]:
+        return specs, planned
+    stays = set(planned) <= set(before) and all(planned[spec.name] == before[spec.name] for spec in specs)
+    return specs, before if stays else planned
+
+
+def plan(params: dict, run: Run, specs: list[Spec], before: Packages | None, check_mode: bool) -> Answer:
+    """Return the packages to be installed, without leaving files; raise if they cannot be solved.
+
+    In check mode the solver may be missing. Then the packages stand for the specs.
+    """
     if params["locked"]:
-        return Answer({each.package.name: each.package for each in params["locked"]})
+        return Answer(exactly(params["locked"]))
     with tempfile.TemporaryDirectory(prefix="conda_env-") as scratch:
         harmless = dict(params)
         if before is None or params["host"]:  # not even a dry-run "create" may see the true prefix
             harmless["prefix"] = os.path.join(scratch, "prefix")
-        if params["package_cache"] and not os.path.isdir(params["package_cache"]):
-            harmless["package_cache"] = os.path.join(scratch, "cache")
         if params["archives"] and params["state"] == "present":
             answer = Answer({}, "lock", NO_LOCK)
         else:
             answer = ask(harmless, run, specs, before, dry_run=True)
-    if not answer.problem and not all_satisfied(answer.packages, specs):
+    if not answer.problem and not all(spec.name in answer.packages for spec in specs):
         answer = Answer({}, "provider", "it did not say what it would install")
     # An earlier task installs rattler or stages the packages, unless that task is in check mode too.
-    if answer.setting in ("rattler_python", "lock"):
-        present = before or {}
-        missing = [spec for spec in specs if not all_satisfied(present, [spec])]
-        wanted = [Package(spec.name, spec.text[len(spec.name) :] or "any", "") for spec in missing]
-        return answer._replace(packages={**present, **{package.name: package for package in wanted}})
+    if check_mode and answer.setting in ("rattler_python", "lock"):
+        packages, asked = dict(before or {}), {} if params["host"] else read_stamp(params)
+        for spec in specs:
+            if spec.name not in packages or spec.text not in asked.get("specs", [spec.text]):
+                packages[spec.name] = Package(spec.name, spec.text[len(spec.name) :] or "any", "")
+        return answer._replace(packages=packages)
     if answer.problem:
         raise CondaError(explain(answer, params, specs, glibc_of(params)))
     return answer
 
 
-def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Packages | None, Packages | None]:
-    """Create or change the environment; return its packages before and after."""
+def bring(
+    params: dict, run: Run, specs: list[Spec], marker: Path, change: tuple[list[Spec], Packages] | None
+) -> tuple[Packages | None, Packages | None]:
+    """Create or change the environment; return its packages before and after. ``change`` is planned if it is None."""
     prefix = Path(params["prefix"])
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with alone_at(marker, params["timeout"], "timeout", params) as note:
         left = note.read()
         before = look(prefix, left)  # again, because another run may have finished since
-        if before is not None and not left and is_wanted(before, specs, params["locked"]):
+        if before is not None and not left and is_satisfied(params, specs, before):
             return before, before
         version = postgresql_of(before, left)
-        specs = keep_major(specs, version)
+        request, planned = change or plan_change(params, run, keep_major(specs, version), before, left, False)
+        if before == planned and not left:
+            return before, before
         if before is not None:
             check_lease(params["lease"])  # again: from now on no server starts
         rewrite(note, MAKING if before is None else f"{CHANGING} {version}")
@@ -587,22 +648,27 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
         def look_again() -> Packages | None:
             return look(prefix, "") if (prefix / "conda-meta").is_dir() else None
 
+        def is_planned(packages: Packages | None) -> bool:
+            return all((packages or {}).get(name) == package for name, package in planned.items())
+
         def is_done() -> bool:
-            """Return whether records that were not as wanted before now prove success, whatever the client reports."""
-            if is_wanted(before or {}, specs, params["locked"]):
+            """Return whether records that were not as planned before now prove success, whatever the client reports."""
+            if before is not None and (left or is_planned(before)):
                 return False
             with suppress(CondaError):  # a record is damaged
-                return is_wanted(look_again() or {}, specs, params["locked"]) and is_whole(records_of(params["prefix"]))
+                return is_planned(look_again())
             return False
 
-        answer = ask(params, run, specs, before, dry_run=False, keep_open=(note.fileno(),), is_done=is_done)
+        answer = ask(params, run, request, before, dry_run=False, keep_open=(note.fileno(),), is_done=is_done)
         try:
             after = look_again()
         except CondaError:  # a record is damaged
             if not answer.problem:
                 raise
             after = None  # the client's own message gives the reason, such as a full disk
-        if after is not None and is_wanted(after, specs, params["locked"]) and (is_done() or not answer.problem):
+        has_ended_well = not answer.problem and (is_planned(after) or before != after == answer.packages)
+        if after is not None and (has_ended_well or is_done()):
+            write_stamp(params, specs, after)
             rewrite(note, "")
             return before, after
         if before is None:
@@ -611,28 +677,7 @@ def bring(params: dict, run: Run, specs: list[Spec], marker: Path) -> tuple[Pack
         elif before == after and (answer.setting in BEFORE_LINKING[params["provider"]] or has_all_files(prefix)):
             rewrite(note, left)
         lacking = Answer({}, "provider", f"it ended well, but {prefix} lacks what it should have")
-        raise CondaError(explain(answer if answer.problem else lacking, params, specs, glibc_of(params)))
-
-
-def remove(params: dict, prefix: Path, marker: Path, check_mode: bool) -> Packages | None:
-    """Remove the environment or the remains of one; return its packages, or None if there was nothing."""
-
-    def look_for_rest(note: str) -> Packages | None:
-        found = look(prefix, note, strict=False)
-        return {} if found is None and note == MAKING and prefix.exists() else found
-
-    before = look_for_rest(note_of(marker))
-    if (prefix / "condabin").is_dir():
-        raise CondaError(f"prefix: {prefix} is a conda installation; only an environment is removed")
-    if check_mode or (before is None and not marker.exists()):
-        return before
-    with alone_at(marker, params["timeout"], "timeout", params) as note:
-        before = look_for_rest(note.read())
-        if before is not None:
-            rewrite(note, MAKING)
-            clear(prefix, MAKING)
-        rewrite(note, "")
-    return before
+        raise CondaError(explain(answer if answer.problem else lacking, params, request, glibc_of(params)))
 
 
 def clear(prefix: Path, note: str) -> None:
@@ -652,45 +697,34 @@ def ask(
     keep_open: tuple[int, ...] = (),
     is_done: Callable[[], bool] = lambda: False,
 ) -> Answer:
-    """Let a client install the packages or report its plan. Only this step needs internet access and time."""
+    """Let a client install the packages or report its plan. Only this step needs internet access and time.
+
+    It is repeated while the network is at fault, the work is incomplete and time is left.
+    """
+    channels = sorted({each.channel for each in params["locked"]}) or params["channels"]
+    latest = time.monotonic() + params["timeout"]
+    earlier: list[str] = []
     with tempfile.NamedTemporaryFile("w", prefix="conda_env-", suffix=".txt", encoding="utf-8") as lock_file:
         lock_file.write(params["lock"] or "")
         lock_file.flush()
         command = client_command(params, specs, before, dry_run, lock_file.name)
-        answer = ask_again(params, run, command, before, dry_run, keep_open, is_done)
+        for pause in (*PAUSES, params["timeout"]):
+            seconds = max(1, round(latest - time.monotonic()))
+            code, stdout, stderr = run(clean_command(command, seconds), pass_fds=keep_open)
+            answer = parse_answer(code, stdout, stderr, before or {}, params["provider"])
+            if answer.setting == "timeout" and earlier:  # because of the network
+                answer = Answer({}, "channels", f"{earlier[-1]}; the last attempt was stopped")
+                break
+            if not may_pass(answer, channels) or is_done() or time.monotonic() + pause >= latest:
+                break
+            earlier.append(answer.problem)
+            if before is None and not dry_run:
+                clear(Path(params["prefix"]), MAKING)  # a client must never "create" over remains of the last attempt
+            time.sleep(pause)
+    if answer.problem and earlier:
+        answer = answer._replace(problem=f"tried {len(earlier) + 1} times: {answer.problem}")
     if params["locked"] and answer.setting in ("channels", "specs"):
         return answer._replace(setting="lock")  # only the lock file determines the downloads
-    return answer
-
-
-def ask_again(
-    params: dict,
-    run: Run,
-    command: list[str],
-    before: Packages | None,
-    dry_run: bool,
-    keep_open: tuple[int, ...],
-    is_done: Callable[[], bool],
-) -> Answer:
-    """Run a client; repeat it while the network is at fault, the work is incomplete and time is left."""
-    channels = sorted({each.channel for each in params["locked"]}) or params["channels"]
-    latest = time.monotonic() + params["timeout"]
-    earlier: list[str] = []
-    for pause in (*PAUSES, params["timeout"]):
-        seconds = max(1, round(latest - time.monotonic()))
-        code, stdout, stderr = run(clean_command(command, seconds, params["package_cache"]), pass_fds=keep_open)
-        answer = parse_answer(code, stdout, stderr, before or {}, params["provider"])
-        if answer.setting == "timeout" and earlier:  # because of the network
-            answer = Answer({}, "channels", f"{earlier[-1]}; the last attempt was stopped")
-            break
-        if not may_pass(answer, channels) or is_done() or time.monotonic() + pause >= latest:
-            break
-        earlier.append(answer.problem)
-        if before is None and not dry_run:
-            clear(Path(params["prefix"]), MAKING)  # a client must never "create" over the remains of the last attempt
-        time.sleep(pause)
-    if answer.problem and earlier:
-        return answer._replace(problem=f"tried {len(earlier) + 1} times: {answer.problem}")
     return answer
 
 
@@ -698,20 +732,20 @@ def client_command(
     params: dict, specs: list[Spec], before: Packages | None, dry_run: bool, lock_file: str
 ) -> list[str]:
     """Return the client's call, for the lock file if there is one."""
-    prefix, channels, cache, locked = (params[name] for name in ("prefix", "channels", "package_cache", "locked"))
+    prefix, channels, locked = (params[name] for name in ("prefix", "channels", "locked"))
     if params["provider"] == "conda":
         client, create = params["client"], before is None
         if locked:
             return _lock.install_command(client, create, prefix, lock_file)
-        return conda_command(client, create, prefix, channels, specs, dry_run)
-    source, python = inspect.getsource(_rattler_helper), params["rattler_python"]
+        return conda_command(client, create, prefix, channels, specs, dry_run, skip=params.get("is_whole", False))
     if locked:
-        return _lock.rattler_command(
-            python, source, prefix, locked, cache, params["archives"], only_keep=params["state"] == "staged"
-        )
-    other = params["host"]
-    host = other and describe_host(platform_of(params), other["machine"], other["release"], other["glibc"])
-    return rattler_command(python, source, prefix, channels, specs, before or {}, dry_run, cache, host)
+        request = _lock.install_request(locked, params["archives"], only_keep=params["state"] == "staged")
+    else:
+        other = params["host"]
+        host = other and describe_host(platform_of(params), other["machine"], other["release"], other["glibc"])
+        request = solve_request(channels, specs, before or {}, dry_run, host)
+    source = inspect.getsource(_rattler_helper)
+    return [params["rattler_python"], "-I", "-c", source, json.dumps({"prefix": prefix, **request})]
 
 
 def glibc_of(params: dict) -> str:
@@ -747,7 +781,7 @@ def client_paths(names: list[str], params: dict, run: Run) -> Iterator[str]:
             yield path
     yield from filter(None, map(shutil.which, names))
     load = params["module_load"]
-    code, stdout, stderr = run(clean_command(search_command(load, names), params["timeout"], None))
+    code, stdout, stderr = run(clean_command(search_command(load, names), params["timeout"]))
     if code == LOAD_FAILED:
         raise CondaError(f"module_load: {load!r} failed in a login shell: {' '.join(stderr.split())}")
     yield from parse_search(stdout, names)
@@ -759,9 +793,9 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "prefix": {"type": "path", "required": True},
-            "specs": {"type": "list", "elements": "str"},
+            "specs": {"type": "list", "elements": "str", "required": True},
             "channels": {"type": "list", "elements": "str", "default": ["conda-forge"]},
-            "state": {"type": "str", "choices": ["present", "absent", "staged"], "default": "present"},
+            "state": {"type": "str", "choices": ["present", "staged"], "default": "present"},
             "provider": {"type": "str", "choices": ["rattler", "conda"], "default": "rattler"},
             "lock": {"type": "str"},
             "archives": {"type": "path"},
@@ -773,6 +807,7 @@ def main() -> None:
                     "release": {"type": "str", "default": ""},
                     "glibc": {"type": "str", "default": ""},
                     "packages": {"type": "dict"},
+                    "satisfied": {"type": "bool", "default": False},
                 },
             },
             "update": {"type": "bool", "default": False},
@@ -780,11 +815,10 @@ def main() -> None:
             "rattler_python": {"type": "path"},
             "client": {"type": "path"},
             "module_load": {"type": "str"},
-            "package_cache": {"type": "path"},
             "timeout": {"type": "int", "default": 1800},
             **_slices.OPTIONS,
         },
-        required_if=[("state", "present", ["specs"]), ("state", "staged", ["specs", "host", "archives"])],
+        required_if=[("state", "staged", ["host", "archives"])],
         supports_check_mode=True,
     )
     run = functools.partial(module.run_command, expand_user_and_vars=False)

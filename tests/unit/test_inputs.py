@@ -44,7 +44,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "cluster_info index": {"bin_dir": "FOLDER/bin", "index_url": "file:FOLDER/x"},
     "conda_env": {
         "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "channels": ["conda-forge"], "provider": "conda",
-        "client": "FOLDER/bin/conda", "module_load": None, "package_cache": "FOLDER/cache",
+        "client": "FOLDER/bin/conda", "module_load": None,
     },
     "conda_env rattler": {
         "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "rattler_python": "FOLDER/bin/python",
@@ -60,7 +60,6 @@ MODULES: dict[str, dict[str, Any]] = {
             "packages": {"libpq": ["17.2", "h_0"]},
         },
     },
-    "conda_env_info": {"prefix": "FOLDER/new/prefix"},
     "data_directory": {"path": "FOLDER/new/17", "bindir": "FOLDER/bin"},
     "hosting_job": {
         **JOB, "script": "FOLDER/root/host/job.sh", "output": "FOLDER/root/log/job.log",

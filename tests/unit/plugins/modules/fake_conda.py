@@ -166,6 +166,7 @@ async def main(name: str, options: argparse.Namespace) -> None:
     installed = [rattler.PrefixRecord.from_path(path) for path in (prefix / "conda-meta").glob("*.json")]
     asked = {spec.partition("=")[0].partition(">")[0] for spec in options.specs}
     kept = [record.name.normalized for record in installed if record.name.normalized not in asked]
+    updates = name == "conda" and not options.satisfied_skip_solve
     cache = Path(os.environ["CONDA_PKGS_DIRS"])
     if options.file:
         from fake_explicit import read_explicit  # not available everywhere this file is copied to
@@ -182,7 +183,7 @@ async def main(name: str, options: argparse.Namespace) -> None:
         solved = await rattler.solve(
             sources=[url_of(channel) for channel in options.channel],
             specs=[rattler.MatchSpec(spec) for spec in (*options.specs, *kept)],  # strings are parsed more strictly
-            locked_packages=installed,
+            locked_packages=[record for record in installed if not updates or record.name.normalized in kept],
             gateway=rattler.Gateway(cache_dir=cache / "cache", client=client),
             virtual_packages=rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env()),
         )
@@ -216,7 +217,7 @@ if __name__ == "__main__":
     parser.add_argument("verb", choices=["create", "install"])
     for flag in ("-y", "-q", "--json"):
         parser.add_argument(flag, action="store_true", required=True)
-    for flag in ("--dry-run", "--no-default-packages"):
+    for flag in ("--dry-run", "--no-default-packages", "--satisfied-skip-solve"):
         parser.add_argument(flag, action="store_true")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--override-channels", action="store_true")
