@@ -90,7 +90,7 @@ options:
     description:
       - Folder with the archives of all packages of O(lock), for O(provider=rattler).
       - Without O(lock), O(state=staged) has found nothing to install. An environment that has all packages of O(specs)
-        then stays as it is. One that lacks them is refused.
+        then stays as it is. An environment that lacks some is refused.
       - With O(state=staged) the archives are downloaded there and verified by checksum, and other archives are removed.
     type: path
   host:
