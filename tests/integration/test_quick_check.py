@@ -9,7 +9,7 @@ import re
 import shlex
 from typing import Any
 
-from ansible_collections.mala.hpc_db.plugins.modules.quick_check import checksum, serving_endpoint
+from ansible_collections.mala.hpc_db.plugins.modules.quick_check import FOLDERS, checksum, serving_endpoint
 from target import Target
 
 STUDIES = [{"name": "studies", "studies": [{"name": "beryllium", "user_attributes": {"element": "Be"}}]}]
@@ -47,6 +47,12 @@ STATEMENTS = {
         "SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = 'studies'",
     "DROP TRIGGER {trigger} ON trials": "SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal",
     "UPDATE study_user_attributes SET value_json = '1'": "SELECT value_json FROM study_user_attributes",
+}
+# Each place in the instance directory that the quick check ignores, and who looks at it instead.
+IGNORED = {
+    "data": "a full run: roles, databases and studies", "python": "a full run: packages",
+    "dumps": "a full run: permissions; the server job writes it", "log": "a full run: permissions; the server job",
+    "run": "the server job, which the quick check asks for",
 }
 DIRECTION = "UPDATE study_directions SET direction = '{}'"
 
@@ -111,6 +117,16 @@ def test_one_look_is_enough_until_something_differs(here: Target, quick_settings
     )
     assert instance.shell("stat -c %a conf secrets/pgpass").split() == ["700", "600"]
     assert NOTHING.search(instance.play())
+
+
+def test_every_place_is_compared_or_ignored_for_a_reason(here: Target, quick_settings: dict) -> None:
+    """A role that keeps something in a new place adds it to the quick check, or to IGNORED with the reason."""
+    instance = Instance(here, quick_settings)
+    instance.play(server_look_closely=True)
+
+    places = instance.shell("ls -A").split()
+
+    assert sorted(places) == sorted([*FOLDERS, *IGNORED])
 
 
 def test_full_run_mends_what_the_quick_check_does_not_read(here: Target, quick_settings: dict) -> None:

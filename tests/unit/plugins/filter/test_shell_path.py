@@ -23,12 +23,12 @@ def test_shell_path(path, word):
 def test_scripts_have_no_path_from_the_home_directory_in_quotes():
     """A quoted ~ is not expanded."""
     roles = Path(__file__).resolve().parents[4] / "roles"
-    settings = {"server_python", "workers_python", "workers_program"}
+    settings = {"server_python", "worker.python", "worker.program"}
 
     used = [
         (name, filters)
         for path in roles.glob("*/templates/*.sh.j2")
-        for name, filters in re.findall(r"{{ (?:hpc_db\.|__)(\w+) \| ([\w.]+)", path.read_text(encoding="utf-8"))
+        for name, filters in re.findall(r"{{ (?:hpc_db\.|__)([\w.]+) \| ([\w.]+)", path.read_text(encoding="utf-8"))
         if name in settings
     ]
 

@@ -310,7 +310,7 @@ def test_run_gives_up_a_command_that_does_not_answer(monkeypatch):
 
 
 @pytest.mark.parametrize("variables, options, words", [
-    ({"SBATCH_ACCOUNT": "hpc"}, {}, "account: not set, but your login shell sets SBATCH_ACCOUNT='hpc', which no "),
+    ({"SBATCH_ACCOUNT": "hpc"}, {}, "account: not set, but your login shell sets SBATCH_ACCOUNT='hpc', which is not "),
     ({"SBATCH_PARTITION": "debug"}, {"account": "hpc"}, "partition: not set, but "),
     ({"SBATCH_TIMELIMIT": "10"}, {}, "time: not set, but "),
     ({"SBATCH_CPU_FREQ_REQ": "high"}, {}, "cpu-freq: not set, but "),

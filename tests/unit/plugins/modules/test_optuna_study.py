@@ -149,7 +149,7 @@ def test_older_schema_is_left_alone_with_a_warning_unless_asked(check_mode, use)
 
 
 @pytest.mark.parametrize("version, workers, upgrade, says", [
-    (OLD, 2, True, "databases_upgrade_schema: 2 connections to the database mala are open; stop its workers first"),
+    (OLD, 2, True, "databases_upgrade_schema: 2 connections to the database mala are open; end its workers first"),
     (OLD, 0, False, "by Optuna 3.1.1, but the installed Optuna 5.0.0 needs .*; the study aluminium is missing"),
     ("v9.9.9.a", 0, True, "Optuna 9.0.0, which is newer than the installed Optuna 5.0.0: set optuna==9.0.0 in"),
 ])
@@ -249,7 +249,7 @@ def test_what_is_refused_in_one_database_is_made_in_the_others(check_mode, use, 
     databases = [{"name": name, "studies": [BERYLLIUM]} for name in ("mala", "next")]
     params = {**PARAMS, "databases": databases, "upgrade": True}
 
-    with pytest.raises(Refused, match="^databases_studies: the study beryllium in mala has .*, choose another name$"):
+    with pytest.raises(Refused, match="^databases_studies: the study beryllium in mala has .*; choose another name$"):
         ensure_databases(params, check_mode)
     assert second.studies == ({} if check_mode else {"beryllium": ["minimize"]})
 

@@ -451,8 +451,8 @@ def test_refuses_what_could_be_an_option_or_a_command(fake, name, text):
     ({"ssh_arguments": "-o proxycommand=x"}, "^ssh_arguments: ProxyCommand runs a program"),
     ({"ssh_arguments": "-o LocalCommand=x"}, "^ssh_arguments: 'LocalCommand' is not among"),
     ({"ssh_arguments": "-o 'Port 22,ssh_command=x'"}, "^ssh_arguments: Port is"),
-    ({"ssh_arguments": "-L 1:b:2"}, "^ssh_arguments: '-L' is none"),
-    ({"ssh_arguments": "touch x"}, "^ssh_arguments: 'touch' is none"),
+    ({"ssh_arguments": "-L 1:b:2"}, "^ssh_arguments: '-L' is not an ssh argument"),
+    ({"ssh_arguments": "touch x"}, "^ssh_arguments: 'touch' is not an ssh argument"),
     ({"ssh_arguments": "-J -oProxyCommand=x"}, "^ssh_arguments: ProxyJump is"),
     ({"ssh_arguments": "'"}, "^ssh_arguments: .* cannot be split"),
 ])
