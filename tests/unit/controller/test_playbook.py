@@ -110,7 +110,7 @@ def test_file_has_a_line_a_phase():
 
 
 def test_terminal_has_one_line_that_is_rewritten(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("COLUMNS", "39")
     stream = io.StringIO()
     told_of(EVENTS, Terminal(stream)).screen.end()
 

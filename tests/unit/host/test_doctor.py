@@ -202,7 +202,7 @@ def test_port_that_nobody_has(instance):
 
 @pytest.mark.parametrize("addresses, says", [
     (OSError("Name or service not known"), "c1 cannot be resolved: Name or service not known"),
-    (["127.0.1.1"], "c1 is 127.0.1.1, which is this node itself"),
+    (["127.0.1.1"], "c1 resolves to 127.0.1.1, which is this node itself"),
 ])
 def test_name_that_leads_nowhere(addresses, says, instance, monkeypatch):
     def getaddrinfo(*_unused, **_options):
@@ -246,7 +246,7 @@ def test_socket(instance, tmp_path, monkeypatch):
     ({"hpc-db-client": ""}, {}, "hpc-db-client is missing, but .* client_environment: "),
     ({"optuna": "3.1.1", "revisions": ["v3.0.0.d", "v2.6.0.a"]}, {}, "Optuna 3.1.1 does not support the tables"),
     ({"schema": ["3.1.1", "v3.0.0.d"]}, {}, "Optuna 5.0.0 needs newer tables .* databases_upgrade_schema"),
-    ({"optuna": "4.9.0"}, {"optuna": "5.0.0"}, "Optuna 4.9.0, but the management environment has 5.0.0: one"),
+    ({"optuna": "4.9.0"}, {"optuna": "5.0.0"}, "Optuna 4.9.0, but the management environment has 5.0.0: only"),
     ({"error": "FATAL:  sorry, too many clients already"}, {}, "cannot connect: too many clients .* databases_workers"),
 ])
 def test_environment_that_is_ill(changes, side, says, instance, monkeypatch):
