@@ -15,7 +15,7 @@ description:
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: Results of M(ansible.builtin.stat) in a loop over C(tensorboard_logs), whose items have a C(name).
+    description: Results of C(ansible.builtin.stat) in a loop over C(tensorboard_logs), whose items have a C(name).
     type: list
     elements: dict
     required: true
