@@ -69,4 +69,5 @@ class Workstation(Target):
         program, *arguments = command
         # The program's shebang names the checkout's folder on this machine, which alice may not be able to read.
         tool = [".venv/bin/python", "-m", "ansible", program.partition("-")[2] or "adhoc", *arguments]
-        return f"cd {CHECKOUT} && COLUMNS=4000 ANSIBLE_FORCE_COLOR=0 exec {shlex.join(tool)}"
+        cache = f"ANSIBLE_CALLBACK_PLUGINS={CHECKOUT}/tests/ansible ANSIBLE_CALLBACKS_ENABLED=module_cache"
+        return f"cd {CHECKOUT} && {cache} COLUMNS=4000 ANSIBLE_FORCE_COLOR=0 exec {shlex.join(tool)}"

@@ -18,7 +18,8 @@ from target import ROOT
 # Plain Optuna, configured by the URL alone. When the server goes away, six workers are in their objective and two
 # between trials, so that their next call is tell or ask. Heartbeats are compared by the database's clock, so a worker
 # must not be taken for dead, whatever its time zone.
-WORKERS = [*["--seconds=1"] * 4, *["--pause=1"] * 2, *["--seconds=1 --heartbeat"] * 2]
+# Two have Optuna's default sampler, which reads all trials; eight of them would take the whole machine.
+WORKERS = [*["--seconds=1 --random"] * 4, *["--pause=1 --random"] * 2, *["--seconds=1 --heartbeat"] * 2]
 ZONES = ["UTC"] * 6 + ["Asia/Tokyo", "America/New_York"]
 FIGURES: list[tuple[str, str, str]] = []
 
