@@ -165,7 +165,7 @@ def left(workstation: Workstation) -> str:
 def test_bad_input_is_refused(workstation: Workstation) -> None:
     bad = {"tensorboard_logs": [{"name": "a b", "path": "runs"}], "tensorboard_reload_interval": 0}
     absent = {"tensorboard_logs": [{"name": "absent", "path": "~/$(touch canary)"}]}
-    used = {"tensorboard_logs": [{"name": "home", "path": "~"}], "tensorboard_root": "~/used"}
+    used = {"tensorboard_logs": [{"name": "home", "path": "/home/alice"}], "tensorboard_root": "~/used"}
     workstation.run("mkdir -p used/logs/mine; ln -s nowhere used/logs/other")
 
     refused = " ".join(workstation.play("tensorboard", bad).stdout.split())
