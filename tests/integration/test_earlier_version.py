@@ -15,9 +15,9 @@ study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
 print(len(study.trials))
 """
 # That version wrote numbers as text with some versions of Ansible, and a finished command for the successor. Its
-# supervisor was a flat package without events, and its quick check recorded more.
+# supervisor had other files and wrote no events, and its quick check recorded more.
 EARLIER = """
-import json, os, shutil
+import json, os
 os.chdir(os.path.expanduser("~/hpc_db/INSTANCE"))
 with open("host/settings.json") as stream:
     settings = json.load(stream)
@@ -27,11 +27,8 @@ with open("host/settings.json", "w") as stream:
     json.dump(dict(settings, successor=[]), stream)
 with open("run/kept.json", "w") as stream:
     json.dump({"settings": "0", "files": {}, "server": {"roles": []}}, stream)
-shutil.rmtree("host/hpc_db_host/schedulers")
 for name in ("scheduler_slurm", "scheduler_gridengine", "scheduler_local"):
     open(f"host/hpc_db_host/{name}.py", "w").close()
-for name in ("settings", "layout", "events"):
-    os.remove(f"host/hpc_db_host/{name}.py")
 os.remove("log/events.jsonl")
 """
 
