@@ -63,7 +63,8 @@ class Site:
         settings = {"scheduler": self.scheduler, "job_name": "hpc_db", "successor": successor, **self.paths}
         (self.state / "home/alice/look.py").write_text(LOOK)
         asked = json.dumps([settings, job, ask])
-        return json.loads(self.login.run(f"{environment} PYTHONPATH=/srv/host python3 look.py '{asked}'"))
+        self.login.run("mkdir -p package; ln -sfn /srv/host package/hpc_db_host")
+        return json.loads(self.login.run(f"{environment} PYTHONPATH=package python3 look.py '{asked}'"))
 
     def module(self, name: str, _check: bool = False, **parameters: object) -> dict:
         """Run a module of the collection on the login node."""
