@@ -180,7 +180,8 @@ UNFITTING = {
     "cut.log": r"line 11 of 19 is damaged or not written by Optuna \(.*op_code",
     "blank.log": "line 11 of 20 is blank; import_repair=true leaves out",
     "nul.log": "line 9 of 20 is empty, with only NUL bytes",
-    "last.log": "line 17 of 17 is damaged or not written by Optuna .*; import_repair=true leaves out blank lines and a damaged last one",
+    "last.log": "line 17 of 17 is damaged or not written by Optuna .*; import_repair=true leaves out blank lines and "
+    "a damaged last one",
 }
 # More steps than Optuna could write in half a minute.
 STEPS = """
