@@ -569,6 +569,24 @@ def test_no_two_rows_get_one_number(
     assert [number for (number,) in database(numbers)] == [0, 1]
 
 
+def test_rollback_after_a_count_does_not_hide_the_count(
+    url: str, proxy: Proxy, server: Server, make: Make, schema: Callable
+) -> None:
+    schema(JOBS)
+    path = {"connect_args": {"options": "-csearch_path=f"}}
+    ours, others = make(**path), make(url=url.replace(f":{proxy.port}/", f":{server.port}/"), **path)
+
+    def add_another() -> None:
+        with others.begin() as connection:
+            add_job(connection, ADD, COUNT)
+
+    with pytest.raises(OperationalError, match="other sessions have received keys of jobs"), ours.begin() as connection:
+        (key,) = connection.execute(text(ADD)).one()
+        proxy.cut_at(b"SAVEPOINT", REQUEST_LOST, add_another)
+        connection.execute(text("SAVEPOINT a"))
+        connection.execute(text(f"SELECT count(*) FROM jobs WHERE id < {key}; ROLLBACK TO SAVEPOINT a"))
+
+
 def test_order_of_keys_is_asked_when_the_locks_are_held_again(
     url: str, proxy: Proxy, server: Server, make: Make, engine: sqlalchemy.engine.Engine, schema: Callable,
     database: Ask,

@@ -81,7 +81,7 @@ def test_results_while_others_are_given_keys(
     values: dict[int, float] = {}
 
     def work(number: int) -> None:
-        # To ask for a trial numbers it by its key: that is an error then, and Optuna asks again.
+        # study.ask() is not in here: it numbers the trial by its key, so it would raise an error.
         trial = optuna.Trial(study, trials[number])
         values[number] = trial.suggest_float("x", 0, 1)
         trial.report(values[number], step=1)

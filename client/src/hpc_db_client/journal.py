@@ -126,7 +126,8 @@ class Journal:
         Others may have counted the rows with smaller keys meanwhile, as Optuna does to number its trials. ``follow`` is
         ``catalog.follow``; a statement may read such a table through a view, a trigger or a partition.
         """
-        if not self.late or step.judged.head == "rollback":
+        is_rollback = step.judged.head == "rollback" and not step.judged.why  # the only statement of its text
+        if not self.late or is_rollback:
             return
         why, seen = follow(step.judged.names)  # guard: order of keys, behind views
         if why:
