@@ -24,7 +24,7 @@ PREFIX = "{{ folder }}/with a space/postgresql-17"
 OTHER = "{{ folder }}/with a space/other"
 # The user's own configuration selects the solver.
 CLIENTS = {
-    "rattler": {"provider": "rattler"},
+    "rattler": {"provider": "rattler", "program": "python"},
     "conda-classic": {"provider": "conda", "program": "conda", "solver": "classic"},
     "conda-libmamba": {"provider": "conda", "program": "conda", "solver": "libmamba"},
     "conda-rattler": {"provider": "conda", "program": "conda", "solver": "rattler"},
@@ -38,8 +38,8 @@ DEFAULTS = {
     "specs": ["postgresql=17"],
     "channels": [LOCAL],
     "provider": "{{ provider }}",
-    "rattler_python": "{{ folder }}/client",
-    "client": "{{ folder }}/client",
+    "rattler_python": "{{ folder }}/{{ program }}",
+    "client": "{{ folder }}/{{ program }}",
 }
 
 
@@ -158,9 +158,10 @@ def login(mini: Target, tmp_path_factory: pytest.TempPathFactory) -> Login:
     for program in (FAKE, SERVER):
         script.append(f"cat > {program.name} <<'EOF'\n{program.read_text()}\nEOF")
     for name, about in CLIENTS.items():
-        fake = f"~/fake_conda.py {about['program']}" if "program" in about else ""
+        program = about["program"]
+        fake = f"~/fake_conda.py {program}" if program != "python" else ""
         client = f"#!/bin/sh\necho >> ~/{name}/log\nexec ~/py-rattler/bin/python {fake} \"$@\""
-        script.append(f"mkdir {name}; cat > {name}/client <<'EOF'\n{client}\nEOF\nchmod 755 {name}/client")
+        script.append(f"mkdir {name}; cat > {name}/{program} <<'EOF'\n{client}\nEOF\nchmod 755 {name}/{program}")
     # one channel with an incomplete package, and one for the web server
     script.append("mkdir served truncated; ln -s /srv/channel served/site; cp -r /srv/channel/noarch truncated")
     script.append("mkdir truncated/linux-64; cp /srv/channel/linux-64/libpq-17.10-* truncated/linux-64")
@@ -185,7 +186,7 @@ def life(login: Login) -> dict[str, dict[str, Any]]:
     libpq = {"specs": ["libpq=17"], "prefix": OTHER, "environment": cache_in("{{ folder }}/new")}
     for_all = {
         "planned": {**older, "check": True},
-        "after_plan": "cd '{{ folder }}'; ls -A; wc -l < log",
+        "after_plan": "cd '{{ folder }}'; ls -A -I '{{ program }}'; wc -l < log",
         "made": {**older, "environment": crash},
         "same": {"specs": ["postgresql>=17,<18", "libpq==17.9"]},
         "unsatisfiable": {"specs": ["postgresql==17.99"]},
@@ -238,7 +239,7 @@ def test_plan_shows_builds_and_leaves_nothing(results: dict[str, Any]) -> None:
         "before": {}, "after": {"libpq": "17.9 relabelled_0", "postgresql": "17.9 relabelled_0"}
     }
     assert '+    "postgresql": "17.9 relabelled_0"' in results["shown"]
-    assert results["after_plan"]["stdout"].split() == ["client", "log", "1"]
+    assert results["after_plan"]["stdout"].split() == ["log", "1"]
 
 
 def test_create_and_nothing_to_do(results: dict[str, Any]) -> None:
@@ -398,7 +399,7 @@ def test_client_of_an_environment_module(login: Login) -> None:
         mkdir -p modules site/bin miniforge3/bin
         printf '#%%Module\nprepend-path PATH /home/alice/site/bin\n' > modules/anaconda
         for place in site miniforge3; do
-            printf '#!/bin/sh\necho %s >> ~/places\nexec ~/conda-libmamba/client "$@"\n' $place > $place/bin/conda
+            printf '#!/bin/sh\necho %s >> ~/places\nexec ~/conda-libmamba/conda "$@"\n' $place > $place/bin/conda
             chmod 755 $place/bin/conda
         done
     """)
