@@ -160,7 +160,9 @@ if not child:
         os._exit(1)
 os.close(telling)
 trouble = os.read(told, 1000)
-print(child) if not trouble else sys.exit(trouble.decode())
+if trouble:
+    raise SystemExit(trouble.decode())
+print(child)
 """
 
 Run = Callable[..., str]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = [HERE.parents[1] / "client/src/hpc_db_client", HERE.parents[1] / ".cache/host/hpc_db_host"]
+PROXY = HERE.parents[1] / "roles/server/files/storage_proxy.py"
 FILES = (
     "connection.py", "catalog.py", "journal.py", "sql.py", "plugin.py", "dialect.py", "proxy.py", "storage_proxy.py"
 )
@@ -168,6 +169,7 @@ def notices(guard: Guard, folder: Path) -> bool:
     shutil.rmtree(folder, ignore_errors=True)
     for package in PACKAGES:
         shutil.copytree(package, folder / package.name)
+    shutil.copy(PROXY, folder)
     found = 0
     for file in folder.rglob("*.py"):
         if file.name not in FILES:

@@ -22,21 +22,21 @@ from typing import Any, cast
 import grpc
 import optuna
 import pytest
+import storage_proxy
 from cutting_proxy import ANSWER_LOST, Proxy
 from hpc_db_client import proxy as client
-from hpc_db_host import storage_proxy
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import TrialState
 from real_server import Server, eventually, free_port
 
-HOST = Path(__file__).resolve().parents[2] / ".cache" / "host"
+FOLDER = Path(__file__).resolve().parents[2] / "roles" / "server" / "files"
 # The proxy; if the file "die" exists when it is about to execute a request that writes, it runs the code in the file
 # instead, and exits like after kill -9.
 PROGRAM = """
 import os, sys
 sys.path.append(sys.argv.pop(1))  # after a copy without one of the guards
 die = sys.argv.pop(1)
-from hpc_db_host import storage_proxy
+import storage_proxy
 from optuna.trial import TrialState
 
 def deadly(act):
@@ -88,7 +88,7 @@ class Instance:
         (root / "run" / "endpoint.json").write_text(json.dumps(endpoint))
         where = f"127.0.0.1:{port or server.port}/{database}?sslmode=disable&gssencmode=disable"
         command = [
-            sys.executable, "-c", PROGRAM, str(HOST), str(self.die), "--storage",
+            sys.executable, "-c", PROGRAM, str(FOLDER), str(self.die), "--storage",
             f"postgresql+psycopg2://study@{where}", "--listen", "127.0.0.1", "--port", str(listen),
             "--connections", "3",
             f"--certificate={root}/secrets/proxy.crt", f"--key={root}/secrets/proxy.key",

@@ -144,7 +144,8 @@ OPENERS: dict[str, list[Command]] = {
 }
 # These connect over the unix socket of the temporary server that they start, whose folder is private.
 OVER_THE_SOCKET = {
-    f"plugins/module_utils/host/{name}.py" for name in ("dumps", "engines", "postgres", "storage_proxy", "upgrade")
+    *(f"plugins/module_utils/host/{name}.py" for name in ("dumps", "engines", "postgres", "upgrade")),
+    "roles/server/files/storage_proxy.py",
 }
 # These mention programs and modules without running them against a server.
 NAMES_ONLY = {

@@ -33,7 +33,7 @@ PATIENCE_SECONDS = 600.0
 MOST_SECONDS = 30 * 86400.0
 # The name in the certificate, independent of the proxy's host.
 NAME = "hpc-db"
-# Metadata as in plugins/module_utils/host/storage_proxy.py: the id of a request, whether it is a repetition, the ids
+# Metadata as in roles/server/files/storage_proxy.py: the id of a request, whether it is a repetition, the ids
 # of earlier requests that were answered and will not be repeated, and the identity of the data.
 REQUEST, AGAIN, ANSWERED, DATA = "hpc-db-request", "hpc-db-again", "hpc-db-answered", "hpc-db-data"
 # ONCE: requests that the proxy runs only once. TWICE: requests that may run twice, since only the worker that runs a

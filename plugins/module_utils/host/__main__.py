@@ -472,7 +472,8 @@ def detach(log: str) -> None:
     """Continue in a new session, which outlives the connection that started us; the parent prints our PID."""
     child = os.fork()
     if child:
-        print(child, flush=True)
+        sys.stdout.write("%d\n" % child)
+        sys.stdout.flush()
         os._exit(0)
     os.setsid()
     for stream, path, mode in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY), (2, log, os.O_WRONLY)):
@@ -504,7 +505,8 @@ def main() -> int:
         detach(arguments.detach)
     try:
         if arguments.what == "upgrade":
-            print(json.dumps(host.upgrade(arguments.lease_patience, arguments.settings, arguments.back)))
+            answer = host.upgrade(arguments.lease_patience, arguments.settings, arguments.back)
+            sys.stdout.write(json.dumps(answer) + "\n")
         else:
             host.serve(arguments.lease_patience, arguments.lifetime)
     except Stop as told:
@@ -525,7 +527,7 @@ def leave(code: int) -> None:
         sys.stderr.flush()
     except OSError:
         os._exit(code)
-    sys.exit(code)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

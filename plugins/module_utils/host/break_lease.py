@@ -69,11 +69,11 @@ def main() -> int:
     verb = parser.parse_args().verb
     os.umask(0o077)
     try:
-        print(json.dumps((free if verb == "break" else look)(contender(HERE.run))))
+        sys.stdout.write(json.dumps((free if verb == "break" else look)(contender(HERE.run))) + "\n")
     except (Lost, Unusable, OSError) as error:
         raise SystemExit(str(error)) from None
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -15,6 +15,7 @@ import socket
 import stat
 import struct
 import subprocess
+import sys
 import time
 from typing import Dict, List, Optional
 
@@ -460,7 +461,7 @@ def main() -> int:
     answer = {"host": socket.gethostname(), "here": look_from_here(wanted).findings}
     if arguments.server:
         answer["server"] = look_at_server(wanted).findings
-    print(json.dumps(answer))
+    sys.stdout.write(json.dumps(answer) + "\n")
     return 0
 
 

@@ -202,9 +202,9 @@ def main() -> int:
             withdraw(run, service_file(settings), settings["instance"], PATIENCE_SECONDS)
     except OSError as error:
         raise SystemExit(str(error)) from None
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

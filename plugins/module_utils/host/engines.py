@@ -228,7 +228,7 @@ class Proxy(Engine):
             self._service["user"], self._service["dbname"], quoted(self._postgres.socket), self._postgres.port,
             quoted(owner), quoted(self._service["passfile"]), "hpc_db-proxy")
         return [
-            self.settings["python"], "-m", "hpc_db_host.storage_proxy", "--storage", url,
+            self.settings["python"], "-m", "storage_proxy", "--storage", url,
             "--listen", self.settings["listen"], "--port", str(self._listen),
             "--connections", str(self.settings["connections"]),
             "--certificate", self.settings["certificate"], "--key", self.settings["key"],

@@ -96,4 +96,5 @@ def log(line: str) -> None:
     Errors such as a full disk are ignored: they must not stop the server, or prevent a stop.
     """
     with contextlib.suppress(OSError, ValueError):
-        print(printable(line), file=sys.stderr, flush=True)
+        sys.stderr.write(printable(line) + "\n")
+        sys.stderr.flush()

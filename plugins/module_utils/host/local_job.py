@@ -96,17 +96,17 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.verb == "submit":
-            print(submit(arguments.name, arguments.script, arguments.output))
+            sys.stdout.write("%s\n" % submit(arguments.name, arguments.script, arguments.output))
         elif arguments.verb == "cancel":
             cancel(arguments.job_id)
         elif arguments.verb == "processes":
-            print(running(arguments.pids), end="")
+            sys.stdout.write(running(arguments.pids))
         else:
-            print(queue(), end="")
+            sys.stdout.write(queue())
     except OSError as error:
         raise SystemExit(str(error)) from None
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -247,8 +247,7 @@ def end_orphans(data: str) -> None:
         if time.monotonic() > told:
             told = float("inf")
             words = (", ".join(map(str, orphans)), data)
-            print("postgres (PID %s) on %s was killed but has not ended: the file system may hang" % words,
-                  file=sys.stderr, flush=True)
+            files.log("postgres (PID %s) on %s was killed but has not ended: the file system may hang" % words)
         time.sleep(0.05)
 
 

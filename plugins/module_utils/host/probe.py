@@ -59,4 +59,4 @@ def connect(url):  # type: (str) -> dict
 
 
 if __name__ == "__main__":
-    print(json.dumps(look(sys.argv[1])))
+    sys.stdout.write(json.dumps(look(sys.argv[1])) + "\n")

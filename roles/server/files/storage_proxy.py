@@ -17,6 +17,8 @@ are set only by the worker that runs it, so a repetition changes nothing. All ot
 is as in ``hpc_db_client.connection``.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import os
@@ -25,7 +27,7 @@ import threading
 import urllib.parse
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Dict, Optional  # noqa: F401 - some in annotations
+from typing import Any, Callable
 
 import grpc
 import sqlalchemy
@@ -77,7 +79,7 @@ DONE = "SELECT what FROM hpc_db.requests WHERE id = CAST(:request AS uuid)"
 class Once:
     """Optuna's storage, with requests that run only once."""
 
-    def __init__(self, storage: "Any") -> None:
+    def __init__(self, storage: Any) -> None:
         self._storage = storage
         self._engine = storage._backend.engine
         self.request = threading.local()  # id, again, answered: the request that this thread serves
@@ -88,7 +90,7 @@ class Once:
         self.forget()
         sqlalchemy.event.listen(storage._backend.scoped_session, "before_commit", self._write_note)
 
-    def __getattr__(self, name: str) -> "Any":
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._storage, name)
 
     def forget(self) -> None:
@@ -96,7 +98,7 @@ class Once:
         with contextlib.suppress(SQLAlchemyError), self._engine.begin() as connection:
             connection.exec_driver_sql(FORGET)
 
-    def create_new_study(self, directions: "Any", study_name: "Optional[str]" = None) -> int:
+    def create_new_study(self, directions: Any, study_name: str | None = None) -> int:
         """See Optuna; runs once."""
         return self._once(
             lambda: self._storage.create_new_study(directions, study_name), int, NOTE_STUDY, {"name": study_name}
@@ -106,15 +108,15 @@ class Once:
         """See Optuna; runs once."""
         self._change(study_id, lambda: self._storage.delete_study(study_id))
 
-    def set_study_user_attr(self, study_id: int, key: str, value: "Any") -> None:
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
         """See Optuna; runs once."""
         self._change(study_id, lambda: self._storage.set_study_user_attr(study_id, key, value))
 
-    def set_study_system_attr(self, study_id: int, key: str, value: "Any") -> None:
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
         """See Optuna; runs once."""
         self._change(study_id, lambda: self._storage.set_study_system_attr(study_id, key, value))
 
-    def create_new_trial(self, study_id: int, template_trial: "Any" = None) -> int:
+    def create_new_trial(self, study_id: int, template_trial: Any = None) -> int:
         """See Optuna; runs once."""
 
         def found(trial_id: int) -> int:
@@ -125,17 +127,17 @@ class Once:
             lambda: self._storage.create_new_trial(study_id, template_trial), found, NOTE_TRIAL, {"study": study_id}
         )
 
-    def set_trial_state_values(self, trial_id: int, state: "Any", values: "Any" = None) -> bool:
+    def set_trial_state_values(self, trial_id: int, state: Any, values: Any = None) -> bool:
         """See Optuna; runs once."""
         return self._once(
             lambda: self._storage.set_trial_state_values(trial_id, state, values), bool, NOTE_STATE,
             {"trial": trial_id},
         )
 
-    def _change(self, study_id: int, act: "Callable") -> None:
+    def _change(self, study_id: int, act: Callable) -> None:
         self._once(act, lambda _study_id: None, NOTE_CHANGE, {"study": study_id})
 
-    def _once(self, act: "Callable", found: "Callable", note: str, parameters: "Dict[str, Any]") -> "Any":
+    def _once(self, act: Callable, found: Callable, note: str, parameters: dict[str, Any]) -> Any:
         request = getattr(self.request, "id", None)
         if not request:
             return act()
@@ -160,12 +162,12 @@ class Once:
             return self._done(request) is not None
         return did
 
-    def _write_note(self, session: "Any") -> None:
+    def _write_note(self, session: Any) -> None:
         if getattr(self._note, "now", None):
             session.flush()
             session.execute(*self._note.now)  # guard: notes
 
-    def _done(self, request: str) -> "Optional[int]":
+    def _done(self, request: str) -> int | None:
         with self._engine.connect() as connection:
             return connection.execute(sqlalchemy.text(DONE), {"request": request}).scalar()
 
@@ -179,7 +181,7 @@ class Serving(grpc.ServerInterceptor):  # type: ignore[misc]
         self._turns = weakref.WeakValueDictionary()  # type: weakref.WeakValueDictionary[str, threading.Semaphore]
         self._lock = threading.Lock()
 
-    def intercept_service(self, continuation: "Callable", details: "grpc.HandlerCallDetails") -> object:
+    def intercept_service(self, continuation: Callable, details: grpc.HandlerCallDetails) -> object:
         """Wrap the handler of a request; see grpc."""
         handler = continuation(details)
         if handler is None or handler.unary_unary is None:
@@ -190,7 +192,7 @@ class Serving(grpc.ServerInterceptor):  # type: ignore[misc]
             handler.request_deserializer, handler.response_serializer,
         )
 
-    def _serve(self, serve: "Callable", request: object, context: "grpc.ServicerContext", said: dict) -> object:
+    def _serve(self, serve: Callable, request: object, context: grpc.ServicerContext, said: dict) -> object:
         if said.get(DATA, self._data) != self._data:
             return context.abort(grpc.StatusCode.ABORTED, OTHER_DATA)
         context.send_initial_metadata(((DATA, self._data),))
@@ -207,7 +209,7 @@ class Serving(grpc.ServerInterceptor):  # type: ignore[misc]
         finally:
             self._request.id = None
 
-    def _turn(self, request: "Optional[str]") -> threading.Semaphore:
+    def _turn(self, request: str | None) -> threading.Semaphore:
         """Let a repetition wait for the first attempt, which could otherwise undo later changes."""
         if request is None:  # guard: repetitions
             return threading.Semaphore()  # not shared
@@ -220,17 +222,17 @@ def is_outage(error: DBAPIError) -> bool:
     return isinstance(error, OperationalError) and (getattr(error.orig, "pgcode", None) or "57P0")[:4] == "57P0"
 
 
-def stay_with(engine: "Any") -> str:
+def stay_with(engine: Any) -> str:
     """Return the identity of the engine's data; end this program if it changes later, since Optuna caches the data."""
 
-    def identity(connection: "Any") -> str:
+    def identity(connection: Any) -> str:
         with connection.cursor() as cursor:
             cursor.execute(IDENTITY)
             found = cursor.fetchone()
         connection.rollback()
-        return urllib.parse.quote("%s/%s/%s" % found)
+        return urllib.parse.quote("{}/{}/{}".format(*found))
 
-    def check(connection: "Any", _record: object) -> None:
+    def check(connection: Any, _record: object) -> None:
         if identity(connection) != data:
             print(OTHER_DATA.partition(";")[0], file=sys.stderr, flush=True)
             os._exit(ANEW)  # guard: other data behind the storage proxy
@@ -248,15 +250,15 @@ def read(path: str) -> bytes:
         return stream.read()
 
 
-def listen(server: "grpc.Server", address: str, port: int, credentials: "grpc.ServerCredentials") -> None:
+def listen(server: grpc.Server, address: str, port: int, credentials: grpc.ServerCredentials) -> None:
     """Listen on an address; ``*`` means all addresses."""
-    for host in EVERYWHERE if address == "*" else ("[%s]" % address if ":" in address else address,):
+    for host in EVERYWHERE if address == "*" else (f"[{address}]" if ":" in address else address,):
         try:
-            if server.add_secure_port("%s:%d" % (host, port), credentials):
+            if server.add_secure_port(f"{host}:{port}", credentials):
                 return
         except RuntimeError:
             continue
-    sys.exit("cannot listen on %s port %d" % (address, port))
+    sys.exit(f"cannot listen on {address} port {port}")
 
 
 def main() -> None:
