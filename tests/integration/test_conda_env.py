@@ -50,7 +50,7 @@ def cache_in(folder: str) -> dict[str, str]:
 
 # Prints the state after a step: files next to the prefix, client runs so far, psql's version, and the user's own file.
 LOOK = """
-cd '{{ folder }}'; ls -A 'with a space' 2>/dev/null || :; echo
+cd '{{ folder }}'; ls -A1 'with a space' 2>/dev/null || :; echo
 wc -l < log; cd 'with a space/postgresql-17' 2>/dev/null && bin/psql --version && cat keep || :
 """
 # Prints the processes that have a file open, and their parents.
