@@ -29,7 +29,7 @@ import json, sys
 from hpc_db_host import scheduler
 settings, job, ask = json.loads(sys.argv[1])
 queue = scheduler.Queue(settings, job)
-bin_dir = settings.get("bin_dir", "")
+bin_dir = settings["bin_dir"]
 answer = {"ended": [scheduler.job_has_ended(settings["scheduler"], bin_dir, each) for each in ask]}
 if settings["successor"]:
     answer["follows"] = [queue.ensure_successor() for _look in range(3)]
@@ -60,7 +60,9 @@ class Site:
 
     def host_program(self, job: str, ask: list[str], successor: list[str], environment: str = "") -> dict:
         """Call the supervisor's scheduler functions for a job, in a given environment."""
-        settings = {"scheduler": self.scheduler, "job_name": "hpc_db", "successor": successor, **self.paths}
+        settings = {
+            "scheduler": self.scheduler, "job_name": "hpc_db", "successor": successor, "bin_dir": "", **self.paths
+        }
         (self.state / "home/alice/look.py").write_text(LOOK)
         asked = json.dumps([settings, job, ask])
         self.login.run("mkdir -p package; ln -sfn /srv/host package/hpc_db_host")
@@ -281,7 +283,7 @@ def test_job_that_only_waits_for_nodes_is_not_refused(slurm: Site) -> None:
         slurm.module("hosting_job", state="absent")
 
     (said,) = told["told"]
-    assert said.startswith("server_job_options: sbatch says: ") and said.endswith("in the queue: c1 drained")
+    assert said.startswith("server_job_options: sbatch says: ") and said.endswith("the job is queued and waits: c1 drained")
     assert (submitted["changed"], submitted["job"]["state"]) == (True, "PENDING")
     assert too_large["msg"].startswith("server_job_options: sbatch says: ")
     assert "nvalid partition" in nowhere["msg"]
