@@ -33,7 +33,7 @@ class Channel(SimpleHTTPRequestHandler):
         if kind == "login" and self.headers.get("Authorization") != ALLOWED:
             self.send_error(401)
             return None
-        enough = 2 if kind == "busy" else 3 if kind == "scarce" and rest.endswith(".tar.bz2") else 0
+        enough = 2 if kind == "busy" else 3 if kind == "scarce" and rest.endswith(".conda") else 0
         if enough and len(Path(name, "log").read_text().splitlines()) < enough:
             self.send_error(503)
             return None

@@ -112,7 +112,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     if os.geteuid() == 0:
         user = f"hpc-db-it-{os.getpid()}"
         subprocess.run(["useradd", "--create-home", "--shell", "/bin/sh", user], check=True)
-        settings.update(ansible_become=True, ansible_become_user=user, ansible_become_method="su")
+        # sudo pipelines, unlike su
+        settings.update(ansible_become=True, ansible_become_user=user, ansible_become_method="sudo")
         settings.update(ansible_python_interpreter="/usr/bin/python3")
         shell = ["su", "-", user, "-c"]
     folder = tmp_path_factory.mktemp("inventory")

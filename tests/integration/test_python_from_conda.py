@@ -85,7 +85,7 @@ def test_locked_and_updated(here: Target, settings: dict, root: str) -> None:
         return here.run(f"{root}/postgresql-17/bin/psql --version").split()[-1]
 
     locked = lock_file.read_text()
-    assert version() == "17.9" and "/postgresql-17.9-relabelled_1.tar.bz2#sha256:" in locked
+    assert version() == "17.9" and "/postgresql-17.9-relabelled_1.conda#sha256:" in locked
     publish(here, hidden="none")
     assert re.search(r"server_job_name: job \d+ \(\w+\) hosts the server; stop it with .* stop.yml", refusal("update"))
     play("stop")
