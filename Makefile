@@ -29,7 +29,7 @@ molecule:  ## the playbooks, on this machine and on the test cluster
 integration:  ## the test cluster, the conda channel and the supervisor under faults
 
 test: setup  ## all of the above
-	@tools/test lint+sanity+unit+client molecule integration
+	@tools/test lint+sanity+unit client+molecule+integration
 
 soak:  ## tests/client and tests/resilience, as often as docs/reliability.md requires: about two hours
 

@@ -10,6 +10,7 @@ whole, folder = pathlib.Path(whole), pathlib.Path(folder)
 if not folder.exists():
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("wheels", "*-18.*"))
 content = json.loads((whole / "linux-64/repodata.json").read_text())
-content["packages"] = {name: record for name, record in content["packages"].items() if record["version"] != hidden}
+known = content["packages.conda"]
+content["packages.conda"] = {name: record for name, record in known.items() if record["version"] != hidden}
 (folder / "linux-64/repodata.json").write_text(json.dumps(content))
 """
