@@ -283,7 +283,8 @@ def test_job_that_only_waits_for_nodes_is_not_refused(slurm: Site) -> None:
         slurm.module("hosting_job", state="absent")
 
     (said,) = told["told"]
-    assert said.startswith("server_job_options: sbatch says: ") and said.endswith("the job is queued and waits: c1 drained")
+    assert said.startswith("server_job_options: sbatch says: ")
+    assert said.endswith("the job is queued and waits: c1 drained")
     assert (submitted["changed"], submitted["job"]["state"]) == (True, "PENDING")
     assert too_large["msg"].startswith("server_job_options: sbatch says: ")
     assert "nvalid partition" in nowhere["msg"]
