@@ -202,7 +202,8 @@ def pull_command(ssh: list[str], host: str, source: str, target: str, dry_run: b
     """
     mark = uuid.uuid4().hex
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*", host):
-        raise ValueError(f"ansible_host: {host!r} is no host; allowed are letters, digits, '.', '_', '-', ':' and '%'")
+        allowed = "letters, digits, '.', '_', '-', ':' and '%'"
+        raise ValueError(f"ansible_host: {host!r} is not a host; allowed are {allowed}")
     return [
         "rsync",
         "--recursive", "--times",

@@ -313,7 +313,7 @@ def explain(answer: Answer, params: dict, specs: list[Spec], glibc: str) -> str:
         return f"lock: {problem}"
     if answer.setting == "cache":
         return (
-            "client: the client's cache holds incomplete packages (it was probably killed while unpacking); "
+            "client: the client's cache contains incomplete packages (it was probably killed while unpacking); "
             f"remove them and run this again: {answer.problem}"
         )
     if answer.setting == "specs":

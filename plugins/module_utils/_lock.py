@@ -65,8 +65,8 @@ def parse_lock(text: str, platform: str) -> list[Locked]:
             continue
         if has_secret(line):
             raise CondaError(
-                f"lock: line {number} holds a password or token; leave it out, and keep it where your client looks for "
-                "it, such as ~/.netrc"
+                f"lock: line {number} contains a password or token; leave it out, and keep it where your client looks "
+                "for it, such as ~/.netrc"
             )
         found = _LINE.fullmatch(line)
         if not found:
@@ -90,7 +90,7 @@ def check_specs(locked: list[Locked], specs: list[Spec]) -> None:
         held = versions.get(spec.name)
         if held is None or not allows_major(spec, held):
             raise CondaError(
-                f"lock: it holds {f'{spec.name} {held}' if held else f'no {spec.name}'}, but {spec.text} is required"
+                f"lock: it has {f'{spec.name} {held}' if held else f'no {spec.name}'}, but {spec.text} is required"
             )
 
 

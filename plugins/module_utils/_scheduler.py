@@ -54,7 +54,7 @@ def make_run(module: AnsibleModule, params: dict | None = None) -> Run:
         except subprocess.TimeoutExpired:
             raise SchedulerError(f"{program} has not answered within {TIMEOUT} s") from None
         except OSError as error:
-            hint = "" if local else "; set server_bin_dir to the folder that holds the scheduler's commands"
+            hint = "" if local else "; set server_bin_dir to the folder that contains the scheduler's commands"
             raise SchedulerError(f"{program}: {error.strerror}{hint}") from error
         if done.returncode:
             words = [line.strip() for line in (done.stderr.strip() or done.stdout.strip()).splitlines()]

@@ -425,11 +425,11 @@ def wanted_specs(params: dict) -> list[Spec]:
             raise CondaError(f"{name}: {params[name]!r} is not absolute; give a path that begins with / or ~")
     for channel in params["channels"]:
         if channel.startswith("-") or not channel.isprintable() or not channel.strip():
-            raise CondaError(f"channels: {channel!r} is no channel; give a name, a URL or a file:// folder")
+            raise CondaError(f"channels: {channel!r} is not a channel; give a name, a URL or a file:// folder")
         if has_secret(channel):
             raise CondaError(
-                f"channels: that of {urlsplit(channel).hostname} holds a password or token, which would get into logs; "
-                "leave it out, and keep it where your client looks for it, such as ~/.netrc"
+                f"channels: that of {urlsplit(channel).hostname} contains a password or token, which would get into "
+                "logs; leave it out, and keep it where your client looks for it, such as ~/.netrc"
             )
     if params["archives"] and params["provider"] != "rattler":
         raise CondaError(f"archives: not allowed with provider {params['provider']}; only rattler takes packages there")
@@ -552,9 +552,9 @@ def look(prefix: Path, note: str) -> Packages | None:
         return {each["name"]: Package(each["name"], each["version"], each["build"]) for each in records_of(prefix)}
     if prefix.is_dir() and not prefix.is_symlink() and not any(prefix.iterdir()):
         return None
-    reason = "it has no folder conda-meta" if prefix.is_dir() else "it is no directory"
+    reason = "it has no folder conda-meta" if prefix.is_dir() else "it is not a directory"
     raise CondaError(
-        f"prefix: {prefix} exists and is no conda environment: {reason}; choose a path that does not exist, "
+        f"prefix: {prefix} exists and is not a conda environment: {reason}; choose a path that does not exist, "
         "an empty directory or an environment"
     )
 

@@ -108,7 +108,7 @@ def ensure_data_directory(params: dict, run: Run, check_mode: bool) -> dict:
     if version is None or major is None:
         raise Failed(f"postgres --version printed {said.strip()!r}, which contains no version")
     if found not in (None, str(major)):
-        raise Failed(f"{path} was made by PostgreSQL {found}, but {bindir} holds {version}; nothing was changed")
+        raise Failed(f"{path} was made by PostgreSQL {found}, but {bindir} contains {version}; nothing was changed")
     if found is None and not check_mode:
         aside = path + ".unfinished"
         shutil.rmtree(aside, ignore_errors=True)

@@ -154,7 +154,8 @@ def check_root(root: str, uid: int) -> None:
     if os.stat(root).st_uid != uid:
         raise Refused(f"instance_root: {root} belongs to another user")
     if os.listdir(root) and not os.path.isdir(Layout(root).run):
-        raise Refused(f"instance_root: {root} contains other files and is no instance directory; choose a new folder")
+        reason = "contains other files and is not an instance directory"
+        raise Refused(f"instance_root: {root} {reason}; choose a new folder")
 
 
 def check_links(root: str) -> None:

@@ -333,7 +333,7 @@ def look_at_schema(path: str, label: str, optuna: optuna_schema.Optuna) -> bool:
             damage = [said for said, in connection.execute("PRAGMA quick_check(1)") if said != "ok"]
             rows = [] if damage else connection.execute(optuna_schema.SCHEMA).fetchall()
     except sqlite3.OperationalError as error:
-        raise Refused(f"import_from: {label} holds no Optuna studies: SQLite reports: {error}") from None
+        raise Refused(f"import_from: {label} contains no Optuna studies: SQLite reports: {error}") from None
     except sqlite3.Error as error:
         damage = [str(error)]
     if damage:
@@ -342,7 +342,7 @@ def look_at_schema(path: str, label: str, optuna: optuna_schema.Optuna) -> bool:
             "its command .recover prints the readable part"
         )
     if not rows:
-        raise Refused(f"import_from: {label} holds no Optuna studies")
+        raise Refused(f"import_from: {label} contains no Optuna studies")
     schema = optuna_schema.Schema(*rows[0])
     if optuna_schema.is_newer(schema, optuna):
         raise Refused(
@@ -388,11 +388,11 @@ def read_source(params: dict, storage: Any) -> list[Study]:
     held = sorted(study_names(storage))
     label = os.path.basename(params["file"])
     if not held:
-        raise Refused(f"import_from: {label} holds no study")
+        raise Refused(f"import_from: {label} contains no study")
     wanted = params["studies"] or held
     missing = [name for name in wanted if name not in held]
     if missing:
-        raise Refused(f"import_studies: {label} holds no study {', '.join(missing)}, but {', '.join(held)}")
+        raise Refused(f"import_studies: {label} contains no study {', '.join(missing)}, but {', '.join(held)}")
     if params["name"] and len(wanted) != 1:
         raise Refused(f"import_as: {params['name']} is one name for {len(wanted)} studies; set import_studies")
     changed = datetime.datetime.fromtimestamp(os.stat(params["file"]).st_mtime)

@@ -227,7 +227,7 @@ def platforms(glibc: str) -> list[str]:
     """Return pip's names of the platforms that a host with this glibc supports, the newest first."""
     found = re.fullmatch(r"2\.(\d{1,3})", glibc)
     if not found:
-        raise Failed(f"host: {glibc!r} is no version of glibc; allowed is one such as 2.28")
+        raise Failed(f"host: {glibc!r} is not a version of glibc; allowed is one such as 2.28")
     minors = range(int(found.group(1)), 4, -1)
     former = [OLD_MANYLINUX[minor] for minor in minors if minor in OLD_MANYLINUX]
     return [*(f"manylinux_2_{minor}" for minor in minors), *former, "linux"]

@@ -207,7 +207,7 @@ def check_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int:
                     raise Refused(f"restore_from: {name} is damaged: it does not fit {name}{dumps.SUM}")
         counted = count_dump(bindir, path, run, tables)
     except (Failed, OSError) as error:
-        raise Refused(f"restore_from: {name} is no dump, or a damaged one: {error}") from None
+        raise Refused(f"restore_from: {name} is not a dump, or is damaged: {error}") from None
     if counted is None:
         raise Refused(
             f"restore_from: {name} is a dump of something else: it has no table of Optuna's trials; a database of "
@@ -220,7 +220,7 @@ def newest_dump(folder: str, database: str) -> str:
     """Return the newest dump of a database."""
     found = dumps.find(folder, database)
     if not found:
-        raise Refused(f"{folder} holds no dump of {database}")
+        raise Refused(f"{folder} contains no dump of {database}")
     _made, _kept, path = found[-1]
     return path
 
@@ -287,7 +287,7 @@ def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
     if found and found[0] and not params["replace"]:
         held = f"{found[0]} studies with {found[1]} trials" if tables == "optuna" else f"{found[0]} tables"
         raise Refused(
-            f"restore_database: {database} holds {held}; with restore_replace=true the dump takes its place, "
+            f"restore_database: {database} contains {held}; with restore_replace=true the dump takes its place, "
             "and it is kept under another name"
         )
     kept = beside(database, dumps.stamp()) if found else None
@@ -295,7 +295,8 @@ def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
         with restored_aside(bindir, params, path, run) as aside:
             restored = count(params, aside)
             if restored[1] != wanted:
-                raise Failed(f"{path} holds {wanted} {counted}, but {restored[1]} were restored; nothing was changed")
+                lost = f"{path} contains {wanted} {counted}, but {restored[1]} were restored"
+                raise Failed(f"{lost}; nothing was changed")
             if found:
                 count_on(params, aside)
             generation = f"{dumps.stamp()}-{os.urandom(4).hex()}"

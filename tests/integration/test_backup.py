@@ -184,7 +184,7 @@ def test_newest_dump_brings_back_what_was_there(studies: Studies, fetched: Path)
     studies.work(5)
     given = studies.psql(NEXT_TRIAL)
 
-    assert "restore_database: studies holds 1 studies with 25 trials; with restore_replace=true" in studies.refusal(
+    assert "restore_database: studies contains 1 studies with 25 trials; with restore_replace=true" in studies.refusal(
         restore_from="newest"
     )
     said = studies.play("restore", restore_from="newest", restore_replace=True)
@@ -226,7 +226,7 @@ def test_damaged_dump_is_refused(studies: Studies, fetched: Path, tmp_path: Path
     cut = tmp_path / "cut.dump"
     cut.write_bytes(whole[:-100])
 
-    assert "cut.dump is no dump, or a damaged one: pg_restore failed: " in studies.refusal(
+    assert "cut.dump is not a dump, or is damaged: pg_restore failed: " in studies.refusal(
         restore_from=str(cut), restore_replace=True
     )
 

@@ -333,7 +333,10 @@ def test_what_does_not_fit_is_refused(instance: Instance, tmp_path: Path) -> Non
     (tmp_path / "other.db.lock").symlink_to("/no/such")
 
     expected: list[tuple[dict, str]] = [
-        ({"import_from": "~/new.db", "import_studies": ["nope"]}, "import_studies: new.db holds no study nope, but be"),
+        (
+            {"import_from": "~/new.db", "import_studies": ["nope"]},
+            "import_studies: new.db contains no study nope, but be",
+        ),
         ({"import_from": "~/text.db"}, "import_from: text.db is not an SQLite file, nor one of Optuna's"),
         ({"import_from": str(other)}, "import_from: other.db is in use, .* other.db.lock exists"),
         ({"import_from": "~/other.db"}, r"import_as: studies already contains a study be, with other trials \(the "),

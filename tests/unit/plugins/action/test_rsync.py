@@ -54,7 +54,7 @@ def test_host(host, given):
     if given:
         assert pull_command(["ssh"], host, "/a", "/b", False)[-2] == given
     else:
-        with pytest.raises(ValueError, match="^ansible_host: .* is no host; allowed are"):
+        with pytest.raises(ValueError, match="^ansible_host: .* is not a host; allowed are"):
             pull_command(["ssh"], host, "/a", "/b", False)
 
 

@@ -407,9 +407,9 @@ def test_diff_names_what_changes(prefix: Path, client: FakeClient) -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda path: path.write_text("mine"), "it is no directory"),
+        (lambda path: path.write_text("mine"), "it is not a directory"),
         (lambda path: (path / "mine").mkdir(parents=True), "it has no folder conda-meta"),
-        (lambda path: path.symlink_to("nowhere"), "it is no directory"),
+        (lambda path: path.symlink_to("nowhere"), "it is not a directory"),
         (lambda path: path.symlink_to(path.parent), "it has no folder conda-meta"),
     ],
     ids=["file", "folder", "dangling link", "link"],
@@ -419,7 +419,7 @@ def test_refuses_what_is_no_environment(prefix: Path, client: FakeClient, make: 
     make(prefix)  # type: ignore[operator]
     found = identity(prefix)
 
-    with pytest.raises(CondaError, match=f"prefix: {prefix} exists and is no conda environment: {reason}; "):
+    with pytest.raises(CondaError, match=f"prefix: {prefix} exists and is not a conda environment: {reason}; "):
         ensure_env(params_for(prefix), client, False)
 
     assert identity(prefix) == found and client.calls == [] and os.listdir(prefix.parent) == [prefix.name]
@@ -912,10 +912,10 @@ def test_damaged_environment(prefix: Path, client: FakeClient, text: str) -> Non
             "postgresql-17",
             "prefix: 'postgresql-17' is not absolute; give a path that begins with / or ~",
         ),
-        ("channels", ["-c"], "channels: '-c' is no channel; give a name, a URL or a file:// folder"),
+        ("channels", ["-c"], "channels: '-c' is not a channel; give a name, a URL or a file:// folder"),
         ("channels", ["a\nb"], r"channels: 'a\\nb' is no channel"),
-        ("channels", ["https://a:secret@host/c"], r"channels: that of host holds a password [^.:]* ~/.netrc$"),
-        ("channels", ["https://host/t/secret/c"], r"channels: that of host holds a password [^.:]* ~/.netrc$"),
+        ("channels", ["https://a:secret@host/c"], r"channels: that of host contains a password [^.:]* ~/.netrc$"),
+        ("channels", ["https://host/t/secret/c"], r"channels: that of host contains a password [^.:]* ~/.netrc$"),
         ("specs", [], "specs: none are given; name at least one package"),
         ("specs", ["-p /"], "specs: '-p /' cannot be parsed; write it as one of name, name=17"),
     ],
@@ -1054,7 +1054,7 @@ def test_update_and_lock_file(
     ("before", "arguments", "says"),
     [
         (OLD, {"lock": lock_of(NEW)}, "lock: it differs from .*, which has libpq 17.2 h_0.* instead of libpq 17.10"),
-        (OLD, {"lock": lock_of({"libpq": "18.6"}), "update": True}, "lock: it holds no postgresql, but postgresql=17"),
+        (OLD, {"lock": lock_of({"libpq": "18.6"}), "update": True}, "lock: it has no postgresql, but postgresql=17"),
         ({**OLD, "tzdata": "1"}, {"lock": lock_of(NEW), "update": True}, "lock: it has no tzdata, which .*-17 has"),
         (NEW, {"update": True, "specs": ["postgresql=18"]}, "would replace the installed PostgreSQL 17.10 by an"),
         (NEW, {"update": True, "specs": ["postgresql=17.2"]}, "specs: nothing in .*=17.2 .*postgresql>=17.10"),

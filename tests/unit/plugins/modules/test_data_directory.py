@@ -86,7 +86,7 @@ def test_other_major_is_refused(found, version, check_mode, params):
         stream.write(f"{found}\n")
     programs = FakePrograms(version)
 
-    with pytest.raises(Failed, match=f"was made by PostgreSQL {found}, but .* holds {version}; nothing was changed"):
+    with pytest.raises(Failed, match=f"was made by PostgreSQL {found}, but .* contains {version}; nothing was changed"):
         ensure_data_directory(params, programs, check_mode)
     assert programs.calls == ["postgres"]
 

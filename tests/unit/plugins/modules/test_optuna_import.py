@@ -183,7 +183,7 @@ def test_brings_what_is_missing_once(check_mode, import_):
 
 
 @pytest.mark.parametrize("params, says", [
-    ({"studies": ["be", "nope"]}, "^import_studies: study.log holds no study nope, but al, be$"),
+    ({"studies": ["be", "nope"]}, "^import_studies: study.log contains no study nope, but al, be$"),
     ({"name": "x"}, "^import_as: x is one name for 2 studies; set import_studies$"),
     ({"studies": ["be"], "name": "other"}, r"^import_as: mala already contains .* other, .* \(the params of trial 0\)"),
 ])
@@ -409,8 +409,8 @@ def test_other_files_are_refused(content, import_):
 
 
 @pytest.mark.parametrize("tables, rows, says", [
-    ("t (i)", "", "holds no Optuna studies: SQLite reports: no such table"),
-    ("version_info (library_version); CREATE TABLE alembic_version (version_num)", "", "holds no Optuna studies$"),
+    ("t (i)", "", "contains no Optuna studies: SQLite reports: no such table"),
+    ("version_info (library_version); CREATE TABLE alembic_version (version_num)", "", "contains no Optuna studies$"),
     ("version_info (library_version); CREATE TABLE alembic_version (version_num)", "9.0.0 newest",
      "was made by Optuna 9.0.0, which is newer than the installed Optuna 5.0.0: set optuna==9.0.0 in postgres_python"),
 ])

@@ -321,7 +321,7 @@ def test_wheels_for_another_host(params):
 
 
 def test_wheels_for_a_host_without_glibc(params):
-    with pytest.raises(Failed, match="host: '' is no version of glibc; allowed is one such as 2.28"):
+    with pytest.raises(Failed, match="host: '' is not a version of glibc; allowed is one such as 2.28"):
         ensure_packages({**params, "layout": "wheels", "host": {**HOST, "glibc": ""}}, FakePython(), check_mode=False)
 
 
