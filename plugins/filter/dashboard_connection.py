@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: dashboard_connection
-short_description: How a dashboard on the workstation reaches the server
+short_description: Connection of a dashboard on the workstation to the server
 version_added: 0.1.0
 description:
   - Returns the URL of each database for the read-only role, the file of libpq's service entry, and the settings of the
@@ -40,7 +40,7 @@ EXAMPLES = r"""
 RETURN = r"""
 _value:
   description:
-    - C(urls) has the URL of each of C(dashboard_databases) by its name. It holds no password.
+    - C(urls) has the URL of each of C(dashboard_databases) by its name, without passwords.
     - C(service_file) is the path for libpq's C(PGSERVICEFILE).
     - C(tunnel) are the settings of the tunnel, or V(null) without one.
   type: dict

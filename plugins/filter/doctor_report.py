@@ -10,7 +10,7 @@ name: doctor_report
 short_description: Findings of the doctor on a login node and a compute node
 version_added: 0.1.0
 description:
-  - Returns the findings of the doctor, by the place where it looked.
+  - Returns the findings of the doctor for the server, the login node and the compute node.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
@@ -24,7 +24,7 @@ options:
     type: dict
     required: true
   timeout:
-    description: Seconds that the job was allowed to take, for the advice on a job without an answer.
+    description: Timeout of the job in seconds, for the advice if the job gave no answer.
     type: int
     required: true
 """
@@ -38,7 +38,7 @@ EXAMPLES = r"""
 RETURN = r"""
 _value:
   description:
-    - C(parts) is the list of places, each with C(name) and C(findings).
+    - C(parts) is the list of server and nodes, each with C(name) and C(findings).
     - C(found) is the list of all findings that are problems. A finding has C(state), C(check), C(said) and, for a
       problem, C(mend).
   type: dict

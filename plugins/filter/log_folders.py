@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: log_folders
-short_description: Where log folders of a cluster are on the workstation
+short_description: Paths of a cluster's log folders on the workstation
 version_added: 0.1.0
 description:
   - Returns the path of each log folder on the workstation, and which folders have to be mounted or copied there. On the
@@ -24,7 +24,7 @@ options:
     type: dict
     required: true
   method:
-    description: How the folders get to the workstation.
+    description: Method that makes the folders available on the workstation.
     type: str
     choices: [mount, copy]
     required: true

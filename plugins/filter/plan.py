@@ -45,13 +45,13 @@ EXAMPLES = r"""
 RETURN = r"""
 _value:
   description:
-    - C(root), C(owner) and C(major) of the instance, C(base_python), and C(python), that of the management environment.
-    - C(major_changes) is whether the studies are in another major version than the wanted one.
-    - C(prefix), C(bindir), C(data) and C(config) are PostgreSQL's paths, and C(pooler_prefix) PgBouncer's; C(config) is
-      relative to the instance directory, and C(bindir) an empty text if only the login node knows it.
-    - C(optuna_databases), C(other_databases) and C(database_roles). C(reserved) are names that no database of
-      C(databases_studies) may have. C(refused) has lists of names that are not allowed; C(reader), C(names), C(roles),
-      C(with_role) and C(with_studies).
+    - C(root), C(owner) and C(major) are those of the instance. C(python) is the Python of the management environment.
+    - C(major_changes) is true if the studies are in another major version than the wanted one.
+    - C(prefix), C(bindir), C(data) and C(config) are PostgreSQL's paths, and C(pooler_prefix) is PgBouncer's. C(config)
+      is relative to the instance directory. C(bindir) is an empty text if only the login node knows it.
+    - C(optuna_databases) and C(other_databases) are the databases with and without Optuna's tables, C(database_roles)
+      all their roles. C(reserved) are names that no database of C(databases_studies) may have. C(refused) has the names
+      that are not allowed, by the reasons C(reader), C(names), C(roles), C(with_role) and C(with_studies).
     - C(passfile) is the password file of the instance, on the cluster.
     - C(backup_folder), C(report_folder) and C(report_page) are absolute paths on the workstation. C(restore_upload) and
       C(import_upload) are those of the files to restore and to import, or empty texts if the files are not there.
@@ -59,22 +59,22 @@ _value:
       C(import_target) the name of the database to import into.
     - C(worker) has C(folder), C(url), C(python), C(program) and C(outage) of the workers' job script. C(outage) is in
       seconds, or an empty text if workers do not wait for the server.
-    - C(lock_file) and C(stage) are on the workstation, the latter the folder for packages that are staged there.
+    - C(lock_file) and C(stage), the folder for staged packages, are paths on the workstation.
     - C(base_python) is the Python from which environments are made, and C(embedded_wheel) the requirement of
       PostgreSQL's wheel.
-    - C(conda_environments) and C(python_environments) are those to install, the latter with the management environment
-      last. C(staged) and C(wheelhouse) are the folders of staged packages and of wheels on the login node, and C(lock)
-      is the text of the lock file.
+    - C(conda_environments) and C(python_environments) are the environments to install. The last of
+      C(python_environments) is the management environment. C(staged) and C(wheelhouse) are the folders of staged
+      packages and of wheels on the login node, and C(lock) is the text of the lock file.
     - C(supervisor) are the settings of the program in the server job, and C(successor_options) those of its successor's
       job.
-    - C(sizes) has the memory in megabytes; C(memory) of the job, C(need) of PostgreSQL with all C(connections), with
-      C(shared), C(base) and C(each) as its parts.
-    - C(warns) is whether the settings are allowed but dangerous.
+    - C(sizes) has memory sizes in megabytes. C(memory) is that of the job. C(need) is that of PostgreSQL with all
+      C(connections), and C(shared), C(base) and C(each) are its parts.
+    - C(warns) is true if the settings are allowed but dangerous.
     - C(rules) are the rules of C(pg_hba.conf).
     - C(services) are libpq's parameters, C(direct) and C(pooled) for workers and C(tunnel) for the dashboard.
-    - C(url) and C(plain_url) are for the first database, with and without the client package's plugin; C(urls) has the
-      URL of each database by its name, C(other_urls) those of the others, and C(ways) those for more workers than
-      connections.
+    - C(url) and C(plain_url) are the URLs of the first database with and without the client package's plugin. C(urls)
+      has the URL of each database by its name, C(other_urls) those of the others, and C(ways) those for more workers
+      than connections.
   type: dict
 """
 

@@ -10,7 +10,7 @@ name: work_mem
 short_description: Memory per connection for sorting
 version_added: 0.1.0
 description:
-  - Returns the share of the job's memory that is left for sorting for each connection, between 1 and 16 MB.
+  - Returns the part of the job's memory that each connection can use for sorting, between 1 and 16 MB.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
@@ -33,7 +33,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: The memory with its unit, such as V(16MB).
+  description: Memory with its unit, such as V(16MB).
   type: str
 """
 

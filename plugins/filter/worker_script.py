@@ -7,43 +7,43 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: worker_script
-short_description: How a scheduler runs a job script of workers
+short_description: Head of a job script of workers, and the call that submits it
 version_added: 0.1.0
 description:
-  - Returns the head of the job script, the call that submits it, and the name of the workers' connections, by which
-    M(mala.hpc_db.abandoned_trials) ties a worker to its job.
+  - Returns the head of the job script, the call that submits it, and the name of the workers' connections.
+    M(mala.hpc_db.abandoned_trials) uses this name to find the job of a worker.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: The job script, an absolute path on the cluster.
+    description: Absolute path of the job script on the cluster.
     type: str
     required: true
   scheduler:
-    description: The scheduler, as for M(mala.hpc_db.hosting_job).
+    description: Scheduler that runs the job, as for M(mala.hpc_db.hosting_job).
     type: str
     required: true
   setting:
-    description: The setting that the options come from, for messages.
+    description: Name of the setting with these options, for messages.
     type: str
     required: true
   options:
-    description: The scheduler's options, as for M(mala.hpc_db.hosting_job).
+    description: Scheduler options in the format of M(mala.hpc_db.hosting_job).
     type: dict
     required: true
   name:
-    description: The jobs' name.
+    description: Name of the jobs.
     type: str
     required: true
   number:
-    description: The number of workers, each a job of the array.
+    description: Number of workers. Each is one job of the array.
     type: int
     required: true
   folder:
-    description: The folder of the workers' logs, an absolute path.
+    description: Absolute path of the folder for the workers' logs.
     type: str
     required: true
   cluster:
-    description: The cluster's name.
+    description: Name of the cluster.
     type: str
     required: true
 """

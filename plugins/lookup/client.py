@@ -7,11 +7,11 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: client
-short_description: The files of the client package
+short_description: Files of the client package
 version_added: 0.1.0
 description:
-  - Returns the files of the package for workers' environments, C(client) of this collection, as
-    M(mala.hpc_db.client_package) installs them.
+  - Returns the files of the package for workers' environments (C(client) of this collection), for
+    M(mala.hpc_db.client_package).
 author: mala.hpc_db contributors (@mala-project)
 options: {}
 """

@@ -10,8 +10,8 @@ name: control_folder
 short_description: Folder with a sufficiently short path for ssh's control sockets
 version_added: 0.1.0
 description:
-  - Ansible shares one open connection per host through a socket in a folder. The length of a socket's path is limited,
-    so that ssh refuses every connection if the home directory is long (C(ControlPath too long)).
+  - Ansible shares one open connection per host through a socket in a folder. The length of a socket's path is limited.
+    If the home directory's path is too long, ssh refuses every connection (C(ControlPath too long)).
   - Returns the folder that Ansible is configured to use (C(control_path_dir), by default C(~/.ansible/cp)) if its path
     is short enough. Otherwise creates and returns a private folder in E(XDG_RUNTIME_DIR) or C(/tmp).
 author: mala.hpc_db contributors (@mala-project)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: supervisor
-short_description: The files of the program in the server job
+short_description: Files of the supervisor, the program in the server job
 version_added: 0.1.0
 description:
-  - Returns the files of the package that the server job runs, C(plugins/module_utils/host) of this collection, as
-    M(mala.hpc_db.instance) writes them.
+  - Returns the files of the package that the server job runs (C(plugins/module_utils/host) of this collection), for
+    O(mala.hpc_db.instance#module:files).
 author: mala.hpc_db contributors (@mala-project)
 options:
   _terms:

@@ -10,13 +10,13 @@ DOCUMENTATION = r"""
 module: abandoned_trials
 short_description: Requeue stale trials
 description:
-  - Checks every C(RUNNING) trial in all study databases and requeues those whose worker has gone. Live workers can
+  - Checks every C(RUNNING) trial in all study databases and requeues those whose worker has ended. Live workers can
     continue during the check.
   - A trial whose job was recorded by M(mala.hpc_db.optuna_study) is requeued once the scheduler no longer lists that
     job and no connection of that job is open.
   - A list of jobs without the server job is considered incomplete and is not used.
-  - Any other trial is requeued once no job of this user and no connection is left that can have started it. As long
-    as this is unknown, the trial is left unchanged and the reason is returned.
+  - Any other trial is requeued once no job of this user and no connection is left that could have started it. While
+    this is unknown, the trial is left unchanged and the reason is returned.
   - As with Optuna's C(RetryFailedTrialCallback), the trial becomes C(FAIL), and a new trial with the same parameters
     and user attributes waits for a worker. Both happen in one transaction, and only if the trial is still
     C(RUNNING). If its worker is alive after all, Optuna refuses the worker's result.
@@ -91,7 +91,7 @@ requeued:
       description: Number of the trial.
       type: int
     why:
-      description: Reason why its worker is considered gone.
+      description: Reason why its worker is considered dead.
       type: str
     new_number:
       description: Number of the new trial. V(null) in check mode.
@@ -108,7 +108,7 @@ left:
       description: Reason why it was left unchanged.
       type: str
     unknown:
-      description: Whether it is unknown if its worker has gone.
+      description: Whether it is unknown if its worker has ended.
       type: bool
 """
 

@@ -10,8 +10,8 @@ DOCUMENTATION = r"""
 module: broken_lease
 short_description: Break the lease of a dead server
 description:
-  - Releases an instance's data directory if only the user can know that the server that held it has ended, for
-    example because a host or a cluster was renamed, or a scheduler was removed.
+  - Releases the lease of a server that has ended, if no host or scheduler can confirm this, for example because a host
+    or a cluster was renamed, or a scheduler was removed.
   - Watches the heartbeat for longer than C(server_lease_ttl) first, and refuses if the lease is renewed.
   - If the former holder is alive after all, it notices that it has lost the lease and stops PostgreSQL at once.
 author: mala.hpc_db contributors (@mala-project)

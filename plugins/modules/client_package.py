@@ -10,8 +10,8 @@ DOCUMENTATION = r"""
 module: client_package
 short_description: Install the client package into the workers' environment
 description:
-  - Installs the package whose SQLAlchemy plugin makes workers wait for their server, and a database driver if there
-    is none, into an environment of the user.
+  - Installs the client package into an environment of the user, and a database driver if there is none. The package's
+    SQLAlchemy plugin makes workers wait for their server.
   - Builds the package's wheel from its sources itself, so that no build system is downloaded.
   - Changes no other packages. An incompatible version of SQLAlchemy or of the driver is refused, not replaced,
     because other packages may need it.

@@ -14,13 +14,13 @@ description:
   - Creates a conda environment at a path, or updates an existing one to the wanted packages.
   - A complete environment records O(specs), O(provider) and the installed packages in its file C(conda-meta/hpc_db).
     While all three are the same, no client runs. The comparison takes milliseconds.
-  - Otherwise a client solves. If it neither replaces a package of O(specs) nor adds one, the environment stays as it
-    is, and only the record is written anew. This does not count as a change. It also applies to an environment without
-    a record, such as one of an earlier version of this collection, even while O(lease) is held.
+  - Otherwise a client solves O(specs). If it neither replaces a package of O(specs) nor adds one, the environment is
+    not changed, and only the record is rewritten. This does not count as a change. It also applies to an environment
+    without a record, such as one of an earlier version of this collection, even while O(lease) is held.
   - An installation has succeeded if the environment has the solved packages afterwards, regardless of the client's
     output.
-  - Other packages in the environment stay. The major version of PostgreSQL is never changed, because it could not
-    open the data directory afterwards. Create another environment for another major version.
+  - Other packages in the environment stay. The major version of PostgreSQL is never changed, because another one
+    cannot open the data directory. Create another environment for another major version.
   - An unreachable channel is tried twice more, after 2 and 8 seconds, in addition to the client's own retries.
   - The next run repeats an interrupted installation from the start. Until then the file O(prefix) with
     C(.unfinished) appended marks it. The file also makes a second run at the same time wait for the first.
@@ -54,7 +54,7 @@ options:
     description:
       - Conda channels in order of preference, as names, URLs or C(file://) folders.
       - Other channels in the user's configuration are ignored.
-      - Other channels alone do not change an environment that satisfies O(specs).
+      - A change of the channels alone does not change an environment that satisfies O(specs).
       - A URL with a password or token is refused. Put credentials where the client reads them. For conda and mamba
         that is the user's own C(~/.condarc), its plugins or C(~/.netrc). For O(provider=rattler) it is the first
         existing one of the file in E(RATTLER_AUTH_FILE), the keyring, C(~/.rattler/credentials.json) and C(~/.netrc).
@@ -89,8 +89,8 @@ options:
   archives:
     description:
       - Folder with the archives of all packages of O(lock), for O(provider=rattler).
-      - Without O(lock), O(state=staged) has found nothing to install. An environment that has all packages of O(specs)
-        then stays as it is. An environment that lacks some is refused.
+      - If O(lock) is not given, O(state=staged) has found nothing to install. Then an environment with all packages of
+        O(specs) is not changed, and any other environment is refused.
       - With O(state=staged) the archives are downloaded there and verified by checksum, and other archives are removed.
     type: path
   host:
@@ -129,8 +129,8 @@ options:
   lease:
     description:
       - Folder of the lease of a server that runs from this environment, on any host.
-      - An existing environment is not changed while the lease is held, or was left by a server that did not stop
-        cleanly. In turn, the server does not start while C(.unfinished) exists.
+      - An existing environment is not changed while the lease is held, or after a server has left it without a clean
+        stop. In turn, the server does not start while C(.unfinished) exists.
     type: path
   rattler_python:
     description:
@@ -197,7 +197,7 @@ features:
   elements: str
   sample: [gssapi, lz4, readline, tls, zlib, zstd]
 packages:
-  description: Version of each package by name. In check mode, as far as it could be solved.
+  description: Version of each package by name. In check mode, as far as they could be solved.
   returned: success
   type: dict
   sample: {libpq: "17.10", postgresql: "17.10"}

@@ -13,8 +13,8 @@ author: mala.hpc_db contributors (@mala-project)
 description:
   - Works like C(ansible.builtin.fetch), but only this user can read the new file, and it gets its name only after its
     checksum was compared with the target's.
-  - Output of a login shell, for example from C(.bashrc), does no harm. Without sftp, ssh puts such output in front of
-    the file. A module then reads the file completely into memory.
+  - Output of a login shell, for example from C(.bashrc), does not damage the file. Without sftp, ssh puts such output
+    in front of the file, so a module reads the whole file into memory.
 attributes:
   action:
     support: full

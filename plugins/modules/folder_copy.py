@@ -8,7 +8,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: folder_copy
-short_description: Copy a folder from the target to this machine with a progress display
+short_description: Copy a folder from the target to this machine and show the progress
 author: mala.hpc_db contributors (@mala-project)
 description:
   - Copies new and changed files with C(rsync) over the inventory's ssh connection, and prints a line every few

@@ -18,8 +18,8 @@ description:
     next one. With C(dependency=singleton) in O(options), that job starts only after the old one has ended.
   - Options that the scheduler would refuse are refused before anything changes, with the scheduler's own message.
   - The scheduler's commands and the job get only a few variables of the login's environment, such as C(PATH) and
-    C(SLURM_CONF). If C(SBATCH_ACCOUNT) or another variable of C(sbatch) sets an option that O(options) do not contain,
-    it is refused.
+    C(SLURM_CONF). A variable such as C(SBATCH_ACCOUNT) is refused if it sets an option that O(options) do not
+    contain.
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
   - mala.hpc_db.slices
@@ -57,7 +57,7 @@ options:
   options:
     description:
       - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time), or of
-        the command that O(scheduler) names.
+        the corresponding command of O(scheduler).
       - V(true) passes the bare flag. V(false) and V(null) omit it.
       - Times need quotes. YAML reads a bare C(72:00:00) as the number 259200, which Slurm would read as minutes, so it
         is refused.
@@ -71,12 +71,12 @@ options:
   memory:
     description:
       - The memory of the job, such as V(16G), unless O(options) set it. With this option the job gets all options that
-        the server job needs; those in O(options) win. It runs alone among the jobs of its name
-        (C(dependency=singleton)), gets a signal before its walltime, and is queued again after a failure of its node
-        only without O(chain).
+        the server job needs; those in O(options) take precedence. Only one job of its name runs at a time
+        (C(dependency=singleton)). It gets a signal before its walltime. It is requeued after a failure of its node only
+        with O(chain=false).
     type: str
   notice:
-    description: How many seconds before its walltime the job gets the signal. Used with O(memory).
+    description: Seconds before the walltime at which the job gets the signal. Used with O(memory).
     type: int
     default: 120
   chain:
@@ -84,7 +84,7 @@ options:
     type: bool
     default: true
   timeout:
-    description: Seconds that O(state=absent) waits until the job has really ended. Then it fails.
+    description: Maximum time in seconds that O(state=absent) waits until the job has ended. Then it fails.
     type: int
     default: 60
 seealso:
@@ -145,7 +145,7 @@ job:
       description: The scheduler's reason why the job is not running. Empty if there is none.
       type: str
     time_left:
-      description: Remaining walltime in seconds, which is all of it before the start. V(null) without a limit.
+      description: Remaining walltime in seconds; before the start, the whole walltime. V(null) without a limit.
       type: int
     time_limit:
       description: Walltime in seconds. V(null) without a limit.

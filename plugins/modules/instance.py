@@ -85,7 +85,7 @@ owner:
   type: str
 major:
   description:
-    - Major version of PostgreSQL that the studies are in, which may differ from the wanted one.
+    - Major version of PostgreSQL that wrote the studies' data directory. It may differ from the wanted one.
     - Null if there is no data directory yet.
   returned: success
   type: int

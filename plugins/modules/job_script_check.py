@@ -11,7 +11,8 @@ module: job_script_check
 short_description: Check whether the scheduler accepts a job script
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Has the scheduler check a job script without submitting it, and fails with the scheduler's own message.
+  - Lets the scheduler check a job script without submitting it. If it is refused, the module fails with the scheduler's
+    own message.
   - Warns if the job would have to wait because its nodes are down, drained or reserved. Also warns about
     C(SBATCH_PARTITION) and similar variables in the login's environment, which take precedence over the script.
 extends_documentation_fragment:

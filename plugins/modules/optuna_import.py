@@ -10,14 +10,14 @@ DOCUMENTATION = r"""
 module: optuna_import
 short_description: Import studies from an SQLite or journal file into a database
 description:
-  - Optuna itself reads a copy of the file, adds the trials to the database while workers run, and reads them back. The
-    studies get their names only if every trial equals the file, all studies at the same time.
+  - Optuna itself reads a copy of the file, adds the trials to the database while workers run, and reads them back. All
+    studies get their names at the same time, and only if every trial equals the one in the file.
   - Before anything is copied, each study is checked for values that PostgreSQL or Optuna's tables cannot store, and
     each line of a journal file for errors that prevent Optuna from reading it.
   - A failed run leaves nothing behind. Remains of a killed run are removed by the next run.
   - The file is never changed. Tables of an older Optuna are upgraded in the copy.
   - Trials that are C(RUNNING) in the file become C(FAIL), because no worker will report their end. Their end time is
-    the last time recorded in their study. C(WAITING) trials stay so for the workers of this database.
+    the last time recorded in their study. C(WAITING) trials remain so for the workers of this database.
   - Times are copied unchanged. Optuna before 5 writes local time, and Optuna 5 writes UTC.
 author: mala.hpc_db contributors (@mala-project)
 options:

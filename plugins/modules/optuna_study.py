@@ -16,7 +16,7 @@ description:
     all databases.
   - A failure in one database does not stop the others.
   - Also creates a worker-tracking trigger. It records for each trial the connection that started it, in the trial's
-    system attribute C(hpc_db:worker). M(mala.hpc_db.abandoned_trials) uses this to find trials whose worker has gone.
+    system attribute C(hpc_db:worker). M(mala.hpc_db.abandoned_trials) uses this to find trials whose worker has ended.
   - A schema of an older Optuna than the installed one is left unchanged with a warning unless O(upgrade=true). A newer
     schema is refused, with the Optuna version to install.
   - Warns about trials whose times show that workers mix local time (Optuna 4) and UTC (Optuna 5). Optuna records no

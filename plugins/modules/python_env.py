@@ -14,8 +14,8 @@ description:
     for another host.
   - The installed packages are read from the folder itself, in milliseconds. pip runs only if something is missing.
   - The next run repeats an interrupted installation from the start. Until then the file O(path) with C(.unfinished)
-    appended marks it. The file also makes a second run wait for the first one, or for a pip that has outlived its
-    run, for at most 10 minutes.
+    appended marks it. A second run waits at most 10 minutes for the first one, or for a pip that has outlived its
+    run.
 author: mala.hpc_db contributors (@mala-project)
 options:
   path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: server_wait
-short_description: Wait for the server of the job with a progress display
+short_description: Wait for the job's server and show the progress
 author: mala.hpc_db contributors (@mala-project)
 description:
   - Polls the server job with M(mala.hpc_db.hosting_job_info) until the server of the running job has published its

@@ -45,7 +45,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 root:
-  description: An entry, as an example. Every other one is returned in the same way.
+  description: Value of this entry. Every other entry is returned in the same way.
   returned: if it was added
   type: str
   sample: /home/alice/hpc_db/hpc_db

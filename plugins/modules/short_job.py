@@ -39,8 +39,8 @@ options:
     default: {}
   shorten:
     description:
-      - Whether O(options) are those of a long job. The short one takes five minutes and 512 MB at the same place,
-        without the options that tie the long job to a node, a time or another job.
+      - If V(true), O(options) are those of a long job. The short job gets five minutes and 512 MB instead, and lacks
+        the options that tie the long job to a node, a time or another job.
     type: bool
     default: false
   timeout:
@@ -49,7 +49,7 @@ options:
     default: 120
   listening:
     description:
-      - File into which the job writes a host and a port, separated by a space, once it listens there.
+      - File into which the job writes its host and port, separated by a space, once it listens there.
       - This host then tries to connect to the running job, and returns the result in RV(reached).
     type: path
 seealso:

@@ -20,7 +20,7 @@ description:
   - A folder that is not empty, and a mount of another type or another user, is refused, because the mount would hide
     it. The module removes the mount point, and parent folders that it has created, after unmounting.
   - ssh never prompts for passwords, and refuses hosts with an unknown or changed key, regardless of its configuration.
-    All else is taken from C(~/.ssh/config).
+    All other settings are taken from C(~/.ssh/config).
   - Values are used literally or refused. No part of a value can become another option or a command.
 author: mala.hpc_db contributors (@mala-project)
 options:

@@ -219,8 +219,9 @@ def test_a_discovered_inventory_works(mini: Target, elsewhere: str, bindir: Path
     again = login.play("discover", settings)
 
     assert "no compute node was checked; allow a short job with -e discover_submit_job=true" in tried.stdout
-    assert re.search(r"msg: .login: there is no sbatch on the PATH or that of a login shell( \(qsub is, of another "
-                     r"scheduler, which is not asked\))?; name its folder by -e server_bin_dir=", words(lost.stdout))
+    assert re.search(r"msg: .login: sbatch is not on the PATH, nor on that of a login shell( \(found qsub of a "
+                     r"scheduler that discover.yml does not support\))?; set its folder with -e server_bin_dir=",
+                     words(lost.stdout))
     assert played.returncode == 0, played.stdout
     assert mini.run("ls -A") == before
     assert again.returncode == 2
