@@ -42,7 +42,10 @@ def tasks_of(output: str) -> list[str]:
 
 
 def play_until(target: Target, task: int, end_with: signal.Signals, settings: dict | None = None) -> bool:
-    """Run the playbook, and stop it within the task of that number. Return False if it ended by itself."""
+    """Run the playbook, and stop it within the task of that number. Return False if it ended by itself.
+
+    Ansible may wait forever for one of its processes that SIGINT has ended; then it is killed, as a user would do.
+    """
     with subprocess.Popen(
         target.command("hpc_db", settings), cwd=ROOT, env={**target.environment, "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -57,7 +60,10 @@ def play_until(target: Target, task: int, end_with: signal.Signals, settings: di
                 os.killpg(running.pid, end_with)
                 break
         (running.stdout or open(os.devnull)).close()
-        running.wait(30)
+        try:
+            running.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
     return seen == task
 
 
