@@ -913,7 +913,7 @@ def test_damaged_environment(prefix: Path, client: FakeClient, text: str) -> Non
             "prefix: 'postgresql-17' is not absolute; give a path that begins with / or ~",
         ),
         ("channels", ["-c"], "channels: '-c' is not a channel; give a name, a URL or a file:// folder"),
-        ("channels", ["a\nb"], r"channels: 'a\\nb' is no channel"),
+        ("channels", ["a\nb"], r"channels: 'a\\nb' is not a channel"),
         ("channels", ["https://a:secret@host/c"], r"channels: that of host contains a password [^.:]* ~/.netrc$"),
         ("channels", ["https://host/t/secret/c"], r"channels: that of host contains a password [^.:]* ~/.netrc$"),
         ("specs", [], "specs: none are given; name at least one package"),
