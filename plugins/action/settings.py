@@ -21,6 +21,7 @@ from ansible.module_utils.common.yaml import yaml_load
 from ansible.module_utils.parsing.convert_bool import BOOLEANS_FALSE, BOOLEANS_TRUE
 from ansible.plugins.action import ActionBase
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.plugin_utils.rules import RULES, broken
 
 ROLES = Path(__file__).parents[2] / "roles"
 ALLOWED = {
@@ -52,10 +53,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def run(self, tmp: str | None = None, task_vars: dict | None = None) -> dict[str, Any]:
         result = super().run(tmp, task_vars)
-        self.validate_argument_spec({})
+        roles = {"type": "list", "elements": "str", "choices": list(RULES), "default": []}
+        _validated, given = self.validate_argument_spec({"roles": roles})
 
         try:
             found = find_settings(task_vars or {}, self._templar, self._loader)
+            check_rules(given["roles"], found)
         except Refused as refused:
             return dict(result, failed=True, msg=one_line(refused))
         return dict(result, changed=False, _ansible_verbose_override=True, **found)  # some settings contain passwords
@@ -74,6 +77,13 @@ def find_settings(variables: Mapping[str, Any], templar: Any, loader: Any) -> di
     except Unknown:  # its default is in a role outside of this play; only now, because reading all roles takes time
         every = {**variables_of_roles(loader), **variables}
         return read_settings(every, options, here, templar.is_template, evaluate, has_every_role=True)
+
+
+def check_rules(roles: list[str], settings: Mapping[str, Any]) -> None:
+    """Raise Refused with all errors if settings break these roles' rules."""
+    wrong = broken(roles, settings)
+    if wrong:
+        raise Refused("; ".join(wrong))
 
 
 def roles_in(variables: Mapping[str, Any], options: Mapping[str, dict]) -> set[str]:

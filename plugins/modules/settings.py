@@ -18,7 +18,7 @@ description:
   - "In text, a list is C(a,b) or C([a, b]), and a dictionary is C(name=value,name=value) or C({name: value}). An empty
     text and V(null) become an empty text, list or dictionary."
   - A value of another type or outside of the choices is refused with the name of the setting and the allowed values.
-    All such errors are reported together.
+    All such errors are reported together. The same holds for a value that breaks a rule of the given roles.
 attributes:
   action:
     support: full
@@ -29,13 +29,23 @@ attributes:
   diff_mode:
     support: none
     description: Nothing is ever changed.
-options: {}
+options:
+  roles:
+    description: Roles whose rules the settings must follow, such as a port from 1024 to 65535.
+    type: list
+    elements: str
+    choices: [instance, databases, postgres, server, workers, dashboard, tensorboard]
+    default: []
 """
 
 EXAMPLES = r"""
 - name: Read the settings
   mala.hpc_db.settings:
   register: hpc_db
+
+- name: Refuse invalid settings of two roles
+  mala.hpc_db.settings:
+    roles: [instance, postgres]
 
 - name: Print one
   ansible.builtin.debug:
