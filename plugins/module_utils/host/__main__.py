@@ -19,7 +19,7 @@ import sys
 import time
 from typing import Iterator, List, Optional  # noqa: F401 - List in a type comment
 
-from . import endpoint, events, files, scheduler
+from . import endpoint, events, files, handover, scheduler
 from .dumps import Dumps
 from .engines import Engine, engines_of  # noqa: F401 - Engine in a type comment
 from .health import Health, space
@@ -37,8 +37,15 @@ SERVING = "it accepts writes"
 DEATHS_COUNT_SECONDS = 600.0
 # Maximum seconds between a crash and the restart; doubled from 1 after each crash. Workers wait meanwhile.
 LONGEST_PAUSE = 4.0
-# Seconds between two checks whether the successor is still in the queue.
+# Maximum seconds between two checks whether the successor is still in the queue, before and after it may begin.
 FOLLOW_SECONDS = 900.0
+FOLLOW_OFTEN_SECONDS = 60.0
+# The scheduler counts in minutes, and from an earlier start of the job than this program.
+EARLY_SECONDS = 90.0
+# Seconds that a successor has to take the lease that was released for it.
+TAKE_SECONDS = 15.0
+# Seconds to wait for the scheduler while the job ends.
+LAST_LOOK_SECONDS = 5.0
 # Added to a message if only the user can know whether the holder has ended.
 ASK_THE_USER = "; this host cannot check whether it has ended: if it has, run the playbook break_lease.yml"
 # Seconds until the next attempt to publish the endpoint.
@@ -55,9 +62,11 @@ BOOTSTRAP_PARAMETERS = {"shared_buffers": "32MB", "max_connections": "20", "max_
 class Stop(Exception):
     """The program was asked to stop; the message says by what."""
 
-    def __init__(self, why: str, planned: bool = False) -> None:
+    def __init__(self, why: str, planned: bool = False, successor: Optional[dict] = None) -> None:
         Exception.__init__(self, why)
         self.planned = planned
+        #: The request of the job that takes over, while both run.
+        self.successor = successor
 
 
 # The first request to stop. The signal handler raises it anywhere in the code, where another exception may replace it,
@@ -74,25 +83,57 @@ class Host:
         self.bootstrap = bootstrap
         self._allocation = scheduler.own_job(self.settings["scheduler"])
         self.job = "" if bootstrap else self._allocation or str(os.getpid())
+        self._begun = time.monotonic()
         self._told = ""
+        self._told_follows = None  # type: Optional[dict]
+        self._changed = 0.0
         self._followed = ""
         self._alone = ""
         self._unpublished = ""
         self._publish_due = 0.0
         self._undone = []  # type: List[str]
         self._clean = True
+        self._is_ready = False
         self._dumps = None  # type: Optional[Dumps]
         self._engines = []  # type: List[Engine]
         self._lease = None  # type: Optional[Lease]
         self._queue = None  # type: Optional[Queue]
+        self._predecessor = None  # type: Optional[handover.Predecessor]
+        self._successor = None  # type: Optional[handover.Successor]
         if self.settings["chain"] and not bootstrap:
             self._queue = Queue(self.settings, self.job)
+            self._successor = handover.Successor(self.layout, self.job)
 
     def serve(self, patience: float, lifetime: Optional[float]) -> None:
         """Serve until asked to stop, or for ``lifetime`` seconds; raise the reason for the end."""
         self._address()  # report a host name that cannot be resolved before anything starts
-        with self._leased(patience) as keeper:
-            self._keep_serving(keeper, lifetime)
+        while True:
+            try:
+                with self._leased(patience) as keeper:
+                    self._keep_serving(keeper, lifetime)
+            except Stop as stopped:
+                if not (stopped.successor and self._clean) or self._is_taken(stopped.successor):
+                    raise
+                # Only at its first attempt does this job ask for the lease: a holder now is the successor.
+                self._successor, patience = None, 0.0
+                self._alone = ", but job %s on %s did not take over" % (
+                    stopped.successor["job"], stopped.successor["host"])
+                del _told_to_stop[:]
+
+    def _is_taken(self, request: dict) -> bool:
+        """Tell the successor that the lease is released, and wait; return whether it has taken the lease."""
+        with self._only_told("cannot tell the successor"):
+            if self._predecessor:
+                self._predecessor.answer(request, "released")
+        limit = time.monotonic() + TAKE_SECONDS
+        while time.monotonic() < limit:
+            time.sleep(0.5)
+            if _told_to_stop[1:]:  # also asked to stop by a signal
+                return True
+            with contextlib.suppress(OSError):
+                if self._lease and not self._lease.is_ours():
+                    return True
+        return False
 
     def upgrade(self, patience: float, following: str, back: bool) -> dict:
         """Move to the settings in the file ``following``, with another major version; return the summary."""
@@ -118,7 +159,8 @@ class Host:
                 self.settings = read_settings(self.settings["root"])
                 yield keeper
             except BaseException as ended:
-                ignore_signals()
+                if not (isinstance(ended, Stop) and ended.successor):  # else this job may have to serve on
+                    ignore_signals()
                 keeper.check()  # without the lease, do not release it or change the queue
                 if self._clean:  # else the next holder waits until the scheduler reports our end
                     self._release(keeper)
@@ -151,15 +193,18 @@ class Host:
         """
         def wait(refused: Exception) -> None:
             silent = hint
+            if isinstance(refused, Held) and self._may_ask(refused.holder):
+                self._ask(refused.holder)
             if isinstance(refused, Held) and not hint:
                 silent = silence(refused.holder, lease.silence(refused.holder), self._can_be_asked(refused.holder))
             self.tell("starting", "waiting: %s%s" % (in_words(refused), silent))
 
         hint = ""
+        pause = 0.25 if self._successor else 1.0
         is_job = not self.bootstrap and bool(scheduler.own_job(self._kind()))
         while True:
             try:
-                return lease.acquire(patience, wait)
+                return lease.acquire(patience, wait, pause)
             except Held as held:
                 if not is_job or not self._has_ended(held.holder):
                     # the holder may still run, or we are not a job of the scheduler
@@ -171,6 +216,27 @@ class Host:
                     raise Failed(in_words(error)) from None
                 self._follow()  # else no job would be left when there is space again
                 time.sleep(1.0)
+
+    def _may_ask(self, holder: dict) -> bool:
+        """Return whether the holder is another job of this chain, which hands over."""
+        return self._successor is not None and holder.get("kind") == self._kind() and self._can_be_asked(
+            holder) and holder.get("job") not in ("", self.job)
+
+    def _ask(self, holder: dict) -> None:
+        """Ask the holder for the lease; raise Failed if this host cannot serve, or the holder does not hand over."""
+        assert self._successor and self._queue
+        if not self._is_ready:
+            try:
+                handover.check_ready(self.settings)
+            except (Failed, OSError) as error:
+                self._successor.ask(holder, str(error))
+                raise Failed("cannot take over from job %s, which goes on: %s" % (holder["job"], error)) from None
+            self._is_ready = True
+        try:
+            self._successor.ask(holder)
+        except handover.Refused as refused:
+            raise Held(holder, "; %s" % refused) from None
+        self._queue.predecessor = holder["job"]
 
     def _keep_serving(self, keeper: Keeper, lifetime: Optional[float]) -> None:
         """Run postgres, and restart it after a crash. The restarts are limited, since the cause may be permanent."""
@@ -223,15 +289,15 @@ class Host:
             self._watch(postgres, keeper, lifetime)
         except Stop as stop:
             if stop.planned and postgres:
-                self._prepare_to_move(postgres, keeper)
+                self._prepare_to_move(postgres, keeper, "the walltime ends soon", "walltime")
             raise
         finally:
             with signals_waiting():
                 self._leave(postgres)
 
-    def _prepare_to_move(self, postgres: Postgres, keeper: Keeper) -> None:
-        """Make a dump and a checkpoint before the walltime, so that the stop is quick; workers continue meanwhile."""
-        self.tell("stopping", "the walltime ends soon", "walltime")
+    def _prepare_to_move(self, postgres: Postgres, keeper: Keeper, why: str, event: str) -> None:
+        """Make a dump and a checkpoint before a planned stop, so that it is quick; workers continue meanwhile."""
+        self.tell("stopping", why, event)
         if self._dumps:
             with self._only_told("cannot dump the studies"):
                 self._dumps.now(self.settings["stop_notice"] / 4, keeper.check)
@@ -266,28 +332,35 @@ class Host:
     def tell(self, state: str, reason: str, event: str = "", cause: str = "") -> None:
         """Log a change of state, record it as an event, and write it to state.json if the lease is ours.
 
-        A temporary server only logs it.
+        The file also names the job that follows, for workers that wait. A temporary server only logs the change.
         """
-        if (state + reason) == self._told:
+        follows = self._queue.successor if self._queue else None
+        is_new = state + reason != self._told
+        if not is_new and follows == self._told_follows:
             return
-        self._told = state + reason
+        self._told, self._told_follows = state + reason, follows
         now = time.time()
-        files.log("%s %s: %s" % (time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now)), state, reason))
+        if is_new:
+            self._changed = now
+            files.log("%s %s: %s" % (time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now)), state, reason))
         if self.bootstrap:
             return
         content = {"state": state, "reason": reason, "job": self.job, "host": socket.gethostname()}
         try:
-            events.append(self.settings["root"], dict(content, time=now, event=event, cause=cause))
+            if is_new:
+                events.append(self.settings["root"], dict(content, time=now, event=event, cause=cause))
         except (OSError, ValueError) as error:
             files.log("cannot write events.jsonl: %s" % error)
         try:
             if self._lease and self._lease.is_ours():
-                files.write_state(self.layout.state, dict(content, since=now))
+                files.write_state(self.layout.state, dict(content, since=self._changed, follows=follows))
         except (OSError, ValueError) as error:
             files.log("cannot write state.json: %s" % error)
 
     def tell_end(self, state: str, reason: object) -> None:
-        """Report the reason for the end, and the errors during the shutdown."""
+        """Report the reason for the end, the errors during the shutdown, and the job that follows."""
+        if self._queue and self._lease:
+            self._queue.look(LAST_LOOK_SECONDS)
         self.tell(state, "; ".join([str(reason)] + self._undone))
 
     def _watch(self, postgres: Postgres, keeper: Keeper, lifetime: Optional[float]) -> None:
@@ -301,6 +374,7 @@ class Host:
                 self._dumps = Dumps(self.settings, postgres)
                 beside.callback(self._dumps.cancel)
             if self._queue:
+                self._predecessor = handover.Predecessor(self.layout, self.job)
                 beside.enter_context(Repeat(0.0, self._follow))
             while True:
                 time.sleep(0.5)  # ended early by a signal, which raises Stop
@@ -317,11 +391,31 @@ class Host:
                     with self._only_told("cannot remove the stop request"):
                         files.remove(wish)
                     stop("stopped by %s" % wish)
+                if self._predecessor:
+                    self._hand_over(self._predecessor, postgres, keeper)
                 if self._dumps:
                     self._dumps.poll()
                     self._poll_engines(postgres)
                     wrong = health.reason or self._unpublished or self._dumps.told or self._engines_told()
                     self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING + self._alone))
+
+    def _hand_over(self, predecessor: handover.Predecessor, postgres: Postgres, keeper: Keeper) -> None:
+        """Raise Stop if a successor asks for the lease, and still asks when everything is prepared."""
+        request = predecessor.poll()
+        if not request or not self._queue:
+            return
+        name = "job %s on %s" % (request["job"], request["host"])
+        if request["refusal"]:
+            self._alone = ", but %s cannot take over: %s" % (name, request["refusal"])
+            return
+        earliest, age = self._queue.earliest, time.monotonic() - self._begun
+        if earliest is None or age < earliest - EARLY_SECONDS:
+            after = "at its end" if earliest is None else "%d s after its start, not after %d s" % (earliest, age)
+            predecessor.answer(request, "refused", "job %s hands over %s" % (self.job, after))
+            return
+        self._prepare_to_move(postgres, keeper, "%s takes over" % name, "handover")
+        if predecessor.still_asks(request):
+            stop("%s takes over" % name, successor=request)
 
     def _poll_engines(self, postgres: Postgres) -> None:
         """Poll the sidecars; publish the endpoint again if their ports have changed, or if the last attempt failed."""
@@ -337,11 +431,17 @@ class Host:
 
     def _follow(self) -> float:
         """Ensure that a successor is queued; return the seconds until the next check."""
+        queue = self._queue
+        if not queue:
+            return FOLLOW_SECONDS
+        pause = FOLLOW_SECONDS
         try:
-            followed, pause = self._queue.ensure_successor() if self._queue else "", FOLLOW_SECONDS
-            self._alone = ""
+            followed = queue.ensure_successor()
+            self._alone = "" if queue.successor else ", but " + followed
+            if queue.earliest is not None:  # then the successor may begin, and end without taking over
+                pause = max(min(queue.earliest - (time.monotonic() - self._begun), pause), FOLLOW_OFTEN_SECONDS)
         except (OSError, subprocess.TimeoutExpired) as error:
-            followed, pause = "cannot queue a successor: %s" % error, 60.0
+            followed, pause = "cannot queue a successor: %s" % error, FOLLOW_OFTEN_SECONDS
             self._alone = ", but " + followed
         if followed != self._followed:
             self._followed = followed
@@ -446,9 +546,9 @@ def drain(postgres: Postgres, seconds: float) -> None:
         files.log(told)
 
 
-def stop(why: str, planned: bool = False) -> None:
+def stop(why: str, planned: bool = False, successor: Optional[dict] = None) -> None:
     """Raise Stop, and keep it in case another exception replaces it."""
-    _told_to_stop.append(Stop(why, planned))
+    _told_to_stop.append(Stop(why, planned, successor))
     raise _told_to_stop[-1]
 
 

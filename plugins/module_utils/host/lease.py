@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The lease: only its holder may run postgres on the data directory.
 
-``run/lease.N`` names the holder of epoch N; the highest N is the current one. ``hb.N`` is its heartbeat,
-``released.N`` means that it stopped cleanly. The implementation uses link(2) and rename(2), which are
+``run/lease.N`` names the holder of epoch N; the highest N is the current one. ``hb.N`` is its heartbeat;
+``released.N``, or the heartbeat "released", means that it stopped cleanly. The implementation uses link(2) and rename(2), which are
 atomic on every cluster file system; flock works only per client, or not at all, on several of them. Once
 taken, a lease can be renewed and released without free space or inodes, which a quota may have used up.
 """
@@ -23,6 +23,8 @@ from . import files, processes
 DEFAULT_TTL = 90.0
 # A contender's temporary files exist only for a moment; if they are older than this, the contender was killed.
 LEFTOVER_SECONDS = 3600.0
+# The text of the last heartbeat, after the data directory was left.
+RELEASED = "released"
 # Errors of link(2) on file systems without hard links: vfat, exFAT, some FUSE and SMB mounts.
 NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
@@ -213,7 +215,12 @@ class Lease:
         return 0 < self.epoch == self._newest()
 
     def release(self) -> None:
-        """Record that the data directory was left cleanly, so that others may take the lease at once."""
+        """Record that the data directory was left cleanly, so that others may take the lease at once.
+
+        The heartbeat says so, too: other hosts may cache for a minute that the file ``released.N`` does not exist.
+        """
+        with contextlib.suppress(OSError):
+            files.overwrite(self._path("hb.%d" % self.epoch), RELEASED.ljust(19) + "\n")
         path = self._path("released.%d" % self.epoch)
         try:
             files.write_atomically(path, "")
@@ -269,7 +276,13 @@ class Lease:
             return ""
 
     def _is_released(self, epoch: int) -> bool:
-        return os.path.exists(self._path("released.%d" % epoch))
+        if os.path.exists(self._path("released.%d" % epoch)):
+            return True
+        try:
+            with open(self._path("hb.%d" % epoch), "rb") as stream:
+                return stream.read().startswith(RELEASED.encode())
+        except OSError:
+            return False
 
     def _newest(self) -> int:
         epochs = [re.match(r"lease\.(\d+)$", name) for name in os.listdir(self.folder)]

@@ -7,9 +7,11 @@ import os
 import re
 import signal
 import subprocess
+import time
 from typing import Dict, List, Optional
 
 from .schedulers import SCHEDULERS
+from .schedulers.slurm import parse_time
 
 # Colours and cursor movements in the output: escape sequences, and control characters except tab and newline.
 ESCAPES = re.compile(
@@ -65,66 +67,134 @@ def call(
 
 
 class Queue:
-    """The queue as the server job uses it: to have a successor when its walltime ends."""
+    """The queue as the server job uses it: to have a successor when its walltime ends, and before.
+
+    ``successor`` is the job that follows, with id, state, reason, submitted and expected; None if there is none.
+    ``predecessor`` is the id of a job that has handed over to this one, and may still be ending.
+    """
 
     def __init__(self, settings: dict, job: str) -> None:
+        self.successor = None  # type: Optional[dict]
+        self.predecessor = ""
+        #: Seconds after the start of this job at which a successor may take over; None if only at its end.
+        self.earliest = None  # type: Optional[float]
         self._settings = settings
         self._job = job
         self._scheduler = SCHEDULERS[settings["scheduler"]]
+        self._refused = ""
+        self._vanished = 0
+        self._gone = ""
+        self._due = 0.0
 
     def ensure_successor(self) -> str:
-        """Submit a successor unless one is queued; return one line with its id."""
+        """Submit a successor unless one is queued; return one line with its id.
+
+        If successors end without taking over, the pause before the next submission grows.
+        """
         jobs = self._jobs()
+        own = next((job for job in jobs if job["id"] == self._job), None)
         # A listing without this job is filtered or empty: it does not show whether a successor is queued.
-        listed = self._job in [job["id"] for job in jobs]
-        if not listed and not job_has_ended(self._settings["scheduler"], self._settings["bin_dir"], self._job):
+        if not own and not job_has_ended(self._settings["scheduler"], self._settings["bin_dir"], self._job):
             raise OSError("%s does not list job %s, although it is running" % (
                 self._scheduler.queue_command()[0], self._job))
+        self.earliest = handover_seconds(self._settings, own["time_limit"] if own else None)
         others = self._others(jobs)
-        if others:
-            return "job %s follows" % others[0]
-        return "job %s follows" % self._submit(self.successor_command())
+        if not others and self.successor:
+            self._vanished += 1
+            self._due = time.monotonic() + pause_before(self._vanished)
+            self._gone = "job %s has ended without taking over" % self.successor["id"]
+        if not others and time.monotonic() < self._due:
+            self.successor = None
+            return "%s; the next one is submitted in %.0f s" % (self._gone, self._due - time.monotonic())
+        self.successor = self._with_forecast(others[0] if others else self._submit(jobs))
+        return "job %s follows%s" % (self.successor["id"], self._refused)
 
-    def successor_command(self) -> List[str]:
-        """Return the call that submits the successor."""
+    def look(self, timeout: float) -> None:
+        """Update ``successor`` as this job ends; keep it if the scheduler does not answer in time."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            others = self._others(self._jobs(timeout))
+            self.successor = self._with_forecast(others[0]) if others else None
+
+    def successor_command(self, seconds: Optional[float] = None) -> List[str]:
+        """Return the call that submits the successor, to begin so long after the start of this job or after its end."""
         wanted = self._settings["successor"]
         if isinstance(wanted, list):  # written by a release before 0.2
             return wanted
         name, notice = self._settings["job_name"], self._settings["stop_notice"]
-        options = self._scheduler.server_options(wanted["options"], name, wanted["memory"], notice, True)
+        options = wanted["options"]
+        if seconds is not None:
+            options = self._scheduler.handover_options(options, self._job, seconds)
+        options = self._scheduler.server_options(options, name, wanted["memory"], notice, True)
         return self._scheduler.submit_command(name, wanted["script"], options, wanted["output"])
 
-    def _submit(self, command: List[str]) -> str:
-        """Submit a job of our name; return its id from the queue, since sites may print other text around it."""
-        printed = self._run(command)
-        found: List[str] = []
+    def _submit(self, jobs: List[dict]) -> dict:
+        """Submit a job of our name; its id is read from the queue, since sites may print other text around it."""
+        command = self.successor_command(self.earliest)
+        self._refused = ""
+        try:
+            printed = self._run(command)
+        except OSError as error:
+            if self.earliest is None or not self._scheduler.is_dependency_refused(str(error)):
+                raise
+            self._refused = ", but only at the end of this job: %s" % error
+            self.earliest = None
+            command = self.successor_command()
+            printed = self._run(command)
+        found: List[dict] = []
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             found = self._others(self._jobs())
-        job = found[0] if found else self._scheduler.parse_submit(printed)
+        if found:
+            return found[0]
+        job = self._scheduler.parse_submit(printed)
         if not job:
             raise OSError("%s printed no job id (%s), and no job %s is in the queue" % (
                 command[0], " ".join(printed.split()) or "nothing at all", self._settings["job_name"]))
-        return job
+        return {"id": job, "state": "PENDING", "reason": ""}
+
+    def _with_forecast(self, job: dict) -> dict:
+        """Return what others need to know about a successor."""
+        found = {name: job[name] for name in ("id", "state", "reason")}
+        command = self._scheduler.forecast_command(job["id"])
+        forecast = self._scheduler.parse_forecast("")
+        if command and job["state"] == "PENDING":
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                forecast = self._scheduler.parse_forecast(self._run(command))
+        return dict(found, **forecast)
 
     def cancel_successors(self) -> None:
         """Cancel the waiting jobs of our name: they would fail for the same reason."""
         for job in self._others(self._jobs()):
-            self._run(self._scheduler.cancel_waiting_command(job))
+            self._run(self._scheduler.cancel_waiting_command(job["id"]))
 
-    def _jobs(self) -> List[dict]:
+    def _jobs(self, timeout: float = TIMEOUT) -> List[dict]:
         """Return the jobs that are not about to end; raise OSError if the output is not a list of jobs."""
         try:
-            jobs = self._scheduler.parse_queue(self._run(self._scheduler.queue_command()))
+            jobs = self._scheduler.parse_queue(self._run(self._scheduler.queue_command(), timeout))
         except ValueError as error:
             raise OSError(str(error)) from None
         return [job for job in jobs if job["state"] != LEAVING]
 
-    def _others(self, jobs: List[dict]) -> List[str]:
-        return [job["id"] for job in jobs if job["name"] == self._settings["job_name"] and job["id"] != self._job]
+    def _others(self, jobs: List[dict]) -> List[dict]:
+        ours = (self._job, self.predecessor)
+        return [job for job in jobs if job["name"] == self._settings["job_name"] and job["id"] not in ours]
 
-    def _run(self, command: List[str]) -> str:
+    def _run(self, command: List[str], timeout: float = TIMEOUT) -> str:
         """Run one of the scheduler's commands and return its output; raise OSError with its error message."""
-        done = run(self._settings["scheduler"], self._settings["bin_dir"], command, TIMEOUT)
+        done = run(self._settings["scheduler"], self._settings["bin_dir"], command, timeout)
         if done.returncode:
             raise OSError("%s: %s" % (command[0], " ".join((done.stderr or done.stdout).split())))
         return done.stdout
+
+
+def pause_before(submission: int) -> float:
+    """Return the seconds before a submission, if this is the number of successors that ended without taking over."""
+    return min(60.0 * 2 ** (submission - 2), 3600.0) if submission > 1 else 0.0
+
+
+def handover_seconds(settings: dict, walltime: Optional[float]) -> Optional[float]:
+    """Return the seconds after the start of a job at which its successor may take over; None if only at its end."""
+    given = str(settings["handover_after"]).strip()
+    if not given or not walltime:
+        return None
+    seconds = walltime * float(given[:-1]) / 100 if given.endswith("%") else parse_time(given)
+    return seconds if seconds is not None and seconds < walltime - settings["stop_notice"] else None

@@ -251,8 +251,12 @@ def queue(host, monkeypatch):
 
     class FakeQueue:
         successors = ["8"]
+        successor, predecessor, earliest = {"id": "8", "state": "PENDING"}, "", None
 
         def __init__(self, settings, job):
+            pass
+
+        def look(self, timeout):
             pass
 
         def ensure_successor(self):

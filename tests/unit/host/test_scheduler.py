@@ -183,9 +183,9 @@ def test_slurm_that_is_not_there_says_nothing(tmp_path):
 HEAD = "JOBID|STATE|NODELIST|TIME_LEFT/TIME_LIMIT|NAME|REASON"
 
 
-def row(job, name, state):
+def row(job, name, state, times="1:00/2:00"):
     """Return a line of squeue's output."""
-    return f"{job}|{state}||1:00/2:00|{name}|None"
+    return f"{job}|{state}||{times}|{name}|None"
 
 
 SUBMIT = [
@@ -194,22 +194,33 @@ SUBMIT = [
 ]
 
 
+SETTINGS = {"scheduler": "slurm", "job_name": "hpc_db", "handover_after": ""}
+
+
 class FakeQueue(Queue):
     """Answers like Slurm: squeue lists all of the user's jobs, sbatch --parsable prints an id."""
 
-    def __init__(self, *jobs):
+    refuses = ""
+
+    def __init__(self, *jobs, after=""):
         successor = {"options": {"time": "24:00:00"}, "memory": "4G", "script": "/r/job.sh", "output": "/r/job.log"}
-        settings = {"scheduler": "slurm", "job_name": "hpc_db", "stop_notice": "120", "successor": successor}
+        settings = {**SETTINGS, "stop_notice": 120, "handover_after": after, "successor": successor}
         Queue.__init__(self, settings, "7")
         self.jobs = list(jobs)
+        self.submitted = []
 
-    def _run(self, command):
+    def _run(self, command, timeout=120):
+        if "--format=forecast|%V|%S|" in command:
+            return "forecast|1790000000|1790003600|\n"
         if command[0] == "squeue":
             return "\n".join([HEAD, *(row(*job) for job in self.jobs)])
         if command[0] == "sbatch":
-            assert command == SUBMIT
-            self.jobs.append(("8", "hpc_db", "PENDING"))
-            return "8\n"
+            self.submitted.append(command)
+            if self.refuses and any(self.refuses in flag for flag in command):
+                raise OSError("sbatch: error: Batch job submission failed: Job dependency problem")
+            job = str(7 + len(self.submitted))
+            self.jobs.append((job, "hpc_db", "PENDING"))
+            return f"{job}\n"
         assert command[:2] == ["scancel", "--state=PENDING"]
         self.jobs = [job for job in self.jobs if job[0] != command[2]]
         return ""
@@ -231,6 +242,91 @@ def test_one_successor_is_kept(others, follower, queued):
     assert queue.ensure_successor() == follower
     assert queue.ensure_successor() == follower
     assert len(queue.jobs) == queued
+    assert queue.submitted in ([], [SUBMIT])
+
+
+LONG = ("7", "hpc_db", "RUNNING", "1:00:00/2:00:00")
+
+
+@pytest.mark.parametrize("after, dependency", [
+    ("50%", "after:7+60?afterany:7"), ("10%", "after:7+12?afterany:7"), ("30", "after:7+30?afterany:7"),
+    ("1:30:30", "after:7+91?afterany:7"), ("", "singleton"), ("2:00:00", "singleton"), ("99%", "singleton"),
+])
+def test_successor_may_begin_before_its_predecessor_ends(after, dependency):
+    queue = FakeQueue(LONG, after=after)
+
+    assert queue.ensure_successor() == "job 8 follows"
+
+    assert f"--dependency={dependency}" in queue.submitted[0]
+    assert queue.successor == {
+        "id": "8", "state": "PENDING", "reason": "", "submitted": 1790000000.0, "expected": 1790003600.0,
+    }
+
+
+def test_dependency_of_the_user_is_kept():
+    queue = FakeQueue(LONG, after="50%")
+    queue._settings["successor"]["options"]["dependency"] = "singleton"
+
+    queue.ensure_successor()
+
+    assert queue.submitted == [SUBMIT[:5] + ["--dependency=singleton"] + SUBMIT[6:]]
+
+
+def test_slurm_that_does_not_understand_the_dependency_gets_the_old_one():
+    queue = FakeQueue(LONG, after="50%")
+    queue.refuses = "?afterany"
+
+    assert queue.ensure_successor() == (
+        "job 9 follows, but only at the end of this job: "
+        "sbatch: error: Batch job submission failed: Job dependency problem"
+    )
+
+    assert queue.submitted[1] == SUBMIT and queue.earliest is None
+
+
+def test_pause_grows_before_each_successor_after_those_that_vanished(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    queue = FakeQueue(LONG, after="50%")
+    said = []
+
+    for _minute in range(12):
+        said.append(queue.ensure_successor())
+        queue.jobs = [LONG]  # it has begun and ended
+        now[0] += 60
+
+    assert said == [
+        "job 8 follows", "job 9 follows",
+        "job 9 has ended without taking over; the next one is submitted in 60 s", "job 10 follows",
+        "job 10 has ended without taking over; the next one is submitted in 120 s",
+        "job 10 has ended without taking over; the next one is submitted in 60 s", "job 11 follows",
+        *(f"job 11 has ended without taking over; the next one is submitted in {left} s" for left in (240, 180, 120, 60)),
+        "job 12 follows",
+    ]
+
+
+def test_predecessor_that_still_ends_is_not_a_successor():
+    queue = FakeQueue(LONG, ("6", "hpc_db", "RUNNING"))
+    queue.predecessor = "6"
+
+    assert queue.ensure_successor() == "job 8 follows"
+
+
+def test_last_look_finds_who_follows_and_bears_a_scheduler_that_is_silent(monkeypatch):
+    queue = FakeQueue(LONG)
+    queue.ensure_successor()
+
+    monkeypatch.setattr(queue, "_run", lambda *_arguments: raise_(subprocess.TimeoutExpired("squeue", 5)))
+    queue.look(5)
+    assert queue.successor["id"] == "8"
+    monkeypatch.undo()
+    queue.jobs = [LONG]
+    queue.look(5)
+    assert queue.successor is None
+
+
+def raise_(error):
+    raise error
 
 
 def test_successors_are_cancelled_and_nobody_else():
@@ -250,7 +346,7 @@ def test_listing_without_our_own_job_brings_no_successor(listed, state, submits,
     """The list is filtered or empty; our own job may only be missing if it has ended, as for a program run by hand."""
     folder = command("squeue", f"case \"$*\" in *--jobs=7) {state};; *) echo '{listed}'; esac")
     command("sbatch", f"echo called >> {tmp_path}/called; echo 8")
-    settings = {"scheduler": "slurm", "job_name": "hpc_db", "bin_dir": folder, "successor": ["sbatch"]}
+    settings = {**SETTINGS, "bin_dir": folder, "successor": ["sbatch"]}
 
     if submits:
         assert Queue(settings, "7").ensure_successor() == "job 8 follows"
@@ -267,7 +363,7 @@ cat << end
 {queue}
 end""")
     command("sbatch", f"touch {folder}/eight\ncat << 'end'\n{printed}\nend")
-    return Queue({"scheduler": "slurm", "job_name": "hpc_db", "bin_dir": str(folder), "successor": ["sbatch"]}, "7")
+    return Queue({**SETTINGS, "bin_dir": str(folder), "successor": ["sbatch"]}, "7")
 
 
 @pytest.mark.parametrize("queue", [

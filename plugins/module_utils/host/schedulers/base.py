@@ -77,6 +77,18 @@ class Scheduler:
         """
         return options
 
+    def handover_options(self, options: dict, job: str, seconds: float) -> dict:
+        """Return the options of a successor that may begin ``seconds`` after the start of ``job``, or when it has ended.
+
+        The same options if the scheduler cannot express this, or if they set the dependency: then the successor waits
+        for the end of ``job``.
+        """
+        return options
+
+    def is_dependency_refused(self, refusal: str) -> bool:
+        """Return whether the scheduler refuses a job because of the dependency in ``handover_options``."""
+        return False
+
     def short_options(self, options: dict) -> dict:
         """Return the options of a five-minute job that runs where a server job with ``options`` would run."""
         return options
@@ -148,6 +160,14 @@ class Scheduler:
     def parse_jobs(self, text: str) -> List[Job]:
         """Return the jobs that have not ended. Raise ValueError if the text is not a list of jobs."""
         raise NotImplementedError
+
+    def forecast_command(self, job: str) -> Optional[List[str]]:
+        """Return the call that prints when a waiting job was submitted and is expected to begin; None if unknown."""
+        return None
+
+    def parse_forecast(self, text: str) -> Dict[str, Optional[float]]:
+        """Return ``submitted`` and ``expected`` in seconds since 1970, each None if unknown."""
+        return {"submitted": None, "expected": None}
 
     def is_hopeless(self, reason: str) -> bool:
         """Return whether a job that waits for this reason never starts."""

@@ -118,6 +118,14 @@ class Slurm(Scheduler):
         signal = f"B:USR1@{notice}"
         return {"mem": memory, "dependency": "singleton", "signal": signal, "no-requeue": chain, **options}
 
+    def handover_options(self, options: dict, job: str, seconds: float) -> dict:
+        """See Scheduler. The job gains priority by age as soon as it may begin."""
+        return {"dependency": f"after:{job}+{math.ceil(seconds / 60)}?afterany:{job}", **options}
+
+    def is_dependency_refused(self, refusal: str) -> bool:
+        """See Scheduler. Slurm before 20.11 does not understand the time."""
+        return "dependency" in refusal.lower()
+
     def short_options(self, options: dict) -> dict:
         untied = dict.fromkeys(("begin", "dependency", "exclusive", "nodelist", "signal"), False)
         return {**options, "time": "00:05:00", "mem": "512M", **untied}
@@ -204,6 +212,17 @@ class Slurm(Scheduler):
 
     def parse_jobs(self, text: str) -> List[Job]:
         return read_jobs(listed(text))
+
+    def forecast_command(self, job: str) -> Optional[List[str]]:
+        return [*LISTING, "--noheader", "--format=forecast|%V|%S|", f"--jobs={job}"]
+
+    def parse_forecast(self, text: str) -> Dict[str, Optional[float]]:
+        """See Scheduler. Slurm plans only for the first jobs in the queue."""
+        found = re.search(r"^forecast\|(\d*)[^|]*\|(\d*)", text, re.ASCII | re.MULTILINE)
+        submitted, expected = found.groups() if found else ("", "")
+        return {
+            "submitted": float(submitted) if submitted else None, "expected": float(expected) if expected else None,
+        }
 
     def is_hopeless(self, reason: str) -> bool:
         """See Scheduler. Details may follow the reason after a comma."""
