@@ -22,6 +22,9 @@ NETWORK = f"all|samenet|samehost|{IPV4}|{IPV6}"
 WORD = "[A-Za-z0-9][A-Za-z0-9._-]*"
 PATH = r"~?/[^\r\n]*"
 CONNECTIONS = "[1-9][0-9]{0,5}"
+SHARE = r"[1-9]?[0-9](\.[0-9]+)?%"
+# Not a bare number, which is how YAML reads a time without quotes.
+TIME = r"[0-9]+-[0-9]+(:[0-9]+){0,2}|[0-9]+(:[0-9]+){1,2}"
 PORT = "a port from 1024 to 65535"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -129,6 +132,8 @@ def server(given: Any) -> list[Rule]:
              f"at most {longest} bytes, since a socket's path has at most 107"),
         Rule("server_lease_ttl", given.server_lease_ttl >= 5, "5 seconds or more, 90 on NFS"),
         Rule("server_stop_notice", 1 <= given.server_stop_notice <= 65535, "1 to 65535 seconds"),
+        Rule("server_handover_after", fits(rf"({SHARE}|{TIME})?", given.server_handover_after),
+             "a share of the walltime such as 50%, a time in quotes such as '12:00:00', or nothing"),
         Rule("server_pooler_program", fits(f"({PATH})?", given.server_pooler_program),
              "a path that begins with / or ~/, or nothing"),
         Rule("server_pooler_program", not given.server_pooler or has_pooler,
