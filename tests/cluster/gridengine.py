@@ -27,7 +27,7 @@ PREPARED = "/etc/gridengine"
 VARIABLES = {"SGE_ROOT": ROOT, "SGE_CELL": "default", "SGE_ND": "1"}
 
 
-def daemons(host: str) -> list[Daemon]:
+def daemons(host: str, _busy: bool) -> list[Daemon]:
     """Return the daemons in the order in which they start."""
     if host == "ctl":
         return [Daemon([f"{PROGRAMS}/sge_qmaster"], lambda: listens(6444), variables=VARIABLES)]
@@ -36,7 +36,7 @@ def daemons(host: str) -> list[Daemon]:
     return [Daemon([f"{PROGRAMS}/sge_execd"], lambda: listens(6445), variables=VARIABLES)]
 
 
-def write_files(layer: Path, nodes: list[str], overrides: dict[str, str]) -> None:
+def write_files(layer: Path, nodes: list[str], _overrides: dict[str, str], _busy: bool) -> None:
     """qmaster's database is built from these files: one folder for each kind of object."""
     common = layer / ROOT.lstrip("/") / "default/common"
     common.mkdir(parents=True)

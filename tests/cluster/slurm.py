@@ -14,25 +14,33 @@ PACKAGES = ("packages.txt",)
 SPOOL = "/var/spool/slurmctld"
 STATES = ["sinfo", "-h", "-N", "-o", "%N %T"]
 IDLE = "idle"
+USED = ("allocated", "completing")
 SETTLE: list[list[str]] = []
+BACKLOG = Path(__file__).resolve().parent / "backlog.py"
+# Priority by age, which counts for the first minute; of jobs with the same priority, the one submitted first begins.
+BUSY = {
+    "PriorityType": "priority/multifactor", "PriorityWeightAge": "1000", "PriorityMaxAge": "00:01:00",
+    "PriorityCalcPeriod": "1",
+}
 
 
-def daemons(host: str) -> list[Daemon]:
-    """Return the daemons in the order in which they start."""
+def daemons(host: str, busy: bool) -> list[Daemon]:
+    """Return the daemons in the order in which they start; the last one fills the queue of a busy cluster."""
     munged = Daemon(["munged", "--foreground"], Path("/run/munge/munge.socket.2").exists, user="munge")
     if host == "ctl":
-        return [munged, Daemon(["slurmctld", "-D"], lambda: listens(6817))]
+        backlog = Daemon([str(BACKLOG)], lambda: True, user="bob")
+        return [munged, Daemon(["slurmctld", "-D"], lambda: listens(6817)), *[backlog] * busy]
     if host == "login":
         return [munged, SSHD]
     return [munged, Daemon(["slurmd", "-D"], lambda: listens(6818))]
 
 
-def write_files(layer: Path, nodes: list[str], overrides: dict[str, str]) -> None:
+def write_files(layer: Path, nodes: list[str], overrides: dict[str, str], busy: bool) -> None:
     """``overrides`` are lines of slurm.conf."""
     etc = layer / "etc"
     for folder in (layer / "var/spool/slurmd", layer / SPOOL.lstrip("/"), etc / "slurm"):
         folder.mkdir(parents=True)
-    (etc / "slurm/slurm.conf").write_text(slurm_conf(len(nodes), overrides))
+    (etc / "slurm/slurm.conf").write_text(slurm_conf(len(nodes), overrides, busy))
     (etc / "slurm/cgroup.conf").write_text(render("cgroup.conf"))
     (etc / "munge").mkdir(0o700)
     (etc / "munge/munge.key").write_bytes(os.urandom(128))
@@ -41,8 +49,11 @@ def write_files(layer: Path, nodes: list[str], overrides: dict[str, str]) -> Non
         shutil.chown(path, "munge", "munge")
 
 
-def slurm_conf(nodes: int, overrides: dict[str, str]) -> str:
+def slurm_conf(nodes: int, overrides: dict[str, str], busy: bool) -> str:
     text = render("slurm.conf", nodes=f"c[1-{nodes}]")
+    if busy:
+        overrides = {**BUSY, **overrides}
+        text = text.replace("PartitionName=work", "PartitionName=work OverSubscribe=EXCLUSIVE")
     replaced = {key.lower() for key in overrides}
     kept = [line for line in text.splitlines() if line.partition("=")[0].lower() not in replaced]
     return "\n".join(kept + [f"{key}={value}" for key, value in overrides.items()]) + "\n"
