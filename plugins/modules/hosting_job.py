@@ -186,6 +186,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     submit_job,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import write_state
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import LEAVING
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
@@ -214,6 +215,7 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
         said += _check_submission(params, run, check_mode)
         diff["after"]["jobs"].append({"script": params["script"], "options": params["options"]})
     if changed and wanted and not check_mode:
+        _create_files(Layout(params["root"]))
         said += _submit(params, run, jobs)
         jobs = find_jobs(params, run)
     elif not wanted:
@@ -240,6 +242,13 @@ def _all_options(params: dict) -> dict:
         return params["options"]
     needs = params["name"], params["memory"], params["notice"], params["chain"]
     return SCHEDULERS[params["scheduler"]].server_options(params["options"], *needs)
+
+
+def _create_files(layout: Layout) -> None:
+    """Create the files that others read while they wait: a host may cache for a minute that a file does not exist."""
+    for path in (layout.endpoint, layout.state):
+        if os.path.isdir(layout.run) and not os.path.exists(path):
+            write_state(path, {})
 
 
 def _submit(params: dict, run: Run, jobs: list[dict]) -> list[str]:
@@ -296,7 +305,7 @@ def _cancel(params: dict, run: Run, job_id: str, gently: bool) -> None:
         if command:
             run(command)
         else:
-            _wish_path(params, job_id).touch()
+            write_state(str(_wish_path(params, job_id)), {"stop": True})
     except (OSError, SchedulerError):
         if job_id in {job["id"] for job in find_jobs(params, run)}:
             raise

@@ -107,6 +107,14 @@ class Host:
     def serve(self, patience: float, lifetime: Optional[float]) -> None:
         """Serve until asked to stop, or for ``lifetime`` seconds; raise the reason for the end."""
         self._address()  # report a host name that cannot be resolved before anything starts
+        try:
+            self._serve_in_turns(patience, lifetime)
+        finally:
+            with contextlib.suppress(OSError, ValueError):
+                files.remove(self.layout.stop_request(self.job))
+
+    def _serve_in_turns(self, patience: float, lifetime: Optional[float]) -> None:
+        """Serve; go on if a successor asks for the lease but then does not take it."""
         while True:
             try:
                 with self._leased(patience) as keeper:
@@ -283,6 +291,8 @@ class Host:
                 self._withdraw()
             postgres.wait_for_write(self.settings["start_patience"])
             if not self.bootstrap:
+                with self._only_told("cannot renew the workers' heartbeats"):
+                    postgres.renew_heartbeats(self.settings["databases"])
                 self._engines = engines_of(self.settings, postgres, self._address())
             self._publish(postgres)
             self.tell("serving", SERVING)
@@ -365,8 +375,11 @@ class Host:
 
     def _watch(self, postgres: Postgres, keeper: Keeper, lifetime: Optional[float]) -> None:
         ends = float("inf") if lifetime is None else time.monotonic() + lifetime
-        # This file requests a stop where the scheduler can only kill us.
+        # This file requests a stop where the scheduler can only kill us. It exists before it is read.
         wish = self.layout.stop_request(self.job)
+        if not self.bootstrap and not os.path.exists(wish):
+            with self._only_told("cannot create %s" % wish):
+                files.write_state(wish, {"stop": False})
         with contextlib.ExitStack() as beside:
             health = Health(self.settings, postgres)
             if not self.bootstrap:
@@ -386,10 +399,8 @@ class Host:
                     raise Failed("postgres exited unexpectedly with code %d" % returncode)
                 if time.monotonic() > ends:
                     stop("its lifetime has expired")
-                if os.path.exists(wish):
+                if (files.read_json(wish) or {}).get("stop"):
                     ignore_signals()
-                    with self._only_told("cannot remove the stop request"):
-                        files.remove(wish)
                     stop("stopped by %s" % wish)
                 if self._predecessor:
                     self._hand_over(self._predecessor, postgres, keeper)

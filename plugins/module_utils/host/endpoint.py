@@ -10,7 +10,7 @@ The server is live if an endpoint exists, names a job, and that job runs: ``serv
 endpoint behind. To remove it, call this in <root>/host:
 
     python3 -m hpc_db_host.endpoint look JOB        print whether jobs of this name have left an endpoint, as JSON
-    python3 -m hpc_db_host.endpoint withdraw JOB    the same, and remove it
+    python3 -m hpc_db_host.endpoint withdraw JOB    the same, and withdraw it
 """
 
 import argparse
@@ -45,19 +45,23 @@ def publish(run: str, service_file: str, endpoint: dict, service: dict, pooled: 
             name + POOLED: dict(pooled or service, **pooler) if pooler else {},
         })
     finally:  # independently: they may be on different file systems
-        files.write_json(os.path.join(run, "endpoint.json"), endpoint)
+        files.write_state(os.path.join(run, "endpoint.json"), endpoint)
 
 
 def withdraw(run: str, service_file: str, instance: str, patience: float = LEAVING_SECONDS) -> None:
-    """Remove the endpoint."""
+    """Withdraw the endpoint. The file stays, since hosts may cache for a minute that it does not exist."""
+    path = os.path.join(run, "endpoint.json")
     try:
-        files.remove(os.path.join(run, "endpoint.json"))
+        if os.path.exists(path):
+            files.write_state(path, {})
+    except OSError:  # a quota on a file system that copies on write
+        files.remove(path)
     finally:
         edit_services(service_file, {instance: {}, instance + POOLED: {}}, patience)
 
 
 def read_endpoint(layout: Layout) -> Optional[dict]:
-    """Return the last published endpoint, with ``tls`` true by default; None if the file is missing or unreadable.
+    """Return the last published endpoint, with ``tls`` true by default; None if it is withdrawn or unreadable.
 
     It may have been left behind by a job that was killed: ask ``serving_job``.
     """
@@ -173,7 +177,7 @@ def service_file(settings: dict) -> str:
 
 def is_there(run: str, path: str, instance: str) -> bool:
     """Return whether an endpoint is published, in either file."""
-    if os.path.exists(os.path.join(run, "endpoint.json")):
+    if files.read_json(os.path.join(run, "endpoint.json")):
         return True
     try:
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:

@@ -46,5 +46,5 @@ class Layout:
         return os.path.join(self.host, "settings-%d.json" % major)
 
     def stop_request(self, job: str) -> str:
-        """Return the file that asks a job to stop, for schedulers that can only kill jobs."""
+        """Return the file that asks a job to stop with ``{"stop": true}``, for schedulers that can only kill jobs."""
         return os.path.join(self.run, "stop.%s" % job)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hpc_db_host import endpoint
+from hpc_db_host import endpoint, files
 from hpc_db_host.layout import Layout
 
 WANTED = {"host": "c1", "port": 5433}
@@ -174,7 +174,7 @@ def test_publish_says_it_twice_and_withdraw_takes_both_back(tmp_path):
     for _again in range(2):
         endpoint.withdraw(str(tmp_path), str(service), "hpc_db")
 
-        assert not (tmp_path / "endpoint.json").exists()
+        assert json.loads((tmp_path / "endpoint.json").read_text()) == {}
         assert service.read_text() == "[other]\n"
 
 
@@ -209,7 +209,7 @@ def test_server_is_live_if_the_job_of_its_endpoint_runs(published, queue, servin
 
 @pytest.mark.parametrize("text, expected", [
     ('{"job": "7"}', {"job": "7", "tls": True}), ('{"job": "7", "tls": false}', {"job": "7", "tls": False}),
-    ('{"job"', None), (None, None),
+    ('{"job"', None), (None, None), ("{}", None),
 ])
 def test_endpoint_that_is_read(text, expected, tmp_path):
     (tmp_path / "run").mkdir()
@@ -248,7 +248,7 @@ def test_what_a_dead_node_left_behind_is_withdrawn_once(lost, left_behind):
 
     assert [say(left_behind, verb) for verb in ("look", "look", "withdraw", "withdraw", "look")] == [
         "true\n", "true\n", "true\n", "false\n", "false\n"]
-    assert not (left_behind / "run" / "endpoint.json").exists()
+    assert not files.read_json(str(left_behind / "run" / "endpoint.json"))
     assert lost == "service" or (left_behind / "service").read_text() == "[other]\nhost=x\n"
 
 
@@ -260,7 +260,7 @@ def test_server_of_which_nobody_here_knows_keeps_its_endpoint(holder, withdrawn,
     (left_behind / "run" / "lease.3").write_text(json.dumps({"host": "c1", "pid": 5, "job": "7", **holder}))
 
     assert json.loads(say(left_behind, "withdraw")) is withdrawn
-    assert (left_behind / "run" / "endpoint.json").exists() is not withdrawn
+    assert bool(files.read_json(str(left_behind / "run" / "endpoint.json"))) is not withdrawn
 
 
 def test_server_under_the_name_before_the_last_change_keeps_its_endpoint(left_behind):

@@ -35,7 +35,7 @@ class FakePostgres:
         self.note(f"made listen={listen} {sorted(parameters)}")
 
     def note(self, what):
-        published = os.path.exists(os.path.join(self.root, "run", "endpoint.json"))
+        published = files.read_json(os.path.join(self.root, "run", "endpoint.json"))
         self.events.append(f"{what}{' published' if published else ''}")
 
     def start(self):
@@ -54,6 +54,9 @@ class FakePostgres:
     def query(self, statement, patience):
         self.note(statement)
         return ""
+
+    def renew_heartbeats(self, databases):
+        self.note("heartbeats")
 
     def drain(self, seconds):
         self.note(f"drain {seconds}")
@@ -123,7 +126,7 @@ def test_endpoint_is_there_only_between_the_first_write_and_the_stop(host):
     assert host.run("serve") == 0
 
     assert host.events == [
-        "made listen=True []", "start", "write", "serving published", "drain 5.0", "stop",
+        "made listen=True []", "start", "write", "heartbeats", "serving published", "drain 5.0", "stop",
     ]
     assert host.state() == ("ended", "stopped by SIGTERM")
     assert host.service.read_text() == ""
@@ -168,7 +171,11 @@ def test_engine_is_published_while_it_answers_and_told_while_not(host, monkeypat
 
 def test_file_that_asks_for_the_end_is_a_clean_end(host, monkeypatch):
     wishes = iter(["stop.8", "stop.7"])  # the first is another job's
-    monkeypatch.setattr(FakePostgres, "during", lambda self: (host.root / "run" / next(wishes)).touch())
+
+    def ask(_postgres):
+        files.write_state(str(host.root / "run" / next(wishes)), {"stop": True})
+
+    monkeypatch.setattr(FakePostgres, "during", ask)
 
     assert host.run("serve") == 0
     assert host.state() == ("ended", f"stopped by {host.root}/run/stop.7")
@@ -307,7 +314,10 @@ def test_file_that_asks_for_the_end_and_stays_is_no_reason_to_go_on(host, queue,
         return full() if path.endswith("stop.7") else real(path)
 
     monkeypatch.setattr(files, "remove", remove)
-    monkeypatch.setattr(FakePostgres, "during", lambda self: (host.root / "run" / "stop.7").touch())
+    def ask(_postgres):
+        (host.root / "run" / "stop.7").write_text('{"stop": true}')
+
+    monkeypatch.setattr(FakePostgres, "during", ask)
 
     assert host.run("serve") == 0
     assert host.state()[0] == "ended"
