@@ -159,7 +159,7 @@ class Queue:
         if command and job["state"] == "PENDING":
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 forecast = self._scheduler.parse_forecast(self._run(command))
-        return dict(found, **forecast)
+        return dict(found, told=in_words(found, forecast), **forecast)
 
     def cancel_successors(self) -> None:
         """Cancel the waiting jobs of our name: they would fail for the same reason."""
@@ -184,6 +184,23 @@ class Queue:
         if done.returncode:
             raise OSError("%s: %s" % (command[0], " ".join((done.stderr or done.stdout).split())))
         return done.stdout
+
+
+def in_words(job: dict, forecast: dict) -> str:
+    """Return what a worker that waits is told about a successor."""
+    if job["state"] != "PENDING":
+        return "job %s is %s" % (job["id"], job["state"])
+    since, expected = (clock(forecast[name]) for name in ("submitted", "expected"))
+    words = ["queued as job %s%s" % (job["id"], since and " since " + since), job["reason"], expected and "expected " + expected]
+    return ", ".join(filter(None, words))
+
+
+def clock(seconds: Optional[float]) -> str:
+    """Return a time in the cluster's time zone, with the date unless it is today; empty for None."""
+    if seconds is None:
+        return ""
+    then = time.localtime(seconds)
+    return time.strftime("%H:%M" if then[:3] == time.localtime()[:3] else "%Y-%m-%d %H:%M", then)
 
 
 def pause_before(submission: int) -> float:
