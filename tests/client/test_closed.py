@@ -809,6 +809,23 @@ def test_engine_does_not_go_on_with_other_data(
     assert database("SELECT count(*) FROM t") == [(2,)]
 
 
+def test_data_that_are_replaced_during_the_first_connection_are_named(
+    make: Make, server: Server, proxy: Proxy
+) -> None:
+    engine = make()
+    proxy.cut_at(
+        b"pg_catalog.version()", REQUEST_LOST,
+        lambda: server.ask(f"ALTER DATABASE study SET hpc_db.generation = '{uuid.uuid4()}'"),
+    )
+
+    with pytest.raises(OperationalError, match="the database was restored or replaced"):
+        engine.connect()
+    assert not proxy.due
+
+    with make().connect() as connection:
+        assert connection.execute(text("SELECT 1")).scalar_one() == 1
+
+
 def test_other_database_of_the_same_name_is_other_data(
     make: Make, url: str, engine: sqlalchemy.engine.Engine, server: Server
 ) -> None:

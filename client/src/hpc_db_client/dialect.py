@@ -103,7 +103,9 @@ class Waiting:
         ours = getattr(connection.connection, "dbapi_connection", connection.connection)  # 1.4 passes it unwrapped
         if not isinstance(ours, Connection):
             return base.initialize(connection)
+        wrapper = connection._dbapi_connection
         for left in reversed(range(MOST_REPEATS)):
+            connection._dbapi_connection = wrapper  # SQLAlchemy has removed it after an error with a lost session
             ours.looks = True
             try:
                 return base.initialize(connection)
