@@ -169,6 +169,7 @@ def workers(given: Any) -> list[Rule]:
         Rule("workers_program", fits(f"({PATH})?", given.workers_program),
              "the path of a Python program, which begins with / or ~/"),
         Rule("workers_patience", given.workers_patience >= 0, "0 seconds or more"),
+        Rule("workers_max_wait", given.workers_max_wait >= 0, "0 seconds or more"),
         Rule("workers_outage", given.workers_outage > 0, "1 second or more"),
         Rule("workers_wait_time", given.workers_wait_time >= 0, "0 seconds or more"),
     ]

@@ -103,6 +103,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"workers_python": "python"}, "workers_python: python is not allowed; the path of a Python, which begins with /"),
     ({"workers_program": "x.py"}, "workers_program: x.py is not allowed; the path of a Python program, which begins"),
     ({"workers_patience": -1}, "workers_patience: -1 is not allowed; 0 seconds or more"),
+    ({"workers_max_wait": -1}, "workers_max_wait: -1 is not allowed; 0 seconds or more"),
     ({"workers_outage": 0}, "workers_outage: 0 is not allowed; 1 second or more"),
     ({"workers_wait_time": -1}, "workers_wait_time: -1 is not allowed; 0 seconds or more"),
     ({"dashboard_databases": []}, "dashboard_databases: an empty list is not allowed; names in databases_studies with"),
