@@ -186,7 +186,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     submit_job,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
-from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import write_state
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json, write_state
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import LEAVING
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
@@ -245,10 +245,14 @@ def _all_options(params: dict) -> dict:
 
 
 def _create_files(layout: Layout) -> None:
-    """Create the files that others read while they wait: a host may cache for a minute that a file does not exist."""
-    for path in (layout.endpoint, layout.state):
-        if os.path.isdir(layout.run) and not os.path.exists(path):
-            write_state(path, {})
+    """Write the files that others read while they wait: a host may cache for a minute that a file does not exist."""
+    if not os.path.isdir(layout.run):
+        return
+    if not os.path.exists(layout.endpoint):
+        write_state(layout.endpoint, {})
+    # Before the job can start: from then on, the file is its own.
+    told = {"id": "", "told": f"its job was submitted at {time.strftime('%H:%M')}"}
+    write_state(layout.state, {**(read_json(layout.state) or {}), "follows": told})
 
 
 def _submit(params: dict, run: Run, jobs: list[dict]) -> list[str]:

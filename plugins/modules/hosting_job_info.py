@@ -203,7 +203,8 @@ def look(params: dict, run: Run) -> dict:
     layout = Layout(params["root"])
     # The files first: if the job ends in between, the result is a stale file without a job, never the reverse.
     endpoint = read_endpoint(layout)
-    state = read_json(layout.state) or None
+    written = read_json(layout.state) or {}
+    state = written if "state" in written else None  # before the first start, only that a job was submitted
     jobs = find_jobs(params, run)
     serving = serving_job(endpoint, jobs)
     job = serving or next(iter(jobs), None)

@@ -115,18 +115,25 @@ class Host:
 
     def _serve_in_turns(self, patience: float, lifetime: Optional[float]) -> None:
         """Serve; go on if a successor asks for the lease but then does not take it."""
+        left = None  # type: Optional[Stop]
         while True:
             try:
                 with self._leased(patience) as keeper:
+                    left = None
                     self._keep_serving(keeper, lifetime)
             except Stop as stopped:
                 if not (stopped.successor and self._clean) or self._is_taken(stopped.successor):
                     raise
+                left = stopped
                 # Only at its first attempt does this job ask for the lease: a holder now is the successor.
                 self._successor, patience = None, 0.0
                 self._alone = ", but job %s on %s did not take over" % (
                     stopped.successor["job"], stopped.successor["host"])
                 del _told_to_stop[:]
+            except Held:
+                if left:  # the successor was late
+                    raise left from None
+                raise
 
     def _is_taken(self, request: dict) -> bool:
         """Tell the successor that the lease is released, and wait; return whether it has taken the lease."""
@@ -171,7 +178,8 @@ class Host:
                     ignore_signals()
                 keeper.check()  # without the lease, do not release it or change the queue
                 if self._clean:  # else the next holder waits until the scheduler reports our end
-                    self._release(keeper)
+                    with signals_waiting():
+                        self._release(keeper)
                 if isinstance(ended, Failed):
                     self._end_chain()
                 raise

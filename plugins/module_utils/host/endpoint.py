@@ -80,6 +80,13 @@ def serving_job(endpoint: Optional[dict], jobs: List[dict]) -> Optional[dict]:
     return next((job for job in jobs if named and job["id"] == named and job["state"] == "RUNNING"), None)
 
 
+def forget_successor(layout: Layout) -> None:
+    """Note that no job follows the last server, after all jobs were cancelled: workers stop waiting for it."""
+    state = files.read_json(layout.state) or {}
+    if state.get("follows"):
+        files.write_state(layout.state, dict(state, follows=None))
+
+
 def edit_service(path: str, name: str, parameters: dict) -> None:
     """Set or, without parameters, remove the section ``name`` of a libpq service file; keep everything else."""
     edit_services(path, {name: parameters})
@@ -204,6 +211,8 @@ def main() -> int:
             found = False  # a server elsewhere, unknown to the scheduler here
         if found and asked.verb == "withdraw":
             withdraw(run, service_file(settings), settings["instance"], PATIENCE_SECONDS)
+        if asked.verb == "withdraw" and settings.get("job_name") == asked.job:
+            forget_successor(HERE)
     except OSError as error:
         raise SystemExit(str(error)) from None
     sys.stdout.write(json.dumps(found) + "\n")

@@ -102,10 +102,11 @@ class Queue:
         if not others and self.successor:
             self._vanished += 1
             self._due = time.monotonic() + pause_before(self._vanished)
-            self._gone = "job %s has ended without taking over" % self.successor["id"]
+            self._gone = "job %s has ended without taking over; the next one is submitted at %s" % (
+                self.successor["id"], clock(time.time() + pause_before(self._vanished)))
         if not others and time.monotonic() < self._due:
             self.successor = None
-            return "%s; the next one is submitted in %.0f s" % (self._gone, self._due - time.monotonic())
+            return self._gone
         self.successor = self._with_forecast(others[0] if others else self._submit(jobs))
         return "job %s follows%s" % (self.successor["id"], self._refused)
 
@@ -200,7 +201,7 @@ def clock(seconds: Optional[float]) -> str:
     if seconds is None:
         return ""
     then = time.localtime(seconds)
-    return time.strftime("%H:%M" if then[:3] == time.localtime()[:3] else "%Y-%m-%d %H:%M", then)
+    return time.strftime("%H:%M" if then[:3] == time.localtime(time.time())[:3] else "%Y-%m-%d %H:%M", then)
 
 
 def pause_before(submission: int) -> float:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from hpc_db_host.processes import start_time
-from hpc_db_host.scheduler import Queue, job_has_ended, run
+from hpc_db_host.scheduler import Queue, in_words, job_has_ended, run
 from hpc_db_host.schedulers import SCHEDULERS
 
 slurm, grid_engine = SCHEDULERS["slurm"], SCHEDULERS["gridengine"]
@@ -252,7 +252,10 @@ LONG = ("7", "hpc_db", "RUNNING", "1:00:00/2:00:00")
     ("50%", "after:7+60?afterany:7"), ("10%", "after:7+12?afterany:7"), ("30", "after:7+30?afterany:7"),
     ("1:30:30", "after:7+91?afterany:7"), ("", "singleton"), ("2:00:00", "singleton"), ("99%", "singleton"),
 ])
-def test_successor_may_begin_before_its_predecessor_ends(after, dependency):
+def test_successor_may_begin_before_its_predecessor_ends(after, dependency, monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    monkeypatch.setattr(time, "time", lambda: 1790000000.0)
     queue = FakeQueue(LONG, after=after)
 
     assert queue.ensure_successor() == "job 8 follows"
@@ -260,7 +263,26 @@ def test_successor_may_begin_before_its_predecessor_ends(after, dependency):
     assert f"--dependency={dependency}" in queue.submitted[0]
     assert queue.successor == {
         "id": "8", "state": "PENDING", "reason": "", "submitted": 1790000000.0, "expected": 1790003600.0,
+        "told": "queued as job 8 since 14:13, expected 15:13",
     }
+
+
+@pytest.mark.parametrize("job, told", [
+    ({"state": "PENDING", "reason": "Priority"}, "queued as job 8 since 14:13, Priority, expected 2026-09-22 15:13"),
+    ({"state": "RUNNING", "reason": ""}, "job 8 is RUNNING"),
+])
+def test_what_a_worker_that_waits_is_told(job, told, monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    monkeypatch.setattr(time, "time", lambda: 1790000000.0)
+
+    assert in_words({"id": "8", **job}, {"submitted": 1790000000.0, "expected": 1790090000.0}) == told
+
+
+def test_without_a_forecast_only_the_reason_is_told():
+    assert in_words({"id": "8", "state": "PENDING", "reason": "Priority"}, {"submitted": None, "expected": None}) == (
+        "queued as job 8, Priority"
+    )
 
 
 def test_dependency_of_the_user_is_kept():
@@ -287,6 +309,9 @@ def test_slurm_that_does_not_understand_the_dependency_gets_the_old_one():
 def test_pause_grows_before_each_successor_after_those_that_vanished(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
     queue = FakeQueue(LONG, after="50%")
     said = []
 
@@ -297,11 +322,9 @@ def test_pause_grows_before_each_successor_after_those_that_vanished(monkeypatch
 
     assert said == [
         "job 8 follows", "job 9 follows",
-        "job 9 has ended without taking over; the next one is submitted in 60 s", "job 10 follows",
-        "job 10 has ended without taking over; the next one is submitted in 120 s",
-        "job 10 has ended without taking over; the next one is submitted in 60 s", "job 11 follows",
-        *(f"job 11 has ended without taking over; the next one is submitted in {left} s" for left in (240, 180, 120, 60)),
-        "job 12 follows",
+        "job 9 has ended without taking over; the next one is submitted at 00:19", "job 10 follows",
+        *["job 10 has ended without taking over; the next one is submitted at 00:22"] * 2, "job 11 follows",
+        *["job 11 has ended without taking over; the next one is submitted at 00:27"] * 4, "job 12 follows",
     ]
 
 
