@@ -114,6 +114,31 @@ state:
     since:
       description: Start of this state in seconds since 1970.
       type: float
+    follows:
+      description: The job that follows. V(null) if there is none.
+      type: dict
+      contains:
+        id:
+          description: ID of the job.
+          type: str
+        state:
+          description: State of the job, such as V(PENDING).
+          type: str
+        reason:
+          description: The scheduler's reason why it is not running.
+          type: str
+        submitted:
+          description: Time of its submission in seconds since 1970. V(null) if unknown.
+          type: float
+        expected:
+          description: Time at which the scheduler expects it to begin, in seconds since 1970. V(null) if unknown.
+          type: float
+        late:
+          description: Why it cannot begin before the running job ends. Empty if it can.
+          type: str
+        told:
+          description: Message for workers that wait.
+          type: str
 disk:
   description: Size of the file system of O(root) in bytes. V(null) if O(root) does not exist.
   returned: success
@@ -132,6 +157,12 @@ idle_nodes:
   returned: success
   type: list
   elements: str
+outage:
+  description:
+    - When the server will be away at the end of its job, why, and for how long, in one line.
+    - Empty if the successor can take over before, or if nothing is known.
+  returned: success
+  type: str
 log_tail:
   description:
     - The last 20 lines of the newest file in C(log/), if there is no job or its state is V(failed).
@@ -175,6 +206,7 @@ history:
 
 import os
 import shutil
+import time
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
@@ -188,7 +220,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     find_jobs,
     make_run,
 )
-from ansible_collections.mala.hpc_db.plugins.module_utils.host import events
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import events, outlook
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
@@ -217,8 +249,14 @@ def look(params: dict, run: Run) -> dict:
         "idle_nodes": find_idle_nodes(params, run) if params["nodes"] else None,
         "disk": _disk(params["root"]),
         "history": events.account(events.read(params["root"])) if params["history"] else None,
+        "outage": _outage(layout, serving, state),
         "log_tail": _log_tail(layout.log) if troubled else None,
     }
+
+
+def _outage(layout: Layout, serving: dict | None, state: dict | None) -> str:
+    history = events.account(events.read(layout.root)) if serving and ((state or {}).get("follows") or {}).get("late") else {}
+    return outlook.warning(serving, state, history.get("outages", []), time.time())
 
 
 def _published(endpoint: dict) -> dict:

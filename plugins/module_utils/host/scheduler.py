@@ -97,7 +97,7 @@ class Queue:
         if not own and not job_has_ended(self._settings["scheduler"], self._settings["bin_dir"], self._job):
             raise OSError("%s does not list job %s, although it is running" % (
                 self._scheduler.queue_command()[0], self._job))
-        self.earliest = handover_seconds(self._settings, own["time_limit"] if own else None)
+        self.earliest = self._find_earliest(own["time_limit"] if own else None)
         others = self._others(jobs)
         if not others and self.successor:
             self._vanished += 1
@@ -155,12 +155,32 @@ class Queue:
     def _with_forecast(self, job: dict) -> dict:
         """Return what others need to know about a successor."""
         found = {name: job[name] for name in ("id", "state", "reason")}
+        found["late"] = self._why_late(job)
         command = self._scheduler.forecast_command(job["id"])
         forecast = self._scheduler.parse_forecast("")
         if command and job["state"] == "PENDING":
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 forecast = self._scheduler.parse_forecast(self._run(command))
         return dict(found, told=in_words(found, forecast), **forecast)
+
+    def _find_earliest(self, walltime: Optional[float]) -> Optional[float]:
+        seconds = handover_seconds(self._settings, walltime)
+        wanted = self._settings["successor"]
+        if seconds is None or isinstance(wanted, list):
+            return None
+        options = wanted["options"]
+        return None if self._scheduler.handover_options(options, self._job, seconds) == options else seconds
+
+    def _why_late(self, job: dict) -> str:
+        """Return why a successor cannot begin before the end of this job; empty if it can."""
+        if job["state"] == "PENDING" and self._scheduler.is_job_limit(job["reason"]):
+            return "has to wait for that (%s): a QOS, account or partition that allows two jobs prevents this" % (
+                job["reason"])
+        if self._refused:
+            return "waits for that, since the scheduler refuses a time in dependencies"
+        if self.earliest is None:
+            return "waits for that (server_handover_after, or dependency in server_job_options)"
+        return ""
 
     def cancel_successors(self) -> None:
         """Cancel the waiting jobs of our name: they would fail for the same reason."""

@@ -245,6 +245,7 @@ def test_one_successor_is_kept(others, follower, queued):
     assert queue.submitted in ([], [SUBMIT])
 
 
+WAITS = "waits for that (server_handover_after, or dependency in server_job_options)"
 LONG = ("7", "hpc_db", "RUNNING", "1:00:00/2:00:00")
 
 
@@ -264,6 +265,7 @@ def test_successor_may_begin_before_its_predecessor_ends(after, dependency, monk
     assert queue.successor == {
         "id": "8", "state": "PENDING", "reason": "", "submitted": 1790000000.0, "expected": 1790003600.0,
         "told": "queued as job 8 since 14:13, expected 15:13",
+        "late": WAITS if dependency == "singleton" else "",
     }
 
 
@@ -291,7 +293,18 @@ def test_dependency_of_the_user_is_kept():
 
     queue.ensure_successor()
 
-    assert queue.submitted == [SUBMIT[:5] + ["--dependency=singleton"] + SUBMIT[6:]]
+    assert queue.submitted == [SUBMIT] and queue.successor["late"] == WAITS
+
+
+@pytest.mark.parametrize("reason, late", [
+    ("QOSMaxJobsPerUserLimit", True), ("AssocMaxJobsLimit", True), ("AssocGrpJobsLimit", True), ("Priority", False),
+    ("Resources", False), ("Dependency", False), ("MaxJobsPerAccount", True),
+])
+def test_limit_on_running_jobs_is_known(reason, late):
+    queue = FakeQueue(LONG, after="50%")
+    queue.ensure_successor()
+
+    assert bool(queue._why_late({"id": "8", "state": "PENDING", "reason": reason})) is late
 
 
 def test_slurm_that_does_not_understand_the_dependency_gets_the_old_one():

@@ -173,6 +173,10 @@ class Scheduler:
         """Return whether a job that waits for this reason never starts."""
         return False
 
+    def is_job_limit(self, reason: str) -> bool:
+        """Return whether a job waits for this reason because another job of the same user or account runs."""
+        return False
+
     def state_command(self, job: str) -> Optional[List[str]]:
         """Return the call that queries one job; None if the scheduler cannot be queried."""
         return None

@@ -38,6 +38,8 @@ HOPELESS = re.compile(
     r"|JobHeld(Admin|User)|JobHoldMaxRequeue|MaxMemPerLimit|PartitionConfig|PartitionTimeLimit"
     r"|QOSMin\w+|QOSNotAllowed|Reservation(Deleted|Invalid)|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?"
 )
+# Reasons that resolve when another job of this user, account or QOS ends.
+JOB_LIMIT = re.compile(r"(Assoc|QOS)(Max|Grp)|MaxJobsPerAccount|DependencySingleton")
 # Refusals by --test-only that may be temporary: the job may only have to wait for nodes.
 PASSING = re.compile(
     r"Requested node configuration is not available|Requested nodes are busy"
@@ -212,6 +214,10 @@ class Slurm(Scheduler):
 
     def parse_jobs(self, text: str) -> List[Job]:
         return read_jobs(listed(text))
+
+    def is_job_limit(self, reason: str) -> bool:
+        """See Scheduler. Limits on processors, nodes or memory of all jobs count as well."""
+        return bool(JOB_LIMIT.match(reason))
 
     def forecast_command(self, job: str) -> Optional[List[str]]:
         return [*LISTING, "--noheader", "--format=forecast|%V|%S|", f"--jobs={job}"]

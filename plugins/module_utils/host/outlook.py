@@ -1,0 +1,43 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Whether the next hand-over will be an outage, and how long it is likely to be: for the playbooks, before it happens."""
+
+import time
+from typing import Any, Dict, List, Optional
+
+# As many of the last outages are listed.
+LAST = 3
+
+
+def warning(job: Optional[dict], state: Optional[dict], outages: List[Dict[str, Any]], now: float) -> str:
+    """Return one line about the outage at the end of a server job; empty if none is to be expected.
+
+    ``job`` is the running job of the queue, ``state`` the content of run/state.json, and ``outages`` are those in
+    ``events.account``.
+    """
+    left = job.get("time_left") if job else None
+    follows = (state or {}).get("follows")
+    if not job or left is None or not follows or not follows.get("late"):
+        return ""
+    ends = now + left
+    words = "from %s, when job %s ends, until job %s begins, which %s" % (
+        clock(ends), job["id"], follows["id"], follows["late"])
+    expected = follows.get("expected")
+    if expected:
+        words += "; the scheduler expects that at %s, after %s" % (clock(expected), span(max(expected - ends, 0)))
+    last = [each["ended"] - each["began"] for each in outages if each["ended"]][-LAST:]
+    if last:
+        words += "; the last outages took %s" % ", ".join(span(seconds) for seconds in last)
+    return words
+
+
+def clock(seconds: float) -> str:
+    """Return a time in the cluster's time zone."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def span(seconds: float) -> str:
+    """Return a duration in seconds, minutes or hours."""
+    if seconds < 120:
+        return "%.0f s" % seconds
+    return "%.0f min" % (seconds / 60) if seconds < 7200 else "%.1f h" % (seconds / 3600)
