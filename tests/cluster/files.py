@@ -25,7 +25,7 @@ def write_files(state: State, overrides: dict[str, str], program: Path) -> None:
     (state.workstation / "tmp").mkdir()
     (state.workstation / "tmp").chmod(0o1777)
     nodes = network.node_names(state.settings["nodes"])
-    scheduler_of(state).write_files(state.layer, nodes, overrides, state.settings["busy"])
+    scheduler_of(state).write_files(state.layer, nodes, overrides, state.settings)
     for folder, homes in ((etc, Path("/home")), (state.workstation / "etc", state.workstation)):
         write_users(folder, homes)
         (folder / "hosts").write_text(network.hosts_file(state.hosts, campus=folder != etc))

@@ -44,13 +44,14 @@ def be_host(state: State, name: str) -> NoReturn:
     socket.sethostname(name)
     network.plug_in(name, Path("/proc/1/ns/net"))
     scheduler = scheduler_of(state)
-    daemons = scheduler.daemons(name, state.settings["busy"])
+    daemons = scheduler.daemons(name, state.settings)
     logs = [(state.log / f"{name}-{daemon.name}.log").open("ab") for daemon in daemons]
     share = (state.hosts.index(name) + 1) / (len(state.hosts) + 1)
 
+    settings = state.settings
     enter_root(mount_root(state, name, scheduler.SPOOL))
     spread_pids(share)
-    scheduler.prepare(name)
+    scheduler.prepare(name, settings)
     for daemon, log in zip(daemons, logs):
         process = subprocess.Popen(
             daemon.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
