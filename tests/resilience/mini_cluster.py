@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -244,3 +245,66 @@ class Watch:
     def wait_for_acknowledgement(self, seconds: float) -> None:
         now = time.monotonic()
         eventually(lambda: self._acknowledged[-1][0] > now, seconds)
+
+
+class Workers:
+    """Workers of one study on a host, from the beginning of a ``with`` block to its end.
+
+    Plain Optuna, configured by the URL alone. When the server goes away, six workers are in their objective and two
+    between trials, so that their next call is tell or ask. Heartbeats are compared by the database's clock, so a worker
+    must not be taken for dead, whatever its time zone.
+    """
+
+    # All of them with Optuna's default sampler, which reads all trials, would take the whole machine.
+    OPTIONS = [*["--seconds=1 --random"] * 4, *["--pause=1 --random"] * 2, *["--seconds=1 --heartbeat"] * 2]
+    ZONES = ["UTC"] * 6 + ["Asia/Tokyo", "America/New_York"]
+
+    def __init__(self, cluster: MiniCluster, host: str) -> None:
+        self._cluster, self._host = cluster, host
+        self._started: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Workers:
+        folder = self._cluster.home / "workers"
+        shutil.rmtree(folder, ignore_errors=True)
+        without = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "tests" / "workers", folder, ignore=without)
+        # The same layout as pip installs.
+        shutil.copytree(ROOT / "client/src/hpc_db_client", folder / "hpc_db_client", ignore=without)
+        about = folder / "hpc_db_client-0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: hpc-db-client\nVersion: 0\n")
+        (about / "entry_points.txt").write_text("[sqlalchemy.plugins]\nhpc_db = hpc_db_client.plugin:HpcDb\n")
+        for path in (folder, *folder.iterdir()):
+            shutil.chown(path, 20001, 20001)
+        self._started = [
+            self._cluster.start(
+                self._host, f"exec >workers/output.{number} 2>&1; export PGTZ={zone}; exec {WORKER}", PLUGIN_URL,
+                "100000", str(number), *options.split(),
+            )
+            for number, (options, zone) in enumerate(zip(self.OPTIONS, self.ZONES))
+        ]
+        return self
+
+    def __exit__(self, *_unused: object) -> None:
+        for process in self._cluster.processes("python3"):
+            if "workers/worker.py" in process.command:
+                os.kill(process.pid, 15)
+        for worker in self._started:
+            worker.communicate(timeout=20)
+
+    def check(self) -> None:
+        """Check that no worker has ended, and that all acknowledged trials are in the database, each once."""
+        compared = self._cluster.run(COMPARE, URL)
+        assert re.search(r" lost=0 doubled=0 ", compared), compared
+        ended = [f"workers/output.{number}" for number, worker in enumerate(self._started) if worker.poll() is not None]
+        assert not ended, self._cluster.run('tail -v -n 40 "$@"', *ended)
+
+    def check_ended(self) -> None:
+        """Check that only the trials which ended workers were running are unfinished, or finished but not acknowledged."""
+        left = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", self._cluster.run(COMPARE, URL))}
+        assert left["failed"] == 0
+        assert left["running"] + left["complete"] - left["acknowledged"] <= len(self._started), left
+
+    def said(self) -> list[str]:
+        """Return all lines that the workers have printed."""
+        return [line for path in self._cluster.home.glob("workers/output.*") for line in path.read_text().splitlines()]

@@ -1,0 +1,107 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""On a busy cluster, and on one where a user may run one job only, the server moves and no worker ends.
+
+Slurm counts in minutes, so each hand-over takes minutes, in which this machine has little to do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mini_cluster import CLUSTER, MiniCluster, Watch, Workers, eventually
+from target import ROOT
+
+# The first job does not wait; its successors do, in the partition of all others.
+SETTINGS = {
+    "server_job_options": {"partition": "urgent", "time": "00:25:00", "mem": "1000M", "cpus-per-task": 1},
+    "server_successor_options": {"partition": "work"},
+    "server_handover_after": "00:01:00", "server_lease_ttl": 15, "server_wait_timeout": 900, "server_dump_minutes": 0,
+}
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., MiniCluster]]:
+    """Start a cluster with alice's server on it."""
+    if os.geteuid() != 0:
+        pytest.skip("the test cluster needs root")
+    states = []
+
+    def up(*options: str, **settings: object) -> MiniCluster:
+        state = Path(f"/tmp/hpc-db-queue-{os.getpid()}-{len(states)}")
+        states.append(state)
+        mounts = [f"--mount={ROOT / '.cache' / name}:/srv/{name}" for name in ("wheels", "channel")]
+        subprocess.run([str(CLUSTER), "up", "--state", str(state), "--nodes=2", *mounts, *options], check=True)
+        cluster = MiniCluster(state)
+        played = cluster.playbooks.play("hpc_db", {**SETTINGS, **settings})
+        assert played.returncode == 0, played.stdout
+        return cluster
+
+    yield up
+    for state in states:
+        subprocess.run([str(CLUSTER), "down", "--state", str(state)], check=True)
+
+
+def seconds_in_queue(cluster: MiniCluster) -> float:
+    """Return how long a new job of a whole node would wait, as Slurm expects."""
+    said = cluster.run("sbatch --test-only --partition=work --nodes=1 --time=10 --wrap=: 2>&1; date +%s")
+    begins = re.findall(r"to start at (\S+) ", said)[0]
+    return float(cluster.run("date -d $1 +%s", begins)) - float(said.split()[-1])
+
+
+def test_three_hand_overs_on_a_busy_cluster(start: Callable[..., MiniCluster]) -> None:
+    cluster = start("--busy")
+    with Watch(cluster) as watch, Workers(cluster, "login") as workers:
+        watch.wait_for_acknowledgement(60)
+        for _turn in range(3):
+            before, began = cluster.said("endpoint"), time.monotonic()
+            assert seconds_in_queue(cluster) >= 600
+            cluster.wait_for_another(before, 1400)
+            watch.wait_for_acknowledgement(60)
+
+            assert watch.gap(began) <= 10
+            assert time.monotonic() - began > 300  # the queue was real
+            eventually(lambda: before["job"] not in cluster.jobs(), 30)  # noqa: B023
+        assert watch.most() == 1
+        workers.check()
+
+
+def test_where_one_job_may_run_workers_wait_for_the_queue(start: Callable[..., MiniCluster]) -> None:
+    """The job ends at its walltime; its successor could not start before."""
+    options = {"partition": "work", "time": "00:04:00", "mem": "1000M", "account": "k80", "qos": "single"}
+    cluster = start("--accounting", server_job_options=options, server_successor_options={}, server_stop_notice=60)
+    with Watch(cluster) as watch, Workers(cluster, "login") as workers:
+        watch.wait_for_acknowledgement(60)
+        before = cluster.said("endpoint")
+        limited = "QOSMaxJobsPerUserLimit"
+        eventually(lambda: limited in ((cluster.said("state").get("follows") or {}).get("late", "")), 240, 1)
+
+        status = cluster.playbooks.play("status")
+        assert re.search(rf"outage +from .*, when job {before['job']} ends, until job \d+ begins, which has to wait for "
+                         rf"that \({limited}\)", status.stdout), status.stdout
+
+        cluster.wait_for_another(before, 400)
+        watch.wait_for_acknowledgement(60)
+        assert watch.most() == 1
+        workers.check()
+        assert any("queued as job" in line for line in workers.said())
+
+
+def test_account_and_qos_are_judged_by_slurm(start: Callable[..., MiniCluster]) -> None:
+    options = {"partition": "work", "time": "00:10:00", "mem": "1000M"}
+    cluster = start("--accounting", server_job_options={**options, "account": "k80", "qos": "normal"})
+
+    for wrong in ({"account": "nope"}, {"qos": "nope"}):
+        played = cluster.playbooks.play("stop")
+        assert played.returncode == 0, played.stdout
+        played = cluster.playbooks.play("hpc_db", {**SETTINGS, "server_job_options": {**options, **wrong}})
+        assert played.returncode != 0
+        assert re.search(r"server_job_options: sbatch says: .*[Ii]nvalid (account|qos)", " ".join(played.stdout.split())), (
+            played.stdout)
+        assert cluster.jobs() == {}
