@@ -206,7 +206,6 @@ history:
 
 import os
 import shutil
-import time
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
@@ -249,14 +248,9 @@ def look(params: dict, run: Run) -> dict:
         "idle_nodes": find_idle_nodes(params, run) if params["nodes"] else None,
         "disk": _disk(params["root"]),
         "history": events.account(events.read(params["root"])) if params["history"] else None,
-        "outage": _outage(layout, serving, state),
+        "outage": outlook.look(layout, serving),
         "log_tail": _log_tail(layout.log) if troubled else None,
     }
-
-
-def _outage(layout: Layout, serving: dict | None, state: dict | None) -> str:
-    history = events.account(events.read(layout.root)) if serving and ((state or {}).get("follows") or {}).get("late") else {}
-    return outlook.warning(serving, state, history.get("outages", []), time.time())
 
 
 def _published(endpoint: dict) -> dict:

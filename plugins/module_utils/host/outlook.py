@@ -5,8 +5,19 @@
 import time
 from typing import Any, Dict, List, Optional
 
+from . import events, files
+from .layout import Layout
+
 # As many of the last outages are listed.
 LAST = 3
+
+
+def look(layout: Layout, job: Optional[dict]) -> str:
+    """Return the warning for the running job of an instance."""
+    state = files.read_json(layout.state)
+    if not ((state or {}).get("follows") or {}).get("late"):
+        return ""
+    return warning(job, state, events.account(events.read(layout.root))["outages"], time.time())
 
 
 def warning(job: Optional[dict], state: Optional[dict], outages: List[Dict[str, Any]], now: float) -> str:
