@@ -31,6 +31,7 @@ def note(*_signal):
         stream.write("hup ")
 signal.signal(signal.SIGHUP, note)
 with socket.socket() as server:
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as PgBouncer does
     server.bind(("127.0.0.1", read.getint("pgbouncer", "listen_port")))
     server.listen(5)
     while True:
