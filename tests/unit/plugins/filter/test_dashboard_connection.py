@@ -25,8 +25,8 @@ def test_tunnel_leads_to_the_server():
 
     assert found == {
         "urls": {
-            "mala": "postgresql+psycopg2:///mala?service=hpc_db&plugin=hpc_db&hpc_db_patience=60",
-            "second": "postgresql+psycopg2:///second?service=hpc_db&plugin=hpc_db&hpc_db_patience=60",
+            "mala": "postgresql+psycopg2:///mala?service=hpc_db&plugin=hpc_db&hpc_db_patience=60&hpc_db_max_wait=60",
+            "second": "postgresql+psycopg2:///second?service=hpc_db&plugin=hpc_db&hpc_db_patience=60&hpc_db_max_wait=60",
         },
         "service_file": "/home/bob/dashboard/pg_service.conf",
         "tunnel": {
@@ -43,7 +43,7 @@ def test_on_the_cluster_the_supervisors_entry_is_used(monkeypatch):
 
     assert found == {
         "urls": {
-            "mala": "postgresql+psycopg2://reader@/mala?service=hpc_db&plugin=hpc_db&hpc_db_patience=60"
+            "mala": "postgresql+psycopg2://reader@/mala?service=hpc_db&plugin=hpc_db&hpc_db_patience=60&hpc_db_max_wait=60"
             "&passfile=/r%20a/hpc_db/secrets/pgpass",
         },
         "service_file": f"{ME.pw_dir}/.pg_service.conf",
