@@ -244,7 +244,8 @@ def test_heartbeats_that_stopped_with_the_server_are_renewed(chain: Chain) -> No
     chain.start()
     chain.wait_for("7")
     instance.psql(
-        "CREATE TABLE trials (trial_id int, state text); CREATE TABLE trial_heartbeats (trial_id int, heartbeat timestamp);"
+        "CREATE TABLE trials (trial_id int, state text);"
+        "CREATE TABLE trial_heartbeats (trial_id int, heartbeat timestamp);"
         "INSERT INTO trials VALUES (1, 'RUNNING'), (2, 'COMPLETE');"
         "INSERT INTO trial_heartbeats SELECT trial_id, '2020-01-01' FROM trials"
     )

@@ -83,8 +83,8 @@ def test_where_one_job_may_run_workers_wait_for_the_queue(start: Callable[..., M
         eventually(lambda: limited in ((cluster.said("state").get("follows") or {}).get("late", "")), 240, 1)
 
         status = cluster.playbooks.play("status")
-        assert re.search(rf"outage +from .*, when job {before['job']} ends, until job \d+ begins, which has to wait for "
-                         rf"that \({limited}\)", status.stdout), status.stdout
+        announced = rf"outage +from .*, when job {before['job']} ends, until job \d+ begins, which has to wait for that"
+        assert re.search(rf"{announced} \({limited}\)", status.stdout), status.stdout
 
         cluster.wait_for_another(before, 400)
         watch.wait_for_acknowledgement(60)
@@ -102,6 +102,6 @@ def test_account_and_qos_are_judged_by_slurm(start: Callable[..., MiniCluster]) 
         assert played.returncode == 0, played.stdout
         played = cluster.playbooks.play("hpc_db", {**SETTINGS, "server_job_options": {**options, **wrong}})
         assert played.returncode != 0
-        assert re.search(r"server_job_options: sbatch says: .*[Ii]nvalid (account|qos)", " ".join(played.stdout.split())), (
-            played.stdout)
+        said = " ".join(played.stdout.split())
+        assert re.search(r"server_job_options: sbatch says: .*[Ii]nvalid (account|qos)", said), played.stdout
         assert cluster.jobs() == {}

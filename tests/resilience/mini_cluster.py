@@ -300,7 +300,7 @@ class Workers:
         assert not ended, self._cluster.run('tail -v -n 40 "$@"', *ended)
 
     def check_ended(self) -> None:
-        """Check that only the trials which ended workers were running are unfinished, or finished but not acknowledged."""
+        """Check that only trials of the ended workers are unfinished, or finished but not acknowledged."""
         left = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", self._cluster.run(COMPARE, URL))}
         assert left["failed"] == 0
         assert left["running"] + left["complete"] - left["acknowledged"] <= len(self._started), left

@@ -3,9 +3,9 @@
 """The lease: only its holder may run postgres on the data directory.
 
 ``run/lease.N`` names the holder of epoch N; the highest N is the current one. ``hb.N`` is its heartbeat;
-``released.N``, or the heartbeat "released", means that it stopped cleanly. The implementation uses link(2) and rename(2), which are
-atomic on every cluster file system; flock works only per client, or not at all, on several of them. Once
-taken, a lease can be renewed and released without free space or inodes, which a quota may have used up.
+``released.N``, or the heartbeat "released", means that it stopped cleanly. The implementation uses link(2) and
+rename(2), which are atomic on every cluster file system; flock works only per client, or not at all, on several of
+them. Once taken, a lease can be renewed and released without free space or inodes, which a quota may have used up.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whether the next hand-over will be an outage, and how long it is likely to be: for the playbooks, before it happens."""
+"""Whether the end of the server job will be an outage, and how long it is likely to be; for the playbooks."""
 
 import time
 from typing import Any, Dict, List, Optional

@@ -212,8 +212,8 @@ def in_words(job: dict, forecast: dict) -> str:
     if job["state"] != "PENDING":
         return "job %s is %s" % (job["id"], job["state"])
     since, expected = (clock(forecast[name]) for name in ("submitted", "expected"))
-    words = ["queued as job %s%s" % (job["id"], since and " since " + since), job["reason"], expected and "expected " + expected]
-    return ", ".join(filter(None, words))
+    queued = "queued as job %s%s" % (job["id"], since and " since " + since)
+    return ", ".join(filter(None, [queued, job["reason"], expected and "expected " + expected]))
 
 
 def clock(seconds: Optional[float]) -> str:

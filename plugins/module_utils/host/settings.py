@@ -17,7 +17,7 @@ DEFAULTS: Dict[str, Any] = {
     "restarts": 5,
     # Seconds between the scheduler's signal and the walltime.
     "stop_notice": 120,
-    # When the successor may take over: a time after the start of the job, or a share of its walltime. Empty: at the end.
+    # When the successor may take over: a time after the start of the job, or a share of its walltime; "" at its end.
     "handover_after": "50%",
     "dump_minutes": 60.0,
     "dump_keep": 5,

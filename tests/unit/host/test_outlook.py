@@ -44,6 +44,8 @@ def test_nothing_is_announced_without_a_reason(job, state):
     assert warning(job, state, OUTAGES, NOW) == ""
 
 
-@pytest.mark.parametrize("seconds, words", [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (9000, "2.5 h")])
+@pytest.mark.parametrize("seconds, words", [
+    (0, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (9000, "2.5 h"),
+])
 def test_duration_in_words(seconds, words):
     assert span(seconds) == words

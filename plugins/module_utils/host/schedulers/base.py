@@ -78,7 +78,7 @@ class Scheduler:
         return options
 
     def handover_options(self, options: dict, job: str, seconds: float) -> dict:
-        """Return the options of a successor that may begin ``seconds`` after the start of ``job``, or when it has ended.
+        """Return the options of a successor that may begin ``seconds`` after the start of ``job``, or at its end.
 
         The same options if the scheduler cannot express this, or if they set the dependency: then the successor waits
         for the end of ``job``.
