@@ -89,6 +89,7 @@ class Host:
         self._changed = 0.0
         self._followed = ""
         self._alone = ""
+        self._trouble = ""
         self._unpublished = ""
         self._publish_due = 0.0
         self._undone = []  # type: List[str]
@@ -127,7 +128,7 @@ class Host:
                 left = stopped
                 # Only at its first attempt does this job ask for the lease: a holder now is the successor.
                 self._successor, patience = None, 0.0
-                self._alone = ", but job %s on %s did not take over" % (
+                self._trouble = ", but job %s on %s did not take over" % (
                     stopped.successor["job"], stopped.successor["host"])
                 del _told_to_stop[:]
             except Held:
@@ -221,6 +222,8 @@ class Host:
         while True:
             try:
                 return lease.acquire(patience, wait, pause)
+            except handover.Refused as refused:
+                raise Held(lease.holder() or {}, "; %s" % refused) from None
             except Held as held:
                 if not is_job or not self._has_ended(held.holder):
                     # the holder may still run, or we are not a job of the scheduler
@@ -239,7 +242,7 @@ class Host:
             holder) and holder.get("job") not in ("", self.job)
 
     def _ask(self, holder: dict) -> None:
-        """Ask the holder for the lease; raise Failed if this host cannot serve, or the holder does not hand over."""
+        """Ask the holder for the lease; raise Failed if this host cannot serve, Refused if the holder keeps it."""
         assert self._successor and self._queue
         if not self._is_ready:
             try:
@@ -248,11 +251,8 @@ class Host:
                 self._successor.ask(holder, str(error))
                 raise Failed("cannot take over from job %s, which goes on: %s" % (holder["job"], error)) from None
             self._is_ready = True
-        try:
-            self._successor.ask(holder)
-        except handover.Refused as refused:
-            raise Held(holder, "; %s" % refused) from None
         self._queue.predecessor = holder["job"]
+        self._successor.ask(holder)
 
     def _keep_serving(self, keeper: Keeper, lifetime: Optional[float]) -> None:
         """Run postgres, and restart it after a crash. The restarts are limited, since the cause may be permanent."""
@@ -416,7 +416,7 @@ class Host:
                     self._dumps.poll()
                     self._poll_engines(postgres)
                     wrong = health.reason or self._unpublished or self._dumps.told or self._engines_told()
-                    self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING + self._alone))
+                    self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING + self._alone + self._trouble))
 
     def _hand_over(self, predecessor: handover.Predecessor, postgres: Postgres, keeper: Keeper) -> None:
         """Raise Stop if a successor asks for the lease, and still asks when everything is prepared."""
@@ -425,13 +425,14 @@ class Host:
             return
         name = "job %s on %s" % (request["job"], request["host"])
         if request["refusal"]:
-            self._alone = ", but %s cannot take over: %s" % (name, request["refusal"])
+            self._trouble = ", but %s cannot take over: %s" % (name, request["refusal"])
             return
         earliest, age = self._queue.earliest, time.monotonic() - self._begun
         if earliest is None or age < earliest - EARLY_SECONDS:
             after = "at its end" if earliest is None else "%d s after its start, not after %d s" % (earliest, age)
             predecessor.answer(request, "refused", "job %s hands over %s" % (self.job, after))
             return
+        self._trouble = ""
         self._prepare_to_move(postgres, keeper, "%s takes over" % name, "handover")
         if predecessor.still_asks(request):
             stop("%s takes over" % name, successor=request)

@@ -64,13 +64,16 @@ class Predecessor:
         return request if self._heard and now - self._seen[2] <= FRESH_SECONDS else None
 
     def still_asks(self, request: dict) -> bool:
-        """Wait for the next repetition of a request; return whether it came."""
-        self.poll()  # those that were written meanwhile
-        before, limit = self._seen, time.monotonic() + FRESH_SECONDS
+        """Wait for the next repetition of a request, among those of other jobs; return whether it came."""
+        latest = request["beat"]
+        found = files.read_json(self._layout.request) or {}
+        if found.get("who") == request["who"]:
+            latest = found["beat"]  # written meanwhile, perhaps before the successor died
+        limit = time.monotonic() + FRESH_SECONDS
         while time.monotonic() < limit:
-            self.poll()
-            if self._seen != before:
-                return self._seen[0] == request["who"]
+            found = files.read_json(self._layout.request) or {}
+            if found.get("who") == request["who"] and found["beat"] > latest:
+                return True
             time.sleep(0.1)
         return False
 
