@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy
-from hpc_db_client import outlook, patience
+from hpc_db_client import outlook
 from hpc_db_client.outlook import Outlook, read_follows, root_of
 from hpc_db_client.patience import GaveUp, Outage, Patience
 
@@ -29,9 +29,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     def sleep(seconds: float) -> None:
         made.now += seconds
 
-    for module in (outlook, patience):
-        monkeypatch.setattr(module.time, "monotonic", lambda: made.now)
-    monkeypatch.setattr(patience.time, "sleep", sleep)
+    monkeypatch.setattr("time.monotonic", lambda: made.now)
+    monkeypatch.setattr("time.sleep", sleep)
     return made
 
 

@@ -52,8 +52,8 @@ ONE_PERCENT = {"handover_after": "1%"}
 class Chain:
     """An instance whose jobs submit their successors; the test is the scheduler that starts them."""
 
-    def __init__(self, instance: Instance) -> None:
-        self.instance, self.folder = instance, instance.root / "slurm"
+    def __init__(self, made: Instance) -> None:
+        self.instance, self.folder = made, made.root / "slurm"
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         with owner():
             self.folder.mkdir()
@@ -103,46 +103,46 @@ def chain(instance: Instance) -> Iterator[Chain]:  # noqa: F811
 
 def postmasters(root: Path) -> list[int]:
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):  # noqa: F402
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            command = (folder / "cmdline").read_bytes().decode().split("\0")
+            command = (process / "cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
         if command[0].endswith("/postgres") and f"config_file={root}/conf/postgresql.conf" in command:
-            found.append(int(folder.name))
+            found.append(int(process.name))
     return found
 
 
 def test_twenty_hand_overs_lose_nothing_and_leave_nothing(chain: Chain) -> None:
-    instance = chain.instance
+    target = chain.instance
     chain.start()
     chain.wait_for("7")
-    instance.psql("CREATE TABLE t (n int)")
+    target.psql("CREATE TABLE t (n int)")
     kept = []
     for turn in range(20):
-        instance.psql(f"INSERT INTO t VALUES ({turn})")
+        target.psql(f"INSERT INTO t VALUES ({turn})")
         job = chain.successor()
         began = time.monotonic()
         chain.start(job)
         chain.wait_for(job)
         assert time.monotonic() - began < 20
-        assert len(postmasters(instance.root)) == 1
+        assert len(postmasters(target.root)) == 1
         eventually(lambda: len(chain.waiting()) == 1)
-        kept.append(sorted(path.name.partition(".")[0] for path in (instance.root / "run").iterdir()))
+        kept.append(sorted(path.name.partition(".")[0] for path in (target.root / "run").iterdir()))
 
-    assert instance.psql("SELECT count(*), sum(n) FROM t") == "20|190"
+    assert target.psql("SELECT count(*), sum(n) FROM t") == "20|190"
     assert kept[1:] == kept[1:2] * 19
-    assert len(list((instance.root / "sockets").iterdir())) == 1
+    assert len(list((target.root / "sockets").iterdir())) == 1
     dependencies = [word for word in (chain.folder / "submitted").read_text().split() if "dependency" in word]
     assert dependencies[:2] == ["--dependency=after:7+1?afterany:7", "--dependency=after:8+1?afterany:8"]
-    ended = [json.loads(line) for line in (instance.root / "log/events.jsonl").read_text().splitlines()]
+    ended = [json.loads(line) for line in (target.root / "log/events.jsonl").read_text().splitlines()]
     assert [each["reason"] for each in ended if each["state"] == "ended"] == [
         f"job {job} on {ended[0]['host']} takes over" for job in range(8, 28)
     ]
 
 
 def test_successor_that_cannot_serve_is_named_and_the_predecessor_serves_on(chain: Chain) -> None:
-    instance = chain.instance
+    target = chain.instance
     first = chain.start()
     chain.wait_for("7")
     job = chain.successor()
@@ -150,45 +150,45 @@ def test_successor_that_cannot_serve_is_named_and_the_predecessor_serves_on(chai
 
     assert chain.start(job).wait(20) == 1
 
-    eventually(lambda: "cannot take over" in instance.said("state")["reason"])
-    assert f"but job 8 on {instance.said('state')['host']} cannot take over: postgres does not run on" in (
-        instance.said("state")["reason"])
-    assert first.poll() is None and instance.said("endpoint")["job"] == "7"
-    assert instance.psql("SELECT 1") == "1"
-    assert "cannot take over from job 7, which goes on: postgres does not run on" in instance.log()
+    eventually(lambda: "cannot take over" in target.said("state")["reason"])
+    assert f"but job 8 on {target.said('state')['host']} cannot take over: postgres does not run on" in (
+        target.said("state")["reason"])
+    assert first.poll() is None and target.said("endpoint")["job"] == "7"
+    assert target.psql("SELECT 1") == "1"
+    assert "cannot take over from job 7, which goes on: postgres does not run on" in target.log()
 
 
 def test_successor_that_vanishes_before_it_takes_the_lease(chain: Chain) -> None:
     """The test asks for the lease, and does not take it."""
-    instance = chain.instance
+    target = chain.instance
     first = chain.start()
     chain.wait_for("7")
-    instance.psql("CREATE TABLE t AS SELECT 1 AS n")
+    target.psql("CREATE TABLE t AS SELECT 1 AS n")
     chain.successor()
-    since = instance.said("endpoint")["since"]
+    since = target.said("endpoint")["since"]
     with owner():
-        asking = Successor(Layout(str(instance.root)), "8")
+        asking = Successor(Layout(str(target.root)), "8")
 
         def ask() -> bool:
             asking.ask({"job": "7"})
-            return instance.said("answer").get("answer") == "released"
+            return target.said("answer").get("answer") == "released"
 
         eventually(ask)
 
-    eventually(lambda: instance.is_published() and instance.said("endpoint")["since"] > since, 40)
-    assert first.poll() is None and instance.said("endpoint")["job"] == "7"
-    eventually(lambda: "did not take over" in instance.said("state")["reason"])
-    assert instance.psql("SELECT n FROM t") == "1"
+    eventually(lambda: target.is_published() and target.said("endpoint")["since"] > since, 40)
+    assert first.poll() is None and target.said("endpoint")["job"] == "7"
+    eventually(lambda: "did not take over" in target.said("state")["reason"])
+    assert target.psql("SELECT n FROM t") == "1"
     first.terminate()
     assert first.wait(20) == 0
-    assert instance.said("state")["reason"] == "stopped by SIGTERM"
+    assert target.said("state")["reason"] == "stopped by SIGTERM"
 
 
 def test_successor_that_dies_while_it_asks_changes_nothing(chain: Chain) -> None:
-    instance = chain.instance
+    target = chain.instance
     first = chain.start()
     chain.wait_for("7")
-    since = instance.said("endpoint")["since"]
+    since = target.said("endpoint")["since"]
     second = chain.start(chain.successor())
     os.kill(second.pid, signal.SIGKILL)
     second.wait()
@@ -196,11 +196,11 @@ def test_successor_that_dies_while_it_asks_changes_nothing(chain: Chain) -> None
 
     time.sleep(15)
 
-    assert first.poll() is None and instance.said("endpoint")["since"] == since
+    assert first.poll() is None and target.said("endpoint")["since"] == since
 
 
 def test_of_two_successors_one_takes_over_and_the_other_ends(chain: Chain) -> None:
-    instance = chain.instance
+    target = chain.instance
     chain.start()
     chain.wait_for("7")
     chain.successor()
@@ -212,9 +212,9 @@ def test_of_two_successors_one_takes_over_and_the_other_ends(chain: Chain) -> No
     ended = others[0] if others[1].poll() is None else others[1]
     winner = "8" if ended is others[1] else "9"
     assert ended.returncode == 3
-    assert instance.said("endpoint")["job"] == winner
-    assert f"; job {winner} hands over 600 s after its start, not after" in instance.log()
-    assert len(postmasters(instance.root)) == 1
+    assert target.said("endpoint")["job"] == winner
+    assert f"; job {winner} hands over 600 s after its start, not after" in target.log()
+    assert len(postmasters(target.root)) == 1
 
 
 def test_successor_that_comes_too_early_ends(chain: Chain) -> None:
@@ -229,24 +229,24 @@ def test_successor_that_comes_too_early_ends(chain: Chain) -> None:
 
 def test_stop_reaches_both_while_they_hand_over(chain: Chain) -> None:
     """As stop.yml does: the last job first."""
-    instance = chain.instance
+    target = chain.instance
     first = chain.start()
     chain.wait_for("7")
     second = chain.start(chain.successor())
-    eventually(lambda: instance.said("request").get("job") == "8")
+    eventually(lambda: target.said("request").get("job") == "8")
     second.terminate()
     first.terminate()
 
     assert second.wait(30) == 0 and first.wait(30) == 0
-    assert not instance.is_published() and postmasters(instance.root) == []
+    assert not target.is_published() and postmasters(target.root) == []
 
 
 def test_heartbeats_that_stopped_with_the_server_are_renewed(chain: Chain) -> None:
-    instance = chain.instance
+    target = chain.instance
     chain.configure(**ONE_PERCENT, databases=["postgres"])
     chain.start()
     chain.wait_for("7")
-    instance.psql(
+    target.psql(
         "CREATE TABLE trials (trial_id int, state text);"
         "CREATE TABLE trial_heartbeats (trial_id int, heartbeat timestamp);"
         "INSERT INTO trials VALUES (1, 'RUNNING'), (2, 'COMPLETE');"
@@ -256,7 +256,7 @@ def test_heartbeats_that_stopped_with_the_server_are_renewed(chain: Chain) -> No
     chain.start(job)
     chain.wait_for(job)
 
-    assert instance.psql(
+    assert target.psql(
         "SET TIME ZONE 'UTC'; SELECT string_agg((localtimestamp - heartbeat < '1 min')::text, ' ' ORDER BY trial_id)"
         " FROM trial_heartbeats"
     ) == "true false"
