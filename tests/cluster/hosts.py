@@ -24,7 +24,7 @@ DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "ur
 # The home directories behind a file system that caches names, absent names and attributes for a minute, as NFS may, and
 # asks for the content at each open.
 SHARED = "/run/shared"
-CACHE = "allow_other,cache.files=off,cache.entry=60,cache.negative_entry=60,cache.attr=60"
+CACHE = "allow_other,nonempty,cache.files=off,cache.entry=60,cache.negative_entry=60,cache.attr=60"
 LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2", "ptmx": "pts/ptmx"}
 
 
