@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any, Callable
 
 from ansible.plugins.action import ActionBase
@@ -36,11 +37,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def run(self, tmp: str | None = None, task_vars: dict | None = None) -> dict[str, Any]:
         result = dict(super().run(tmp, task_vars), changed=False, endpoint=None)
-        params = self.validate_argument_spec(dict(ARGUMENT_SPEC, timeout={"type": "int", "default": 600}))[1]
+        options = {"timeout": {"type": "int", "default": 600}, "job": {"type": "str"}}
+        params = self.validate_argument_spec(dict(ARGUMENT_SPEC, **options))[1]
         if self._task.check_mode:
             return result
         # Not ``params``, in which ~ is already expanded to a home on the controller.
-        module_args = {key: value for key, value in self._task.args.items() if key != "timeout"}
+        module_args = {key: value for key, value in self._task.args.items() if key not in options}
         host = (task_vars or {}).get("inventory_hostname", "")
 
         def look() -> dict:
@@ -53,7 +55,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
         try:
             is_hopeless = SCHEDULERS[params["scheduler"]].is_hopeless
-            result["endpoint"] = wait_for_server(look, say, params["timeout"], is_hopeless)
+            known = {params["job"]} if params["job"] else set()
+            result["endpoint"] = wait_for_server(look, say, params["timeout"], is_hopeless, known=known)
         except WaitFailed as failed:
             result.update(failed=True, msg=printable(f"{params['name']}: {failed}"), log_tail=failed.log_tail)
         return result
@@ -61,12 +64,15 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
 def wait_for_server(
     look: Callable[[], dict], say: Callable[[str], None], timeout: float, is_hopeless: Callable[[str], bool],
-    clock: Any = time,
+    clock: Any = time, known: Iterable[str] = (),
 ) -> dict:
-    """Return the endpoint as soon as the running job's server answers, or raise WaitFailed."""
+    """Return the endpoint as soon as the running job's server answers, or raise WaitFailed.
+
+    ``known`` are ids of jobs that may have ended before the wait.
+    """
     start = clock.monotonic()
     pause, misses, said, said_at = FIRST_PAUSE, 0, "", start
-    seen: set[str] = set()
+    seen = set(known)
     while True:
         found = look()
         waited = clock.monotonic() - start

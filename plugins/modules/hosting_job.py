@@ -158,6 +158,10 @@ job:
     reason: Resources
     time_left: 259200
     time_limit: 259200
+submitted:
+  description: ID of the job that the module has submitted, which may have ended already. V(null) if it submitted none.
+  returned: success
+  type: str
 endpoint:
   description: Endpoint of the server in the format of M(mala.hpc_db.hosting_job_info). V(null) unless it is live.
   returned: success
@@ -178,6 +182,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
     Run,
     SchedulerError,
+    Submitted,
     check_environment,
     check_name,
     find_jobs,
@@ -185,7 +190,11 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
     submit_job,
 )
-from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import (
+    forget_successor,
+    read_endpoint,
+    serving_job,
+)
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json, write_state
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import LEAVING
@@ -214,9 +223,15 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
     if changed and wanted:
         said += _check_submission(params, run, check_mode)
         diff["after"]["jobs"].append({"script": params["script"], "options": params["options"]})
+    submitted = None
     if changed and wanted and not check_mode:
         _create_files(Layout(params["root"]))
-        said += _submit(params, run, jobs)
+        try:
+            new = _submit(params, run, jobs)
+        except SchedulerError:
+            forget_successor(Layout(params["root"]))
+            raise
+        submitted, said = new.id, [*said, *filter(None, [new.said])]
         jobs = find_jobs(params, run)
     elif not wanted:
         try:
@@ -233,6 +248,7 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
     job = serving or next(iter(jobs), None)
     return {
         "changed": changed, "job": job, "endpoint": published if serving else None, "diff": diff, "warnings": said,
+        "submitted": submitted,
     }
 
 
@@ -255,15 +271,14 @@ def _create_files(layout: Layout) -> None:
     write_state(layout.state, {**(read_json(layout.state) or {}), "follows": told})
 
 
-def _submit(params: dict, run: Run, jobs: list[dict]) -> list[str]:
-    """Submit the job; return warnings about it."""
+def _submit(params: dict, run: Run, jobs: list[dict]) -> Submitted:
+    """Submit the job."""
     wishes = params["script"], params["options"], params["output"]
     command = SCHEDULERS[params["scheduler"]].submit_command(params["name"], *wishes)
     try:
-        said = submit_job(params, run, command, jobs).said
+        return submit_job(params, run, command, jobs)
     except SchedulerError as error:
         raise SchedulerError(f"server_job_options: {command[0]} says: {error}") from None
-    return [said] if said else []
 
 
 def _check_submission(params: dict, run: Run, check_mode: bool) -> list[str]:

@@ -29,6 +29,11 @@ attributes:
     support: none
     description: Nothing is ever changed.
 options:
+  job:
+    description:
+      - ID of the job that was just submitted. If it ends before this module sees it in the queue, the reason that it
+        has reported is still found.
+    type: str
   timeout:
     description: Maximum wait in seconds. Then the module fails, but the job stays in the queue.
     type: int

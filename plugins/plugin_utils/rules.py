@@ -41,14 +41,14 @@ class Rule(NamedTuple):
 
 
 def broken(roles: Iterable[str], settings: Mapping[str, Any]) -> list[str]:
-    """Return an error for each setting that breaks one of these roles' rules; only the first of each setting."""
-    errors: dict[str, str] = {}
+    """Return an error for each of these roles' rules that a setting breaks."""
+    errors = []
     for role in roles:
         for rule in RULES[role](SimpleNamespace(**settings)):
-            if not rule.is_kept and rule.setting not in errors:
+            if not rule.is_kept:
                 given = listed(settings[rule.setting]) if rule.given is None else rule.given
-                errors[rule.setting] = f"{rule.setting}: {given} is not allowed; {rule.allowed}"
-    return list(errors.values())
+                errors.append(f"{rule.setting}: {given} is not allowed; {rule.allowed}")
+    return errors
 
 
 def instance(given: Any) -> list[Rule]:

@@ -129,16 +129,18 @@ class Lease:
         aside = self._path("contender.%s" % uuid.uuid4().hex)  # a PID is not unique across hosts
         path = self._path("lease.%d" % epoch)
         refused = None  # type: Optional[OSError]
+        counted = aside
         files.write_json(aside, self._holder)
         try:
             os.link(aside, path)
+            counted = path  # its attributes are new, those of the other name may be cached
         except FileExistsError:
             pass
         except OSError as error:
             refused = error
         try:
             # On NFS, link(2) may report an error although it succeeded: check the link count.
-            won = os.stat(aside).st_nlink == 2
+            won = os.stat(counted).st_nlink == 2
         except FileNotFoundError:
             return False  # we were frozen so long that others removed the file
         files.remove(aside)

@@ -42,7 +42,7 @@ SERVING = found(job("RUNNING", node="c1"), ENDPOINT)
 NO_ANSWER = {"failed": True, "msg": "slurm_load_jobs error: Socket timed out"}
 
 
-def wait(*looks, timeout=600):
+def wait(*looks, timeout=600, known=()):
     """Wait while the checks return these results, repeating the last; return the endpoint, the lines and the clock."""
     clock, lines, left = Clock(), [], list(looks)
 
@@ -50,9 +50,17 @@ def wait(*looks, timeout=600):
         return left.pop(0) if len(left) > 1 else left[0]
 
     try:
-        return wait_for_server(look, lines.append, timeout, SCHEDULERS["slurm"].is_hopeless, clock), lines, clock
+        found = wait_for_server(look, lines.append, timeout, SCHEDULERS["slurm"].is_hopeless, clock, known)
+        return found, lines, clock
     except WaitFailed as failed:
         return failed, lines, clock
+
+
+def test_reason_of_a_job_that_ended_before_the_wait_is_found():
+    ended = found(state={"job": "7", "state": "failed", "reason": "disk full"}, log_tail=["x"])
+
+    assert str(wait(ended, known=["7"])[0]) == "failed: disk full"
+    assert str(wait(ended, known=["8"])[0]) == "the job is not in the queue; its log may show the reason"
 
 
 def test_returns_at_once_if_it_serves():
