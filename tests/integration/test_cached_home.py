@@ -75,7 +75,9 @@ def test_worker_sees_each_move(cluster: MiniCluster) -> None:
     before = cluster.said("endpoint")
     other = {"c1": "c2", "c2": "c1"}[before["host"]]
     (cluster.home / "look.py").write_text(LOOK)
-    looking = cluster.start(other, f"hpc_db/{NAME}/python/bin/python look.py > looked 2>&1")
+    (cluster.home / "looked").touch()
+    (cluster.home / "looked").chmod(0o666)
+    looking = cluster.start(other, f"hpc_db/{NAME}/python/bin/python look.py >> looked 2>&1")
     eventually(lambda: "up" in (cluster.home / "looked").read_text(), 60)
 
     cluster.wait_for_another(before, 300)  # the successor takes over

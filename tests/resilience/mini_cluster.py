@@ -114,12 +114,17 @@ class MiniCluster:
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 program = os.path.basename(os.readlink(entry / "exe")).split(" ")[0]
-                if program.startswith(programs) and os.path.samestat((entry / "root/home").stat(), self._home):
+                if program.startswith(programs) and self._is_ours(entry / "root"):
                     host = (entry / "root/etc/hostname").read_text().strip()
                     parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                     command = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
                     if command != [""]:  # not ended since
                         yield Process(int(entry.name), parent, host, program, command)
+
+    def _is_ours(self, root: Path) -> bool:
+        """Return whether this is a host of the cluster; with --cached, the home directories are behind a file system."""
+        shared = root / "run/shared"
+        return os.path.samestat((shared if shared.exists() else root / "home").stat(), self._home)
 
     # --- the server
 
