@@ -122,7 +122,7 @@ class MiniCluster:
                         yield Process(int(entry.name), parent, host, program, command)
 
     def _is_ours(self, root: Path) -> bool:
-        """Return whether this is a host of the cluster; with --cached, the home directories are behind a file system."""
+        """Return whether a root belongs to a host of the cluster, whose home directories may be behind a cache."""
         shared = root / "run/shared"
         return os.path.samestat((shared if shared.exists() else root / "home").stat(), self._home)
 
