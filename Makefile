@@ -24,32 +24,32 @@ lint sanity unit client molecule integration soak mala: setup
 lint:  ## style, types and documentation
 sanity:  ## ansible-test sanity, on the working tree
 unit:  ## unit tests
-client:  ## the client package, with servers that go away, on the newest and the oldest libraries
-molecule:  ## the playbooks, on this machine and on the mini Slurm cluster
-integration:  ## the mini Slurm cluster, the conda channel and the hosting program under faults
+client:  ## the client package during server outages, with the newest and the oldest libraries
+molecule:  ## the playbooks, on this machine and on the test cluster
+integration:  ## the test cluster, the conda channel and the supervisor under faults
 
 test: setup  ## all of the above
-	@tools/test lint+sanity+unit+client molecule integration
+	@tools/test lint+sanity+unit client+molecule+integration
 
-soak:  ## tests/client and tests/resilience as often as the targets in docs/reliability.md say: about two hours
+soak:  ## tests/client and tests/resilience, as often as docs/reliability.md requires: about two hours
 
-bench: storage provision  ## what the figures in docs/ come from: an hour
+bench: storage provision  ## measure all figures in docs/: an hour
 
-storage:  ## Optuna on every storage, with 1 to 1,000 workers: twenty minutes, for docs/many_workers.md
+storage:  ## Optuna on every storage, with 1 to 1,000 workers: twenty minutes, for docs/figures/many_workers.md
 	@tools/setup bench
 	@tools/bench
 
-provision:  ## the playbooks beside the bare commands, their growth, and a server at rest, for docs/performance.md
+provision:  ## measure the playbooks, the bare commands and an idle server, for docs/figures/performance.md
 	@tools/setup cluster
 	@[ "$$(id -u)" != 0 ] || tests/cluster/install-packages
-	@.venv/bin/python bench/provision.py docs/performance.md
-	@.venv/bin/python bench/growth.py docs/performance.md
-	@.venv/bin/python bench/at_rest.py docs/performance.md
+	@.venv/bin/python bench/provision.py docs/figures/performance.md
+	@.venv/bin/python bench/growth.py docs/figures/performance.md
+	@.venv/bin/python bench/at_rest.py docs/figures/performance.md
 
 mala:  ## MALA itself, through a move of the server: some minutes, and 1.5 GB to install
 
-release-check: setup  ## what git has, built and checked as Galaxy and an empty machine would: about ten minutes
+release-check: setup  ## build and check the committed files as on Galaxy and on an empty machine: about ten minutes
 	@tools/release
 
-clean:  ## remove what the commands above made
+clean:  ## remove all files that these commands have created
 	rm -rf .venv .cache

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Measure what an instance takes where nobody uses it: the hosting program, and the server. Writes a page's table.
+"""Measure the resources of an idle instance: those of the supervisor and of the server. Writes a page's table.
 
-In a job of the mini Slurm cluster if run by root, else on this machine. Everything is what the kernel counts, so that
-measuring takes nothing of it; run it while nothing else runs all the same.
+Runs in a job of the test cluster if started by root, otherwise on this machine. All figures are counted by the kernel,
+so measuring adds nothing to them; run it while nothing else runs nevertheless.
 
-    bench/at_rest.py docs/performance.md
+    bench/at_rest.py docs/figures/performance.md
     bench/at_rest.py --quick --place local
 """
 
@@ -26,16 +26,16 @@ from provision import CACHE, PLACES, bury_children_of_others, machine, places
 from report import write_page
 
 SECONDS = 600.0
-# Between two looks at memory and processes.
+# Seconds between two readings of memory and processes.
 PAUSE = 5.0
 TICKS = os.sysconf("SC_CLK_TCK")
 MOST_MB, MOST_PERCENT = 20.0, 0.1
 
 
 class Used(NamedTuple):
-    """What a process has used until now: CPU seconds of its own, those of ended children, and calls that read or wrote.
+    """Resources used by a process so far: its CPU seconds, those of its ended children, and its read and write calls.
 
-    The calls are its own, and do not say what they were for.
+    The calls are only its own; what they read or wrote is unknown.
     """
 
     own: float
@@ -44,7 +44,7 @@ class Used(NamedTuple):
 
 
 def find(root: Path) -> int:
-    """Return the hosting program's PID, of whichever namespace it is."""
+    """Return the supervisor's PID, in any PID namespace."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -52,12 +52,12 @@ def find(root: Path) -> int:
             if b"hpc_db_host" in words and b"serve" in words and os.fsencode(root) in words:
                 found.append(int(folder.name))
     if len(found) != 1:
-        raise SystemExit(f"at_rest.py: {len(found)} hosting programs of {root} run, not one")
+        raise SystemExit(f"at_rest.py: {len(found)} supervisors of {root} are running, instead of one")
     return found[0]
 
 
 def stat_of(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat from the state on."""
+    """Return the fields of /proc/PID/stat, beginning with the state."""
     return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
 
 
@@ -70,13 +70,13 @@ def used(pid: int) -> Used:
 
 
 def megabytes(pid: int, kind: str) -> float:
-    """Return its memory: ``Pss``, which divides what it shares by how many share it, or ``Rss``, which does not."""
+    """Return the process's memory in MB: ``Pss`` divides shared pages among their processes, ``Rss`` does not."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) / 1024
 
 
 def below(pid: int) -> dict[int, str]:
-    """Return the processes that it has started, and those that they have, with their names."""
+    """Return all descendants of the process, with their names."""
     children: dict[int, list[int]] = {}
     names = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -94,17 +94,17 @@ def below(pid: int) -> dict[int, str]:
 
 
 def server_used(pid: int) -> dict[int, float]:
-    """Return the CPU seconds of each process of the server."""
+    """Return the CPU seconds of each server process."""
     found = {}
     for child, name in below(pid).items():
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             if name == "postgres":
                 found[child] = used(child).own
     return found
 
 
 def watch(pid: int, seconds: float) -> dict[str, float]:
-    """Return what the processes took in that time, and how much memory."""
+    """Return the use of CPU and memory during that time."""
     pss, rss, server, counts = [], [], [], []
     began, before, server_before = time.monotonic(), used(pid), server_used(pid)
     while time.monotonic() < began + seconds:
@@ -113,7 +113,7 @@ def watch(pid: int, seconds: float) -> dict[str, float]:
         rss.append(megabytes(pid, "Rss"))
         now = below(pid)
         counts.append(len(now))
-        # One of the server's may end while we look at it.
+        # A server process may end during the reading.
         with contextlib.suppress(OSError, StopIteration):
             server.append(sum(megabytes(child, "Pss") for child, name in now.items() if name == "postgres"))
     took, after = time.monotonic() - began, used(pid)
@@ -127,7 +127,7 @@ def watch(pid: int, seconds: float) -> dict[str, float]:
 
 
 def text_of(found: dict[str, float], place: str, where: str) -> str:
-    """Return the table, as Markdown."""
+    """Return the table as Markdown."""
     lines = [
         ("memory, PSS", f"{found['pss']:.1f} MB", f"< {MOST_MB:.0f} MB"),
         ("memory, RSS (with what it shares)", f"{found['rss']:.1f} MB", f"< {MOST_MB:.0f} MB"),
@@ -145,11 +145,11 @@ def text_of(found: dict[str, float], place: str, where: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path, nargs="?", help="the page with the marks; without it the table is printed")
+    parser.add_argument("page", type=Path, nargs="?", help="page to update; by default the table is printed")
     parser.add_argument("--place", choices=PLACES[:2], default=PLACES[0] if os.geteuid() else PLACES[1],
                         help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="how long (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a minute, to see that all of it works")
+    parser.add_argument("--quick", action="store_true", help="a test run of one minute")
     arguments = parser.parse_args()
     bury_children_of_others()
     with contextlib.ExitStack() as stack:

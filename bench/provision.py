@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Measure the playbooks beside the bare commands that do the same, in one run, and write a page's table.
+"""Measure the playbooks and the equivalent bare commands in one run, and write a page's table.
 
-On this machine, for a user of its own if run by root, and as root on the mini Slurm cluster over ssh, with a cable
-that takes 0, 20 and 100 ms more to there and back. Everything that is installed lies on this machine before.
+Runs on this machine, with a user of its own if started by root, and, only as root, on the test cluster over ssh, with
+additional round-trip times of 0, 20 and 100 ms. All packages are on this machine beforehand.
 
-    bench/provision.py docs/performance.md
+    bench/provision.py docs/figures/performance.md
     bench/provision.py --quick --places mini+20
 """
 
@@ -45,7 +45,7 @@ REPEATS = 5
 LONGEST = 600
 PARTITION = "work"
 STUDIES = [{"name": "studies", "studies": [{"name": "bench"}]}]
-# What is measured, in this order: what it is called in the page, and the playbook with its arguments.
+# The measurements in their order: the title on the page, and the playbook with its arguments.
 MANUAL, NEW, AGAIN, CLOSELY, FACTS, START_UP = "manual", "new", "again", "closely", "facts", "start_up"
 PLAYS = {
     NEW: ("`hpc_db.yml` from nothing", ["hpc_db.yml"]),
@@ -56,14 +56,14 @@ PLAYS = {
     FACTS: ("a play that gathers two facts", [str(BENCH / "facts.yml")]),
 }
 TITLES = {MANUAL: "the manual's commands", **{name: title for name, (title, _arguments) in PLAYS.items()}}
-# What is compared with what, and how many times as long it may take there.
+# The pairs to compare, and the maximum ratio at each place.
 TARGETS = {NEW: (MANUAL, {"local": 3.0, "mini+20": 4.0}), AGAIN: (FACTS, dict.fromkeys(PLACES, 1.5))}
 START_UP_TARGET = 1.0
 PR_SET_CHILD_SUBREAPER = 36
 
 
 class Figures(NamedTuple):
-    """What one run took; what cannot be known is None."""
+    """The figures of one run; unknown ones are None."""
 
     wall: float
     cpu: float
@@ -74,7 +74,7 @@ class Figures(NamedTuple):
 
 
 class Counters(NamedTuple):
-    """What has been counted until now, on the way to another machine."""
+    """The counters so far, on the way to another machine."""
 
     cpu: float
     executions: int
@@ -83,7 +83,7 @@ class Counters(NamedTuple):
 
 
 class Place:
-    """Where instances are made: this machine, as a user who has nothing else."""
+    """A place for instances: this machine, with a user without other instances."""
 
     name = "local"
     delay = 0
@@ -91,7 +91,7 @@ class Place:
 
     def __init__(self, folder: Path, user: pwd.struct_passwd) -> None:
         self.user = user
-        # whoever runs this may have instances: theirs are not found in the tests' home directory
+        # the current user may have other instances, which are not in the tests' home directory
         self.home = CACHE / "home" if user.pw_uid == os.geteuid() else Path(user.pw_dir)
         self.inventories = [REPOSITORY / "inventories" / "local", folder / "local.json"]
         self.settings: dict[str, Any] = {
@@ -106,7 +106,7 @@ class Place:
         }
 
     def describe(self, *instances: dict[str, Any]) -> None:
-        """Have an inventory with one instance for each of these settings."""
+        """Write an inventory with one instance for each of these settings."""
         hosts = {
             f"{self.host}{number or ''}": {
                 **self.settings, "instance_name": f"bench{number or ''}", "databases_studies": STUDIES, **settings,
@@ -124,7 +124,7 @@ class Place:
         return ["ansible-playbook", *inventories, playbook, *arguments[1:]]
 
     def run(self, command: list[str], **more: str) -> str:
-        """Run a command as the user; return what it printed."""
+        """Run a command as the user; return its output."""
         mine = os.geteuid() == self.user.pw_uid
         done = subprocess.run(
             command, env={**self.environment, **more}, cwd=None if mine else self.home, stdin=subprocess.DEVNULL,
@@ -137,7 +137,7 @@ class Place:
         return done.stdout
 
     def clear(self) -> None:
-        """Leave nothing of what was made; packages that were fetched stay."""
+        """Remove everything that was created; downloaded packages stay."""
         manual = self.home / "manual"
         if (manual / "data" / "postmaster.pid").exists():
             pid = (manual / "data" / "postmaster.pid").read_text().split()[0]
@@ -150,11 +150,11 @@ class Place:
             shutil.rmtree(folder, ignore_errors=True)
 
     def shell(self, script: str) -> str:
-        """Run a shell script in the user's home directory there; return what it printed."""
+        """Run a shell script in the user's home directory at this place; return its output."""
         return self.run(["sh", "-c", f"cd; {script}"])
 
     def disconnect(self) -> None:
-        """End what an earlier run has left for the next one."""
+        """Close the connections that an earlier run has left open."""
 
     def count(self) -> Counters | None:
         return None
@@ -165,7 +165,7 @@ class Place:
 
 
 class Mini(Place):
-    """The mini cluster over ssh, with a cable of some length."""
+    """The test cluster over ssh, with an additional delay of the network."""
 
     host = "mini"
 
@@ -214,7 +214,7 @@ class Mini(Place):
         )
 
     def _cpu(self) -> float:
-        """Sum up what the processes of the login node have used, with those that have ended."""
+        """Return the CPU seconds of the login node's processes, including ended ones."""
         script = "cat /proc/[0-9]*/stat 2>/dev/null || true"
         lines = self._cluster("exec", "login", "--", "sh", "-c", script).splitlines()
         ticks = sum(sum(map(int, line.rpartition(")")[2].split()[11:15])) for line in lines)
@@ -238,9 +238,9 @@ def until(condition: Any) -> None:
 
 
 def bury_children_of_others() -> None:
-    """Have the processes that a run leaves behind become ours, so that what they have used is counted.
+    """Become the parent of processes that a run leaves behind, so that their CPU time is counted.
 
-    Whoever ends us has everything put away that was made.
+    SIGTERM becomes a normal exit, so that everything created is removed.
     """
     signal.signal(signal.SIGTERM, lambda *_unused: sys.exit(1))
     if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
@@ -248,7 +248,7 @@ def bury_children_of_others() -> None:
 
 
 def reap() -> bool:
-    """Bury the processes that others have left to this one; what they have used is counted then."""
+    """Collect the ended processes that others left to this one, which adds their CPU time to the count."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -256,7 +256,7 @@ def reap() -> bool:
 
 
 def measure(place: Place, command: list[str], **more: str) -> Figures:
-    """Run a command, by a connection of its own."""
+    """Run a command over a new connection."""
     place.disconnect()
     reap()
     before, used, began = place.count(), cpu(), time.monotonic()
@@ -277,7 +277,7 @@ def cpu() -> float:
 
 
 def measure_place(place: Place, profile: Path) -> dict[str, Any]:
-    """Measure everything there once."""
+    """Measure everything once at this place."""
     place.describe({})
     place.clear()
     figures = {MANUAL: measure(place, place.manual())}
@@ -298,7 +298,7 @@ def measure_place(place: Place, profile: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def places(names: list[str], folder: Path) -> Iterator[list[Place]]:
-    """Have the places for as long as they are needed."""
+    """Provide the places and remove them at the end."""
     with contextlib.ExitStack() as stack:
         found: list[Place] = []
         if "local" in names:
@@ -314,7 +314,7 @@ def places(names: list[str], folder: Path) -> Iterator[list[Place]]:
 
 @contextlib.contextmanager
 def ordinary_user(folder: Path) -> Iterator[pwd.struct_passwd]:
-    """Whoever runs this; root gets a user who can be removed."""
+    """Return the current user; for root, create a temporary user."""
     if os.geteuid():
         yield pwd.getpwuid(os.geteuid())
         return
@@ -363,7 +363,7 @@ def median(rounds: list[dict[str, Any]], name: str, figure: str) -> float | None
 
 
 def text_of(results: dict[str, list[dict[str, Any]]], where: str) -> str:
-    """Return the tables, as Markdown."""
+    """Return the tables as Markdown."""
     repeats = min(map(len, results.values()))
     parts = [
         f"Medians of {repeats}, on {where}; playbooks and cluster share the machine.\n", figures_table(results),
@@ -409,7 +409,7 @@ def ratios(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def profiles(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Return what most of the time goes to, in the last round at the last place."""
+    """Return the longest tasks of the last round at the last place."""
     place, rounds = list(results.items())[-1]
     text = ""
     for name in (NEW, CLOSELY):
@@ -428,20 +428,20 @@ def profiles(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path, nargs="?", help="the page with the marks; without it the table is printed")
+    parser.add_argument("page", type=Path, nargs="?", help="page to update; by default the table is printed")
     parser.add_argument("--places", nargs="+", default=PLACES if not os.geteuid() else PLACES[:1], metavar="PLACE",
                         help="local, or mini+N for N ms (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="how often all is measured (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="once, to see that all of it works")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="number of measurements (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a test run with one measurement")
     arguments = parser.parse_args()
     for place in arguments.places:
         if not re.fullmatch(r"local|mini\+[0-9]{1,4}", place):
-            parser.error(f"--places: {place} is none; allowed are local and mini+N, with N milliseconds")
+            parser.error(f"--places: {place} is not allowed; local and mini+N, with N milliseconds")
     bury_children_of_others()
     results: dict[str, list[dict[str, Any]]] = {place: [] for place in arguments.places}
     with tempfile.TemporaryDirectory(prefix="hpc-db-bench-") as folder:
         with places(arguments.places, Path(folder)) as found:
-            # Every place in each round: whatever else the machine does then meets all of them.
+            # Every round visits all places, so that other load on the machine affects all of them.
             for _round in range(1 if arguments.quick else arguments.repeats):
                 for place in found:
                     results[place.name].append(measure_place(place, Path(folder) / "profile.json"))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Write what bench/storage.py has measured into a page, as a table between two marks, and a plot beside it."""
+"""Write the results of bench/storage.py into a page: a table between two marks, and a plot in a file of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = (
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Return one row for each measurement."""
+    """Return one row per measurement."""
     manual = {result["workers"]: result["rate"] for result in results if result["way"] == "manual"}
     rows = [COLUMNS, ["---:" if name != "storage" else "---" for name in COLUMNS]]
     for result in results:
@@ -37,7 +37,7 @@ def latency(taken: dict[str, float] | None) -> str:
 
 
 def setting(machine: dict[str, Any]) -> str:
-    """Return what the figures depend on."""
+    """Return the conditions of the measurement."""
     pooler, proxy = (machine["settings"][name] for name in ("pooler", "proxy"))
     return (
         f"Measured on {machine['cores']} cores with {machine['gib']} GiB of memory and {machine['file_system']}, which"
@@ -50,7 +50,7 @@ def setting(machine: dict[str, Any]) -> str:
 
 
 def errors(results: list[dict[str, Any]]) -> str:
-    """Return what most of those that died said."""
+    """Return the most frequent errors of the workers that failed."""
     lines = [
         f"- {result['workers']:,} workers, {result['way']}: {count:,} × `{text.replace('`', '')}`\n"
         for result in results for text, count in result["errors"][:1]
@@ -59,7 +59,7 @@ def errors(results: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw rates, and who got in."""
+    """Plot the rates, the share of successful workers, and the latencies."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -85,7 +85,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def write_page(path: Path, program: str, text: str) -> None:
-    """Put a program's text between its marks on a page."""
+    """Write a program's text between its marks on a page."""
     begins = FROM.format(program)
     page, found = re.subn(
         f"{re.escape(begins)}.*?{TO}", lambda _marks: f"{begins}\n{text}{TO}", path.read_text(), flags=re.DOTALL
@@ -97,7 +97,7 @@ def write_page(path: Path, program: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("figures", type=Path, help="what bench/storage.py has written")
+    parser.add_argument("figures", type=Path, help="result file of bench/storage.py")
     parser.add_argument("page", type=Path, help="the page with the marks; the plot gets its name")
     arguments = parser.parse_args()
     content = json.loads(arguments.figures.read_text())

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Measure, on the login node: from sbatch to an empty job's first act, and to the first write that a server accepts.
+"""Measure, on the login node, the times from sbatch to an empty job's start, and to a server's first accepted write.
 
-Prints both in seconds. The instance must be made, and no job of the user's in the queue.
+Prints both in seconds. The instance must exist, and the user must have no job in the queue.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ while True:
 
 
 def submit(command: list[str]) -> float:
-    """Submit a job; return when."""
+    """Submit a job; return the time before the submission."""
     began = time.time()
     subprocess.run(command, check=True, stdout=subprocess.PIPE)
     return began
@@ -53,7 +53,7 @@ def queue_is_empty() -> bool:
 
 
 def empty_job(folder: Path, partition: str) -> float:
-    """Return how long Slurm needs to start a job that only says so."""
+    """Return the seconds that Slurm needs to start a job that only reports its start."""
     script, said = folder / "empty.sh", folder / "said"
     script.write_text(f"#!/bin/sh\ndate +%s.%N >'{said}.new' && mv '{said}.new' '{said}'\n")
     began = submit(["sbatch", "--parsable", "--output=/dev/null", f"--partition={partition}", str(script)])
@@ -65,14 +65,17 @@ def empty_job(folder: Path, partition: str) -> float:
 
 
 def first_write(root: Path) -> float:
-    """Return how long it is until the hosting job's server accepts a write, by the way that workers take."""
+    """Return the seconds until the job's server accepts a write over the workers' connection."""
     settings = json.loads((root / "host" / "settings.json").read_text())
-    # What the job submits as its successor is what hpc_db.yml submits.
+    # The call that submits a successor equals the call with which hpc_db.yml submits the first job.
+    sys.path.insert(0, str(root / "host"))
+    from hpc_db_host.scheduler import Queue
+
     writer = subprocess.Popen(
         [root / "python" / "bin" / "python", "-c", WRITE, settings["instance"], str(LONGEST)],
         stdout=subprocess.PIPE, text=True,
     )
-    began = submit(settings["successor"])
+    began = submit(Queue(settings, "").successor_command())
     return float(writer.communicate()[0]) - began
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Measure Optuna on every storage that a group of workers can share, one after the other in one run.
+"""Measure Optuna on every storage that workers can share, one after the other in one run.
 
-Run it as the owner of an instance that serves, with the instance's Python side; what the instance does not have
-(``server_pooler``, ``server_proxy``) is left out:
+Run it as the owner of a running instance, with the Python of the instance; storages that the instance does not have
+(``server_pooler``, ``server_proxy``) are left out:
 
     ~/hpc_db/hpc_db/python/bin/python bench/storage.py --client client/src results.json
 
 Workers are threads with a storage of their own, spread over a few processes that are new for each measurement. All
-start together; each asks, suggests three parameters and tells until the time is over, and does nothing in between.
-Like a worker whose ``study.optimize`` raises, one that meets an error has ended.
+start together; each asks, suggests three parameters and tells until the time is over, without any pause. A worker ends
+at its first error, as does a worker whose ``study.optimize`` raises.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ from pathlib import Path
 from typing import Any
 
 WORKERS = [1, 20, 60, 120, 200, 1000]
-# How long a measurement takes, from the start of all workers; the rate is that of the second half.
+# Seconds of a measurement, from the start of all workers; the rate is that of the second half.
 SECONDS = {1: 10.0, 2: 1.5, 20: 20.0, 60: 30.0, 120: 8.0, 200: 12.0, 1000: 40.0}
 OTHER_SECONDS = 10.0
-# Those that die or wait at once, or are files, have told all that they can in this time.
+# This time suffices for storages whose workers fail or wait at once, and for files.
 SHORT = ("manual", "pooled", "SQLite", "journal")
 SHORT_SECONDS = 12.0
-# Workers' first trials begin this far apart in the mean, as trials that take their time do: else a thousand ask at
-# once, and none of them is served before the time is over.
+# Mean interval between the first trials of workers, since real trials also differ in time: otherwise a thousand workers
+# ask at once, and none of them is served in time.
 APART_SECONDS = 0.02
-# The default of PostgreSQL, which the manual's recipe keeps.
+# PostgreSQL's default, which the manual's recipe keeps.
 MANUAL_CONNECTIONS = 100
-# For a process to begin and to end beside its workers' time.
+# Additional time for the start and the end of a process.
 SPARE_SECONDS = 30.0
-# Which of the server's connections are the workers', or made for them.
+# Filters for the server's connections that belong to workers or are opened for them.
 NETWORK = "client_addr IS NOT NULL"
 PROXY = "application_name = 'hpc_db-proxy'"
 POOLER = f"client_addr IS NULL AND usename = 'study' AND NOT {PROXY}"
 
 
 class Server:
-    """A PostgreSQL server, as whoever owns it sees it."""
+    """A PostgreSQL server, as accessed by its owner."""
 
     def __init__(self, bindir: Path, conninfo: str, port: int) -> None:
         self.port = port
@@ -76,7 +76,7 @@ class Server:
 
 
 class Way:
-    """A storage under test: what workers open, and the server behind it, if there is one."""
+    """A storage under test: the URL that workers open, and the server behind it, if there is one."""
 
     def __init__(self, name: str, url: str, server: Server | None = None, connections: str = NETWORK) -> None:
         self.name = name
@@ -87,9 +87,9 @@ class Way:
 
 @contextlib.contextmanager
 def manual_server(bindir: Path, folder: Path, shared_buffers: str) -> Iterator[Server]:
-    """A server by the manual's recipe: initdb's own settings, no password, no TLS.
+    """Run a server by the manual's recipe: initdb's own settings, no password, no TLS.
 
-    The recipe lets everybody in as the owner. Here that is a role without rights, on this host.
+    The recipe lets everyone log in as the owner. Here the role has no special rights and is limited to this host.
     """
     data, sockets = folder / "manual", tempfile.mkdtemp(prefix="bench-")
     subprocess.run(
@@ -138,7 +138,7 @@ def free_port() -> int:
 
 
 def open_storage(url: str) -> Any:
-    """Return a new storage, as a process of its own would open it."""
+    """Return a new storage, opened as a separate process would open it."""
     import optuna
 
     kind, _colon, rest = url.partition(":")
@@ -152,7 +152,7 @@ def open_storage(url: str) -> Any:
 
 
 def prepare() -> None:
-    """Make a process quiet, and know the plugin by name also where the client package is not installed."""
+    """Silence this process, and register the plugin in case the client package is not installed."""
     import warnings
 
     import optuna
@@ -164,11 +164,11 @@ def prepare() -> None:
         from sqlalchemy.dialects import plugins
 
         plugins.register("hpc_db", "hpc_db_client.plugin", "HpcDb")
-        hpc_db_client.patience.tell = lambda text: None  # a thousand times
+        hpc_db_client.patience.tell = lambda text: None  # otherwise it prints a thousand messages
 
 
 def work(url: str, study_name: str, start: float, end: float, apart: float, said: dict[str, Any]) -> None:
-    """Be one worker; write down when it got in, and for each trial its end and what ask and tell took."""
+    """Run one worker; record when it connected, and for each trial its end and the duration of ask and tell."""
     import optuna
 
     time.sleep(max(0.0, start - time.time()))
@@ -194,7 +194,7 @@ def work(url: str, study_name: str, start: float, end: float, apart: float, said
 def be_workers(
     pipe: Connection, url: str, study_name: str, number: int, start: float, end: float, apart: float, patience: float
 ) -> None:
-    """Be some of the workers; send what they have done when the time is over, whatever they wait for then."""
+    """Run some of the workers; send their records when the time is over, even if workers are still waiting."""
     prepare()
     found: list[dict[str, Any]] = [{"in": None, "trials": [], "error": ""} for _worker in range(number)]
     threads = [
@@ -232,7 +232,7 @@ def run_process(target: Any, *arguments: Any) -> tuple[Any, Connection]:
 
 
 def receive(process: Any, pipe: Connection, limit: float) -> Any:
-    """Return what a process sends; end it if it does not in time."""
+    """Return the object that a process sends; kill the process if it is late."""
     try:
         if not pipe.poll(max(0.1, limit - time.time())):
             raise RuntimeError("a process of workers did not answer in time")
@@ -243,7 +243,7 @@ def receive(process: Any, pipe: Connection, limit: float) -> Any:
 
 
 def measure(way: Way, workers: int, seconds: float, processes: int, patience: float) -> dict[str, Any]:
-    """Have this many workers start together; return the figures."""
+    """Start this many workers together; return the figures."""
     study_name = f"bench-{os.getpid()}-{time.time()}"
     made = run_process(create_study, way.url, study_name)
     receive(*made, time.time() + 2 * SPARE_SECONDS)
@@ -264,7 +264,7 @@ def measure(way: Way, workers: int, seconds: float, processes: int, patience: fl
 
 
 def figures(found: list[dict[str, Any]], start: float, seconds: float) -> dict[str, Any]:
-    """Sum up what the workers have done."""
+    """Summarise the workers' records."""
     trials = [trial for said in found for trial in said["trials"]]
     late = [trial for trial in trials if start + seconds / 2 <= trial[0] <= start + seconds]
     entered = sorted(said["in"] for said in found if said["in"] is not None)
@@ -288,7 +288,7 @@ def milliseconds(taken: list[float]) -> dict[str, float] | None:
 
 
 def ways_of(root: Path, folder: Path, manual: Server, plugin: bool) -> list[Way]:
-    """Return every storage that there is."""
+    """Return all available storages."""
     endpoint = published(root)
     name = endpoint["instance"]
     server = server_of(root, endpoint)
@@ -309,7 +309,7 @@ def ways_of(root: Path, folder: Path, manual: Server, plugin: bool) -> list[Way]
 
 
 def published(root: Path) -> dict[str, Any]:
-    """Return the endpoint, as soon as it has all that the settings ask for."""
+    """Return the endpoint, once it has everything that the settings ask for."""
     settings = json.loads((root / "host" / "settings.json").read_text())
     limit = time.monotonic() + 120
     while True:
@@ -323,7 +323,7 @@ def published(root: Path) -> dict[str, Any]:
 
 
 def server_of(root: Path, endpoint: dict[str, Any]) -> Server:
-    """Return the instance's server, as its owner reaches it from any node."""
+    """Return the instance's server, as its owner connects from any node."""
     owner = pwd.getpwuid(os.geteuid()).pw_name
     return Server(bindir_of(root), f"service={endpoint['instance']} user={owner} dbname={owner}", endpoint["port"])
 
@@ -333,7 +333,7 @@ def bindir_of(root: Path) -> Path:
 
 
 def machine(folder: Path) -> dict[str, Any]:
-    """Describe the machine without naming it."""
+    """Describe the machine without its name."""
     with contextlib.suppress(OSError):
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         system = subprocess.run(
@@ -346,15 +346,15 @@ def machine(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("out", type=Path, help="output file, JSON")
     parser.add_argument("--root", type=Path, default=Path("~/hpc_db/hpc_db"), help="the instance directory")
     parser.add_argument("--client", type=Path, help="the client package's folder, unless it is installed")
     parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, help="how many (default: %(default)s)")
     parser.add_argument("--ways", nargs="+", help="only these storages")
     parser.add_argument("--processes", type=int, default=2 * (os.cpu_count() or 1), help="that workers share")
-    parser.add_argument("--quick", action="store_true", help="two workers for a moment, to see that all of it works")
+    parser.add_argument("--quick", action="store_true", help="a short test run with two workers")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without the server of our own
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit normally, so that our own server is stopped
     if arguments.client:
         sys.path.insert(0, str(arguments.client.resolve()))
     import optuna
@@ -389,7 +389,7 @@ def main() -> None:
                     continue
                 seconds = SECONDS.get(workers, OTHER_SECONDS)
                 seconds = min(seconds, SHORT_SECONDS) if way.name in SHORT else seconds
-                # One trial each is all that a quick look wants, however slow the machine is.
+                # A quick run needs only one trial per worker, however slow the machine is.
                 result = measure(way, workers, seconds, arguments.processes, 60.0 if arguments.quick else 1.0)
                 results.append(result)
                 print(one_line(result), flush=True)

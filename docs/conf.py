@@ -40,6 +40,7 @@ html_show_sphinx = False
 html_copy_source = False
 
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+PICTURE = re.compile(r"^```mermaid\n.*?^```\n", re.DOTALL | re.MULTILINE)
 SPECS = re.compile(r"roles/(\w+)/meta/argument_specs\.yml")
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 def page_of(path: str) -> str:
     """Return the page that a file of the repository is; nothing if it is none."""
     pages = {file: page for page, file in ELSEWHERE.items()}
-    return pages.get(path) or (path[len("docs/"):-len(".md")] if re.fullmatch(r"docs/\w+\.md", path) else "")
+    return pages.get(path) or (path[len("docs/"):-len(".md")] if re.fullmatch(r"docs/(figures/)?\w+\.md", path) else "")
 
 
 def in_reference(role: str, option: str) -> str:
@@ -67,7 +68,7 @@ def turn_links(docname: str, text: str) -> str:
         if specs and re.fullmatch("`[a-z_]+`|`[a-z_]+: .*`", said):
             return f"[{said}]({in_reference(specs[1], said.strip('`').partition(':')[0])})"
         if page and (ROOT / path).is_file():
-            return f"[{said}]({page}.md{anchor})"
+            return f"[{said}]({os.path.relpath(page, os.path.dirname(docname) or '.')}.md{anchor})"
         if not (ROOT / path).exists():
             logger.warning("%s does not exist", path, location=docname)
         return f"[{said}]({GALAXY['repository']}/blob/main/{path}{anchor})"
@@ -78,7 +79,7 @@ def turn_links(docname: str, text: str) -> str:
 def contents(text: str) -> str:
     """Return a table of contents for each section of the first page, which is a list of links, and the reference."""
     sections = re.split(r"^## (.*)$", text, flags=re.MULTILINE)[1:]
-    pages = [re.findall(r"^- \[[^\]]*\]\((\w+)\.md\)", section, re.MULTILINE) for section in sections[1::2]]
+    pages = [re.findall(r"^- \[[^\]]*\]\(([\w/]+)\.md\)", section, re.MULTILINE) for section in sections[1::2]]
     tables = [*zip(sections[::2], pages), ("Reference", ["reference/index"])]
     table = "```{{toctree}}\n:hidden:\n:maxdepth: 1\n:caption: {}\n\n{}\n```\n"
     return "".join(table.format(caption, "\n".join(names)) for caption, names in tables)
@@ -87,7 +88,8 @@ def contents(text: str) -> str:
 def read_source(_app: Sphinx, docname: str, source: list[str]) -> None:
     """Turn what is Markdown for everybody into what Sphinx needs."""
     if not docname.startswith("reference/"):
-        source[0] = turn_links(docname, source[0])
+        page = f"{GALAXY['repository']}/blob/main/{ELSEWHERE.get(docname, f'docs/{docname}.md')}"
+        source[0] = PICTURE.sub(f"[The picture is in the repository.]({page})\n", turn_links(docname, source[0]))
     if docname == "index":
         source[0] += "\n" + contents(source[0])
 

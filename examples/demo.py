@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What `make demo` runs: the playbook on this machine, then four workers on one study through the printed URL."""
+"""The demo of `make demo`: runs the playbook on this machine, then four workers on one study with the printed URL."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ states = [trial.state.name.lower() for trial in study.trials]
 new = [trial.state.name.lower() for trial in study.trials if trial.datetime_start.timestamp() >= float(sys.argv[3])]
 print("trials:     " + ", ".join(f"{new.count(state)} {state}" for state in sorted(set(new))))
 if len(new) < len(states):
-    print(f"study:      {len(states)} trials, with those of earlier runs")
+    print(f"study:      {len(states)} trials, including earlier runs")
 print(f"best value: {study.best_value:.4f} in trial {study.best_trial.number}")
 print("with:       " + ", ".join(f"{name} = {value:.3f}" for name, value in study.best_params.items()))
 """
 
 
 class Place(NamedTuple):
-    """Where a user is when they type the commands, and what they type there."""
+    """The working directory and the arguments of the commands that a user would type."""
 
     folder: Path
     inventory: str
-    added: str  # what the demo adds to that inventory
+    added: str  # the demo's own inventory, in addition to that one
     playbook: str
 
     def command(self, name: str) -> list[str]:
-        """Return the command that a user would type."""
+        """Return the command that a user would type to run a playbook."""
         program = Path(sys.executable).with_name("ansible-playbook")
         return [str(program), "-i", self.inventory, "-i", self.added, self.playbook.format(name)]
 
 
 def installed(folder: Path, name: str) -> Place:
-    """Return a folder of a user who has installed the collection and copied the inventory."""
+    """Return the place of a user who has installed the collection; copies the inventory there."""
     shutil.copytree(ROOT / "inventories" / "local", folder / "local", dirs_exist_ok=True)
     return Place(folder, "local", name, "mala.hpc_db.{}")
 
 
 def checkout(name: str) -> Place:
-    """Return this checkout, with what an instance of that name adds."""
+    """Return this checkout, with an additional inventory for an instance of that name."""
     return Place(ROOT, "inventories/local", f".cache/inventories/{name}", "playbooks/{}.yml")
 
 
 @contextlib.contextmanager
 def only_one(name: str) -> Iterator[None]:
-    """Wait for another run of the same user's, which may be one of another checkout: they share the instance."""
+    """Wait for another run of the same user, also from another checkout, since both use the same instance."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mala.hpc_db"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.lock").open("a+") as lock:
@@ -78,40 +78,40 @@ def only_one(name: str) -> Iterator[None]:
 
 
 def owner(name: str) -> str:
-    """Return the user who owns the demo's server. PostgreSQL does not run as root: as root, one made for the demo."""
+    """Return the user who owns the demo's server. For root, create a user, since PostgreSQL does not run as root."""
     if os.geteuid() != 0:
         return pwd.getpwuid(os.geteuid()).pw_name
     user = f"hpc-db-{name}"
     try:
         pwd.getpwnam(user)
     except KeyError:
-        print(f"PostgreSQL does not run as root: making the user {user} (userdel -r {user} removes it)")
+        print(f"PostgreSQL does not run as root: creating the user {user} (userdel -r {user} removes it)")
         subprocess.run(["useradd", "--create-home", "--shell", "/bin/sh", user], check=True)
     return user
 
 
 def home_of(user: str) -> str:
-    """Return the folder that is ``~`` for the server."""
+    """Return the home directory of the server's owner."""
     return pwd.getpwnam(user).pw_dir if os.geteuid() == 0 else os.path.expanduser("~")
 
 
 def as_user(user: str, command: list[str]) -> list[str]:
-    """Return the command as it runs for that user."""
+    """Return the command that runs ``command`` as this user."""
     return command if os.geteuid() else ["runuser", "-u", user, "--", *command]
 
 
 def usable_python(user: str) -> str:
-    """Return a Python that this user may run: the one below root's home is closed to others."""
+    """Return a Python that this user may run: other users cannot access the one in root's home."""
     for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
-        # from /, since the user may not enter the folder we are in
+        # from /, since the user may have no access to our working directory
         tried = subprocess.run(as_user(user, [python, "-c", "import venv"]), cwd="/", capture_output=True)
         if tried.returncode == 0:
             return python
-    sys.exit(f"make demo: the user {user} can run no Python here; install python3 for all users")
+    sys.exit(f"make demo: the user {user} cannot run Python; install python3 for all users")
 
 
 def write_inventory(folder: Path, name: str, user: str) -> None:
-    """Say what differs from inventories/local: a named study, pinned packages, and the user if we are root."""
+    """Write the differences to inventories/local: a named study, pinned packages, and for root the demo's user."""
     pins = (ROOT / "requirements" / "cluster.txt").read_text().splitlines()
     packages = [line for line in pins if not line.startswith(("#", " ", "pip==", "py-rattler=="))]
     variables: dict[str, object] = {
@@ -129,7 +129,7 @@ def write_inventory(folder: Path, name: str, user: str) -> None:
 
 
 def provision(place: Place) -> str:
-    """Run the playbook with its output on the screen; return the URL that it prints."""
+    """Run the playbook, pass its output on, and return the URL that it prints."""
     url = ""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = place.command("hpc_db")
@@ -144,7 +144,7 @@ def provision(place: Place) -> str:
 
 
 def optimise(name: str, user: str, url: str) -> None:
-    """Let the workers share the study, as jobs on a cluster would; then show what they found."""
+    """Run workers that share the study, as jobs on a cluster would; then print the result."""
     python = os.path.join(home_of(user), "hpc_db", name, "python", "bin", "python")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
@@ -162,7 +162,7 @@ def optimise(name: str, user: str, url: str) -> None:
 
 
 def main() -> None:
-    """Run the demo."""
+    """Run the demo with the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--installed", type=Path, metavar="FOLDER", help="a folder for the inventory, outside of any "
                         "checkout: the playbooks are then those of the installed collection")
@@ -173,7 +173,7 @@ def main() -> None:
 
 
 def run(name: str, folder: Path | None) -> None:
-    """Bring the server up, let the workers share the study, and say what can be done next."""
+    """Start the server, run the workers, and print further commands."""
     place = installed(folder, name) if folder else checkout(name)
     user = owner(name)
     write_inventory(place.folder / place.added, name, user)
@@ -184,7 +184,7 @@ def run(name: str, folder: Path | None) -> None:
         program, *arguments = place.command(verb)
         print(f"{what + ':':14} {os.path.relpath(program, place.folder)} {' '.join(arguments)}")
     again = " ".join(sys.argv) if folder or name != "demo" else "make demo"
-    print(f"once more:     {again}   (reuses all of it, and the study goes on)")
+    print(f"run again:     {again}   (reuses everything and continues the study)")
 
 
 if __name__ == "__main__":

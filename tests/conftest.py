@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What holds for all tests."""
+"""Setup for all tests."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure() -> None:
-    """Run the tests in a home directory of their own, and with signals as a terminal's programs have them."""
+    """Run the tests in a home directory of their own, and with the signal handlers of a program on a terminal."""
     show = "import json, os; print(json.dumps({**os.environ}))"
     command = [str(ROOT / "tools" / "apart"), sys.executable, "-c", show]
     environment = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     for name in set(os.environ) - set(environment):
         del os.environ[name]
     os.environ.update(environment)
-    # Whoever runs us in the background has us ignore SIGINT, and so would all that the tests start.
+    # A shell ignores SIGINT for background programs, and all processes that the tests start would inherit that.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Where nobody watches, a test that was skipped is a test that failed."""
+    """In CI, a skipped test counts as failed."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") == "true" and reporter and reporter.stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

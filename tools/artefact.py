@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a built collection must not have, and what it says of itself.
+"""Checks of a built collection: its files, its version, and the links in its metadata.
 
-artefact.py files|links|version ARCHIVE TREE [TAG...] prints one line for each complaint, and ends with 1 if there is
-one. ``TREE`` is the folder that it was built from, and each ``TAG`` one that git has there.
+artefact.py files|links|version ARCHIVE TREE [TAG...] prints one line per problem, and exits with 1 if there is any.
+``TREE`` is the folder that the archive was built from; each ``TAG`` is a git tag of it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any
 
 import yaml
 
-# What users of an installed collection need. Everything else stays in the repository: galaxy.yml, build_ignore.
+# Files for users of an installed collection. All others are excluded by build_ignore in galaxy.yml.
 BELONGS = [
-    "CHANGELOG.md", "CONTRIBUTING.md", "FILES.json", "LICENSE", "LICENSES/*", "MANIFEST.json", "README.md",
-    "REUSE.toml", "changelogs/*", "client/*", "docs/*", "examples/*", "inventories/*",
-    "meta/*", "playbooks/*", "plugins/*", "requirements/*", "requirements.yml", "roles/*", "tests/config.yml",
+    "CHANGELOG.md", "CITATION.cff", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "FILES.json", "LICENSE", "LICENSES/*",
+    "MANIFEST.json", "README.md", "REUSE.toml", "SECURITY.md", "changelogs/*", "client/*", "docs/*",
+    "examples/*", "inventories/*", "meta/*", "playbooks/*", "plugins/*", "requirements/*", "requirements.yml",
+    "roles/*", "tests/config.yml",
 ]
-# Left over by tools that ran, wherever it is.
+# Files that tools leave behind, in any folder.
 LEFT_OVER = re.compile(r"(^|/)(\..*|__pycache__|.*\.(pyc|orig|rej|retry|swp|log)|.*\.egg-info|.*~)(/|$)")
 MEGABYTES = 4
 VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
@@ -33,7 +34,7 @@ LINKS = ("repository", "documentation", "homepage", "issues")
 
 
 def files(archive: Path, tree: Path, tags: list[str]) -> Iterator[str]:
-    """Complain of what does not belong into the archive, and of its size."""
+    """Report files that do not belong in the archive, and an excessive size."""
     with tarfile.open(archive) as opened:
         members = opened.getmembers()
     for member in members:
@@ -48,13 +49,16 @@ def files(archive: Path, tree: Path, tags: list[str]) -> Iterator[str]:
 
 
 def version(archive: Path, tree: Path, tags: list[str]) -> Iterator[str]:
-    """Complain of a version that is none, that is not the tag's, or that is not above what was released."""
+    """Report a version that is invalid, too low for the changelog, or differs from the tag or CITATION.cff."""
     text = str(described(archive)["version"])
     wanted = VERSION.fullmatch(text)
     if not wanted:
         yield f"version: {text!r} in galaxy.yml is not three numbers with two dots"
         return
     yield from (f"version: {text} in galaxy.yml, and the tag is {tag}" for tag in tags if tag != f"v{text}")
+    cited = read(tree / "CITATION.cff").get("version")
+    if cited != text:
+        yield f"version: {text} in galaxy.yml, and {cited} in CITATION.cff"
     released = read(tree / "changelogs" / "changelog.yaml").get("releases", {})
     newest = max((tuple(map(int, name.split("."))) for name in released), default=(0, 0, 0))
     here = tuple(map(int, wanted.groups()))
@@ -66,7 +70,7 @@ def version(archive: Path, tree: Path, tags: list[str]) -> Iterator[str]:
 
 
 def links(archive: Path, tree: Path, tags: list[str]) -> Iterator[str]:
-    """Complain of links that lead nowhere, and of what is said twice and differs."""
+    """Report invalid links, and contradictions between files."""
     says = described(archive)
     for name in LINKS:
         if not re.fullmatch(r"https://[\w.-]+/\S+", says.get(name) or ""):
@@ -82,7 +86,7 @@ def links(archive: Path, tree: Path, tags: list[str]) -> Iterator[str]:
 
 
 def described(archive: Path) -> dict[str, Any]:
-    """Return what galaxy.yml has become in the archive."""
+    """Return galaxy.yml's data as stored in the archive."""
     with tarfile.open(archive) as opened:
         manifest = opened.extractfile("MANIFEST.json")
         assert manifest
@@ -90,12 +94,12 @@ def described(archive: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return what a YAML file holds, nothing if there is none."""
+    """Return the contents of a YAML file; empty if it does not exist."""
     return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
 
 
 def main() -> None:
-    """Print the complaints of one check."""
+    """Print the problems found by one check."""
     check, archive, tree, *tags = sys.argv[1:]
     find = {"files": files, "links": links, "version": version}[check]
     complaints = list(find(Path(archive), Path(tree), tags))

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What each task of a play takes, for bench/provision.py: no part of the collection."""
+"""Record the duration of each task of a play, for bench/provision.py; not a part of the collection."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ short_description: What each task takes
 description: Writes wall and CPU seconds of each task into the file that E(HPC_DB_PROFILE) names, as JSON.
 """
 
-# What runs on the controller alone.
+# Actions that run only on the controller.
 STAY = {
     f"ansible.builtin.{name}" for name in ("assert", "fail", "include_role", "include_tasks", "validate_argument_spec")
 } | {"mala.hpc_db.show"}

@@ -19,7 +19,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import prin
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
-    """Bring a file from the target to this machine, whole or not at all."""
+    """Copy a file from the target to this machine, completely or not at all."""
 
     TRANSFERS_FILES = False
 
@@ -31,17 +31,18 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if self._task.check_mode:
             return dict(result, skipped=True, msg="a file is not fetched in check mode")
         try:
-            # beside it, and for the user alone
+            # in the same folder, with permissions for this user only
             descriptor, partial = tempfile.mkstemp(prefix=f".{dest.name}.", dir=dest.parent)
             os.close(descriptor)
         except OSError as error:
             return dict(result, failed=True, msg=f"dest: {dest.parent}: {error.strerror}")
         try:
-            if dest.exists():  # one that is the same is not brought again
+            if dest.exists():  # an identical file is not transferred again
                 shutil.copyfile(dest, partial)
             fetched = self._fetch(src, partial, task_vars)
             if fetched.get("failed") and "remote_checksum" in fetched:
-                # A shell that prints has come between (.bashrc). A module's answer is told from that.
+                # A shell that prints text (.bashrc) has corrupted the transfer. A module's answer is separated from
+                # such text.
                 fetched = self._slurp(src, partial, fetched["remote_checksum"], task_vars)
             if fetched.get("failed"):
                 return dict(result, failed=True, msg=printable(f"{src}: {fetched.get('msg')}"))

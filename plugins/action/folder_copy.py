@@ -20,18 +20,19 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
 
-# Seconds until the first line about a transfer, and between two.
+# Seconds until the first line about a transfer, and between two lines.
 FIRST_PAUSE = 1.0
 PAUSE = 5.0
 INSTEAD = "or mount the folder instead (tensorboard_method: mount)"
-# The first that tells the progress of a whole transfer.
+# The first version of rsync that reports the progress of a whole transfer.
 OLDEST = (3, 1)
-# Seconds without a byte after which the connection counts as lost.
+# Seconds without any data after which the connection counts as lost.
 SILENCE = 60
-# Files that vanished in between are no failure: jobs go on meanwhile.
+# rsync's exit code if files vanished during the transfer. This is not an error, because jobs continue.
 VANISHED = 24
 
-# python -I -c THIS MARK SSH_COMMAND: ssh without what comes before the mark, since a login shell may print (.bashrc).
+# python -I -c THIS MARK SSH_COMMAND: runs ssh without the output before the mark, since a login shell may print
+# (.bashrc).
 AFTER_MARK = """
 import os, subprocess, sys
 mark, said = sys.argv[1].encode(), b""
@@ -55,14 +56,14 @@ class CopyFailed(Exception):
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
-    """Bring a folder from the target to this machine, and show the progress."""
+    """Copy a folder from the target to this machine, and show the progress."""
 
     TRANSFERS_FILES = False
 
     def run(self, tmp: str | None = None, task_vars: dict | None = None) -> dict[str, Any]:
         result = dict(super().run(tmp, task_vars), changed=False)
         spec = {
-            "src": {"type": "str", "required": True},  # whose ~ would not be this machine's
+            "src": {"type": "str", "required": True},  # type path would expand ~ to this machine's home
             "dest": {"type": "path", "required": True},
             "label": {"type": "str"},
         }
@@ -88,25 +89,26 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         return dict(result, changed=transfer.changed, files=transfer.files, size=transfer.size)
 
     def _ssh(self) -> tuple[list[str], str]:
-        """Return the call of ssh as Ansible's own connection makes it, without a host, and the host."""
+        """Return ssh's call as in Ansible's own connection, without the host, and the host."""
         if self._connection.transport != "ssh":
             raise CopyFailed(f"ansible_connection: {self._connection.transport} brings no folder; allowed is ssh")
         program = self._connection.get_option("ssh_executable")
         words = [to_text(word) for word in self._connection._build_command(program, "ssh")]
-        # The play's own connection is shared if there is one, so that nobody is asked for anything again. A new one is
-        # not kept: it would hold rsync's output open. What sshpass brings comes before the program.
+        # An existing connection of the play is shared, so that the user is not asked for a password again. A new one is
+        # not kept, because it would hold rsync's output open. The arguments of sshpass precede the program and are
+        # dropped.
         alone = ["-o", "ControlMaster=no", "-o", "BatchMode=yes"]
         return [program, *alone, *words[words.index(program) + 1:]], self._connection.get_option("host")
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it that are missing, for the user alone."""
+    """Create a folder, and missing parents, with permissions for this user only."""
     for folder in [*reversed(path.parents), path]:
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def check_rsync() -> None:
-    """Refuse an rsync that is missing here, or too old to tell how far it is."""
+    """Refuse an rsync that is missing on this machine or too old to report its progress."""
     try:
         version = parse_version(subprocess.run(version_command(), capture_output=True, text=True, check=False).stdout)
     except FileNotFoundError:
@@ -120,8 +122,8 @@ def check_rsync() -> None:
 
 
 def copy(command: list[str], say: Callable[[str], None], clock: Any = time) -> Transfer:
-    """Run rsync, say how far it is, and return what it has brought."""
-    # What the user's shell says about rsync is not meant for this one.
+    """Run rsync, show its progress, and return the transfer's totals."""
+    # rsync's variables from the user's shell are not meant for this call.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RSYNC_")}
     start = clock.monotonic()
     next_line = start + FIRST_PAUSE
@@ -131,7 +133,7 @@ def copy(command: list[str], say: Callable[[str], None], clock: Any = time) -> T
         env={**environment, "LC_ALL": "C"}, umask=0o077,
     ) as process:
         try:
-            # By itself read() would wait until it has all that was asked for.
+            # read() would wait until all requested bytes have arrived.
             for chunk in iter(lambda: process.stdout.read1(65536), b""):  # type: ignore[union-attr]
                 *lines, rest = re.split(r"[\r\n]", rest + chunk.decode(errors="replace"))
                 text += lines
@@ -154,12 +156,12 @@ def copy(command: list[str], say: Callable[[str], None], clock: Any = time) -> T
 
 
 def megabytes(size: int) -> str:
-    """Return a size for people."""
+    """Return a size in readable form."""
     return f"{size / 1e6:.1f} MB"
 
 
 def explain(code: int, complaints: str) -> str:
-    """Return why rsync has failed."""
+    """Return the reason of rsync's failure."""
     if code == 127 or re.search("rsync: ([Cc]ommand )?not found", complaints):
         return f"there is no rsync on the cluster: have the package rsync installed there, {INSTEAD}"
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
@@ -167,7 +169,7 @@ def explain(code: int, complaints: str) -> str:
 
 
 class Progress(NamedTuple):
-    """How far a transfer has come."""
+    """The progress of a transfer."""
 
     done: int  # bytes
     percent: int
@@ -175,44 +177,45 @@ class Progress(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """What a transfer has brought, or would bring."""
+    """The totals of a transfer; in check mode, those that it would have."""
 
     files: int
     size: int  # bytes
-    changed: bool  # a folder may be all that is new
+    changed: bool  # true also if only folders are new
 
 
 def version_command() -> list[str]:
-    """Return the call that tells the version."""
+    """Return the call that prints the version."""
     return ["rsync", "--version"]
 
 
 def parse_version(stdout: str) -> tuple[int, int]:
-    """Return major and minor version; that of openrsync is the one it is compatible with."""
+    """Return major and minor version; for openrsync, those of the rsync that it is compatible with."""
     found = re.search(r"rsync\s+version\s+v?(\d+)\.(\d+)", stdout)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def pull_command(ssh: list[str], host: str, source: str, target: str, dry_run: bool) -> list[str]:
-    """Return the call that brings the content of the folder ``source`` of ``host`` into the folder ``target``.
+    """Return the call that copies the contents of ``source`` on ``host`` into the folder ``target``.
 
-    ``ssh`` is the call of ssh without a host. Raise ValueError for a host that could be an option or a path.
+    ``ssh`` is ssh's call without the host. Raise ValueError for a host that could be read as an option or a path.
     """
     mark = uuid.uuid4().hex
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*", host):
-        raise ValueError(f"ansible_host: {host!r} is no host; allowed are letters, digits, '.', '_', '-', ':' and '%'")
+        allowed = "letters, digits, '.', '_', '-', ':' and '%'"
+        raise ValueError(f"ansible_host: {host!r} is not a host; allowed are {allowed}")
     return [
         "rsync",
         "--recursive", "--times",
-        # Links within the folder stay links; what others lead to is copied, since it is not here.
+        # Links within the folder stay links; the targets of other links are copied, because they are missing here.
         "--links", "--copy-unsafe-links",
-        "--inplace",  # a file that is being read here gets longer, instead of becoming another one
-        "-s",  # no shell over there sees the path
-        "--no-inc-recursive", "--info=progress2", "--stats",  # how much it is in all is known from the start
+        "--inplace",  # an open file here grows, instead of being replaced
+        "-s",  # the remote shell does not interpret the path
+        "--no-inc-recursive", "--info=progress2", "--stats",  # the total size is known from the start
         f"--timeout={SILENCE}",
         *(["--dry-run"] if dry_run else []),
         f"--rsh={' '.join(map(quote, after_mark(mark, ssh)))}",
-        f"--rsync-path=printf %s {mark}; exec rsync",  # in any shell
+        f"--rsync-path=printf %s {mark}; exec rsync",  # works in any shell
         "--",
         f"{f'[{host}]' if ':' in host else host}:{source.rstrip('/')}/",
         f"{target.rstrip('/')}/",
@@ -220,23 +223,23 @@ def pull_command(ssh: list[str], host: str, source: str, target: str, dry_run: b
 
 
 def after_mark(mark: str, ssh: list[str]) -> list[str]:
-    """Return the call of ssh that prints only what the remote command prints after the mark."""
+    """Return ssh's call that prints only the remote command's output after the mark."""
     return [sys.executable, "-I", "-c", AFTER_MARK, mark, *ssh]
 
 
 def quote(word: str) -> str:
-    """Return a word of the remote shell's call as rsync reads it: it knows quotes, but no escapes."""
+    """Return a word of the remote shell's call in rsync's syntax, which has quotes but no escapes."""
     return "'" + word.replace("'", "''") + "'" if not word or re.search(r"[\s'\"]", word) else word
 
 
 def parse_progress(line: str) -> Progress | None:
-    """Read a line of --info=progress2, such as `` 1,234,567  45%   30.00MB/s    0:00:08 (xfr#3, to-chk=5/10)``."""
+    """Parse a line of --info=progress2, such as `` 1,234,567  45%   30.00MB/s    0:00:08 (xfr#3, to-chk=5/10)``."""
     found = _PROGRESS.match(line)
     return Progress(_number(found[1]), int(found[2]), found[3]) if found else None
 
 
 def parse_stats(stdout: str) -> Transfer:
-    """Read what --stats prints at the end; raise ValueError if there is nothing."""
+    """Parse the output of --stats; raise ValueError if it is missing."""
 
     def value(title: str) -> int:
         found = re.search(rf"^{title}: ([\d,.]+)", stdout, re.MULTILINE)
@@ -249,5 +252,5 @@ def parse_stats(stdout: str) -> Transfer:
 
 
 def _number(text: str) -> int:
-    """Read a number with separators of thousands."""
+    """Parse a number with thousands separators."""
     return int(re.sub(r"\D", "", text))

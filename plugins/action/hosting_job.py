@@ -9,4 +9,4 @@ from ansible_collections.mala.hpc_db.plugins.plugin_utils.slices import ActionIn
 
 
 class ActionModule(ActionInSlices):
-    """Show what the module waits for."""
+    """Run the module in slices and show the reason of the wait."""

@@ -6,22 +6,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any, Callable
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
-from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import ARGUMENT_SPEC, SCHEDULERS
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import ARGUMENT_SPEC
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 10.0
 SILENCE = 30.0
-# A scheduler may be too busy to answer once or twice.
+# A scheduler may sometimes be too busy to answer; the third failure in a row is an error.
 MISSES = 3
 
 
 class WaitFailed(Exception):
-    """The server will not answer, or not in time."""
+    """The server will not answer, or has not answered in time."""
 
     def __init__(self, message: str, log_tail: list[str] | None = None) -> None:
         super().__init__(message)
@@ -29,17 +31,18 @@ class WaitFailed(Exception):
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
-    """Wait until the hosting job's server answers, and show the progress."""
+    """Wait until the job's server answers, and show the progress."""
 
     TRANSFERS_FILES = False
 
     def run(self, tmp: str | None = None, task_vars: dict | None = None) -> dict[str, Any]:
         result = dict(super().run(tmp, task_vars), changed=False, endpoint=None)
-        params = self.validate_argument_spec(dict(ARGUMENT_SPEC, timeout={"type": "int", "default": 600}))[1]
+        options = {"timeout": {"type": "int", "default": 600}, "job": {"type": "str"}}
+        params = self.validate_argument_spec(dict(ARGUMENT_SPEC, **options))[1]
         if self._task.check_mode:
             return result
-        # Not ``params``, in which a ~ is a home on the controller already.
-        module_args = {key: value for key, value in self._task.args.items() if key != "timeout"}
+        # Not ``params``, in which ~ is already expanded to a home on the controller.
+        module_args = {key: value for key, value in self._task.args.items() if key not in options}
         host = (task_vars or {}).get("inventory_hostname", "")
 
         def look() -> dict:
@@ -52,7 +55,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
         try:
             is_hopeless = SCHEDULERS[params["scheduler"]].is_hopeless
-            result["endpoint"] = wait_for_server(look, say, params["timeout"], is_hopeless)
+            known = {params["job"]} if params["job"] else set()
+            result["endpoint"] = wait_for_server(look, say, params["timeout"], is_hopeless, known=known)
         except WaitFailed as failed:
             result.update(failed=True, msg=printable(f"{params['name']}: {failed}"), log_tail=failed.log_tail)
         return result
@@ -60,12 +64,15 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
 def wait_for_server(
     look: Callable[[], dict], say: Callable[[str], None], timeout: float, is_hopeless: Callable[[str], bool],
-    clock: Any = time,
+    clock: Any = time, known: Iterable[str] = (),
 ) -> dict:
-    """Return the endpoint as soon as the running job serves, or raise WaitFailed."""
+    """Return the endpoint as soon as the running job's server answers, or raise WaitFailed.
+
+    ``known`` are ids of jobs that may have ended before the wait.
+    """
     start = clock.monotonic()
     pause, misses, said, said_at = FIRST_PAUSE, 0, "", start
-    seen: set[str] = set()
+    seen = set(known)
     while True:
         found = look()
         waited = clock.monotonic() - start
@@ -96,18 +103,18 @@ def wait_for_server(
 
 
 def why_hopeless(found: dict, seen: set, is_hopeless: Callable[[str], bool]) -> str | None:
-    """Return why waiting is of no use. ``seen`` are the ids of the jobs that were there while waiting."""
+    """Return why further waiting is pointless, or None. ``seen`` are the ids of the jobs found during the wait."""
     job, state = found["job"], found["state"] or {}
-    # What an earlier job wrote says nothing, nor what this one wrote before it was queued again.
+    # Ignore the state of an earlier job, and this job's state from before it was requeued.
     own = state.get("job") in seen and not (job and job["state"] == "PENDING")
     if own and state.get("state") == "failed":
         return f"failed: {state.get('reason')}"
     if not job:
         last_words = f" ({state.get('reason')})" if own else ""
-        return f"no such job is in the queue{last_words}; its log may tell why"
+        return f"the job is not in the queue{last_words}; its log may show the reason"
     if job["state"] == "PENDING" and is_hopeless(job["reason"]):
         return (
-            f"job {job['id']} can never start as it is ({job['reason']}); "
+            f"job {job['id']} can never start with these options ({job['reason']}); "
             "stop it with playbooks/stop.yml, change server_job_options and start again"
         )
     return None

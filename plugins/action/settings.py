@@ -21,6 +21,7 @@ from ansible.module_utils.common.yaml import yaml_load
 from ansible.module_utils.parsing.convert_bool import BOOLEANS_FALSE, BOOLEANS_TRUE
 from ansible.plugins.action import ActionBase
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.plugin_utils.rules import RULES, broken
 
 ROLES = Path(__file__).parents[2] / "roles"
 ALLOWED = {
@@ -28,41 +29,43 @@ ALLOWED = {
     "dict": "names with values, such as {partition: work}",
     "int": "a whole number",
     "list": "a list, such as [a, b]",
-    "str": "text, in quotes if YAML takes it for something else",
+    "str": "text, in quotes if YAML reads it as another type",
 }
 EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
-# What comes after another dot is a part of something, and may be called as a setting is.
-READ = re.compile(r"(?<![\w.])(?:__settings\.)?(\w+)")
+# A name after another dot is an attribute or key, which may have the same name as a setting.
+READ = re.compile(r"(?<![\w.])(?:hpc_db\.)?(\w+)")
 QUOTED = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""")
 
 
 class Refused(ValueError):
-    """A value is not what its setting takes."""
+    """A setting's value is not allowed."""
 
 
 class Unknown(Refused):
-    """A template reads a setting that is not there."""
+    """A template reads an undefined setting."""
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
-    """Return the settings of this host as their types have them."""
+    """Return the settings of this host, converted to their types."""
 
     TRANSFERS_FILES = False
     _requires_connection = False
 
     def run(self, tmp: str | None = None, task_vars: dict | None = None) -> dict[str, Any]:
         result = super().run(tmp, task_vars)
-        self.validate_argument_spec({})
+        roles = {"type": "list", "elements": "str", "choices": list(RULES), "default": []}
+        _validated, given = self.validate_argument_spec({"roles": roles})
 
         try:
             found = find_settings(task_vars or {}, self._templar, self._loader)
+            check_rules(given["roles"], found)
         except Refused as refused:
             return dict(result, failed=True, msg=one_line(refused))
-        return dict(result, changed=False, _ansible_verbose_override=True, **found)  # some hold passwords
+        return dict(result, changed=False, _ansible_verbose_override=True, **found)  # some settings contain passwords
 
 
 def find_settings(variables: Mapping[str, Any], templar: Any, loader: Any) -> dict[str, Any]:
-    """Return the settings as the play's variables have them, with Ansible's templar and loader."""
+    """Return the settings from the play's variables, with Ansible's templar and loader."""
     options = options_of_roles()
     here = roles_in(variables, options)
 
@@ -71,13 +74,20 @@ def find_settings(variables: Mapping[str, Any], templar: Any, loader: Any) -> di
 
     try:
         return read_settings(variables, options, here, templar.is_template, evaluate)
-    except Unknown:  # it has its default in a role that is not in this play; to read them all takes its time
+    except Unknown:  # its default is in a role outside of this play; only now, because reading all roles takes time
         every = {**variables_of_roles(loader), **variables}
         return read_settings(every, options, here, templar.is_template, evaluate, has_every_role=True)
 
 
+def check_rules(roles: list[str], settings: Mapping[str, Any]) -> None:
+    """Raise Refused with all errors if settings break these roles' rules."""
+    wrong = broken(roles, settings)
+    if wrong:
+        raise Refused("; ".join(wrong))
+
+
 def roles_in(variables: Mapping[str, Any], options: Mapping[str, dict]) -> set[str]:
-    """Return the roles in the play: those whose defaults are all there."""
+    """Return the roles in the play: those whose defaults are all defined."""
     absent = {
         option["role"] for name, option in options.items()
         if "default" in option and name.startswith(option["role"]) and name not in variables
@@ -87,7 +97,7 @@ def roles_in(variables: Mapping[str, Any], options: Mapping[str, dict]) -> set[s
 
 def variables_of_roles(loader: Any, roles: Path = ROLES) -> dict[str, Any]:
     """Return defaults and variables of all roles."""
-    # For newer Ansibles only what is from a file of ours is a template.
+    # Newer Ansibles evaluate templates only from files that are marked as trusted.
     trusting = {"trusted_as_template": True} if hasattr(template, "trust_as_template") else {}
     found: dict[str, Any] = {}
     for path in sorted([*roles.glob("*/defaults/main.yml"), *roles.glob("*/vars/main.yml")]):
@@ -96,7 +106,7 @@ def variables_of_roles(loader: Any, roles: Path = ROLES) -> dict[str, Any]:
 
 
 def options_of_roles(roles: Path = ROLES) -> dict[str, dict]:
-    """Return what the roles document of each setting, and which one does; the entry point ``main`` counts first."""
+    """Return the documented options and the role of each setting; the first entry point that documents it counts."""
     options: dict[str, dict] = {}
     for path in sorted(roles.glob("*/meta/argument_specs.yml")):
         for entry_point in yaml_load(path.read_text(encoding="utf-8"))["argument_specs"].values():
@@ -109,10 +119,11 @@ def read_settings(
     variables: Mapping[str, Any], options: Mapping[str, dict], here: set[str], is_template: Callable[[Any], bool],
     evaluate: Callable[[Any, Mapping[str, Any]], Any], has_every_role: bool = False,
 ) -> dict[str, Any]:
-    """Return every setting as its type has it, and ``None`` for one that is not given and has no default here.
+    """Return all settings, converted to their types; ``None`` for a setting without value and default.
 
-    A template is evaluated after the settings that it reads; ``evaluate`` takes it and all variables. What it needs may
-    be given for some playbooks only, so that of a role that is not ``here`` may fail.
+    A template is evaluated after the settings that it reads; ``evaluate`` takes the template and all variables. The
+    settings that it needs may be given for some playbooks only, so the template of a role that is not ``here`` may
+    fail.
     """
     defaults = {name: option["default"] for name, option in options.items() if "default" in option}
     given = {name: value for name, value in defaults.items() if "{{" not in str(value)}
@@ -122,7 +133,7 @@ def read_settings(
 
     def settle(name: str, before: tuple[str, ...] = ()) -> None:
         if name in before:
-            raise Refused(f"{name}: {shown(given[name])} is not allowed; it follows from itself")
+            raise Refused(f"{name}: {shown(given[name])} is not allowed; it refers to itself")
         if name not in given and not has_every_role:
             raise Unknown(f"{before[-1]}: {name} is not known")
         if name in settings or name not in given:
@@ -130,7 +141,7 @@ def read_settings(
         for other in sorted(read_by(given[name], variables, options, is_template)):
             settle(other, (*before, name))
         try:
-            found = evaluate(given[name], {**variables, **settings, "__settings": settings})
+            found = evaluate(given[name], {**variables, **settings, "hpc_db": settings})
         except AnsibleError as error:
             if options[name]["role"] not in here:
                 return
@@ -145,7 +156,7 @@ def read_settings(
 def read_by(
     value: Any, variables: Mapping[str, Any], options: Mapping[str, dict], is_template: Callable[[Any], bool]
 ) -> set[str]:
-    """Return the settings that a template may read, by way of other variables too."""
+    """Return the settings that a template may read, directly or through other variables."""
     found: set[str] = set()
     seen = {"hostvars", "vars"}
     texts = [str(value)]
@@ -161,7 +172,7 @@ def read_by(
 
 
 def take_all(given: Mapping[str, Any], options: Mapping[str, dict]) -> dict[str, Any]:
-    """Return values as their settings' types have them; raise Refused with all that are wrong."""
+    """Return values converted to their settings' types; raise Refused with all errors."""
     settings, wrong = {}, []
     for name, value in given.items():
         try:
@@ -174,7 +185,7 @@ def take_all(given: Mapping[str, Any], options: Mapping[str, dict]) -> dict[str,
 
 
 def decrypted(value: Any) -> Any:
-    """Return a value with text in the place of what ansible-vault has encrypted, which is of a type of its own."""
+    """Return a value with its decrypted texts: ansible-vault's values have their own type."""
     if isinstance(value, Mapping):
         return {name: decrypted(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -183,7 +194,7 @@ def decrypted(value: Any) -> Any:
 
 
 def typed(value: Any, option: Mapping[str, Any], path: str) -> Any:
-    """Return a value as a type has it, whether it is given as text, in YAML or as JSON."""
+    """Return a value converted to a type, whether given as text, in YAML or as JSON."""
     kind = option["type"]
     try:
         found = TYPES[kind](value)
@@ -200,7 +211,7 @@ def typed(value: Any, option: Mapping[str, Any], path: str) -> Any:
 
 
 def typed_entries(given: Mapping[str, Any], options: Mapping[str, dict], path: str) -> dict[str, Any]:
-    """Return a dictionary's values as their types have them, with defaults."""
+    """Return a dictionary's values converted to their types, with defaults."""
     for key in given:
         if key not in options:
             raise Refused(f"{path}: {shown(key)} is not allowed; {', '.join(options)}")
@@ -212,12 +223,12 @@ def typed_entries(given: Mapping[str, Any], options: Mapping[str, dict], path: s
 
 
 def shown(value: Any) -> str:
-    """Return a value as a person writes it."""
+    """Return a value as a user would write it."""
     return "nothing" if value is None or value == "" else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_bool(value: Any) -> bool:
-    """Return true or false."""
+    """Convert to true or false."""
     word = value.strip().lower() if isinstance(value, str) else value
     if not isinstance(word, (str, int, float)) or word not in BOOLEANS_TRUE | BOOLEANS_FALSE:
         raise ValueError
@@ -225,7 +236,7 @@ def to_bool(value: Any) -> bool:
 
 
 def to_int(value: Any) -> int:
-    """Return a whole number. Text with a leading zero would be an octal number in YAML."""
+    """Convert to a whole number. Text with a leading zero is refused, because in YAML it would be an octal number."""
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?(0|[1-9][0-9]*)(\.0+)?\s*", value):
         return int(value.partition(".")[0])
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value % 1:
@@ -234,7 +245,7 @@ def to_int(value: Any) -> int:
 
 
 def to_str(value: Any) -> str:
-    """Return text. What YAML has made of yes, of 1.10 or of a time is not what was written."""
+    """Convert to text. Values that YAML has converted, from yes, 1.10 or a time, are refused: their text is lost."""
     if value is None:
         return ""
     if isinstance(value, (bool, datetime.datetime)) or not isinstance(value, (str, int, datetime.date)):
@@ -243,7 +254,7 @@ def to_str(value: Any) -> str:
 
 
 def to_list(value: Any) -> list:
-    """Return a list; that of a text has its parts between commas, unless it is written as a list."""
+    """Convert to a list; text is split at commas unless it is written as a list."""
     if value is None or value == "":
         return []
     if isinstance(value, str):
@@ -256,7 +267,7 @@ def to_list(value: Any) -> list:
 
 
 def to_dict(value: Any) -> dict:
-    """Return a dictionary; that of a text may be written as ``name=value,name=value``."""
+    """Convert to a dictionary; text may have the form ``name=value,name=value``."""
     if value is None or value == "":
         return {}
     if isinstance(value, str):
@@ -270,7 +281,7 @@ def to_dict(value: Any) -> dict:
 
 
 def parsed(text: str, kind: type) -> Any:
-    """Return what a text holds as JSON or YAML."""
+    """Parse a text as JSON or YAML."""
     try:
         found = json.loads(text)
     except ValueError:

@@ -13,7 +13,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import prin
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
-    """Print a text as it is."""
+    """Print a text unchanged, except for control characters."""
 
     TRANSFERS_FILES = False
     _requires_connection = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class ModuleDocFragment:
-    """What check mode and diff mode mean; a module says only how far it supports them."""
+    """The meaning of check mode and diff mode; each module documents only its support."""
 
     DOCUMENTATION = r"""
 options: {}

@@ -7,32 +7,37 @@ from __future__ import annotations
 
 
 class ModuleDocFragment:
-    """The options with which a module reaches the instance's PostgreSQL."""
+    """Options for the connection to the instance's PostgreSQL."""
 
     DOCUMENTATION = r"""
 options:
   host:
-    description: The server's host name, or the folder of its unix socket.
+    description: Host name of the server, or folder of its unix socket.
     type: str
     required: true
   port:
-    description: The server's port.
+    description: Port of the server.
     type: int
     required: true
   user:
-    description: The role to connect as.
+    description: PostgreSQL role to connect as.
     type: str
     required: true
   passfile:
-    description: The libpq password file on the target, mode 0600. Its content never leaves the target.
+    description: Password file of libpq on the target, mode 0600. Its content never leaves the target.
     type: path
     required: true
   tls:
     description:
-      - Whether the server has TLS, which over the network is then required, with channel binding.
-      - Without it passwords are sent by SCRAM only, but somebody who holds the server's port may relay the login.
+      - Require TLS with channel binding for connections over the network.
+      - If V(false), passwords are only sent with SCRAM, but a rogue server on the same port could relay the login.
     type: bool
     default: true
+attributes:
+  action_group:
+    description: Use C(group/mala.hpc_db.postgresql) in C(module_defaults) to set these options for several tasks.
+    support: full
+    membership: [mala.hpc_db.postgresql]
 requirements:
   - psycopg2
 """

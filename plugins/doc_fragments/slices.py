@@ -7,17 +7,17 @@ from __future__ import annotations
 
 
 class ModuleDocFragment:
-    """The options of a module that waits in slices."""
+    """Options of a module that waits in slices."""
 
     DOCUMENTATION = r"""
 options:
   slice:
     description:
-      - Return after this many seconds with what is waited for, in C(waiting); without it, at the end.
-      - The action of this name sets it, shows that, and calls the module again.
+      - Return after this many seconds with the current state in C(waiting). If not set, return at the end.
+      - The action plugin of the same name sets it, shows the state, and calls the module again.
     type: int
   resume:
-    description: What an earlier slice has returned; set by the action.
+    description: Result of the previous slice. The action plugin sets it.
     type: dict
     default: {}
 """

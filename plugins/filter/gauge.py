@@ -7,40 +7,40 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: gauge
-short_description: A part of a whole as a bar of plain characters
+short_description: Bar of ASCII characters for a part of a whole
 version_added: 0.1.0
 description:
-  - Draws with ASCII only, so that the bar is the same on a screen, in a log and in any locale.
-  - Whatever is not nothing has one character at least, and the bar is full only if nothing is missing.
+  - Uses only ASCII, so that the bar looks the same on a screen, in a log and in any locale.
+  - Every part above zero has at least one character, and the bar is full only if the whole is reached.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: The part as a number, or several parts as a dictionary of their numbers, each by its character.
+    description: The part as a number, or several parts as a dictionary that maps each part's character to its number.
     type: raw
     required: true
   total:
-    description: The whole. With nothing in it, the bar is empty.
+    description: The whole. If it is 0, the bar is empty.
     type: float
     required: true
   width:
-    description: How many characters stand for the whole.
+    description: Number of characters for the whole.
     type: int
     default: 20
 """
 
 EXAMPLES = r"""
-- name: Show how many connections are used
+- name: Print the share of used connections
   ansible.builtin.debug:
     msg: "{{ 55 | mala.hpc_db.gauge(100) }}"  # [###########---------]
 
-- name: Show trials by state
+- name: Print trials by state
   ansible.builtin.debug:
     msg: "{{ {'#': 30, '>': 9, 'x': 1} | mala.hpc_db.gauge(40) }}"  # [###############>>>>x]
 """
 
 RETURN = r"""
 _value:
-  description: The bar, in brackets.
+  description: Bar in brackets.
   type: str
 """
 
@@ -48,7 +48,7 @@ EMPTY = "-"
 
 
 def gauge(parts: float | dict[str, float], total: float, width: int = 20) -> str:
-    """Return the bar."""
+    """Return the bar as text."""
     counts = parts if isinstance(parts, dict) else {"#": parts}
     counts = {mark: min(count, total) for mark, count in counts.items() if count > 0 and total > 0}
     cells = {mark: max(1, round(width * count / total)) for mark, count in counts.items()}

@@ -7,49 +7,39 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: megabytes
-short_description: A memory as Slurm or PostgreSQL writes it, in megabytes
+short_description: Convert a memory size of Slurm or PostgreSQL into megabytes
 version_added: 0.1.0
 description:
-  - Returns whole megabytes, rounded down; 0 for what is no memory.
+  - Returns whole megabytes, rounded down. Returns 0 if the text is not a memory size.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: A number with K, M, G or T, such as V(16G) or V(128 MB), or without.
+    description: Number with or without K, M, G or T, such as V(16G) or V(128 MB).
     type: str
     required: true
   bare:
-    description: The kilobytes that a number without a letter counts.
+    description: Unit of a number without a letter, in kilobytes.
     type: int
     default: 1024
 """
 
 EXAMPLES = r"""
-- name: Show how much the job has
+- name: Print the memory of the job
   ansible.builtin.debug:
     msg: "{{ '16G' | mala.hpc_db.megabytes }} MB"
 
-- name: Show what PostgreSQL makes of a number of its blocks
+- name: Print the size of a number of PostgreSQL's blocks
   ansible.builtin.debug:
     msg: "{{ 16384 | mala.hpc_db.megabytes(8) }} MB"
 """
 
 RETURN = r"""
 _value:
-  description: The megabytes.
+  description: Size in megabytes.
   type: int
 """
 
-import re
-
-KILOBYTES = {"k": 1, "m": 1024, "g": 1024**2, "t": 1024**3}
-
-
-def megabytes(memory: str | int, bare: int = 1024) -> int:
-    """Return the megabytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])b?)?", str(memory).strip(), re.ASCII | re.IGNORECASE)
-    if not found:
-        return 0
-    return int(float(found[1]) * (KILOBYTES[found[2].lower()] if found[2] else bare) / 1024)
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import megabytes
 
 
 class FilterModule:

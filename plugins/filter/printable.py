@@ -7,28 +7,28 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: printable
-short_description: Text that stays on its line, and that a terminal only shows
+short_description: Escape control characters in text
 version_added: 0.1.0
 description:
-  - Writes each character that cannot be printed as an escape sequence, such as C(\n), C(\x1b) or C(\u202e).
-  - For whatever a cluster says, in a comment or in a page for people.
+  - Replaces each unprintable character by an escape sequence, such as C(\n), C(\x1b) or C(\u202e).
+  - Intended for text from a cluster that is written into a comment or shown to people.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: A text, or lists and dictionaries with texts in them.
+    description: Text, or lists and dictionaries that contain text.
     type: raw
     required: true
 """
 
 EXAMPLES = r"""
-- name: Show a host's name
+- name: Print a host's name
   ansible.builtin.debug:
     msg: "# {{ found.host | mala.hpc_db.printable }}"
 """
 
 RETURN = r"""
 _value:
-  description: The same, with each text in one line. What is no text stays as it is.
+  description: The input with each text on one line. Other values are unchanged.
   type: raw
 """
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: shell_path
-short_description: A path as one word of a shell script
+short_description: Quote a path as one word of a shell script
 version_added: 0.1.0
 description:
-  - Quotes the path. C(~/) at its beginning stays the home directory of the user who runs the script.
+  - Quotes the path. A leading C(~/) still expands to the home directory of the user who runs the script.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: The path, or the name of a program.
+    description: Path, or name of a program.
     type: str
     required: true
 """
@@ -29,7 +29,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: The word.
+  description: Quoted word.
   type: str
 """
 
@@ -37,7 +37,7 @@ import shlex
 
 
 def shell_path(path: str) -> str:
-    """Return the word."""
+    """Return the quoted path."""
     return f'"$HOME"{shlex.quote(path[1:])}' if path.startswith("~/") else shlex.quote(path)
 
 

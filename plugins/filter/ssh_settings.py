@@ -7,22 +7,22 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: ssh_settings
-short_description: What an inventory says of the connection to a host
+short_description: Read the inventory's connection settings of a host
 version_added: 0.1.0
 description:
-  - Gathers the settings of Ansible's own ssh connection, under whichever of their names they are given, for whatever
-    else on the workstation connects to that host.
-  - In a task that runs on the workstation these are the host's only in C(hostvars).
+  - Collects the settings of Ansible's ssh connection under any of their names, for other programs on the workstation
+    that connect to the same host.
+  - In a task that runs on the workstation, only C(hostvars) contains the host's own settings.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: The host's variables, C(hostvars[inventory_hostname]).
+    description: Variables of the host, C(hostvars[inventory_hostname]).
     type: dict
     required: true
 """
 
 EXAMPLES = r"""
-- name: Show how the host is reached
+- name: Print the connection settings
   ansible.builtin.debug:
     msg: "{{ hostvars[inventory_hostname] | mala.hpc_db.ssh_settings }}"
 """
@@ -30,8 +30,9 @@ EXAMPLES = r"""
 RETURN = r"""
 _value:
   description:
-    - C(local), whether it is this machine, without ssh; C(program), the ssh to call; C(host), its name or address.
-    - C(user), C(port) and C(identity_file), each V(null) where ssh is to choose; C(arguments), further ones, in one
+    - C(local) is true if the host is this machine, without ssh. C(program) is the ssh program, and C(host) is the name
+      or address of the host.
+    - C(user), C(port) and C(identity_file) are V(null) if ssh decides. C(arguments) are additional arguments in one
       line.
   type: dict
 """
@@ -43,7 +44,7 @@ ARGUMENTS = ("ansible_ssh_args", "ansible_ssh_common_args", "ansible_ssh_extra_a
 
 
 def ssh_settings(variables: Mapping) -> dict:
-    """Return the settings by what they are."""
+    """Return the connection settings under names independent of Ansible's aliases."""
 
     def given(*names: str) -> object:
         return next((variables[name] for name in names if variables.get(name) not in (None, "")), None)

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: yaml_value
-short_description: A value in an inventory that is data, whoever said it
+short_description: Write an untrusted value into a YAML inventory
 version_added: 0.1.0
 description:
-  - Quotes a value for a YAML file that Ansible reads later, where it stays the same value.
-  - Refuses a text that cannot be printed, and one that Ansible would evaluate as a template.
+  - Quotes a value for a YAML file, so that Ansible later reads the same value.
+  - Refuses text with unprintable characters, and text that Ansible would evaluate as a template.
 author: mala.hpc_db contributors (@mala-project)
 options:
   _input:
-    description: The value.
+    description: Value to write.
     type: raw
     required: true
   setting:
-    description: The setting's name, for the message.
+    description: Name of the setting, for error messages.
     type: str
     required: true
 """
@@ -33,7 +33,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: The value in YAML, in one line.
+  description: Value as one line of YAML.
   type: str
 """
 
@@ -44,7 +44,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import yaml
 
 
 def yaml_value(value: Any, setting: str) -> str:
-    """Return the value in YAML."""
+    """Return the value as YAML; raise AnsibleFilterError if it cannot be written safely."""
     try:
         return yaml_data(value, setting)
     except ValueError as error:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: control_folder
-short_description: A folder for ssh's control sockets whose path is short enough
+short_description: Folder with a sufficiently short path for ssh's control sockets
 version_added: 0.1.0
 description:
-  - Ansible keeps one connection to each host open, by a socket in a folder. A socket's path is short, and with a long
-    home directory ssh refuses every connection (C(ControlPath too long)).
+  - Ansible shares one open connection per host through a socket in a folder. The length of a socket's path is limited.
+    If the home directory's path is too long, ssh refuses every connection (C(ControlPath too long)).
   - Returns the folder that Ansible is configured to use (C(control_path_dir), by default C(~/.ansible/cp)) if its path
-    is short enough. Else it makes one that is nobody else's, in E(XDG_RUNTIME_DIR) or in C(/tmp), and returns that.
+    is short enough. Otherwise creates and returns a private folder in E(XDG_RUNTIME_DIR) or C(/tmp).
 author: mala.hpc_db contributors (@mala-project)
 options:
   _terms:
@@ -30,7 +30,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _raw:
-  description: The folder's path.
+  description: Path of the folder.
   type: list
   elements: str
 """
@@ -44,16 +44,17 @@ from ansible.errors import AnsibleLookupError
 from ansible.plugins.loader import connection_loader
 from ansible.plugins.lookup import LookupBase
 
-# A socket's path has 103 bytes on macOS, 107 on Linux. Ansible adds a slash and 10 digits, ssh a dot and 16 letters.
+# A socket's path has at most 103 bytes on macOS and 107 on Linux. Ansible adds a slash and 10 digits, ssh a dot and 16
+# letters.
 LONGEST = 103 - 11 - 17
 FALLBACK = "/tmp"
 
 
 def short_folder(configured: str, runtime: str, fallback: str = FALLBACK) -> str:
-    """Return the configured folder, or a shorter one below another; raise OSError if there is none."""
+    """Return the configured folder, or a shorter one below another folder; raise OSError if that is impossible."""
     if fits(os.path.expanduser(configured)):
         return configured
-    # What the variable says may be of another user, after su.
+    # After su, the variable may contain another user's folder.
     with contextlib.suppress(OSError):
         if runtime and fits(folder := own_folder(runtime)):
             return folder
@@ -65,7 +66,7 @@ def fits(folder: str) -> bool:
 
 
 def own_folder(parent: str) -> str:
-    """Return a folder there that is nobody else's: whoever has the socket is us on the other machine."""
+    """Return a private folder there: access to the socket in it is access to our account on the other machine."""
     about = os.stat(parent)
     if about.st_uid != os.geteuid() and not about.st_mode & stat.S_ISVTX:
         raise PermissionError(f"{parent} is not this user's")
@@ -82,8 +83,8 @@ class LookupModule(LookupBase):  # type: ignore[misc]
     """Finds the folder for the user who runs Ansible."""
 
     def run(self, terms: list, variables: dict | None = None, **kwargs: object) -> list[str]:
-        """Return it."""
-        # What is configured is known once the plugin is.
+        """Return a list with the folder."""
+        # The setting is known only once the plugin is loaded.
         connection_loader.get("ssh", class_only=True)
         configured = constants.config.get_config_value("control_path_dir", plugin_type="connection", plugin_name="ssh")
         try:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: unfilled
-short_description: Settings of an inventory that are still to be filled in
+short_description: Settings of an inventory that are not filled in yet
 version_added: 0.1.0
 description:
-  - Finds the settings of this host that still say V(FILL_IN), as the inventories that come with the collection do
-    where only you know the value.
-  - Each is named with the inventory's file and line, and with the comment on that line.
+  - Finds the settings of this host whose value is still V(FILL_IN). The inventories of this collection contain it where
+    only the user knows the value.
+  - Each setting is returned with the inventory's file and line, and with the comment on that line.
 author: mala.hpc_db contributors (@mala-project)
 options: {}
 """
 
 EXAMPLES = r"""
-- name: Refuse an inventory that is not complete
+- name: Check that the inventory is complete
   ansible.builtin.assert:
     that: query('mala.hpc_db.unfilled') | length == 0
     fail_msg: "{{ query('mala.hpc_db.unfilled') | join('; ') }}"
@@ -26,7 +26,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _raw:
-  description: A sentence for each.
+  description: One sentence for each setting.
   type: list
   elements: str
 """
@@ -40,19 +40,19 @@ from typing import Any
 from ansible.plugins.lookup import LookupBase
 
 MARK = "FILL_IN"
-# What Ansible itself adds to the settings of a host: other words for two of them, and those of other hosts.
+# Variables that Ansible adds to a host's settings: aliases of two settings, and the settings of other hosts.
 NOT_SETTINGS = ("ansible_ssh_host", "ansible_ssh_user", "groups", "hostvars", "vars")
 
 
 def unfilled(variables: Mapping) -> list[str]:
-    """Return a sentence for each setting that is still to be filled in."""
+    """Return a sentence for each setting that is not filled in yet."""
     inventory = Path(variables.get("inventory_dir") or ".")
     found = sorted(path for name in variables if name not in NOT_SETTINGS for path in marked(variables[name], name))
-    return [f"{path}: {MARK} is to be replaced by your own value, {locate(inventory, path)}" for path in found]
+    return [f"{path}: {MARK} must be replaced by your own value, {locate(inventory, path)}" for path in found]
 
 
 def marked(value: Any, path: str) -> Iterator[str]:
-    """Yield where in a value the mark is, such as ``server_job_options.account``."""
+    """Yield the places of the mark in a value, such as ``server_job_options.account``."""
     if isinstance(value, str):
         if MARK in value:
             yield path
@@ -65,7 +65,7 @@ def marked(value: Any, path: str) -> Iterator[str]:
 
 
 def locate(inventory: Path, path: str) -> str:
-    """Return the file and the line of the inventory that has the setting, and the comment there."""
+    """Return the inventory's file and line with the setting, and the comment on that line."""
     key = re.sub(r"\[\d+\]", "", path).rpartition(".")[2]
     line_of = re.compile(rf"\s*(?:- )?{re.escape(key)}:[^#]*{MARK}[^#]*(?:#\s*(?P<comment>.*))?")
     for file in sorted([*inventory.glob("*.yml"), *inventory.glob("*_vars/**/*.yml")]):
@@ -79,7 +79,7 @@ def locate(inventory: Path, path: str) -> str:
 
 
 class LookupModule(LookupBase):  # type: ignore[misc]
-    """The settings of the host at hand."""
+    """The incomplete settings of the current host."""
 
     def run(self, terms: list, variables: Mapping | None = None, **kwargs: Any) -> list[str]:
         return unfilled(variables or {})

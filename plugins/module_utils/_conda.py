@@ -2,74 +2,63 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What an environment holds, what is wanted of it, and how clients are told and answer.
+"""Installed packages, wanted packages, and the calls and answers of clients.
 
-A client is conda, mamba, micromamba or the rattler helper. Each is an argument list that answers in JSON.
+A client is conda, mamba, micromamba or the rattler helper. Each is an argument list whose answer is JSON.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import operator
 import re
 import shlex
 import textwrap
 from contextlib import suppress
-from itertools import zip_longest
 from typing import NamedTuple
 
 SPEC_FORMS = "name, name=17, name=17.*, name==17.2, name>=17,<18, name=17.2=build"
-# The return code of a search whose "module load" failed.
+# Return code of a search whose "module load" failed.
 LOAD_FAILED = 97
 
-_VERSION = r"\w[\w.!+]*?"
-_NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]*")
-_EQUAL = re.compile(
-    rf"=(?:=(?P<exact>{_VERSION})|(?P<begin>{_VERSION})(?P<star>\.\*)?|\*)(?:=(?P<build>[\w.*]+))?"
+_VERSION = r"\w[\w.!+]*"
+_LIMIT = rf"(?:[<>]=?|!=){_VERSION}"
+_SPEC = re.compile(
+    r"(?P<name>[a-z0-9_][a-z0-9_.-]*)"
+    rf"(?:(?:=={_VERSION}|={_VERSION}(?:\.\*)?|=\*)(?:=[\w.*]+)?|{_LIMIT}(?:,{_LIMIT})*)?",
+    re.ASCII | re.IGNORECASE,
 )
-_BOUND = re.compile(rf"(?P<sign>[<>]=?|!=)(?P<version>{_VERSION})")
 
-# The setting to blame, by what is in the name of a client's error. Errors not listed are the client's own trouble.
+# The setting to blame, by the name of a client's error. All other errors are problems of the client itself.
 _BLAME = {
     "specs": r"Packages?NotFound|Unsatisfiable|InvalidMatchSpec|SolverError",
     "channels": r"Channel|HTTP|SSL|Proxy|Gateway|Checksum|Connect|ChunkedEncoding|Timeout|PathNotFound|EOF|Archive",
     "lock": r"ValidatePackageRecords",
-    "": r"^(Import|ModuleNotFound)Error$",  # the one that names the client
+    "": r"^(Import|ModuleNotFound)Error$",  # the setting that names the client
 }
-# What is blamed while no file of an environment is touched yet. Rattler links some packages while it fetches others.
+# Settings to blame before any file of an environment is changed. Rattler links some packages while it downloads others.
 BEFORE_LINKING = {
     "rattler": ("specs", "lock", "rattler_python"),
-    "conda": ("specs", "lock", "client", "channels", "package_cache"),
+    "conda": ("specs", "lock", "client", "channels", "cache"),
 }
-# A package in conda's cache that is not all there.
+# An incomplete package in conda's cache.
 _DAMAGED = re.compile(r"located at (/.+?)\s+appears to be corrupted")
 _FETCHING = re.compile(
     r"failed to fetch|failed to download|download error|incorrect download|transfer finalized|https?://", re.IGNORECASE
 )
-# What a channel answers for good. All else may be better in a moment.
+# Permanent errors of a channel. All other errors may be temporary.
 _FINAL = re.compile(r"\b40[0134]\b|\b410\b|could not find subdir|certificate", re.IGNORECASE)
-# What conda adds to a problem. Between and after these lines may be why a connection failed.
+# Text that conda adds to an error. The reason of a failed connection may stand between and after these lines.
 _ADVICE = re.compile(
     r"\s+(?:Elapsed: .*|CF-RAY: .*|An HTTP error occurred when .*|HTTP errors are often .*"
     r"|If your current network has .*\n.*|Current channels:[\s\S]*)"
 )
 _SECRET = re.compile(r"(://)[^/\s]+(?=@)|(https?://\S*?/t/)[^/\s]+")
-# What is asked of the host, in the words of rattler and libmamba, or of conda's classic solver.
+# A requirement on the host, as rattler and libmamba or conda's classic solver print it.
 _HOST_NEED = re.compile(r"__(?P<name>\w+)(?:\[version=')?\s*(?P<bounds>[<>]=?[\w.]+(?:,[<>]=?[\w.]+)*)")
-
-_COMPARE = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
 
 
 class CondaError(Exception):
-    """One line for the user: the setting, what it was, what is allowed."""
+    """One line for the user: the setting, its value, and the allowed values."""
 
 
 class Package(NamedTuple):
@@ -79,24 +68,19 @@ class Package(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What is wanted of one package. ``bounds`` pair a sign with a version; ``=`` is any that begins so."""
+    """A wanted package: its name in lower case, and the spec without spaces as clients get it."""
 
     text: str
     name: str
-    bounds: tuple[tuple[str, str], ...]
-    build: str
-
-    @property
-    def canonical(self) -> str:
-        """Return the form that the strictest parser takes, rattler's."""
-        bounds = ",".join(f"{version}.*" if sign == "=" else sign + version for sign, version in self.bounds)
-        return f"{self.name} {bounds or '*'} {self.build or '*'}"
 
 
 class Answer(NamedTuple):
-    """What a client said: all packages that it leaves there, or the problem and the setting to blame.
+    """A client's answer: all packages present after its actions, or the problem and the setting to blame.
 
-    ``links`` are its own words on those that come, enough for a lock file if it is the rattler helper.
+    Without output there are neither packages nor a problem.
+
+    ``links`` describe the packages to be added in the client's own words; those of the rattler helper suffice for a
+    lock file.
     """
 
     packages: dict[str, Package]
@@ -106,106 +90,46 @@ class Answer(NamedTuple):
 
 
 def parse_spec(text: str) -> Spec:
+    """Return the spec; raise CondaError unless it has one of SPEC_FORMS. Only clients compare versions with it."""
     squeezed = re.sub(r"\s*([=<>!,])\s*", r"\1", text.strip())
-    name = _NAME.match(squeezed.lower())
-    rest = squeezed[name.end() :] if name else ""
-    bounds = [_BOUND.fullmatch(bound) for bound in rest.split(",")] if rest else []
-    equal = _EQUAL.fullmatch(rest)
-    if not name or not (equal or all(bounds)):
-        raise CondaError(f"specs: {text!r} is not understood; write it as one of {SPEC_FORMS}")
-    if equal:
-        version, build = equal["exact"] or equal["begin"], equal["build"] or ""
-        is_exact = equal["exact"] or (build and not equal["star"])  # a build makes it exact, as in conda
-        pairs = [("==" if is_exact else "=", version)] if version else []
-    else:
-        pairs, build = [(bound["sign"], bound["version"]) for bound in bounds if bound], ""
-    return Spec(name[0] + rest, name[0], tuple(pairs), build)
+    found = _SPEC.fullmatch(squeezed)
+    if not found:
+        raise CondaError(f"specs: {text!r} cannot be parsed; write it as one of {SPEC_FORMS}")
+    name = found["name"].lower()
+    return Spec(name + squeezed[len(name) :], name)
 
 
-def _segments(version: str) -> list[list[tuple[int, int, str]]]:
-    """Split a version into what conda compares: dev, words, numbers and post, in this order."""
-    epoch, _mark, rest = version.lower().rpartition("!")
-    result = []
-    for segment in re.split(r"[._+-]", f"{epoch or 0}.{rest}"):
-        parts = re.findall(r"\d+|[a-z]+", segment)
-        padded = parts if parts and parts[0].isdigit() else ["0", *parts]
-        result.append([_rank(part) for part in padded])
-    return result
-
-
-def _rank(part: str) -> tuple[int, int, str]:
-    if part.isdigit():
-        return (2, int(part), "")
-    return ({"dev": 0, "post": 3}.get(part, 1), 0, part)
-
-
-def compare_versions(left: str, right: str) -> int:
-    """Return a number below, at or above 0, in conda's order: 1.0dev < 1.0a < 1.0 == 1 < 1.1."""
-    zero = (2, 0, "")
-    for mine, theirs in zip_longest(_segments(left), _segments(right), fillvalue=[zero]):
-        for one, other in zip_longest(mine, theirs, fillvalue=zero):
-            if one != other:
-                return -1 if one < other else 1
-    return 0
-
-
-def _is_within(version: str, bound: tuple[str, str]) -> bool:
-    sign, limit = bound
-    if sign == "=":
-        *begin, end = _segments(limit)
-        given = _segments(version)[: len(begin) + 1]
-        return given[:-1] == begin and given[-1][: len(end)] == end
-    return _COMPARE[sign](compare_versions(version, limit), 0)
-
-
-def satisfies(package: Package, spec: Spec) -> bool:
-    return (
-        package.name == spec.name
-        and all(_is_within(package.version, bound) for bound in spec.bounds)
-        and fnmatch.fnmatchcase(package.build, spec.build or "*")
-    )
-
-
-def all_satisfied(packages: dict[str, Package], specs: list[Spec]) -> bool:
-    return all(spec.name in packages and satisfies(packages[spec.name], spec) for spec in specs)
+def pins(packages: dict[str, Package]) -> list[Spec]:
+    """Return specs that only these builds satisfy."""
+    return [Spec(f"{name}={package.version}={package.build}", name) for name, package in packages.items()]
 
 
 def major_of(version: str) -> str:
     return re.split(r"\D", version, maxsplit=1)[0]
 
 
-def allows_major(spec: Spec, major: str) -> bool:
-    """Tell whether some version of this major would do."""
-    named = [version for _sign, version in spec.bounds if major_of(version) == major]
-    tried = [f"{major}.0", f"{major}.999999", *named, *(f"{version}.1" for version in named)]
-    return any(all(_is_within(version, bound) for bound in spec.bounds) for version in tried)
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
-def parse_record(text: str) -> Package:
-    """Read one file of ``conda-meta``; raise ValueError or KeyError for a damaged one."""
-    record = json.loads(text)
-    return Package(record["name"], record["version"], record["build"])
-
-
-def is_whole(records: list[dict]) -> bool:
-    """Tell whether the packages are there that those in an environment's records depend on, as far as that is legible.
-
-    A build or an alternative among versions is not: then the name has to do.
-    """
-    packages = {record["name"]: Package(record["name"], record["version"], record["build"]) for record in records}
-
-    def is_met(text: str) -> bool:
-        name = re.split(r"[\s=<>!~\[]", text.lower(), maxsplit=1)[0]
-        with suppress(CondaError):
-            return name in packages and satisfies(packages[name], parse_spec(text))
-        return name in packages
-
-    needs = {text for record in records for text in record.get("depends") or []}
-    return all(is_met(text) for text in needs if not text.startswith("__"))  # which is what the host is
+def allows_major(spec: Spec, version: str) -> bool:
+    """Return whether the numbers in a spec leave room for the major of this version. Clients decide the rest."""
+    major = _numbers(version)[:1]
+    for part in spec.text[len(spec.name) :].split(","):
+        bound = re.match(r"([<>=]+)([\d.]+)", part)
+        sign, limit = (bound[1], _numbers(bound[2])) if bound else ("", [])
+        if (
+            (sign in ("=", "==") and limit[:1] != major)
+            or (sign in (">", ">=") and limit[:1] > major)
+            or (sign == "<" and limit <= major)
+            or (sign == "<=" and limit < major)
+        ):
+            return False
+    return True
 
 
 def difference(before: dict[str, Package], after: dict[str, Package]) -> dict[str, dict[str, str]]:
-    """Return what an Ansible diff shows: the packages that come, go or change."""
+    """Return an Ansible diff of the packages that are added, removed or changed."""
 
     def changed(those: dict[str, Package], others: dict[str, Package]) -> dict[str, str]:
         return {
@@ -218,19 +142,23 @@ def difference(before: dict[str, Package], after: dict[str, Package]) -> dict[st
 
 
 def verb_command(client: str, create: bool) -> list[str]:
-    """Return how a call of conda, mamba or micromamba begins; conda alone adds packages of the user's own choice."""
+    """Return the beginning of a call of conda, mamba or micromamba; only conda adds the user's default packages."""
     plain = ["--no-default-packages"] if create and client.rpartition("/")[2] == "conda" else []
     return [client, "create" if create else "install", *plain]
 
 
 def conda_command(
-    client: str, create: bool, prefix: str, channels: list[str], specs: list[Spec], dry_run: bool
+    client: str, create: bool, prefix: str, channels: list[str], specs: list[Spec], dry_run: bool, skip: bool = False
 ) -> list[str]:
-    """Return the call of conda, mamba or micromamba. ``create`` destroys what is at ``prefix``."""
+    """Return the call of conda, mamba or micromamba. ``create`` deletes everything at ``prefix``.
+
+    With ``skip``, packages that satisfy the specs stay. Only conda itself needs an option for it.
+    """
     return [
         *verb_command(client, create),
         *("-y", "-q", "--json"),
         *(["--dry-run"] if dry_run else []),
+        *(["--satisfied-skip-solve"] if skip and client.rpartition("/")[2] == "conda" else []),
         "--override-channels",
         *(argument for channel in channels for argument in ("-c", channel)),
         *("-p", prefix),
@@ -238,35 +166,17 @@ def conda_command(
     ]
 
 
-def rattler_command(
-    python: str,
-    source: str,
-    prefix: str,
-    channels: list[str],
-    specs: list[Spec],
-    installed: dict[str, Package],
-    dry_run: bool,
-    cache: str | None,
-    host: dict | None = None,
-) -> list[str]:
-    """Return the call of the rattler helper, whose ``source`` goes to the interpreter as an argument.
-
-    ``host`` is as from ``describe_host``, if it solves for another one.
-    """
-    others = sorted(set(installed) - {spec.name for spec in specs})  # what is not asked for would be removed
-    request = {
-        "prefix": prefix,
-        "channels": channels,
-        "specs": [*(spec.canonical for spec in specs), *others],
-        "dry_run": dry_run,
-        "cache": cache,
-        "host": host,
-    }
-    return [python, "-I", "-c", source, json.dumps(request)]
+def solve_request(
+    channels: list[str], specs: list[Spec], installed: dict[str, Package], dry_run: bool, host: dict | None = None
+) -> dict:
+    """Return a request to the rattler helper. ``host`` is the result of ``describe_host``, if it is another host."""
+    others = sorted(set(installed) - {spec.name for spec in specs})  # packages that are not requested would be removed
+    wanted = [*(spec.text for spec in specs), *others]
+    return {"channels": channels, "specs": wanted, "dry_run": dry_run, "host": host}
 
 
 def describe_host(platform: str, machine: str, release: str, glibc: str) -> dict:
-    """Return what a solver has to know of another host: conda's name for it, and its virtual packages."""
+    """Return a solver's data on another host: conda's name for the platform, and the virtual packages."""
     kernel = re.match(r"\d+(\.\d+)*", release)
     virtual = [("__unix", "0", "0"), ("__archspec", "1", machine)]
     virtual += [("__linux", kernel[0], "0")] if kernel and platform.startswith("linux-") else []
@@ -274,36 +184,36 @@ def describe_host(platform: str, machine: str, release: str, glibc: str) -> dict
     return {"platform": platform, "virtual": virtual}
 
 
-def clean_command(command: list[str], timeout: int, cache: str | None) -> list[str]:
-    """Return the command with an end in time and an environment that leads no client astray."""
-    strict = "CONDA_SAFETY_CHECKS=enabled"  # else conda installs a file that a kill has cut off while it was unpacked
+def clean_command(command: list[str], timeout: int) -> list[str]:
+    """Return the command with a time limit in seconds, without variables of other software."""
+    strict = "CONDA_SAFETY_CHECKS=enabled"  # else conda installs a file truncated by a kill during unpacking
     unset = [word for name in ("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME") for word in ("-u", name)]
-    # the cache is laid out as mamba's root, so that mamba takes it for one
-    caches = [f"CONDA_PKGS_DIRS={cache}/pkgs", f"MAMBA_ROOT_PREFIX={cache}"] if cache else []
-    return ["timeout", "--kill-after=10", str(timeout), "env", *unset, strict, *caches, *command]
+    return ["timeout", "--kill-after=10", str(timeout), "env", *unset, strict, *command]
 
 
 def search_command(module_load: str | None, names: list[str]) -> list[str]:
     """Return the call of a login shell that prints the paths of clients."""
     load = f"{{ {module_load}\n}} >&2 || exit {LOAD_FAILED}\n" if module_load else ""
-    # type -P, since "conda init" makes conda a shell function
+    # type -P, because "conda init" makes conda a shell function
     return ["bash", "-lc", f'{load}printf "%s\\n" "$MAMBA_EXE" "$CONDA_EXE"; type -P "$@"', "bash", *names]
 
 
 def parse_search(stdout: str, names: list[str]) -> list[str]:
-    """Return the clients' paths among whatever else a login shell prints."""
+    """Return the clients' paths; other output of the login shell is ignored."""
     return [line for line in stdout.splitlines() if line.startswith("/") and line.rsplit("/", 1)[1] in names]
 
 
 def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Package], provider: str) -> Answer:
-    """Read any client's answer. Only the environment tells what was done: clients crash after all work was done."""
+    """Parse a client's answer. It does not prove what was done: clients may crash after all work is complete."""
     content = _last_object(stdout)
-    if content.get("success") or (not content and code == 0):  # conda prints nothing about a lock file
+    if not content and code == 0:  # conda prints nothing for a lock file
+        return Answer({})
+    if content.get("success"):
         actions = content.get("actions") or {}
         with suppress(AttributeError, KeyError, TypeError, ValueError):
             links = actions.get("LINK") or [] if isinstance(actions, dict) else []
             return Answer(_after(actions, installed), links=tuple(links))
-        return Answer({}, "provider", "its answer has an unknown form")
+        return Answer({}, "provider", "its answer has an unknown format")
     if content.get("solver_problems"):
         return Answer({}, "specs", _one_line("; ".join(content["solver_problems"])))
     if not content and code in (124, 137):
@@ -311,16 +221,16 @@ def parse_answer(code: int, stdout: str, stderr: str, installed: dict[str, Packa
     program = "rattler_python" if provider == "rattler" else "client"
     if not content and code in (126, 127):
         return Answer({}, program, _one_line(stderr))
-    last_words = "\n".join((stderr or stdout).strip().splitlines()[-3:]) or "it said nothing"
+    last_words = "\n".join((stderr or stdout).strip().splitlines()[-3:]) or "it printed nothing"
     blamed = [_blame(error, last_words, program) for error in _flat(content)]
-    # what has a remedy comes first, and what may pass last
-    ranks = {"package_cache": 0, "channels": 2}
+    # errors with a remedy come first, possibly temporary ones last
+    ranks = {"cache": 0, "channels": 2}
     setting = min((setting for setting, _problem in blamed), key=lambda setting: ranks.get(setting, 1))
     return Answer({}, setting, "; ".join(dict.fromkeys(problem for blames, problem in blamed if blames == setting)))
 
 
 def _flat(error: dict) -> list[dict]:
-    """Return the errors that this one is made of, or itself: conda nests them."""
+    """Return the error's nested errors, or the error itself: conda nests them."""
     parts = [part if isinstance(part, dict) else {"message": part} for part in error.get("errors") or []]
     return [each for part in parts for each in _flat(part)] or [error]
 
@@ -331,14 +241,14 @@ def _blame(error: dict, last_words: str, program: str) -> tuple[str, str]:
     problem = problem or str(error.get("error") or last_words)
     damaged = _DAMAGED.search(problem)
     if damaged:
-        return "package_cache", f"rm -r {shlex.quote(damaged[1])}"
+        return "cache", f"rm -r {shlex.quote(damaged[1])}"
     guess = "channels" if _FETCHING.search(problem) else "provider"
     setting = next((setting for setting, names in _BLAME.items() if re.search(names, name)), guess)
     return setting or program, _one_line(_ADVICE.sub("", problem))
 
 
 def _last_object(stdout: str) -> dict:
-    """Return the last JSON in a client's output: lines of words and warnings, in JSON as well, come before it."""
+    """Return the last JSON object in a client's output; text and warnings, also in JSON, come before it."""
     last: dict = {}
     end = 0
     for line in re.finditer(r"^\s*(?=\{)", stdout, re.MULTILINE):
@@ -349,7 +259,7 @@ def _last_object(stdout: str) -> dict:
 
 
 def _after(actions: dict | list, installed: dict[str, Package]) -> dict[str, Package]:
-    """Return the packages once the actions are done; an old conda has a list of groups of actions."""
+    """Return the packages after the actions; an old conda has a list of groups of actions."""
     result = dict(installed)
     for group in actions if isinstance(actions, list) else [actions]:
         for item in group.get("UNLINK") or []:
@@ -361,50 +271,49 @@ def _after(actions: dict | list, installed: dict[str, Package]) -> dict[str, Pac
 
 
 def _package_of(item: dict) -> Package:
-    """Read ``name-version-build``, which conda calls ``dist_name`` and mamba ``fn``, with a suffix."""
+    """Parse ``name-version-build``, which is ``dist_name`` in conda's output and ``fn``, with a suffix, in mamba's."""
     dist = item.get("dist_name") or re.sub(r"\.conda$|\.tar\.bz2$", "", item["fn"])
     name, version, build = dist.rsplit("-", 2)
     return Package(name, version, build)
 
 
 def _one_line(text: str) -> str:
-    """Return the text as one line, without the user's passwords and tokens: clients show whole URLs."""
+    """Return the text as one line without passwords and tokens: clients print whole URLs."""
     return _SECRET.sub(lambda secret: f"{secret[1] or secret[2]}***", " ".join(text.split()))
 
 
 def has_secret(channel: str) -> bool:
-    """Tell whether a channel's URL brings a password or a token along."""
+    """Return whether a channel's URL contains a password or a token."""
     return bool(_SECRET.search(channel))
 
 
 def may_pass(answer: Answer, channels: list[str]) -> bool:
-    """Tell whether the same again may go well: the network was at fault, not the channel's content."""
+    """Return whether a retry may succeed: the network was at fault, not the channel's content."""
     remote = any(not channel.startswith(("file:", "/")) for channel in channels)
     return answer.setting == "channels" and remote and not _FINAL.search(answer.problem)
 
 
 def unmet_need(problem: str, glibc: str) -> str:
-    """Return what a solver missed of the host, such as ``__glibc >=2.34``; nothing if it was something else."""
+    """Return a solver's unmet requirement on the host, such as ``__glibc >=2.34``; empty if there is none."""
     for need in _HOST_NEED.finditer(problem):
-        bounds = [_BOUND.fullmatch(bound) for bound in need["bounds"].split(",")]
-        pairs = [(bound["sign"], bound["version"]) for bound in bounds if bound]
-        # the classic solver names glibc whatever the trouble is
-        if need["name"] != "glibc" or not glibc or not all(_is_within(glibc, pair) for pair in pairs):
+        lowest = re.findall(r">=?([\d.]+)", need["bounds"])
+        # the classic solver names glibc in every error
+        if need["name"] != "glibc" or not glibc or any(_numbers(glibc) < _numbers(limit) for limit in lowest):
             return f"__{need['name']} {need['bounds']}"
     return ""
 
 
 def explain(answer: Answer, params: dict, specs: list[Spec], glibc: str) -> str:
-    """Return the sentence for the user: the setting, its value and what would be allowed."""
+    """Return the sentence for the user: the setting, its value and the allowed values."""
     channels, problem = params["channels"], textwrap.shorten(answer.problem, 600, placeholder=" …")
     if answer.setting == "channels":
         named = [channel for channel in channels if channel.rstrip("/") in problem] or channels
         return f"channels: cannot read {', '.join(named)}: {problem}"
     if answer.setting == "lock":
         return f"lock: {problem}"
-    if answer.setting == "package_cache":
+    if answer.setting == "cache":
         return (
-            "package_cache: the client's cache holds incomplete packages (it was probably killed while unpacking); "
+            "client: the client's cache contains incomplete packages (it was probably killed while unpacking); "
             f"remove them and run this again: {answer.problem}"
         )
     if answer.setting == "specs":

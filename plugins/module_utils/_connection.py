@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""How modules reach the instance's PostgreSQL. Passwords come from the password file on the cluster alone."""
+"""How modules connect to the instance's PostgreSQL. Passwords come only from the password file on the cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONNECTION_OPTIONS: dict[str, Any] = {
     "passfile": {"type": "path", "required": True},
     "tls": {"type": "bool", "default": True},
 }
-# As in the service entry: without them a connection hangs for minutes when a node vanishes.
+# As in the service entry: without these a connection hangs for minutes when a node fails.
 LIMITS = {
     "connect_timeout": 10,
     "keepalives_idle": 30,
@@ -29,12 +29,14 @@ LIMITS = {
     "keepalives_count": 3,
     "tcp_user_timeout": 20000,
 }
+# The names of all databases that can contain studies.
+DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
 
 
 class Unreachable(Exception):
-    """The server does not let us in, or refuses what we ask, or cannot be asked; the message is for the user.
+    """The server refuses the login or the statement, or cannot be reached; the message is for the user.
 
-    ``sqlstate`` is PostgreSQL's code of a statement's error; None where the connection is what failed.
+    ``sqlstate`` is PostgreSQL's error code of a statement; None if the connection failed.
     """
 
     def __init__(self, message: str, sqlstate: str | None = None) -> None:
@@ -43,15 +45,16 @@ class Unreachable(Exception):
 
 
 def not_importable(package: str, error: ImportError) -> str:
-    """Return what to do about a package that the Python side lacks."""
+    """Return the advice on a package missing in the collection's environment on the cluster."""
     said = " ".join(str(error).split())
     return f"postgres_python_packages: {sys.executable} cannot import {package}: {said}; name the package there"
 
 
 def safety(host: str, tls: bool) -> dict[str, Any]:
-    """Return the libpq parameters of every connection: no rogue server may collect, relay or wait for ever.
+    """Return libpq's parameters for every connection, against rogue servers and endless waits.
 
-    ``tls`` tells whether the instance has TLS. Without it nothing binds the password to the connection.
+    ``tls`` is whether the instance has TLS. Without TLS nothing binds the password to the connection, so a rogue server
+    could relay the login.
     """
     if host.startswith("/"):
         return {**LIMITS, "requirepeer": pwd.getpwuid(os.geteuid()).pw_name}
@@ -74,10 +77,10 @@ def parameters(params: dict, database: str) -> dict[str, Any]:
 
 
 def conninfo(params: dict, database: str) -> str:
-    """Return the same as PostgreSQL's programs take it. No password is among them."""
+    """Return the same parameters as a connection string for PostgreSQL's programs. It contains no password."""
     given = parameters(params, database)
     if "channel_binding" in given:
-        del given["require_auth"]  # which that implies, and PostgreSQL 15 does not know
+        del given["require_auth"]  # channel binding implies it, and PostgreSQL 15 does not know it
     escaped = {key: str(value).replace("\\", "\\\\").replace("'", "\\'") for key, value in given.items()}
     return " ".join(f"{key}='{value}'" for key, value in escaped.items())
 
@@ -91,7 +94,7 @@ def storage_url(params: dict, database: str) -> str:
 
 @contextlib.contextmanager
 def connect(params: dict, database: str) -> Iterator[Any]:
-    """Open a connection that commits each statement; raise Unreachable with the server's words."""
+    """Open a connection that commits each statement; raise Unreachable with the server's message."""
     try:
         import psycopg2
     except ImportError as error:
@@ -105,7 +108,7 @@ def connect(params: dict, database: str) -> Iterator[Any]:
 
 
 def rows(connection: Any, query: Any, values: tuple = ()) -> list[tuple]:
-    """Return what ``query`` finds."""
+    """Return the rows of ``query``."""
     with connection.cursor() as cursor:
         cursor.execute(query, values)
         return cursor.fetchall()

@@ -2,9 +2,9 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The plots of studies that the module study_trials has exported, by optuna.visualization and plotly.
+"""Plots of the studies exported by the module study_trials, made with optuna.visualization and plotly.
 
-Both are imported only where they are used: the workstation's Ansible has neither.
+Both are imported only where they are used, because the workstation's Ansible has neither.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, Callable, NamedTuple
 
-# What a browser draws without stuttering; a line of parallel coordinates costs more than a point.
+# Amounts that a browser draws smoothly; a line of parallel coordinates costs more than a point.
 MOST_POINTS = 5000
 MOST_LINES = 500
 MOST_CURVES = 100
 MOST_STEPS = 100000  # of all curves together
-# Optuna copies all of a study once for each parameter whose importance it draws.
+# Optuna copies the whole study once for each parameter whose importance it computes.
 MOST_COMPARED = 2000
 MOST_PARAMETERS = 12
 
@@ -34,7 +34,7 @@ OUTAGE = "#b3373c"
 
 
 class Figure(NamedTuple):
-    """A plot as plotly.js takes it, and what one has to know of it."""
+    """A plot in plotly.js's format, and a note for the reader."""
 
     title: str
     content: str
@@ -42,12 +42,12 @@ class Figure(NamedTuple):
 
 
 def literal(text: str) -> str:
-    """Return a text so that plotly shows just this: it takes texts for HTML."""
+    """Return a text escaped for plotly, which interprets texts as HTML."""
     return html.escape(text, quote=False)
 
 
 def stamp(seconds: float) -> str:
-    """Return a time as plotly takes it, in UTC."""
+    """Return a time in plotly's format, in UTC."""
     return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
@@ -55,7 +55,7 @@ def stamp(seconds: float) -> str:
 
 
 def literal_distribution(text: str) -> Any:
-    """Return a distribution whose choices plotly shows as they are, and a list as its text."""
+    """Return a distribution whose choices plotly shows literally; a choice that is a list becomes its text."""
     from optuna import distributions
 
     distribution = distributions.json_to_distribution(text)
@@ -66,21 +66,21 @@ def literal_distribution(text: str) -> Any:
 
 
 def rebuild(exported: dict[str, Any], trials: Iterable[dict[str, Any]]) -> Any:
-    """Return a study in memory with these trials of the exported one, numbered by their places."""
+    """Return an in-memory study with these trials of the exported one; their new numbers are their positions."""
     import optuna
 
     distributions = [literal_distribution(text) for text in exported["distributions"]]
     storage = optuna.storages.InMemoryStorage()
     study = optuna.create_study(directions=exported["directions"], storage=storage)
     study_id = storage.get_study_id_from_name(study.study_name)
-    # Not Study.add_trials, which refuses what Optuna itself has stored, such as an enqueued value out of range.
+    # Not Study.add_trials, which refuses some values that Optuna itself stores, such as an enqueued value out of range.
     for trial in trials:
         storage.create_new_trial(study_id, rebuild_trial(trial, distributions))
     return study
 
 
 def rebuild_trial(exported: dict[str, Any], distributions: list[Any]) -> Any:
-    """Return a trial as Optuna has it."""
+    """Return a trial as an object of Optuna."""
     import optuna
 
     state = optuna.trial.TrialState[exported["state"]]
@@ -103,7 +103,7 @@ def rebuild_trial(exported: dict[str, Any], distributions: list[Any]) -> Any:
 
 
 def whole_trials(exported: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return all trials but the complete ones that lack a value."""
+    """Return all trials except complete ones without all values."""
     count = len(exported["directions"])
     return [each for each in exported["trials"] if each["state"] != "COMPLETE" or len(each["values"] or ()) == count]
 
@@ -115,12 +115,12 @@ def complete_trials(exported: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_feasible(trial: dict[str, Any]) -> bool:
-    """Tell whether all constraints of a trial are met."""
+    """Return whether a trial satisfies all constraints."""
     return all(value <= 0 for value in trial["constraints"].values())
 
 
 def best_first(exported: dict[str, Any], objective: int = 0) -> list[dict[str, Any]]:
-    """Return the complete trials, those that break a constraint last."""
+    """Return the complete trials from best to worst; those that violate a constraint come last."""
     sign = 1 if exported["directions"][objective] == "minimize" else -1
     found = complete_trials(exported)
     return sorted(found, key=lambda trial: (not is_feasible(trial), sign * trial["values"][objective]))
@@ -135,7 +135,7 @@ def objectives(exported: dict[str, Any]) -> list[str]:
 
 
 def evenly(items: list, most: int) -> list:
-    """Return at most so many items, the first and the last among them."""
+    """Return at most ``most`` items, evenly spaced, with the first and the last."""
     if len(items) <= most:
         return items
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
@@ -145,7 +145,7 @@ def evenly(items: list, most: int) -> list:
 
 
 def figures_of(exported: dict[str, Any]) -> list[Figure]:
-    """Return the plots of a study; one that cannot be drawn says why."""
+    """Return the plots of a study; a plot that cannot be drawn has the reason as its note."""
     if not exported["trials"]:
         return []
     wanted: list[tuple[str, Callable[[], tuple[Any, str]]]] = [
@@ -168,17 +168,17 @@ def figures_of(exported: dict[str, Any]) -> list[Figure]:
 
 
 def draw(title: str, plot: Callable[[], tuple[Any, str]]) -> Figure:
-    """Return a plot; what Optuna cannot draw must not cost the report."""
+    """Return a plot. An error in one plot must not lose the report."""
     try:
         figure, note = plot()
-    except Exception as error:  # whatever Optuna and plotly raise
+    except Exception as error:  # any error of Optuna and plotly
         return Figure(title, "", f"This cannot be drawn: {type(error).__name__}: {error}")
     figure.update_layout(title=None, template="plotly_white", margin={"l": 60, "r": 20, "t": 20, "b": 50})
     return Figure(title, figure.to_json(), note)
 
 
 def trials_over_time(exported: dict[str, Any]) -> tuple[Any, str]:
-    """How many trials had ended, by state."""
+    """Plot the number of ended trials over time, by state."""
     from plotly import graph_objects
 
     figure = graph_objects.Figure()
@@ -197,7 +197,7 @@ def trials_over_time(exported: dict[str, Any]) -> tuple[Any, str]:
 
 
 def history(exported: dict[str, Any], objective: int) -> tuple[Any, str]:
-    """The values of the trials, and the best until then."""
+    """Plot the values of the trials, and the best value so far."""
     import optuna
 
     name = objectives(exported)[objective]
@@ -207,7 +207,7 @@ def history(exported: dict[str, Any], objective: int) -> tuple[Any, str]:
     figure = optuna.visualization.plot_optimization_history(study, target=target, target_name=name)
     notes = []
     for trace in figure.data:
-        # where a trial is missing, the others' places are not their numbers
+        # if trials are missing, the positions of the others are not their numbers
         points = [(trials[place]["number"], y) for place, y in zip(trace.x, trace.y)]
         if len(points) > MOST_POINTS:
             notes.append(f"{MOST_POINTS} of {len(points)} points are drawn, evenly spaced, and each new best value.")
@@ -215,19 +215,19 @@ def history(exported: dict[str, Any], objective: int) -> tuple[Any, str]:
             points = [point for point in points if point[0] in kept]
         trace.x, trace.y = [x for x, _y in points], [y for _x, y in points]
     infinite = sum(trial["state"] == "COMPLETE" for trial in trials) - len(complete_trials(exported))
-    notes += [f"Trials that are complete with an infinite value, and not drawn: {infinite}."] if infinite else []
+    notes += [f"Complete trials with an infinite value, which are not drawn: {infinite}."] if infinite else []
     return figure, " ".join(dict.fromkeys(notes))
 
 
 def new_best(points: list[tuple], exported: dict[str, Any], objective: int) -> set:
-    """Return where the best value so far changes."""
+    """Return the positions at which the best value changes."""
     best = min if exported["directions"][objective] == "minimize" else max
     until = list(accumulate((y for _x, y in points), best))
     return {points[index][0] for index in range(1, len(points)) if until[index] != until[index - 1]}
 
 
 def importances(exported: dict[str, Any], objective: int) -> tuple[Any, str]:
-    """How much each parameter matters for the best tenth of the trials."""
+    """Plot each parameter's importance for the best tenth of the trials."""
     import optuna
 
     sign = 1 if exported["directions"][objective] == "minimize" else -1
@@ -239,21 +239,21 @@ def importances(exported: dict[str, Any], objective: int) -> tuple[Any, str]:
         target=(lambda trial: sign * trial.values[objective]) if several else None,
         target_name=objectives(exported)[objective],
     )
-    note = "By PED-ANOVA: how much a parameter decides whether a trial is among the best tenth."
+    note = "By PED-ANOVA: the influence of each parameter on whether a trial is among the best tenth."
     if len(chosen) < len(ranked):
         note += f" {len(chosen)} of {len(ranked)} trials are compared, evenly from the best to the worst."
     return figure, note
 
 
 def parallel_coordinates(exported: dict[str, Any]) -> tuple[Any, str]:
-    """A line for each trial."""
+    """Plot one line per trial."""
     import optuna
 
     ranked = best_first(exported)
     chosen = evenly(ranked, MOST_LINES)
     used = Counter(literal(name) for trial in chosen for name in trial["params"])
     names = [name for name, _count in used.most_common(MOST_PARAMETERS)]
-    # What comes last is drawn on top.
+    # Later lines are drawn on top.
     figure = optuna.visualization.plot_parallel_coordinate(
         rebuild(exported, chosen[::-1]), params=names or None,
         target_name=objectives(exported)[0],
@@ -262,12 +262,12 @@ def parallel_coordinates(exported: dict[str, Any]) -> tuple[Any, str]:
     if len(chosen) == len(ranked):
         notes = []
     if len(used) > len(names):
-        notes.append(f"Of {len(used)} parameters these {len(names)} are those that most trials have.")
+        notes.append(f"Of {len(used)} parameters the {len(names)} that most trials have are shown.")
     return figure, " ".join(notes)
 
 
 def pareto_front(exported: dict[str, Any]) -> tuple[Any, str]:
-    """The trials between which there is no better one, among the others."""
+    """Plot the Pareto-optimal trials among all others."""
     import optuna
 
     complete = complete_trials(exported)
@@ -279,7 +279,7 @@ def pareto_front(exported: dict[str, Any]) -> tuple[Any, str]:
 
 
 def intermediate_values(exported: dict[str, Any]) -> tuple[Any, str]:
-    """What the trials have reported on their way."""
+    """Plot the intermediate values of the trials."""
     import optuna
 
     reported = [trial for trial in exported["trials"] if trial["intermediate"]]
@@ -303,7 +303,7 @@ def intermediate_values(exported: dict[str, Any]) -> tuple[Any, str]:
 
 
 def running_over_time(studies: list[dict[str, Any]], log: dict[str, Any], until: float) -> Figure:
-    """How many trials ran at once, with the outages; a trial that has not ended runs until the last moment known."""
+    """Plot the number of running trials and the outages; a running trial extends to the last known moment."""
     from plotly import graph_objects
 
     def plot() -> tuple[Any, str]:
@@ -325,16 +325,16 @@ def running_over_time(studies: list[dict[str, Any]], log: dict[str, Any], until:
             ends = stamp(until if outage["ended"] is None else outage["ended"])
             figure.add_vrect(x0=stamp(outage["began"]), x1=ends, fillcolor=OUTAGE, opacity=0.25, line_width=1,
                              line_color=OUTAGE)
-        figure.update_layout(xaxis_title="UTC", yaxis_title="trials that run", showlegend=True)
+        figure.update_layout(xaxis_title="UTC", yaxis_title="running trials", showlegend=True)
         figure.update_yaxes(rangemode="tozero", dtick=1 if most < 10 else None)
-        notes.append("As the trials' own times say. Outages of the server are red.")
+        notes.append("From the times of the trials. Outages of the server are red.")
         return figure, " ".join(dict.fromkeys(notes))
 
     return draw("Running trials, and outages", plot)
 
 
 def running_steps(trials: list[dict[str, Any]], until: float) -> list[tuple[float, int]]:
-    """Return from when on how many trials ran; those that have ended nobody knows when are left out."""
+    """Return the times when the number of running trials changes, and the number; skip trials with an unknown end."""
     changes: Counter[float] = Counter()
     for trial in trials:
         runs, ended = trial["state"] == "RUNNING", trial["complete"]
@@ -348,7 +348,7 @@ def running_steps(trials: list[dict[str, Any]], until: float) -> list[tuple[floa
 
 
 def highest(steps: list[tuple[float, int]], most: int) -> list[tuple[float, int]]:
-    """Return at most so many steps, each the highest of those next to it, and the last."""
+    """Return at most ``most`` steps and the last one, each the highest within its group of neighbours."""
     size = math.ceil(len(steps) / most)
     if size <= 1:
         return steps
@@ -357,12 +357,12 @@ def highest(steps: list[tuple[float, int]], most: int) -> list[tuple[float, int]
 
 
 def plotly_script() -> str:
-    """Return plotly.js."""
+    """Return the source of plotly.js."""
     from plotly.offline import get_plotlyjs
 
     return get_plotlyjs()
 
 
 def as_script(value: Any) -> str:
-    """Return JSON that can stand in a script element."""
+    """Return JSON that is safe inside a script element."""
     return (value if isinstance(value, str) else json.dumps(value)).replace("<", "\\u003c")

@@ -2,15 +2,14 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Lock files: conda's own explicit list, each package by its URL and checksum, so that nothing is left to solve.
+"""Lock files: conda's own explicit list of each package's URL and checksum, so that nothing has to be solved.
 
-conda, mamba and micromamba install the same list by ``create --prefix PREFIX --file LOCK``.
+conda, mamba and micromamba install the same list with ``create --prefix PREFIX --file LOCK``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,8 +21,8 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._conda import (
     CondaError,
     Package,
     Spec,
+    allows_major,
     has_secret,
-    satisfies,
     verb_command,
 )
 
@@ -34,13 +33,13 @@ _LINE = re.compile(
     r"(?P<name>[a-z0-9_][a-z0-9_.-]*)-(?P<version>[^\s/#-]+)-(?P<build>[\w.+]+)(?:\.conda|\.tar\.bz2))"
     r"#(?:(?:sha256:)?(?P<sha256>[0-9a-f]{64})|(?P<md5>[0-9a-f]{32}))"
 )
-# What a client lets into a URL: a user with a password, and a token in the path.
+# Secrets that a client leaves in a URL: a user with a password, and a token in the path.
 _SECRET = re.compile(r"(?<=://)[^/@]+@|/t/[^/]+(?=/)")
 _PLATFORMS = {"x86_64": "64", "aarch64": "aarch64", "ppc64le": "ppc64le", "arm64": "arm64"}
 
 
 class Locked(NamedTuple):
-    """One package of a lock file. ``kind`` is how ``sum`` was made: sha256 or md5."""
+    """One package of a lock file. ``kind`` is the algorithm of ``sum``: sha256 or md5."""
 
     package: Package
     url: str
@@ -56,18 +55,18 @@ def platform_of(system: str, machine: str) -> str:
 
 
 def parse_lock(text: str, platform: str) -> list[Locked]:
-    """Return the packages of a lock file for this platform; raise CondaError for one that is not whole."""
+    """Return the packages of a lock file for this platform; raise CondaError if the file is incomplete."""
     lines = [line.strip() for line in text.splitlines()]
     if "@EXPLICIT" not in lines:
-        raise CondaError("lock: it has no line @EXPLICIT, so it is no lock file, or only a part of one")
+        raise CondaError("lock: it has no line @EXPLICIT, so it is not a complete lock file")
     locked: dict[str, Locked] = {}
     for number, line in enumerate(lines, 1):
         if not line or line == "@EXPLICIT" or line.startswith("#"):
             continue
         if has_secret(line):
             raise CondaError(
-                f"lock: line {number} holds a password or token; leave it out, and keep it where your client looks for "
-                "it, such as ~/.netrc"
+                f"lock: line {number} contains a password or token; leave it out, and keep it where your client looks "
+                "for it, such as ~/.netrc"
             )
         found = _LINE.fullmatch(line)
         if not found:
@@ -85,15 +84,18 @@ def parse_lock(text: str, platform: str) -> list[Locked]:
 
 
 def check_specs(locked: list[Locked], specs: list[Spec]) -> None:
-    """Raise CondaError unless the lock file holds what is wanted."""
+    """Raise CondaError unless the lock file has the specs' packages in a major version that they allow."""
+    versions = {each.package.name: each.package.version for each in locked}
     for spec in specs:
-        if not any(satisfies(each.package, spec) for each in locked):
-            held = [f"{each.package.name} {each.package.version}" for each in locked if each.package.name == spec.name]
-            raise CondaError(f"lock: it holds {''.join(held) or f'no {spec.name}'}, but {spec.text} is wanted")
+        held = versions.get(spec.name)
+        if held is None or not allows_major(spec, held):
+            raise CondaError(
+                f"lock: it has {f'{spec.name} {held}' if held else f'no {spec.name}'}, but {spec.text} is required"
+            )
 
 
 def check_sums(locked: list[Locked], records: Iterable[dict]) -> None:
-    """Raise CondaError if a package is installed under the same name and build, but made of other bytes."""
+    """Raise CondaError if a package with the same name and build is installed from different bytes."""
     wanted = {each.package: each for each in locked}
     for record in records:
         each = wanted.get(Package(record["name"], record["version"], record["build"]))
@@ -105,7 +107,7 @@ def check_sums(locked: list[Locked], records: Iterable[dict]) -> None:
 
 
 def check_archives(locked: list[Locked]) -> None:
-    """Raise CondaError if a package in a folder is not the locked one: conda looks only at what it downloads."""
+    """Raise CondaError if a package in a folder is not the locked one: conda verifies only downloaded packages."""
     for each in locked:
         url = urlsplit(each.url)
         if url.scheme == "file":
@@ -120,7 +122,7 @@ def check_archives(locked: list[Locked]) -> None:
 
 
 def lock_text(records: list[dict], platform: str) -> str:
-    """Return the lock file of an environment from its ``conda-meta``; raise CondaError if that says too little."""
+    """Return an environment's lock file from its ``conda-meta``; raise CondaError if a URL or checksum is missing."""
     lines = []
     for record in _dependencies_first(records):
         url = _SECRET.sub("", record.get("url") or "")
@@ -134,7 +136,7 @@ def lock_text(records: list[dict], platform: str) -> str:
 
 
 def _dependencies_first(records: list[dict]) -> list[dict]:
-    """Sort as conda does, since a client installs in the order of the list."""
+    """Sort as conda does, because a client installs in the order of the list."""
     by_name = {record["name"]: record for record in records}
     done: dict[str, dict] = {}
 
@@ -155,19 +157,10 @@ def install_command(client: str, create: bool, prefix: str, lock: str) -> list[s
     return [*verb_command(client, create), "-y", "-q", "--json", "-p", prefix, "--file", lock]
 
 
-def rattler_command(
-    python: str,
-    source: str,
-    prefix: str,
-    locked: list[Locked],
-    cache: str | None,
-    archives: str | None,
-    only_keep: bool,
-) -> list[str]:
-    """Return the call of the rattler helper: packages are installed, from the folder ``archives`` if there is one.
+def install_request(locked: list[Locked], archives: str | None, only_keep: bool) -> dict:
+    """Return a request to the rattler helper: it installs the packages, from the folder ``archives`` if one is given.
 
-    With ``only_keep`` they are kept in that folder instead.
+    With ``only_keep`` it stores them in that folder instead.
     """
     packages = [{"url": each.url, "channel": each.channel, "kind": each.kind, "sum": each.sum} for each in locked]
-    request = {"prefix": prefix, "lock": packages, "cache": cache, "into" if only_keep else "archives": archives}
-    return [python, "-I", "-c", source, json.dumps(request)]
+    return {"lock": packages, "into" if only_keep else "archives": archives}

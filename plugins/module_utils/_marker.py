@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The file beside a folder that is being filled: it says what is being done there, and only one run at a time holds it.
+"""A marker file beside a folder that is being filled: it records the current step, and only one run at a time holds it.
 
-A program that fills the folder keeps the file open as well. When the run that started it is killed, the next one waits
-for that program, instead of working against it.
+A program that fills the folder also keeps the file open. If the run that started it is killed, the next run waits for
+that program instead of working against it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._slices import Slice
 
 @contextmanager
 def alone_at(marker: Path, patience: int, setting: str, params: dict) -> Iterator[TextIO]:
-    """Hold the file, after any other run that does; remove it in the end if it is empty.
+    """Hold the file once no other run does; remove it at the end if it is empty.
 
-    The lock ends with its last holder, whichever way that ends; what the file says stays then. Raise TimeoutError,
-    with ``setting`` to begin with, when another run still holds it after ``patience`` seconds. ``params`` are the
-    module's, which may wait in slices.
+    The lock ends with its last holder, even if that is killed; the file's content then remains. Raise TimeoutError,
+    whose text begins with ``setting``, if another run still holds the file after ``patience`` seconds. ``params`` are
+    the module's parameters, because the wait may be in slices.
     """
     slice_ = Slice(params)
     latest = slice_.began + patience
@@ -48,9 +48,9 @@ def alone_at(marker: Path, patience: int, setting: str, params: dict) -> Iterato
 
 
 def _lock(marker: Path) -> TextIO | None:
-    """Return the open file, or None while another run holds it."""
+    """Return the open file; None while another run holds it."""
     note = marker.open("a+", encoding="utf-8")
-    with suppress(OSError):  # a file system may have no locks
+    with suppress(OSError):  # a file system may not support locks
         try:
             fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -64,7 +64,7 @@ def _lock(marker: Path) -> TextIO | None:
 
 
 def _is_at(marker: Path, note: TextIO) -> bool:
-    """Tell whether the open file is still there: another run may have ended just now, and removed or renamed it."""
+    """Return whether the path still is the open file: another run may have just removed or renamed it."""
     try:
         return os.path.samestat(os.fstat(note.fileno()), os.stat(marker))
     except FileNotFoundError:
@@ -72,7 +72,7 @@ def _is_at(marker: Path, note: TextIO) -> bool:
 
 
 def rewrite(note: TextIO, text: str) -> None:
-    """Have the file say this, and nothing else."""
+    """Replace the file's content."""
     note.seek(0)
     note.truncate()
     note.write(text)

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What is mounted, and who keeps it alive: read from tables, since to look at a mount itself may hang."""
+"""The mounts, and the processes that serve them: read from tables, because accessing a mount may hang."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ansible_collections.mala.hpc_db.plugins.module_utils._processes import stat_fields
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.processes import stat_fields
 
 
 class Mount(NamedTuple):
-    """One mount; several may be stacked at one path, the last of them on top."""
+    """One mount; several may be stacked at one path, the last one on top."""
 
     path: str
-    kind: str  # such as fuse.sshfs; macfuse, on macOS, whatever program is behind it
+    kind: str  # for example fuse.sshfs; on macOS macfuse, for any program behind it
     source: str
-    owner: str  # who mounted it: a user's number on Linux, a name on macOS; empty if that is not told
+    owner: str  # the user who mounted it: a number on Linux, a name on macOS; empty if unknown
 
     @property
     def is_sshfs(self) -> bool:
-        """Tell whether sshfs made it; on macOS only that it names a host and a folder as sshfs does."""
+        """Return whether it is a mount of sshfs; on macOS, whether its source has the form host:folder."""
         return self.kind == "fuse.sshfs" or (self.kind in ("macfuse", "osxfuse") and ":" in self.source)
 
 
 class Process(NamedTuple):
-    """A process that runs, and has not ended."""
+    """A running process; zombies are excluded."""
 
     pid: int
     uid: int
-    started: str  # tells it from a later one with the same PID
+    started: str  # distinguishes it from a later one with the same PID
     stopped: bool
-    arguments: list[str]  # on macOS split at spaces, wherever they are
+    arguments: list[str]  # on macOS split at all spaces, even within an argument
 
 
 def parse_mountinfo(text: str) -> list[Mount]:
-    """Return what ``/proc/self/mountinfo`` lists; see proc_pid_mountinfo(5)."""
+    """Parse ``/proc/self/mountinfo``; see proc_pid_mountinfo(5)."""
     mounts = []
-    for line in text.split("\n"):  # and nothing else: a path may hold a carriage return
+    for line in text.split("\n"):  # only there: a path may contain a carriage return
         first, separator, last = line.partition(" - ")
         fields, about = first.split(" "), last.split(" ")
         if not separator or len(fields) < 6 or len(about) < 3:
@@ -54,12 +54,12 @@ def parse_mountinfo(text: str) -> list[Mount]:
 
 
 def unescape(text: str) -> str:
-    r"""Return a field of mountinfo as it is: there a space is written ``\040``."""
+    r"""Return a field of mountinfo without escapes: there a space is written ``\040``."""
     return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code.group(1), 8)), text)
 
 
 def parse_mount(text: str) -> list[Mount]:
-    """Return what the program ``mount`` of macOS prints."""
+    """Parse the output of macOS's program ``mount``."""
     found = (re.fullmatch(r"(.+?) on (/.*) \(([^,()]+)((?:, [^,()]+)*)\)", line) for line in text.splitlines())
     mounts = []
     for each in found:
@@ -70,9 +70,9 @@ def parse_mount(text: str) -> list[Mount]:
 
 
 def real_path(path: str, mounts: list[Mount]) -> str:
-    """Return ``path`` without symbolic links, as tables of mounts have it; what may hang is not looked at.
+    """Return ``path`` without symbolic links, as in tables of mounts, without accessing mounts that may hang.
 
-    That is every mount of FUSE, and what is behind it. Raise OSError for links that lead nowhere but to one another.
+    These are all mounts of FUSE and everything below them. Raise OSError for symbolic links that form a loop.
     """
     may_hang = {mount.path for mount in mounts if "fuse" in mount.kind}
     done, rest, links = "/", os.path.normpath(path).split("/")[::-1], 0
@@ -96,14 +96,14 @@ def real_path(path: str, mounts: list[Mount]) -> str:
 
 
 def read_processes(proc: Path) -> list[Process]:
-    """Return what runs, from Linux's ``/proc``; a zombie has ended and only waits for its parent to look."""
+    """Return the running processes from Linux's ``/proc``; a zombie has ended and only waits for its parent."""
     processes = []
     for folder in proc.glob("[0-9]*"):
         try:
             fields = stat_fields((folder / "stat").read_bytes())
             arguments = (folder / "cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
             uid = folder.stat().st_uid
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         if arguments and fields[0] not in "ZX":
             processes.append(Process(int(folder.name), uid, fields[19], fields[0] in "Tt", arguments))
@@ -111,12 +111,12 @@ def read_processes(proc: Path) -> list[Process]:
 
 
 def processes_command() -> list[str]:
-    """Return the call that lists what runs, where there is no ``/proc``."""
+    """Return the call that lists processes on systems without ``/proc``."""
     return ["ps", "-axww", "-o", "pid=,uid=,stat=,lstart=,command="]
 
 
 def parse_processes(text: str) -> list[Process]:
-    """Return what the command above prints."""
+    """Parse the output of ``processes_command``."""
     processes = []
     for line in text.splitlines():
         fields = line.split()
@@ -127,10 +127,10 @@ def parse_processes(text: str) -> list[Process]:
 
 
 def users(path: str, proc: Path) -> list[str]:
-    """Return which of the user's processes are in ``path`` or have files open there, such as ``python3 (PID 7)``."""
+    """Return the user's processes that are in ``path`` or have open files there, such as ``python3 (PID 7)``."""
     found = []
     for folder in proc.glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or is somebody else's
+        with suppress(OSError):  # the process has ended, or belongs to another user
             held = [leads_to(link) for link in [folder / "cwd", *(folder / "fd").iterdir()]]
             if any(each == path or each.startswith(f"{path}/") for each in held):
                 found.append(f"{(folder / 'comm').read_text(errors='replace').strip()} (PID {folder.name})")
@@ -138,7 +138,7 @@ def users(path: str, proc: Path) -> list[str]:
 
 
 def leads_to(link: Path) -> str:
-    """Return what a link in ``/proc`` leads to, which is not touched; nothing if it is gone."""
+    """Return the target of a link in ``/proc`` without accessing it; empty if the link is gone."""
     try:
         return os.readlink(link)
     except OSError:

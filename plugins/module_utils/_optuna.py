@@ -2,31 +2,30 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What Optuna's tables say about who made them, and about the clocks of who writes to them.
+"""What Optuna's tables reveal about the version that made them and about the clocks of workers.
 
-Optuna is imported only where its trials are read already, since that takes a second: its revisions are read from its
-files.
+Optuna is imported only where its trials are read anyway, because the import takes a second.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
-import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-# Where Optuna keeps the steps that bring one revision of its schema to the next, since 0.9.
-REVISIONS = "storages/_rdb/alembic/versions/*.py"
-REVISION = re.compile(r"""^(down_)?revision(?:: .*)? = ["']([^"']+)""", re.MULTILINE)
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.optuna_schema import (
+    HAS_SCHEMA,
+    SCHEMA,
+    Optuna,
+    Schema,
+    is_newer,
+    is_older,
+)
 
-HAS_SCHEMA = "SELECT to_regclass('version_info'), to_regclass('alembic_version')"
-SCHEMA = "SELECT library_version, version_num FROM version_info, alembic_version"
-
-# Trials are numbered in the order in which they begin, apart from those that waited: Optuna marks some of them, and
-# the others begin at any time. Clocks differ by half hours; those of nodes, and two trials, by less than two minutes.
+# Trials are numbered in the order of their start, except for trials that waited: Optuna marks some of them, and the
+# others start at any time. Time zones differ by multiples of half an hour; clocks of nodes, and the starts of two
+# consecutive trials, by less than two minutes.
 CLOCKS = """
 WITH steps AS (
   SELECT study_id, extract(epoch FROM greatest(datetime_start, datetime_complete) - now() AT TIME ZONE 'UTC') AS ahead,
@@ -43,74 +42,45 @@ FROM studies JOIN steps USING (study_id) GROUP BY study_name ORDER BY study_name
 LONGEST_SHOWN = 60
 ENDED = ("COMPLETE", "PRUNED", "FAIL")
 
-# The clocks of two nodes may differ by this much.
+# Maximum difference between the clocks of two nodes in seconds.
 AHEAD_SECONDS = 300
-# Fewer steps, or fewer than half of all, may be chance: 7 % of those of trials that waited look like half hours.
+# Fewer steps, or fewer than half of all, may be chance: 7 % of the steps of trials that waited look like half hours.
 FEWEST_STEPS = 3
 
 
-class Optuna(NamedTuple):
-    """The Optuna that is installed: its version and the revisions of the schema it knows, the one it needs first."""
-
-    version: str
-    revisions: list[str]
+def has_schema(connection: Any) -> bool:
+    """Return whether a database has Optuna's tables."""
+    return _connection.rows(connection, HAS_SCHEMA) == [("version_info", "alembic_version")]
 
 
-class Schema(NamedTuple):
-    """A schema in a database: the Optuna that made or upgraded it, and its revision."""
+def read_schema(connection: Any) -> Schema | None:
+    """Return the schema of a database that has Optuna's tables; None if it is incomplete.
 
-    library: str
-    revision: str
-
-
-def installed_optuna() -> Optuna | None:
-    """Return the Optuna that this interpreter would import; None if there is none."""
-    spec = importlib.util.find_spec("optuna")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    files = Path(next(iter(spec.submodule_search_locations))).glob(REVISIONS)
-    return Optuna(importlib.metadata.version("optuna"), newest_first([path.read_text("utf-8") for path in files]))
-
-
-def newest_first(steps: list[str]) -> list[str]:
-    """Return the revisions that Optuna's own files lead to, the newest first."""
-    found = [dict(REVISION.findall(step)) for step in steps]
-    before = {step[""]: step.get("down_") for step in found if "" in step}
-    chain = sorted(set(before) - set(before.values()))[-1:]
-    while chain and before.get(chain[-1]):
-        chain.append(str(before[chain[-1]]))
-    return chain
-
-
-def is_older(schema: Schema, optuna: Optuna) -> bool:
-    """Tell whether the installed Optuna can use the schema only after upgrading it."""
-    return schema.revision in optuna.revisions[1:]
-
-
-def is_newer(schema: Schema, optuna: Optuna) -> bool:
-    """Tell whether the installed Optuna does not know the schema. One that hides its revisions has to say so itself."""
-    return bool(optuna.revisions) and schema.revision not in optuna.revisions
+    Optuna writes its version last, and completes a schema without it.
+    """
+    versions = _connection.rows(connection, SCHEMA)
+    return Schema(*versions[0]) if versions else None
 
 
 def mismatch(database: str, schema: Schema, optuna: Optuna) -> str:
-    """Return why the installed Optuna cannot use the schema, and what to do; empty if it can, for all one knows."""
+    """Return why the installed Optuna cannot use the schema, and the remedy; empty if it can, as far as is known."""
     if not (is_older(schema, optuna) or is_newer(schema, optuna)):
         return ""
     said = f"database {database}: Optuna's schema {schema.revision} there was made by Optuna {schema.library}"
     if is_older(schema, optuna):
         return (
             f"{said}, but the installed Optuna {optuna.version} needs {optuna.revisions[0]}: set "
-            "databases_upgrade_schema to true once the workers have that Optuna, too, or have "
+            "databases_upgrade_schema to true once the workers also have that Optuna, or set "
             f"optuna=={schema.library} in postgres_python_packages"
         )
     return (
-        f"{said}, which is newer than the installed Optuna {optuna.version}: have optuna=={schema.library} in "
+        f"{said}, which is newer than the installed Optuna {optuna.version}: set optuna=={schema.library} in "
         "postgres_python_packages"
     )
 
 
 def attribute(value_json: str | None) -> Any:
-    """Return an attribute's value; the text that is there if it is no JSON."""
+    """Return an attribute's value; the stored text if it is not JSON."""
     try:
         return json.loads(value_json or "")
     except (ValueError, RecursionError):
@@ -118,16 +88,16 @@ def attribute(value_json: str | None) -> Any:
 
 
 def cut(value: Any) -> str:
-    """Return a value as a message has it."""
+    """Return a value as text, shortened for a message."""
     text = str(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def read_trials(storage: Any, study_id: int) -> tuple[list[Any], list[str]]:
-    """Return a study's trials, and a line for each that Optuna cannot read, which would not read the others then."""
+    """Return a study's trials, and a line for each unreadable one. Optuna itself reads all trials or none."""
     try:
         return storage.get_all_trials(study_id, deepcopy=False), []
-    except Exception as error:  # whatever Optuna and SQLAlchemy raise
+    except Exception as error:  # any error of Optuna and SQLAlchemy
         if is_lost(error) or not hasattr(storage, "engine"):
             raise
     with storage.engine.connect() as connection:
@@ -137,7 +107,7 @@ def read_trials(storage: Any, study_id: int) -> tuple[list[Any], list[str]]:
     for trial_id, number in held:
         try:
             trials.append(storage.get_trial(trial_id))
-        except Exception as error:  # the same
+        except Exception as error:  # as above
             if is_lost(error):
                 raise
             unreadable.append(f"trial {number} cannot be read: {said(error)}")
@@ -145,29 +115,29 @@ def read_trials(storage: Any, study_id: int) -> tuple[list[Any], list[str]]:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Return an error, and what it was raised from: Optuna's, SQLAlchemy's, the driver's."""
+    """Yield an error and its causes: Optuna's, SQLAlchemy's, the driver's."""
     while error:
         yield error
         error = error.__cause__
 
 
 def said(error: BaseException) -> str:
-    """Return the first cause and its kind in one line: Optuna's own message is the same for all of them."""
+    """Return the root cause and its type in one line: Optuna's own message is the same for all causes."""
     *_others, first = causes(error)
     return f"{type(first).__name__}: {' '.join(str(first).split())}".rstrip(": ")
 
 
 def is_lost(error: Exception) -> bool:
-    """Tell whether the connection to the database is gone, or cannot be made, so that the error is none of a row."""
+    """Return whether the connection to the database failed, so that the error does not concern a single row."""
     return any(
-        getattr(each, "connection_invalidated", False)  # by SQLAlchemy
-        or getattr(each, "pgcode", "") is None  # by psycopg2, for an error that is not the server's
+        getattr(each, "connection_invalidated", False)  # set by SQLAlchemy
+        or getattr(each, "pgcode", "") is None  # set by psycopg2, for an error that is not the server's
         for each in causes(error)
     )
 
 
 def oddities(trials: list[Any], objectives: int) -> list[str]:
-    """Return what is odd about trials, which Optuna stores, but refuses in a study that is made anew: a line a kind."""
+    """Return trials' oddities, one line per kind, that Optuna stores but refuses in a newly created study."""
     outside = [found for trial in trials for found in values_outside(trial)[:1]]
     valued = [(trial, sum(str(value) != "nan" for value in trial.values or [])) for trial in trials]
     short = [
@@ -175,7 +145,7 @@ def oddities(trials: list[Any], objectives: int) -> list[str]:
         for trial, count in valued if trial.state.name == "COMPLETE" and count != objectives
     ]
     endless = [
-        f"trial {trial.number} is {trial.state.name} without the time of its end"
+        f"trial {trial.number} is {trial.state.name} without an end time"
         for trial in trials if trial.state.name in ENDED and trial.datetime_complete is None
     ]
     return [
@@ -185,7 +155,7 @@ def oddities(trials: list[Any], objectives: int) -> list[str]:
 
 
 def values_outside(trial: Any) -> list[str]:
-    """Return which of a trial's parameters have a value that is not in their distribution, as one can be enqueued."""
+    """Return the trial's parameters whose value is outside of their distribution; such a value can be enqueued."""
     from optuna.trial import create_trial
 
     def is_outside(names: Iterable[str]) -> bool:
@@ -203,16 +173,16 @@ def values_outside(trial: Any) -> list[str]:
 
 
 def clock_warnings(database: str, clocks: list[tuple], optuna: Optuna) -> list[str]:
-    """Return what the rows of CLOCKS say about workers whose clocks cannot be compared."""
-    mixed = "one study must not have workers with Optuna before 5 (local time) and 5 (UTC), nor several time zones"
+    """Return warnings, from the rows of CLOCKS, about workers whose clocks cannot be compared."""
+    mixed = "the workers of a study must not mix Optuna before 5 (local time) with 5 (UTC), nor time zones"
     told = []
     for study, ahead, steps, all_steps in clocks:
         where = f"study {study} in database {database}"
         if steps >= FEWEST_STEPS and steps >= all_steps / 2:
-            told.append(f"{where}: {steps} trials began some half hours before the trial before them; {mixed}")
+            told.append(f"{where}: {steps} trials began half an hour or more before their predecessors; {mixed}")
         elif ahead > AHEAD_SECONDS and int(optuna.version.partition(".")[0]) >= 5:
             told.append(
-                f"{where}: a trial's time is {ahead / 3600:.1f} h ahead of UTC, as Optuna before 5 writes it, but the "
+                f"{where}: a trial's time is {ahead / 3600:.1f} h ahead of UTC, as written by Optuna before 5, but the "
                 f"installed Optuna is {optuna.version}; {mixed}"
             )
     return told

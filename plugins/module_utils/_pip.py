@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Calling pip, and reading what it calls packages."""
+"""Calls of pip, and names of packages in its format."""
 
 from __future__ import annotations
 
@@ -21,58 +21,58 @@ if TYPE_CHECKING:
 MISLEADING = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")
 
 OFFLINE = "without internet there: set postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"
-# What pip says, and what that asks for. Those that come with others are the first ones. {0} is the advice if pip
-# reached no index.
+# Error messages of pip and the advice for each. Messages that occur together with others come first. {0} is the advice
+# if pip reached no index.
 ADVICE = (
     ("No space left on device|Disk quota exceeded",
      "a disk or quota is full: that of the folder, of pip's cache (~/.cache/pip) or of TMPDIR"),
     ("ProxyError|Tunnel connection failed|Unable to connect to proxy|407 Proxy|proxy-connection-failed",
-     "the proxy lets nobody through: see proxy in pip.conf, http_proxy and https_proxy there"),
+     "the proxy refuses the connection: see proxy in pip.conf, http_proxy and https_proxy there"),
     ("CERTIFICATE_VERIFY_FAILED", "pip does not trust the index's certificate: see cert in pip.conf there"),
     ("SSLError|ssl-verification-failed",
-     "the index speaks no TLS that pip knows: see its address, and whether a proxy is in between"),
+     "pip and the index share no TLS version: check its address, and any proxy"),
     ("connection broken by|Max retries exceeded|NewConnectionError|ReadTimeout|Read timed out|"
      "connection-(?:failed|timeout)", "{0}"),
     (r"\b40[13] (?:Client )?Error|Unauthorized|Forbidden|Credentials not correct",
-     "the index lets nobody in without the right password: in ~/.netrc, or index-url in pip.conf there"),
+     "the index requires a password: set it in ~/.netrc, or index-url in pip.conf there"),
     ("ResolutionImpossible|conflicting dependencies",
-     "requirements exclude each other; those of a constraint in pip.conf count, too"),
+     "the requirements conflict; constraints in pip.conf count as well"),
     ("Location '.*' is ignored",
-     "a folder of wheels is not there: see postgres_python_wheelhouse, or find-links in pip.conf there"),
+     "a folder of wheels does not exist: see postgres_python_wheelhouse, or find-links in pip.conf there"),
     ("Could not find a version .*from versions: none",
-     "the source was read, but offers none for this Python and machine, or wants a password"),
-    ("Could not find a version|requires a different Python", "the source has other versions only"),
+     "the source offers nothing for this Python and machine, or requires a password"),
+    ("Could not find a version|requires a different Python", "the source has only other versions"),
 )
-# In the place of user and password.
+# User and password in a URL.
 SECRET = re.compile(r"(?<=://)[^\s/@]*(?::[^\s/]*)?@")
 
 
 class Failed(Exception):
-    """The environment cannot be made; the message is for the user."""
+    """The environment cannot be created; the message is for the user."""
 
 
 def normalise(name: str) -> str:
-    """Return a project's name as PEP 503 compares it."""
+    """Return a project's name in PEP 503's normalised form."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def pip_command(python: str, arguments: list[str], host: dict[str, str] | None = None) -> list[str]:
-    """Return the call of a Python's pip. ``host`` are the markers of another one that it downloads for."""
+    """Return the call of a Python's pip. ``host`` are the markers of another host that pip downloads for."""
     other = [f"--host={json.dumps(host)}"] if host else []
     return [python, "-I", "-c", inspect.getsource(_pip_helper), *other, *arguments]
 
 
 def source_arguments(wheelhouse: str | None, index_url: str | None) -> list[str]:
-    """Return pip's arguments that say where packages come from. With a wheelhouse no index is asked."""
+    """Return pip's arguments for the source of packages. With a wheelhouse no index is used."""
     if wheelhouse:
         return ["--no-index", f"--find-links={wheelhouse}"]
     return [f"--index-url={index_url}"] if index_url else []
 
 
 def call(module: AnsibleModule, command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
-    """Run a Python or pip; return its exit code and what it printed, and raise Failed if it is not there.
+    """Run a Python or pip; return its exit code, stdout and stderr; raise Failed if the program is missing.
 
-    It keeps the file descriptors ``pass_fds`` open.
+    The program keeps the file descriptors ``pass_fds`` open.
     """
     for name in MISLEADING:
         os.environ.pop(name, None)
@@ -83,7 +83,7 @@ def call(module: AnsibleModule, command: list[str], pass_fds: tuple[int, ...] = 
 
 
 def explain(command: list[str], stdout: str, stderr: str, offline: str = OFFLINE) -> str:
-    """Return which program failed, its last words and what mends it, in one line without passwords.
+    """Return the failed program, the end of its output and a remedy, in one line without passwords.
 
     ``offline`` is the advice if pip reached no index.
     """

@@ -2,12 +2,14 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Run pip with the user's settings of where packages come from, and with no others.
+"""Run pip with only those of the user's settings that say where packages come from.
 
-``python -I -c SOURCE [--host=MARKERS] PIP_ARGUMENTS``, in the interpreter whose pip it is; tools/setup runs it, too.
-Settings of where and how to install (user, target, prefix, require-virtualenv, ...) are meant for other installations.
-``--host`` gives the markers of another host, in JSON: pip itself compares those of requirements with the host that it
-runs on, whatever platform it downloads for.
+``python -I -c SOURCE [--host=MARKERS] PIP_ARGUMENTS`` runs in the interpreter that has pip; tools/setup uses it too.
+Settings about where and how to install (user, target, prefix, require-virtualenv, ...) are meant for other
+installations and are ignored.
+
+``--host`` gives the markers of another host in JSON: pip itself always evaluates the markers of requirements for the
+host that it runs on, even if it downloads for another platform.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import os
 import sys
 
-# The last ones are aliases that pip knows as well.
+# The last ones are aliases that pip also accepts.
 SOURCES = (
     "index-url", "extra-index-url", "find-links", "no-index", "constraint", "uploaded-prior-to",
     "trusted-host", "proxy", "cert", "client-cert", "keyring-provider", "timeout", "retries", "resume-retries",
@@ -25,7 +27,7 @@ SOURCES = (
 
 
 def read_sources(verb: str) -> dict[str, str]:
-    """Return the settings that count, from pip's own files and variables, as pip gives one precedence over another."""
+    """Return the relevant settings from pip's own files and variables, with pip's order of precedence."""
     from pip._internal.configuration import Configuration
     from pip._internal.exceptions import ConfigurationError
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Text from a cluster, for a terminal, for a comment, and for YAML that Ansible reads as an inventory."""
+"""Text from a cluster, made safe for a terminal, for a comment, and for YAML that Ansible reads as an inventory."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import re
 from collections.abc import Mapping
 from typing import Any, Callable
 
-# Ansible evaluates a string of an inventory in which one of these begins.
+# Ansible evaluates an inventory's string that contains one of these.
 TEMPLATE = re.compile(r"\{[{%#]")
-# Memory, such as 16G.
+# Amounts of memory such as 16G.
 SIZE = re.compile(r"[1-9][0-9]*[KMGT]")
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Return the text with ``\x1b`` and the like for each character that cannot be printed, except those in ``keep``.
+    r"""Return the text with unprintable characters escaped, such as ``\x1b``, except those in ``keep``.
 
-    These are line breaks, control characters, which a terminal obeys, characters that change the direction of
-    writing, and bytes that are no text.
+    These are line breaks, control characters, which a terminal obeys, characters that change the direction of writing,
+    and bytes that are not valid text.
     """
     return "".join(
         letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
@@ -30,12 +30,12 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def one_line(said: object) -> str:
-    """Return why something failed, in one line for a terminal: programs of the cluster may have a part in the words."""
+    """Return an error in one line for a terminal: its text may come from programs of the cluster."""
     return printable(" ".join(str(said).splitlines()))
 
 
 def printable_data(value: Any, convert: Callable[[str], str] = printable) -> Any:
-    """Return the same for each text in lists and dictionaries."""
+    """Apply ``convert`` to every text in lists and dictionaries."""
     if isinstance(value, str):
         return convert(value)
     if isinstance(value, Mapping):
@@ -46,16 +46,16 @@ def printable_data(value: Any, convert: Callable[[str], str] = printable) -> Any
 
 
 def encodable_data(value: Any) -> Any:
-    r"""Return a module's result with ``\ud800`` and the like for halves of characters, which Ansible does not read."""
+    r"""Return a module's result with lone surrogates escaped, such as ``\ud800``, because Ansible cannot read them."""
     return printable_data(value, lambda text: text.encode("utf-8", "backslashreplace").decode())
 
 
 def yaml_data(value: Any, setting: str) -> str:
-    """Return a value as YAML that Ansible reads back as the same data; raise ValueError if none is safe."""
+    """Return a value as YAML that Ansible reads back as the same data; raise ValueError if that is impossible."""
     data = _checked(value, setting)
     if isinstance(data, str) and SIZE.fullmatch(data):
-        return data  # as people write it
-    return json.dumps(data, ensure_ascii=False)  # JSON is YAML, and quotes each text
+        return data  # the common form
+    return json.dumps(data, ensure_ascii=False)  # JSON is YAML, and it quotes every text
 
 
 def _checked(value: Any, setting: str) -> Any:

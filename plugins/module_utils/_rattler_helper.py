@@ -2,9 +2,9 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Solve and install an environment by py-rattler: ``python -I -c SOURCE REQUEST``.
+"""Solve and install an environment with py-rattler: ``python -I -c SOURCE REQUEST``.
 
-Runs alone, in an interpreter that has rattler, and answers in one line, in the words of conda's own JSON.
+Runs on its own, in an interpreter that has rattler. Answers in one line, in the format of conda's JSON output.
 """
 
 from __future__ import annotations
@@ -24,27 +24,26 @@ from typing import Any
 
 
 class ChecksumMismatchError(Exception):
-    """A package is not what the lock file names; as conda calls it."""
+    """A package differs from the lock file. The name is conda's."""
 
 
 async def fulfil(request: dict) -> dict:
     import rattler
 
     metadata = Path(request["prefix"]) / "conda-meta"
-    cache = Path(request["cache"]) if request["cache"] else None
-    # The one that is used otherwise neither tries again nor looks for the user's credentials.
+    # The default client neither retries nor uses the user's credentials.
     client = rattler.networking.Client.authenticated_client()
     if request.get("into"):
         return await keep_archives(request, client)
     installed = [rattler.PrefixRecord.from_path(path) for path in sorted(metadata.glob("*.json"))]
     if request.get("lock"):
-        return await reproduce(request, client, installed, cache)
+        return await reproduce(request, client, installed)
     host = request.get("host")
     solved = await rattler.solve(
         sources=request["channels"],
-        specs=request["specs"],
+        specs=[rattler.MatchSpec(spec) for spec in request["specs"]],  # rattler itself parses strings more strictly
         locked_packages=installed,
-        gateway=rattler.Gateway(cache_dir=cache and cache / "repodata", client=client),
+        gateway=rattler.Gateway(client=client),
         platforms=[host["platform"], "noarch"] if host else None,
         virtual_packages=virtual_packages(host),
     )
@@ -52,7 +51,6 @@ async def fulfil(request: dict) -> dict:
         await rattler.install(
             solved,
             target_prefix=request["prefix"],
-            cache_dir=cache and cache / "pkgs",
             installed_packages=installed,
             show_progress=False,
             client=client,
@@ -63,12 +61,12 @@ async def fulfil(request: dict) -> dict:
 
 
 def virtual_packages(host: dict | None) -> list:
-    """Return what this host is, or another one, as packages such as ``__glibc``."""
+    """Return the properties of this or another host as packages such as ``__glibc``."""
     import rattler
 
     if not host:
         return rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env())
-    text = getattr(rattler, "BuildString", str)  # which older versions of rattler do not have
+    text = getattr(rattler, "BuildString", str)  # missing in older versions of rattler
     return [
         rattler.GenericVirtualPackage(rattler.PackageName(name), rattler.Version(version), text(build))
         for name, version, build in host["virtual"]
@@ -76,7 +74,7 @@ def virtual_packages(host: dict | None) -> list:
 
 
 async def keep_archives(request: dict, client: Any) -> dict:
-    """Keep the archives of a lock file's packages in a folder, and no others there."""
+    """Ensure that a folder contains exactly the archives of a lock file's packages."""
     into = Path(request["into"])
     into.mkdir(parents=True, exist_ok=True)
     wanted = {into / name_of(package["url"]): package for package in request["lock"]}
@@ -90,8 +88,8 @@ async def keep_archives(request: dict, client: Any) -> dict:
     return success([], [])
 
 
-async def reproduce(request: dict, client: Any, installed: list, cache: Path | None) -> dict:
-    """Install just the packages of a lock file, each after a look at its checksum."""
+async def reproduce(request: dict, client: Any, installed: list) -> dict:
+    """Install exactly the packages of a lock file, after verifying each checksum."""
     import rattler
 
     with emptied(Path(request["prefix"] + ".packages")) as folder:
@@ -103,7 +101,6 @@ async def reproduce(request: dict, client: Any, installed: list, cache: Path | N
         await rattler.install(
             records,
             target_prefix=request["prefix"],
-            cache_dir=cache and cache / "pkgs",
             installed_packages=installed,
             show_progress=False,
             execute_link_scripts=False,
@@ -120,7 +117,7 @@ async def reproduce(request: dict, client: Any, installed: list, cache: Path | N
 
 @contextlib.contextmanager
 def emptied(folder: Path) -> Iterator[Path]:
-    """Make a folder that goes away in the end; one that a killed run left does so in the beginning."""
+    """Create a folder that is removed at the end; remove first the one that a killed run may have left."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -138,7 +135,7 @@ def sum_of(archive: Path, kind: str) -> str:
 
 
 async def fetch(package: dict, client: Any, folder: Path, archives: str | None = None) -> Path:
-    """Return the package's archive, which has the right checksum; out of the folder ``archives`` if one is given."""
+    """Return the package's archive after verifying its checksum; from the folder ``archives`` if one is given."""
     from rattler.package_streaming import download_to_path
 
     url = urllib.parse.urlparse(package["url"])
@@ -161,7 +158,7 @@ async def fetch(package: dict, client: Any, folder: Path, archives: str | None =
 
 
 def record_of(package: dict, archive: Path, folder: Path) -> Any:
-    """Describe a package by what its archive says: a channel may correct that later, and differ then."""
+    """Describe a package by its archive's metadata: a channel may correct its own metadata later."""
     import rattler
     from rattler.package_streaming import extract
 
@@ -173,7 +170,7 @@ def record_of(package: dict, archive: Path, folder: Path) -> Any:
 
 
 def open_to_others(metadata: Path) -> None:
-    for path in metadata.glob("*.json"):  # rattler's 0600 would hide the environment from other users
+    for path in metadata.glob("*.json"):  # rattler's mode 0600 would hide the environment from other users
         path.chmod(0o644)
 
 
@@ -191,11 +188,11 @@ def describe(record: Any) -> dict:
 def main() -> None:
     try:
         answer = asyncio.run(fulfil(json.loads(sys.argv[1])))
-    except BaseException as error:  # a panic of rattler's is no Exception
+    except BaseException as error:  # a panic in rattler is not an Exception
         answer = {"success": False, "exception_name": type(error).__name__, "message": str(error)}
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
-    os._exit(0)  # the interpreter may crash while it ends, after all work is done
+    os._exit(0)  # the interpreter may crash at its exit, after all work is done
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The report as one HTML file: whatever came from a database is text there, and nothing asks the network."""
+"""The report as one HTML file: all data from databases is escaped, and the file loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ table { border-collapse: collapse; } th, td { text-align: left; vertical-align: 
 thead th { border-bottom: 1px solid #ccd3da; } tbody th { font-weight: normal; color: #5f6b76; }
 .plot { height: 420px; } .note { color: #5f6b76; margin: .2em 0; } .bad { color: #b3373c; }
 """
-# A plot is drawn when it is about to be seen, since many take their time; all of them before the page is printed.
+# A plot is drawn shortly before it scrolls into view, because many plots take long; before printing, all are drawn.
 SCRIPT = """
 const draw = place => {
   if (place.dataset.drawn) return;
@@ -43,7 +43,7 @@ const seen = new IntersectionObserver(
 places.forEach(place => seen.observe(place));
 window.addEventListener('beforeprint', () => places.forEach(draw));
 """
-# The nonce is there for names that are scripts; plotly.js compiles some of what it draws.
+# The nonce blocks scripts in names of studies; plotly.js needs unsafe-eval, since it compiles some of its code.
 POLICY = (
     "default-src 'none'; script-src 'nonce-{nonce}' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
     "font-src data:; form-action 'none'; base-uri 'none'"
@@ -51,19 +51,19 @@ POLICY = (
 
 
 def escape(text: str) -> str:
-    """Return HTML that shows the text, and nothing that is not to be seen."""
+    """Return HTML that shows the text, with unprintable characters escaped."""
     return escape_html(printable(text))
 
 
 def when(seconds: float | None) -> str:
-    """Return a time for people."""
+    """Return a time in readable form."""
     if seconds is None:
         return "-"
     return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def span(seconds: float) -> str:
-    """Return a duration for people."""
+    """Return a duration in readable form."""
     whole = max(0, int(seconds))
     days, rest = divmod(whole, 86400)
     clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
@@ -71,19 +71,19 @@ def span(seconds: float) -> str:
 
 
 def size(number: float) -> str:
-    """Return bytes for people."""
+    """Return a number of bytes in readable form."""
     power = min(int(math.log(max(number, 1), 1024)), 4)
     return f"{number / 1024**power:.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def shown(value: Any) -> str:
-    """Return a value, a long one cut."""
+    """Return a value as text, shortened if it is long."""
     text = value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} …"
 
 
 def table(rows: Iterable[tuple], head: tuple = ()) -> str:
-    """Return a table; without a head the first column has the names."""
+    """Return a table; without a head the first column contains the row names."""
     cell = "".join
     lines = [
         cell(f"<th>{escape(str(each))}</th>" if not head and not number else f"<td>{escape(str(each))}</td>"
@@ -95,12 +95,12 @@ def table(rows: Iterable[tuple], head: tuple = ()) -> str:
 
 
 def note(text: str, kind: str = "note") -> str:
-    """Return a paragraph; nothing for nothing."""
+    """Return a paragraph; empty if the text is empty."""
     return f'<p class="{kind}">{escape(text)}</p>' if text else ""
 
 
 def plot(figure: Figure, name: str) -> str:
-    """Return a plot's place and what is to be drawn there."""
+    """Return a plot's element and its data."""
     place = (
         f'<div class="plot" id="{name}"></div>'
         f'<script type="application/json" id="{name}-data">{as_script(figure.content)}</script>'
@@ -109,11 +109,11 @@ def plot(figure: Figure, name: str) -> str:
 
 
 def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return how the server is."""
+    """Return the rows of the server's status."""
     job, endpoint, state, server = (status[name] for name in ("job", "endpoint", "state", "server"))
     rows = [("instance", f"{status['instance']} on {status['cluster']}")]
     if job is None:
-        rows.append(("job", "none in the queue: no server runs"))
+        rows.append(("job", "none in the queue: the server is not running"))
     else:
         rows.append(("job", " ".join(filter(None, [job["id"], job["state"], job["node"], job["reason"]]))))
         if job["time_left"] is not None:
@@ -137,28 +137,28 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def outages(log: dict[str, Any], until: float) -> str:
-    """Return when the server could not be used."""
+    """Return the times at which the server was unavailable."""
     if log["since"] is None:
-        return note("There is no log of a hosting job yet.")
+        return note("There are no events of a server job yet.")
     rows = []
     for kind, found in (("away", log["outages"]), ("unhealthy", log["troubles"])):
         for each in found:
             length = span((until if each["ended"] is None else each["ended"]) - each["began"])
             rows.append((
                 when(each["began"]) + ("" if each["certain"] else " or later"),
-                "not until now" if each["ended"] is None else when(each["ended"]),
+                "still going on" if each["ended"] is None else when(each["ended"]),
                 length if each["certain"] else f"at most {length}",
-                kind, each["reason"] or "killed, or its node went: it said nothing",
+                kind, each["reason"] or "killed, or its node failed: no message",
             ))
-    told = f"As log/job.log of the instance tells since {when(log['since'])}. "
-    told += "A server that is killed says nothing: then only its successor's first line is known."
+    told = f"From log/events.jsonl of the instance since {when(log['since'])}. "
+    told += "A killed server writes no message: only the first line of its successor is known then."
     if not rows:
-        return note(f"{told} It tells of no outage.")
-    return note(told) + table(sorted(rows), ("from", "until", "for", "", "what the server said"))
+        return note(f"{told} There was no outage.")
+    return note(told) + table(sorted(rows), ("from", "until", "for", "", "message of the server"))
 
 
 def counts(study: dict[str, Any]) -> str:
-    """Return how many trials there are in each state."""
+    """Return the number of trials in each state."""
     states = Counter(trial["state"].lower() for trial in study["trials"])
     number = len(study["trials"])
     told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
@@ -166,16 +166,16 @@ def counts(study: dict[str, Any]) -> str:
 
 
 def study_or_why(study: dict[str, Any], figures: list[Figure], name: str) -> str:
-    """Return all about a study, or why it cannot be shown: one must not cost the others."""
+    """Return a study's section, or why it cannot be shown: an error in one study must not lose the others."""
     try:
         return study_section(study, figures, name)
-    except Exception as error:  # a value of a kind that nobody has thought of
+    except Exception as error:  # a value of an unexpected type
         why = note(f"This study cannot be shown: {type(error).__name__}: {error}", "bad")
         return f"<section><h2>{escape(study['database'])}/{escape(study['name'])}</h2>{why}</section>"
 
 
 def study_section(study: dict[str, Any], figures: list[Figure], name: str) -> str:
-    """Return all about a study."""
+    """Return the section of a study."""
     parts = [f"<h2>{escape(study['database'])}/{escape(study['name'])}</h2>"]
     aims = ", ".join(study["directions"])
     parts.append(note(f"{counts(study)}. Aim: {aims}."))
@@ -196,19 +196,28 @@ def study_section(study: dict[str, Any], figures: list[Figure], name: str) -> st
         parts.append(f"<h3>Best trials {first}</h3>")
         parts.append(table(rows, ("trial", "values", "parameters", "attributes")))
     elif study["trials"]:
-        parts.append(note("No trial is complete with a finite value, so there is nothing to compare."))
+        parts.append(note("No trial is complete with a finite value, so no trials can be compared."))
     parts += [plot(figure, f"{name}-{number}") for number, figure in enumerate(figures)]
     return "<section>" + "".join(parts) + "</section>"
 
 
 def parameters(study: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
-    """Return a trial's parameters as the objective saw them."""
+    """Return a trial's parameters as the objective function received them."""
     from optuna.distributions import json_to_distribution
 
     return {
         name: json_to_distribution(study["distributions"][index]).to_external_repr(value)
         for name, (index, value) in trial["params"].items()
     }
+
+
+def source(status: dict[str, Any]) -> str:
+    """Return the source of the studies."""
+    if status["server"]:
+        return "The studies were read from the running server."
+    if not status["job"]:
+        return "The server is not running: a temporary server has read the studies."
+    return "The server is not running yet: the studies are those of the last report, if any."
 
 
 def page(
@@ -228,7 +237,7 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
-        note(f"Written {when(status['read'])}; all times are UTC. {status['source']}"),
+        note(f"Written {when(status['read'])}; all times are UTC. {source(status)}"),
         "<h2>Status</h2>", table(status_rows(status)),
         "".join(note(problem, "bad") for problem in held["problems"]),
         "<h2>Outages</h2>", outages(status["log"], status["read"]),

@@ -2,28 +2,27 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the modules about the hosting job share: which scheduler, how to call it, which job is meant."""
+"""Shared by the modules about the server job: how to call the scheduler, and how to find the job."""
 
 from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
-from ansible_collections.mala.hpc_db.plugins.module_utils import _gridengine, _local, _slurm
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import LEAVING, TIMEOUT, call
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import Scheduler
 
 if TYPE_CHECKING:
     from ansible.module_utils.basic import AnsibleModule
 
 Run = Callable[[list], str]
 
-# The one place where a scheduler is entered; a test compares what is documented with it.
-SCHEDULERS = {"slurm": _slurm, "local": _local, "gridengine": _gridengine}
 ARGUMENT_SPEC = {
     "name": {"type": "str", "required": True},
     "root": {"type": "path", "required": True},
@@ -31,40 +30,31 @@ ARGUMENT_SPEC = {
     "bin_dir": {"type": "path"},
 }
 
-# Seconds that a command has for its answer.
-TIMEOUT = 120
-# Its end has begun and nothing brings it back.
-LEAVING = "COMPLETING"
-# Whatever colours an answer or moves the cursor: escape sequences, and all control characters but tab and newline.
-ESCAPES = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])|[\x00-\x08\x0b-\x1f\x7f]"
-)
-
 
 class SchedulerError(Exception):
-    """A command of the scheduler failed; the text is its own words."""
+    """A command of the scheduler failed; the text is its own message."""
 
 
 def make_run(module: AnsibleModule, params: dict | None = None) -> Run:
-    """Return the callable that takes an argument list and returns its stdout.
+    """Return a function that takes an argument list and returns its stdout.
 
-    ``params`` name the scheduler as ARGUMENT_SPEC does; without them the module's own do.
+    ``params`` name the scheduler as ARGUMENT_SPEC does; the default are the module's own.
     """
     params = params or module.params
     local = params["scheduler"] == "local"
     bin_dir = None if local else params["bin_dir"]
-    host = Path(params["root"], "host")  # where all later jobs are submitted from
+    host = Path(Layout(params["root"]).host)  # all later jobs are submitted from here
     cwd = next(folder for folder in (host, *host.parents) if os.access(folder, os.X_OK))
     environment = SCHEDULERS[params["scheduler"]].environment(os.environ, bin_dir or "")
 
     def run(command: list) -> str:
         program = os.path.join(bin_dir, command[0]) if bin_dir else command[0]
         try:
-            done = call([program, *command[1:]], environment, TIMEOUT, cwd)
+            done = call([program, *command[1:]], environment, TIMEOUT, str(cwd))
         except subprocess.TimeoutExpired:
             raise SchedulerError(f"{program} has not answered within {TIMEOUT} s") from None
         except OSError as error:
-            hint = "" if local else "; set server_bin_dir to the folder that holds the scheduler's commands"
+            hint = "" if local else "; set server_bin_dir to the folder that contains the scheduler's commands"
             raise SchedulerError(f"{program}: {error.strerror}{hint}") from error
         if done.returncode:
             words = [line.strip() for line in (done.stderr.strip() or done.stdout.strip()).splitlines()]
@@ -74,51 +64,32 @@ def make_run(module: AnsibleModule, params: dict | None = None) -> Run:
     return run
 
 
-def call(
-    command: list, environment: dict, timeout: float, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a command with these variables and no others, which run_command of a module cannot.
-
-    After the time-out nothing is left of it, not even what it has started.
-    """
-    with subprocess.Popen(
-        command, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        encoding="utf-8", errors="replace", start_new_session=True,
-    ) as process:
-        try:
-            stdout, stderr = process.communicate(timeout=timeout)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, ESCAPES.sub("", stdout), ESCAPES.sub("", stderr))
-
-
 def check_environment(params: dict, setting: str) -> None:
-    """Raise ValueError for an option that is set by the login's environment only; ``setting`` is where it belongs."""
+    """Raise ValueError for an option set only by the login's environment; ``setting`` is the setting to use instead."""
     SCHEDULERS[params["scheduler"]].check_environment(os.environ, params["options"], setting)
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError for a name that squeue, a file name or a shell could read as something else."""
+    """Raise ValueError for a name that squeue, a file system or a shell could misinterpret."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(f"name: {name!r} is not a letter or digit, then letters, digits, '.', '_' and '-'")
+        raise ValueError(f"name: {name!r} is not allowed; letters, digits, '.', '_' and '-', a letter or digit first")
 
 
 def find_jobs(params: dict, run: Run) -> list[dict]:
-    """Return this user's jobs of exactly this name, the one that matters most first."""
+    """Return this user's jobs with exactly this name, the most relevant one first."""
     for option in ("root", "bin_dir", "script", "output"):
         if params.get(option) is not None and not os.path.isabs(params[option]):
             raise ValueError(f"{option}: {params[option]!r} is not absolute; give a path that begins with / or ~")
     scheduler = SCHEDULERS[params["scheduler"]]
-    program = os.path.join(params["root"], "host", "hpc_db_host")
+    program = Layout(params["root"]).package
     if params["scheduler"] == "local" and not os.path.isdir(program):
-        return []  # nothing is installed, so nothing was ever started
+        return []  # the supervisor is not installed, so no job was ever started
     jobs = scheduler.parse_queue(run(scheduler.queue_command(params["name"])))
     return sorted((job for job in jobs if job["name"] == params["name"]), key=_weight)
 
 
 def judge_job(params: dict, run: Run, command: list, setting: str) -> list[str]:
-    """Let the scheduler judge a job that is not submitted. Raise its refusal; return what keeps the job waiting now."""
+    """Let the scheduler check a job without submitting it. Raise its refusal; return why the job would have to wait."""
     scheduler = SCHEDULERS[params["scheduler"]]
     try:
         run(command)
@@ -132,20 +103,20 @@ def judge_job(params: dict, run: Run, command: list, setting: str) -> list[str]:
         nodes = ""
     if not nodes:
         raise refused
-    return [f"{refused}; that is true now, not for ever, so the job is going to wait in the queue: {nodes}"]
+    return [f"{refused}; this is temporary, so the job is queued and waits: {nodes}"]
 
 
 class Submitted(NamedTuple):
-    """A job that was submitted just now; ``said`` is for the user where its id could not be read."""
+    """A job that was just submitted; ``said`` is a message for the user if its id could not be read."""
 
     id: str
     said: str
 
 
 def submit_job(params: dict, run: Run, command: list, known: Iterable[dict]) -> Submitted:
-    """Submit a job of the name, beside those that are ``known``.
+    """Submit a job of the name, in addition to those that are ``known``.
 
-    The queue tells its id: a site's sbatch may print anything around it, other numbers as well.
+    Its id is read from the queue: a site's sbatch may print any text around it, even other numbers.
     """
     before = {job["id"] for job in known}
 
@@ -168,24 +139,17 @@ def submit_job(params: dict, run: Run, command: list, known: Iterable[dict]) -> 
         job = find_new()
     except (SchedulerError, ValueError) as error:
         if not told:
-            raise SchedulerError(f"{words}, and whether the job is in the queue cannot be asked: {error}") from None
+            raise SchedulerError(f"{words}, and the queue cannot be read: {error}") from None
         job = None
     if job and not told:
         return Submitted(job["id"], f"{words}; job {job['id']}, found by its name {params['name']}, is in the queue")
     if job or told:
-        return Submitted(job["id"] if job else told, "")
+        return Submitted(job["id"] if job else str(told), "")
     raise SchedulerError(f"{words}, and no new job of the name {params['name']} is in the queue")
 
 
-def serving_job(endpoint: dict | None, jobs: list[dict]) -> dict | None:
-    """Return the job whose server has published the endpoint, if it runs: one that was killed leaves it behind."""
-    return next(
-        (job for job in jobs if endpoint and job["state"] == "RUNNING" and job["id"] == endpoint.get("job")), None
-    )
-
-
 def find_idle_nodes(params: dict, run: Run) -> list[str]:
-    """Return the nodes on which no job of this user is, whatever its name."""
+    """Return the nodes on which this user has no job of any name."""
     scheduler = SCHEDULERS[params["scheduler"]]
     command = scheduler.all_nodes_command()
     if command is None:
@@ -194,8 +158,8 @@ def find_idle_nodes(params: dict, run: Run) -> list[str]:
     return sorted(set(scheduler.parse_nodes(run(command))) - hosts_of(scheduler, used, run))
 
 
-def hosts_of(scheduler: ModuleType, nodes: Iterable[str], run: Run) -> set[str]:
-    """Return the single nodes of what jobs have, such as c[1-3]; raise ValueError if the answer names none."""
+def hosts_of(scheduler: Scheduler, nodes: Iterable[str], run: Run) -> set[str]:
+    """Return the single nodes of node lists such as c[1-3]; raise ValueError if the answer contains none."""
     written = ",".join(sorted(filter(None, nodes)))
     if not written:
         return set()
@@ -208,5 +172,5 @@ def hosts_of(scheduler: ModuleType, nodes: Iterable[str], run: Run) -> set[str]:
 
 
 def _weight(job: dict) -> tuple:
-    """A running job may have a successor queued behind it, and a predecessor that is not quite gone."""
+    """Sort key: a running job first, then its successor, and last a predecessor that is still ending."""
     return {"RUNNING": 0, "CONFIGURING": 1, LEAVING: 3}.get(job["state"], 2), len(job["id"]), job["id"]

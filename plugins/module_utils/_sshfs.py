@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The command lines of sshfs, ssh and fusermount, and what they mean when they fail."""
+"""The command lines of sshfs, ssh and fusermount, and the meaning of their errors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Callable, NamedTuple
 HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*|[0-9A-Fa-f]*:[0-9A-Fa-f:.]+")
 USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*")
 HOP = re.compile(rf"(?:{USER.pattern}@)?(?:[A-Za-z0-9_][A-Za-z0-9_.-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{{1,5}})?")
-# ssh expands these in a value, or takes them for the value's end.
+# ssh expands these characters in a value, or ends the value there.
 SPECIAL = re.compile(r'["\\%$]')
 
 
 class Refused(Exception):
-    """The settings cannot be carried out; nothing was changed."""
+    """The settings cannot be applied; nothing was changed."""
 
 
 class Failed(Exception):
@@ -27,14 +27,14 @@ class Failed(Exception):
 
 
 class Wanted(NamedTuple):
-    """What is to be mounted, and how."""
+    """The wanted mount."""
 
     source: str
-    options: list[str]  # of sshfs: without its name, the source and the mount point
-    ssh: list[str]  # what ssh is called with by sshfs, without its name, the host last
+    options: list[str]  # sshfs's options, without its name, the source and the mount point
+    ssh: list[str]  # arguments of sshfs's call of ssh, without the program, the host last
 
 
-# --- values, each of which is returned as sshfs or ssh has it
+# --- checks of values; each returns the value in the format of sshfs or ssh
 
 
 def _flag(value: str) -> str:
@@ -75,7 +75,7 @@ def _name(value: str) -> str:
 
 def _names(value: str) -> str:
     if not re.fullmatch(r"[a-z-]+(?:,[a-z-]+)*", value) or value.startswith("-"):
-        raise ValueError("words with commas between them")
+        raise ValueError("words separated by commas")
     return value
 
 
@@ -86,7 +86,7 @@ def _user(value: str) -> str:
 
 
 def _path(value: str) -> str:
-    """Quote a path: ssh would end it at a space."""
+    """Quote a path, because ssh would end it at a space."""
     path = os.path.abspath(os.path.expanduser(value))
     if not value or SPECIAL.search(value) or not value.isprintable():
         raise ValueError('a path without " \\ % $ and line breaks')
@@ -95,11 +95,11 @@ def _path(value: str) -> str:
 
 def _hops(value: str) -> str:
     if value != "none" and not all(HOP.fullmatch(hop) for hop in value.split(",")):
-        raise ValueError("[user@]host[:port], with commas between several")
+        raise ValueError("[user@]host[:port], separated by commas")
     return value
 
 
-# What may be said of a mount, and of the connection, and how a value has to look.
+# Allowed options of a mount and of its connection, with the check of each value.
 MOUNT_OPTIONS: dict[str, Callable[[str], str]] = {
     "auto_cache": _flag, "compression": _yes_no, "dcache_timeout": _number, "dir_cache": _yes_no,
     "follow_symlinks": _flag, "noexec": _flag, "transform_symlinks": _flag,
@@ -111,7 +111,7 @@ SSH_OPTIONS: dict[str, Callable[[str], str]] = {
     "PreferredAuthentications": _names, "ProxyJump": _hops, "PubkeyAuthentication": _yes_no, "User": _user,
     "UserKnownHostsFile": _path,
 }
-# A mount has its own of these, or no use for them.
+# A mount sets these itself or does not need them.
 LEFT_OUT = (
     "BatchMode ConnectTimeout ConnectionAttempts ControlMaster ControlPath ControlPersist ForwardAgent ForwardX11"
     " LogLevel RequestTTY ServerAliveCountMax ServerAliveInterval StrictHostKeyChecking TCPKeepAlive"
@@ -122,7 +122,7 @@ FLAGS_WITH_VALUE = {"-i": "IdentityFile", "-J": "ProxyJump", "-l": "User", "-p":
 
 
 def check(setting: str, name: str, value: object, known: dict[str, Callable[[str], str]]) -> str:
-    """Return the value of a known option as ssh or sshfs has it; raise Refused for any other."""
+    """Return the value of a known option in the format of ssh or sshfs; raise Refused for any other option."""
     if name not in known:
         raise Refused(f"{setting}: {name!r} is not among the options known here: {', '.join(sorted(known))}")
     try:
@@ -132,9 +132,9 @@ def check(setting: str, name: str, value: object, known: dict[str, Callable[[str
 
 
 def read_ssh_arguments(text: str) -> tuple[str | None, dict[str, str]]:
-    """Return the ``-F`` file and the options among arguments of ssh, as in ``ansible_ssh_common_args``.
+    """Return the ``-F`` file and the options in arguments of ssh, as in ``ansible_ssh_common_args``.
 
-    Of an option that is there twice the first counts, as for ssh.
+    As in ssh, the first occurrence of an option counts.
     """
     setting = "ssh_arguments"
     try:
@@ -153,21 +153,21 @@ def read_ssh_arguments(text: str) -> tuple[str | None, dict[str, str]]:
         elif flag in ("-F", "-o", *FLAGS_WITH_VALUE):
             name, value = FLAGS_WITH_VALUE.get(flag, ""), word[2:] or (words.pop(0) if words else "")
         else:
-            raise Refused(f"{setting}: {word!r} is none of ssh's arguments that a mount can have: -F, -J, -o, …")
+            raise Refused(f"{setting}: {word!r} is not an ssh argument that a mount supports: -F, -J, -o, …")
         if flag == "-F":
             config = config or os.path.expanduser(value)
             continue
         if flag == "-o":
             name, value = split_option(value)
         if name == "ProxyCommand":
-            raise Refused(f"{setting}: ProxyCommand is a command; give ProxyJump, or have it in a file for ssh_config")
+            raise Refused(f"{setting}: ProxyCommand runs a program; use ProxyJump, or set it in a file for ssh_config")
         if name not in LEFT_OUT:
             options.setdefault(name, check(setting, name, value, SSH_OPTIONS))
     return config, options
 
 
 def split_option(text: str) -> tuple[str, str]:
-    """Return name and value of one of ssh's options: ``Name=value``, ``name value`` or ``Name="value"``."""
+    """Return name and value of an option of ssh: ``Name=value``, ``name value`` or ``Name="value"``."""
     name, value = re.fullmatch(r"\s*(\w*)\s*=?\s*(.*?)\s*", text, re.DOTALL).groups()  # type: ignore[union-attr]
     spelled = {known.lower(): known for known in (*SSH_OPTIONS, *LEFT_OUT, "ProxyCommand")}
     quoted = len(value) > 1 and value[0] == value[-1] == '"'
@@ -175,10 +175,10 @@ def split_option(text: str) -> tuple[str, str]:
 
 
 def plan(params: dict) -> Wanted:
-    """Return what is to be mounted; raise Refused for a value that could be taken for anything else."""
+    """Return the wanted mount; raise Refused for ambiguous values."""
     host, folder = params["host"], params["folder"]
     if not HOST.fullmatch(host):
-        raise Refused(f"host: {host!r} is none; allowed are letters, digits and ._-, or an address")
+        raise Refused(f"host: {host!r} is not allowed; letters, digits and ._-, or an address")
     if not folder.isprintable():
         raise Refused(f"folder: {folder!r} has a line break or another character that cannot be printed")
     for name, least in (("alive_interval", 1), ("alive_count", 1), ("connect_timeout", 1), ("timeout", 1)):
@@ -194,17 +194,17 @@ def plan(params: dict) -> Wanted:
         if value is not None:
             ssh_options[name] = check(setting, name, value, SSH_OPTIONS)
     config = params["ssh_config"] or config
-    # To get to another host first, ssh writes this name into a command of a shell, as it is.
+    # For a jump host, ssh inserts this name unquoted into a shell command.
     if config and not re.fullmatch(r"[\w./+@=,:-]+", config):
-        raise Refused(f"ssh_config: {config!r} is none that ssh can pass on; allowed are letters, digits and ./+@=,:_-")
+        raise Refused(f"ssh_config: {config!r} cannot be passed on by ssh; allowed are letters, digits and ./+@=,:_-")
     if config and (not os.path.exists(config) or os.path.isdir(config)):
-        raise Refused(f"ssh_config: there is no file {config!r}")
+        raise Refused(f"ssh_config: the file {config!r} does not exist")
     file = ["-F", os.path.abspath(config)] if config else []
 
     user = f"{ssh_options.pop('User')}@" if "User" in ssh_options else ""
     address = f"[{host}]" if ":" in host else host
     ssh_options = {**connection(params), **ssh_options}
-    # sshfs has a name of its own for one of them.
+    # sshfs has its own name for one of them.
     options = [f"{'port' if name == 'Port' else name}={value}" for name, value in ssh_options.items()]
     return Wanted(
         f"{user}{address}:{remote_folder(folder)}",
@@ -214,16 +214,17 @@ def plan(params: dict) -> Wanted:
 
 
 def remote_folder(folder: str) -> str:
-    """Return the folder as sftp has it: no ~ for the home, in which it begins. The last slash has links followed."""
+    """Return the folder for sftp, which starts in the home and has no ~. With the final slash, links are followed."""
     path = re.sub(r"^~(?:/+|$)", "", folder) or "."
     return path if path.endswith("/") else f"{path}/"
 
 
 def connection(params: dict) -> dict[str, str]:
-    """Return the options of ssh that keep a mount from hanging, from asking, and from trusting a stranger.
+    """Return ssh's options against hanging, against questions, and against unknown host keys.
 
-    Without the first three, and sshfs's ``reconnect``, a mount whose link was down hangs, also 40 s after the link is
-    back. With 3, 2 and 5 there is an error after 6.7 to 8.5 s, and it works 0.4 to 1.1 s after the link (sshfs 3.7.3).
+    Without the first three, and sshfs's ``reconnect``, a mount whose link was down hangs, even 40 s after the link is
+    back. With 3, 2 and 5 there is an error after 6.7 to 8.5 s, and the mount works 0.4 to 1.1 s after the link (sshfs
+    3.7.3).
     """
     shared = {} if params["share_connection"] else {"ControlMaster": "no", "ControlPath": "none"}
     return {
@@ -233,7 +234,7 @@ def connection(params: dict) -> dict[str, str]:
 
 
 def mount_options(params: dict) -> list[str]:
-    """Return the options of sshfs itself."""
+    """Return sshfs's own options."""
     options = ["reconnect", f"idmap={params['idmap']}", *(["ro"] if params["read_only"] else [])]
     for name, value in sorted(params["options"].items()):
         text = check("options", name, value, MOUNT_OPTIONS)
@@ -242,28 +243,28 @@ def mount_options(params: dict) -> list[str]:
 
 
 def escape(option: str) -> str:
-    """Return one option of ``-o`` such that no comma in it begins another one."""
+    """Return a value of ``-o`` with its commas escaped, since a comma would begin another option."""
     return re.sub(r"([\\,])", r"\\\1", option)
 
 
 def check_path(path: str) -> None:
-    """Refuse a mount point that tables of mounts could not tell from others."""
+    """Refuse a mount point that is ambiguous in tables of mounts."""
     if not os.path.isabs(path) or not path.isprintable() or os.path.normpath(path) in ("/", "//"):
-        raise Refused(f"path: {path!r} is none; give one that begins with / or ~, without line breaks")
+        raise Refused(f"path: {path!r} is not allowed; a path that begins with / or ~, without line breaks")
 
 
 # --- commands
 
 
 def mount_command(sshfs: str, wanted: Wanted, path: str) -> list[str]:
-    """Return the call that mounts; it ends when the mount is there, and leaves a process that serves it."""
+    """Return the call that mounts; it ends once the mount exists, and leaves a process that serves it."""
     return [sshfs, wanted.source, path, *wanted.options]
 
 
 def unmount_command(program: str, path: str, lazily: bool) -> list[str]:
-    """Return the call that unmounts with ``fusermount3``, or the ``umount`` of macOS.
+    """Return the call that unmounts with ``fusermount3``, or with ``umount`` on macOS.
 
-    ``lazily`` takes it away from under processes that use it, or hang in it.
+    ``lazily`` also unmounts while processes use the mount or hang in it.
     """
     if os.path.basename(program) == "umount":
         return [program, *(["-f"] if lazily else []), path]
@@ -271,36 +272,36 @@ def unmount_command(program: str, path: str, lazily: bool) -> list[str]:
 
 
 def try_command(wanted: Wanted) -> list[str]:
-    """Return the call that opens, and ends, the connection that sshfs would; sshfs itself hides what ssh says."""
+    """Return the call that opens and closes the same connection as sshfs, because sshfs hides ssh's messages."""
     return ["ssh", "-o", "LogLevel=ERROR", "-s", *wanted.ssh, "sftp"]
 
 
 def is_served_by(arguments: list[str], source: str | None, path: str) -> bool:
-    """Tell whether these are the arguments of an sshfs that serves ``path``; one that was started by hand, too."""
+    """Return whether these are the arguments of an sshfs that serves ``path``, even one started by hand."""
     if not arguments or os.path.basename(arguments[0]) != "sshfs":
         return False
-    # Where a space ends an argument and where it is in one is not known on macOS.
+    # On macOS spaces between arguments cannot be distinguished from spaces within them.
     if path in arguments or f" {path} -" in " ".join(arguments):
         return True
-    # A mount point without its slash in front is relative to a folder that nobody knows any more.
+    # A mount point without a leading slash is relative to a folder that is no longer known.
     relative = [os.path.normpath(each).lstrip("./") for each in arguments[1:] if not each.startswith(("/", "-"))]
     return source in arguments and any(each and path.endswith(f"/{each}") for each in relative)
 
 
-# --- what they say
+# --- their messages
 
 
-# The setting that mends it, what was said, and what that means.
+# The setting to change, the message, and its meaning.
 MEANINGS = (
     ("host", r"HOST IDENTIFICATION HAS CHANGED",
-     "{host} shows another host key than the one known here, and is refused: somebody may be in between; ask its "
+     "{host} has another host key than the one known here and is refused: the connection may be intercepted; ask its "
      "administrators, and only if they changed it forget the old one: ssh-keygen -R {host}"),
     ("host", r"key is known for|Host key verification failed|strict checking",
      "the host key of {host}, or of a host on the way there, is not known here, and is refused: log in once with ssh, "
      "and compare the fingerprint with the one that its administrators publish"),
     ("identity_file", r"Permission denied \(",
-     "{host} lets nobody in without a key: load one into ssh-agent, or name its file"),
-    ("host", r"Could not resolve hostname", "there is no address for {host}, or for a host on the way there"),
+     "{host} requires a key: load one into ssh-agent, or set its file"),
+    ("host", r"Could not resolve hostname", "cannot resolve the name of {host}, or of a host on the way there"),
     ("host", r"timed out|No route to host|Network is unreachable|Connection refused", "{host} cannot be reached"),
     ("host", r"[Ss]ubsystem request failed", "{host} has no sftp, which sshfs needs"),
     ("folder", r"Permission denied", "{source} may not be read"),
@@ -308,14 +309,14 @@ MEANINGS = (
     ("path", r"fuse: device not found|/dev/fuse|mount failed: Operation not permitted",
      "FUSE cannot be used here: the kernel has to offer /dev/fuse, to a container as well"),
     ("path", r"no write access to mountpoint", "the mount point is not yours to write to"),
-    ("folder", r"No such file or directory|Not a directory", "there is no folder {source}"),
+    ("folder", r"No such file or directory|Not a directory", "the folder {source} does not exist"),
 )
 
 
 def explain(said: str, host: str, source: str) -> str:
-    """Return what ssh or sshfs said in one line, and before it what to do about it, as far as that is known."""
+    """Return the message of ssh or sshfs in one line, preceded by a remedy if one is known."""
     for setting, pattern, meaning in MEANINGS:
         found = next((line for line in said.splitlines() if re.search(pattern, line)), None)
         if found:
             return f"{setting}: {meaning.format(host=host, source=source)} ({' '.join(found.strip('@').split())})"
-    return f"host: {' '.join(said.split()) or 'sshfs failed and said nothing'}"
+    return f"host: {' '.join(said.split()) or 'sshfs failed without a message'}"

@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Which worker a trial belongs to, and whether that worker is gone.
+"""Finds a trial's worker, and whether that worker has gone.
 
-Optuna writes down nothing about the worker of a trial. The database does: a trigger notes the connection under which
-a trial became RUNNING, whatever the client is. A worker whose job script has set PGAPPNAME is known by its job then.
+Optuna does not store a trial's worker. A trigger in the database does: it records the connection under which a trial
+became RUNNING, for any client. If the worker's job script sets PGAPPNAME, the record names its job.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import json
 import re
 from typing import NamedTuple
 
-# The attribute's name; Optuna reads it like any other, and ignores it.
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import Job
+
+# Key of the attribute; Optuna reads it like any other and ignores it.
 KEY = "hpc_db:worker"
 TRIGGER = "hpc_db_worker"
 
-# A trial that cannot be noted must go on nevertheless.
+# A trial must continue even if it cannot be recorded.
 NOTE = f"""
 BEGIN
   INSERT INTO public.trial_system_attributes (trial_id, key, value_json)
@@ -35,7 +37,7 @@ NOTES = f"""
 SELECT prosrc FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
 WHERE tgrelid = to_regclass('public.trials') AND tgname = '{TRIGGER}'
 """
-# Sent as one, it is one transaction. It waits for running transactions, but not behind one that hangs.
+# Statements sent in one call are one transaction. It waits for running transactions, but at most for lock_timeout.
 TAKE_NOTES = f"""
 SET lock_timeout = '20s';
 CREATE OR REPLACE FUNCTION public.{TRIGGER}() RETURNS trigger LANGUAGE plpgsql AS $note${NOTE}$note$;
@@ -44,21 +46,21 @@ CREATE TRIGGER {TRIGGER} AFTER INSERT OR UPDATE OF state ON public.trials
 FOR EACH ROW WHEN (NEW.state = 'RUNNING') EXECUTE FUNCTION public.{TRIGGER}()
 """
 
-# What a worker's connections are called: hpc_db, job, restart, cluster, and for people host and PID.
+# Name of a worker's connections: hpc_db, job, restart, cluster, and for readers host and PID.
 NAME = re.compile(r"hpc_db (?P<job>\S+)\.(?P<restart>[^\s.]+) (?P<cluster>\S+)(?: (?P<host>\S+))?.*")
 
-# Optuna before 5 writes local time: at most so much behind UTC and ahead of it.
+# Optuna before 5 writes local time: at most this much behind and ahead of UTC, in seconds.
 BEHIND_UTC, AHEAD_OF_UTC = 12 * 3600, 14 * 3600
 
-# A job in this state has no process.
+# A job in this state has no processes.
 WAITING = "PENDING"
 
-# The collection's own programs and PostgreSQL's, in which no trial runs.
+# Connections of the collection's own programs and of PostgreSQL's programs, which run no trials.
 TOOLS = {"hpc_db", "hpc_db doctor", "mala.hpc_db", "pg_dump", "pg_restore", "psql"}
 
 
 class Worker(NamedTuple):
-    """A worker as its connections name it."""
+    """A worker, as named by its connections."""
 
     job: str
     restart: str
@@ -66,7 +68,7 @@ class Worker(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A trial that is RUNNING: what its rows say, with ages in seconds and times since 1970."""
+    """The data of a RUNNING trial, with ages in seconds and times in seconds since 1970."""
 
     database: str
     study: str
@@ -78,17 +80,6 @@ class Trial(NamedTuple):
     heartbeat_age: float | None
 
 
-class Job(NamedTuple):
-    """A job that the scheduler has; ``start`` is None if it has not begun, or nobody knows when."""
-
-    id: str
-    restart: str
-    state: str
-    start: float | None
-    nodes: str
-    name: str
-
-
 class Connection(NamedTuple):
     """An open connection to a study database; the address is empty on the server's own machine."""
 
@@ -98,9 +89,9 @@ class Connection(NamedTuple):
 
 
 class World(NamedTuple):
-    """Who is there: connections, then jobs, both looked at after the trials.
+    """The state of the cluster: connections, then jobs, both read after the trials.
 
-    ``addresses`` are those of the jobs' nodes. ``boot`` is when this machine was started, if there is no scheduler.
+    ``addresses`` are those of the jobs' nodes. ``boot`` is this machine's boot time, if there is no scheduler.
     """
 
     cluster: str
@@ -113,7 +104,7 @@ class World(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether a trial's worker is gone, and how one knows, or why one does not."""
+    """Whether a trial's worker has gone, and the reason for this conclusion or for the uncertainty."""
 
     gone: bool
     why: str
@@ -121,13 +112,13 @@ class Verdict(NamedTuple):
 
 
 def worker_of(name: str) -> Worker | None:
-    """Return the worker that a connection's name tells; None if it tells none."""
+    """Return the worker named by a connection; None if the name is not a worker's."""
     found = NAME.fullmatch(name)
     return Worker(found["job"], found["restart"], found["cluster"]) if found else None
 
 
 def read_note(trial: Trial) -> dict:
-    """Return what the trigger has noted; empty if the trial is older than the trigger."""
+    """Return the trigger's record; empty if the trial is older than the trigger."""
     try:
         note = json.loads(trial.note or "{}")
     except ValueError:
@@ -136,7 +127,7 @@ def read_note(trial: Trial) -> dict:
 
 
 def span_of_start(trial: Trial) -> tuple[float, float] | None:
-    """Return the earliest and the latest time at which the trial can have begun."""
+    """Return the earliest and the latest possible start of the trial."""
     noted = read_note(trial).get("since")
     if noted is not None:
         return noted, noted
@@ -146,15 +137,15 @@ def span_of_start(trial: Trial) -> tuple[float, float] | None:
 
 
 def is_later(restart: str, before: str) -> bool:
-    """Tell whether a job has begun again. A worker may name more restarts than its job has had.
+    """Return whether a job has been restarted since. A worker may report more restarts than its job has had.
 
-    A job that is submitted inside another one inherits its SLURM_RESTART_COUNT, until it is restarted itself.
+    A job submitted from within another job inherits its SLURM_RESTART_COUNT, until it is restarted itself.
     """
     return restart.isdigit() and before.isdigit() and int(restart) > int(before)
 
 
 def judge(trial: Trial, world: World) -> Verdict:
-    """Tell whether the worker of a trial is gone."""
+    """Return whether the worker of a trial has gone."""
     age = trial.heartbeat_age
     if age is not None and age < world.tolerance:
         return Verdict(False, f"its worker sent a heartbeat {max(age, 0):.0f} s ago")
@@ -165,19 +156,19 @@ def judge(trial: Trial, world: World) -> Verdict:
     if any(connection.name == name for connection in world.connections):
         return Verdict(False, f"job {worker.job} has an open connection")
     if worker.cluster != world.cluster:
-        return Verdict(False, f"job {worker.job} is one of the cluster {worker.cluster}; ask there", True)
+        return Verdict(False, f"job {worker.job} belongs to the cluster {worker.cluster}; requeue there", True)
     for job in world.jobs:
         if job.id == worker.job and is_later(job.restart, worker.restart):
-            return Verdict(True, f"job {job.id} was queued again since")
+            return Verdict(True, f"job {job.id} has been queued again since")
         if job.id == worker.job:
             return Verdict(False, f"job {job.id} is {job.state}{f' on {job.nodes}' if job.nodes else ''}")
     return Verdict(True, f"job {worker.job} has ended and has no connection")
 
 
 def judge_by_time(trial: Trial, world: World) -> Verdict:
-    """Tell whether nothing that could have begun the trial is there any more."""
+    """Return whether no job or connection that may have started the trial is left."""
     span = span_of_start(trial)
-    # Without a scheduler the only jobs are processes that give their connections names: this trial's has none.
+    # Without a scheduler the only jobs are processes with named connections, and this trial's connection has no name.
     jobs = [] if world.boot is not None and read_note(trial) else world.jobs
     older = [
         job for job in jobs
@@ -196,10 +187,10 @@ def judge_by_time(trial: Trial, world: World) -> Verdict:
     if older:
         return Verdict(False, f"job {older[0].id} ({older[0].name}) may be its worker", True)
     if world.boot is None:
-        return Verdict(True, "no connection and no job is left from the time at which it began")
+        return Verdict(True, "no connection and no job from its start are left")
     if span and span[1] + world.tolerance < world.boot:
-        return Verdict(True, "this machine was started since it began")
-    # On one machine a connection is lost only when the worker ends, or the server.
+        return Verdict(True, "this machine has been restarted since it began")
+    # On a single machine a connection ends only with its worker or with the server.
     if span and span[0] - world.tolerance > world.server_start:
         return Verdict(True, "its connection is closed, and the server has not been stopped since it began")
     return Verdict(False, "the server may have been stopped since it began, and its worker may wait", True)

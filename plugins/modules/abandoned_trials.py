@@ -8,42 +8,43 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: abandoned_trials
-short_description: Requeue the trials that workers have left behind
+short_description: Requeue stale trials
 description:
-  - Looks at every trial that is C(RUNNING) in any study database, and requeues those whose worker is gone. Workers
-    that live may go on meanwhile.
-  - A trial that M(mala.hpc_db.optuna_study) has noted with its job is requeued once the scheduler has that job no
-    longer, and no connection of that job is open.
-  - A list of jobs that lacks the hosting job is not believed.
-  - Any other trial is requeued once no job of this user and no connection is left that can have begun it. While that
-    cannot be told, the trial is left alone, and the reason is returned.
-  - To requeue means, as with Optuna's C(RetryFailedTrialCallback), that the trial becomes C(FAIL), and a new one of
-    the same parameters and user attributes waits for a worker. Both happen in one transaction, and only while the
-    trial is still C(RUNNING). A worker that lives nevertheless is refused by Optuna when it tells its result.
+  - Checks every C(RUNNING) trial in all study databases and requeues those whose worker has ended. Live workers can
+    continue during the check.
+  - A trial whose job was recorded by M(mala.hpc_db.optuna_study) is requeued once the scheduler no longer lists that
+    job and no connection of that job is open.
+  - A list of jobs without the server job is considered incomplete and is not used.
+  - Any other trial is requeued once no job of this user and no connection is left that could have started it. While
+    this is unknown, the trial is left unchanged and the reason is returned.
+  - As with Optuna's C(RetryFailedTrialCallback), the trial becomes C(FAIL), and a new trial with the same parameters
+    and user attributes waits for a worker. Both happen in one transaction, and only if the trial is still
+    C(RUNNING). If its worker is alive after all, Optuna refuses the worker's result.
 author: mala.hpc_db contributors (@mala-project)
 options:
   database:
-    description: A database to connect to. O(user) must be a superuser.
+    description: Database to connect to. O(user) must be a superuser.
     type: str
     required: true
   cluster:
-    description: The cluster's name, as workers have it in C(PGAPPNAME). Not used by O(scheduler=local).
+    description: Name of the cluster, as in the workers' C(PGAPPNAME). Not used by O(scheduler=local).
     type: str
     required: true
   studies:
-    description: The studies to look at, each as C(database/study). All if empty.
+    description: Studies to check, each as C(database/study). If empty, all studies.
     type: list
     elements: str
     default: []
   other_jobs:
-    description: Names of jobs in which no worker runs, beside the hosting job.
+    description: Names of jobs that run no workers, in addition to the server job.
     type: list
     elements: str
     default: []
   clock_tolerance:
     description:
-      - By how many seconds the clocks of nodes may differ. Trials and jobs whose times are closer are not told apart.
-      - A worker that sent a heartbeat within this time lives.
+      - Maximum difference between the clocks of two nodes in seconds. Smaller differences between the times of trials
+        and jobs are treated as unknown order.
+      - A worker that sent a heartbeat within this time is alive.
     type: int
     default: 300
 extends_documentation_fragment:
@@ -51,6 +52,10 @@ extends_documentation_fragment:
   - mala.hpc_db.connection
   - mala.hpc_db.scheduler
 attributes:
+  action_group:
+    description: Use these groups in C(module_defaults) to set the options of each for several tasks.
+    support: full
+    membership: [mala.hpc_db.postgresql, mala.hpc_db.scheduler]
   check_mode:
     support: full
   diff_mode:
@@ -60,7 +65,7 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Requeue what workers have left behind
+- name: Requeue stale trials
   mala.hpc_db.abandoned_trials:
     host: c1
     port: 5432
@@ -74,25 +79,25 @@ EXAMPLES = r"""
 
 RETURN = r"""
 requeued:
-  description: The trials that were, or would be, requeued.
+  description: Trials that were, or would be, requeued.
   returned: success
   type: list
   elements: dict
   contains:
     study: &study
-      description: The database and the study, with a slash between them.
+      description: Database and study, separated by a slash.
       type: str
     number: &number
-      description: The trial's number.
+      description: Number of the trial.
       type: int
     why:
-      description: How one knows that its worker is gone.
+      description: Reason why its worker is considered dead.
       type: str
     new_number:
-      description: The number of the trial that waits in its place; V(null) in check mode.
+      description: Number of the new trial. V(null) in check mode.
       type: int
 left:
-  description: The trials that are left alone.
+  description: Trials that were left unchanged.
   returned: success
   type: list
   elements: dict
@@ -100,10 +105,10 @@ left:
     study: *study
     number: *number
     why:
-      description: Why it is left alone.
+      description: Reason why it was left unchanged.
       type: str
     unknown:
-      description: Whether it cannot be told if its worker is gone.
+      description: Whether it is unknown if its worker has ended.
       type: bool
 """
 
@@ -117,19 +122,19 @@ from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _o
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
-    SCHEDULERS,
     Run,
     SchedulerError,
     check_name,
     hosts_of,
     make_run,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
-# The schema whose rows are written here, that of Optuna 3.2 to 5.
+# Revision of the schema that this module writes to: Optuna 3.2 to 5.
 REVISION = "v3.2.0.a"
 
 STUDIES = "SELECT study_name FROM studies"
-DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
 TRIALS = """
 SELECT study_name, number, trials.trial_id, datetime_start::text, extract(epoch FROM datetime_start)::float, value_json,
        extract(epoch FROM now() AT TIME ZONE 'UTC' - heartbeat)::float
@@ -142,7 +147,7 @@ SELECT datname, application_name, coalesce(host(client_addr), ''), extract(epoch
 FROM pg_stat_activity WHERE backend_type = 'client backend'
 """
 
-# As Optuna does, whoever adds a trial locks the study, since the number follows from the trials that are there.
+# Optuna locks the study before it adds a trial, because the new trial's number depends on the existing ones. So do we.
 LOCK = "SELECT study_id FROM studies JOIN trials USING (study_id) WHERE trial_id = %(id)s FOR UPDATE OF studies"
 FAIL = """
 UPDATE trials SET state = 'FAIL', datetime_complete = %(now)s
@@ -170,19 +175,19 @@ HISTORY = "SELECT value_json FROM trial_system_attributes WHERE trial_id = %s AN
 
 
 class Refused(Exception):
-    """What is wanted does not fit what is there; the message is for the user."""
+    """The request does not fit the existing databases or studies; the message is for the user."""
 
 
 def look_into(params: dict, database: str) -> tuple[list[str], list[_workers.Trial]]:
-    """Return the studies in a database, and their running trials; none where Optuna has no schema."""
+    """Return the studies in a database and their running trials; none if Optuna has no schema there."""
     with _connection.connect(params, database) as connection:
-        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        if not _optuna.has_schema(connection):
             return [], []
-        schemas = [_optuna.Schema(*row) for row in _connection.rows(connection, _optuna.SCHEMA)]
-        if any(schema.revision != REVISION for schema in schemas):
+        schema = _optuna.read_schema(connection)
+        if schema and schema.revision != REVISION:
             raise Refused(
-                f"database {database}: Optuna's schema {schemas[0].revision} there was made by Optuna "
-                f"{schemas[0].library}, but trials can be requeued only in {REVISION}, that of Optuna 3.2 to 5"
+                f"database {database}: Optuna's schema {schema.revision} there was made by Optuna "
+                f"{schema.library}, but trials can be requeued only in {REVISION}, that of Optuna 3.2 to 5"
             )
         studies = [name for name, in _connection.rows(connection, STUDIES)]
         trials = [_workers.Trial(database, *row) for row in _connection.rows(connection, TRIALS, (_workers.KEY,))]
@@ -190,12 +195,12 @@ def look_into(params: dict, database: str) -> tuple[list[str], list[_workers.Tri
 
 
 def running_trials(params: dict) -> tuple[list[_workers.Trial], list[str]]:
-    """Return the running trials of the studies that are meant, and a line for each database that cannot be read.
+    """Return the running trials of the selected studies, and one line for each database that cannot be read.
 
-    Such a database is an error where nothing else is there, or one of its studies is meant.
+    An unreadable database is an error if no other database has studies or one of its studies is selected.
     """
     with _connection.connect(params, params["database"]) as connection:
-        databases = [name for name, in _connection.rows(connection, DATABASES)]
+        databases = [name for name, in _connection.rows(connection, _connection.DATABASES)]
     found: dict[str, tuple[list[str], list[_workers.Trial]]] = {}
     unreadable: list[str] = []
     for database in databases:
@@ -211,7 +216,7 @@ def running_trials(params: dict) -> tuple[list[_workers.Trial], list[str]]:
     for study in params["studies"]:
         if study not in known:
             raise Refused(
-                f"requeue_studies: there is no study {study}; there are {', '.join(sorted(known)) or 'none at all'}"
+                f"requeue_studies: {study} is not allowed; existing studies: {', '.join(sorted(known)) or 'none'}"
             )
     trials = [
         trial for _names, trials in found.values() for trial in trials
@@ -221,14 +226,15 @@ def running_trials(params: dict) -> tuple[list[_workers.Trial], list[str]]:
 
 
 def name_of(trial: _workers.Trial) -> str:
-    """Return the study as messages have it."""
+    """Return the study's name as used in messages."""
     return f"{trial.database}/{trial.study}"
 
 
 def look_around(params: dict, run: Run, trials: list[_workers.Trial]) -> _workers.World:
-    """Return who is there: first the connections, then the jobs.
+    """Return the state of the cluster: first the connections, then the jobs.
 
-    Both come after the trials. A worker that has begun one of them was in a job by then, and if it lives it still is.
+    Both are read after the trials. A worker that had started one of these trials was in a job by then and, if it is
+    alive, still is.
     """
     scheduler = SCHEDULERS[params["scheduler"]]
     with _connection.connect(params, params["database"]) as connection:
@@ -241,8 +247,8 @@ def look_around(params: dict, run: Run, trials: list[_workers.Trial]) -> _worker
     local = params["scheduler"] == "local"
     if trials and not local and params["name"] not in [job.name for job in jobs]:
         raise Refused(
-            f"the scheduler does not list {params['name']}, the job that hosts the server; so it may not list jobs of "
-            "workers either, and none of their trials is taken for abandoned"
+            f"the scheduler does not list {params['name']}, the job that hosts the server; so it may not list the jobs "
+            "of workers either, and no trial is requeued"
         )
     jobs = [job for job in jobs if job.name not in (params["name"], *params["other_jobs"])]
     return _workers.World(
@@ -258,7 +264,7 @@ def look_around(params: dict, run: Run, trials: list[_workers.Trial]) -> _worker
 
 
 def addresses(hosts: Iterable[str]) -> set[str]:
-    """Return the addresses of hosts, as far as their names are known here."""
+    """Return the addresses of the hosts whose names this host can resolve."""
     found: set[str] = set()
     for host in hosts:
         try:
@@ -269,7 +275,7 @@ def addresses(hosts: Iterable[str]) -> set[str]:
 
 
 def boot_time() -> float:
-    """Return when this machine was started; 0 where it does not say so."""
+    """Return this machine's boot time in seconds since 1970; 0 if it is unknown."""
     try:
         with open("/proc/stat", encoding="ascii") as stream:
             return next((float(line.split()[1]) for line in stream if line.startswith("btime ")), 0.0)
@@ -278,21 +284,21 @@ def boot_time() -> float:
 
 
 def now() -> datetime.datetime:
-    """Return the time as the installed Optuna writes it."""
-    optuna = _optuna.installed_optuna()
+    """Return the current time as the installed Optuna stores it: local before Optuna 5, UTC since."""
+    optuna = optuna_schema.installed_optuna()
     if optuna and int(optuna.version.partition(".")[0]) < 5:
         return datetime.datetime.now()
     return datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
 
 
 def numbers(held: str | None) -> list[int]:
-    """Return the trials that an attribute lists; none if it is not what Optuna writes."""
+    """Return the trial numbers that an attribute lists; none if its value is not as Optuna writes it."""
     value = _optuna.attribute(held)
     return [each for each in value if isinstance(each, int)] if isinstance(value, list) else []
 
 
 def requeue(params: dict, trial: _workers.Trial) -> int | None:
-    """Fail a trial, and have a new one wait in its place; return its number. None if it is not running any more."""
+    """Fail a trial and add a waiting copy; return the copy's number. Return None if the trial is no longer running."""
     values = {
         "id": trial.trial_id, "started": trial.started, "number": trial.number, "now": now(), "note": _workers.KEY,
     }
@@ -312,13 +318,13 @@ def requeue(params: dict, trial: _workers.Trial) -> int | None:
 
 
 def ensure_requeued(params: dict, run: Run, check_mode: bool) -> dict:
-    """Requeue the trials whose workers are gone. ``run`` takes an argument list and returns its stdout."""
+    """Requeue the trials whose workers have gone. ``run`` takes an argument list and returns its stdout."""
     check_name(params["name"])
     trials, unreadable = running_trials(params)
     world = look_around(params, run, trials)
     requeued: list[dict] = []
     left: list[dict] = []
-    refused: dict[str, str] = {}  # by study: each further trial of one that is locked would wait as long
+    refused: dict[str, str] = {}  # by study: every further trial of a locked study would wait just as long
     for trial in trials:
         verdict = _workers.judge(trial, world)
         told = {"study": name_of(trial), "number": trial.number, "why": verdict.why}
@@ -337,7 +343,7 @@ def ensure_requeued(params: dict, run: Run, check_mode: bool) -> dict:
         elif check_mode or new_number is not None:
             requeued.append({**told, "new_number": new_number})
         else:
-            left.append({**told, "why": "it has ended meanwhile", "unknown": False})
+            left.append({**told, "why": "it has ended in the meantime", "unknown": False})
     return {
         "changed": bool(requeued),
         "requeued": requeued,

@@ -8,30 +8,30 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: bootstrap_server
-short_description: Keep a PostgreSQL server that answers, with or without a hosting job
+short_description: Start a temporary PostgreSQL server unless the job's server is running
 description:
-  - Gives the endpoint of the hosting job if the scheduler says that it runs. Else it starts a short-lived server on
-    the login node, which listens on a unix socket in a private folder only and holds the instance's lease meanwhile.
-  - So databases can be made before the job is submitted, or while it waits in the queue.
+  - Returns the endpoint of the server job if the scheduler reports it as running. Otherwise starts a temporary server
+    on the login node, which listens only on a unix socket in a private folder and holds the instance's lease.
+  - Databases can thus be created before the job is submitted, or while it waits in the queue.
 author: mala.hpc_db contributors (@mala-project)
 options:
   root:
-    description: The instance directory.
+    description: Path of the instance directory.
     type: path
     required: true
   state:
     description:
       - V(started) waits until a server answers.
-      - V(stopped) stops the short-lived server, and leaves a hosting job alone.
+      - V(stopped) stops the temporary server. A server job is not affected.
     type: str
     choices: [started, stopped]
     default: started
   lifetime:
-    description: After this many seconds the short-lived server stops by itself, for a play that was interrupted.
+    description: Seconds until the temporary server stops by itself, in case the play was interrupted.
     type: int
     default: 900
   timeout:
-    description: The longest time in seconds to wait for a server to answer, or to stop.
+    description: Maximum time in seconds to wait for a server to answer or to stop.
     type: int
     default: 180
 extends_documentation_fragment:
@@ -40,13 +40,13 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: partial
-    details: Starts and stops nothing in check mode; finds only a server that answers already.
+    details: Starts and stops nothing in check mode. Only finds a server that is already running.
   diff_mode:
     support: none
 """
 
 EXAMPLES = r"""
-- name: Have a server that answers
+- name: Start a temporary server unless the job's server is running
   mala.hpc_db.bootstrap_server:
     root: ~/hpc_db/hpc_db
   register: server
@@ -54,30 +54,29 @@ EXAMPLES = r"""
 
 RETURN = r"""
 server:
-  description: Where the server answers; null if none does, in check mode or after stopping.
+  description: Endpoint of the server. Null if there is none, in check mode or after stopping.
   returned: success
   type: dict
   contains:
     host:
-      description: A host name, or the folder of a unix socket.
+      description: Host name, or folder of a unix socket.
       type: str
     port:
-      description: The port.
+      description: Port.
       type: int
     job:
-      description: The hosting job's id; empty for a short-lived server.
+      description: ID of the server job. Empty for a temporary server.
       type: str
     tls:
-      description: Whether connections over the network have TLS.
+      description: Whether connections over the network use TLS.
       type: bool
     connect_params:
-      description: The libpq parameters with which no other server can collect or relay the password.
+      description: Parameters of libpq that prevent a rogue server from collecting or relaying the password.
       type: dict
 """
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import socket
@@ -87,38 +86,27 @@ from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _slices
-from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
-from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
-    SchedulerError,
-    find_jobs,
-    make_run,
-    serving_job,
-)
+from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError, find_jobs, make_run
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
 POLL_SECONDS = 0.1
 
 CONNECT_SECONDS = 5
 
 Run = Callable[[list[str]], str]
-IsServed = Callable[[dict], bool]
+IsLive = Callable[[dict], bool]
 
 
 class Failed(Exception):
-    """No server could be had; the message is for the user."""
-
-
-def read_json(path: str) -> dict | None:
-    """Return what a file says; None if there is no such file."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            return json.load(stream)
-    except (OSError, ValueError):
-        return None
+    """No server is available; the message is for the user."""
 
 
 def answers(server: dict) -> bool:
-    """Tell whether somebody listens there, with a socket of ours: the file of a node that died stays behind."""
+    """Return whether a server answers, on a socket that belongs to us: the socket file of a dead node remains."""
     try:
         if server["host"].startswith("/"):
             path = f"{server['host']}/.s.PGSQL.{server['port']}"
@@ -132,22 +120,22 @@ def answers(server: dict) -> bool:
     return True
 
 
-def find_server(root: str, is_served: IsServed) -> dict | None:
-    """Return the server that answers now; None if there is none. ``is_served`` tells whether an endpoint's job runs."""
-    endpoint = read_json(os.path.join(root, "run", "endpoint.json"))
-    bootstrap = read_json(os.path.join(root, "run", "bootstrap.json"))
+def find_server(root: str, is_live: IsLive) -> dict | None:
+    """Return the server that answers now, or None. ``is_live`` returns whether an endpoint's job is running."""
+    endpoint = read_endpoint(Layout(root))
+    bootstrap = read_json(Layout(root).temporary_server)
     for said, host in ((endpoint, "host"), (bootstrap, "socket")):
         server = {"host": said[host], "port": said["port"], "job": said["job"]} if said else {}
-        if said and (said is bootstrap or is_served(said)) and answers(server):
+        if said and (said is bootstrap or is_live(said)) and answers(server):
             tls = said.get("tls", True)
             return {**server, "tls": tls, "connect_params": _connection.safety(server["host"], tls)}
     return None
 
 
-def ask_once(root: str, run_with: Callable[[dict], Run]) -> IsServed:
-    """Return what asks the scheduler whether an endpoint's job runs, once about each endpoint.
+def ask_once(root: str, run_with: Callable[[dict], Run]) -> IsLive:
+    """Return a function that asks the scheduler whether an endpoint's job is running, once per endpoint.
 
-    ``run_with`` takes the scheduler's parameters and returns what runs its commands.
+    ``run_with`` takes the scheduler's parameters and returns a function that runs its commands.
     """
 
     @functools.lru_cache
@@ -155,7 +143,7 @@ def ask_once(root: str, run_with: Callable[[dict], Run]) -> IsServed:
         settings = read_settings(root)
         where = {
             "name": settings["job_name"], "root": root, "scheduler": settings["scheduler"],
-            "bin_dir": settings.get("bin_dir") or None,
+            "bin_dir": settings["bin_dir"] or None,
         }
         return serving_job({"job": job}, find_jobs(where, run_with(where))) is not None
 
@@ -163,13 +151,13 @@ def ask_once(root: str, run_with: Callable[[dict], Run]) -> IsServed:
 
 
 def start_command(root: str, lifetime: int, patience: int, log: str) -> list[str]:
-    """Return the call that starts a short-lived server in the background; it prints its PID."""
+    """Return the call that starts a temporary server in the background; it prints its PID."""
     command = [sys.executable, "-m", "hpc_db_host", "bootstrap", f"--root={root}"]
     return [*command, f"--lifetime={lifetime}", f"--lease-patience={patience}", f"--detach={log}"]
 
 
 def runs(pid: int) -> bool:
-    """Tell whether a process runs. One that has ended may wait for ever where nothing collects it."""
+    """Return whether a process is running. A zombie does not count: it may stay for ever if nothing reaps it."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stream:
             return stream.read().rpartition(")")[2].split()[0] not in "ZX"
@@ -178,7 +166,7 @@ def runs(pid: int) -> bool:
 
 
 def _answers_signal(pid: int) -> bool:
-    """Tell the same on macOS."""
+    """Return whether a process exists; for macOS, which has no /proc."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -186,18 +174,18 @@ def _answers_signal(pid: int) -> bool:
     return True
 
 
-def ensure_started(params: dict, run: Run, is_served: IsServed) -> dict:
-    """Return a server that answers, starting one if need be. ``run`` takes an argument list, returns its stdout."""
+def ensure_started(params: dict, run: Run, is_live: IsLive) -> dict:
+    """Return a server that answers; start one if needed. ``run`` takes an argument list and returns its stdout."""
     root = params["root"]
-    log = os.path.join(root, "log", "bootstrap.log")
+    log = Layout(root).temporary_server_log
     slice_ = _slices.Slice(params)
     limit = slice_.began + params["timeout"]
     pid = slice_.resume.get("pid", 0)
     while time.monotonic() < limit:
-        server = find_server(root, is_served)
+        server = find_server(root, is_live)
         if server:
             if pid and server["job"] and runs(pid):
-                # The hosting job was only slow to answer: ours must not wait for its lease.
+                # The server job was only slow to answer: our temporary server must not wait for its lease.
                 os.kill(pid, signal.SIGTERM)
             return server
         if not pid:
@@ -205,8 +193,8 @@ def ensure_started(params: dict, run: Run, is_served: IsServed) -> dict:
                 os.unlink(log)
             pid = int(run(start_command(root, params["lifetime"], params["timeout"], log)))
         elif not runs(pid):
-            raise Failed(f"the short-lived server did not start: {last_words(log)}")
-        slice_.check(f"the short-lived server: {last_line(log)}, {params['timeout']} s are allowed", pid=pid)
+            raise Failed(f"the temporary server did not start: {last_words(log)}")
+        slice_.check(f"the temporary server: {last_line(log)}, {params['timeout']} s are allowed", pid=pid)
         time.sleep(POLL_SECONDS)
     if pid and runs(pid):
         os.kill(pid, signal.SIGTERM)
@@ -214,7 +202,7 @@ def ensure_started(params: dict, run: Run, is_served: IsServed) -> dict:
 
 
 def last_line(log: str) -> str:
-    """Return what the program does, without the time before it."""
+    """Return the last complete line of the log, without its time."""
     try:
         with open(log, encoding="utf-8", errors="replace") as stream:
             lines = stream.read().split("\n")[:-1] or ["starting"]
@@ -224,7 +212,7 @@ def last_line(log: str) -> str:
 
 
 def last_words(log: str) -> str:
-    """Return why the program ended, and what PostgreSQL said, in one line."""
+    """Return in one line why the program ended, with PostgreSQL's messages."""
     with open(log, encoding="utf-8", errors="replace") as stream:
         lines = [line.strip() for line in stream]
     told = [line for line in lines if "FATAL" in line or "LOG:  could not" in line or "hba" in line] + lines[-1:]
@@ -232,8 +220,8 @@ def last_words(log: str) -> str:
 
 
 def ensure_stopped(params: dict) -> bool:
-    """Stop the short-lived server; return whether there was one."""
-    path = os.path.join(params["root"], "run", "bootstrap.json")
+    """Stop the temporary server; return whether there was one."""
+    path = Layout(params["root"]).temporary_server
     said = read_json(path)
     if not said or said["host"] != socket.gethostname() or not answers({"host": said["socket"], "port": said["port"]}):
         return False
@@ -243,8 +231,8 @@ def ensure_stopped(params: dict) -> bool:
     limit = slice_.began + params["timeout"]
     while os.path.exists(path) or answers({"host": said["socket"], "port": said["port"]}):
         if time.monotonic() > limit:
-            raise Failed(f"the short-lived server (PID {said['pid']}) has not stopped within {params['timeout']} s")
-        slice_.check(f"the short-lived server (PID {said['pid']}) stops", pid=said["pid"])
+            raise Failed(f"the temporary server (PID {said['pid']}) has not stopped within {params['timeout']} s")
+        slice_.check(f"the temporary server (PID {said['pid']}) stops", pid=said["pid"])
         time.sleep(POLL_SECONDS)
     return True
 
@@ -268,26 +256,26 @@ def main() -> None:
 
     def run(command: list[str]) -> str:
         returncode, stdout, stderr = module.run_command(
-            command, cwd=os.path.join(module.params["root"], "host"), ignore_invalid_cwd=False,
+            command, cwd=Layout(module.params["root"]).host, ignore_invalid_cwd=False,
             expand_user_and_vars=False,
         )
         if returncode:
-            raise Failed(f"the short-lived server did not start: {' '.join(stderr.split())}")
+            raise Failed(f"the temporary server did not start: {' '.join(stderr.split())}")
         return stdout
 
-    is_served = ask_once(module.params["root"], lambda where: make_run(module, where))
+    is_live = ask_once(module.params["root"], lambda where: make_run(module, where))
     try:
         if module.check_mode:
-            server = find_server(module.params["root"], is_served)
+            server = find_server(module.params["root"], is_live)
         elif module.params["state"] == "started":
-            server = ensure_started(module.params, run, is_served)
+            server = ensure_started(module.params, run, is_live)
         else:
             ensure_stopped(module.params)
     except _slices.Waiting as waiting:
         module.exit_json(server=None, **waiting.result())
     except (Failed, OSError, SchedulerError, ValueError) as error:
         module.fail_json(msg=one_line(error))
-    # A server that comes and goes within the play is no change.
+    # A server that is started and stopped within the play is no change.
     module.exit_json(changed=False, server=server)
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: broken_lease
-short_description: Break the lease of a server that is gone for good
+short_description: Break the lease of a dead server
 description:
-  - Frees an instance's data directory where nothing but the user can know that the server which held it has ended,
-    as when a host or a cluster was renamed, or a scheduler has gone.
-  - Watches the heartbeat for longer than C(server_lease_ttl) first, and refuses while it moves.
-  - Whoever was taken for dead and comes back finds that the lease was taken, and ends PostgreSQL at once.
+  - Releases the lease of a server that has ended, if no host or scheduler can confirm this, for example because a host
+    or a cluster was renamed, or a scheduler was removed.
+  - Watches the heartbeat for longer than C(server_lease_ttl) first, and refuses if the lease is renewed.
+  - If the former holder is alive after all, it notices that it has lost the lease and stops PostgreSQL at once.
 author: mala.hpc_db contributors (@mala-project)
 options:
   root:
-    description: The instance directory.
+    description: Path of the instance directory.
     type: path
     required: true
 extends_documentation_fragment:
@@ -25,7 +25,7 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: full
-    details: Tells who holds the lease, and watches nothing.
+    details: Returns the holder of the lease without watching the heartbeat.
   diff_mode:
     support: none
 """
@@ -38,15 +38,15 @@ EXAMPLES = r"""
 
 RETURN = r"""
 holder:
-  description: Who held, or holds, the data directory, in one line; null if nobody did.
+  description: Holder, or former holder, of the lease in one line. Null if there was none.
   returned: success
   type: str
 still:
-  description: How many seconds ago the holder renewed the lease, before anything was done; null if never.
+  description: Seconds since the holder last renewed the lease, at the start of the module. Null if never.
   returned: success
   type: float
 watch:
-  description: For how many seconds the heartbeat is watched before the lease is broken; null if nobody holds it.
+  description: Seconds to watch the heartbeat before the lease is broken. Null if the lease is free.
   returned: success
   type: float
 """
@@ -57,18 +57,19 @@ import sys
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
 Run = Callable[[list[str]], tuple[int, str, str]]
 
 
 class Refused(Exception):
-    """The lease stays what it is; the message is for the user."""
+    """The lease stays unchanged; the message is for the user."""
 
 
 def ensure_broken(params: dict, run: Run, check_mode: bool) -> dict:
-    """Break the lease if somebody holds it. ``run`` takes an argument list; returns code, stdout and stderr."""
+    """Break the lease if it is held. ``run`` takes an argument list and returns code, stdout and stderr."""
     if not os.path.isabs(params["root"]):
         raise Refused(f"root: {params['root']!r} is not absolute")
     read_settings(params["root"])
@@ -76,7 +77,7 @@ def ensure_broken(params: dict, run: Run, check_mode: bool) -> dict:
         [sys.executable, "-m", "hpc_db_host.break_lease", "look" if check_mode else "break"]
     )
     if returncode:
-        raise Refused((stderr.strip().splitlines() or [f"the hosting program ended with {returncode}"])[-1])
+        raise Refused((stderr.strip().splitlines() or [f"the supervisor ended with {returncode}"])[-1])
     found = json.loads(stdout)
     return {"changed": found["holder"] is not None, **found}
 
@@ -87,7 +88,7 @@ def main() -> None:
 
     def run(command: list[str]) -> tuple[int, str, str]:
         return module.run_command(
-            command, cwd=os.path.join(module.params["root"], "host"), ignore_invalid_cwd=False,
+            command, cwd=Layout(module.params["root"]).host, ignore_invalid_cwd=False,
             expand_user_and_vars=False,
         )
 

@@ -8,36 +8,36 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: client_package
-short_description: Keep the client package in the environment of the workers
+short_description: Install the client package into the workers' environment
 description:
-  - Installs the package whose engine plugin lets workers wait for their server, and a driver if there is none, into an
-    environment that belongs to the user.
-  - Makes the package's wheel from its sources by itself, so that no build system is fetched.
-  - Changes nothing else there. A version of SQLAlchemy or of the driver that does not fit is refused, not replaced,
-    since other packages may need it.
+  - Installs the client package into an environment of the user, and a database driver if there is none. The package's
+    SQLAlchemy plugin makes workers wait for their server.
+  - Builds the package's wheel from its sources itself, so that no build system is downloaded.
+  - Changes no other packages. An incompatible version of SQLAlchemy or of the driver is refused, not replaced,
+    because other packages may need it.
 author: mala.hpc_db contributors (@mala-project)
 options:
   environment:
     description:
-      - The environment's folder (of conda, or a virtual environment), or the path of its Python; Python 3.9 or newer.
-      - It must be the user's own, and have pip.
+      - Folder of a conda or virtual environment, or path of its Python. Python 3.9 or newer.
+      - It must belong to this user and have pip.
     type: path
     required: true
   project:
-    description: The text of the package's C(pyproject.toml).
+    description: Content of the package's C(pyproject.toml).
     type: str
     required: true
   files:
-    description: The text of each of its Python files, by its path in the wheel.
+    description: Content of each of the package's Python files, by its path in the wheel.
     type: dict
     required: true
   index_url:
     description:
-      - The package index to ask for what is missing, instead of pip's own default.
-      - Credentials belong into the user's pip configuration.
+      - URL of the package index for missing packages, instead of pip's own default.
+      - Put credentials into the user's pip configuration.
     type: str
   wheelhouse:
-    description: A folder with all packages that may be missing, for hosts without internet. No index is asked then.
+    description: Folder with all packages that may be missing, for hosts without internet. Replaces the index.
     type: path
 extends_documentation_fragment:
   - mala.hpc_db.attributes
@@ -51,7 +51,7 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Have workers wait for their server
+- name: Install the client package
   mala.hpc_db.client_package:
     environment: ~/miniforge3/envs/mala
     project: "{{ lookup('ansible.builtin.file', 'client/pyproject.toml') }}"
@@ -61,20 +61,20 @@ EXAMPLES = r"""
 
 RETURN = r"""
 python:
-  description: The environment's Python.
+  description: Path of the environment's Python.
   returned: success
   type: str
 packages:
-  description: The versions of the client package, SQLAlchemy, the driver and Optuna, as far as they are there.
+  description: Versions of the client package, SQLAlchemy, the driver and Optuna, if installed.
   returned: success
   type: dict
 missing:
-  description: The requirements that were, or would be, installed besides, as lines of a pip requirements file.
+  description: Other requirements that were, or would be, installed, as lines of a pip requirements file.
   returned: success
   type: list
   elements: str
 host:
-  description: What the environment's wheels are for, as the option O(mala.hpc_db.python_env#module:host) has it.
+  description: Platform of the environment's wheels, in the format of O(mala.hpc_db.python_env#module:host).
   returned: success
   type: dict
 """
@@ -102,10 +102,10 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_
 OLDEST_PYTHON = [3, 9]
 
 ENTRY_POINTS = "sqlalchemy.plugins"
-# One driver has two names: conda's and a distribution's own build is psycopg2.
+# The driver has two names: conda and Linux distributions call their own build psycopg2.
 OTHER_NAMES = {"psycopg2-binary": "psycopg2"}
 
-# What the environment's own Python is asked; an old one has to understand it, too.
+# Runs in the environment's own Python. Its syntax must also work in an old Python.
 PROBE = r"""
 import hashlib, json, os, sys, sysconfig
 said = {"version": list(sys.version_info[:3]), "executable": sys.executable}
@@ -141,7 +141,7 @@ Run = Callable[[list[str]], str]
 
 
 class Project(NamedTuple):
-    """What a wheel's metadata has."""
+    """The metadata that the wheel needs."""
 
     name: str
     version: str
@@ -151,26 +151,26 @@ class Project(NamedTuple):
 
 
 def probe_command(python: str) -> list[str]:
-    """Return the call that asks an environment; what belongs to the user beside it does not count."""
+    """Return the call that inspects an environment; -I excludes the user's own site-packages."""
     names = ["hpc-db-client", "sqlalchemy", "psycopg2-binary", "psycopg2", "optuna"]
     return [python, "-I", "-c", PROBE, json.dumps(names)]
 
 
 def parse_probe(stdout: str) -> dict:
-    """Return the answer; a site may print lines of its own before it."""
+    """Return the probe's answer; a site's start-up files may print lines before it."""
     answers = [line[len("hpc_db ") :] for line in stdout.splitlines() if line.startswith("hpc_db ")]
     if not answers:
-        raise Failed("it does not answer as a Python does")
+        raise Failed("it is not a Python")
     return json.loads(answers[-1])
 
 
 def read_project(text: str) -> Project:
-    """Return what a pyproject.toml says. Python 3.9 has no tomllib, but texts and lists are JSON's as well there."""
+    """Parse a pyproject.toml. Python 3.9 has no tomllib, but the strings and lists in this file are also valid JSON."""
 
     def value(key: str) -> str:
         found = re.search(rf'^{key} = (".*?"|\[.*?\])$', text, re.MULTILINE | re.DOTALL)
         if not found:
-            raise Failed(f"project: it does not say what its {key} is")
+            raise Failed(f"project: its {key} is missing")
         return re.sub(r",\s*\]$", "]", found[1])
 
     plugins = re.search(rf'^\[project\.entry-points\."{re.escape(ENTRY_POINTS)}"\]\n((?:\w.*\n)+)', text, re.MULTILINE)
@@ -185,15 +185,15 @@ def read_project(text: str) -> Project:
 
 
 def project_of(requirement: str) -> tuple[str, str]:
-    """Return the normalised name and the versions of a requirement."""
+    """Return the normalised name and the version bounds of a requirement."""
     name = re.match(r"[A-Za-z0-9][\w.-]*", requirement)
     if not name:
-        raise Failed(f"project: {requirement!r} is no requirement")
+        raise Failed(f"project: {requirement!r} is not a requirement")
     return normalise(name[0]), requirement[name.end() :]
 
 
 def allows(versions: str, version: str) -> bool:
-    """Tell whether a version is among those that a requirement allows, which are bounded by >= and < alone."""
+    """Return whether the version satisfies the bounds; only >= and < are supported."""
     def numbers(text: str) -> list[int]:
         found = [int(number) for number in re.match(r"[\d.]*", text)[0].split(".") if number]  # type: ignore[index]
         return found + [0] * (4 - len(found))
@@ -206,21 +206,21 @@ def allows(versions: str, version: str) -> bool:
 
 
 def wheel_name(project: Project) -> str:
-    """Return the file name that pip expects."""
+    """Return the wheel's file name as pip expects it."""
     return f"{normalise(project.name).replace('-', '_')}-{project.version}-py3-none-any.whl"
 
 
 def write_wheel(folder: str, project: Project, files: dict[str, str]) -> str:
     """Write the wheel into ``folder`` and return its path. The same sources give the same bytes.
 
-    pip would make one, too, but would fetch a build system, and login nodes may have no internet.
+    pip could build a wheel too, but it would download a build system, and login nodes may have no internet access.
     """
     path = os.path.join(folder, wheel_name(project))
     info = "-".join(wheel_name(project).split("-")[:2]) + ".dist-info"
     plugins = "".join(f"{name} = {value}\n" for name, value in sorted(project.plugins.items()))
     metadata = [
         "Metadata-Version: 2.1", f"Name: {project.name}", f"Version: {project.version}",
-        "License: GPL-3.0-or-later", f"Requires-Python: {project.requires_python}",
+        "License: BSD-3-Clause", f"Requires-Python: {project.requires_python}",
         *(f"Requires-Dist: {dependency}" for dependency in project.dependencies),
     ]
     content = {
@@ -233,7 +233,7 @@ def write_wheel(folder: str, project: Project, files: dict[str, str]) -> str:
     content[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in sorted(content.items()):
-            entry = zipfile.ZipInfo(name)  # of 1980, whenever it is made
+            entry = zipfile.ZipInfo(name)  # dated 1980, so that the bytes do not depend on the build time
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, text, zipfile.ZIP_DEFLATED)
     return path
@@ -245,19 +245,19 @@ def _digest(text: str) -> str:
 
 
 def python_of(environment: str) -> str:
-    """Return the path of the environment's Python, links in it as they are: a virtual environment's is one."""
+    """Return the path of the environment's Python, without resolving links: a virtual environment's Python is one."""
     if not os.path.isabs(environment):
         raise Failed(f"{environment!r} is not absolute; give a path that begins with / or ~")
     python = os.path.join(environment, "bin", "python") if os.path.isdir(environment) else environment
     if not os.path.isfile(python):
         raise Failed(
-            f"there is no {python}; give the folder of a conda or virtual environment, or the path of its Python"
+            f"{python} does not exist; give the folder of a conda or virtual environment, or the path of its Python"
         )
     return python
 
 
 def ask(python: str, run: Run) -> dict:
-    """Return what the environment holds."""
+    """Return the environment's contents, as found by the probe."""
     held = parse_probe(run(probe_command(python)))
     if held["version"] < OLDEST_PYTHON:
         version = ".".join(str(number) for number in held["version"])
@@ -266,7 +266,7 @@ def ask(python: str, run: Run) -> dict:
 
 
 def look_at_dependencies(project: Project, held: dict) -> tuple[list[str], Project]:
-    """Return the requirements that are missing, and the project as this environment names what it needs."""
+    """Return the missing requirements, and the project with its dependencies named as in this environment."""
     missing, named = [], []
     for requirement in project.dependencies:
         name, versions = project_of(requirement)
@@ -276,7 +276,7 @@ def look_at_dependencies(project: Project, held: dict) -> tuple[list[str], Proje
         elif not allows(versions, held["packages"][present]):
             raise Failed(
                 f"{present} {held['packages'][present]} there is not allowed; the client package needs {requirement}:"
-                " change it there yourself, since other packages may need it as it is"
+                " change it yourself, since other packages may depend on this version"
             )
         elif "psycopg2" in present and held["driver"]:
             raise Failed(f"its Python cannot import psycopg2, though it is there: {held['driver']}")
@@ -285,7 +285,7 @@ def look_at_dependencies(project: Project, held: dict) -> tuple[list[str], Proje
 
 
 def has_client(project: Project, files: dict[str, str], held: dict) -> bool:
-    """Tell whether just this client package is installed."""
+    """Return whether exactly this client package is installed."""
     wanted = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
     return (
         held["packages"].get(project.name) == project.version
@@ -295,7 +295,7 @@ def has_client(project: Project, files: dict[str, str], held: dict) -> bool:
 
 
 def check_installable(held: dict) -> None:
-    """Refuse an environment that is not the user's to change."""
+    """Refuse an environment that the user must not change."""
     if held["managed"] or not held["writable"]:
         why = "belongs to the operating system" if held["managed"] else f"is not yours to write to ({held['site']})"
         raise Failed(
@@ -307,7 +307,7 @@ def check_installable(held: dict) -> None:
 
 
 def install(params: dict, project: Project, missing: list[str], python: str, run: Run) -> None:
-    """Install what is missing, then the client package."""
+    """Install the missing requirements, then the client package."""
     pip = ["--disable-pip-version-check", "--no-input", "install", "--quiet"]
     if missing:
         source = source_arguments(params["wheelhouse"], params["index_url"])
@@ -331,7 +331,7 @@ def ensure_client(params: dict, run: Run, check_mode: bool) -> dict:
             install(params, named, missing, python, run)
             held = ask(python, run)
             if look_at_dependencies(project, held)[0] or not has_client(project, params["files"], held):
-                raise Failed("pip ended well but did not install everything there")
+                raise Failed("pip succeeded but did not install everything there")
     planned = {project.name: project.version, **{project_of(each)[0]: "to be installed" for each in missing}}
     return {
         "changed": changed,
@@ -352,7 +352,7 @@ def as_lines(packages: dict[str, str]) -> str:
 
 
 def run_command(module: AnsibleModule, command: list[str]) -> str:
-    """Run a Python; raise Failed with its last words."""
+    """Run a Python command; raise Failed with the end of its output."""
     returncode, stdout, stderr = call(module, command)
     if returncode:
         raise Failed(explain(command, stdout, stderr))

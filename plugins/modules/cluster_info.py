@@ -8,25 +8,32 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: cluster_info
-short_description: See what a cluster says of itself
+short_description: Read the configuration of a cluster
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Asks Slurm for partitions, limits and accounts, the login node for file systems and conda clients, and the network
-    for the sources of packages; and proposes options for a job.
-  - What has no answer is empty or V(null). Nothing is submitted.
+  - Queries Slurm for partitions, limits and accounts, and the login node for file systems and conda clients. Checks
+    whether package sources can be reached, and proposes options for a job.
+  - Unknown values are empty or V(null). No job is submitted. Each command, and each source, may take 15 seconds.
 options:
   bin_dir:
-    description: The folder of Slurm's commands, if they are neither on the PATH nor on that of a login shell.
+    description: Folder of Slurm's commands. Needed if it is neither on the PATH nor on that of a login shell.
     type: path
-  urls:
-    description: Sources of packages, of which RV(sources) tells whether the login node reaches them.
+  channels:
+    description:
+      - Conda channels, as for M(mala.hpc_db.conda_env). RV(sources) reports whether the login node reaches those that
+        are URLs or absolute paths. A bare name is skipped, because only the package manager knows its URL.
+      - By default no channel is checked.
     type: list
     elements: str
-    default: []
-  timeout:
-    description: Seconds after which a command or a source is given up.
-    type: int
-    default: 15
+  index_url:
+    description:
+      - URL of the package index. RV(sources) reports whether the login node reaches it. If empty, none is checked.
+    type: str
+    default: ""
+  wheelhouse:
+    description: Folder of Python packages on the login node. If given, it is checked instead of O(index_url).
+    type: str
+    default: ""
 extends_documentation_fragment:
   - mala.hpc_db.attributes
 attributes:
@@ -39,138 +46,144 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Look at the cluster
+- name: Read the cluster's configuration
   mala.hpc_db.cluster_info:
-    urls: [https://mirror.example.org/conda-forge/noarch/repodata.json]
+    channels: [https://mirror.example.org/conda-forge]
   register: cluster
 
-- name: Show its partitions
+- name: Print its partitions
   ansible.builtin.debug:
     msg: "{{ cluster.partitions | map(attribute='name') }}"
 """
 
 RETURN = r"""
 host:
-  description: The login node's own name.
+  description: The login node's own host name.
   returned: success
   type: str
 user:
-  description: The user's name there.
+  description: The user's name on the login node.
   returned: success
   type: str
 scheduler:
-  description: V(slurm), or nothing if there is no C(sbatch).
+  description: V(slurm). Empty if there is no C(sbatch).
   returned: success
   type: str
 others:
-  description: Commands of other schedulers that are there.
+  description: Commands of other schedulers that were found.
   returned: success
   type: list
   elements: str
 bin_dir:
-  description: The folder of Slurm's commands; empty if they are on the PATH of a command over ssh.
+  description: Folder of Slurm's commands. Empty if they are on the PATH of a command over ssh.
   returned: success
   type: str
 config:
-  description: Some of C(scontrol show config).
+  description: Selected values of C(scontrol show config).
   returned: success
   type: dict
   sample: {ClusterName: mini, SLURM_VERSION: "22.05.8"}
 partitions:
-  description: The partitions, in Slurm's order.
+  description: Partitions in Slurm's order.
   returned: success
   type: list
   elements: dict
   contains:
     name:
-      description: The partition.
+      description: Name of the partition.
       type: str
     default:
-      description: Whether jobs go there that name none.
+      description: Whether it is the default partition.
       type: bool
     usable:
-      description: Whether it is up, and open to the user's accounts as far as they are known.
+      description: Whether it is up and, as far as known, open to the user's accounts.
       type: bool
     limit:
-      description: The longest walltime in seconds; V(null) for none.
+      description: Maximum walltime in seconds. V(null) if unlimited.
       type: int
     walltime:
-      description: The same as Slurm writes it, or V(no limit).
+      description: Maximum walltime in Slurm's notation, or V(no limit).
       type: str
     nodes:
-      description: How many nodes it has.
+      description: Number of nodes.
       type: int
     cpus:
-      description: The processors of its smallest node.
+      description: Number of processors of its smallest node.
       type: int
     memory:
-      description: What a job may have on its smallest node, in megabytes.
+      description: Memory in megabytes that a job can have on its smallest node.
       type: int
     gpus:
       description: Whether its nodes have GPUs.
       type: bool
     exclusive:
-      description: Whether a job has its nodes alone.
+      description: Whether its nodes are exclusive to a job.
       type: bool
     preempted:
-      description: Whether its jobs may have to make place for others.
+      description: Whether its jobs can be preempted.
       type: bool
 accounts:
-  description: The user's accounts, the default first; empty if there is no accounting.
+  description: The user's accounts, the default first. Empty if there is no accounting.
   returned: success
   type: list
   elements: str
 qos:
-  description: The QOS that the user may ask for.
+  description: QOS that the user may request.
   returned: success
   type: list
   elements: str
 file_systems:
-  description: The home directory first, then the folders that a login shell names.
+  description: The home directory, then the folders named by variables of a login shell.
   returned: success
   type: list
   elements: dict
   contains:
     name:
-      description: The variable that names it, such as C(HOME).
+      description: Environment variable with its path, such as C(HOME).
       type: str
     path:
-      description: The folder.
+      description: Path of the folder.
       type: str
     type:
-      description: The type of its file system.
+      description: Type of its file system.
       type: str
     shared:
-      description: Whether that is a network's.
+      description: Whether it is a network file system.
       type: bool
     free:
-      description: Bytes that are left.
+      description: Free space in bytes.
       type: int
     quota:
-      description: Bytes that the user may have in all; V(null) if no quota is told.
+      description: Quota of the user in bytes. V(null) if unknown.
       type: int
     used:
-      description: Bytes that the user has there; V(null) if no quota is told.
+      description: Space used by the user in bytes. V(null) if no quota is known.
       type: int
 mounted:
-  description: Where other file systems of the network are mounted. They are not touched.
+  description: Mount points of other network file systems. They are not accessed.
   returned: success
   type: list
   elements: str
 clients:
-  description: The conda, mamba and micromamba of a login shell.
+  description: Paths of conda, mamba and micromamba in a login shell.
   returned: success
   type: list
   elements: str
 sources:
-  description: O(urls), with what keeps the login node from each; empty if nothing does.
+  description: The error for each package source, by its URL or path. Empty if the login node reaches it.
   returned: success
   type: dict
 proposed:
-  description: Options for a job that hosts a server, and its memory then; V(null) without a usable partition.
+  description:
+    - Proposed C(options) and C(memory) of a server job, and C(short_options) of a job of seconds in the same partition,
+      on two nodes if there are two. V(false) omits an option.
+    - V(null) without a usable partition.
   returned: success
   type: dict
-  sample: {options: {partition: defq, time: "2-00:00:00", mem: 16G, cpus-per-task: 4}, memory: 16G}
+  sample:
+    options: {partition: defq, time: "2-00:00:00", mem: 16G, cpus-per-task: 4}
+    memory: 16G
+    short_options: {partition: defq, time: "00:03:00", mem: 512M, cpus-per-task: 1, nodes: 2, ntasks-per-node: 1}
 """
 
 import http.client
@@ -187,13 +200,13 @@ from typing import Callable
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import ConnectionError as UrlError
 from ansible.module_utils.urls import open_url
-from ansible_collections.mala.hpc_db.plugins.module_utils import _slurm
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import parse_search, search_command
 from ansible_collections.mala.hpc_db.plugins.module_utils._mounts import parse_mountinfo
-from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import call
-from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_time
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import call
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.slurm import parse_time
 
-# Takes an argument list; returns what was printed, nothing if the command is missing, fails, or takes too long.
+# Takes an argument list; returns stdout, or an empty string if the command is missing, fails or times out.
 Run = Callable[[list], str]
 
 CLIENTS = ["micromamba", "mamba", "conda"]
@@ -205,17 +218,24 @@ SHARED = {
 }
 CONFIG = ["AccountingStorageEnforce", "ClusterName", "EnforcePartLimits", "KillWait", "PreemptMode", "SLURM_VERSION"]
 
-# What is proposed, if the partition has so much: enough for 100 workers, and little enough to find its place soon.
+# Upper limits of the proposed resources, as far as the partition has them: enough for 100 workers, yet small enough for
+# a short wait in the queue.
 MEMORY_MB = 16384
 ALONE_MB = 65536
 CPUS = 4
 SECONDS = 7 * 24 * 3600
-# A default partition with a shorter limit is one for trials.
+# The short job checks a node, and the network to a second one.
+SHORT_JOB = {"time": "00:03:00", "ntasks-per-node": 1}
+SHORT_JOB_NODES = 2
+SHORT_JOB_SHARE = {"mem": "512M", "cpus-per-task": 1}
+# A default partition with a shorter time limit than this is meant for tests.
 SHORT_SECONDS = 3600
+# Timeout in seconds for each command and each source.
+TIMEOUT = 15
 
 
 def look(params: dict, run: Run, run_slurm: Run, fetch: Callable[[str], str]) -> dict:
-    """Return what is known. ``fetch`` returns what keeps this host from a URL."""
+    """Return the cluster's data. ``fetch`` returns why this host cannot reach a URL."""
     user = pwd.getpwuid(os.geteuid())
     folders, programs = parse_login(run(login_command()))
     sbatch = shutil.which("sbatch") or programs.get("sbatch", "")
@@ -250,13 +270,16 @@ def look(params: dict, run: Run, run_slurm: Run, fetch: Callable[[str], str]) ->
         "file_systems": file_systems,
         "mounted": other_mounts(Path("/proc/self/mountinfo"), [each["path"] for each in file_systems]),
         "clients": sorted(set(parse_search(run(search_command(None, CLIENTS)), CLIENTS))),
-        "sources": {url: fetch(url) for url in params["urls"]},
+        "sources": {
+            url: fetch(url)
+            for url in source_urls(params["channels"] or [], params["index_url"], params["wheelhouse"])
+        },
         "proposed": propose(partitions, accounts),
     }
 
 
 def login_command() -> list[str]:
-    """Return the call of a login shell that prints the folders and the schedulers that it knows."""
+    """Return the call of a login shell that prints the folders and schedulers known to it."""
     script = (
         'for name in $1; do printf "hpc_db folder %s %s\\n" "$name" "${!name}"; done; '
         'for name in $2; do printf "hpc_db program %s %s\\n" "$name" "$(type -P "$name")"; done'
@@ -265,7 +288,7 @@ def login_command() -> list[str]:
 
 
 def parse_login(text: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Return folders and programs by their names, whatever else a login shell prints."""
+    """Return folders and programs by name; other output of the login shell is ignored."""
     found = re.findall(r"^hpc_db (folder|program) (\w+) (/.*)$", text, re.MULTILINE)
     folders, programs = ({name: path for kind, name, path in found if kind == wanted} for wanted in
                          ("folder", "program"))
@@ -273,13 +296,13 @@ def parse_login(text: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def parse_config(text: str) -> dict[str, str]:
-    """Return what matters of ``scontrol show config``."""
+    """Return the relevant settings in the output of ``scontrol show config``."""
     found = dict(re.findall(r"^(\w+) *= (.*?) *$", text, re.MULTILINE))
     return {name: found[name] for name in CONFIG if name in found}
 
 
 def parse_associations(associations: str, user: str) -> tuple[list[str], list[str]]:
-    """Return the accounts, the default first, and the QOS."""
+    """Return the accounts, the default one first, and the QOS."""
     rows = [line.split("|") for line in associations.splitlines() if line.count("|") == 1]
     default = [line.strip() for line in user.splitlines() if line.strip()][-1:]
     accounts = sorted({account for account, _qos in rows if account})
@@ -288,7 +311,7 @@ def parse_associations(associations: str, user: str) -> tuple[list[str], list[st
 
 
 def parse_partitions(partitions: str, nodes: str, accounts: list[str]) -> list[dict]:
-    """Return the partitions, with what the smallest of their nodes has."""
+    """Return the partitions, each with the hardware of its smallest node."""
     hardware: dict[str, list[tuple[int, int, str]]] = {}
     for line in nodes.splitlines():
         name, *about = line.strip().split("|")
@@ -297,7 +320,7 @@ def parse_partitions(partitions: str, nodes: str, accounts: list[str]) -> list[d
     result = []
     for line in partitions.splitlines():
         fields = dict(word.partition("=")[::2] for word in line.split())
-        if "PartitionName" not in fields:  # a site's own message
+        if "PartitionName" not in fields:  # a message printed by the site
             continue
         kinds = hardware.get(fields["PartitionName"], [])
         seconds = parse_time(fields.get("MaxTime", "")) or math.inf
@@ -321,8 +344,16 @@ def parse_partitions(partitions: str, nodes: str, accounts: list[str]) -> list[d
     return result
 
 
+def source_urls(channels: list[str], index_url: str, wheelhouse: str) -> list[str]:
+    """Return what has to be reached of the package sources: a file of each channel, and the wheelhouse or the index."""
+    files = [f"{channel}/noarch/repodata.json" for channel in channels if re.match("[a-z]+://|/", channel)]
+    # The page of a project, because an index may have no front page.
+    packages = wheelhouse or (f"{index_url}/optuna/" if index_url else "")
+    return [*files, packages] if packages else files
+
+
 def propose(partitions: list[dict], accounts: list[str]) -> dict | None:
-    """Return options of a job that some partition takes: the default one's, unless that is for trials only."""
+    """Return job options that a partition accepts. The default partition is preferred unless it is meant for tests."""
     usable = [each for each in partitions if each["usable"] and each["nodes"]]
     if not usable:
         return None
@@ -342,18 +373,21 @@ def propose(partitions: list[dict], accounts: list[str]) -> dict | None:
         options.update({"nodes": 1, "mem": False})
     else:
         options.update({"mem": memory, "cpus-per-task": min(CPUS, best["cpus"] or 1)})
-    return {"options": options, "memory": memory}
+    short = {**options, **SHORT_JOB, "nodes": min(best["nodes"], SHORT_JOB_NODES)}
+    if not best["exclusive"]:
+        short.update(SHORT_JOB_SHARE)
+    return {"options": options, "memory": memory, "short_options": short}
 
 
 def format_time(seconds: int) -> str:
-    """Return a time as Slurm writes it."""
+    """Return a time in Slurm's format."""
     days, rest = divmod(seconds, 24 * 3600)
     clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
     return f"{days}-{clock}" if days else clock
 
 
 def read_file_systems(folders: dict[str, str], user: str, run: Run) -> list[dict]:
-    """Return what is known of the folders' file systems, each folder once."""
+    """Return the data of each folder's file system; every path appears once."""
     result: list[dict] = []
     quotas = run(["quota", "-w", "-u", user])
     for name, path in folders.items():
@@ -379,7 +413,7 @@ def parse_df(text: str) -> tuple[str, str, int, str] | None:
 
 
 def parse_quota(text: str, names: list[str]) -> tuple[int | None, int | None]:
-    """Return the bytes that are used and allowed, as ``quota`` and ``lfs quota`` print them in kilobytes."""
+    """Return used and allowed bytes; ``quota`` and ``lfs quota`` print them in kilobytes."""
     for line in text.splitlines():
         fields = line.split()
         numbers = [field.rstrip("*") for field in fields[1:4]]
@@ -390,9 +424,9 @@ def parse_quota(text: str, names: list[str]) -> tuple[int | None, int | None]:
 
 
 def other_mounts(table: Path, known: list[str]) -> list[str]:
-    """Return where file systems of the network are mounted that hold none of the known folders.
+    """Return the mount points of network file systems that contain none of the known folders.
 
-    With FUSE any user may mount something, and call it as they like: only root's and the user's own count.
+    With FUSE any user can mount a file system under any name, so only mounts of root and of this user count.
     """
     text = table.read_bytes().decode("utf-8", "replace") if table.exists() else ""
     found = {
@@ -403,13 +437,13 @@ def other_mounts(table: Path, known: list[str]) -> list[str]:
         folder == path or folder.startswith(f"{path}/") for folder in known)]
 
 
-def fetch_url(url: str, timeout: int) -> str:
-    """Return what keeps this host from a URL; nothing if it answers."""
+def fetch_url(url: str) -> str:
+    """Return why this host cannot reach a URL; empty if it can."""
     if url.startswith(("file:", "/")):
         path = re.sub("^file:/*", "/", url)
         return "" if os.path.exists(path) else f"there is no {path}"
     try:
-        open_url(url, method="HEAD", timeout=timeout).close()
+        open_url(url, method="HEAD", timeout=TIMEOUT).close()
     except (OSError, ValueError, http.client.HTTPException, UrlError) as error:
         return " ".join(str(getattr(error, "reason", error)).split()) or error.__class__.__name__
     return ""
@@ -420,26 +454,26 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "bin_dir": {"type": "path"},
-            "urls": {"type": "list", "elements": "str", "default": []},
-            "timeout": {"type": "int", "default": 15},
+            "channels": {"type": "list", "elements": "str"},
+            "index_url": {"type": "str", "default": ""},
+            "wheelhouse": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
     )
-    timeout = module.params["timeout"]
 
     def run(command: list) -> str:
-        limited = ["timeout", "--kill-after=5", str(timeout), *command]
+        limited = ["timeout", "--kill-after=5", str(TIMEOUT), *command]
         code, stdout, _stderr = module.run_command(limited, expand_user_and_vars=False)
         return stdout if code == 0 else ""
 
     def run_slurm(command: list) -> str:
         try:
-            done = call(command, _slurm.environment(os.environ, ""), timeout)
+            done = call(command, SCHEDULERS["slurm"].environment(os.environ, ""), TIMEOUT)
         except (OSError, subprocess.TimeoutExpired):
             return ""
         return done.stdout if done.returncode == 0 else ""
 
-    module.exit_json(**look(module.params, run, run_slurm, lambda url: fetch_url(url, timeout)))
+    module.exit_json(**look(module.params, run, run_slurm, fetch_url))
 
 
 if __name__ == "__main__":

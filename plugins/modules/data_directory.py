@@ -8,19 +8,19 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: data_directory
-short_description: Keep an initialised PostgreSQL data directory
+short_description: Initialise a PostgreSQL data directory
 description:
-  - Runs C(initdb) once, with UTF-8, locale C and data checksums whatever the shell's locale is.
-  - Connections over a socket are bound to the system user (V(peer)), all others to SCRAM passwords.
-  - The directory is made aside and renamed, so that an interrupted run leaves none that is half made.
+  - Runs C(initdb) once, with UTF-8, locale C and data checksums regardless of the shell's locale.
+  - Connections over a socket authenticate as the system user (V(peer)), all others with SCRAM passwords.
+  - The directory is created under a temporary name and renamed, so that an interrupted run leaves no incomplete one.
 author: mala.hpc_db contributors (@mala-project)
 options:
   path:
-    description: The data directory. One of another major version is refused.
+    description: Path of the data directory. A directory of another major version is refused.
     type: path
     required: true
   bindir:
-    description: The folder of PostgreSQL's programs.
+    description: Folder of PostgreSQL's programs.
     type: path
     required: true
 extends_documentation_fragment:
@@ -33,7 +33,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Initialise the data directory
+- name: Ensure the data directory is initialised
   mala.hpc_db.data_directory:
     path: ~/hpc_db/hpc_db/data/17
     bindir: ~/hpc_db/hpc_db/postgresql-17/bin
@@ -41,11 +41,11 @@ EXAMPLES = r"""
 
 RETURN = r"""
 version:
-  description: PostgreSQL's version; null in check mode while it is not installed.
+  description: Version of PostgreSQL. Null in check mode while it is not installed.
   returned: success
   type: str
 major:
-  description: Its major version; null in check mode while it is not installed.
+  description: Major version of PostgreSQL. Null in check mode while it is not installed.
   returned: success
   type: int
 """
@@ -62,23 +62,23 @@ Run = Callable[[list[str]], str]
 
 
 class Failed(Exception):
-    """The data directory cannot be kept; the message is for the user."""
+    """The data directory cannot be created or used; the message is for the user."""
 
 
 def existing_major(path: str) -> str | None:
-    """Return the major version of a data directory; None if ``path`` is free."""
+    """Return the major version of a data directory; None if ``path`` does not exist or is empty."""
     try:
         with open(os.path.join(path, "PG_VERSION"), encoding="ascii") as stream:
             return stream.read().strip()
     except (FileNotFoundError, NotADirectoryError):
         if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
-            raise Failed(f"{path} exists and is no PostgreSQL data directory") from None
+            raise Failed(f"{path} exists and is not a PostgreSQL data directory") from None
         return None
 
 
 def initdb_command(bindir: str, path: str, major: int) -> list[str]:
-    """Return the call that makes a data directory."""
-    # From 17 on C.UTF-8 is built in: C's order and speed, with upper and lower case beyond ASCII.
+    """Return the call that creates a data directory."""
+    # PostgreSQL 17 and later have C.UTF-8 built in: order and speed of C, with upper and lower case beyond ASCII.
     locale = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"] if major >= 17 else []
     return [
         os.path.join(bindir, "initdb"),
@@ -106,9 +106,9 @@ def ensure_data_directory(params: dict, run: Run, check_mode: bool) -> dict:
     said = run([os.path.join(bindir, "postgres"), "--version"])
     version, major = parse_version(said) or (None, None)
     if version is None or major is None:
-        raise Failed(f"postgres --version printed {said.strip()!r}, which names no version")
+        raise Failed(f"postgres --version printed {said.strip()!r}, which contains no version")
     if found not in (None, str(major)):
-        raise Failed(f"{path} was made by PostgreSQL {found}, but {bindir} holds {version}; nothing was changed")
+        raise Failed(f"{path} was made by PostgreSQL {found}, but {bindir} contains {version}; nothing was changed")
     if found is None and not check_mode:
         aside = path + ".unfinished"
         shutil.rmtree(aside, ignore_errors=True)
@@ -119,13 +119,13 @@ def ensure_data_directory(params: dict, run: Run, check_mode: bool) -> dict:
 
 
 def result(changed: bool, path: str, version: str | None, major: int | None) -> dict:
-    """Return what the module reports."""
+    """Return the module's result."""
     diff = {"before": "" if changed else f"{path}\n", "after": f"{path}\n"}
     return {"changed": changed, "version": version, "major": major, "diff": diff}
 
 
 def run_command(module: AnsibleModule, command: list[str]) -> str:
-    """Run one of PostgreSQL's programs; raise Failed with its own words."""
+    """Run one of PostgreSQL's programs; raise Failed with its error message."""
     try:
         returncode, stdout, stderr = module.run_command(
             command, expand_user_and_vars=False, handle_exceptions=False, environ_update=ENGLISH
@@ -144,7 +144,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     os.umask(0o077)
-    # initdb reads PGDATA and its like; postgres --version loads libraries
+    # initdb reads PGDATA and other PG variables; postgres --version loads libraries
     for name in [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]:
         del os.environ[name]
     try:

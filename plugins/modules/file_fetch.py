@@ -8,30 +8,30 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: file_fetch
-short_description: Bring a file from the target to this machine, whole or not at all
+short_description: Fetch a file from the target, complete or not at all
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Does what C(ansible.builtin.fetch) does, into a file that only the user can read, and that is there under its name
-    only when its checksum is that of the target's.
-  - A login shell that prints (in C(.bashrc), say) does no harm. Where ssh has no sftp, such text comes before the file.
-    The file is then read by a module, as a whole into memory.
+  - Works like C(ansible.builtin.fetch), but only this user can read the new file, and it gets its name only after its
+    checksum was compared with the target's.
+  - Output of a login shell, for example from C(.bashrc), does not damage the file. Without sftp, ssh puts such output
+    in front of the file, so a module reads the whole file into memory.
 attributes:
   action:
     support: full
-    description: It runs on this machine only, besides what C(ansible.builtin.fetch) runs on the target.
+    description: Runs only on this machine, except for C(ansible.builtin.fetch) on the target.
   check_mode:
     support: none
-    description: Nothing is brought in check mode.
+    description: Fetches nothing in check mode.
   diff_mode:
     support: none
-    description: What is in the file is not shown.
+    description: The content of the file is not shown.
 options:
   src:
-    description: The file on the target, an absolute path.
+    description: Absolute path of the file on the target.
     type: str
     required: true
   dest:
-    description: The file on this machine, an absolute path. Its folder has to be there.
+    description: Absolute path of the file on this machine. Its folder must exist.
     type: path
     required: true
 """

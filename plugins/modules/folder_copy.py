@@ -8,43 +8,46 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: folder_copy
-short_description: Bring a folder from the target to this machine, and show the progress
+short_description: Copy a folder from the target to this machine and show the progress
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Copies what is new or has changed in a folder of the target with C(rsync), over the ssh connection that the
-    inventory describes, and prints a line every few seconds.
-  - Files that are being written, and may be read here meanwhile, get longer in place. What was removed on the target
-    stays here.
-  - This machine needs C(rsync) 3.1 or newer, the target any.
-  - A symbolic link within the folder stays one; what another one leads to is copied.
+  - Copies new and changed files with C(rsync) over the inventory's ssh connection, and prints a line every few
+    seconds.
+  - Files that are still being written grow in place, so that they can be read here at the same time. Files that were
+    removed on the target stay here.
+  - This machine needs C(rsync) 3.1 or newer. The target can have any version.
+  - Symbolic links that stay within the folder are copied as links. The targets of other links are copied.
 attributes:
   action:
     support: full
-    description: It runs on this machine only.
+    description: Runs only on this machine.
   check_mode:
     support: full
-    description: In check mode rsync tells what it would bring.
+    description: In check mode, rsync reports the files that it would copy.
   diff_mode:
     support: none
-    description: Only the number and the size of the files are told.
+    description: Only the number and the size of the files are reported.
+notes:
+  - C(ansible.posix.synchronize) cannot replace this module. It shows no progress, and rsync then fails if the login
+    shell on the target prints text.
 options:
   src:
-    description: The folder on the target, an absolute path, taken literally.
+    description: Absolute path of the folder on the target, taken literally.
     type: str
     required: true
   dest:
     description:
-      - The folder on this machine that gets its content, an absolute path. It is made if need be, for the user alone,
-        as what is copied is.
+      - Absolute path of the folder on this machine that receives the content. It is created if needed. Only this user
+        can access the folder and the copied files.
     type: path
     required: true
   label:
-    description: What the lines call it; the folder's name if it is not given.
+    description: Name of the folder in the progress lines. The default is the folder's own name.
     type: str
 """
 
 EXAMPLES = r"""
-- name: Bring the logs
+- name: Copy the logs
   mala.hpc_db.folder_copy:
     src: /home/alice/beryllium/logs
     dest: ~/logs/beryllium
@@ -52,11 +55,11 @@ EXAMPLES = r"""
 
 RETURN = r"""
 files:
-  description: How many files came, or in check mode would come.
+  description: Number of files that were, or would be, copied.
   returned: success
   type: int
 size:
-  description: How many bytes these files have.
+  description: Size of these files in bytes.
   returned: success
   type: int
 """

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: hosting_job
-short_description: Keep one hosting job in the queue, or none
+short_description: Submit or cancel the server job
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Submits the batch job that hosts the server, unless a job of this name is queued or running already.
-  - A job that is there is left as it is, also when O(options) or O(script) have changed since it was
-    submitted; new options count from the next job on.
-  - A job that is on its way out (Slurm's state C(COMPLETING)) does not count as there, so O(state=present)
-    submits the next one. Give O(options) C(dependency=singleton), and that one starts only after the old one
-    has ended.
-  - What the scheduler would refuse is refused before anything is changed, in its own words.
-  - The scheduler's commands, and the job, get a few variables of the login's environment only, such as C(PATH) and
-    C(SLURM_CONF). An option that C(SBATCH_ACCOUNT) or another variable of C(sbatch) sets is refused unless O(options)
-    have it, too.
+  - Submits the server job unless a job of this name is already queued or running.
+  - An existing job is left unchanged, even if O(options) or O(script) have changed since it was submitted. New options
+    take effect with the next job.
+  - A job that is ending (Slurm's state C(COMPLETING)) does not count as existing, so O(state=present) submits the
+    next one. With C(dependency=singleton) in O(options), that job starts only after the old one has ended.
+  - Options that the scheduler would refuse are refused before anything changes, with the scheduler's own message.
+  - The scheduler's commands and the job get only a few variables of the login's environment, such as C(PATH) and
+    C(SLURM_CONF). A variable such as C(SBATCH_ACCOUNT) is refused if it sets an option that O(options) do not
+    contain.
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
   - mala.hpc_db.slices
@@ -28,49 +27,64 @@ attributes:
   check_mode:
     support: full
     description:
-      - In check mode C(sbatch --test-only) says whether Slurm would accept the job. It also refuses while the nodes
-        for it are down, drained or reserved, when a real submission is queued; then the job is not refused, and a
-        warning says which nodes these are.
+      - In check mode C(sbatch --test-only) checks whether Slurm would accept the job. It also refuses a job while its
+        nodes are down, drained or reserved, although a real submission would be queued. In this case the module does
+        not fail, but warns and lists these nodes.
   diff_mode:
     support: full
-    description: Shows what is submitted or cancelled.
+    description: Shows the job that is submitted or cancelled.
 options:
   state:
     description:
-      - V(present) means that one job is queued or runs.
-      - V(absent) cancels all jobs of this name, a successor that waits in the queue included, and waits until
-        they have ended. A running job's script has 30 s to end by itself before the scheduler ends all its processes.
-        An endpoint that a job left behind, because its node died, is withdrawn.
+      - V(present) ensures that one job is queued or running.
+      - V(absent) cancels all jobs of this name, including a queued successor, and waits until they have ended. The
+        script of a running job has 30 s to end before the scheduler ends all its processes. If a job's node has died,
+        the endpoint that it left behind is removed.
     type: str
     choices: [present, absent]
     default: present
   script:
     description:
-      - The job script, an absolute path.
-      - Needed for O(state=present).
+      - Absolute path of the job script.
+      - Required for O(state=present).
     type: path
   output:
     description:
-      - The file that the job's output is appended to, an absolute path, taken literally (C(%j) is no job id
-        here). Its folder has to exist.
-      - Needed for O(state=present).
+      - Absolute path of the file to which the job's output is appended. It is taken literally, so C(%j) is not replaced
+        by a job ID. Its folder must exist.
+      - Required for O(state=present).
     type: path
   options:
     description:
-      - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time); with
-        O(scheduler=gridengine) those of C(qsub), such as C(q), C(pe) or C(l), which has resources such as C(h_rt).
-      - V(true) gives the bare flag, V(false) and V(null) leave it out.
-      - Quote times. YAML takes a bare C(72:00:00) for the number 259200, which Slurm would take for minutes, so it is
-        refused.
-      - C(mem) and its like are in MB, or with a suffix C(K), C(M), C(G) or C(T).
-      - A C(time) above the limit of the C(partition) is refused, since Slurm would accept it and never start
-        the job; with a C(qos), which may lift the limit, it is not.
-      - Names, output, arrays and what makes C(sbatch) wait cannot be set.
+      - Options of C(sbatch) under their long names without dashes, such as C(partition), C(mem) or C(time), or of
+        the corresponding command of O(scheduler).
+      - V(true) passes the bare flag. V(false) and V(null) omit it.
+      - Times need quotes. YAML reads a bare C(72:00:00) as the number 259200, which Slurm would read as minutes, so it
+        is refused.
+      - C(mem) and similar options are in MB, or have a suffix C(K), C(M), C(G) or C(T).
+      - A C(time) above the limit of the C(partition) is refused, because Slurm would accept the job and never start
+        it. With a C(qos), which may raise the limit, it is not refused.
+      - Job name, output, arrays, and options that make C(sbatch) wait cannot be set.
       - Not used by O(scheduler=local).
     type: dict
     default: {}
+  memory:
+    description:
+      - The memory of the job, such as V(16G), unless O(options) set it. With this option the job gets all options that
+        the server job needs; those in O(options) take precedence. Only one job of its name runs at a time
+        (C(dependency=singleton)). It gets a signal before its walltime. It is requeued after a failure of its node only
+        with O(chain=false).
+    type: str
+  notice:
+    description: Seconds before the walltime at which the job gets the signal. Used with O(memory).
+    type: int
+    default: 120
+  chain:
+    description: Whether the job submits its successor. Used with O(memory).
+    type: bool
+    default: true
   timeout:
-    description: How many seconds O(state=absent) waits for the real end of the job before it fails.
+    description: Maximum time in seconds that O(state=absent) waits until the job has ended. Then it fails.
     type: int
     default: 60
 seealso:
@@ -79,7 +93,7 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Keep one hosting job in the queue
+- name: Ensure the server job is in the queue
   mala.hpc_db.hosting_job:
     name: hpc-db
     root: /home/alice/hpc_db/hpc_db
@@ -91,14 +105,14 @@ EXAMPLES = r"""
       time: "72:00:00"
       dependency: singleton
 
-- name: Stop it, and wait until it has ended
+- name: Stop the server job and wait until it has ended
   mala.hpc_db.hosting_job:
     name: hpc-db
     root: /home/alice/hpc_db/hpc_db
     state: absent
     timeout: 120
 
-- name: Host on this machine, without a scheduler
+- name: Run the server on this machine without a scheduler
   mala.hpc_db.hosting_job:
     name: hpc-db
     scheduler: local
@@ -110,31 +124,31 @@ EXAMPLES = r"""
 RETURN = r"""
 job:
   description:
-    - The job after the module has done its work; V(null) if there is none, as after O(state=absent).
-    - In check mode the job that is there now.
+    - The job at the end of the module. V(null) if there is none, as after O(state=absent).
+    - In check mode, the current job.
   returned: success
   type: dict
   contains:
     id:
-      description: The scheduler's id; of O(scheduler=local) the PID.
+      description: Job ID of the scheduler. With O(scheduler=local), the PID.
       type: str
     name:
-      description: The job's name.
+      description: Job name.
       type: str
     state:
-      description: In Slurm's words, such as V(PENDING), V(RUNNING) or V(COMPLETING).
+      description: State in Slurm's terms, such as V(PENDING), V(RUNNING) or V(COMPLETING).
       type: str
     node:
-      description: Where it runs; empty if it does not.
+      description: Node of the job. Empty if it is not running.
       type: str
     reason:
-      description: Why it is not running, in the scheduler's own word; empty if there is no reason.
+      description: The scheduler's reason why the job is not running. Empty if there is none.
       type: str
     time_left:
-      description: The seconds left of its walltime, all of it before the start; V(null) without a limit.
+      description: Remaining walltime in seconds; before the start, the whole walltime. V(null) without a limit.
       type: int
     time_limit:
-      description: The seconds of its whole walltime; V(null) without a limit.
+      description: Walltime in seconds. V(null) without a limit.
       type: int
   sample:
     id: "4711"
@@ -144,6 +158,14 @@ job:
     reason: Resources
     time_left: 259200
     time_limit: 259200
+submitted:
+  description: ID of the job that the module has submitted, which may have ended already. V(null) if it submitted none.
+  returned: success
+  type: str
+endpoint:
+  description: Endpoint of the server in the format of M(mala.hpc_db.hosting_job_info). V(null) unless it is live.
+  returned: success
+  type: dict
 """
 
 import json
@@ -158,10 +180,9 @@ from ansible_collections.mala.hpc_db.plugins.module_utils import _slices
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
-    LEAVING,
-    SCHEDULERS,
     Run,
     SchedulerError,
+    Submitted,
     check_environment,
     check_name,
     find_jobs,
@@ -169,18 +190,24 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
     submit_job,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import LEAVING
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
-# What the hosting program says about the endpoint: whether there is one, or was. It takes "look" or "withdraw".
+# Runs "look" or "withdraw" of the supervisor's program for the endpoint; returns whether there is or was an endpoint.
 Endpoint = Callable[[str], bool]
 
-# How long a job that was asked to end has for it, running transactions and a checkpoint included.
+# Seconds that a job has to end when asked, for running transactions and a checkpoint.
 GENTLE_SECONDS = 30
 
 
 def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = lambda _verb: False) -> dict:
     """Bring the job to the wanted state. ``run`` takes an argument list and returns its stdout."""
     check_name(params["name"])
+    params = {**params, "options": _all_options(params)}
     SCHEDULERS[params["scheduler"]].check_options(params["options"])
+    published = read_endpoint(Layout(params["root"]))
     jobs = find_jobs(params, run)
     said: list[str] = []
     wanted = params["state"] == "present"
@@ -191,8 +218,10 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
     if changed and wanted:
         said += _check_submission(params, run, check_mode)
         diff["after"]["jobs"].append({"script": params["script"], "options": params["options"]})
+    submitted = None
     if changed and wanted and not check_mode:
-        said += _submit(params, run, jobs)
+        new = _submit(params, run, jobs)
+        submitted, said = new.id, [*said, *filter(None, [new.said])]
         jobs = find_jobs(params, run)
     elif not wanted:
         try:
@@ -200,27 +229,39 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
         except _slices.Waiting as waiting:
             waiting.resume.update(changed=changed, diff=diff)
             raise
-        # A job whose node has died cannot take its endpoint back; one that goes has done so.
+        # A job on a dead node cannot withdraw its endpoint; any other job has done so when it ends.
         changed |= endpoint("look" if check_mode else "withdraw")
         if rest and not check_mode:
             raise SchedulerError(f"{params['name']} has not ended after {params['timeout']} s: {_in_words(rest)}")
         jobs = rest
-    return {"changed": changed, "job": next(iter(jobs), None), "diff": diff, "warnings": said}
+    serving = serving_job(published, jobs)
+    job = serving or next(iter(jobs), None)
+    return {
+        "changed": changed, "job": job, "endpoint": published if serving else None, "diff": diff, "warnings": said,
+        "submitted": submitted,
+    }
 
 
-def _submit(params: dict, run: Run, jobs: list[dict]) -> list[str]:
-    """Submit the job; return what is to be said about it."""
+def _all_options(params: dict) -> dict:
+    """Return the job's options; if its memory is given, with the options that a server job needs."""
+    if params.get("memory") is None:
+        return params["options"]
+    needs = params["name"], params["memory"], params["notice"], params["chain"]
+    return SCHEDULERS[params["scheduler"]].server_options(params["options"], *needs)
+
+
+def _submit(params: dict, run: Run, jobs: list[dict]) -> Submitted:
+    """Submit the job."""
     wishes = params["script"], params["options"], params["output"]
     command = SCHEDULERS[params["scheduler"]].submit_command(params["name"], *wishes)
     try:
-        said = submit_job(params, run, command, jobs).said
+        return submit_job(params, run, command, jobs)
     except SchedulerError as error:
         raise SchedulerError(f"server_job_options: {command[0]} says: {error}") from None
-    return [said] if said else []
 
 
 def _check_submission(params: dict, run: Run, check_mode: bool) -> list[str]:
-    """Raise what a submission would; a real one hears from sbatch itself. Return what is to be said."""
+    """Raise the errors that a submission would raise; a real one gets them from sbatch. Return warnings."""
     scheduler = SCHEDULERS[params["scheduler"]]
     check_environment(params, "server_job_options")
     limit = scheduler.limit_command(params["options"])
@@ -231,12 +272,12 @@ def _check_submission(params: dict, run: Run, check_mode: bool) -> list[str]:
 
 
 def _clear_queue(params: dict, run: Run, jobs: list[dict], slice_: _slices.Slice) -> list[dict]:
-    """Cancel every job of the name, also one that a running job submits meanwhile; return those that have not ended."""
+    """Cancel all jobs of the name, including a successor submitted meanwhile; return the jobs that have not ended."""
     began, asked = slice_.began, set(slice_.resume.get("asked", []))
     deadline = began + params["timeout"]
     pause = 0.1
     while jobs:
-        # The last in the line first, or a successor starts when its predecessor goes.
+        # The last job in the queue first, otherwise a successor starts when its predecessor ends.
         for job in reversed(jobs):
             gently = time.monotonic() < began + GENTLE_SECONDS and (job["state"] == "RUNNING" or job["id"] in asked)
             if job["state"] != LEAVING and not (gently and job["id"] in asked):
@@ -255,7 +296,7 @@ def _clear_queue(params: dict, run: Run, jobs: list[dict], slice_: _slices.Slice
 
 
 def _cancel(params: dict, run: Run, job_id: str, gently: bool) -> None:
-    """Cancel a job, or ask it to end; for some schedulers it is an error if it has ended meanwhile."""
+    """Cancel a job, or ask it to end. With some schedulers it is an error if the job has already ended."""
     scheduler = SCHEDULERS[params["scheduler"]]
     command = scheduler.ask_command(job_id) if gently else scheduler.cancel_command(job_id)
     try:
@@ -269,8 +310,8 @@ def _cancel(params: dict, run: Run, job_id: str, gently: bool) -> None:
 
 
 def _wish_path(params: dict, job_id: str) -> pathlib.Path:
-    """Return the file by which the hosting program is asked to end, where the scheduler can only kill it."""
-    return pathlib.Path(params["root"], "run", f"stop.{job_id}")
+    """Return the file that asks the supervisor to end, for schedulers that can only kill a job."""
+    return pathlib.Path(Layout(params["root"]).stop_request(job_id))
 
 
 def _in_words(jobs: list[dict]) -> str:
@@ -278,7 +319,7 @@ def _in_words(jobs: list[dict]) -> str:
 
 
 def _shown(jobs: list[dict]) -> list[dict]:
-    """Return what a diff shows of the jobs: what does not change by itself from one look to the next."""
+    """Return the part of the jobs that the diff shows: without values that change by themselves."""
     return [{"id": job["id"], "state": job["state"]} for job in jobs]
 
 
@@ -291,16 +332,19 @@ def main() -> None:
             script={"type": "path"},
             output={"type": "path"},
             options={"type": "dict", "default": {}},
+            memory={"type": "str"},
+            notice={"type": "int", "default": 120},
+            chain={"type": "bool", "default": True},
             timeout={"type": "int", "default": 60},
             **_slices.OPTIONS,
         ),
         required_if=[("state", "present", ("script", "output"))],
         supports_check_mode=True,
     )
-    os.umask(0o077)  # sbatch gives it to the job, whose log is nobody else's to read
+    os.umask(0o077)  # sbatch passes it on to the job, whose log must not be readable by others
 
     def endpoint(verb: str) -> bool:
-        host = os.path.join(module.params["root"], "host")
+        host = Layout(module.params["root"]).host
         command = [sys.executable, "-m", "hpc_db_host.endpoint", verb, module.params["name"]]
         if not os.path.isdir(host):
             return False
@@ -309,7 +353,7 @@ def main() -> None:
         )
         if returncode:
             raise OSError(f"the endpoint is not withdrawn: {' '.join(stderr.split())}")
-        return json.loads(stdout or "false")  # a hosting program that is older says nothing
+        return json.loads(stdout or "false")  # an older supervisor prints nothing
 
     try:
         result = ensure_job(module.params, make_run(module), module.check_mode, endpoint)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: hosting_job_info
-short_description: See the hosting job, and what it says about itself
+short_description: Read the server job, its endpoint and its state
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Returns the job from the queue, the endpoint that it published and its own account of its state.
-  - Whatever is missing, or half written, is V(null). Only a scheduler that does not answer is an error.
+  - Returns the job in the queue, the endpoint that it has published, and the state that its supervisor has reported.
+  - Missing or incomplete values are V(null). Only a scheduler that does not answer is an error.
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
 options:
   nodes:
-    description: Whether to ask which nodes have no job of this user, which takes up to three commands more.
+    description: Also read which nodes have no job of this user. This needs up to three more commands.
+    type: bool
+    default: false
+  history:
+    description: Also read the server's outages from its events.
     type: bool
     default: false
 attributes:
@@ -32,13 +36,13 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Look at the job
+- name: Read the server job
   mala.hpc_db.hosting_job_info:
     name: hpc-db
     root: /home/alice/hpc_db/hpc_db
   register: found
 
-- name: Show where the server is
+- name: Print the endpoint
   mala.hpc_db.show:
     text: "{{ found.endpoint.host }}:{{ found.endpoint.port }}"
   when: found.endpoint is not none
@@ -46,97 +50,134 @@ EXAMPLES = r"""
 
 RETURN = r"""
 job:
-  description: The job, as M(mala.hpc_db.hosting_job) returns it; V(null) if there is none.
+  description: The job in the format of M(mala.hpc_db.hosting_job). V(null) if there is none.
   returned: success
   type: dict
   sample: {id: "4711", name: hpc-db, state: RUNNING, node: c1, reason: "", time_left: 86000, time_limit: 259200}
 endpoint:
-  description: Where the server answers, from C(run/endpoint.json); V(null) while it does not serve.
+  description:
+    - Endpoint of the server, from C(run/endpoint.json).
+    - V(null) unless the server is live, that is, unless the job that the endpoint names is running.
   returned: success
   type: dict
   contains:
     instance:
-      description: The instance's name.
+      description: Name of the instance.
       type: str
     cluster:
-      description: The cluster's name.
+      description: Name of the cluster.
       type: str
     host:
-      description: The host that serves.
+      description: Host of the server.
       type: str
     port:
-      description: The port.
+      description: Port of the server.
       type: int
     socket:
-      description: The folder of the unix socket on that host.
+      description: Folder of the unix socket on that host.
       type: str
     job:
-      description: The id of the job that serves.
+      description: ID of the server job.
       type: str
     tls:
-      description: Whether connections over the network have TLS.
+      description: Whether connections over the network use TLS.
       type: bool
+    connect_params:
+      description: Parameters of libpq that prevent a rogue server from collecting or relaying the password.
+      type: dict
     since:
-      description: Since when, in seconds since 1970.
+      description: Start of this state in seconds since 1970.
       type: float
     pooler:
-      description: C(host) and C(port) of PgBouncer; only while it answers.
+      description: C(host) and C(port) of PgBouncer. Only while it answers.
       type: dict
     proxy:
-      description: C(host) and C(port) of Optuna's storage proxy; only while it answers.
+      description: C(host) and C(port) of Optuna's storage proxy. Only while it answers.
       type: dict
 state:
-  description: The hosting program's own account, from C(run/state.json); V(null) before its first start.
+  description: State reported by the supervisor, from C(run/state.json). V(null) before its first start.
   returned: success
   type: dict
   contains:
     state:
-      description: One of V(starting), V(serving), V(stopping), V(ended) and V(failed).
+      description: V(starting), V(serving), V(stopping), V(ended) or V(failed).
       type: str
     reason:
-      description: Why, in one line.
+      description: Reason of the state in one line.
       type: str
     job:
-      description: The id of the job that wrote it.
+      description: ID of the job that wrote it.
       type: str
     host:
-      description: Where it ran.
+      description: Host on which that job ran.
       type: str
     since:
-      description: Since when, in seconds since 1970.
+      description: Start of this state in seconds since 1970.
       type: float
 disk:
-  description: The file system of O(root) in bytes; V(null) if that is not there.
+  description: Size of the file system of O(root) in bytes. V(null) if O(root) does not exist.
   returned: success
   type: dict
   contains:
     total:
-      description: All of it.
+      description: Total size.
       type: int
     free:
-      description: What is left for ordinary users. A quota, of which the file system knows nothing, may be less.
+      description: Free space for ordinary users. A quota, which the file system does not report, may leave less.
       type: int
 idle_nodes:
   description:
-    - The nodes on which no job of this user is, with O(nodes=true); V(null) without.
-    - There are none with O(scheduler=local).
+    - Nodes without a job of this user, with O(nodes=true). Otherwise V(null).
+    - Empty with O(scheduler=local).
   returned: success
   type: list
   elements: str
 log_tail:
   description:
-    - The last 20 lines of the newest file in C(log/), if there is no job or it says that it failed.
-    - Else V(null).
+    - The last 20 lines of the newest file in C(log/), if there is no job or its state is V(failed).
+    - Otherwise V(null).
   returned: success
   type: list
   elements: str
+history:
+  description: Outages and problems from C(log/events.jsonl). V(null) unless O(history=true).
+  returned: success
+  type: dict
+  contains:
+    since:
+      description: Time of the first event in seconds since 1970. V(null) if there is none.
+      type: int
+    serving:
+      description: Whether the server is running, according to its last event.
+      type: bool
+    outages:
+      description: Times without a running server between two servers, and since the last one. The oldest is first.
+      type: list
+      elements: dict
+      contains:
+        began:
+          description: Start in seconds since 1970.
+          type: int
+        ended:
+          description: Start of the next server. V(null) if there was none.
+          type: int
+        certain:
+          description: Whether the start is exact. If V(false), it is the time of the last event before the outage.
+          type: bool
+        reason:
+          description: Reason given by the supervisor. Empty if it was killed.
+          type: str
+    troubles:
+      description: Problems of a running server, such as a full disk, with the same fields.
+      type: list
+      elements: dict
 """
 
-import json
 import os
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
@@ -146,19 +187,23 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     find_idle_nodes,
     find_jobs,
     make_run,
-    serving_job,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import events
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
 LOG_LINES = 20
 LOG_BYTES = 16384
 
 
 def look(params: dict, run: Run) -> dict:
-    """Return what is known of the job. ``run`` takes an argument list and returns its stdout."""
+    """Return the state of the job. ``run`` takes an argument list and returns its stdout."""
     check_name(params["name"])
-    # The files first: a job that ends in between then has a stale file and no job, never the other way round.
-    endpoint = _read_json(os.path.join(params["root"], "run", "endpoint.json"))
-    state = _read_json(os.path.join(params["root"], "run", "state.json"))
+    layout = Layout(params["root"])
+    # The files first: if the job ends in between, the result is a stale file without a job, never the reverse.
+    endpoint = read_endpoint(layout)
+    state = read_json(layout.state)
     jobs = find_jobs(params, run)
     serving = serving_job(endpoint, jobs)
     job = serving or next(iter(jobs), None)
@@ -166,21 +211,19 @@ def look(params: dict, run: Run) -> dict:
     return {
         "changed": False,
         "job": job,
-        "endpoint": {"tls": True, **endpoint} if endpoint and serving else None,
+        "endpoint": _published(endpoint) if endpoint and serving else None,
         "state": state,
         "idle_nodes": find_idle_nodes(params, run) if params["nodes"] else None,
         "disk": _disk(params["root"]),
-        "log_tail": _log_tail(os.path.join(params["root"], "log")) if troubled else None,
+        "history": events.account(events.read(params["root"])) if params["history"] else None,
+        "log_tail": _log_tail(layout.log) if troubled else None,
     }
 
 
-def _read_json(path: str) -> dict | None:
-    try:
-        with open(path, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+def _published(endpoint: dict) -> dict:
+    """Return the endpoint with the parameters of a safe connection."""
+    tls = endpoint.get("tls", True)
+    return {**endpoint, "tls": tls, "connect_params": _connection.safety(endpoint["host"], tls)}
 
 
 def _disk(path: str) -> dict | None:
@@ -197,14 +240,19 @@ def _log_tail(folder: str) -> list[str] | None:
         with open(max(logs, key=os.path.getmtime), "rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - LOG_BYTES))
             return stream.read().decode(errors="replace").splitlines()[-LOG_LINES:]
-    except (OSError, ValueError):  # no folder, no file in it, or one that was just rotated away
+    except (OSError, ValueError):  # no folder, no file in it, or the file was just rotated away
         return None
 
 
 def main() -> None:
     """Wire the module."""
     module = AnsibleModule(
-        argument_spec=dict(ARGUMENT_SPEC, nodes={"type": "bool", "default": False}), supports_check_mode=True
+        argument_spec=dict(
+            ARGUMENT_SPEC,
+            nodes={"type": "bool", "default": False},
+            history={"type": "bool", "default": False},
+        ),
+        supports_check_mode=True,
     )
     try:
         result = look(module.params, make_run(module))

@@ -8,48 +8,49 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: instance
-short_description: Keep an instance directory, its folders and its text files
+short_description: Create an instance directory with its folders and text files
 description:
-  - Keeps the directory in which one PostgreSQL server of one user lives, with its folders (mode 0700) and text files.
-  - All files are written in one call, since over ssh every further task costs a round trip.
-  - A file with O(files[].validate) is checked aside first; nothing is replaced if any file is refused.
+  - Creates the directory of one user's PostgreSQL server, with its folders (mode 0700) and text files.
+  - All files are written in one call, because every additional task costs a round trip over ssh.
+  - Files with O(files[].validate) are validated before they are replaced. If one is refused, no file is replaced.
 author: mala.hpc_db contributors (@mala-project)
 options:
   root:
     description:
-      - The instance directory, on a file system that login and compute nodes share. A leading C(~) is the user's home.
-      - Refused if it lies inside a conda environment, belongs to another user, holds something else, or is to be made
-        on a file system without hard links, by which jobs agree on who runs PostgreSQL.
+      - Path of the instance directory, on a file system that login and compute nodes share. A leading C(~) is the
+        user's home directory.
+      - It is refused if it is inside a conda environment, belongs to another user, contains other files, or would be
+        created on a file system without hard links, which the lease needs.
     type: path
     required: true
   directories:
-    description: Folders to keep, relative to O(root). Neither they nor the files in them are open to others.
+    description: Folders to create, relative to O(root). Only this user can access them and their files.
     type: list
     elements: str
     default: []
   files:
-    description: Text files to keep.
+    description: Text files to write.
     type: list
     elements: dict
     default: []
     suboptions:
       path:
-        description: The file, relative to O(root).
+        description: Path of the file, relative to O(root).
         type: str
         required: true
       content:
-        description: Its text.
+        description: Content of the file.
         type: str
         required: true
       mode:
-        description: Its permissions, in octal.
+        description: Permissions of the file in octal notation.
         type: str
         default: "0600"
       validate:
         description:
-          - A command that must succeed before the file is replaced, as a list of arguments.
-          - C({file}) stands for the new text's file, C({scratch}) for an empty directory (mode 0700).
-          - It is left out while its program is not there, as in check mode before the first run.
+          - Command that must succeed before the file is replaced, as a list of arguments.
+          - C({file}) is replaced by the path of the new file, C({scratch}) by an empty directory (mode 0700).
+          - The validation is skipped if its program does not exist, as in check mode before the first run.
         type: list
         elements: str
         default: []
@@ -63,7 +64,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Keep the instance directory
+- name: Ensure the instance directory exists
   mala.hpc_db.instance:
     root: ~/hpc_db/hpc_db
     directories: [run, log]
@@ -75,21 +76,21 @@ EXAMPLES = r"""
 
 RETURN = r"""
 root:
-  description: The absolute path of the instance directory.
+  description: Absolute path of the instance directory.
   returned: success
   type: str
 owner:
-  description: The user who owns the instance.
+  description: User who owns the instance.
   returned: success
   type: str
 major:
   description:
-    - The major version of PostgreSQL that the studies are in, whether or not it is the wanted one.
+    - Major version of PostgreSQL that wrote the studies' data directory. It may differ from the wanted one.
     - Null if there is no data directory yet.
   returned: success
   type: int
 changed_files:
-  description: The files that were, or would be, written, relative to the instance directory.
+  description: Files that were, or would be, written, relative to the instance directory.
   returned: success
   type: list
   elements: str
@@ -109,18 +110,21 @@ from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import write_atomically
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
-# Paths go into service files, job scripts and postgresql.conf: whatever one of them could misread is refused.
+# These paths are written into service files, job scripts and postgresql.conf: characters that one of them could misread
+# are refused.
 UNSAFE = re.compile(r"[^\w./+@=, -]")
 
-# How a file system says that it has none.
+# Error codes by which a file system reports that it has no hard links.
 NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
 Run = Callable[[list[str]], tuple[int, str]]
 
 
 class Refused(Exception):
-    """The settings cannot be carried out; nothing was changed."""
+    """The settings cannot be applied; nothing was changed."""
 
 
 def check_root(root: str, uid: int) -> None:
@@ -146,22 +150,23 @@ def check_root(root: str, uid: int) -> None:
     if not os.path.lexists(root):
         return
     if not os.path.isdir(root):
-        raise Refused(f"instance_root: {root} exists and is no directory")
+        raise Refused(f"instance_root: {root} exists and is not a directory")
     if os.stat(root).st_uid != uid:
         raise Refused(f"instance_root: {root} belongs to another user")
-    if os.listdir(root) and not os.path.isdir(os.path.join(root, "run")):
-        raise Refused(f"instance_root: {root} holds other things and is no instance directory; choose a new folder")
+    if os.listdir(root) and not os.path.isdir(Layout(root).run):
+        reason = "contains other files and is not an instance directory"
+        raise Refused(f"instance_root: {root} {reason}; choose a new folder")
 
 
 def check_links(root: str) -> None:
-    """Refuse to begin on a file system without hard links, such as vfat, exFAT and some FUSE and SMB mounts."""
+    """Refuse a new instance on a file system without hard links, such as vfat, exFAT and some FUSE and SMB mounts."""
     folder = root
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     try:
         scratch = tempfile.mkdtemp(prefix=".hpc_db-", dir=folder)
     except OSError:
-        return  # nor can the instance directory be made, which says why
+        return  # the instance directory cannot be created either, and that error gives the reason
     try:
         one = os.path.join(scratch, "one")
         with open(one, "wb"):
@@ -178,7 +183,7 @@ def check_links(root: str) -> None:
 
 
 def ensure_directory(path: str, check_mode: bool) -> bool:
-    """Keep a folder with mode 0700; return whether that is a change."""
+    """Ensure that a folder exists with mode 0700; return whether this is a change."""
     if os.path.isdir(path) and os.stat(path).st_mode & 0o777 == 0o700:
         return False
     if not check_mode:
@@ -188,10 +193,10 @@ def ensure_directory(path: str, check_mode: bool) -> bool:
 
 
 def open_files(folder: str) -> list[str]:
-    """Return the files there that others have permissions on: libpq and PostgreSQL take no password or key from one."""
+    """Return the files that others have permissions on: libpq and PostgreSQL refuse such password and key files."""
     found = []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*"))):
-        with contextlib.suppress(FileNotFoundError):  # logs and dumps come and go
+        with contextlib.suppress(FileNotFoundError):  # logs and dumps may be deleted at any time
             about = os.lstat(path)
             if stat.S_ISREG(about.st_mode) and about.st_mode & 0o077:
                 found.append(path)
@@ -204,7 +209,7 @@ def close_file(path: str) -> None:
 
 
 def current_text(path: str) -> str | None:
-    """Return the text of ``path``; None if there is none."""
+    """Return the text of ``path``; None if the file does not exist."""
     try:
         with open(path, encoding="utf-8", errors="replace", newline="") as stream:
             return stream.read()
@@ -215,17 +220,17 @@ def current_text(path: str) -> str | None:
 def major_of(root: str) -> int | None:
     """Return the major version of the data directory in use; None if there is none yet."""
     try:
-        with open(os.path.join(root, "host", "settings.json"), encoding="utf-8") as stream:
+        with open(Layout(root).settings, encoding="utf-8") as stream:
             used = [json.load(stream)["data"]]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
-        # A first run that was interrupted: nothing says yet which one is used.
-        used = glob.glob(os.path.join(glob.escape(root), "data", "[0-9]*"))
+        # The first run was interrupted, so the settings do not name the directory in use yet.
+        used = glob.glob(os.path.join(glob.escape(Layout(root).data), "[0-9]*"))
     versions = [current_text(os.path.join(path, "PG_VERSION")) for path in used if path.rpartition("/")[2].isdigit()]
     return max((int(version.partition(".")[0]) for version in versions if version), default=None)
 
 
 def validate(wanted: dict, run: Run) -> None:
-    """Let the program that will read the file judge it; raise Refused with its own words."""
+    """Let the program that will read the file validate it; raise Refused with its error message."""
     command = wanted["validate"]
     if not command or not os.path.exists(command[0]):
         return
@@ -240,24 +245,15 @@ def validate(wanted: dict, run: Run) -> None:
         returncode, stderr = run(arguments)
         if returncode:
             words = stderr.replace(candidate, wanted["path"]).strip().splitlines()
-            # PostgreSQL names the parameter first and says last that the file has errors.
+            # PostgreSQL names the parameters first; its last line only reports that the file has errors.
             named = [line.split("  ", 1)[-1] for line in words if "LOG:" in line and "skipping missing" not in line]
             raise Refused(f"{wanted['path']}: {'; '.join(named or words)}")
     finally:
         shutil.rmtree(scratch)
 
 
-def write(path: str, text: str, mode: int) -> None:
-    """Replace ``path`` by rename, so that no reader ever sees half of it."""
-    descriptor, aside = tempfile.mkstemp(prefix=".new-", dir=os.path.dirname(path))
-    with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as stream:
-        stream.write(text)
-    os.chmod(aside, mode)
-    os.rename(aside, path)
-
-
 def ensure_files(root: str, files: list[dict], run: Run, check_mode: bool) -> list[dict]:
-    """Keep the files; return a diff for each that changed."""
+    """Bring the files to the wanted state; return a diff for each that changed."""
     changes = []
     for wanted in files:
         path = os.path.join(root, wanted["path"])
@@ -270,7 +266,7 @@ def ensure_files(root: str, files: list[dict], run: Run, check_mode: bool) -> li
             changes.append((path, wanted, before))
     if not check_mode:
         for path, wanted, _before in changes:
-            write(path, wanted["content"], int(wanted["mode"], 8))
+            write_atomically(path, wanted["content"], int(wanted["mode"], 8))
     return [
         {"before": before, "after": wanted["content"], "before_header": wanted["path"], "after_header": wanted["path"]}
         for _path, wanted, before in changes
@@ -285,13 +281,13 @@ def ensure_instance(params: dict, run: Run, check_mode: bool, uid: int) -> dict:
     check_root(root, uid)
     for name in [*params["directories"], *(wanted["path"] for wanted in params["files"])]:
         if not os.path.normpath(os.path.join(root, name)).startswith(root + os.sep) or not name.isprintable():
-            raise Refused(f"{name!r} is no path inside {root}")
+            raise Refused(f"{name!r} is not a path inside {root}")
     for wanted in params["files"]:
         if not re.fullmatch("0?[0-7]{3}", wanted["mode"]):
-            raise Refused(f"mode: {wanted['mode']!r} is none; write for example 0600")
-    if not check_mode and not os.path.isdir(os.path.join(root, "run")):
+            raise Refused(f"mode: {wanted['mode']!r} is not a mode; write for example 0600")
+    if not check_mode and not os.path.isdir(Layout(root).run):
         check_links(root)
-    # "run" comes first: it tells an instance directory from any other folder.
+    # "run" comes first: it distinguishes an instance directory from any other folder.
     folders = [root] + [os.path.join(root, name) for name in ["run", *params["directories"]]]
     made = [path for path in folders if ensure_directory(path, check_mode)]
     opened = [path for folder in folders[1:] for path in open_files(folder)]

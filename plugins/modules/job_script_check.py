@@ -8,32 +8,33 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: job_script_check
-short_description: Check whether the scheduler would accept a job script
+short_description: Check whether the scheduler accepts a job script
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Lets the scheduler judge a job script without submitting it, and fails with the scheduler's own words.
-  - Warns where the job would only wait, since its nodes are down, drained or reserved now, and of C(SBATCH_PARTITION)
-    and its like in the login's environment, which C(sbatch) obeys before the script.
+  - Lets the scheduler check a job script without submitting it. If it is refused, the module fails with the scheduler's
+    own message.
+  - Warns if the job would have to wait because its nodes are down, drained or reserved. Also warns about
+    C(SBATCH_PARTITION) and similar variables in the login's environment, which take precedence over the script.
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
 attributes:
   check_mode:
     support: full
-    description: Nothing is ever changed. In check mode, in which the script may be missing, nothing is judged either.
+    description: Nothing is ever changed. In check mode nothing is checked either, because the script may be missing.
   diff_mode:
     support: none
     description: Nothing is ever changed.
 options:
   script:
-    description: The job script, an absolute path.
+    description: Absolute path of the job script.
     type: path
     required: true
   options:
-    description: The options in its head, as those of M(mala.hpc_db.hosting_job).
+    description: Options in the head of the script, in the format of M(mala.hpc_db.hosting_job).
     type: dict
     default: {}
   setting:
-    description: The setting that the options come from, for the message.
+    description: Name of the setting with these options, for messages.
     type: str
     required: true
 seealso:
@@ -60,17 +61,17 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
-    SCHEDULERS,
     Run,
     SchedulerError,
     check_environment,
     judge_job,
     make_run,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
 
 def judge(params: dict, run: Run) -> list[str]:
-    """Raise what the scheduler has against the script; return what is to be said about it.
+    """Raise the scheduler's objections to the script; return warnings.
 
     ``run`` takes an argument list and returns its stdout.
     """

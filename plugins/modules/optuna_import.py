@@ -8,44 +8,44 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: optuna_import
-short_description: Bring studies of an SQLite or journal file into a database
+short_description: Import studies from an SQLite or journal file into a database
 description:
-  - Optuna itself reads a copy of the file, adds the trials to the database beside running workers, and reads them
-    back. Only what equals the file in every trial gets its name, all studies at once.
-  - Before anything is copied, each study is looked through for what PostgreSQL and Optuna's tables there cannot hold,
-    and each line of a journal file for what Optuna cannot read.
-  - A run that fails leaves nothing; what one that was killed has left, the next one removes.
-  - The file is never changed. Tables that an older Optuna has made are upgraded in the copy.
-  - Trials that are C(RUNNING) in the file become C(FAIL), ended at the last time that their study knows, since nobody
-    will tell the database of their end. C(WAITING) ones stay so, for the workers here.
-  - Times stay as they are in the file. Optuna before 5 writes local time, and 5 writes UTC.
+  - Optuna itself reads a copy of the file, adds the trials to the database while workers run, and reads them back. All
+    studies get their names at the same time, and only if every trial equals the one in the file.
+  - Before anything is copied, each study is checked for values that PostgreSQL or Optuna's tables cannot store, and
+    each line of a journal file for errors that prevent Optuna from reading it.
+  - A failed run leaves nothing behind. Remains of a killed run are removed by the next run.
+  - The file is never changed. Tables of an older Optuna are upgraded in the copy.
+  - Trials that are C(RUNNING) in the file become C(FAIL), because no worker will report their end. Their end time is
+    the last time recorded in their study. C(WAITING) trials remain so for the workers of this database.
+  - Times are copied unchanged. Optuna before 5 writes local time, and Optuna 5 writes UTC.
 author: mala.hpc_db contributors (@mala-project)
 options:
   file:
-    description: An SQLite file, or a file of Optuna's C(JournalStorage). It must be in use by nobody.
+    description: Path of an SQLite file, or of a file of Optuna's C(JournalStorage). No program may be using it.
     type: path
     required: true
   database:
-    description: The database. O(user) becomes the owner of the trials.
+    description: Database to import into. O(user) becomes the owner of the trials.
     type: str
     required: true
   root:
-    description: The instance directory, in whose folder C(dumps) the copy is kept meanwhile.
+    description: Instance directory. Its folder C(dumps) is used for the temporary copy.
     type: path
     required: true
   studies:
-    description: The names of the studies to bring; all that the file holds, if none is given.
+    description: Names of the studies to import. If empty, all studies in the file.
     type: list
     elements: str
     default: []
   name:
-    description: What the study is called in the database, if there is one only. Else studies keep their names.
+    description: Name of the study in the database. Only for a single study. By default studies keep their names.
     type: str
   repair:
     description:
-      - Whether to import a file that lacks something. Trials of a study with a gap in their numbers, or with a number
-        twice, are numbered anew in their order; blank lines and a last line that is damaged are left out of a journal.
-      - Without it such a file is refused.
+      - Import a damaged file. Trials of a study with gaps or duplicates in their numbers are renumbered in their order.
+        Blank lines and a damaged last line of a journal are dropped.
+      - If V(false), such a file is refused.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -59,11 +59,11 @@ attributes:
   diff_mode:
     support: full
 seealso:
-  - module: mala.hpc_db.optuna_study_info
+  - module: mala.hpc_db.optuna_study
 """
 
 EXAMPLES = r"""
-- name: Bring a study
+- name: Import a study
   mala.hpc_db.optuna_import:
     host: c1
     port: 5432
@@ -78,28 +78,28 @@ EXAMPLES = r"""
 
 RETURN = r"""
 studies:
-  description: The studies that were, or would be, brought, or were there already.
+  description: Studies that were, or would be, imported, or that existed already.
   returned: success
   type: list
   elements: dict
   contains:
     name:
-      description: The study's name in the database.
+      description: Name of the study in the database.
       type: str
     source:
-      description: Its name in the file.
+      description: Name of the study in the file.
       type: str
     imported:
-      description: Whether it was, or would be, brought; if not, it was there already.
+      description: Whether it was, or would be, imported. If V(false), it existed already.
       type: bool
     trials:
-      description: How many trials there are in each state that occurs, as the database has them.
+      description: Number of trials in the database by state.
       type: dict
     ended:
-      description: How many of them are C(RUNNING) in the file.
+      description: Number of trials that are C(RUNNING) in the file.
       type: int
     seconds:
-      description: How long it took to bring and to compare them.
+      description: Duration of import and comparison in seconds.
       type: float
   sample:
     - name: beryllium
@@ -126,29 +126,31 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 
 SQLITE = b"SQLite format 3\0"
-# What SQLite and Optuna keep beside a file while somebody writes to it.
+# Suffixes of the files that SQLite and Optuna keep beside a file while it is being written.
 IN_USE = ("-journal", "-wal", ".lock")
-# The folder for the copy; there is one import at a time.
+# Folder of the copy; only one import runs at a time.
 SCRATCH = ".import"
-# What Optuna's tables in PostgreSQL hold: characters of a name, numbers of a step, and whole numbers as a value.
+# Limits of Optuna's tables in PostgreSQL: characters of a name, steps, and whole numbers as values.
 LONGEST_NAME = 512
 STEPS = range(-(2**31), 2**31)
 LARGEST = int(sys.float_info.max)
-# So many bytes are shown of a line of a journal.
+# Number of bytes shown of a journal line.
 LINE_SHOWN = 40
 BLANK = "blank"
-# A journal is known by one of so many lines; the first may be damaged.
+# Number of lines in which a journal is recognised; the first line may be damaged.
 LINES_READ = 5
-# As many problems are named at once.
+# Maximum number of problems named in one message.
 MOST_NAMED = 3
-# Under this name a study comes into being; the number is that of the study in the run.
+# Prefix of a study's temporary name during the import; the study's index in this run follows.
 UNFINISHED = "hpc_db:importing:"
 
 LOCK = "SELECT pg_try_advisory_lock(hashtext('hpc_db:importing'))"
 NAMES = "SELECT study_name FROM studies"
-# The trigger has noted our own connection as each trial's worker. Sent as one, it is one transaction.
+# The trigger has recorded our own connection as each trial's worker. Statements sent in one call are one transaction.
 FINISH = f"""
 DELETE FROM trial_system_attributes USING trials JOIN studies USING (study_id)
 WHERE trials.trial_id = trial_system_attributes.trial_id AND key = '{_workers.KEY}'
@@ -156,8 +158,9 @@ WHERE trials.trial_id = trial_system_attributes.trial_id AND key = '{_workers.KE
 UPDATE studies SET study_name = wanted.name
 FROM unnest(%(unfinished)s, %(names)s) AS wanted (unfinished, name) WHERE study_name = unfinished
 """
-# A crash of the server takes away no more than what has no name yet; the renaming waits for the disk. For every
-# parameter Optuna looks for an earlier one of the study, and the server would read those of all other studies first.
+# A server crash loses only studies that do not have their final name yet, since the renaming is written to disk
+# synchronously. For each parameter Optuna looks up an earlier one of the same study; without the planner settings the
+# server would read those of all other studies first.
 QUICK = {
     "synchronous_commit": "off", "enable_seqscan": "off", "enable_hashjoin": "off", "cpu_index_tuple_cost": "1",
     "jit": "off",
@@ -165,13 +168,13 @@ QUICK = {
 
 
 class Refused(Exception):
-    """The file, or what is in the database, is not fit for it; nothing was changed."""
+    """The file or the database's contents are not suitable; nothing was changed."""
 
 
 class Study:
-    """A study of the file: its name there and here, and its trials as they shall be here.
+    """A study of the file: its names in the file and in the database, and its trials as they will be imported.
 
-    ``changed`` is when the file was, which is the end of running trials if no trial has a time.
+    ``changed`` is the file's modification time, the end of running trials if no trial has a time.
     """
 
     def __init__(self, storage: Any, source: str, name: str, changed: datetime.datetime) -> None:
@@ -191,14 +194,14 @@ class Study:
         self.odd = _optuna.oddities(self.trials, len(self.directions))
 
     def number_anew(self) -> None:
-        """Number the trials in their order."""
+        """Number the trials consecutively in their order."""
         for number, trial in enumerate(self.trials):
             if trial.number != number:
                 self.trials[number] = copy.copy(trial)
                 self.trials[number].number = number
 
     def report(self, imported: bool, seconds: float) -> dict[str, Any]:
-        """Return what the module reports of it."""
+        """Return the study's part of the module's result."""
         states = Counter(trial.state.name for trial in self.trials)
         return {
             "name": self.name,
@@ -211,7 +214,7 @@ class Study:
 
 
 def end(trial: Any, when: Any) -> Any:
-    """Return the trial as one that has failed."""
+    """Return a copy of the trial in the state FAIL."""
     from optuna.trial import TrialState
 
     ended = copy.copy(trial)
@@ -220,7 +223,7 @@ def end(trial: Any, when: Any) -> Any:
 
 
 def operation(line: bytes) -> dict | None:
-    """Return what a line of a journal tells to do; None if it is none of Optuna's."""
+    """Return the operation in a journal line; None if the line is not in Optuna's format."""
     try:
         held = json.loads(line.decode())
     except (ValueError, RecursionError):
@@ -229,19 +232,19 @@ def operation(line: bytes) -> dict | None:
 
 
 def describe(line: bytes) -> str:
-    """Return what is wrong with a line of a journal."""
+    """Return the defect of a journal line."""
     if not line.strip():
         return BLANK
     if not line.strip(b"\0\r\n"):
-        return "nothing but NUL bytes"
+        return "empty, with only NUL bytes"
     shown = line[:LINE_SHOWN].decode(errors="replace").strip()
-    return f"damaged, or none of Optuna's ({shown}{'…' if len(line) > LINE_SHOWN else ''})"
+    return f"damaged or not written by Optuna ({shown}{'…' if len(line) > LINE_SHOWN else ''})"
 
 
 class Journal:
-    """The lines of a journal file, as Optuna reads them from a backend.
+    """The lines of a journal file; implements the part of Optuna's journal backend that reading needs.
 
-    ``line`` is the number of the one that it reads: it does not say which of them it cannot.
+    ``line`` is the number of the line being read, because Optuna does not report which line it cannot read.
     """
 
     def __init__(self, path: str, label: str, repair: bool) -> None:
@@ -260,11 +263,11 @@ class Journal:
         if len(damaged) == len(self.left_out):
             way_out = "import_repair=true leaves out blank lines and a damaged last one"
         else:
-            way_out = "later lines may depend on what it was, so the file has to be mended by hand, or from a copy"
+            way_out = "later lines may depend on it, so repair the file by hand or from a copy"
         raise Refused(f"import_from: {label}: {'; '.join([*named, way_out])}")
 
     def read_logs(self, log_number_from: int) -> Iterator[dict]:
-        """Return the operations; all at once, since nobody adds any."""
+        """Return all operations at once, since the copy does not grow."""
         with open(self.path, "rb") as stream:
             for self.line, line in enumerate(stream if not log_number_from else (), 1):
                 if self.line not in self.left_out:
@@ -276,45 +279,45 @@ class Journal:
 
 
 def kind_of(path: str) -> str:
-    """Return what the file is: sqlite or journal."""
+    """Return the file's format: sqlite or journal."""
     with open(path, "rb") as stream:
         if stream.read(len(SQLITE)) == SQLITE:
             return "sqlite"
         stream.seek(0)
         if any(operation(stream.readline(1 << 20)) for _line in range(LINES_READ)):
             return "journal"
-    raise Refused(f"import_from: {os.path.basename(path)} is neither an SQLite file nor one of Optuna's JournalStorage")
+    raise Refused(f"import_from: {os.path.basename(path)} is not an SQLite file, nor one of Optuna's JournalStorage")
 
 
 def stamp_of(path: str) -> tuple[int, int, int]:
-    """Return what changes with the file; raise Refused while somebody writes to it."""
+    """Return values that change with the file; raise Refused while the file is being written."""
     for suffix in IN_USE:
         beside = path + suffix
-        # An empty file is what SQLite leaves behind in some modes; a lock holds nothing, and may be a link to nothing.
+        # SQLite leaves an empty file in some modes. A lock is empty, and may be a link without a target.
         if os.path.lexists(beside) and (suffix == ".lock" or os.path.getsize(beside)):
-            raise in_use(path, f"{os.path.basename(beside)} is beside it")
+            raise in_use(path, f"{os.path.basename(beside)} exists")
     found = os.stat(path)
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def in_use(path: str, sign: str) -> Refused:
-    """Return the refusal of a file that somebody writes to."""
+    """Return the error for a file that is being written."""
     return Refused(
-        f"import_from: {os.path.basename(path)} is still being written to, or was when its last worker died: {sign}; "
+        f"import_from: {os.path.basename(path)} is in use, or was when its last worker died: {sign}; "
         "end its workers, and read it once with Optuna or sqlite3 there"
     )
 
 
 def check_unchanged(path: str, before: tuple) -> None:
-    """Raise Refused if the file is another one now, so that the copy may be half of each."""
+    """Raise Refused if the file has changed, because the copy may then mix two versions."""
     if stamp_of(path) != before:
-        raise in_use(path, "it has changed meanwhile")
+        raise in_use(path, "it changed during the import")
 
 
 @contextlib.contextmanager
 def copied(params: dict) -> Iterator[str]:
-    """Copy the file into the folder for it, which is gone afterwards."""
-    folder = os.path.join(params["root"], "dumps", SCRATCH)
+    """Copy the file into a scratch folder, which is removed afterwards."""
+    folder = os.path.join(Layout(params["root"]).dumps, SCRATCH)
     shutil.rmtree(folder, ignore_errors=True)  # an earlier run may have been killed
     os.mkdir(folder, 0o700)
     try:
@@ -323,33 +326,34 @@ def copied(params: dict) -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-def look_at_schema(path: str, label: str, optuna: _optuna.Optuna) -> bool:
-    """Tell whether an SQLite file's tables have to be upgraded; raise Refused if they are not Optuna's, or newer."""
+def look_at_schema(path: str, label: str, optuna: optuna_schema.Optuna) -> bool:
+    """Return whether an SQLite file's tables must be upgraded; raise Refused if they are newer or not Optuna's."""
     try:
         with contextlib.closing(sqlite3.connect(path)) as connection:
             damage = [said for said, in connection.execute("PRAGMA quick_check(1)") if said != "ok"]
-            rows = [] if damage else connection.execute(_optuna.SCHEMA).fetchall()
+            rows = [] if damage else connection.execute(optuna_schema.SCHEMA).fetchall()
     except sqlite3.OperationalError as error:
-        raise Refused(f"import_from: {label} holds no studies of Optuna's: SQLite says: {error}") from None
+        raise Refused(f"import_from: {label} contains no Optuna studies: SQLite reports: {error}") from None
     except sqlite3.Error as error:
         damage = [str(error)]
     if damage:
         raise Refused(
-            f"import_from: {label} is damaged: SQLite says: {damage[0]}; its command .recover prints what can be read"
+            f"import_from: {label} is damaged: SQLite reports: {damage[0]}; "
+            "its command .recover prints the readable part"
         )
     if not rows:
-        raise Refused(f"import_from: {label} holds no studies of Optuna's")
-    schema = _optuna.Schema(*rows[0])
-    if _optuna.is_newer(schema, optuna):
+        raise Refused(f"import_from: {label} contains no Optuna studies")
+    schema = optuna_schema.Schema(*rows[0])
+    if optuna_schema.is_newer(schema, optuna):
         raise Refused(
             f"import_from: {label} was made by Optuna {schema.library}, which is newer than the installed Optuna "
-            f"{optuna.version}: have optuna=={schema.library} in postgres_python_packages"
+            f"{optuna.version}: set optuna=={schema.library} in postgres_python_packages"
         )
-    return _optuna.is_older(schema, optuna)
+    return optuna_schema.is_older(schema, optuna)
 
 
-def open_copy(path: str, label: str, kind: str, repair: bool, installed: _optuna.Optuna) -> Any:
-    """Return Optuna's storage for the copy, upgraded if it has to be."""
+def open_copy(path: str, label: str, kind: str, repair: bool, installed: optuna_schema.Optuna) -> Any:
+    """Return Optuna's storage for the copy, after an upgrade if necessary."""
     from optuna import storages
 
     if kind == "sqlite":
@@ -363,14 +367,14 @@ def open_copy(path: str, label: str, kind: str, repair: bool, installed: _optuna
         return storages.JournalStorage(journal)
     except OSError:
         raise
-    except Exception as error:  # whatever Optuna raises for a line that it cannot read
+    except Exception as error:  # any error that Optuna raises for a line that it cannot read
         raise Refused(
             f"import_from: {label}: Optuna {installed.version} cannot read line {journal.line}: {_optuna.said(error)}"
         ) from None
 
 
 def study_names(storage: Any) -> list[str]:
-    """Return the names of the file's studies, also where an attribute of one of them cannot be read."""
+    """Return the names of the file's studies, even if an attribute of one of them cannot be read."""
     import optuna
 
     if not hasattr(storage, "engine"):
@@ -380,23 +384,23 @@ def study_names(storage: Any) -> list[str]:
 
 
 def read_source(params: dict, storage: Any) -> list[Study]:
-    """Return the wanted studies of the file; raise Refused if one of them does not fit."""
+    """Return the selected studies of the file; raise Refused if one of them is not suitable."""
     held = sorted(study_names(storage))
     label = os.path.basename(params["file"])
     if not held:
-        raise Refused(f"import_from: {label} holds no study")
+        raise Refused(f"import_from: {label} contains no study")
     wanted = params["studies"] or held
     missing = [name for name in wanted if name not in held]
     if missing:
-        raise Refused(f"import_studies: {label} holds no study {', '.join(missing)}, but {', '.join(held)}")
+        raise Refused(f"import_studies: {label} contains no study {', '.join(missing)}, but {', '.join(held)}")
     if params["name"] and len(wanted) != 1:
-        raise Refused(f"import_as: {params['name']} is one name for {len(wanted)} studies; name one in import_studies")
+        raise Refused(f"import_as: {params['name']} is one name for {len(wanted)} studies; set import_studies")
     changed = datetime.datetime.fromtimestamp(os.stat(params["file"]).st_mtime)
     studies = []
     for name in dict.fromkeys(wanted):
         try:
             studies.append(Study(storage, name, params["name"] or name, changed))
-        except Exception as error:  # whatever Optuna and SQLAlchemy raise
+        except Exception as error:  # any error of Optuna and SQLAlchemy
             told = [f"study {name} cannot be read: {_optuna.said(error)}", *others([n for n in wanted if n != name])]
             raise Refused(f"import_from: {label}: {'; '.join(told)}") from None
     for study in studies if params["repair"] else ():
@@ -406,35 +410,35 @@ def read_source(params: dict, storage: Any) -> list[Study]:
 
 
 def check_fit(label: str, studies: list[Study]) -> None:
-    """Raise Refused if a study holds what the database cannot."""
+    """Raise Refused if a study contains values that the database cannot store."""
     found = [(study, problem) for study in studies for problem in [*numbering(study), *study.unreadable, *unfit(study)]]
     if not found:
         return
     named = [f"study {_optuna.cut(study.source)}: {problem}" for study, problem in found[:MOST_NAMED]]
     more = [f"and {len(found) - MOST_NAMED} more"] if found[MOST_NAMED:] else []
-    ways = ["import_repair=true numbers trials anew"] if any(map(numbering, studies)) else []
+    ways = ["import_repair=true renumbers the trials"] if any(map(numbering, studies)) else []
     fit = [study.source for study in studies if study not in [study for study, _problem in found]]
     raise Refused(f"import_from: {label}: {'; '.join([*named, *more, *ways, *others(fit)])}")
 
 
 def others(names: list[str]) -> list[str]:
-    """Return how to import the studies that fit."""
+    """Return the advice on how to import the studies that fit."""
     return [f"import_studies can name the others ({', '.join(names)})"] if names else []
 
 
 def numbering(study: Study) -> list[str]:
-    """Return why the trials' numbers are not those that Optuna gives; a trial that cannot be read leaves a gap, too."""
+    """Return why the trials' numbers are not consecutive from 0; an unreadable trial also leaves a gap."""
     numbers = [] if study.unreadable else [trial.number for trial in study.trials]
     for number, held in enumerate(numbers):
         if held > number:
             return [f"trial {number} is missing, as if it had been deleted"]
         if held < number:
-            return [f"two trials have the number {held}"]
+            return [f"two trials have number {held}"]
     return []
 
 
 def unfit(study: Study) -> Iterator[str]:
-    """Return what the database cannot hold."""
+    """Return the study's values that the database cannot store."""
     for problem in unfit_names([("its name", study.name)]):
         yield f"{problem} (import_as gives it another)"
     yield from unfit_names(("its attribute", key) for key in [*study.user_attributes, *study.system_attributes])
@@ -450,28 +454,28 @@ def unfit(study: Study) -> Iterator[str]:
 
 
 def unfit_names(names: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Return which names the database cannot hold."""
+    """Return the names that the database cannot store."""
     for what, name in names:
         if len(name) > LONGEST_NAME:
-            yield f"{what} {_optuna.cut(name)} has {len(name)} characters, of which PostgreSQL holds {LONGEST_NAME}"
+            yield f"{what} {_optuna.cut(name)} has {len(name)} characters, but PostgreSQL stores at most {LONGEST_NAME}"
         elif "\0" in name or name != name.encode("utf-8", "replace").decode():
-            yield f"{what} {_optuna.cut(name)} has a character that PostgreSQL cannot hold"
+            yield f"{what} {_optuna.cut(name)} has a character that PostgreSQL cannot store"
 
 
 def unfit_numbers(trial: Any) -> Iterator[str]:
-    """Return which of a trial's numbers the database cannot hold."""
+    """Return the trial's numbers that the database cannot store."""
     held = {"value": trial.values or [], "intermediate value": trial.intermediate_values.values()}
     for what, numbers in held.items():
         for number in numbers:
             if not isinstance(number, float) and not (isinstance(number, int) and abs(number) <= LARGEST):
-                yield f"its {what} {_optuna.cut(number)} is no number of 64 bits"
+                yield f"its {what} {_optuna.cut(number)} is not a 64-bit integer"
     for step in trial.intermediate_values:
         if step not in STEPS:
-            yield f"its step {step}, with an intermediate value, is beyond 32 bits"
+            yield f"its step {step}, with an intermediate value, does not fit into 32 bits"
 
 
 def unfit_parameters(trial: Any, first: dict[str, tuple[int, Any]]) -> Iterator[str]:
-    """Return which parameters Optuna would not take, or give back as others; note in ``first`` who had them first."""
+    """Return the parameters that Optuna would refuse or change; ``first`` collects the first use of each parameter."""
     from optuna.distributions import check_distribution_compatibility
 
     for name, value in trial.params.items():
@@ -480,8 +484,8 @@ def unfit_parameters(trial: Any, first: dict[str, tuple[int, Any]]) -> Iterator[
         try:
             check_distribution_compatibility(earlier, kind)
             back = kind.to_external_repr(float(kind.to_internal_repr(value)))
-        except Exception as error:  # whatever Optuna raises for a value that is none of its distribution's
-            since = f"differs from trial {number} in its distribution" if earlier != kind else "has no fit value"
+        except Exception as error:  # any error that Optuna raises for a value outside of its distribution
+            since = f"differs from trial {number} in its distribution" if earlier != kind else "has no valid value"
             yield f"its parameter {_optuna.cut(name)} {since}: {' '.join(str(error).split()).rstrip('.')}"
             continue
         if text_of(as_held(back, kind)) != text_of(as_held(value, kind)):
@@ -489,7 +493,7 @@ def unfit_parameters(trial: Any, first: dict[str, tuple[int, Any]]) -> Iterator[
 
 
 def fields_of(trial: Any) -> dict[str, str]:
-    """Return all of a trial as text, so that it can be compared: to Python NaN is no NaN, and True is 1."""
+    """Return all fields of a trial as text for comparison: in Python NaN differs from NaN, and True equals 1."""
     from optuna.distributions import distribution_to_json
 
     attributes = {key: value for key, value in trial.system_attrs.items() if key != _workers.KEY}
@@ -509,12 +513,12 @@ def fields_of(trial: Any) -> dict[str, str]:
 
 
 def as_held(value: Any, distribution: Any) -> Any:
-    """Return a parameter's value; of those that are numbers the database has floats only."""
+    """Return a parameter's value as stored: the database stores numbers as floats."""
     return as_number(value) if hasattr(distribution, "low") else value
 
 
 def as_number(value: Any) -> float:
-    """Return a number as psycopg2 brings it into the database, where -0.0 becomes 0.0."""
+    """Return a number as psycopg2 stores it: -0.0 becomes 0.0."""
     return float(value) + 0.0
 
 
@@ -524,9 +528,9 @@ def text_of(value: Any) -> str:
 
 
 def difference(study: Study, storage: Any, name: str, grown: bool) -> str:
-    """Return in what a study of the database differs from the file's; empty if in nothing.
+    """Return how a study in the database differs from the file's; empty if it does not.
 
-    One that has ``grown`` may have more trials, other attributes, and what was waiting done.
+    A study that has ``grown`` may have more trials, other attributes, and its waiting trials may have run.
     """
     found_id = storage.get_study_id_from_name(name)
     if storage.get_study_directions(found_id) != study.directions:
@@ -547,19 +551,19 @@ def difference(study: Study, storage: Any, name: str, grown: bool) -> str:
     return ""
 
 
-def look_into_database(params: dict, connection: Any, optuna: _optuna.Optuna) -> list[str]:
-    """Return the names of the studies that the database holds."""
-    if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+def look_into_database(params: dict, connection: Any, optuna: optuna_schema.Optuna) -> list[str]:
+    """Return the names of the studies in the database."""
+    if not _optuna.has_schema(connection):
         return []
-    for row in _connection.rows(connection, _optuna.SCHEMA):
-        mismatch = _optuna.mismatch(params["database"], _optuna.Schema(*row), optuna)
-        if mismatch:
-            raise Refused(mismatch)
+    schema = _optuna.read_schema(connection)
+    mismatch = _optuna.mismatch(params["database"], schema, optuna) if schema else ""
+    if mismatch:
+        raise Refused(mismatch)
     return [name for name, in _connection.rows(connection, NAMES)]
 
 
 def open_database(params: dict) -> Any:
-    """Return Optuna's storage for the database. It reads from there each time."""
+    """Return Optuna's storage for the database. Each call reads the database again, without a cache."""
     from optuna import storages
 
     url = _connection.storage_url(params, params["database"])
@@ -568,7 +572,7 @@ def open_database(params: dict) -> Any:
 
 
 def choose(params: dict, studies: list[Study], held: list[str]) -> list[Study]:
-    """Return the studies that are to be brought: those that are not there yet."""
+    """Return the studies to import: those that the database does not have yet."""
     present = [study for study in studies if study.name in held]
     if present:
         storage = open_database(params)
@@ -576,14 +580,14 @@ def choose(params: dict, studies: list[Study], held: list[str]) -> list[Study]:
             different = difference(study, storage, study.name, grown=True)
             if different:
                 raise Refused(
-                    f"import_as: {params['database']} holds a study {study.name} already, with other trials "
-                    f"({different}); give the new one another name by import_as"
+                    f"import_as: {params['database']} already contains a study {study.name}, with other trials "
+                    f"({different}); rename the new one by import_as"
                 )
     return [study for study in studies if study not in present]
 
 
 def add(study: Study, storage: Any, name: str) -> None:
-    """Add the study to the database under another name, as ``optuna.copy_study`` does, and compare it."""
+    """Add the study to the database under another name, as ``optuna.copy_study`` does, and compare the result."""
     created = storage.create_new_study(study.directions, name)
     for key, value in study.system_attributes.items():
         storage.set_study_system_attr(created, key, value)
@@ -597,10 +601,10 @@ def add(study: Study, storage: Any, name: str) -> None:
 
 
 def remove_unfinished(params: dict, connection: Any) -> None:
-    """Remove what has no name yet."""
+    """Remove studies that still have a temporary name."""
     import optuna
 
-    if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+    if not _optuna.has_schema(connection):
         return
     names = [name for name, in _connection.rows(connection, NAMES) if name.startswith(UNFINISHED)]
     storage = open_database(params) if names else None
@@ -609,7 +613,7 @@ def remove_unfinished(params: dict, connection: Any) -> None:
 
 
 def bring(params: dict, connection: Any, studies: list[Study], stamp: tuple) -> list[float]:
-    """Bring the studies into the database, all or none; return the seconds that each has taken."""
+    """Import the studies, all or none; return the seconds that each one took."""
     seconds = []
     remove_unfinished(params, connection)
     unfinished = [f"{UNFINISHED}{number}" for number, _study in enumerate(studies)]
@@ -630,15 +634,15 @@ def bring(params: dict, connection: Any, studies: list[Study], stamp: tuple) -> 
 
 @contextlib.contextmanager
 def alone(params: dict) -> Iterator[Any]:
-    """Connect to the database as the one import into it."""
+    """Connect to the database and ensure that this is its only import."""
     with _connection.connect(params, params["database"]) as connection:
         if _connection.rows(connection, LOCK) != [(True,)]:
             raise Refused(f"another import into the database {params['database']} is running; wait for its end")
         yield connection
 
 
-def read_file(params: dict, installed: _optuna.Optuna, stamp: tuple) -> list[Study]:
-    """Return the wanted studies of the file, by way of a copy."""
+def read_file(params: dict, installed: optuna_schema.Optuna, stamp: tuple) -> list[Study]:
+    """Return the selected studies of the file, read from a copy."""
     kind, label = kind_of(params["file"]), os.path.basename(params["file"])
     with copied(params) as path:
         check_unchanged(params["file"], stamp)
@@ -646,14 +650,14 @@ def read_file(params: dict, installed: _optuna.Optuna, stamp: tuple) -> list[Stu
             return read_source(params, open_copy(path, label, kind, params["repair"], installed))
         except (Refused, OSError):
             raise
-        except Exception as error:  # whatever Optuna and SQLAlchemy raise for a damaged file
-            raise Refused(f"import_from: {label}: Optuna says: {_optuna.said(error)}") from None
+        except Exception as error:  # any error of Optuna and SQLAlchemy for a damaged file
+            raise Refused(f"import_from: {label}: Optuna reports: {_optuna.said(error)}") from None
 
 
 def ensure_imported(params: dict, check_mode: bool) -> dict:
-    """Bring the studies that are not there yet."""
+    """Import the studies that the database does not have yet."""
     stamp = stamp_of(params["file"])
-    installed = _optuna.installed_optuna()
+    installed = optuna_schema.installed_optuna()
     if installed is None:
         raise Refused(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
     with alone(params) as connection:
@@ -664,7 +668,7 @@ def ensure_imported(params: dict, check_mode: bool) -> dict:
             seconds = bring(params, connection, missing, stamp) if missing and not check_mode else []
         except (Refused, OSError, _connection.Unreachable):
             raise
-        except Exception as error:  # whatever Optuna, SQLAlchemy and psycopg2 raise
+        except Exception as error:  # any error of Optuna, SQLAlchemy and psycopg2
             raise Refused(f"database {params['database']}: {_optuna.said(error)}") from None
         names = {study.name for study in missing}
         clocks = [row for row in _connection.rows(connection, _optuna.CLOCKS) if row[0] in names] if seconds else []
@@ -673,7 +677,7 @@ def ensure_imported(params: dict, check_mode: bool) -> dict:
         "changed": bool(missing),
         "studies": [study.report(study in missing, took.get(study.name, 0)) for study in studies],
         "warnings": [
-            *(f"study {study.source}: {odd}; brought as it is" for study in missing for odd in study.odd),
+            *(f"study {study.source}: {odd}; imported unchanged" for study in missing for odd in study.odd),
             *_optuna.clock_warnings(params["database"], clocks, installed),
         ],
         "diff": {
@@ -684,9 +688,9 @@ def ensure_imported(params: dict, check_mode: bool) -> dict:
 
 
 def explain(error: Exception) -> str:
-    """Return what went wrong, for the user."""
+    """Return the error message for the user."""
     if isinstance(error, FileNotFoundError):
-        return f"import_from: there is no file {error.filename}, neither here nor on the workstation"
+        return f"import_from: the file {error.filename} exists neither on the cluster nor on the workstation"
     if isinstance(error, OSError):
         return f"import_from: {error.filename}: {error.strerror}"
     return str(error)

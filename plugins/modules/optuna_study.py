@@ -8,53 +8,56 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: optuna_study
-short_description: Keep Optuna's schema and named studies in databases
+short_description: Create Optuna's schema and named studies in databases
 description:
-  - Optuna itself makes its schema and the studies, once, before any worker starts. Workers that race for it fail.
-  - Looking is done with a few queries; Optuna is imported, once for all databases, only when something is missing.
-  - What is refused in one database keeps nothing in the others from being made.
-  - Also keeps a trigger, which notes for each trial the connection under which it began, as the trial's system
-    attribute C(hpc_db:worker). With it M(mala.hpc_db.abandoned_trials) can tell whether the trial's worker is gone.
-  - A schema that is older than the installed Optuna is left alone, with a warning, unless O(upgrade). One that is
-    newer is refused, with the version to install.
-  - Warns of trials whose times show that workers write different clocks, as Optuna 4 (local time) and 5 (UTC) do.
-    Which Optuna a worker has is written nowhere, so workers whose time is UTC cannot be told apart.
+  - Optuna itself creates its schema and the studies, once, before any worker starts. Workers that create the schema at
+    the same time would fail.
+  - The current state is read with a few queries. Optuna is imported only if something is missing, and only once for
+    all databases.
+  - A failure in one database does not stop the others.
+  - Also creates a worker-tracking trigger. It records for each trial the connection that started it, in the trial's
+    system attribute C(hpc_db:worker). M(mala.hpc_db.abandoned_trials) uses this to find trials whose worker has ended.
+  - A schema of an older Optuna than the installed one is left unchanged with a warning unless O(upgrade=true). A newer
+    schema is refused, with the Optuna version to install.
+  - Warns about trials whose times show that workers mix local time (Optuna 4) and UTC (Optuna 5). Optuna records no
+    version for its workers, so this cannot be detected where the local time is UTC.
 author: mala.hpc_db contributors (@mala-project)
 options:
   databases:
-    description: The databases, which exist already.
+    description: Existing databases.
     type: list
     elements: dict
     required: true
     suboptions:
       name:
-        description: The database. O(user) becomes the owner of the tables.
+        description: Name of the database. O(user) becomes the owner of the tables.
         type: str
         required: true
       studies:
-        description: The studies to keep there. Without any, only the schema is kept.
+        description: Studies to create. If empty, only the schema is created.
         type: list
         elements: dict
         default: []
         suboptions:
           name:
-            description: The study's name.
+            description: Name of the study.
             type: str
             required: true
           directions:
-            description: What each objective is optimised to. A study that exists with others is refused.
+            description: Optimisation direction of each objective. An existing study with other directions is refused.
             type: list
             elements: str
             choices: [minimize, maximize]
             default: [minimize]
           user_attributes:
-            description: Attributes of the study, of any values that JSON has. Others that it has are left as they are.
+            description: User attributes of the study, with any JSON values. Its other attributes are left unchanged.
             type: dict
             default: {}
   upgrade:
     description:
-      - Whether a schema that is older than the installed Optuna is upgraded. Make a dump before.
-      - Refused while other connections of O(user) to its database are open, since workers would meet other tables.
+      - Upgrade a schema of an older Optuna than the installed one. Make a dump first.
+      - Refused while O(user) has other connections to the database, because the tables would change under running
+        workers.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -70,7 +73,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Keep a study
+- name: Ensure a study exists
   mala.hpc_db.optuna_study:
     host: /tmp/hpc_db-x1y2z3
     port: 5432
@@ -87,27 +90,27 @@ EXAMPLES = r"""
 
 RETURN = r"""
 databases:
-  description: Each of the databases.
+  description: Result for each database.
   returned: success
   type: list
   elements: dict
   contains:
     name:
-      description: Its name.
+      description: Name of the database.
       type: str
     created:
-      description: The studies that were, or would be, created.
+      description: Studies that were, or would be, created.
       type: list
       elements: str
     attributed:
-      description: The studies whose user attributes were, or would be, set.
+      description: Studies whose user attributes were, or would be, set.
       type: list
       elements: str
     upgraded:
       description: Whether the schema was, or would be, upgraded.
       type: bool
     schema:
-      description: The version of the Optuna that made or upgraded the schema, or would.
+      description: Version of the Optuna that created or upgraded the schema, or would do so.
       type: str
       sample: 5.0.0
 """
@@ -118,6 +121,7 @@ from typing import Any, NamedTuple
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 
 WORKERS = """
 SELECT count(*) FROM pg_stat_activity
@@ -128,22 +132,22 @@ SELECT study_name, array_agg(lower(direction::text) ORDER BY objective)
 FROM studies JOIN study_directions USING (study_id) GROUP BY study_name
 """
 ATTRIBUTES = "SELECT study_name, key, value_json FROM studies JOIN study_user_attributes USING (study_id)"
-# Older schemas keep the directions elsewhere.
+# Older schemas store the directions in another table.
 NAMES = "SELECT study_name, NULL FROM studies"
 
 
 class Refused(Exception):
-    """What is there contradicts what is wanted; the message is for the user."""
+    """The existing studies contradict the wanted ones; the message is for the user."""
 
 
 class Found(NamedTuple):
-    """What is there: the installed Optuna, the schema and why it is too old, the studies' directions if known.
+    """The current state: installed Optuna, schema, why the schema is too old, and the studies' directions if known.
 
-    ``attributes`` are those of the studies, ``notes`` is whether trials are noted with their workers.
+    ``attributes`` are those of the studies; ``notes`` is whether trials are recorded with their workers.
     """
 
-    optuna: _optuna.Optuna
-    schema: _optuna.Schema | None
+    optuna: optuna_schema.Optuna
+    schema: optuna_schema.Schema | None
     too_old: str
     studies: dict[str, list[str] | None]
     clocks: list[tuple]
@@ -153,21 +157,18 @@ class Found(NamedTuple):
 
 
 def look(params: dict) -> Found:
-    """Return what is there; raise Refused if Optuna is missing, or older than the schema."""
+    """Return the current state; raise Refused if Optuna is missing or older than the schema."""
     with _connection.connect(params, params["database"]) as connection:
-        optuna = _optuna.installed_optuna()
+        optuna = optuna_schema.installed_optuna()
         if optuna is None:
             raise Refused(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
-        # Optuna writes its version last: a schema without it was interrupted, and Optuna completes it.
-        has_tables = _connection.rows(connection, _optuna.HAS_SCHEMA) == [("version_info", "alembic_version")]
-        versions = _connection.rows(connection, _optuna.SCHEMA) if has_tables else []
-        if not versions:
+        schema = _optuna.read_schema(connection) if _optuna.has_schema(connection) else None
+        if schema is None:
             return Found(optuna, None, "", {}, [], 0, {}, False)
-        schema = _optuna.Schema(*versions[0])
         mismatch = _optuna.mismatch(params["database"], schema, optuna)
-        if _optuna.is_newer(schema, optuna):
+        if optuna_schema.is_newer(schema, optuna):
             raise Refused(mismatch)
-        if _optuna.is_older(schema, optuna):
+        if optuna_schema.is_older(schema, optuna):
             names, workers, attributes = (_connection.rows(connection, query) for query in (NAMES, WORKERS, ATTRIBUTES))
             return Found(optuna, schema, mismatch, dict(names), [], workers[0][0], by_study(attributes), False)
         queries = STUDIES, _optuna.CLOCKS, ATTRIBUTES, _workers.NOTES
@@ -176,7 +177,7 @@ def look(params: dict) -> Found:
 
 
 def by_study(attributes: list[tuple]) -> dict[str, dict[str, Any]]:
-    """Return the rows of ATTRIBUTES as each study's attributes."""
+    """Return the rows of ATTRIBUTES grouped by study."""
     held: dict[str, dict[str, Any]] = {}
     for name, key, value in attributes:
         held.setdefault(name, {})[key] = _optuna.attribute(value)
@@ -184,7 +185,7 @@ def by_study(attributes: list[tuple]) -> dict[str, dict[str, Any]]:
 
 
 def let_optuna(params: dict, upgrade: bool, studies: list[dict], attributes: dict[str, dict]) -> None:
-    """Let Optuna make or upgrade its schema, make the studies, and set attributes."""
+    """Let Optuna create or upgrade its schema, create the studies and set attributes."""
     try:
         import optuna
     except ImportError as error:
@@ -200,19 +201,19 @@ def let_optuna(params: dict, upgrade: bool, studies: list[dict], attributes: dic
             loaded = optuna.load_study(storage=storage, study_name=name)
             for key, value in values.items():
                 loaded.set_user_attr(key, value)
-        storage.engine.dispose()  # or its connection stays open while those of the other databases are opened
-    except Exception as error:  # whatever Optuna, SQLAlchemy, Alembic and psycopg2 raise
-        raise Refused(f"database {params['database']}: Optuna says: {' '.join(str(error).split())}") from None
+        storage.engine.dispose()  # otherwise its connection stays open while the other databases are opened
+    except Exception as error:  # any error of Optuna, SQLAlchemy, Alembic and psycopg2
+        raise Refused(f"database {params['database']}: Optuna reports: {' '.join(str(error).split())}") from None
 
 
 def take_notes(params: dict) -> None:
-    """Have trials noted with their workers from now on."""
+    """Install the trigger that records trials with their workers."""
     with _connection.connect(params, params["database"]) as connection, connection.cursor() as cursor:
         cursor.execute(_workers.TAKE_NOTES)
 
 
 def differing_attributes(params: dict, found: Found) -> dict[str, dict[str, Any]]:
-    """Return the wanted attributes that the studies do not have."""
+    """Return the wanted attributes that the studies lack or have with another value."""
     differing = {}
     for study in params["studies"]:
         held, wanted = found.attributes.get(study["name"], {}), study.get("user_attributes") or {}
@@ -221,7 +222,7 @@ def differing_attributes(params: dict, found: Found) -> dict[str, dict[str, Any]
 
 
 def ensure_databases(params: dict, check_mode: bool) -> dict:
-    """Bring each database to the wanted state; raise Refused with what is refused in any."""
+    """Bring each database to the wanted state; then raise Refused with the errors of all databases, if any."""
     reports, refused = [], []
     for database in params["databases"]:
         one = {**params, "database": database["name"], "studies": database["studies"]}
@@ -258,7 +259,7 @@ def ensure_studies(params: dict, check_mode: bool) -> dict:
         if directions != study["directions"]:
             raise Refused(
                 f"databases_studies: the study {study['name']} in {params['database']} has the directions "
-                f"{directions}, not {study['directions']}; directions cannot be changed, choose another name"
+                f"{directions}, not {study['directions']}; directions cannot be changed; choose another name"
             )
     attributes = {} if found.too_old and not upgrade else differing_attributes(params, found)
     if (before.schema is None or missing or attributes) and not check_mode:
@@ -269,7 +270,7 @@ def ensure_studies(params: dict, check_mode: bool) -> dict:
 
 
 def check_too_old(params: dict, found: Found, missing: list[dict]) -> None:
-    """Refuse to upgrade a schema that workers use, and to make studies in one that is not upgraded."""
+    """Refuse to upgrade a schema that workers use, and to create studies in a schema that is too old."""
     if params["upgrade"] and found.workers:
         raise Refused(
             f"databases_upgrade_schema: {found.workers} connections to the database {params['database']} are open; "
@@ -283,7 +284,7 @@ def check_too_old(params: dict, found: Found, missing: list[dict]) -> None:
 def report(
     params: dict, before: Found, found: Found, missing: list[dict], attributes: dict[str, dict], upgrade: bool
 ) -> dict:
-    """Return what the module reports."""
+    """Return the module's result for one database."""
     warnings = _optuna.clock_warnings(params["database"], found.clocks, found.optuna)
     if before.too_old and not upgrade:
         warnings = [before.too_old]

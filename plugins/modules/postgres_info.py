@@ -8,24 +8,24 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: postgres_info
-short_description: See which PostgreSQL is there, and whether it is complete
+short_description: Read the version of an installed PostgreSQL and check that it is complete
 description:
-  - Runs each program that this collection needs with C(--version), and refuses what is missing, does not run, or is
-    of another version than the rest.
-  - Needs O(bindir), O(module_load), or both.
+  - Runs each program that this collection needs with C(--version). Fails if a program is missing, does not run, or has
+    another version than the rest.
+  - Requires O(bindir), O(module_load), or both.
 author: mala.hpc_db contributors (@mala-project)
 options:
   bindir:
     description:
-      - The folder of PostgreSQL's programs, such as C(/usr/lib/postgresql/15/bin).
-      - If not set, it is where C(postgres) is found on the E(PATH) after O(module_load).
+      - Folder of PostgreSQL's programs, such as C(/usr/lib/postgresql/15/bin).
+      - The default is the folder of the C(postgres) on the E(PATH) after O(module_load).
     type: path
   module_load:
     description:
-      - The site's line that makes PostgreSQL available, such as C(module load PostgreSQL/16.1). A login shell runs it.
+      - Shell line that makes PostgreSQL available, such as C(module load PostgreSQL/16.1). A login shell runs it.
     type: str
   timeout:
-    description: The longest time in seconds that the login shell may take.
+    description: Timeout in seconds for the login shell.
     type: int
     default: 120
 extends_documentation_fragment:
@@ -40,41 +40,41 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Look at Debian's PostgreSQL
+- name: Check Debian's PostgreSQL
   mala.hpc_db.postgres_info:
     bindir: /usr/lib/postgresql/15/bin
   register: found
 
-- name: Look at the site's
+- name: Check the site's PostgreSQL
   mala.hpc_db.postgres_info:
     module_load: module load PostgreSQL/16.1
 """
 
 RETURN = r"""
 bindir:
-  description: The folder of the programs.
+  description: Folder of the programs.
   returned: success
   type: str
 library_path:
-  description: What E(LD_LIBRARY_PATH) has to be for them, as O(module_load) sets it; empty without.
+  description: Value of E(LD_LIBRARY_PATH) that the programs need, as set by O(module_load). Empty if none.
   returned: success
   type: str
 version:
-  description: Their version.
+  description: Version of the programs.
   returned: success
   type: str
   sample: "16.1"
 major:
-  description: Their major version.
+  description: Major version of the programs.
   returned: success
   type: int
 programs:
-  description: The programs that are there, those that only an upgrade needs included.
+  description: Installed programs, including those that only an upgrade needs.
   returned: success
   type: list
   elements: str
 features:
-  description: What this build can do, as far as it tells, such as V(tls), V(lz4) or V(icu).
+  description: Build features, as far as they are reported, such as V(tls), V(lz4) or V(icu).
   returned: success
   type: list
   elements: str
@@ -108,7 +108,7 @@ class Refused(Exception):
 
 
 def read_postgres(params: dict, run: Run) -> dict:
-    """Return what is there. ``run`` takes an argument list and returns its code and output."""
+    """Return the installation's data. ``run`` takes an argument list and returns its code and output."""
     bindir, library_path = find_programs(params, run)
     present = [name for name in (*REQUIRED, *OPTIONAL) if is_program(os.path.join(bindir, name))]
     missing = [name for name in REQUIRED if name not in present]
@@ -139,7 +139,7 @@ def find_programs(params: dict, run: Run) -> tuple[str, str]:
         raise Refused(f"postgres_bindir: {bindir!r} is not absolute; give a path that begins with / or ~")
     if not load:
         if not bindir:
-            raise Refused("postgres_bindir: neither it nor postgres_module_load says where PostgreSQL is; set one")
+            raise Refused("postgres_bindir: neither this nor postgres_module_load is set; set one")
         return bindir, ""
     code, stdout, stderr = run(search_command(load, params["timeout"]))
     if code:
@@ -147,12 +147,12 @@ def find_programs(params: dict, run: Run) -> tuple[str, str]:
         raise Refused(f"postgres_module_load: {load!r} {why} in a login shell: {' '.join(stderr.split())}")
     found, library_path = parse_search(stdout)
     if not (bindir or found):
-        raise Refused(f"postgres_module_load: {load!r} brings no program postgres onto the PATH; set postgres_bindir")
+        raise Refused(f"postgres_module_load: {load!r} adds no program postgres to the PATH; set postgres_bindir")
     return bindir or found, library_path
 
 
 def is_program(path: str) -> bool:
-    """Tell whether there is something that can be run."""
+    """Return whether the path is an executable file."""
     return os.path.isfile(path) and os.access(path, os.X_OK)
 
 

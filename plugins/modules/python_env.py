@@ -8,83 +8,83 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: python_env
-short_description: Keep Python packages in a folder of their own
+short_description: Install Python packages into their own folder
 description:
-  - Keeps a virtual environment, or a flat folder of packages, that holds the given requirements; or the wheels that
-    make one on another host.
-  - What is installed is read from the folder itself, in milliseconds; pip runs only when something is missing.
-  - An installation that was interrupted is repeated from the start by the next run. The file O(path) with
-    C(.unfinished) appended marks it until then, and makes a second run wait for the first, and for a pip whose own
-    run was killed, for at most 10 minutes.
+  - Installs the given requirements into a virtual environment or a flat folder of packages, or downloads the wheels
+    for another host.
+  - The installed packages are read from the folder itself, in milliseconds. pip runs only if something is missing.
+  - The next run repeats an interrupted installation from the start. Until then the file O(path) with C(.unfinished)
+    appended marks it. A second run waits at most 10 minutes for the first one, or for a pip that has outlived its
+    run.
 author: mala.hpc_db contributors (@mala-project)
 options:
   path:
-    description: The folder. One that exists and was not made by this module is refused.
+    description: Path of the folder. An existing folder that this module did not create is refused.
     type: path
     required: true
   requirements:
     description:
-      - Lines of a pip requirements file, each with the project's name first, and hashes where wanted.
-      - With a hash on one line, every line needs one, as pip has it.
+      - Lines of a pip requirements file. Each begins with the project's name and may have hashes.
+      - If one requirement has a hash, all need one (pip's rule).
     type: list
     elements: str
     required: true
   python:
-    description: The interpreter to make the environment from, or whose pip fills a flat folder; Python 3.9 or newer.
+    description: Python that creates the environment, or whose pip fills a flat folder. Version 3.9 or newer.
     type: path
     required: true
   layout:
     description:
-      - V(venv) for a virtual environment with a C(bin/python) of its own.
-      - V(flat) for a folder of unpacked packages, which needs a O(python) that has pip.
-      - V(wheels) for a folder of the wheels that O(host) needs, which may have no internet. It is the O(wheelhouse)
-        there. This needs a O(python) that has pip, too.
+      - V(venv) is a virtual environment with its own C(bin/python).
+      - V(flat) is a folder of unpacked packages. O(python) must have pip.
+      - V(wheels) is a folder of wheels for O(host), which may have no internet. Use it as O(wheelhouse) on that host.
+        O(python) must have pip.
     type: str
     choices: [venv, flat, wheels]
     default: venv
   host:
-    description: The host that is to install the wheels, for O(layout=wheels).
+    description: Host that will install the wheels, for O(layout=wheels).
     type: dict
     suboptions:
       python:
-        description: The version of its Python, such as V(3.11.2).
+        description: Version of the host's Python, such as V(3.11.2).
         type: str
         required: true
       machine:
-        description: What C(uname -m) says there.
+        description: Output of C(uname -m) on the host.
         type: str
         required: true
       glibc:
-        description: The version of its glibc, such as V(2.28).
+        description: Version of the host's glibc, such as V(2.28).
         type: str
         required: true
   index_url:
     description:
-      - The package index to ask instead of pip's own default.
-      - Credentials belong into the user's pip configuration.
+      - URL of the package index, instead of pip's own default.
+      - Put credentials into the user's pip configuration.
     type: str
   wheelhouse:
-    description: A folder with all packages needed, for hosts without internet. No index is asked then.
+    description: Folder with all required packages, for hosts without internet. Replaces the index.
     type: path
   beside:
     description:
-      - More virtual environments of the same O(python) and source, which are made at the same time.
-      - What is refused in one keeps none of the others from being made.
+      - Additional virtual environments with the same O(python) and package source. They are created in parallel.
+      - A failure in one environment does not stop the others.
     type: list
     elements: dict
     default: []
     suboptions:
       path:
-        description: The folder, as O(path).
+        description: Path of the folder, as for O(path).
         type: path
         required: true
       requirements:
-        description: Its requirements, as O(requirements).
+        description: Requirements of this environment, as for O(requirements).
         type: list
         elements: str
         required: true
   advice:
-    description: What the message says that can be done when pip has failed, instead of settings of the role postgres.
+    description: Hint for the message if pip fails, instead of one that names settings of the role postgres.
     type: str
 extends_documentation_fragment:
   - mala.hpc_db.attributes
@@ -97,7 +97,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Keep the Python side
+- name: Install the management environment
   mala.hpc_db.python_env:
     path: ~/hpc_db/hpc_db/python
     python: /usr/bin/python3
@@ -108,15 +108,15 @@ EXAMPLES = r"""
 
 RETURN = r"""
 python:
-  description: The interpreter that sees the packages; this and the rest are of O(path).
+  description: Python that can import the packages. All return values refer to O(path).
   returned: success
   type: str
 packages:
-  description: The version of each package that is installed, by its normalised name.
+  description: Version of each installed package, by its normalised name.
   returned: success
   type: dict
 site_packages:
-  description: The folder that holds the packages.
+  description: Folder that contains the packages.
   returned: success
   type: str
 """
@@ -145,24 +145,24 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._pip import (
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
-# The first pip that installs manylinux_2_x wheels.
+# The first version of pip that installs manylinux_2_x wheels.
 OLDEST_PIP = (20, 3)
-# What this module leaves in a folder it has filled: the requirements as they were given.
+# File that this module writes into a complete folder: the requirements as they were given.
 STAMP = "hpc_db-requirements.txt"
-# Beside a folder while it is being filled: found there, an earlier run was interrupted.
+# Suffix of the file beside a folder that is being filled: if it exists, an earlier run was interrupted.
 UNFINISHED = ".unfinished"
-# Seconds to wait for another run, or for a pip that outlived its own: it may have to download 100 MB.
+# Seconds to wait for another run, or for a pip that outlived its run: it may have to download 100 MB.
 PATIENCE = 600
 
 Run = Callable[..., str]
 
 
-# What manylinux_2_x was called before.
+# Former names of manylinux_2_x.
 OLD_MANYLINUX = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
 
 
 def required_names(requirements: list[str]) -> list[str]:
-    """Return the names of the projects that have to be there; with a marker on the line, pip decides."""
+    """Return the names of the required projects. A line with a marker is left out, because pip evaluates the marker."""
     names = []
     for line in requirements:
         name = re.match(r"[A-Za-z0-9][\w.-]*", line.strip())
@@ -174,7 +174,7 @@ def required_names(requirements: list[str]) -> list[str]:
 
 
 def site_packages(path: str, layout: str) -> str:
-    """Return the folder below ``path`` that holds packages."""
+    """Return the folder below ``path`` that contains the packages."""
     if layout != "venv":
         return path
     found = sorted(glob.glob(os.path.join(glob.escape(path), "lib", "python3*", "site-packages")))
@@ -182,7 +182,7 @@ def site_packages(path: str, layout: str) -> str:
 
 
 def installed(folder: str) -> dict[str, str]:
-    """Return name and version of each package that has its metadata, or a wheel, in ``folder``."""
+    """Return name and version of each package that has its metadata or a wheel in ``folder``."""
     names = (os.path.basename(each) for each in glob.glob(os.path.join(glob.escape(folder), "*.dist-info")))
     wheels = (os.path.basename(each) for each in glob.glob(os.path.join(glob.escape(folder), "*.whl")))
     both = [*(name[: -len(".dist-info")] for name in names), *("-".join(name.split("-")[:2]) for name in wheels)]
@@ -190,20 +190,20 @@ def installed(folder: str) -> dict[str, str]:
 
 
 def stamp(params: dict) -> str:
-    """Return what tells of which requirements a folder was filled, as a requirements file."""
+    """Return the stamp of the given requirements, as a requirements file."""
     host = params["host"] and json.dumps(params["host"], sort_keys=True)
     return "".join(f"{line}\n" for line in [*params["requirements"], *([f"# for {host}"] if host else [])])
 
 
 def is_satisfied(params: dict) -> bool:
-    """Tell whether the folder was filled from just these requirements and still has each of them."""
+    """Return whether the folder was filled from exactly these requirements and still has all of them."""
     path, layout = params["path"], params["layout"]
     try:
         with open(os.path.join(path, STAMP), encoding="utf-8") as stream:
             given = stream.read()
     except OSError:
         return False
-    # A venv made from an interpreter that has been removed since cannot serve.
+    # A venv is unusable once its interpreter has been removed.
     usable = layout != "venv" or os.access(os.path.join(path, "bin", "python"), os.X_OK)
     present = installed(site_packages(path, layout))
     wanted = required_names(params["requirements"])
@@ -211,7 +211,7 @@ def is_satisfied(params: dict) -> bool:
 
 
 def pip_arguments(params: dict, requirements_file: str) -> list[str]:
-    """Return pip's arguments that install the requirements, or download them."""
+    """Return pip's arguments for installing or downloading the requirements."""
     verb = "download" if params["layout"] == "wheels" else "install"
     arguments = ["--disable-pip-version-check", "--no-input", verb, "--quiet", "--only-binary=:all:"]
     arguments += source_arguments(params["wheelhouse"], params["index_url"])
@@ -224,17 +224,17 @@ def pip_arguments(params: dict, requirements_file: str) -> list[str]:
 
 
 def platforms(glibc: str) -> list[str]:
-    """Return what pip calls the platforms that a host with this glibc runs, the newest first."""
+    """Return pip's names of the platforms that a host with this glibc supports, the newest first."""
     found = re.fullmatch(r"2\.(\d{1,3})", glibc)
     if not found:
-        raise Failed(f"host: {glibc!r} is no version of glibc; allowed is one such as 2.28")
+        raise Failed(f"host: {glibc!r} is not a version of glibc; allowed is one such as 2.28")
     minors = range(int(found.group(1)), 4, -1)
     former = [OLD_MANYLINUX[minor] for minor in minors if minor in OLD_MANYLINUX]
     return [*(f"manylinux_2_{minor}" for minor in minors), *former, "linux"]
 
 
 def markers(host: dict) -> dict[str, str]:
-    """Return what the markers of requirements are compared with on another host."""
+    """Return the values of another host with which pip compares the markers of requirements."""
     return {
         "implementation_name": "cpython", "implementation_version": host["python"], "os_name": "posix",
         "platform_machine": host["machine"], "platform_python_implementation": "CPython", "platform_system": "Linux",
@@ -244,37 +244,37 @@ def markers(host: dict) -> dict[str, str]:
 
 
 def pip_is_old(text: str) -> bool:
-    """Tell from ``pip --version`` whether pip cannot see today's wheels."""
+    """Return whether pip, by the output of ``pip --version``, is too old for current wheels."""
     found = re.search(r"pip (\d+)\.(\d+)", text)
     return found is not None and (int(found.group(1)), int(found.group(2))) < OLDEST_PIP
 
 
 def bring(params: dict, run: Run) -> bool:
-    """Make the environment and install into it; return whether that was left to do.
+    """Create the environment and install into it; return whether this was still necessary.
 
-    Interrupted at any point, the next run finishes it: it waits for a pip that is still at work, and begins anew.
+    A run after an interruption completes the work: it waits for a pip that still runs, and starts again.
     """
     path, marker = params["path"], Path(params["path"] + UNFINISHED)
     marker.parent.mkdir(parents=True, exist_ok=True)
     with alone_at(marker, PATIENCE, "path", params) as note:
         left = note.read()
-        if not left and is_satisfied(params):  # another run has done it just now
+        if not left and is_satisfied(params):  # another run has finished it since
             return False
-        # A venv whose interpreter has gone is made anew: its packages lie below that interpreter's version.
+        # A venv without its interpreter is created again: its packages are below that interpreter's version.
         unusable = params["layout"] == "venv" and not os.path.exists(os.path.join(path, "bin", "python"))
-        # Wheels are all downloaded again, since those of other versions would be among them.
+        # Wheels are all downloaded again, otherwise those of other versions would remain among them.
         if left or unusable or params["layout"] == "wheels":
             shutil.rmtree(path, ignore_errors=True)
         rewrite(note, stamp(params))
         fill(params, functools.partial(run, pass_fds=(note.fileno(),)))
         close_to_others(path)
-        # The stamp comes last, by rename: it is there only when everything else is.
+        # The stamp comes last, by a rename: it exists only once everything else does.
         os.rename(marker, os.path.join(path, STAMP))
     return True
 
 
 def fill(params: dict, run: Run) -> None:
-    """Make the environment, with pip in it where it has one of its own, and have pip install or download."""
+    """Create the environment, including pip in a venv, and let pip install or download."""
     path, python = params["path"], params["python"]
     if params["layout"] == "venv":
         if not os.path.exists(os.path.join(path, "bin", "python")):
@@ -287,7 +287,7 @@ def fill(params: dict, run: Run) -> None:
 
 
 def close_to_others(path: str) -> None:
-    """Take all permissions from group and others: pip gives some whatever the umask is."""
+    """Remove all permissions of group and others: pip grants some regardless of the umask."""
     for folder, _folders, names in os.walk(path):
         for entry in [folder, *(os.path.join(folder, name) for name in names)]:
             if not os.path.islink(entry):
@@ -295,7 +295,7 @@ def close_to_others(path: str) -> None:
 
 
 def check_path(path: str) -> None:
-    """Refuse a folder that somebody else made."""
+    """Refuse a folder that was not created by this module."""
     if not os.path.isabs(path):
         raise Failed(f"path: {path!r} is not absolute; give a path that begins with / or ~")
     ours = os.path.exists(os.path.join(path, STAMP)) or os.path.exists(path + UNFINISHED)
@@ -306,7 +306,7 @@ def check_path(path: str) -> None:
 def ensure_packages(params: dict, run: Run, check_mode: bool) -> dict:
     """Bring the folder to the wanted state.
 
-    ``run`` takes an argument list, and ``pass_fds`` with what the program is to keep open, and returns its stdout.
+    ``run`` takes an argument list, and in ``pass_fds`` the files that the program keeps open, and returns stdout.
     """
     required_names(params["requirements"])
     path, layout = params["path"], params["layout"]
@@ -334,9 +334,9 @@ def ensure_packages(params: dict, run: Run, check_mode: bool) -> dict:
 
 
 def ensure_all(params: dict, run: Run, check_mode: bool) -> dict:
-    """Bring each of the folders to the wanted state, all at once; return what there is to say of the first."""
+    """Bring all folders to the wanted state concurrently; return the result of the first."""
     each = [params, *({**params, "layout": "venv", **other} for other in params["beside"])]
-    # pip is busy with many small files, on a file system that is far away.
+    # Concurrently, because pip handles many small files on a file system with a high latency.
     with ThreadPoolExecutor(len(each)) as pool:
         running = [pool.submit(ensure_packages, one, run, check_mode) for one in each]
     results = [one.result() for one in running]
@@ -353,7 +353,7 @@ def as_lines(packages: dict[str, str]) -> str:
 
 
 def run_command(module: AnsibleModule, command: list[str], pass_fds: tuple[int, ...] = ()) -> str:
-    """Run pip or venv; raise Failed with its own last words."""
+    """Run pip or venv; raise Failed with the end of its output."""
     returncode, stdout, stderr = call(module, command, pass_fds)
     if returncode and "ensurepip" in f"{command[:3]} {stdout} {stderr}":
         wrong = "cannot make environments with pip"

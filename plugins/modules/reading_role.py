@@ -8,36 +8,34 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: reading_role
-short_description: Keep a PostgreSQL role that reads databases and changes nothing
+short_description: Create a read-only PostgreSQL role
 description:
-  - Keeps a role that may log in and read all tables of some databases, those that are made later too.
-  - It owns nothing, makes nothing (no tables, no temporary ones either), and sees no password's hash. Its transactions
-    are read-only of themselves, so that a program that tries to write is told so in clear words.
-  - What it may do, it is given directly. It has no part in C(pg_read_all_data), which reads passwords' hashes, too.
-  - In these databases only O(writer) and superusers may call functions that let a role that can only read fill the disk
-    or take what all sessions share. They are those of large objects and advisory locks, C(pg_logical_emit_message),
-    C(pg_export_snapshot), C(txid_current) and C(pg_current_xact_id).
-  - The role's own settings become a fixed list of time-outs and limits. A session may change the time-outs, so they
-    only end what somebody forgot. It can change neither C(temp_file_limit) nor how much of it is logged.
+  - Creates a role that may log in and read all tables of some databases, including tables that are created later.
+  - The role owns nothing, cannot create tables (not even temporary ones), and cannot read password hashes. Its
+    transactions are read-only by default, so that a program that tries to write gets a clear error. It can have 10
+    connections at the same time.
+  - All privileges are granted directly. The role is not a member of C(pg_read_all_data), which can also read password
+    hashes.
+  - In these databases only O(writer) and superusers may call functions with which even a read-only role could fill the
+    disk or use up shared resources. These are the functions of large objects and advisory locks,
+    C(pg_logical_emit_message), C(pg_export_snapshot), C(txid_current) and C(pg_current_xact_id).
+  - The role's settings are replaced by a fixed list of timeouts and limits. A session may change the timeouts, so these
+    only end forgotten sessions. It cannot change C(temp_file_limit) or the logging of temporary files.
 author: mala.hpc_db contributors (@mala-project)
 options:
   role:
-    description: The role. Its password is left to M(mala.hpc_db.role_passwords).
+    description: Name of the role. M(mala.hpc_db.role_passwords) sets its password.
     type: str
     required: true
   writer:
-    description: The role that owns the databases. It goes on making tables in them, and O(role) reads those, too.
+    description: Role that owns the databases. O(role) can also read the tables that it creates later.
     type: str
     required: true
   databases:
-    description: The databases, which exist already.
+    description: Existing databases.
     type: list
     elements: str
     required: true
-  connections:
-    description: The largest number of connections that the role may have at once.
-    type: int
-    default: 10
 extends_documentation_fragment:
   - mala.hpc_db.attributes
   - mala.hpc_db.connection
@@ -51,7 +49,7 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Let the reader read the studies
+- name: Ensure the read-only role can read the studies
   mala.hpc_db.reading_role:
     host: /tmp/hpc_db-x1y2z3
     port: 5432
@@ -64,7 +62,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 statements:
-  description: What was, or would be, told to the server, each after the database that it is about.
+  description: SQL statements that were, or would be, executed, each prefixed by its database.
   returned: success
   type: list
   elements: str
@@ -75,16 +73,16 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
-# The database in which roles are made.
+# The database in which roles are created.
 MAINTENANCE = "postgres"
 SETTINGS = {
     "default_transaction_read_only": "on",
     "statement_timeout": "5min",
     "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "1min",
-    # From here on only a superuser can change them. The limit is one of each process.
+    # Only a superuser can change this and the following settings. The limit applies per process.
     "temp_file_limit": "256MB",
-    # A statement that fails is logged with all of its text, and so is its error.
+    # A failing statement is otherwise logged with its whole text, and so is its error.
     "log_min_messages": "fatal",
     "log_min_error_statement": "panic",
 }
@@ -98,8 +96,9 @@ SELECT rolcanlogin AND NOT (rolsuper OR rolcreatedb OR rolcreaterole OR rolrepli
        )
 FROM pg_roles WHERE rolname = %s
 """
-# Functions by which somebody who can only read fills the disk or takes what all sessions share: large objects, advisory
-# locks, records and files of one's own choice, and transaction numbers. PUBLIC has never had lo_import and lo_export.
+# Functions with which a role that can only read could fill the disk or use up what all sessions share: large objects,
+# advisory locks, freely chosen log records and files, and transaction numbers. PUBLIC has no right to lo_import and
+# lo_export by default.
 HARMFUL = (
     r"^lo_(?!import|export)|^lo(read|write)$|advisory"
     "|^(pg_logical_emit_message|pg_export_snapshot|txid_current|pg_current_xact_id)$"
@@ -113,7 +112,7 @@ FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace AND proname ~ %s AN
     OR EXISTS (SELECT FROM pg_roles WHERE rolname = %s AND has_function_privilege(pg_roles.oid, pg_proc.oid, 'EXECUTE'))
 )
 """
-# What the role may do in a database, and which of those who make tables do not let it read them.
+# The role's rights in a database, and which of the roles that create tables do not let it read new ones.
 RIGHTS = """
 SELECT has_database_privilege(rolname, current_database(), 'CONNECT'),
        has_database_privilege(rolname, current_database(), 'TEMPORARY'),
@@ -133,19 +132,21 @@ SELECT has_database_privilege(rolname, current_database(), 'CONNECT'),
 FROM pg_roles reader WHERE rolname = %s
 """
 
-# SQL with a place for each name, and the names.
+# SQL with a placeholder for each name, and the names.
 Statement = tuple[str, list[str]]
-ALTER = "ALTER ROLE {{}} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS CONNECTION LIMIT {}"
+CONNECTIONS = 10
+ATTRIBUTES = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS"
+ALTER = f"ALTER ROLE {{}} {ATTRIBUTES} CONNECTION LIMIT {CONNECTIONS}"
 
 
 def for_role(params: dict, found: list[tuple]) -> list[Statement]:
-    """Return what makes the role, or brings it to what it should be. ``found`` are the rows of ROLE."""
-    role, limit = params["role"], params["connections"]
+    """Return the statements that create or correct the role. ``found`` are the rows of ROLE."""
+    role = params["role"]
     harmless, connections, settings, databases = found[0] if found else (False, None, [], [])
     statements: list[Statement] = [] if found else [("CREATE ROLE {}", [role])]
-    if not harmless or connections != limit:
-        statements.append((ALTER.format(int(limit)), [role]))
-    # A role may change its own.
+    if not harmless or connections != CONNECTIONS:
+        statements.append((ALTER, [role]))
+    # A role may change its own settings.
     if {setting.partition("=")[0] for setting in settings} - SETTINGS.keys():
         statements.append(("ALTER ROLE {} RESET ALL", [role]))
         settings = []
@@ -157,12 +158,12 @@ def for_role(params: dict, found: list[tuple]) -> list[Statement]:
 
 
 def for_database(params: dict, database: str, found: list[tuple], functions: str | None) -> list[Statement]:
-    """Return what lets the role read the database, and nothing else.
+    """Return the statements that let the role read the database and do nothing else.
 
-    ``found`` are the rows of RIGHTS, ``functions`` is what OPEN returns.
+    ``found`` are the rows of RIGHTS, ``functions`` is the result of OPEN.
     """
     role, writer = params["role"], params["writer"]
-    # In check mode the role may not be there yet; then it would have what everybody has.
+    # In check mode the role may not exist yet; it would then have the rights of PUBLIC.
     connects, makes_temporary, uses, makes, lacks, makers = (
         found[0] if found else (True, True, True, False, True, sorted({params["user"], writer}))
     )
@@ -178,7 +179,7 @@ def for_database(params: dict, database: str, found: list[tuple], functions: str
         statements.append(("REVOKE CREATE ON SCHEMA public FROM PUBLIC, {}", [role]))
     if lacks:
         statements.append(("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {}", [role]))
-    if functions:  # first to the role that keeps them, so that it is never without
+    if functions:  # the writer first, so that it always has this right
         statements.append((f"GRANT EXECUTE ON FUNCTION {functions} TO {{}}", [writer]))
         statements.append((f"REVOKE EXECUTE ON FUNCTION {functions} FROM PUBLIC, {{}}", [role]))
     for maker in makers:
@@ -188,7 +189,7 @@ def for_database(params: dict, database: str, found: list[tuple], functions: str
 
 
 def bring(params: dict, database: str, check_mode: bool) -> list[str]:
-    """Do what is left to do in a database, for the role itself in the one of maintenance; return what that is."""
+    """Run the remaining statements in a database, for the role itself in MAINTENANCE; return them."""
     from psycopg2 import sql
 
     with _connection.connect(params, database) as connection:
@@ -198,7 +199,7 @@ def bring(params: dict, database: str, check_mode: bool) -> list[str]:
             makers = [params["user"], params["writer"]]
             found = _connection.rows(connection, RIGHTS, (makers, params["role"]))
             if not found and not check_mode:
-                raise _connection.Unreachable(f"database {database}: there is no role {params['role']}")
+                raise _connection.Unreachable(f"database {database}: the role {params['role']} does not exist")
             ((functions,),) = _connection.rows(connection, OPEN, (HARMFUL, params["writer"], params["role"]))
             statements = for_database(params, database, found, functions)
         for text, names in [] if check_mode else statements:
@@ -209,8 +210,6 @@ def bring(params: dict, database: str, check_mode: bool) -> list[str]:
 
 def ensure_reader(params: dict, check_mode: bool) -> dict:
     """Bring the role and its rights to the wanted state."""
-    if params["connections"] < 1:
-        raise ValueError(f"connections: {params['connections']} is not allowed; 1 or more")
     said = [
         f"{database}: {statement}"
         for database in [MAINTENANCE, *params["databases"]]
@@ -230,7 +229,6 @@ def main() -> None:
             "role": {"type": "str", "required": True},
             "writer": {"type": "str", "required": True},
             "databases": {"type": "list", "elements": "str", "required": True},
-            "connections": {"type": "int", "default": 10},
             **_connection.CONNECTION_OPTIONS,
         },
         supports_check_mode=True,

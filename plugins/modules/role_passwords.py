@@ -8,25 +8,25 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: role_passwords
-short_description: Keep the passwords of PostgreSQL roles, generated on the target
+short_description: Generate passwords of PostgreSQL roles on the target
 description:
-  - Generates a random password for each role that has none in the password file, and gives it to the server.
-  - No password ever leaves the target, and the server is sent a SCRAM verifier only, so that its log holds none either.
-  - If a run is interrupted, old and new passwords are both kept (the new ones in a file beside O(passfile) with C(.new)
-    after its name) until the next run has found out which of them the server has.
+  - Generates a random password for each role without one in the password file, and sets it on the server.
+  - Passwords never leave the target. The server receives only a SCRAM verifier, so that its log contains no passwords.
+  - If a run is interrupted, both old and new passwords are kept (the new ones in O(passfile) with C(.new) appended)
+    until the next run has determined which of them the server uses.
 author: mala.hpc_db contributors (@mala-project)
 options:
   database:
-    description: A database to connect to. O(user) must be a superuser.
+    description: Database to connect to. O(user) must be a superuser.
     type: str
     required: true
   roles:
-    description: The roles, which exist already. An empty list only finishes what an interrupted run has begun.
+    description: Existing roles. An empty list only completes an interrupted run.
     type: list
     elements: str
     required: true
   rotate:
-    description: Whether to generate new passwords for all O(roles), though they have some. Always a change.
+    description: Generate new passwords for all O(roles), even if they have one. Always reports a change.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -40,7 +40,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Keep the study role's password
+- name: Ensure the study role has a password
   mala.hpc_db.role_passwords:
     host: /tmp/hpc_db-x1y2z3
     port: 5432
@@ -52,14 +52,14 @@ EXAMPLES = r"""
 
 RETURN = r"""
 changed_roles:
-  description: The roles whose password was, or would be, set.
+  description: Roles whose password was, or would be, set.
   returned: success
   type: list
   elements: str
 passfile:
   description:
-    - The password file with the passwords that the server has. This is O(passfile), except in check mode after a run
-      that was interrupted.
+    - Path of the file with the passwords that the server uses. This is O(passfile), except in check mode after an
+      interrupted run.
   returned: success
   type: str
 """
@@ -78,21 +78,21 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 
-# Bytes of randomness in a password: 256 bits cannot be guessed, whoever has the verifier.
+# Bytes of randomness in a password: 256 bits cannot be guessed, even with the verifier.
 PASSWORD_BYTES = 32
-# PostgreSQL's own default (scram_iterations).
+# PostgreSQL's default (scram_iterations).
 ITERATIONS = 4096
-# After the password file's name: passwords that the server is just being given.
+# Suffix of the password file with new passwords while the server is being given them.
 ASIDE = ".new"
 
-# Two runs at once would overwrite each other's files. A connection that ends gives the lock back; the server notices
+# Two runs at once would overwrite each other's files. The end of a connection releases the lock; the server notices
 # within 2 minutes that a client's node is gone.
 LOCK = "SELECT set_config('lock_timeout', '150s', false), pg_advisory_lock(hashtext('hpc_db:passwords'))"
 VERIFIERS = "SELECT rolname, rolpassword FROM pg_authid"
 
 
 def scram_verifier(password: str, salt: bytes, iterations: int) -> str:
-    """Return what PostgreSQL stores for a password (RFC 5803)."""
+    """Return the verifier that PostgreSQL stores for a password (RFC 5803)."""
     salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, iterations)
     client_key = hmac.new(salted, b"Client Key", hashlib.sha256).digest()
     stored_key = hashlib.sha256(client_key).digest()
@@ -102,7 +102,7 @@ def scram_verifier(password: str, salt: bytes, iterations: int) -> str:
 
 
 def matches(password: str, verifier: str | None) -> bool:
-    """Tell whether the server's verifier was made from this password."""
+    """Return whether the server's verifier was made from this password."""
     found = re.match(r"SCRAM-SHA-256\$(\d+):([^$]+)\$", verifier or "")
     if not found:
         return False
@@ -111,7 +111,7 @@ def matches(password: str, verifier: str | None) -> bool:
 
 
 def escape(field: str) -> str:
-    """Return a field as a password file has it."""
+    """Return a field with the escapes of a password file."""
     return field.replace("\\", "\\\\").replace(":", "\\:")
 
 
@@ -126,7 +126,7 @@ def read_passwords(path: str) -> dict[str, str]:
 
 
 def write_passwords(path: str, passwords: dict[str, str]) -> None:
-    """Write a new password file; nobody else can ever read it."""
+    """Write a new password file that is never readable by others."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -138,7 +138,7 @@ def write_passwords(path: str, passwords: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def log_in(params: dict) -> Iterator[Any]:
-    """Connect with the password file, or with the one beside it, if the server has its passwords already."""
+    """Connect with the password file, or with the new one if the server already has the new passwords."""
     aside = params["passfile"] + ASIDE
     with contextlib.ExitStack() as opened:
         try:
@@ -157,12 +157,12 @@ def log_in(params: dict) -> Iterator[Any]:
 def ensure_passwords(params: dict, check_mode: bool) -> dict:
     """Bring file and server to the same passwords.
 
-    New passwords are first written beside the file, then given to the server in one transaction, then renamed into
-    place. After an interruption the server's verifiers show which of both files it has.
+    New passwords are first written to a second file, then set in the server in one transaction, then the file is
+    renamed into place. After an interruption the server's verifiers show which of the two files is valid.
     """
     for role in params["roles"]:
-        if len(role.splitlines()) != 1:  # the password file has one line a role
-            raise ValueError(f"roles: {role!r} is no role's name")
+        if len(role.splitlines()) != 1:  # the password file has one line per role
+            raise ValueError(f"roles: {role!r} is not a role's name")
     passfile, aside = params["passfile"], params["passfile"] + ASIDE
     if not params["roles"] and not os.path.exists(aside):
         return {"changed": False, "changed_roles": [], "passfile": passfile}
@@ -194,7 +194,7 @@ def ensure_passwords(params: dict, check_mode: bool) -> dict:
 
 
 def set_passwords(connection: Any, passwords: dict[str, str]) -> None:
-    """Give the server all passwords or none: statements that are sent at once are one transaction."""
+    """Set all passwords or none: statements sent in one call are one transaction."""
     from psycopg2 import sql
 
     statements = [

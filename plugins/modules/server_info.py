@@ -10,18 +10,18 @@ DOCUMENTATION = r"""
 module: server_info
 short_description: Read connections, databases and studies from the server
 description:
-  - Reads how many connections are used and by whom, how large the databases are, and the trials of each study by
-    state.
+  - Reads the number of connections and their clients, the sizes of the databases, and the number of trials of each
+    study by state.
 author: mala.hpc_db contributors (@mala-project)
 options:
   database:
-    description: A database to connect to. O(user) must be a superuser.
+    description: Database to connect to. O(user) must be a superuser.
     type: str
     required: true
   idle_nodes:
     description:
-      - The nodes on which no job of this user is, by the scheduler's names, as M(mala.hpc_db.hosting_job_info) returns
-        them. What connects from there is orphaned.
+      - Nodes without a job of this user, by the scheduler's names, as returned by M(mala.hpc_db.hosting_job_info).
+        Connections from these nodes are orphaned.
     type: list
     elements: str
     default: []
@@ -36,7 +36,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Read what the server holds
+- name: Read connections, databases and studies
   mala.hpc_db.server_info:
     host: c1
     port: 5432
@@ -48,44 +48,46 @@ EXAMPLES = r"""
 RETURN = r"""
 no_answer:
   description:
-    - Why the server cannot be asked, as while its node is dead and the scheduler does not know it; empty if it can be.
-    - It is no failure, and nothing else is returned then.
+    - Reason why the server does not answer, for example because its node has died and the scheduler has not noticed
+      yet. Empty if it answers.
+    - In this case the module does not fail, and nothing else is returned.
   returned: success
   type: str
 version:
-  description: PostgreSQL's version.
+  description: Version of PostgreSQL.
   returned: success
   type: str
 connections:
-  description: Client connections that are open, this module's own apart.
+  description: Open client connections, except for this module's own.
   returned: success
   type: dict
   contains:
     used:
-      description: How many there are.
+      description: Number of connections.
       type: int
     max:
-      description: The largest number allowed.
+      description: Maximum number of connections.
       type: int
     clients:
       description:
-        - How many (RV(ignore:count)) there are from each RV(ignore:host) for each RV(ignore:user), the most first.
+        - Number (RV(ignore:count)) of connections per RV(ignore:host) and RV(ignore:user), the largest first.
       type: list
       elements: dict
     idle_in_transaction:
       description:
-        - Those that have begun a transaction and were silent for a second or longer since. Whatever they have locked
-          stays so, until the server ends them (C(idle_in_transaction_session_timeout)).
-        - Each with RV(ignore:pid), RV(ignore:host), RV(ignore:user), RV(ignore:database) and the RV(ignore:seconds) of
-          silence.
+        - Connections that are idle in a transaction for a second or longer. They keep their locks until the server ends
+          them (C(idle_in_transaction_session_timeout)).
+        - Each has RV(ignore:pid), RV(ignore:host), RV(ignore:user), RV(ignore:database) and the idle time in
+          RV(ignore:seconds).
       type: list
       elements: dict
     orphaned:
       description:
-        - Those that have been open for 10 s or longer, from a node on which no job of this user is. Their worker has
-          outlived its job, or its node has vanished; then the server gives them up after two minutes of silence.
-        - Each host and user with their RV(ignore:count), and the RV(ignore:seconds) since the last of them said
-          something.
+        - Connections from a node without a job of this user that have been open for 10 s or longer. Either the worker
+          has outlived its job, or its node has died. In the latter case the server closes them after two minutes of
+          silence.
+        - Each entry is one host and user with the RV(ignore:count) of connections, and the RV(ignore:seconds) since the
+          last activity of any of them.
       type: list
       elements: dict
 databases:
@@ -99,7 +101,7 @@ studies:
   type: list
   elements: dict
 unreadable:
-  description: The databases whose studies cannot be read, each with the server's words.
+  description: Databases whose studies cannot be read, each with the server's error message.
   returned: success
   type: list
   elements: str
@@ -121,9 +123,8 @@ SELECT pid, coalesce(host(client_addr), ''), coalesce(usename, '-'), coalesce(da
        extract(epoch FROM clock_timestamp() - backend_start)::float
 FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() ORDER BY pid
 """
-DATABASES = """
-SELECT datname, pg_database_size(oid) FROM pg_database
-WHERE NOT datistemplate AND datallowconn ORDER BY datname
+SIZES = f"""
+SELECT datname, pg_database_size(oid) FROM pg_database WHERE datname IN ({_connection.DATABASES}) ORDER BY datname
 """
 TRIALS = """
 SELECT study_name, lower(state::text), count(trial_id)
@@ -131,38 +132,38 @@ FROM studies LEFT JOIN trials USING (study_id) GROUP BY study_name, state ORDER 
 """
 
 
-# A transaction of Optuna's waits for nothing but the next statement.
+# Longest normal pause within a transaction of Optuna, which waits only for its next statement.
 LONGEST_PAUSE_SECONDS = 1
-# A job may have begun, and its worker connected, since the scheduler was asked.
+# Minimum age of an orphaned connection: a worker may have started after the scheduler was asked.
 ORPHANED_SECONDS = 10
 LOOKUP_SECONDS = 5.0
-# As the workers' service entry has it: a node that is dead does not answer at all.
+# Same as in the workers' service entry: a dead node does not answer at all.
 CONNECT_SECONDS = 5
-# What connects over the unix socket has no address.
+# Host name shown for connections over the Unix socket, which have no address.
 HERE = "socket"
 
 
 def names_of(addresses: set[str]) -> dict[str, str]:
-    """Return the host name of each address, short as the scheduler has it; the address where nobody knows in time."""
+    """Return each address's host name, short as in the scheduler; the address itself if no name is found in time."""
     names = {address: address for address in addresses}
 
     def look_up(address: str) -> None:
         try:
             names[address] = socket.gethostbyaddr(address)[0].partition(".")[0]
         except OSError:
-            pass  # it has none
+            pass  # the address has no name
 
     threads = [threading.Thread(target=look_up, args=(address,), daemon=True) for address in sorted(addresses)]
     for thread in threads:
         thread.start()
-    # A name server that is not there must not keep us: most of them answer at once.
+    # A missing name server must not block: most lookups finish at once.
     for thread in threads:
         thread.join(LOOKUP_SECONDS / len(threads))
     return dict(names)
 
 
 def by_client(sessions: list[tuple], idle_nodes: list[str]) -> dict[str, list[dict]]:
-    """Return who holds the connections, and which of them nobody uses."""
+    """Return the connections per client, and the connections that are unused."""
     names = {"": HERE, **names_of({session[1] for session in sessions} - {""})}
     idle = {node.partition(".")[0] for node in idle_nodes}
     counts: Counter[tuple[str, str]] = Counter()
@@ -185,9 +186,9 @@ def by_client(sessions: list[tuple], idle_nodes: list[str]) -> dict[str, list[di
 
 
 def studies_of(params: dict, database: str) -> list[dict[str, Any]]:
-    """Return the studies in a database; none where Optuna has made no schema."""
+    """Return the studies in a database; none if Optuna has no schema there."""
     with _connection.connect(params, database) as connection:
-        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        if not _optuna.has_schema(connection):
             return []
         found: dict[str, dict[str, int]] = {}
         for name, state, count in _connection.rows(connection, TRIALS):
@@ -196,11 +197,11 @@ def studies_of(params: dict, database: str) -> list[dict[str, Any]]:
 
 
 def read_server(params: dict) -> dict:
-    """Return what the server holds."""
+    """Return the server's contents."""
     with _connection.connect(params, params["database"]) as connection:
         (maximum, version) = _connection.rows(connection, SETTINGS)[0]
         sessions = _connection.rows(connection, SESSIONS)
-        databases = [{"name": name, "size": size} for name, size in _connection.rows(connection, DATABASES)]
+        databases = [{"name": name, "size": size} for name, size in _connection.rows(connection, SIZES)]
     studies: list[dict[str, Any]] = []
     unreadable: list[str] = []
     for database in databases:
@@ -218,7 +219,7 @@ def read_server(params: dict) -> dict:
 
 
 def read_if_reached(params: dict) -> dict:
-    """Return what the server holds, or why nobody can say."""
+    """Return the server's contents, or why it does not answer."""
     try:
         return {"no_answer": "", **read_server({**params, "connect_timeout": CONNECT_SECONDS})}
     except _connection.Unreachable as error:

@@ -8,29 +8,34 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: server_wait
-short_description: Wait until the hosting job's server answers, and show the progress
+short_description: Wait for the job's server and show the progress
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Looks at the hosting job with M(mala.hpc_db.hosting_job_info), first every half second, at last every ten,
-    until the server of the running job has published its endpoint.
-  - Prints a line whenever something has changed, and at least every 30 seconds.
-  - Fails when the job vanishes, says itself that it failed, waits for something that will never come (such as
-    Slurm's C(PartitionTimeLimit)), or does not serve in time. It never touches the job.
+  - Polls the server job with M(mala.hpc_db.hosting_job_info) until the server of the running job has published its
+    endpoint. The interval grows from 0.5 to 10 seconds.
+  - Prints a line after each change, and at least every 30 seconds.
+  - Fails if the job disappears, reports a failure, can never start (such as with Slurm's C(PartitionTimeLimit)), or if
+    the server is not running in time. It never changes the job.
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
 attributes:
   action:
     support: full
-    description: The waiting is done on the controller, the looking on the target.
+    description: Waits on the controller and polls on the target.
   check_mode:
     support: full
-    description: In check mode there is nothing to wait for, and it returns at once.
+    description: Returns at once in check mode, because there is nothing to wait for.
   diff_mode:
     support: none
     description: Nothing is ever changed.
 options:
+  job:
+    description:
+      - ID of the job that was just submitted. If it ends before this module sees it in the queue, the reason that it
+        has reported is still found.
+    type: str
   timeout:
-    description: How many seconds to wait before it fails. The job stays in the queue.
+    description: Maximum wait in seconds. Then the module fails, but the job stays in the queue.
     type: int
     default: 600
 seealso:
@@ -39,7 +44,7 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Wait for the server to answer
+- name: Wait for the server
   mala.hpc_db.server_wait:
     name: hpc-db
     root: /home/alice/hpc_db/hpc_db
@@ -49,7 +54,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 endpoint:
-  description: Where the server answers, as M(mala.hpc_db.hosting_job_info) returns it; V(null) in check mode.
+  description: Endpoint of the server in the format of M(mala.hpc_db.hosting_job_info). V(null) in check mode.
   returned: success
   type: dict
   sample:
@@ -61,7 +66,7 @@ endpoint:
     job: "4711"
     since: 1760000000.0
 log_tail:
-  description: The last lines of the newest log, if the job vanished or failed.
+  description: The last lines of the newest log, if the job disappeared or failed.
   returned: failure
   type: list
   elements: str

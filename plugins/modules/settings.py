@@ -8,43 +8,53 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: settings
-short_description: Read the settings of all roles as their types have them
+short_description: Read the settings of all roles with their types
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Returns each setting that a role of this collection documents, as the type in its C(argument_specs) has it.
-    Whether it is given as text (C(-e NAME=VALUE)), in YAML or as JSON makes no difference then.
-  - The roles read the settings from here only. A setting that is not given has its default, or else V(null). So has one
-    of a role that is not in the play, if it is a template that cannot be evaluated there.
-  - "In a text, a list may be written as C(a,b) or C([a, b]), and a dictionary as C(name=value,name=value) or
-    C({name: value}). An empty text and V(null) are an empty text, list or dictionary."
-  - A value that does not fit its type, or is none of the choices, is refused with the setting's name and what is
-    allowed; all that are wrong at once.
+  - Returns each setting of this collection's roles, converted to its type in C(argument_specs). Text
+    (C(-e NAME=VALUE)), YAML and JSON therefore give the same result.
+  - The roles read settings only from this module's result. A setting that is not given has its default, or V(null)
+    without one. The same holds for a setting of a role outside of the play whose template cannot be evaluated.
+  - "In text, a list is C(a,b) or C([a, b]), and a dictionary is C(name=value,name=value) or C({name: value}). An empty
+    text and V(null) become an empty text, list or dictionary."
+  - A value of another type or outside of the choices is refused with the name of the setting and the allowed values.
+    All such errors are reported together. The same holds for a value that breaks a rule of the given roles.
 attributes:
   action:
     support: full
-    description: It runs on the controller only.
+    description: Runs only on the controller.
   check_mode:
     support: full
-    description: The settings are read in check mode too.
+    description: Also reads the settings in check mode.
   diff_mode:
     support: none
     description: Nothing is ever changed.
-options: {}
+options:
+  roles:
+    description: Roles whose rules the settings must follow, such as a port from 1024 to 65535.
+    type: list
+    elements: str
+    choices: [instance, databases, postgres, server, workers, dashboard, tensorboard]
+    default: []
 """
 
 EXAMPLES = r"""
 - name: Read the settings
   mala.hpc_db.settings:
-  register: __settings
+  register: hpc_db
+
+- name: Refuse invalid settings of two roles
+  mala.hpc_db.settings:
+    roles: [instance, postgres]
 
 - name: Print one
   ansible.builtin.debug:
-    msg: "{{ __settings.server_wait }}"
+    msg: "{{ hpc_db.server_wait }}"
 """
 
 RETURN = r"""
 server_wait:
-  description: The setting of this name; and so on, for each one.
+  description: Value of this setting. Every other setting is returned in the same way.
   returned: success
   type: bool
 """

@@ -8,49 +8,56 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: short_job
-short_description: Run a short job and return what it answered
+short_description: Run a short job and return its answer
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Submits a job, waits until it has ended, and returns the JSON object in the last line that it printed.
-  - A job that is refused, does not start in time, or answers nothing is no error, but said in RV(said).
+  - Submits a job, waits until it has ended, and returns the JSON object in the last line of its output.
+  - If the job is refused, does not start in time, or prints no answer, the module does not fail but returns the reason
+    in RV(said).
 extends_documentation_fragment:
   - mala.hpc_db.scheduler
   - mala.hpc_db.slices
 attributes:
   check_mode:
     support: none
-    description: It is meant for jobs that only look.
+    description: Intended for jobs that change nothing.
   diff_mode:
     support: none
     description: Nothing is ever changed.
 options:
   script:
-    description: The job script, an absolute path.
+    description: Absolute path of the job script.
     type: path
     required: true
   output:
-    description: A file for its output, an absolute path. It must not be there yet.
+    description: Absolute path of a file for its output. The file must not exist yet.
     type: path
     required: true
   options:
-    description: The scheduler's options, as those of M(mala.hpc_db.hosting_job).
+    description: Scheduler options in the format of M(mala.hpc_db.hosting_job).
     type: dict
     default: {}
+  shorten:
+    description:
+      - If V(true), O(options) are those of a long job. The short job gets five minutes and 512 MB instead, and lacks
+        the options that tie the long job to a node, a time or another job.
+    type: bool
+    default: false
   timeout:
-    description: After how many seconds the job is cancelled.
+    description: Seconds after which the job is cancelled.
     type: int
     default: 120
   listening:
     description:
-      - A file into which the job writes a host and a port, with a space between them, once it listens there.
-      - While the job runs this host connects to it, and RV(reached) tells whether it could.
+      - File into which the job writes its host and port, separated by a space, once it listens there.
+      - This host then tries to connect to the running job, and returns the result in RV(reached).
     type: path
 seealso:
   - module: mala.hpc_db.hosting_job
 """
 
 EXAMPLES = r"""
-- name: Look from a compute node
+- name: Check from a compute node
   mala.hpc_db.short_job:
     name: hpc-db-doctor
     root: /home/alice/hpc_db/hpc_db
@@ -64,15 +71,15 @@ EXAMPLES = r"""
 
 RETURN = r"""
 answer:
-  description: The object that it printed; V(null) if there is none.
+  description: The JSON object that the job printed. V(null) if there is none.
   returned: success
   type: dict
 reached:
-  description: Whether this host could connect to the job; V(null) if the job did not say where it listens.
+  description: Whether this host could connect to the job. V(null) if the job did not write its host and port.
   returned: success
   type: bool
 said:
-  description: Why there is no answer, in one line; empty if there is one.
+  description: Reason for a missing answer in one line. Empty if there is an answer.
   returned: success
   type: str
 """
@@ -88,7 +95,6 @@ from ansible_collections.mala.hpc_db.plugins.module_utils import _slices
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     ARGUMENT_SPEC,
-    SCHEDULERS,
     Run,
     SchedulerError,
     check_environment,
@@ -97,12 +103,13 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
     submit_job,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
-# A shared file system may show the output after the scheduler has forgotten the job, NFS up to a minute; what is
-# there and no answer is one that is not complete, or never will be.
+# A shared file system may show the output after the scheduler has forgotten the job, NFS up to a minute later. Output
+# without an answer is incomplete, or will never have one.
 LATE_SECONDS = 65
 SETTLED_SECONDS = 5
-# A packet that a firewall drops is sent again after 1 and 3 s.
+# A packet dropped by a firewall is sent again after 1 s and 3 s.
 CONNECT_SECONDS = 5
 
 
@@ -124,28 +131,30 @@ def run_job(params: dict, run: Run, sleep: Callable[[float], None] = time.sleep)
 def _submit(params: dict, run: Run) -> str:
     """Submit the job; return its id."""
     scheduler = SCHEDULERS[params["scheduler"]]
+    if params["shorten"]:
+        params = {**params, "options": scheduler.short_options(params["options"])}
     scheduler.check_options(params["options"])
     check_environment(params, "server_job_options")
-    jobs = find_jobs(params, run)  # refuses paths that are not absolute
+    jobs = find_jobs(params, run)  # refuses relative paths
     wishes = params["script"], params["options"], params["output"]
     return submit_job(params, run, scheduler.submit_command(params["name"], *wishes), jobs).id
 
 
 class _Door:
-    """Where the job listens, if it does."""
+    """The address on which the job listens, if it does."""
 
     def __init__(self, path: str | None, reached: bool | None) -> None:
         self.path = path
         self.reached = reached
 
     def knock(self) -> None:
-        """Connect once, as soon as it says where."""
+        """Connect once, as soon as the job has written its address."""
         if self.path is None or self.reached is not None:
             return
         try:
             with open(self.path, encoding="utf-8") as stream:
                 host, port = stream.read().split()
-        except (FileNotFoundError, ValueError):  # not there yet, or not all of it
+        except (FileNotFoundError, ValueError):  # not written yet, or only in part
             return
         try:
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
@@ -157,7 +166,7 @@ class _Door:
 def _wait(
     params: dict, job_id: str, run: Run, sleep: Callable[[float], None], door: _Door, slice_: _slices.Slice
 ) -> str:
-    """Wait for the end of the job; when it takes too long, cancel it and return what it was doing."""
+    """Wait for the job's end; on a timeout cancel it and return its state."""
     deadline = slice_.began + params["timeout"]
     pause = 0.2
     while True:
@@ -190,10 +199,10 @@ def _read(
             return answer, ""
         if last and second >= SETTLED_SECONDS:
             break
-        told = f"job {job_id} has ended, and {path} does not show its whole answer yet"
+        told = f"job {job_id} has ended, and {path} is not complete yet"
         slice_.check(told, job=job_id, reached=door.reached, second=second)
         sleep(1.0)
-    return None, f"job {job_id} ended without an answer: {last or 'it printed nothing'}"
+    return None, f"job {job_id} ended without a result: {last or 'it printed nothing'}"
 
 
 def _last_line(path: str) -> str:
@@ -216,13 +225,14 @@ def main() -> None:
             script={"type": "path", "required": True},
             output={"type": "path", "required": True},
             options={"type": "dict", "default": {}},
+            shorten={"type": "bool", "default": False},
             timeout={"type": "int", "default": 120},
             listening={"type": "path"},
             **_slices.OPTIONS,
         ),
         supports_check_mode=False,
     )
-    os.umask(0o077)  # sbatch gives it to the job
+    os.umask(0o077)  # sbatch passes it on to the job
     try:
         result = run_job(module.params, make_run(module))
     except _slices.Waiting as waiting:

@@ -11,42 +11,42 @@ module: show
 short_description: Print a text
 author: mala.hpc_db contributors (@mala-project)
 description:
-  - Prints the text to the screen, without quotes or a host name, whatever the stdout callback is.
-  - Only line breaks stay; what else a terminal would obey is printed as an escape sequence, such as C(\x1b).
-  - For what a person reads or copies, such as a URL.
+  - Prints a text on the screen, without quotes or a host name, regardless of the stdout callback.
+  - Line breaks are kept. Other control characters are printed as escape sequences, such as C(\x1b).
+  - Intended for text that people read or copy, such as a URL.
 attributes:
   action:
     support: full
-    description: It runs on the controller only.
+    description: Runs only on the controller.
   check_mode:
     support: full
-    description: The text is printed in check mode too.
+    description: Also prints the text in check mode.
   diff_mode:
     support: none
     description: Nothing is ever changed.
 options:
   text:
-    description: The text, of one line or more.
+    description: Text of one or more lines.
     type: str
     required: true
   about:
-    description: The same for a program that runs the playbook, and reads what tasks return.
+    description: The same information for a program that runs the playbook and reads the tasks' results.
     type: dict
 """
 
 EXAMPLES = r"""
-- name: Show the URL
+- name: Print the URL
   mala.hpc_db.show:
     text: postgresql+psycopg2:///?service=hpc_db
 """
 
 RETURN = r"""
 text:
-  description: The text.
+  description: The printed text.
   returned: success
   type: str
 about:
-  description: What was given as O(about).
+  description: Value of O(about).
   returned: success
   type: dict
 """

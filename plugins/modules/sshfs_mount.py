@@ -8,116 +8,115 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: sshfs_mount
-short_description: Keep a folder of a cluster mounted on the workstation
+short_description: Mount a folder of a cluster on the workstation with sshfs
 description:
-  - Mounts a folder of another host with sshfs, for the user who runs the module and nobody else, and without root.
-  - A mount that was made here comes back by itself after the network was away. Meanwhile programs that use it get an
-    error after O(alive_interval) times (O(alive_count) + 1) + O(connect_timeout) seconds at most, so 14 s by default,
-    instead of hanging.
-  - A mount that is dead since sshfs was killed, that hangs, that is stacked upon another one or has other options than
-    wanted is taken away and made anew. What it is can be told without touching it, from the tables of mounts and of
-    processes; only a mount that was found to have all of these options is also asked, by a process of its own that
-    may be left behind.
-  - A folder that holds anything, and a mount of another kind or of another user, is refused, since the mount would hide
-    it. The mount point, and the folders above it, that the module has made are removed after unmounting.
-  - ssh is not asked for passwords, and refuses a host whose key is unknown or has changed, whatever its configuration
-    says. Otherwise C(~/.ssh/config) holds.
-  - What the options are given is used as it is or refused; no part of it can become another option or a command.
+  - Mounts a folder of another host with sshfs, only for the user who runs the module, and without root.
+  - The mount recovers by itself after a network failure. During the failure, programs that use it do not hang but get
+    an error after at most O(alive_interval) times (O(alive_count) + 1) + O(connect_timeout) seconds, which is 14 s by
+    default.
+  - A mount is replaced if its sshfs was killed, if it hangs, if it is stacked on another mount, or if its options
+    differ. Its state is read from the tables of mounts and processes without accessing it. Only a mount with matching
+    options is accessed, by a separate process, which may be left behind if the mount hangs.
+  - A folder that is not empty, and a mount of another type or another user, is refused, because the mount would hide
+    it. The module removes the mount point, and parent folders that it has created, after unmounting.
+  - ssh never prompts for passwords, and refuses hosts with an unknown or changed key, regardless of its configuration.
+    All other settings are taken from C(~/.ssh/config).
+  - Values are used literally or refused. No part of a value can become another option or a command.
 author: mala.hpc_db contributors (@mala-project)
 options:
   path:
-    description: The mount point. It is made, with mode 0700, if it is not there. A leading C(~) is the user's home.
+    description: Mount point. It is created with mode 0700 if needed. A leading C(~) is the user's home directory.
     type: path
     required: true
   state:
     description:
-      - V(mounted) mounts if need be.
-      - V(unmounted) unmounts, whatever is mounted there by sshfs.
-      - V(remounted) unmounts and mounts.
+      - V(mounted) mounts the folder unless it is mounted.
+      - V(unmounted) unmounts any sshfs mount at this path.
+      - V(remounted) unmounts and mounts again.
     type: str
     choices: [mounted, unmounted, remounted]
     default: mounted
   host:
     description:
-      - The name or address of the host, or a name that C(~/.ssh/config) knows, as C(ansible_host) is.
-      - Needed unless O(state=unmounted).
+      - Name or address of the host, or a host alias in C(~/.ssh/config). Corresponds to C(ansible_host).
+      - Required unless O(state=unmounted).
     type: str
   folder:
-    description: The folder there, from the home directory if it does not begin with C(/).
+    description: Folder on the host. A relative path starts at the home directory.
     type: str
     default: "."
   user:
-    description: The user there, as C(ansible_user) is; by default whom ssh takes.
+    description: User on the host. Corresponds to C(ansible_user). The default is that of ssh.
     type: str
   port:
-    description: The port of sshd there, as C(ansible_port) is; by default what ssh takes.
+    description: Port of sshd on the host. Corresponds to C(ansible_port). The default is that of ssh.
     type: int
   identity_file:
-    description: The private key, as C(ansible_ssh_private_key_file) is; by default what ssh takes.
+    description: Private key. Corresponds to C(ansible_ssh_private_key_file). The default is that of ssh.
     type: path
   ssh_config:
-    description: A file that is read instead of C(~/.ssh/config).
+    description: Configuration file to use instead of C(~/.ssh/config).
     type: path
   proxy_jump:
-    description: The hosts to go through, the first one first, each as C([user@]host[:port]).
+    description: Jump hosts in order, each as C([user@]host[:port]).
     type: list
     elements: str
     default: []
   ssh_arguments:
     description:
-      - Further arguments of ssh in one line, as C(ansible_ssh_common_args) has them. The options above come before.
-      - Known are C(-F), C(-J), C(-i), C(-l), C(-p), C(-4), C(-6), C(-C), and C(-o) with C(AddressFamily),
+      - Additional ssh arguments in one line, as in C(ansible_ssh_common_args). The options above take precedence.
+      - Supported are C(-F), C(-J), C(-i), C(-l), C(-p), C(-4), C(-6), C(-C), and C(-o) with C(AddressFamily),
         C(CertificateFile), C(Compression), C(GlobalKnownHostsFile), C(GSSAPIAuthentication),
         C(GSSAPIDelegateCredentials), C(HostKeyAlias), C(HostName), C(IdentitiesOnly), C(IdentityAgent),
         C(IdentityFile), C(Port), C(PreferredAuthentications), C(ProxyJump), C(PubkeyAuthentication), C(User) and
         C(UserKnownHostsFile).
-      - Left out is what a mount has its own values of, such as C(ServerAliveInterval) and C(StrictHostKeyChecking), or
-        has no use for, such as C(ControlPath) and C(-A).
-      - All others are refused, C(ProxyCommand) too. In O(ssh_config) it may be.
+      - Arguments that the mount sets itself, such as C(ServerAliveInterval) and C(StrictHostKeyChecking), and arguments
+        without a use here, such as C(ControlPath) and C(-A), are ignored.
+      - All others, including C(ProxyCommand), are refused. C(ProxyCommand) is allowed in O(ssh_config).
     type: str
     default: ""
   share_connection:
     description:
-      - Let ssh use a connection that it keeps open already (C(ControlMaster) in its configuration), as where each login
-        takes a one-time password.
-      - The mount then hangs, and ends, as that connection does.
+      - Let ssh use an existing shared connection (C(ControlMaster) in its configuration), for example where each login
+        needs a one-time password.
+      - The mount then hangs and ends together with that connection.
     type: bool
     default: false
   read_only:
-    description: Whether nothing can be changed through the mount.
+    description: Mount the folder read-only.
     type: bool
     default: true
   idmap:
-    description: V(user) shows the files of the user there as files of the user here, V(none) the numbers as they are.
+    description: V(user) maps the remote user's files to the local user. V(none) keeps the numeric IDs.
     type: str
     choices: [user, none]
     default: user
   options:
     description:
-      - Further options of sshfs. Known are C(auto_cache), C(follow_symlinks), C(noexec) and C(transform_symlinks),
-        which are true or false, C(compression) and C(dir_cache), which are yes or no, and C(dcache_timeout) in seconds.
+      - Additional sshfs options. Supported are C(auto_cache), C(follow_symlinks), C(noexec) and C(transform_symlinks)
+        (true or false), C(compression) and C(dir_cache) (yes or no), and C(dcache_timeout) in seconds.
     type: dict
     default: {}
   alive_interval:
-    description: Seconds without a word from the host after which ssh asks whether it is there.
+    description: Seconds of silence after which ssh checks whether the host is alive.
     type: int
     default: 3
   alive_count:
-    description: How often in a row that may go unanswered before the connection is given up.
+    description: Number of unanswered checks in a row after which the connection is closed.
     type: int
     default: 2
   connect_timeout:
-    description: Seconds that connecting may take, at first and again.
+    description: Timeout in seconds for each connection attempt.
     type: int
     default: 5
   timeout:
-    description: Seconds that mounting may take.
+    description: Timeout in seconds for mounting.
     type: int
     default: 30
   force:
     description:
-      - Unmount also while programs use the mount; what they have open there is lost to them.
-      - One that hangs is always taken away.
+      - Unmount even while programs use the mount. They lose access to their open files.
+      - A mount that hangs is always unmounted.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -128,11 +127,11 @@ attributes:
   diff_mode:
     support: full
 requirements:
-  - sshfs 2.10 or newer (3.7.3 is tested), and FUSE
+  - sshfs 2.10 or newer (tested with 3.7.3), and FUSE
 """
 
 EXAMPLES = r"""
-- name: See the logs of the runs on the cluster
+- name: Mount the logs of the cluster
   mala.hpc_db.sshfs_mount:
     path: ~/hemera5/logs
     host: hemera5.fz-rossendorf.de
@@ -140,7 +139,7 @@ EXAMPLES = r"""
     folder: mala/logs
   delegate_to: localhost
 
-- name: The same, by way of a gateway, as the inventory has it
+- name: Mount the logs through a gateway with the inventory's settings
   mala.hpc_db.sshfs_mount:
     path: ~/hemera5/logs
     host: "{{ ansible_host | default(inventory_hostname) }}"
@@ -148,7 +147,7 @@ EXAMPLES = r"""
     ssh_arguments: "{{ ansible_ssh_common_args | default('') }}"  # such as -J alice@gate.example.org
   delegate_to: localhost
 
-- name: See them no more
+- name: Unmount the logs
   mala.hpc_db.sshfs_mount:
     path: ~/hemera5/logs
     state: unmounted
@@ -157,24 +156,24 @@ EXAMPLES = r"""
 
 RETURN = r"""
 mount_point:
-  description: The mount point without symbolic links, as the tables of mounts have it.
+  description: Mount point with symbolic links resolved, as in the table of mounts.
   returned: success
   type: str
 source:
-  description: What is, or would be, mounted there; null if nothing is.
+  description: Source that is, or would be, mounted. Null if nothing is.
   returned: success
   type: str
 found:
   description:
-    - What there was before. V(none), V(mounted) as wanted, V(other) for a mount of something else or with other
-      options, V(dead) for one without its sshfs, V(hung), V(stacked) for several at once, V(leftover) for an sshfs
-      without its mount.
+    - Previous state. V(none), V(mounted) as wanted, V(other) for a mount of another source or with other options,
+      V(dead) for a mount without its sshfs, V(hung), V(stacked) for several mounts, V(leftover) for an sshfs without
+      its mount.
   returned: success
   type: str
 answers:
   description:
-    - Whether the host answers through the mount. False if it does not just now, though the mount is there; it will
-      again by itself as soon as the host can be reached. Null if nothing is mounted.
+    - Whether the host answers through the mount. If V(false), the mount exists and recovers by itself as soon as the
+      host can be reached. Null if nothing is mounted.
   returned: success
   type: bool
 """
@@ -221,9 +220,9 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._sshfs import (
     unmount_command,
 )
 
-# In a folder that this module made: which ones it made. The mount hides it.
+# File that lists the folders created by this module, in the mount point, where the mount hides it.
 MARKER = ".made-by-mala.hpc_db"
-# Asks the host behind a mount; nothing between keeps an answer to this question.
+# Asks the host behind a mount; no cache answers this call.
 ASK = """
 import os, sys
 try:
@@ -231,7 +230,7 @@ try:
 except OSError as error:
     raise SystemExit(f"{error.errno} {error.strerror}")
 """
-# Seconds in which an sshfs ends that has nothing to do any more, or was told to.
+# Seconds to wait for an sshfs that is unmounted or was sent a signal.
 PATIENCE = 3
 
 
@@ -243,18 +242,18 @@ Run = Callable[[list[str], float], tuple[int, str]]
 
 
 class Machine(NamedTuple):
-    """This machine, as far as a mount is concerned."""
+    """The parts of this machine that mounts depend on."""
 
     run: Run
-    find: Callable[[str], str | None]  # a program's path
+    find: Callable[[str], str | None]  # returns a program's path
     kill: Callable[[int, int], None]
-    proc: Path  # there is none on macOS
+    proc: Path  # missing on macOS
     fuse: Path
     uid: int
     user: str
 
     def mounts(self) -> list[Mount]:
-        """Return everything that is mounted."""
+        """Return all mounts."""
         table = self.proc / "self" / "mountinfo"
         if table.exists():
             return parse_mountinfo(table.read_bytes().decode(errors="surrogateescape"))
@@ -270,7 +269,7 @@ class Machine(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is at a mount point."""
+    """The current state of a mount point."""
 
     state: str
     mounts: list[Mount]
@@ -278,7 +277,7 @@ class Found(NamedTuple):
 
 
 def look(path: str, wanted: Wanted | None, machine: Machine) -> Found:
-    """Return what is at ``path``, from the tables only; raise Refused if it is nothing of ours."""
+    """Return the state of ``path``, from tables only; raise Refused if the mount is not ours."""
     mounts = machine.mounts()
     for mount in mounts:
         if mount.is_sshfs and path.startswith(f"{mount.path}/"):
@@ -297,7 +296,7 @@ def look(path: str, wanted: Wanted | None, machine: Machine) -> Found:
 
 
 def judge(mounts: list[Mount], servers: list[Process], wanted: Wanted | None, path: str) -> str:
-    """Return the one word for mounts at a path and the processes that serve them."""
+    """Return the state, in one word, of the mounts at a path and the processes that serve them."""
     if not mounts:
         return "leftover" if servers else "none"
     if len(mounts) > 1 or len(servers) > 1:
@@ -311,12 +310,12 @@ def judge(mounts: list[Mount], servers: list[Process], wanted: Wanted | None, pa
 
 
 def arguments_of(server: Process) -> str:
-    """Return the arguments as one text: where they end is not known everywhere."""
+    """Return the arguments as one text: macOS does not show where each argument ends."""
     return " ".join(server.arguments[1:])
 
 
 def ask(path: str, params: dict, machine: Machine) -> str:
-    """Return nothing if the host answers through the mount, ``hung``, ``dead``, or in other words why it does not."""
+    """Return an empty string if the host answers through the mount; otherwise ``hung``, ``dead`` or the reason."""
     patience = params["alive_interval"] * (params["alive_count"] + 1) + params["connect_timeout"] + 10
     try:
         returncode, said = machine.run([sys.executable, "-c", ASK, path], patience)
@@ -332,9 +331,9 @@ def ask(path: str, params: dict, machine: Machine) -> str:
 
 
 def check_folder(path: str) -> None:
-    """Refuse a mount point that is no folder, or holds what a mount would hide."""
+    """Refuse a mount point that is not a folder or whose contents the mount would hide."""
     if os.path.lexists(path) and not os.path.isdir(path):
-        raise Refused(f"path: {path} is no folder")
+        raise Refused(f"path: {path} is not a folder")
     names = sorted(set(os.listdir(path)) - {MARKER}) if os.path.isdir(path) else []
     if names:
         some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
@@ -345,7 +344,7 @@ def check_folder(path: str) -> None:
 
 
 def make_folder(path: str) -> None:
-    """Make the mount point if it is not there, and remember which folders that took."""
+    """Create the mount point if it is missing, and record the created folders."""
     missing, folder = [], path
     while not os.path.isdir(folder):
         missing.append(folder)
@@ -356,7 +355,7 @@ def make_folder(path: str) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Remove what ``make_folder`` made, as far as nothing else has come there."""
+    """Remove the folders created by ``make_folder`` that are still empty."""
     try:
         made = json.loads(Path(path, MARKER).read_text(encoding="utf-8"))
     except OSError:
@@ -369,7 +368,7 @@ def remove_folder(path: str) -> None:
 
 @contextmanager
 def alone(path: str) -> Iterator[None]:
-    """Let only one run at a time work on the mount points in a folder: two at once would stack their mounts."""
+    """Allow one run at a time to change mount points in a folder: two at once would stack their mounts."""
     folder = os.path.dirname(path)
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
@@ -386,7 +385,7 @@ def alone(path: str) -> Iterator[None]:
 
 
 def mount(path: str, wanted: Wanted, params: dict, machine: Machine) -> None:
-    """Mount, and see that it is there."""
+    """Mount, and check the result."""
     command = mount_command(find_sshfs(machine), wanted, path)
     try:
         returncode, said = machine.run(command, params["timeout"])
@@ -395,13 +394,13 @@ def mount(path: str, wanted: Wanted, params: dict, machine: Machine) -> None:
             raise Failed(explain(words if refused else said, params["host"], wanted.source))
     except Hung:
         take_away(path, params, machine, by_force=True)
-        raise Failed(f"timeout: {params['host']} has not let sshfs in within {params['timeout']} s") from None
+        raise Failed(f"timeout: {params['host']} has not accepted the login within {params['timeout']} s") from None
     if look(path, wanted, machine).state != "mounted":
-        raise Failed(f"path: sshfs ended well, but {wanted.source} is not mounted at {path}")
+        raise Failed(f"path: sshfs succeeded, but {wanted.source} is not mounted at {path}")
 
 
 def take_away(path: str, params: dict, machine: Machine, by_force: bool) -> None:
-    """Unmount everything at ``path``, and see that no process of it is left: it might take the next mount away."""
+    """Unmount everything at ``path`` and end its processes: one that is left might unmount the next mount."""
     program = find_unmount(machine)
     found = look(path, None, machine)
     lazily = False
@@ -424,7 +423,7 @@ def take_away(path: str, params: dict, machine: Machine, by_force: bool) -> None
 
 
 def end(servers: list[Process], machine: Machine, at_once: bool) -> None:
-    """End these processes: first they may by themselves, unless ``at_once``, then they are asked, then made to."""
+    """End these processes: wait for them unless ``at_once``, then send SIGTERM, then SIGKILL."""
     left = servers
     for number in (*([] if at_once else [0]), signal.SIGTERM, signal.SIGKILL):
         for each in still(left, machine):
@@ -438,13 +437,13 @@ def end(servers: list[Process], machine: Machine, at_once: bool) -> None:
 
 
 def still(servers: list[Process], machine: Machine) -> list[Process]:
-    """Return those that still run."""
+    """Return the processes that still run."""
     known = {(each.pid, each.started) for each in servers}
     return [each for each in machine.processes() if (each.pid, each.started) in known] if known else []
 
 
 def find_sshfs(machine: Machine) -> str:
-    """Return the path of sshfs; raise Refused if it, or what it needs, is missing."""
+    """Return the path of sshfs; raise Refused if it or its requirements are missing."""
     path = machine.find("sshfs")
     copy = "; copying instead of mounting needs neither sshfs nor FUSE"
     if not path:
@@ -454,15 +453,15 @@ def find_sshfs(machine: Machine) -> str:
         )
     if machine.proc.exists() and not machine.fuse.exists():
         raise Refused(
-            f"FUSE is missing on {platform.node()}, there is no {machine.fuse}: install the package fuse3; a container "
-            f"has to be given that device{copy}"
+            f"FUSE is missing on {platform.node()}, {machine.fuse} does not exist: install the package fuse3; "
+            f"a container needs access to that device{copy}"
         )
     find_unmount(machine)
     return path
 
 
 def find_unmount(machine: Machine) -> str:
-    """Return the path of the program that unmounts for a user."""
+    """Return the path of the program with which a user unmounts."""
     names = ["fusermount3", "fusermount"] if machine.proc.exists() else ["umount"]
     found = [path for path in map(machine.find, names) if path]
     if not found:
@@ -490,7 +489,7 @@ def ensure_mount(params: dict, machine: Machine, check_mode: bool) -> dict:
     if params["state"] == "mounted":
         changed = found.state != "mounted"
     else:
-        # Left behind by a mount that a restart of the machine ended.
+        # Remains of a mount that ended with a restart of the machine.
         made = not found.mounts and os.path.exists(os.path.join(path, MARKER))
         changed = bool(wanted) or found.state != "none" or made
     if changed:
@@ -499,11 +498,11 @@ def ensure_mount(params: dict, machine: Machine, check_mode: bool) -> dict:
             bring(path, wanted, params, found, machine)
     return {
         "changed": changed,
-        "mount_point": path,  # not "path", of which Ansible adds what a stat() says
+        "mount_point": path,  # not "path", to which Ansible would add the result of stat()
         "source": wanted.source if wanted else None,
         "found": found.state,
         "answers": not trouble if wanted else None,
-        "warning": f"{path} is mounted, but {params['host']} does not answer just now: {trouble}" if trouble else None,
+        "warning": f"{path} is mounted, but {params['host']} does not answer: {trouble}" if trouble else None,
         "diff": {
             "before": "".join(
                 as_text(mount.source, path, arguments_of(found.servers[0]) if found.servers else "", found.state)
@@ -516,14 +515,14 @@ def ensure_mount(params: dict, machine: Machine, check_mode: bool) -> dict:
 
 
 def bring(path: str, wanted: Wanted | None, params: dict, found: Found, machine: Machine) -> None:
-    """Take away what is there and, if something is wanted, mount that."""
+    """Unmount the current mount and, if one is wanted, mount it."""
     if wanted and not found.mounts:
         make_folder(path)
     try:
         with alone(path):
             now = look(path, wanted, machine)
             if now.state == "mounted" and now.servers != found.servers and params["state"] == "mounted":
-                return  # another run has done it just now
+                return  # another run has done it since
             take_away(path, params, machine, by_force=params["force"] or found.state in ("hung", "dead"))
             if wanted:
                 check_folder(path)
@@ -541,14 +540,14 @@ def as_text(source: str, path: str, arguments: str, state: str) -> str:
 
 
 def run_command(command: list[str], seconds: float) -> tuple[int, str]:
-    """Run a command; return its exit code and what it printed. Raise Hung if it has not ended in time.
+    """Run a command; return its exit code and output. Raise Hung if it has not ended in time.
 
-    Neither a program that stays in the background nor one that cannot even be killed is waited for.
+    Does not wait for a program that stays in the background, nor for one that cannot even be killed.
     """
     environment = {**os.environ, "LC_ALL": "C", "SSH_ASKPASS_REQUIRE": "never"}
-    environment.pop("DISPLAY", None)  # where an older ssh would ask
+    environment.pop("DISPLAY", None)  # where an older ssh would show a password dialog
     with tempfile.TemporaryFile() as output:
-        # run_command of AnsibleModule would wait for ever
+        # run_command of AnsibleModule has no timeout
         process = Popen(  # pylint: disable=ansible-bad-function
             command, stdin=DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environment, cwd="/"
         )

@@ -10,46 +10,48 @@ DOCUMENTATION = r"""
 module: study_dump
 short_description: Dump a study database, or restore one from a dump
 description:
-  - A dump is made by C(pg_dump) beside running workers, read back to its end, and only then given its name.
-  - Its name is C(DATABASE-TIME.kept.dump). The hosting job removes old dumps of its own only, and never this one.
-  - A dump is restored into a new database, and takes the place of the old one once it holds every trial of the dump.
-    So a restore that fails or is interrupted changes nothing that workers see.
-  - Workers that were connected to the old one are ended, and none of them can go on with what it remembers. The new
-    database has another C(hpc_db.generation), by which the client package knows that it is another one, and gives no
-    study or trial an id that the old one has given.
+  - C(pg_dump) writes the dump while workers run. The dump gets its name only after it was read back completely.
+  - The name is C(DATABASE-TIME.kept.dump). The server job deletes only its own old dumps, never these.
+  - A dump is restored into a new database, which replaces the old one once it contains every trial of the dump. A
+    restore that fails or is interrupted therefore changes nothing that workers see.
+  - Workers of the old database are disconnected, and cannot continue with remembered IDs. The new database has
+    another C(hpc_db.generation), which tells the client package that it is a new one, and assigns no study or trial an
+    ID that the old database has used.
 author: mala.hpc_db contributors (@mala-project)
 options:
   root:
-    description: The instance directory. Dumps are made in its folder C(dumps).
+    description: Path of the instance directory. Dumps are written into its folder C(dumps).
     type: path
     required: true
   database:
-    description: The study database.
+    description: Name of the study database.
     type: str
     required: true
   state:
-    description: Whether to make a dump, or to restore one.
+    description: V(dumped) makes a dump. V(restored) restores one.
     type: str
     choices: [dumped, restored]
     default: dumped
   file:
     description:
-      - The dump to restore, or V(newest) for the newest one of O(database) in the instance directory, whoever made it.
-      - A file of the same name with C(.sha256) after it, as it is made with each dump, must fit it.
+      - Path of the dump to restore. V(newest) is the newest dump of O(database) in the instance directory, whether made
+        by the server job or by a playbook.
+      - It must match the checksum in the file of the same name with C(.sha256) appended, which is written with each
+        dump.
     type: path
   owner:
-    description: The role that owns whatever is restored.
+    description: Role that owns the restored database and its contents.
     type: str
   replace:
     description:
-      - Whether to restore even if O(database) holds studies. It is kept then, with the time after its name.
-      - Connections to it are ended.
+      - Restore even if O(database) contains studies. The old database is kept with the time appended to its name.
+      - Connections to it are closed.
     type: bool
     default: false
   tables:
     description:
-      - V(optuna) for a study database. Its trials are counted to see that all are in a dump, and in what was restored.
-      - V(none) for one of another program, of which the tables are counted.
+      - V(optuna) is a study database. Its trials are counted to check that dump and restored database are complete.
+      - V(none) is a database of another program. Its tables are counted instead.
     type: str
     choices: [optuna, none]
     default: optuna
@@ -73,7 +75,7 @@ EXAMPLES = r"""
     passfile: ~/hpc_db/hpc_db/secrets/pgpass
     database: studies
 
-- name: Go back to the newest dump
+- name: Restore the newest dump
   mala.hpc_db.study_dump:
     root: ~/hpc_db/hpc_db
     host: c1
@@ -89,19 +91,19 @@ EXAMPLES = r"""
 
 RETURN = r"""
 file:
-  description: The dump that was, or would be, made or restored.
+  description: Path of the dump that was, or would be, made or restored.
   returned: success
   type: str
 trials:
-  description: The number of trials in the dump; null in check mode with O(state=dumped), and with O(tables=none).
+  description: Number of trials in the dump. Null in check mode with O(state=dumped), and with O(tables=none).
   returned: success
   type: int
 tables:
-  description: The number of tables in the dump with O(tables=none), else null; null in check mode with O(state=dumped).
+  description: Number of tables in the dump with O(tables=none). Otherwise null, as in check mode with O(state=dumped).
   returned: success
   type: int
 kept:
-  description: The name under which the database that was replaced is kept; null if there was none or it held no study.
+  description: Name of the replaced database, which is kept. Null if there was none or it contained no study.
   returned: O(state=restored)
   type: str
 """
@@ -117,35 +119,34 @@ from typing import Any, Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
-from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
 from ansible_collections.mala.hpc_db.plugins.module_utils._postgres import ENGLISH
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import dumps, files
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
-# The database in which others are created and renamed.
+# The database from which others are created and renamed.
 MAINTENANCE = "postgres"
-SUM = ".sha256"
-# After the time in the name of a dump that only the user removes.
-KEPT = ".kept"
-# What a dump that was killed leaves behind stands still for longer than a dump ever does.
+# A partial dump unchanged for this long was left by a killed run; a running dump never pauses that long.
 LEFTOVER_SECONDS = 3600
-# Of a database's name, in the names of those beside it.
+# Maximum length of a database's name within the names of databases beside it.
 MOST_BESIDE = 45
 
-# What there is to count in a database.
+# The objects counted in a database, by its kind of tables.
 COUNTED = {"optuna": "trials", "none": "tables"}
 EXISTS = "SELECT 1 FROM pg_database WHERE datname = %s"
 COUNTS = "SELECT (SELECT count(*) FROM studies), (SELECT count(*) FROM trials)"
-# As a dump has them: not those of extensions, though it may have their rows. 1259 is the oid of pg_class.
+# Tables as listed in a dump: without extensions' tables, although it may have their rows. 1259 is the oid of pg_class.
 TABLE_ENTRY = re.compile(r"^\d+; 1259 \d+ TABLE ", re.MULTILINE)
 TABLES = """
 SELECT count(*) FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
 WHERE relkind IN ('r', 'p') AND nspname <> 'information_schema' AND nspname !~ '^pg_'
 AND NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = pg_class.oid AND deptype = 'e')
 """
-# What SQLAlchemy and Optuna count with.
+# The sequences from which SQLAlchemy and Optuna take their ids.
 COUNTERS = "SELECT schemaname, sequencename, last_value FROM pg_sequences WHERE last_value IS NOT NULL"
 COUNT_ON = "SELECT setval(to_regclass(%s), %s) WHERE to_regclass(%s) IS NOT NULL"
-# More than workers use in the moment until they are ended.
+# More ids than workers use until they are disconnected.
 SPARE_IDS = 10000
 END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = ANY(%s)"
 
@@ -153,21 +154,15 @@ Run = Callable[[list[str]], str]
 
 
 class Refused(Exception):
-    """The dump or the database is not fit for it; nothing was changed."""
+    """The dump or the database is not suitable; nothing was changed."""
 
 
 class Failed(Exception):
-    """It went wrong; the message is for the user."""
-
-
-def dump_command(bindir: str, params: dict, path: str) -> list[str]:
-    """Return the call that dumps the database."""
-    database = _connection.conninfo(params, params["database"])
-    return [f"{bindir}/pg_dump", "--format=custom", "--no-privileges", f"--file={path}", f"--dbname={database}"]
+    """The operation failed; the message is for the user."""
 
 
 def restore_command(bindir: str, params: dict, database: str, path: str) -> list[str]:
-    """Return the call that restores a dump into an empty database: all of it or nothing."""
+    """Return the call that restores a dump into an empty database, completely or not at all."""
     return [
         f"{bindir}/pg_restore",
         "--single-transaction",
@@ -181,30 +176,20 @@ def restore_command(bindir: str, params: dict, database: str, path: str) -> list
 
 
 def count_rows(script: str) -> int:
-    """Return the number of rows that a script with one table's data holds."""
+    """Return the number of rows in a script with one table's data."""
     lines = script.split("\n")
     begin = next((number for number, line in enumerate(lines) if line.startswith("COPY ")), None)
     return 0 if begin is None else lines.index("\\.", begin) - begin - 1
 
 
-def checksum(path: str) -> str:
-    """Return the file's SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def count_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int | None:
-    """Read the whole dump, and return its number of trials; None if it has no table for them.
+    """Read the whole dump and return its number of trials; None if it has no table of trials.
 
-    Of another program's dump it is the number of tables.
+    For a dump of another program, return the number of tables.
     """
     command = [f"{bindir}/pg_restore", "--format=custom", path]
     listed = run([*command, "--list"])
-    # The list is at the front: a dump that was cut off has it, too.
-    run([*command, f"--file={os.devnull}"])
+    run(dumps.read_command(bindir, path))
     if tables == "none":
         return len(TABLE_ENTRY.findall(listed))
     if " TABLE DATA public trials " not in listed:
@@ -213,16 +198,16 @@ def count_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int 
 
 
 def check_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int:
-    """Return what ``count_dump`` counts; raise Refused if the dump is damaged, or no dump of studies."""
+    """Return the result of ``count_dump``; raise Refused if the dump is damaged or not a dump of studies."""
     name = os.path.basename(path)
     try:
-        if os.path.exists(path + SUM):
-            with open(path + SUM, encoding="utf-8", errors="replace") as stream:
-                if stream.read().split()[:1] != [checksum(path)]:
-                    raise Refused(f"restore_from: {name} is damaged: it does not fit {name}{SUM}")
+        if os.path.exists(path + dumps.SUM):
+            with open(path + dumps.SUM, encoding="utf-8", errors="replace") as stream:
+                if stream.read().split()[:1] != [dumps.finish(dumps.checksum(path))]:
+                    raise Refused(f"restore_from: {name} is damaged: it does not fit {name}{dumps.SUM}")
         counted = count_dump(bindir, path, run, tables)
     except (Failed, OSError) as error:
-        raise Refused(f"restore_from: {name} is no dump, or a damaged one: {error}") from None
+        raise Refused(f"restore_from: {name} is not a dump, or is damaged: {error}") from None
     if counted is None:
         raise Refused(
             f"restore_from: {name} is a dump of something else: it has no table of Optuna's trials; a database of "
@@ -233,45 +218,37 @@ def check_dump(bindir: str, path: str, run: Run, tables: str = "optuna") -> int:
 
 def newest_dump(folder: str, database: str) -> str:
     """Return the newest dump of a database."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    pattern = re.compile(rf"{re.escape(database)}-(\w+)({re.escape(KEPT)})?\.dump")
-    found = [match for match in map(pattern.fullmatch, names) if match]
+    found = dumps.find(folder, database)
     if not found:
-        raise Refused(f"{folder} holds no dump of {database}")
-    return os.path.join(folder, max(found, key=lambda match: match.group(1)).group())
-
-
-def now() -> str:
-    """Return the time as names have it."""
-    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        raise Refused(f"{folder} contains no dump of {database}")
+    _made, _kept, path = found[-1]
+    return path
 
 
 def ensure_dumped(params: dict, run: Run, check_mode: bool) -> dict:
     """Make a dump. ``run`` takes an argument list and returns its stdout."""
     bindir = read_settings(params["root"])["bindir"]
-    folder = os.path.join(params["root"], "dumps")
-    path = os.path.join(folder, f"{params['database']}-{now()}{KEPT}.dump")
+    folder = Layout(params["root"]).dumps
+    path = dumps.new_path(folder, params["database"], kept=True)
     count = None
     if not check_mode:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         remove_leftovers(folder)
-        # Hidden: what ends in .part without a dot before is the hosting program's.
+        # Hidden: .part files without a leading dot belong to the supervisor.
         part = os.path.join(folder, f".{os.path.basename(path)}.part")
         try:
-            run(dump_command(bindir, params, part))
+            database = _connection.conninfo(params, params["database"])
+            run(dumps.dump_command(bindir, part, [f"--dbname={database}"]))
             count = count_dump(bindir, part, run, params["tables"]) or 0
-            with open(path + SUM, "w", encoding="utf-8") as stream:
-                stream.write(f"{checksum(part)}  {os.path.basename(path)}\n")
-            os.rename(part, path)
+            dumps.finish(dumps.publish(part, path))
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)
+            files.remove(part)
     diff = {"before": "", "after": f"{path}\n"}
     return {"changed": True, "file": path, **told(params, count), "diff": diff}
 
 
 def remove_leftovers(folder: str) -> None:
-    """Remove what a run that was killed has left."""
+    """Remove the partial dumps of killed runs."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
         if re.fullmatch(r"\..+\.dump\.part", name) and time.time() - os.stat(path).st_mtime > LEFTOVER_SECONDS:
@@ -279,7 +256,7 @@ def remove_leftovers(folder: str) -> None:
 
 
 def look(params: dict) -> tuple[int, int] | None:
-    """Return what ``count`` does; None if there is no such database."""
+    """Return the result of ``count``; None if the database does not exist."""
     with _connection.connect(params, MAINTENANCE) as connection:
         if not _connection.rows(connection, EXISTS, (params["database"],)):
             return None
@@ -287,7 +264,7 @@ def look(params: dict) -> tuple[int, int] | None:
 
 
 def count(params: dict, database: str) -> tuple[int, int]:
-    """Return how many studies and trials a database holds; another program's has tables instead of both."""
+    """Return the number of studies and trials in a database; for another program's, the number of tables twice."""
     with _connection.connect(params, database) as connection:
         if params["tables"] == "none":
             ((tables,),) = _connection.rows(connection, TABLES)
@@ -299,29 +276,31 @@ def count(params: dict, database: str) -> tuple[int, int]:
 
 
 def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
-    """Put a dump in the place of the database. ``run`` takes an argument list and returns its stdout."""
+    """Replace the database by a dump. ``run`` takes an argument list and returns its stdout."""
     bindir, database = read_settings(params["root"])["bindir"], params["database"]
     path = params["file"]
     if path == "newest":
-        path = newest_dump(os.path.join(params["root"], "dumps"), database)
+        path = newest_dump(Layout(params["root"]).dumps, database)
     tables, counted = params["tables"], COUNTED[params["tables"]]
     wanted = check_dump(bindir, path, run, tables)
     found = look(params)
     if found and found[0] and not params["replace"]:
         held = f"{found[0]} studies with {found[1]} trials" if tables == "optuna" else f"{found[0]} tables"
         raise Refused(
-            f"restore_database: {database} holds {held}; with restore_replace=true the dump takes its place, "
+            f"restore_database: {database} contains {held}; with restore_replace=true the dump takes its place, "
             "and it is kept under another name"
         )
-    kept = beside(database, now()) if found else None
+    kept = beside(database, dumps.stamp()) if found else None
     if not check_mode:
         with restored_aside(bindir, params, path, run) as aside:
             restored = count(params, aside)
             if restored[1] != wanted:
-                raise Failed(f"{path} holds {wanted} {counted}, but {restored[1]} were restored; nothing was changed")
+                lost = f"{path} contains {wanted} {counted}, but {restored[1]} were restored"
+                raise Failed(f"{lost}; nothing was changed")
             if found:
                 count_on(params, aside)
-            execute(params, f"ALTER DATABASE {quoted(aside)} SET hpc_db.generation = '{now()}-{os.urandom(4).hex()}'")
+            generation = f"{dumps.stamp()}-{os.urandom(4).hex()}"
+            execute(params, f"ALTER DATABASE {quoted(aside)} SET hpc_db.generation = '{generation}'")
             swap(params, aside, kept)
         if kept and found and not found[0]:
             execute(params, f"DROP DATABASE {quoted(kept)}")
@@ -338,13 +317,13 @@ def ensure_restored(params: dict, run: Run, check_mode: bool) -> dict:
 
 
 def told(params: dict, count: int | None) -> dict[str, int | None]:
-    """Return what was counted by its name."""
+    """Return the count under the name of the counted objects."""
     return {**dict.fromkeys(COUNTED.values()), COUNTED[params["tables"]]: count}
 
 
 @contextlib.contextmanager
 def restored_aside(bindir: str, params: dict, path: str, run: Run) -> Iterator[str]:
-    """Restore a dump into a new database, which is gone afterwards if it still has that name."""
+    """Restore a dump into a new database, which is removed afterwards if it still has that name."""
     aside = beside(params["database"], "restoring")
     drop = f"DROP DATABASE IF EXISTS {quoted(aside)} WITH (FORCE)"
     execute(params, drop)  # an earlier run may have been killed
@@ -357,7 +336,7 @@ def restored_aside(bindir: str, params: dict, path: str, run: Run) -> Iterator[s
 
 
 def count_on(params: dict, aside: str) -> None:
-    """Have the database ``aside`` give no ids that the one in its place has given, or is about to."""
+    """Advance the sequences of ``aside`` beyond all ids that the database in use has issued or may still issue."""
     given: dict[str, int] = {}
     for database in (params["database"], aside):
         with _connection.connect(params, database) as connection:
@@ -370,21 +349,22 @@ def count_on(params: dict, aside: str) -> None:
 
 
 def beside(database: str, what: str) -> str:
-    """Return a name that no study database has, and that PostgreSQL, which takes 63 bytes, does not cut short."""
-    if len(database) > MOST_BESIDE:  # others may begin like it
+    """Return a name that no study database has and that is within PostgreSQL's limit of 63 bytes."""
+    if len(database) > MOST_BESIDE:  # other names may begin like it
         digest = hashlib.sha256(database.encode()).hexdigest()[:8]
         database = f"{database[:MOST_BESIDE - 9]}-{digest}"
     return f"{database}-{what}"
 
 
 def swap(params: dict, aside: str, kept: str | None) -> None:
-    """Give the database ``aside`` its name, and the one that has it the name ``kept``, at once."""
+    """Rename the database ``aside`` to its final name, and the present one to ``kept``, in one transaction."""
     database = params["database"]
     renames = [(database, kept)] if kept else []
     statement = "; ".join(
         f"ALTER DATABASE {quoted(old)} RENAME TO {quoted(new)}" for old, new in [*renames, (aside, database)]
     )
-    # While it waits for sessions to end, nobody new gets in; several statements sent at once are one transaction.
+    # While the renaming waits for sessions to end, new ones are locked out. Statements sent in one call are one
+    # transaction.
     with ThreadPoolExecutor(1) as pool, _connection.connect(params, MAINTENANCE) as connection:
         renaming = pool.submit(execute, params, statement)
         while not renaming.done():
@@ -400,12 +380,12 @@ def execute(params: dict, statement: str) -> None:
 
 
 def quoted(name: str) -> str:
-    """Return a name as SQL has it."""
+    """Return a name quoted for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def run_command(module: AnsibleModule, command: list[str]) -> str:
-    """Run one of PostgreSQL's programs; raise Failed with its own words."""
+    """Run one of PostgreSQL's programs; raise Failed with its error message."""
     try:
         returncode, stdout, stderr = module.run_command(command, handle_exceptions=False, environ_update=ENGLISH)
     except OSError as error:
@@ -434,7 +414,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     os.umask(0o077)
-    # PostgreSQL's programs read PGOPTIONS and its like, and load libraries.
+    # PostgreSQL's programs read PGOPTIONS and other PG variables, and load libraries.
     for name in [name for name in os.environ if name.startswith("PG") or name == "LD_LIBRARY_PATH"]:
         del os.environ[name]
     act = ensure_dumped if module.params["state"] == "dumped" else ensure_restored

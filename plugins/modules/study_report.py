@@ -10,28 +10,28 @@ DOCUMENTATION = r"""
 module: study_report
 short_description: Write a report of studies and their server as one HTML file
 description:
-  - Draws what M(mala.hpc_db.study_trials) has exported by C(optuna.visualization), into one file with all that it
-    needs, so that it can be opened without a network, and mailed.
-  - Of many trials it draws some, and says how many. Importances are those of PED-ANOVA, which needs no scikit-learn.
-  - The file is left as it is while nothing has changed but what does so all the time, which is the time left, the
-    space used, and the connections.
+  - Plots the export of M(mala.hpc_db.study_trials) with C(optuna.visualization) into one self-contained file, which can
+    be opened without a network and sent by mail.
+  - For large studies, only a part of the trials is plotted, and the report states how many. Parameter importances are
+    computed with PED-ANOVA, which needs no scikit-learn.
+  - The file is not rewritten if only the remaining time, the used space or the connections have changed.
 author: mala.hpc_db contributors (@mala-project)
 options:
   path:
-    description: The file. One that is there and is no report is refused.
+    description: Path of the report. An existing file that is not a report is refused.
     type: path
     required: true
   trials:
-    description: What M(mala.hpc_db.study_trials) has written. Where it is missing, the report has no studies.
+    description: File written by M(mala.hpc_db.study_trials). If it is missing, the report has no studies.
     type: path
     required: true
   status:
     description:
-      - What else is told. RV(ignore:instance), RV(ignore:cluster), RV(ignore:url) and RV(ignore:source) are texts, the
-        last one says where the studies are from; RV(ignore:read) is when they were read, in seconds since 1970.
-      - RV(ignore:job), RV(ignore:endpoint), RV(ignore:state) and RV(ignore:disk) are as
-        M(mala.hpc_db.hosting_job_info) returns them, RV(ignore:server) is all that M(mala.hpc_db.server_info) returns,
-        or null, and RV(ignore:log) all that M(mala.hpc_db.server_log_info) returns.
+      - Other contents of the report. RV(ignore:instance), RV(ignore:cluster) and RV(ignore:url) are texts.
+        RV(ignore:read) is the time when the studies were read, in seconds since 1970.
+      - RV(ignore:job), RV(ignore:endpoint), RV(ignore:state) and RV(ignore:disk) are values of
+        M(mala.hpc_db.hosting_job_info). RV(ignore:server) is the result of M(mala.hpc_db.server_info) or null, and
+        RV(ignore:log) is RV(mala.hpc_db.hosting_job_info#module:history).
     type: dict
     required: true
 extends_documentation_fragment:
@@ -55,7 +55,6 @@ EXAMPLES = r"""
       instance: hpc_db
       cluster: hemera5
       url: postgresql+psycopg2:///?service=hpc_db
-      source: Nothing more.
       read: 1795392835
       job: null
       endpoint: null
@@ -67,11 +66,11 @@ EXAMPLES = r"""
 
 RETURN = r"""
 path:
-  description: The file.
+  description: Path of the report.
   returned: success
   type: str
 studies:
-  description: How many studies it shows.
+  description: Number of studies in the report.
   returned: success
   type: int
 """
@@ -82,14 +81,14 @@ import inspect
 import json
 import os
 import re
-import tempfile
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _figures, _report
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import write_atomically
 
-# At the head of every report.
+# Stands in the head of every report.
 MARK = re.compile(r'<meta name="mala\.hpc_db" content="([0-9a-f]{64})">')
 HEAD_BYTES = 1000
 
@@ -99,7 +98,7 @@ class Refused(Exception):
 
 
 def read_trials(path: str) -> dict[str, Any]:
-    """Return what was exported; nothing if it never was."""
+    """Return the exported trials; empty if there is no export."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as stream:
             return json.load(stream)
@@ -110,7 +109,7 @@ def read_trials(path: str) -> dict[str, Any]:
 
 
 def present_mark(path: str) -> str:
-    """Return the mark of the report that is there; empty if nothing is."""
+    """Return the mark of the existing report; empty if there is none."""
     try:
         with open(path, encoding="utf-8", errors="replace") as stream:
             found = MARK.search(stream.read(HEAD_BYTES))
@@ -119,16 +118,16 @@ def present_mark(path: str) -> str:
     except OSError as error:
         raise Refused(f"path: {path}: {error.strerror}") from None
     if not found:
-        raise Refused(f"path: {path} is there and is no report; move it away, or choose another report_file")
+        raise Refused(f"path: {path} exists and is not a report; move it away, or choose another report_file")
     return found[1]
 
 
 def digest_of(status: dict[str, Any], held: dict[str, Any]) -> str:
-    """Return what tells one report from another: all but what changes by itself, and how it is drawn."""
+    """Return a hash of the report's data, without values that change by themselves, and of the drawing code."""
     lasting = {**status, "read": None, "disk": None}
     if status["job"]:
         lasting["job"] = {**status["job"], "time_left": None}
-    if status["server"]:  # the hosting program itself connects for a moment now and then
+    if status["server"]:  # the supervisor itself connects briefly now and then
         lasting["server"] = status["server"]["version"]
     parts = [inspect.getsource(_figures), inspect.getsource(_report), json.dumps([lasting, held], sort_keys=True)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
@@ -151,18 +150,15 @@ def render(status: dict[str, Any], held: dict[str, Any], digest: str) -> str:
 
 
 def write(path: str, content: str) -> None:
-    """Replace the file by one that nobody else can read."""
-    folder = os.path.dirname(path)
+    """Replace the file by one that others cannot read."""
     try:
-        with tempfile.NamedTemporaryFile("w", dir=folder, encoding="utf-8", delete=False) as stream:
-            stream.write(content)
-        os.rename(stream.name, path)
+        write_atomically(path, content)
     except OSError as error:
         raise Refused(f"path: {path}: {error.strerror}; choose another report_file") from None
 
 
 def ensure_report(params: dict, check_mode: bool) -> dict[str, Any]:
-    """Bring the file to what is known."""
+    """Bring the file up to date."""
     path = params["path"]
     if not os.path.isabs(path):
         raise Refused(f"path: {path!r} is not absolute; give a path that begins with / or ~")

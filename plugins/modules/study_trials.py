@@ -10,17 +10,17 @@ DOCUMENTATION = r"""
 module: study_trials
 short_description: Export all trials of all studies into one file
 description:
-  - Has the installed Optuna read every study of every database, and writes them as JSON, compressed by gzip, for
-    M(mala.hpc_db.study_report). Nothing in a database is changed.
-  - Times are seconds since 1970. Optuna before 5 keeps the workers' local time, which is taken for that of this host.
+  - Reads every study of every database with the installed Optuna, and writes them as gzip-compressed JSON for
+    M(mala.hpc_db.study_report). The databases are not changed.
+  - Times are in seconds since 1970. Optuna before 5 stores the workers' local time, which is read as this host's.
 author: mala.hpc_db contributors (@mala-project)
 options:
   database:
-    description: A database to connect to. O(user) must be a superuser.
+    description: Database to connect to. O(user) must be a superuser.
     type: str
     required: true
   path:
-    description: The file, readable for nobody else. It is written only if something has changed.
+    description: Path of the file. Only this user can read it. It is written only if something has changed.
     type: path
     required: true
 extends_documentation_fragment:
@@ -50,17 +50,17 @@ EXAMPLES = r"""
 
 RETURN = r"""
 studies:
-  description: How many studies there are.
+  description: Number of studies.
   returned: success
   type: int
 trials:
-  description: How many trials they have.
+  description: Number of trials.
   returned: success
   type: int
 problems:
   description:
-    - Why a database or a study could not be read, such as a schema that is newer than the installed Optuna. What is odd
-      within a study is in the file.
+    - Reasons why a database or a study could not be read, such as a schema of a newer Optuna than the installed one.
+      Anomalies within a study are recorded in the file.
   returned: success
   type: list
   elements: str
@@ -78,13 +78,14 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import encodable_data, one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import write_atomically
 
-DATABASES = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname"
 STUDIES = "SELECT study_name FROM studies ORDER BY study_name"
 
 
 def seconds(time: datetime.datetime | None) -> float | None:
-    """Return a time of Optuna's, which is local without a time zone, in seconds since 1970."""
+    """Return a time of Optuna's, which is local and has no time zone, in seconds since 1970."""
     try:
         return None if time is None else time.timestamp()
     except (OverflowError, ValueError):  # the year 1 or 9999
@@ -92,7 +93,7 @@ def seconds(time: datetime.datetime | None) -> float | None:
 
 
 def constraints_of(trial: Any) -> dict[str, float]:
-    """Return the values of a trial's constraints, none of which is above 0 in a feasible one."""
+    """Return the values of a trial's constraints; in a feasible trial none is above 0."""
     held = getattr(trial, "constraints", None) or trial.system_attrs.get("constraints") or {}
     named = held if isinstance(held, dict) else {str(number): value for number, value in enumerate(held)}
     numbers = {name: number(value) for name, value in named.items() if isinstance(value, (int, float))}
@@ -100,7 +101,7 @@ def constraints_of(trial: Any) -> dict[str, float]:
 
 
 def number(value: float) -> float:
-    """Return a number, an integer that is too large as infinity."""
+    """Return a number as float; an integer that is too large becomes infinity."""
     try:
         return float(value)
     except OverflowError:
@@ -108,16 +109,16 @@ def number(value: float) -> float:
 
 
 def internal_values(trial: Any) -> Iterator[tuple[str, float]]:
-    """Return the numbers that stand for a trial's parameters, but not where there is none."""
+    """Return the numbers that represent a trial's parameters, without parameters that have none."""
     for name, value in trial.params.items():
         with contextlib.suppress(OverflowError, TypeError, ValueError):
             yield name, trial.distributions[name].to_internal_repr(value)
 
 
 def export_study(database: str, study: Any, trials: list[Any], odd: list[str]) -> dict[str, Any]:
-    """Return all of a study as JSON can hold it.
+    """Return a study's data in a form that JSON can store.
 
-    A parameter's value is the number that stands for it in its distribution, whatever the choices are.
+    A parameter's value is its internal number in the distribution, whatever type its choices have.
     """
     from optuna.distributions import distribution_to_json
 
@@ -157,21 +158,21 @@ def export_study(database: str, study: Any, trials: list[Any], odd: list[str]) -
 def look_into(params: dict, database: str) -> tuple[list[str], str]:
     """Return the names of the studies in a database, and why Optuna cannot read them; empty if it can.
 
-    Optuna would make its tables where there are none.
+    The tables are checked first, because Optuna would create missing ones.
     """
     with _connection.connect(params, database) as connection:
-        if _connection.rows(connection, _optuna.HAS_SCHEMA) != [("version_info", "alembic_version")]:
+        if not _optuna.has_schema(connection):
             return [], ""
-        schemas = [_optuna.Schema(*row) for row in _connection.rows(connection, _optuna.SCHEMA)]
+        schema = _optuna.read_schema(connection)
         names = [name for name, in _connection.rows(connection, STUDIES)]
-    optuna = _optuna.installed_optuna()
+    optuna = optuna_schema.installed_optuna()
     if optuna is None:
         raise _connection.Unreachable(_connection.not_importable("optuna", ImportError("No module named 'optuna'")))
-    return names, _optuna.mismatch(database, schemas[0], optuna) if schemas else ""
+    return names, _optuna.mismatch(database, schema, optuna) if schema else ""
 
 
 def read_studies(params: dict, database: str, names: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return studies of a database, and why others cannot be read."""
+    """Return the studies of a database, and why others cannot be read."""
     try:
         import optuna
     except ImportError as error:
@@ -185,11 +186,11 @@ def read_studies(params: dict, database: str, names: list[str]) -> tuple[list[di
                 trials, unreadable = _optuna.read_trials(storage, storage.get_study_id_from_name(name))
                 odd = _optuna.oddities(trials, len(study.directions))
                 studies.append(export_study(database, study, trials, [*unreadable, *odd]))
-            except Exception as error:  # one study must not cost the others
+            except Exception as error:  # an error in one study must not lose the others
                 if _optuna.is_lost(error):
                     raise
                 problems.append(f"study {database}/{name} cannot be read and is not shown: {_optuna.said(error)}")
-    except Exception as error:  # whatever Optuna, SQLAlchemy and psycopg2 raise
+    except Exception as error:  # any error of Optuna, SQLAlchemy and psycopg2
         raise _connection.Unreachable(f"database {database}: {_optuna.said(error)}") from None
     return studies, problems
 
@@ -197,7 +198,7 @@ def read_studies(params: dict, database: str, names: list[str]) -> tuple[list[di
 def read_all(params: dict) -> dict[str, Any]:
     """Return all studies, and why some are missing."""
     with _connection.connect(params, params["database"]) as connection:
-        databases = [name for name, in _connection.rows(connection, DATABASES)]
+        databases = [name for name, in _connection.rows(connection, _connection.DATABASES)]
     studies: list[dict[str, Any]] = []
     problems: list[str] = []
     for database in databases:
@@ -212,14 +213,12 @@ def read_all(params: dict) -> dict[str, Any]:
 
 
 def ensure_exported(params: dict, check_mode: bool) -> dict[str, Any]:
-    """Bring the file to what the databases hold."""
+    """Bring the file to the databases' contents."""
     held = read_all(params)
     content = gzip.compress(json.dumps(held).encode(), mtime=0)
     changed = content != read_bytes(params["path"])
     if changed and not check_mode:
-        with open(params["path"] + ".new", "wb") as stream:
-            stream.write(content)
-        os.rename(params["path"] + ".new", params["path"])
+        write_atomically(params["path"], content)
     return {
         "changed": changed,
         "studies": len(held["studies"]),
@@ -229,7 +228,7 @@ def ensure_exported(params: dict, check_mode: bool) -> dict[str, Any]:
 
 
 def read_bytes(path: str) -> bytes:
-    """Return what is in a file; nothing if it is not there."""
+    """Return a file's contents; empty if it does not exist."""
     try:
         with open(path, "rb") as stream:
             return stream.read()

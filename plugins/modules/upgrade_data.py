@@ -10,31 +10,31 @@ DOCUMENTATION = r"""
 module: upgrade_data
 short_description: Move the studies to another major version of PostgreSQL
 description:
-  - Dumps the study databases, moves a copy of the data directory by C(pg_upgrade), or dumps and restores where
-    C(pg_upgrade) refuses it, and compares all rows and each study's best value.
-  - Only then the new data directory becomes the one in use, by one rename. The old one stays as it was.
-  - Holds the instance's lease meanwhile, so no job can start the server. Interrupted at any point, nothing has
-    changed, and the next run begins again.
+  - Dumps the study databases, and upgrades a copy of the data directory with C(pg_upgrade). If C(pg_upgrade) refuses,
+    the databases are dumped and restored. Then all rows and each study's best value are compared.
+  - Only after that, a single rename puts the new data directory into use. The old one stays unchanged.
+  - The module holds the instance's lease, so that no job can start the server. An interruption at any point leaves
+    everything unchanged, and the next run starts over.
 author: mala.hpc_db contributors (@mala-project)
 options:
   root:
     description:
-      - The instance directory, with what this needs made aside already - the new programs, a new data directory
-        C(data/MAJOR.new), and C(host/settings-MAJOR.json), which names them.
+      - Path of the instance directory. It must already contain the new programs, a new data directory
+        C(data/MAJOR.new), and C(host/settings-MAJOR.json) with the paths of both.
     type: path
     required: true
   major:
     description:
-      - The wanted major version. If the studies are in it already, nothing is done.
-      - An older one is gone back to if its data directory was kept. Nothing is converted then.
+      - Wanted major version. If the studies are already in it, nothing is done.
+      - Going back to an older major version is possible if its data directory was kept. Nothing is converted then.
     type: int
     required: true
   back:
-    description: Whether to go back although trials were added since. They stay in the data directory that is left.
+    description: Go back even if trials were added since then. They stay in the newer version's data directory.
     type: bool
     default: false
   patience:
-    description: The longest time in seconds to wait for whoever holds the data directory.
+    description: Maximum time in seconds to wait for the holder of the lease.
     type: int
     default: 180
 extends_documentation_fragment:
@@ -42,7 +42,7 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: full
-    details: Refuses what can be seen without a running server.
+    details: Checks only what can be checked without a running server.
   diff_mode:
     support: full
 """
@@ -57,28 +57,28 @@ EXAMPLES = r"""
 RETURN = r"""
 way:
   description:
-    - C(pg_upgrade), C(dump and restore) with the reason, or C(kept) for the way back.
+    - C(pg_upgrade), C(dump and restore) with the reason, or C(kept) for going back.
     - Null if there was nothing to do, and in check mode.
   returned: success
   type: str
 kept:
-  description: The data directory that was, or would be, left as it is; null if there was nothing to do.
+  description: Data directory that was, or would be, kept unchanged. Null if there was nothing to do.
   returned: success
   type: str
 seconds:
-  description: How long it took, the dump included.
+  description: Duration in seconds, including the dump.
   returned: changed and not in check mode
   type: float
 databases:
-  description: What each database holds, as it was compared.
+  description: Compared contents of each database.
   returned: changed and not in check mode
   type: dict
   contains:
     tables:
-      description: The number of rows and a sum of them, of each table.
+      description: Number of rows and a checksum of each table.
       type: dict
     studies:
-      description: Each study's direction, number of complete trials and best value, for each of its objectives.
+      description: Direction, number of completed trials and best value of each study, for each objective.
       type: list
       elements: dict
 """
@@ -90,12 +90,13 @@ import sys
 from typing import Callable
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mala.hpc_db.plugins.module_utils._instance import read_settings
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import one_line
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import read_settings
 
-# What the old installation must still have.
+# Programs of the old installation that the upgrade needs.
 PROGRAMS = ["postgres", "psql", "pg_dump", "pg_restore"]
-# What the new data directory takes beside the copy of the old one, which it shares its files with.
+# Bytes of the new data directory in addition to the copy of the old one, with which it shares files.
 NEW_BYTES = 100_000_000
 
 Run = Callable[[list[str]], str]
@@ -106,11 +107,11 @@ class Refused(Exception):
 
 
 class Failed(Exception):
-    """It went wrong; the message is for the user."""
+    """The operation failed; the message is for the user."""
 
 
 def major_of(data: str) -> int | None:
-    """Return a data directory's major version; None if it is none."""
+    """Return a data directory's major version; None if the folder is not a data directory."""
     try:
         with open(os.path.join(data, "PG_VERSION"), encoding="ascii") as stream:
             return int(stream.read().split(".")[0])
@@ -119,22 +120,22 @@ def major_of(data: str) -> int | None:
 
 
 def size_of(folder: str) -> int:
-    """Return the bytes of all files in a folder."""
+    """Return the total size of all files in a folder in bytes."""
     paths = (os.path.join(parent, name) for parent, _folders, names in os.walk(folder) for name in names)
     return sum(os.lstat(path).st_size for path in paths)
 
 
 def check(params: dict, used: dict, found: int) -> None:
-    """Refuse what cannot end well."""
+    """Refuse an upgrade that cannot succeed."""
     root, major, data = params["root"], params["major"], used["data"]
     missing = [name for name in PROGRAMS if not os.path.exists(os.path.join(used["bindir"], name))]
     if missing:
         raise Refused(
-            f"{used['bindir']} has no {', '.join(missing)} any more, and only PostgreSQL {found} reads {data}: "
+            f"{used['bindir']} no longer has {', '.join(missing)}, and only PostgreSQL {found} reads {data}: "
             f"install it again with the playbook hpc_db.yml and postgres_major={found}"
         )
     if major < found:
-        if major_of(os.path.join(root, "data", str(major))) != major:
+        if major_of(os.path.join(Layout(root).data, str(major))) != major:
             raise Refused(
                 f"postgres_major: {major} is not allowed; PostgreSQL cannot go from {found} to an older major, and no "
                 f"data directory of {major} was kept"
@@ -146,19 +147,19 @@ def check(params: dict, used: dict, found: int) -> None:
 
 
 def upgrade_command(params: dict) -> list[str]:
-    """Return the call that moves the studies; it prints what it compared as JSON."""
+    """Return the call that moves the studies; it prints the compared counts as JSON."""
     command = [sys.executable, "-m", "hpc_db_host", "upgrade", f"--root={params['root']}"]
-    settings = os.path.join(params["root"], "host", f"settings-{params['major']}.json")
+    settings = Layout(params["root"]).settings_of(params["major"])
     command += [f"--settings={settings}", f"--lease-patience={params['patience']}"]
     return [*command, *(["--back"] if params["back"] else [])]
 
 
 def ensure_major(params: dict, run: Run, check_mode: bool) -> dict:
-    """Have the studies in the wanted major. ``run`` takes an argument list and returns its stdout."""
+    """Bring the studies to the wanted major version. ``run`` takes an argument list and returns its stdout."""
     used = read_settings(params["root"])
     found = major_of(used["data"])
     if found is None:
-        raise Refused(f"{used['data']} is no data directory of PostgreSQL; run the playbook hpc_db.yml first")
+        raise Refused(f"{used['data']} is not a PostgreSQL data directory; run the playbook hpc_db.yml first")
     changed = found != params["major"]
     result = {"changed": changed, "way": None, "kept": used["data"] if changed else None}
     if changed:
@@ -170,8 +171,8 @@ def ensure_major(params: dict, run: Run, check_mode: bool) -> dict:
 
 
 def last_words(stderr: str) -> str:
-    """Return why the program ended, without time and state before it."""
-    lines = stderr.strip().splitlines() or ["no word why"]
+    """Return why the program ended, without the time and state before it."""
+    lines = stderr.strip().splitlines() or ["no error message"]
     return lines[-1].partition(" failed: ")[2] or lines[-1]
 
 
@@ -190,7 +191,7 @@ def main() -> None:
 
     def run(command: list[str]) -> str:
         returncode, stdout, stderr = module.run_command(
-            command, cwd=os.path.join(module.params["root"], "host"), ignore_invalid_cwd=False,
+            command, cwd=Layout(module.params["root"]).host, ignore_invalid_cwd=False,
             expand_user_and_vars=False,
         )
         if returncode:

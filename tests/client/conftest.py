@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A PostgreSQL server, and a proxy before it that cuts connections where a test wants it."""
+"""A PostgreSQL server, and a proxy in front of it that cuts connections on a test's request."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import sqlalchemy
 from cutting_proxy import CRASHES, WAYS, Proxy
 from real_server import DRIVERS, PGBOUNCER, Ask, Make, Pooler, Server
 
-# Optuna has had a proxy since 4.2.
+# Optuna has had a storage proxy since 4.2.
 collect_ignore = [] if find_spec("grpc") else ["test_storage_proxy.py"]
-# Their source is that of the newest.
+# The sources tested there are those of the newest versions.
 collect_ignore += [] if find_spec("fakeredis") else ["test_upstream.py"]
 
 
@@ -55,7 +55,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def database(server: Server) -> Callable[[str], list]:
-    """Ask the database of the role study."""
+    """Query the database with the role study."""
     return lambda statement: server.ask(statement, "study")
 
 
@@ -83,14 +83,14 @@ def driver(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def url(driver: str, proxy: Proxy) -> str:
-    """The URL with the plugin, by way of the proxy."""
+    """The URL with the plugin, through the proxy."""
     where = f"study@127.0.0.1:{proxy.port}/study"
     return f"postgresql+{driver}://{where}?plugin=hpc_db&hpc_db_patience=60&sslmode=disable&gssencmode=disable"
 
 
 @pytest.fixture
 def engine(url: str, database: Callable[[str], list]) -> Iterator[sqlalchemy.engine.Engine]:
-    """An engine that has one connection at rest, and the table t with the rows 1 and 2."""
+    """An engine with one idle connection, and the table t with the rows 1 and 2."""
     database("DROP TABLE IF EXISTS t")
     database("CREATE TABLE t (n int PRIMARY KEY, word text); ALTER TABLE t OWNER TO study")
     database("INSERT INTO t VALUES (1, 'one'), (2, 'two')")
@@ -108,7 +108,7 @@ def rows(database: Callable[[str], list]) -> Callable[[], list]:
 
 @pytest.fixture
 def make(url: str) -> Iterator[Make]:
-    """Return an engine; all are disposed of in the end."""
+    """Return an engine; all engines are disposed of at the end."""
     made = []
 
     def engine(**options: object) -> sqlalchemy.engine.Engine:
@@ -122,13 +122,13 @@ def make(url: str) -> Iterator[Make]:
 
 @pytest.fixture
 def cut(database: Ask) -> Callable[[], object]:
-    """End the workers' sessions, as a server does that moves."""
+    """End the workers' sessions, like a server that moves."""
     return lambda: database("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'study'")
 
 
 @pytest.fixture
 def schema(database: Ask) -> Iterator[Callable[[str], None]]:
-    """Make the schema f, with what a test wants in it."""
+    """Create the schema f, with the objects that a test wants in it."""
 
     def make(definitions: str) -> None:
         database("DROP SCHEMA IF EXISTS f CASCADE; CREATE SCHEMA f AUTHORIZATION study; SET search_path = f, public;"

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A proxy that knows as much of PostgreSQL's protocol as it takes to cut a connection at a chosen request.
+"""A proxy that parses just enough of PostgreSQL's protocol to cut a connection at a chosen request.
 
-A request is what the server answers with one ReadyForQuery: a statement, or a driver's own BEGIN or COMMIT.
+A request is the unit that the server answers with one ReadyForQuery: a statement, or a driver's own BEGIN or COMMIT.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import struct
 import threading
 from collections.abc import Callable
 
-# What becomes of the chosen request, and of its connection.
+# The fates of the chosen request and its connection.
 REQUEST_LOST = "request lost"  # the server never sees it
 ANSWER_LOST = "answer lost"
 SESSION_LEFT = "session left"  # the same, and the server does not notice that the client has gone
-TERMINATED = "terminated"  # by the server, which says so, before the request
-KILLED = "killed before"  # the server's process, and by that all others as well
+TERMINATED = "terminated"  # by the server, with a message, before the request
+KILLED = "killed before"  # the server's process, which also ends all others
 ANSWERED_AND_KILLED = "killed after"
 WAYS = (REQUEST_LOST, ANSWER_LOST, SESSION_LEFT, TERMINATED)
 CRASHES = (KILLED, ANSWERED_AND_KILLED)
 
 
 class Proxy:
-    """Listens on ``port``; ``requests`` were made since the last ``cut``."""
+    """Listens on ``port``; ``requests`` holds the requests since the last ``cut``."""
 
     def __init__(self, server: int, terminate: Callable[[int], object]) -> None:
         self.server = server
@@ -45,8 +45,7 @@ class Proxy:
         self.requests: list[bytes] = []
 
     def cut(self, chosen: dict[int, str], then: Callable[[], object] = lambda: None) -> None:
-        """Cut these requests, numbered by one from now on, in these ways; each time do something before it is noticed.
-        """
+        """Cut the requests with these numbers, counted from one starting now; call ``then`` before a cut is noticed."""
         with self._lock:
             self._chosen, self._then = dict(chosen), then
             self._text, self._after = (b"", ""), b""
@@ -55,13 +54,13 @@ class Proxy:
     def cut_at(
         self, text: bytes, way: str, then: Callable[[], object] = lambda: None, after: bytes = b""
     ) -> None:
-        """Cut the next request that holds this text, perhaps after another; do something before it is noticed."""
+        """Cut the next request with this text, perhaps after another; call ``then`` before the cut is noticed."""
         self.cut({}, then)
         self._text, self._after = (text, way), after
 
     @property
     def due(self) -> bool:
-        """Tell whether the chosen text is still waited for."""
+        """Return whether the chosen text has not appeared yet."""
         return bool(self._text[0])
 
     def __enter__(self) -> Proxy:
@@ -69,7 +68,7 @@ class Proxy:
         return self
 
     def __exit__(self, *_unused: object) -> None:
-        # To close what a thread reads from would give its number to another test's socket.
+        # Closing a socket that a thread reads from would give its number to another test's socket.
         for each in (self._listener, *list(self._sockets)):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
@@ -108,7 +107,7 @@ class Proxy:
                 each.close()
 
     def _talk(self, client: socket.socket, server: socket.socket) -> bool:
-        """Pass on until the end; return whether the server's side is left open."""
+        """Forward data until the end; return whether the server's side is left open."""
         (length,) = struct.unpack("!I", head := read(client, 4))
         server.sendall(head + read(client, length - 4))
         greeting = answer(server)
@@ -148,7 +147,7 @@ class Proxy:
 
 
 def read(stream: socket.socket, size: int) -> bytes:
-    """Read exactly so many bytes."""
+    """Read exactly ``size`` bytes."""
     data = b""
     while len(data) < size:
         data += (some := stream.recv(size - len(data)))
@@ -158,13 +157,13 @@ def read(stream: socket.socket, size: int) -> bytes:
 
 
 def message(stream: socket.socket) -> tuple[bytes, bytes]:
-    """Read one message; return its kind and the whole."""
+    """Read one message; return its type and all its bytes."""
     head = read(stream, 5)
     return head[:1], head + read(stream, struct.unpack("!I", head[1:])[0] - 4)
 
 
 def pass_on_farewell(server: socket.socket, client: socket.socket) -> None:
-    """Wait until the client says something; meanwhile the server may end the session."""
+    """Wait until the client sends data; meanwhile the server may end the session."""
     both = select.poll()
     both.register(client, select.POLLIN)
     both.register(server, select.POLLIN)
@@ -173,7 +172,7 @@ def pass_on_farewell(server: socket.socket, client: socket.socket) -> None:
 
 
 def answer(server: socket.socket) -> bytes:
-    """Read up to ReadyForQuery, or what there is if the server hangs up."""
+    """Read up to ReadyForQuery, or to the end of the stream if the server hangs up."""
     data, kind = b"", b""
     while kind != b"Z":
         try:

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Shows that each guard of the plugin and of the storage proxy is needed: without it, in a copy, a test has to fail.
+"""Show that each guard of the plugin and of the storage proxy is needed: in a copy without it, a test must fail.
 
-PYTHON tests/client/guards.py [NAME...]; the Python is one of an environment for tests/client. With the names of
-guards only those.
+PYTHON tests/client/guards.py [NAME...]; the Python belongs to an environment for tests/client. With names, only those
+guards are tested.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = [HERE.parents[1] / "client/src/hpc_db_client", HERE.parents[1] / "roles/server/files/hpc_db_host"]
+PACKAGES = [HERE.parents[1] / "client/src/hpc_db_client", HERE.parents[1] / ".cache/host/hpc_db_host"]
+PROXY = HERE.parents[1] / "roles/server/files/storage_proxy.py"
 FILES = (
     "connection.py", "catalog.py", "journal.py", "sql.py", "plugin.py", "dialect.py", "proxy.py", "storage_proxy.py"
 )
-SECONDS = 180  # a test that hangs without a guard has noticed it
+SECONDS = 180  # a test that hangs without a guard also counts as failed
 
 
 class Guard(NamedTuple):
-    """What is replaced by what, and the tests that notice it."""
+    """The guard's code, its replacement, and the tests that must fail."""
 
     old: str
     new: str
-    tests: str  # as pytest's -k has them
+    tests: str  # in the syntax of pytest's -k
 
 
 GUARDS = {
@@ -88,8 +89,11 @@ GUARDS = {
     "id that was not made durable": Guard(
         'or (status == "committed" and lsn)', 'or status == "committed"', "cannot_make_sure"
     ),
-    "calls": Guard("raise Unknown(f\"what {token.text}", "continue; raise Unknown(f\"what {token.text}", "judgement"),
-    "INTO": Guard('raise Unknown("INTO makes a table")', "pass", "judgement"),
+    "calls": Guard(
+        "raise Unknown(f\"the effect of {token.text}", "continue; raise Unknown(f\"the effect of {token.text}",
+        "judgement",
+    ),
+    "INTO": Guard('raise Unknown("INTO creates a table")', "pass", "judgement"),
     "temporary tables": Guard('raise Unknown("a temporary table")', "pass", "judgement"),
     "the server's own tables": Guard("if not judged.free and _has_server_s_own(names):", "if False:", "judgement"),
     "the server's own tables, in triggers": Guard("if _has_server_s_own(names):", "if False:", "judgement"),
@@ -161,10 +165,11 @@ GUARDS = {
 
 
 def notices(guard: Guard, folder: Path) -> bool:
-    """Tell whether a test fails without the guard."""
+    """Return whether a test fails without the guard."""
     shutil.rmtree(folder, ignore_errors=True)
     for package in PACKAGES:
         shutil.copytree(package, folder / package.name)
+    shutil.copy(PROXY, folder)
     found = 0
     for file in folder.rglob("*.py"):
         if file.name not in FILES:

@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A worker that makes random transactions and says what it was told of each, and the checker of all that was said.
+"""A worker that runs random transactions and records the result of each, and a checker of all these records.
 
-Every transaction that writes leaves a line in the table ``log`` as well, under its own token. So what is in the
-database can be told from what was acknowledged: lost, doubled, half done, or done in other data than it was meant for.
+Every writing transaction also adds a line to the table ``log``, under a token of its own. So the database can be
+compared with the acknowledgements: transactions that are lost, doubled, half done, or done in other data than they
+were meant for.
 
 PYTHON history.py URL SEED COUNT FILE
 """
@@ -21,11 +22,11 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 COUNTERS, ACCOUNTS, BALANCE = 3, 6, 100
-OTHER_DATA = "the database is another one now"
+OTHER_DATA = "the database was restored or replaced"
 KINDS = ["counter", "counter", "blind", "blind", "transfer", "transfer", "put", "claim", "bulk", "look", "sum"]
-# Seconds between transactions, in which a session has none.
+# Seconds between transactions, during which no session is open.
 MOST_REST = 0.02
-# Beside the file that a worker writes: it may end when it has done its count.
+# A file beside the worker's output: once it exists, the worker may end after COUNT transactions.
 STOP = "stop"
 
 TABLES = sa.MetaData()
@@ -45,7 +46,7 @@ log = sa.Table(
 
 
 def create(connection: Any) -> None:
-    """Make the tables, as they are before the first transaction."""
+    """Create the tables in their state before the first transaction."""
     TABLES.drop_all(connection)
     TABLES.create_all(connection)
     connection.execute(counters.insert(), [{"id": number, "n": 0} for number in range(COUNTERS)])
@@ -53,7 +54,7 @@ def create(connection: Any) -> None:
 
 
 class Worker:
-    """Makes transactions on one engine until it is told that the data is other data; then on another engine."""
+    """Runs transactions on one engine until an error reports that the data has been replaced; then on a new engine."""
 
     def __init__(self, url: str, seed: int) -> None:
         self.random = random.Random(seed)
@@ -63,7 +64,7 @@ class Worker:
         self.data = 0
 
     def transaction(self, number: int) -> dict:
-        """Make one; return what became of it."""
+        """Run one transaction; return its result."""
         kind = self.random.choice(KINDS)
         event: dict[str, Any] = {"token": f"{self.name}-{number}", "kind": kind, "began": time.monotonic()}
         try:
@@ -97,7 +98,7 @@ class Worker:
         return [one, n]
 
     def blind(self, connection: Any, token: str) -> list[int]:
-        """Count without reading anything back, so that only what became of the commit tells whether it is done."""
+        """Count without reading anything back: only the outcome of the commit tells whether it is done."""
         one = self.random.randrange(COUNTERS)
         connection.execute(sa.text("UPDATE counters SET n = n + 1 WHERE id = :one"), {"one": one})
         connection.execute(
@@ -146,16 +147,16 @@ class Worker:
 
 
 class Copy(NamedTuple):
-    """A database that took the place of another one."""
+    """A database that has replaced another one."""
 
-    source: int  # the oid of that one
-    data: int  # its own
-    began: float  # when it was taken
+    source: int  # the oid of the replaced database
+    data: int  # its own oid
+    began: float  # time of the copy
     tokens: frozenset[str]
 
 
 def check(events: list[dict], copies: list[Copy], connection: Any) -> list[str]:
-    """Return what is wrong with the database that there is in the end."""
+    """Return the errors in the database at the end."""
     (data,) = connection.execute(
         sa.text("SELECT oid::bigint FROM pg_database WHERE datname = current_database()")
     ).one()
@@ -184,7 +185,7 @@ def check(events: list[dict], copies: list[Copy], connection: Any) -> list[str]:
 
 
 def _check_effects(lines: list[dict], connection: Any) -> list[str]:
-    """Compare the tables with the log: a transaction is there as a whole or not at all."""
+    """Compare the tables with the log: each transaction is there as a whole or not at all."""
     wrong = []
     of = Counter((line["kind"], line["one"]) for line in lines)
     for one, n in connection.execute(sa.select(counters.c.id, counters.c.n)):
@@ -213,7 +214,7 @@ def _check_effects(lines: list[dict], connection: Any) -> list[str]:
 
 
 def _check_answers(events: list[dict], lines: list[dict]) -> list[str]:
-    """Compare what workers were told with the log, and with what others were told before."""
+    """Compare the workers' results with the log, and with earlier results."""
     wrong = []
     by_token = {line["token"]: line for line in lines}
     done = [event for event in events if event["said"] == "done"]

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A plugin of pytest for Optuna's own tests: what they do with SQLite they do with the storage at ELSEWHERE.
+"""A pytest plugin for Optuna's own tests: replaces SQLite by the storage at ELSEWHERE.
 
 That is a URL, or the directory of an instance with a storage proxy.
 """
@@ -18,14 +18,14 @@ ELSEWHERE = os.environ["ELSEWHERE"]
 IS_URL = "://" in ELSEWHERE
 MODES = ["sqlite", "cached_sqlite"] if IS_URL else ["grpc_rdb"]
 
-# Optuna's tests have these lists from there.
+# Optuna's tests take these lists from there.
 storages.STORAGE_MODES[:] = MODES
 storages.STORAGE_MODES_HEARTBEAT[:] = ["sqlite", "cached_sqlite"] if IS_URL else []
 _enter, _leave = storages.StorageSupplier.__enter__, storages.StorageSupplier.__exit__
 
 
 def enter(self: Any) -> Any:
-    """Give a test the storage, with no study in it."""
+    """Give a test the storage, without any study in it."""
     if self.storage_specifier not in MODES:
         return _enter(self)
     if not IS_URL:
@@ -42,7 +42,7 @@ def enter(self: Any) -> Any:
 
 
 def leave(self: Any, *error: Any) -> None:
-    """Close what a test was given."""
+    """Close the storage of a test."""
     if self.storage_specifier == "grpc_rdb" and not IS_URL:
         self.storage.close()
     else:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A PostgreSQL server for the tests, out of a Python package."""
+"""A PostgreSQL server for the tests, from a Python package."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ class Server:
         self._run("pg_ctl", "stop", "-w", "-m", mode)
 
     def move(self) -> None:
-        """Have another port from the next start on."""
+        """Use another port from the next start on."""
         self.port = free_port()
         with open(self.data / "postgresql.conf", "a") as stream:
             stream.write(f"port = {self.port}\n")
 
     def ask(self, statement: str, database: str = "postgres") -> list:
-        """Run a statement as the owner of everything, if need be after a crash's recovery."""
+        """Run a statement as the superuser; wait for the recovery after a crash if necessary."""
         limit = time.monotonic() + 30
         while True:
             try:
@@ -106,7 +106,7 @@ class Pooler:
         self._server_port = 0
 
     def start(self, server_port: int = 0) -> None:
-        """Start, before the server at that port, or the same as before."""
+        """Start in front of the server at that port, or at the previous one."""
         self._server_port = server_port or self._server_port
         (self._folder / "users").write_text('"study" ""\n')
         (self._folder / "ini").write_text(

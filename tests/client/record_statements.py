@@ -1,8 +1,9 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Writes down what Optuna sends: PYTHON tests/client/record_statements.py, with the Python of each environment.
+"""Record the statements that Optuna sends: PYTHON tests/client/record_statements.py, once with each environment's
+Python.
 
-Adds what the installed versions of Optuna and SQLAlchemy say by way of each driver to optuna_statements.json.
+Adds the statements of the installed versions of Optuna and SQLAlchemy, through each driver, to optuna_statements.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FILE = Path(__file__).with_name("optuna_statements.json")
 
 
 def use(url: str) -> None:
-    """Make Optuna send each statement that it has."""
+    """Make Optuna send every statement it has."""
     storage = optuna.storages.RDBStorage(url, heartbeat_interval=1, grace_period=2)
     optuna.storages.RDBStorage(url)
     for name, directions in (("one", ["minimize"]), ("two", ["minimize", "maximize"])):
@@ -72,7 +73,7 @@ def use(url: str) -> None:
 
 
 def recorder(statements: set[str]) -> Callable:
-    """Return a listener that adds each statement to these."""
+    """Return a listener that adds each statement to ``statements``."""
 
     def note(_connection: object, _cursor: object, statement: str, *_others: object) -> None:
         statements.add(statement)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Programs that do what Optuna does not: nothing lost or doubled without an error, and no error without a cut."""
+"""Programs other than Optuna: nothing is lost or doubled without an error, and there is no error without a cut."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_effects_of_the_server_s_functions_are_not_lost_silently(
         cut()
         connection.execute(text("INSERT INTO t VALUES (5)"))
 
-    assert "the error goes up" in capfd.readouterr().err
+    assert "raising the error" in capfd.readouterr().err
     assert database("SELECT count(*) FROM t") == [(2,)]
 
 
@@ -112,7 +112,7 @@ def test_effects_are_looked_for_in_all_that_a_database_has(
         cut()
         connection.execute(text("INSERT INTO t VALUES (5)"))
 
-    assert "the error goes up" in capfd.readouterr().err
+    assert "raising the error" in capfd.readouterr().err
     assert database("SELECT count(*) FROM t") == [(2,)]
 
 
@@ -162,7 +162,7 @@ def test_effects_of_a_view_that_is_gone_are_not_lost_silently(
 def test_name_that_is_cut_elsewhere_is_not_taken_for_nothing(
     driver: str, make: Make, url: str, engine: sqlalchemy.engine.Engine, server: Server, cut: Callable
 ) -> None:
-    name = "ä" * 40  # 80 bytes in UTF-8, of which PostgreSQL would take 63
+    name = "ä" * 40  # 80 bytes in UTF-8, of which PostgreSQL would keep 63
     server.ask("DROP DATABASE IF EXISTS latin WITH (FORCE)")
     server.ask("CREATE DATABASE latin OWNER study ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
     engine = make(url=url.replace("/study?", "/latin?"))
@@ -299,7 +299,7 @@ def test_other_data_behind_a_pooler_are_not_written(
         connection.execute(text("INSERT INTO t VALUES (3, 'three')"))
     server.ask(f"ALTER DATABASE study SET hpc_db.generation = '{uuid.uuid4()}'")
     for _turn in range(2):
-        with pytest.raises(OperationalError, match="the database is another one now"), pooled.begin() as connection:
+        with pytest.raises(OperationalError, match="database was restored or replaced"), pooled.begin() as connection:
             connection.execute(text("INSERT INTO t VALUES (4, 'four')"))
     assert database("SELECT count(*) FROM t") == [(3,)]
 
@@ -319,7 +319,7 @@ def test_other_data_behind_a_pooler_are_not_written_without_a_mark(
         raw.cursor().execute("SELECT 1")
         raw.commit()
         server.ask(f"ALTER DATABASE study SET hpc_db.generation = '{uuid.uuid4()}'")
-        with pytest.raises(DRIVER_ERRORS, match="the database is another one now"):
+        with pytest.raises(DRIVER_ERRORS, match="the database was restored or replaced"):
             if what == "COPY":
                 copy_in(raw.cursor(), "3\tthree\n")
             else:
@@ -376,7 +376,7 @@ def test_what_a_listener_sets_is_not_forgotten(
         with pytest.raises(OperationalError):
             connection.execute(text("INSERT INTO t VALUES (4)"))
     assert database("SELECT count(*) FROM public.t") == [(2,)]
-    with engine.begin() as connection:  # and the next connection is set again
+    with engine.begin() as connection:  # and the next connection is configured again
         connection.execute(text("INSERT INTO t VALUES (5)"))
     assert database("SELECT n FROM f.t") == [(5,)]
 
@@ -421,7 +421,7 @@ def test_repetition_that_was_interrupted_is_not_committed_by_half(
 def test_interrupted_statement_is_not_left_out_of_a_repetition(
     engine: sqlalchemy.engine.Engine, database: Ask, cut: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal's exception can come at any point, also when the statement is done and its outcome is not noted."""
+    """A signal's exception can come at any point, even between a statement's end and the record of its outcome."""
     from hpc_db_client import connection as module
 
     with pytest.raises(OperationalError), engine.begin() as connection:
@@ -539,7 +539,7 @@ COUNTED = {
 
 
 def add_job(connection: sqlalchemy.engine.Connection, add: str, count: str) -> None:
-    """Add a job whose number is how many there are before it, as Optuna does with trials."""
+    """Add a job numbered by the count of jobs before it, as Optuna numbers its trials."""
     connection.execute(text("SELECT n FROM lock FOR UPDATE"))
     (key,) = connection.execute(text(add)).one()
     if count:
@@ -567,6 +567,24 @@ def test_no_two_rows_get_one_number(
         proxy.cut_at(b"COMMIT", REQUEST_LOST, add_another)
     numbers = "SELECT number FROM f.numbers UNION ALL SELECT number FROM f.jobs WHERE number IS NOT NULL ORDER BY 1"
     assert [number for (number,) in database(numbers)] == [0, 1]
+
+
+def test_rollback_after_a_count_does_not_hide_the_count(
+    url: str, proxy: Proxy, server: Server, make: Make, schema: Callable
+) -> None:
+    schema(JOBS)
+    path = {"connect_args": {"options": "-csearch_path=f"}}
+    ours, others = make(**path), make(url=url.replace(f":{proxy.port}/", f":{server.port}/"), **path)
+
+    def add_another() -> None:
+        with others.begin() as connection:
+            add_job(connection, ADD, COUNT)
+
+    with pytest.raises(OperationalError, match="other sessions have received keys of jobs"), ours.begin() as connection:
+        (key,) = connection.execute(text(ADD)).one()
+        proxy.cut_at(b"SAVEPOINT", REQUEST_LOST, add_another)
+        connection.execute(text("SAVEPOINT a"))
+        connection.execute(text(f"SELECT count(*) FROM jobs WHERE id < {key}; ROLLBACK TO SAVEPOINT a"))
 
 
 def test_order_of_keys_is_asked_when_the_locks_are_held_again(
@@ -664,7 +682,7 @@ def test_keys_that_the_program_has_seen_stay(
         assert connection.execute(upsert).inserted_primary_key[0] == seen[0]
         new = postgresql.insert(keyed).values(word="g").on_conflict_do_nothing()
         seen.append(connection.execute(new).inserted_primary_key[0])
-        assert connection.execute(new).rowcount < 1  # psycopg forgets it
+        assert connection.execute(new).rowcount < 1  # psycopg returns -1
         proxy.cut_at(b"COMMIT", way)
     found = database("SELECT id::text, word, at, twice FROM keyed ORDER BY word COLLATE \"C\"")
     words = ["%b'", "a", "c", "d", *([] if IS_OLD else ["e", "f"]), "g"]
@@ -730,13 +748,13 @@ def test_connections_that_are_opened_otherwise_wait_as_well(
 
 
 def test_pool_of_somebody_else_s_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="^pool: the plugin hpc_db has its own"):
+    with pytest.raises(ArgumentError, match="^pool: not allowed with the plugin hpc_db"):
         sqlalchemy.create_engine("postgresql+psycopg2:///?plugin=hpc_db", pool=NullPool(lambda: None))
 
 
 def test_async_is_refused_in_one_line() -> None:
     with pytest.raises(ArgumentError, match="works with .*, not create_async_engine"):
-        # as create_async_engine calls it, which needs greenlet
+        # like create_async_engine, which needs greenlet
         sqlalchemy.create_engine("postgresql+psycopg2:///?plugin=hpc_db", _is_async=True)
 
 
@@ -783,12 +801,29 @@ def test_engine_does_not_go_on_with_other_data(
         server.ask(f"ALTER DATABASE study SET hpc_db.generation = '{uuid.uuid4()}'")
         cut()
         if within:
-            with pytest.raises(OperationalError, match="the database is another one now"):
+            with pytest.raises(OperationalError, match="the database was restored or replaced"):
                 connection.execute(text("INSERT INTO t VALUES (4, 'four')"))
     for _turn in range(2):
-        with pytest.raises(OperationalError, match="the database is another one now"), engine.connect() as connection:
+        with pytest.raises(OperationalError, match="database was restored or replaced"), engine.connect() as connection:
             connection.execute(text("SELECT 1"))
     assert database("SELECT count(*) FROM t") == [(2,)]
+
+
+def test_data_that_are_replaced_during_the_first_connection_are_named(
+    make: Make, server: Server, proxy: Proxy
+) -> None:
+    engine = make()
+    proxy.cut_at(
+        b"pg_catalog.version()", REQUEST_LOST,
+        lambda: server.ask(f"ALTER DATABASE study SET hpc_db.generation = '{uuid.uuid4()}'"),
+    )
+
+    with pytest.raises(OperationalError, match="the database was restored or replaced"):
+        engine.connect()
+    assert not proxy.due
+
+    with make().connect() as connection:
+        assert connection.execute(text("SELECT 1")).scalar_one() == 1
 
 
 def test_other_database_of_the_same_name_is_other_data(
@@ -800,11 +835,11 @@ def test_other_database_of_the_same_name_is_other_data(
     engine.connect().close()
     server.ask("DROP DATABASE other WITH (FORCE)")
     server.ask("CREATE DATABASE other OWNER study")
-    with pytest.raises(OperationalError, match="the database is another one now"), engine.connect() as connection:
+    with pytest.raises(OperationalError, match="database was restored or replaced"), engine.connect() as connection:
         connection.execute(text("SELECT 1"))
 
 
-@pytest.mark.parametrize("driver", ["psycopg2"], indirect=True)  # psycopg sends parameters as such
+@pytest.mark.parametrize("driver", ["psycopg2"], indirect=True)  # psycopg sends parameters separately
 def test_parameter_that_is_sql_is_not_repeated(
     driver: str, engine: sqlalchemy.engine.Engine, cut: Callable, database: Ask
 ) -> None:
@@ -840,7 +875,7 @@ def test_clock_that_is_not_named_is_not_read_twice(
         connection.execute(text(statement))
         cut()
         connection.execute(text("INSERT INTO made VALUES (1)"))
-    with engine.begin() as connection:  # which nobody has read it before
+    with engine.begin() as connection:  # this table has not been read before
         connection.execute(text("SELECT n FROM made"))
         cut()
         connection.execute(text("INSERT INTO made VALUES (2)"))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Promises of the plugin on one connection, with a real server: what it repeats, and where the error goes up."""
+"""Guarantees of the plugin on one connection, with a real server: when it repeats a transaction or raises the error."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def test_transaction_that_would_read_something_else_is_not_repeated(
             connection.execute(text("UPDATE t SET word = 'mine' WHERE n = 1"))
 
     told = capfd.readouterr().err
-    assert "a transaction was cut that cannot be repeated: another result than before" in told
-    assert told.endswith("; the error goes up\n")
+    assert "the connection was lost in a transaction that cannot be repeated: another result than before" in told
+    assert told.endswith("; raising the error\n")
     assert rows() == [(1, "another"), (2, "two")]
-    with engine.connect() as connection:  # and the next one is as good as ever
+    with engine.connect() as connection:  # and the next one works as usual
         assert connection.execute(text("SELECT count(*) FROM t")).scalar() == 2
 
 
@@ -176,7 +176,7 @@ def test_server_that_cannot_make_sure_is_not_believed(
     capfd: pytest.CaptureFixture,
 ) -> None:
     function = "FUNCTION pg_logical_emit_message(boolean, text, text, boolean)"
-    database(f"REVOKE EXECUTE ON {function} FROM PUBLIC")  # as if there were none, like before PostgreSQL 17
+    database(f"REVOKE EXECUTE ON {function} FROM PUBLIC")  # as before PostgreSQL 17, which lacks this function
     engine.dispose()
     try:
         for number, way in enumerate((REQUEST_LOST, ANSWER_LOST)):
@@ -258,7 +258,7 @@ def test_stopped_server_is_waited_for_within_a_transaction_and_told_once(
     engine: sqlalchemy.engine.Engine, server: Server, rows: Callable[[], list], capfd: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Looking at capfd meanwhile would lose what is written while it is emptied.
+    # Reading capfd now would lose output written while it is being emptied.
     is_told, tell = threading.Event(), patience.tell
 
     def tell_and_note(line: str) -> None:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Optuna's own transactions, cut at every request that they make: nothing lost, nothing doubled, no error."""
+"""Optuna's own transactions, cut at every request: nothing lost, nothing doubled, no error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session", autouse=True)
 def schema(server: Server) -> None:
     optuna.storages.RDBStorage(f"postgresql+psycopg2://study@127.0.0.1:{server.port}/study?plugin=hpc_db")
-    # the trigger that each study database of this collection has
+    # the worker-tracking trigger, which each study database of this collection has
     spec = importlib.util.spec_from_file_location("_workers", ROOT / "plugins" / "module_utils" / "_workers.py")
     assert spec and spec.loader
     workers = importlib.util.module_from_spec(spec)
@@ -31,14 +31,14 @@ def schema(server: Server) -> None:
 
 @pytest.fixture
 def at_every_request(proxy: Proxy, ways: list[str], soak: bool) -> Callable[[Callable[[int], None]], int]:
-    """Do some work until each of its requests was cut; return how often it was done."""
+    """Repeat some work until each of its requests has been cut; return the number of repetitions."""
 
     def repeat(work: Callable[[int], None], then: Callable[[], object] = lambda: None) -> int:
         proxy.cut({})
         work(0)
         requests = len(proxy.requests)
         print(requests, "requests")
-        # More come by what is repeated. One cut at a time is the pure case, but takes its time.
+        # Repetitions add requests. One cut at a time is the clean case, but slow.
         step = requests * 2 if soak and ways[0] in WAYS else 30
         for first in range(1, step):
             chosen = range(first, requests * 2, step)
@@ -81,7 +81,7 @@ def test_results_while_others_are_given_keys(
     values: dict[int, float] = {}
 
     def work(number: int) -> None:
-        # To ask for a trial numbers it by its key: that is an error then, and Optuna asks again.
+        # study.ask() is not in here: it numbers the trial by its key, so it would raise an error.
         trial = optuna.Trial(study, trials[number])
         values[number] = trial.suggest_float("x", 0, 1)
         trial.report(values[number], step=1)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What psycopg2 and psycopg do by themselves, and what servers do to keys: the plugin is in the way of neither."""
+"""Special behaviour of psycopg2 and psycopg, and keys that servers change: the plugin breaks neither."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_rows_that_are_mappings_are_compared_whole(
 
 
 class Vague(int):
-    """As a long array of numpy's, it does not show all that it is."""
+    """Like a long array of numpy, its repr does not show its whole value."""
 
     def __repr__(self) -> str:
         return "vague"
@@ -284,7 +284,7 @@ def test_nowhere_to_complain_is_no_reason_to_end(
 def test_cursor_is_the_driver_s(
     driver: str, url: str, proxy: Proxy, server: Server, make: Make, engine: sqlalchemy.engine.Engine
 ) -> None:
-    raw = make(url=url.replace(f":{proxy.port}/", f":{server.port}/")).raw_connection()  # proxy knows no pipelines
+    raw = make(url=url.replace(f":{proxy.port}/", f":{server.port}/")).raw_connection()  # proxy lacks pipelines
     cursor = raw.cursor()
     cursor.execute("SELECT n FROM t ORDER BY n")
     assert not hasattr(cursor, "no_such_attribute")

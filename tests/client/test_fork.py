@@ -24,7 +24,7 @@ from real_server import Ask, Server
 
 WORKERS, TRIALS = 4, 10
 SECONDS = 120
-# The first and the last trials are the parent's.
+# The parent runs the first and the last trials.
 PROGRAM = """
 import json, multiprocessing, sys
 import optuna
@@ -48,7 +48,7 @@ print(json.dumps([each.exitcode for each in forked]))
 
 
 class Encrypted:
-    """Listens on ``port`` with TLS, which the packaged PostgreSQL has not, and passes everything on to the server."""
+    """Listens on ``port`` with TLS, which the packaged PostgreSQL lacks, and forwards everything to the server."""
 
     def __init__(self, folder: Path, server: int) -> None:
         subprocess.run(
@@ -69,7 +69,7 @@ class Encrypted:
 
     def _serve(self, asking: socket.socket) -> None:
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            asking.recv(8)  # which asks for TLS
+            asking.recv(8)  # the request for TLS
             asking.sendall(b"S")
             client = stack.enter_context(self._context.wrap_socket(asking, server_side=True))
             server = stack.enter_context(socket.create_connection(("127.0.0.1", self._server)))
@@ -87,7 +87,7 @@ class Encrypted:
 
 @pytest.fixture(params=["disable", "require"])
 def address(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> Iterator[str]:
-    """Where the server is without and with TLS, and libpq's word for that."""
+    """The server's address without and with TLS, and libpq's sslmode for that."""
     if request.param == "disable":
         yield f"127.0.0.1:{server.port}/study?sslmode=disable"
         return
@@ -97,7 +97,7 @@ def address(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> I
 
 
 def run(program: str, *arguments: str) -> str:
-    """Return what a program printed last; neither it nor what it forks outlives the time limit."""
+    """Return the last line that a program printed; the time limit also ends the processes that it forks."""
     with subprocess.Popen(
         [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,

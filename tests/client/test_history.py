@@ -1,8 +1,9 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Random transactions of many processes while the server is cut, killed, moved, restored and pooled; then the history.
+"""Random transactions of many processes while the server is cut, killed, moved, restored and pooled; then check the
+history.
 
-``--history-seed=N`` has other transactions and faults, and those of a run that failed again.
+``--history-seed=N`` selects other transactions and faults, or those of a run that failed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from real_server import DRIVERS, Pooler, Server, eventually
 
 END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'study'"
 OPTIONS = "plugin=hpc_db&hpc_db_patience=120&sslmode=disable&gssencmode=disable"
-# Each of them first; then as chance has it. The first of two restores keeps a copy.
+# Each fault comes once, then they are drawn at random. The first of two restores makes a copy.
 FAULTS = [
     *2 * ["cut"], *4 * ["cut_commit"], *2 * ["cut_pooled"], "end", "kill", "crash", "restart", "move", "restart_pooler",
     *2 * ["restore"],
@@ -34,7 +35,7 @@ FAULTS = [
 
 
 class World:
-    """The server, what stands before it, and all that may become of them."""
+    """The server, the proxies in front of it, and all faults."""
 
     def __init__(self, server: Server, proxy: Proxy, pooler: Pooler, before_pooler: Proxy) -> None:
         self.server, self.proxy, self.pooler, self.before_pooler = server, proxy, pooler, before_pooler
@@ -84,7 +85,7 @@ class World:
         self.pooler.start()
 
     def restore(self, _chance: random.Random) -> None:
-        """Keep a copy of the database; the next time, put it in the database's place, as restore.yml does."""
+        """Copy the database; at the next call, put the copy in the database's place, as restore.yml does."""
         ((data,),) = self.server.ask("SELECT oid::bigint FROM pg_database WHERE datname = 'study'")
         if self._saved is None:
             self.server.ask("ALTER DATABASE study ALLOW_CONNECTIONS false")
@@ -122,7 +123,7 @@ def world(server: Server, proxy: Proxy, pooler: Pooler) -> Iterator[World]:
 
 @pytest.fixture
 def amount(soak: bool) -> tuple[int, int, int]:
-    """Processes, transactions of each, faults."""
+    """Return the numbers of processes, of transactions of each, and of faults."""
     return (8, 1250, 300) if soak else (4, 60, 40)
 
 

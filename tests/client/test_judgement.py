@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What may be repeated, what the URL may say, and how long is waited: no server is needed here."""
+"""Rules for repeating statements, for the URL's options and for the waiting time; no server is needed here."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_too_long_a_text_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sql, "MOST_TOKENS", 100)
     for text in ("INSERT INTO t VALUES ('" + "a" * sql.MOST_CHARACTERS + "')", "SELECT 1" + ",1" * 50):
         judged = judge(text)
-        assert judged.binds and "it is too long to be looked at" in judged.why and len(judged.why) < 200
+        assert judged.binds and "it is too long to be checked" in judged.why and len(judged.why) < 200
 
 
 def test_backslash_is_known_only_with_standard_strings() -> None:
@@ -175,7 +175,7 @@ def test_doubled_percent_sign_is_one() -> None:
 
 
 def test_each_statement_of_optuna_s_is_known() -> None:
-    """The newest, the middle and the oldest Optuna that are tested, by way of each driver."""
+    """The newest, the middle and the oldest Optuna that are tested, through each driver."""
     recorded = json.loads((Path(__file__).with_name("optuna_statements.json")).read_text())
     judged = [judge(statement, True) for statement in recorded["statements"]]
 
@@ -208,7 +208,7 @@ def test_insert_is_told_the_keys_that_it_gave(text: str, given: dict, wanted: st
 
 
 def test_value_that_could_end_its_literal_is_not_told() -> None:
-    """With standard_conforming_strings off, a backslash makes SQL of what follows the quote."""
+    """With standard_conforming_strings off, a backslash turns the text after the quote into SQL."""
     for text in ("INSERT INTO t (a) VALUES (1) RETURNING b", "INSERT INTO t (a, b) VALUES (1, f) RETURNING b"):
         insert = judge(text).insert
         assert insert is not None
@@ -246,7 +246,7 @@ def test_bulk_load_is_not_kept() -> None:
         step.keep()
         journal.begin(step)
 
-    assert journal.why_not == "more statements than are kept" and not journal.steps
+    assert journal.why_not == "too many statements to remember" and not journal.steps
 
 
 @pytest.mark.parametrize("rows", [
@@ -260,10 +260,10 @@ def test_results_that_differ_are_told_apart(rows: list | None) -> None:
 
 
 @pytest.mark.parametrize("url, says", [
-    ("postgresql+psycopg2:///?plugin=hpc_db&hpc_db_patience=soon", "hpc_db_patience: 'soon' is no number of seconds"),
+    ("postgresql+psycopg2:///?plugin=hpc_db&hpc_db_patience=soon", "hpc_db_patience: 'soon' is not allowed; seconds"),
     ("postgresql+psycopg2:///?plugin=hpc_db&hpc_db_patience=-1", "from 0 to 604800"),
     ("postgresql+psycopg2:///?plugin=hpc_db&hpc_db_patience=nan", "hpc_db_patience: 'nan'"),
-    ("postgresql+psycopg2:///?plugin=hpc_db&hpc_db_patients=1", "hpc_db_patients: no such setting"),
+    ("postgresql+psycopg2:///?plugin=hpc_db&hpc_db_patients=1", "hpc_db_patients: not a setting"),
     ("sqlite:///?plugin=hpc_db", "works with postgresql+psycopg2:// and postgresql+psycopg://, not sqlite://"),
 ])
 def test_url_that_is_wrong_is_told_at_once(url: str, says: str) -> None:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What keeps a worker out is told at once, whatever language the server speaks, and libpq with it."""
+"""An error that waiting cannot solve is raised at once, in whatever language the server and libpq report it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from sqlalchemy.exc import OperationalError
 
 PASSWORD = "Passwort-Authentifizierung für Benutzer »study« fehlgeschlagen"
 STARTING = "das Datenbanksystem startet"
-SSL, GSS = 80877103, 80877104  # what libpq asks for before it says who it is
+SSL, GSS = 80877103, 80877104  # the requests that libpq may send before the user name
 
 
 def refuse(severity: str, state: str, words: str) -> bytes:
-    """Return what a server with other lc_messages says, as the protocol has it."""
+    """Return the message of a server with other lc_messages, in the protocol's format."""
     fields = {"S": severity, "V": "FATAL", "C": state, "M": words}
     said = b"".join(name.encode() + value.encode() + b"\0" for name, value in fields.items()) + b"\0"
     return b"E" + struct.pack("!i", len(said) + 4) + said
@@ -34,7 +34,7 @@ def refuse(severity: str, state: str, words: str) -> bytes:
 
 @pytest.fixture
 def foreigner() -> Iterator[Callable[..., int]]:
-    """Start a server that lets nobody in, and says so each time; return its port."""
+    """Start a server that refuses every connection with these messages; return its port."""
     with contextlib.ExitStack() as stack:
 
         def start(severity: str, state: str, words: str) -> int:
@@ -92,7 +92,7 @@ def test_error_without_a_server_is_judged_by_its_words() -> None:
 
 
 def test_python_without_ctypes_connects_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that was built without libffi's headers."""
+    """Some Pythons were built without libffi's headers."""
     monkeypatch.setattr(refusal, "ctypes", None)
 
     with pytest.raises(OSError, match="FATAL") as told, english():
@@ -103,7 +103,7 @@ def test_python_without_ctypes_connects_as_well(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_c_library_speaks_english_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And so does libpq. Where the machine has no German this shows only that nothing else changes."""
+    """So does libpq. On a machine without German this only shows that nothing else changes."""
     subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"], check=False)
     monkeypatch.setenv("LOCPATH", str(tmp_path))
     usual = locale.setlocale(locale.LC_ALL)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a stranger writes into PostgreSQL's log before logging in, and what the doctor makes of it."""
+"""Text that a stranger writes into PostgreSQL's log before logging in, and the doctor's reading of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DAMAGED = "PANIC:  could not read block 3"
 
 @pytest.fixture
 def log(server: Server, tmp_path: Path) -> Iterator[Path]:
-    """The server's log, which begins anew and as our configuration has it."""
+    """The server's log, emptied and in the format of our configuration."""
     settings = dict(re.findall(r"^(log_line_prefix|log_timezone) = ('.*')$", TEMPLATE.read_text(), re.MULTILINE))
     for name, value in settings.items():
         server.ask(f"ALTER SYSTEM SET {name} = {value}")
@@ -38,7 +38,7 @@ def log(server: Server, tmp_path: Path) -> Iterator[Path]:
 
 
 def ask_to_log_in(server: Server, user: str, database: str = "study", application: str = "x") -> None:
-    """Send what a client begins with, and no more."""
+    """Send a client's first packet, and no more."""
     words = [b"user", user.encode(), b"database", database.encode(), b"application_name", application.encode(), b""]
     body = struct.pack("!I", 196608) + b"\0".join(words) + b"\0"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Optuna's storage proxy as instances run it, killed after it has done what it was asked for and before it says so."""
+"""Optuna's storage proxy as instances run it, killed after it has executed a request and before it answers."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from typing import Any, cast
 import grpc
 import optuna
 import pytest
+import storage_proxy
 from cutting_proxy import ANSWER_LOST, Proxy
 from hpc_db_client import proxy as client
-from hpc_db_host import storage_proxy
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import TrialState
 from real_server import Server, eventually, free_port
 
-HOST = Path(__file__).resolve().parents[2] / "roles" / "server" / "files"
-# The proxy; if the file "die" is there when it is about to serve a request that writes, it does what is in the file
-# instead, and ends as if by kill -9.
+FOLDER = Path(__file__).resolve().parents[2] / "roles" / "server" / "files"
+# The proxy; if the file "die" exists when it is about to execute a request that writes, it runs the code in the file
+# instead, and exits like after kill -9.
 PROGRAM = """
 import os, sys
 sys.path.append(sys.argv.pop(1))  # after a copy without one of the guards
 die = sys.argv.pop(1)
-from hpc_db_host import storage_proxy
+import storage_proxy
 from optuna.trial import TrialState
 
 def deadly(act):
@@ -73,7 +73,7 @@ CERTIFICATE = [
 
 
 class Instance:
-    """An instance directory as far as the client looks at it, and the proxy, which is started again when it ends."""
+    """The part of an instance directory that the client reads, and the proxy, which is restarted when it ends."""
 
     def __init__(self, root: Path, server: Server, database: str = "study", port: int = 0) -> None:
         self.root = root
@@ -88,7 +88,7 @@ class Instance:
         (root / "run" / "endpoint.json").write_text(json.dumps(endpoint))
         where = f"127.0.0.1:{port or server.port}/{database}?sslmode=disable&gssencmode=disable"
         command = [
-            sys.executable, "-c", PROGRAM, str(HOST), str(self.die), "--storage",
+            sys.executable, "-c", PROGRAM, str(FOLDER), str(self.die), "--storage",
             f"postgresql+psycopg2://study@{where}", "--listen", "127.0.0.1", "--port", str(listen),
             "--connections", "3",
             f"--certificate={root}/secrets/proxy.crt", f"--key={root}/secrets/proxy.key",
@@ -111,7 +111,7 @@ class Instance:
                 self.ended.append(int(number))
 
     def certify(self) -> None:
-        """Make a certificate, in the place of the former."""
+        """Create a certificate that replaces the previous one."""
         subprocess.run(CERTIFICATE, cwd=self.root / "secrets", check=True, stderr=subprocess.DEVNULL)
 
     def storage(self, patience: float = 60) -> client.InstanceStorage:
@@ -128,7 +128,7 @@ class Instance:
 
 @pytest.fixture(scope="module")
 def cutting(server: Server) -> Iterator[Proxy]:
-    """What is between the storage proxy and postgres."""
+    """The proxy between the storage proxy and postgres."""
     with Proxy(server.port, lambda pid: server.ask(f"SELECT pg_terminate_backend({pid})")) as cutting:
         yield cutting
 
@@ -142,7 +142,7 @@ def instance(server: Server, cutting: Proxy, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def killed(instance: Instance) -> Iterator[Callable[..., None]]:
-    """Have the proxy die of what it does next, and see that it has."""
+    """Make the storage proxy die at its next writing request, and check that it has died."""
     before = len(instance.ended)
 
     def die(does: str = "serve()") -> None:
@@ -283,7 +283,7 @@ def test_notes_that_nobody_needs_are_deleted(instance: Instance, server: Server)
 
 
 def test_patience_ends_before_the_proxy_forgets(instance: Instance) -> None:
-    with pytest.raises(ValueError, match="patience is 2.6784e[+]06; it may be 0 to 2592000 seconds"):
+    with pytest.raises(ValueError, match="patience: 2.6784e[+]06 is not allowed; 0 to 2592000 seconds"):
         instance.storage(patience=31 * 86400)
 
 
@@ -403,11 +403,11 @@ def test_clients_are_told_that_the_database_is_another_one(instance: Instance, s
     server.ask("ALTER DATABASE study SET hpc_db.generation = 'restored'")
     server.ask("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'study'")
 
-    with pytest.raises(StorageInternalError, match="the database is another one now"):
+    with pytest.raises(StorageInternalError, match="the database was restored or replaced"):
         for _turn in range(100):
             trial.report(1.0, step=_turn)
             time.sleep(0.1)
-    with pytest.raises(StorageInternalError, match="the database is another one now"):
+    with pytest.raises(StorageInternalError, match="the database was restored or replaced"):
         study.tell(trial, 1.0)
     assert instance.ended[before:] == [3], "the proxy has begun anew, without what it remembered"
     again = optuna.load_study(storage=instance.storage(), study_name="moved")

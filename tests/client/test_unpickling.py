@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What in Optuna makes a program of what the storage holds, docs/security.md has to name."""
+"""docs/security.md must name every part of Optuna that unpickles data from the storage."""
 
 from __future__ import annotations
 

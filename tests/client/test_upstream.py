@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""SQLAlchemy's and Optuna's own tests: what passes without the plugin passes with it, too.
+"""SQLAlchemy's and Optuna's own tests: every test that passes without the plugin also passes with it.
 
-A part of them, or with --soak all that have to do with PostgreSQL.
+Runs a part of them, or with --soak all that concern PostgreSQL.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SQLALCHEMY_PART = ["test/dialect/test_suite.py", "test/engine/test_transaction.p
 OPTUNA = [
     *(f"tests/storages_tests/{name}.py" for name in ("test_storages", "test_with_server", "test_heartbeat")),
     "tests/storages_tests/test_callbacks.py", "tests/study_tests", "tests/trial_tests",
-    "--ignore=tests/study_tests/test_dataframe.py",  # it wants pandas
-    "-k", "not test_copy_study",  # into another storage: here there is one
+    "--ignore=tests/study_tests/test_dataframe.py",  # needs pandas
+    "-k", "not test_copy_study",  # needs a second storage
 ]
 OPTUNA_PART = ["tests/storages_tests/test_storages.py", "-k", "not sqlite or cached_sqlite and (create or state)"]
-# Those that fail with the plugin only, and why.
+# Tests that fail with the plugin only, and the reasons.
 LISTED = {
     "EngineEventsTest::test_insert_connect_is_definitely_first[True-True]":
         "it puts another on_connect into the dialect after the engine was made; the plugin prepares connections itself",
@@ -45,7 +45,7 @@ class Suite(NamedTuple):
     folder: Path
 
     def run(self, tests: list[str], report: Path, *options: str, **environment: str) -> tuple[set[str], set[str]]:
-        """Return what passed and what failed."""
+        """Return the passed and the failed tests."""
         command = [sys.executable, "-s", "-m", "pytest", *tests, f"--junitxml={report}", *options]
         command += ["-q", "-o", "addopts=", "-o", f"cache_dir={report.parent}/cache"]
         with open(report.with_suffix(".log"), "w") as log:
@@ -69,7 +69,7 @@ def source(name: str) -> Suite:
 
 @pytest.fixture(scope="module")
 def database(server: Server) -> Iterator[str]:
-    """The name of a database as SQLAlchemy's tests want it."""
+    """The name of a database prepared for SQLAlchemy's tests."""
     server.ask("CREATE DATABASE upstream OWNER study")
     for statement in ("SCHEMA test_schema", "SCHEMA test_schema_2", "EXTENSION hstore", "EXTENSION citext"):
         server.ask(f"CREATE {statement}", "upstream")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a host runs, whichever scheduler the cluster has, and the files that are made from templates."""
+"""The daemons that every host runs with any scheduler, and rendering of configuration templates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Daemon(NamedTuple):
 
 
 def listens(port: int) -> bool:
-    """Look without connecting: a daemon may log an error for each caller that says nothing."""
+    """Check without connecting: a daemon may log an error for each connection that sends nothing."""
     sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return any(local.endswith(f":{port:04X}") and state == "0A" for _, local, _, state, *_ in sockets)
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the state directory holds before anything runs: the hosts' files in /etc, keys and homes."""
+"""Contents of the state directory before anything runs: the hosts' files in /etc, keys and home directories."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from state import USERS, State
 
 
 def write_files(state: State, overrides: dict[str, str], program: Path) -> None:
-    """``overrides`` are the scheduler's, ``program`` is what ssh calls to get to the login node."""
+    """``overrides`` are scheduler settings; ``program`` is the command that ssh calls to reach the login node."""
     etc = state.layer / "etc"
     for directory in (etc, state.home, state.workstation / "etc", state.log, state.spool, state.root / "hosts"):
         directory.mkdir(parents=True)
@@ -33,7 +33,7 @@ def write_files(state: State, overrides: dict[str, str], program: Path) -> None:
 
 
 def write_users(etc: Path, homes: Path) -> None:
-    """This machine's users, and ours."""
+    """Add the test cluster's users to this machine's."""
     added = {
         "passwd": [f"{user}:x:{uid}:{uid}::{homes / user}:/bin/bash" for user, uid in USERS.items()],
         "shadow": [f"{user}:*:19000:0:99999:7:::" for user in USERS],
@@ -47,7 +47,7 @@ def write_users(etc: Path, homes: Path) -> None:
 
 
 def write_ssh(state: State, etc_ssh: Path, program: Path) -> None:
-    """Everybody gets a home on the cluster and one on the workstation, and alice a key from here to there."""
+    """Each user gets a home on the cluster and one on the workstation; alice also gets an ssh key for the cluster."""
     etc_ssh.mkdir()
     (etc_ssh / "sshd_config").write_text(render("sshd_config"))
     user_key, host_key = state.root / "id_ed25519", etc_ssh / "ssh_host_ed25519_key"

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Grid Engine: which of its daemons runs on which host, how it is configured, and how its nodes are."""
+"""Grid Engine: its daemons on each host, its configuration, and the states of its nodes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ PACKAGES = ("packages.txt", "packages-gridengine.txt")
 SPOOL = "/var/spool/gridengine"
 STATES = ["qhost"]
 IDLE = "up"
-# What qmaster takes only while it runs.
+# Settings that qmaster accepts only while it runs.
 SETTLE = [["qconf", "-Msconf", "/etc/gridengine/scheduler"], ["qconf", "-Aq", "/etc/gridengine/queue"]]
 
 ROOT = "/var/lib/gridengine"
 PROGRAMS = "/usr/lib/gridengine"
 DEFAULTS = "/usr/share/gridengine/util/resources"
 PREPARED = "/etc/gridengine"
-# In the foreground.
+# SGE_ND keeps the daemons in the foreground.
 VARIABLES = {"SGE_ROOT": ROOT, "SGE_CELL": "default", "SGE_ND": "1"}
 
 
 def daemons(host: str) -> list[Daemon]:
-    """In the order in which they start."""
+    """Return the daemons in the order in which they start."""
     if host == "ctl":
         return [Daemon([f"{PROGRAMS}/sge_qmaster"], lambda: listens(6444), variables=VARIABLES)]
     if host == "login":
@@ -37,7 +37,7 @@ def daemons(host: str) -> list[Daemon]:
 
 
 def write_files(layer: Path, nodes: list[str], overrides: dict[str, str]) -> None:
-    """Everything that qmaster's database is made of lies in one folder for each kind of thing."""
+    """qmaster's database is built from these files: one folder for each kind of object."""
     common = layer / ROOT.lstrip("/") / "default/common"
     common.mkdir(parents=True)
     (common / "bootstrap").write_text(render("gridengine/bootstrap", spool=SPOOL))
@@ -54,10 +54,10 @@ def write_files(layer: Path, nodes: list[str], overrides: dict[str, str]) -> Non
 
 
 def prepare(host: str) -> None:
-    """Make on the host itself what its daemons find there."""
+    """Create on the host itself the files and folders that its daemons expect."""
     Path(SPOOL, "execd").mkdir(exist_ok=True)
     if host not in ("ctl", "login"):
-        # An execd that comes first tries again only after half a minute.
+        # An execd that starts before qmaster retries only after half a minute.
         wait_until(answers, 20, "qmaster does not answer")
     if host != "ctl" or Path(SPOOL, "spooldb").exists():
         return
@@ -77,7 +77,7 @@ def prepare(host: str) -> None:
 
 
 def answers() -> bool:
-    """Tell whether qmaster takes connections."""
+    """Return whether qmaster accepts connections."""
     try:
         socket.create_connection(("ctl", 6444), timeout=2).close()
     except OSError:

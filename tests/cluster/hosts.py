@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The first processes (PID 1) of the workstation and of each host, in namespaces of their own."""
+"""The first processes (PID 1) of the workstation and of each host, each in its own namespaces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd
 
 
 def be_workstation(state: State) -> NoReturn:
-    """Own the switches, and hold every host: when this process ends, the kernel ends the whole cluster."""
+    """Own the switches and hold every host: when this process ends, the kernel ends the whole cluster."""
     os.umask(0o022)
     write_pid_file(state.pid_file)
     socket.sethostname(network.WORKSTATION)
@@ -39,7 +39,7 @@ def be_workstation(state: State) -> NoReturn:
 
 def be_host(state: State, name: str) -> NoReturn:
     os.umask(0o022)
-    # /proc is still the workstation's: so are the pid written here, and the process 1 with the switches.
+    # /proc is still the workstation's, so this pid is valid there, and process 1 is the one that holds the switches.
     write_pid_file(state.host_pid_file(name))
     socket.sethostname(name)
     network.plug_in(name, Path("/proc/1/ns/net"))
@@ -88,7 +88,7 @@ def mount_devices(dev: Path) -> None:
 
 
 def mount_folders(state: State) -> None:
-    """Show the workstation what ``--mount`` shows the hosts; the mount points are in overlays, not on this machine."""
+    """Mount the ``--mount`` folders on the workstation, too; the mount points are in overlays, not on this machine."""
     points = state.workstation / "mounts"
     for _source, target in state.settings["mounts"]:
         (points / target.lstrip("/")).mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def mount_folders(state: State) -> None:
 
 
 def mount_root(state: State, name: str, spool: str) -> Path:
-    """This machine's files under those of the cluster's layer; what the host writes is gone when it dies."""
+    """Overlay the cluster's layer on this machine's files; all that the host writes is lost when it dies."""
     base = state.root / "hosts" / name
     base.mkdir(exist_ok=True)
     mount("tmpfs", base, "mode=755")
@@ -136,13 +136,13 @@ def enter_root(root: Path) -> None:
 
 
 def spread_pids(share: float) -> None:
-    """Begin to count elsewhere in each host: on real machines, too, the same pid is rarely alive on two."""
+    """Start each host's pids at a different number: as on real machines, two hosts rarely share a pid."""
     last = int(Path("/proc/sys/kernel/pid_max").read_text()) * share
     Path("/proc/sys/kernel/ns_last_pid").write_text(str(int(last)))
 
 
 def reap_for_ever() -> NoReturn:
-    """Tell the caller that this host is up, then bury the dead, as a first process must."""
+    """Tell the caller that this host is up, then reap zombies, as a first process must."""
     print("ready", flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Two switches: the compute nodes' and the campus one. Only the login node is plugged into both."""
+"""Two switches: one for the compute nodes and one for the campus. Only the login node is plugged into both."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ WORKSTATION_ADDRESS = "198.51.100.129"
 
 
 class Cable(NamedTuple):
-    plug: str  # its end at the switch, an interface of the workstation's namespace
+    plug: str  # the switch's end of the cable, an interface in the workstation's namespace
     switch: str
     address: str
 
     @property
     def mac(self) -> str:
-        """Always the same, or a rebooted host is out of reach until its neighbours forget the old one."""
+        """The address is constant; otherwise a rebooted host is unreachable until its neighbours forget the old one."""
         return f"02:00:c6:33:64:{int(self.address.rpartition('.')[2]):02x}"
 
 
@@ -42,7 +42,7 @@ def cables(host: str) -> list[Cable]:
 
 
 def hosts_file(hosts: list[str], *, campus: bool) -> str:
-    """The text of /etc/hosts, as seen from the campus or from the cluster."""
+    """Return the text of /etc/hosts, as seen from the campus or from the cluster."""
     addresses = {host: cables(host)[-1 if campus else 0].address for host in hosts}
     lines = {"localhost": "127.0.0.1", WORKSTATION: WORKSTATION_ADDRESS, **addresses}
     return "".join(f"{address}\t{name}\n" for name, address in lines.items())
@@ -54,7 +54,7 @@ def ip(*arguments: str, netns: Path | None = None) -> str:
 
 
 def isolate() -> None:
-    """Prepare the namespace this process is in: loopback, no IPv6 behind the addresses above, no routing."""
+    """Prepare the namespace of this process: loopback, no IPv6 on these interfaces, no routing."""
     ip("link", "set", "lo", "up")
     for sysctl, value in {"ipv6/conf/all/disable_ipv6": "1", "ipv6/conf/default/disable_ipv6": "1",
                           "ipv4/ip_forward": "0"}.items():
@@ -72,7 +72,7 @@ def set_up_switches() -> None:
 
 
 def plug_in(host: str, switches: Path) -> None:
-    """Wire the namespace this process is in to the ``switches``, which are in another one."""
+    """Wire the namespace of this process to the ``switches``, which are in another namespace."""
     isolate()
     for number, cable in enumerate(cables(host)):
         port = f"eth{number}"
@@ -84,7 +84,7 @@ def plug_in(host: str, switches: Path) -> None:
 
 
 def plugged(switches: Path) -> dict[str, bool]:
-    """Which plugs there are, and whether they are up."""
+    """Map each existing plug to whether it is up."""
     links = json.loads(ip("-json", "link", "show", "type", "veth", netns=switches))
     return {link["ifname"]: "UP" in link["flags"] for link in links}
 
@@ -98,7 +98,7 @@ def set_cables(host: str, state: str, switches: Path) -> None:
 
 
 def neighbours(host: str, hosts: list[str], switches: Path) -> list[str]:
-    """The addresses that a host can speak to: the workstation's and those of the ``hosts`` that are plugged in."""
+    """Return the addresses that a host can reach: the workstation's and those of the ``hosts`` that are plugged in."""
     present = plugged(switches)
     reached = {cable.switch for cable in cables(host)}
     there = [cable for other in hosts if other != host for cable in cables(other) if present.get(cable.plug)]
@@ -107,7 +107,7 @@ def neighbours(host: str, hosts: list[str], switches: Path) -> list[str]:
 
 
 def answers(address: str) -> bool:
-    """Whether an address answers on any port, as seen from the namespace this process is in."""
+    """Return whether an address answers on any port, as seen from the namespace of this process."""
     try:
         socket.create_connection((address, 9), timeout=1).close()
     except ConnectionRefusedError:
@@ -118,7 +118,7 @@ def answers(address: str) -> bool:
 
 
 def unplug(host: str, switches: Path) -> None:
-    """Take the cables away, so that not even a farewell gets out."""
+    """Remove the cables, so that no packet leaves the host any more, not even one that closes a connection."""
     present = plugged(switches)
     for cable in cables(host):
         if cable.plug in present:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Which schedulers a cluster can have."""
+"""The schedulers that a test cluster can run."""
 
 from __future__ import annotations
 

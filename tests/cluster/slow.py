@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A cable that is as slow as a long one, as tc's netem makes it on kernels that have it.
+"""Emulate the latency of a long cable, like tc's netem, which not every kernel has.
 
-Each frame is held by a process for its time, whatever is sent meanwhile; nothing is lost or reordered.
+A process delays each frame by the same time; frames are not lost or reordered.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ TUNSETIFF, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x400454CA, 0x0002, 0x1000, 0x4000
 TUNSETOFFLOAD, TUN_F_CSUM, TUN_F_TSO4 = 0x400454D0, 0x01, 0x02
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING, ETH_P_ALL = 263, 15, 23, 0x0003
 SO_RCVBUFFORCE = 33
-# The kernel hands over several packets in one frame, with a header that says so, and takes them back like this.
+# The kernel passes several packets as one frame, with a header that contains their sizes, and accepts such frames back.
 LONGEST = 1 << 17
 
 
 def straighten(host: str, state: State) -> None:
-    """End what holds the frames of a host's cable, if anything does, and put its plug back."""
+    """End the process that delays the frames of a host's cable, if there is one, and restore its plug."""
     process = find_process(state.slow_pid_file(host), Path("/proc"))
     if process:
         os.kill(int(process.name), signal.SIGKILL)
@@ -40,7 +40,7 @@ def straighten(host: str, state: State) -> None:
 
 
 def lengthen(host: str, seconds: float, state: State) -> None:
-    """Hold all frames of a host's cable for so long in each direction, in a process that stays."""
+    """Delay all frames of a host's cable by ``seconds`` in each direction, in a background process."""
     cable = network.cables(host)[-1]
     tap = os.open("/dev/net/tun", os.O_RDWR)
     name = f"{host}-slow"
@@ -51,7 +51,7 @@ def lengthen(host: str, seconds: float, state: State) -> None:
     plug.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
     plug.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
     plug.bind((cable.plug, ETH_P_ALL))
-    # Without this the workstation itself would answer there, past the cable.
+    # Otherwise the workstation itself would answer there, bypassing the cable.
     network.ip("link", "set", cable.plug, "nomaster", "arp", "off")
     network.ip("link", "set", name, "master", cable.switch, "up")
     end = os.pidfd_open(int(state.get(network.WORKSTATION).name))
@@ -63,15 +63,15 @@ def lengthen(host: str, seconds: float, state: State) -> None:
     for stream in range(3):
         os.dup2(null, stream)
     write_pid_file(state.slow_pid_file(host))
-    with suppress(OSError):  # the host is killed, and its cable with it
+    with suppress(OSError):  # the host has been killed, and its cable with it
         carry(tap, plug.fileno(), end, seconds)
     os._exit(0)
 
 
 def carry(tap: int, plug: int, end: int, seconds: float) -> None:
-    """Carry frames until ``end`` does: the cluster's first process."""
+    """Carry frames until the cluster's first process ends; ``end`` is its pidfd."""
     other = {tap: plug, plug: tap}
-    held: deque[tuple[float, int, bytes]] = deque()  # the same time for all, so they leave in the order they came
+    held: deque[tuple[float, int, bytes]] = deque()  # the delay is constant, so frames leave in order of arrival
     while True:
         pause = max(0.0, held[0][0] - time.monotonic()) if held else None
         ready = select.select([tap, plug, end], [], [], pause)[0]

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Slurm: which of its daemons runs on which host, how it is configured, and how its nodes are."""
+"""Slurm: its daemons on each host, its configuration, and the states of its nodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTLE: list[list[str]] = []
 
 
 def daemons(host: str) -> list[Daemon]:
-    """In the order in which they start."""
+    """Return the daemons in the order in which they start."""
     munged = Daemon(["munged", "--foreground"], Path("/run/munge/munge.socket.2").exists, user="munge")
     if host == "ctl":
         return [munged, Daemon(["slurmctld", "-D"], lambda: listens(6817))]
@@ -49,11 +49,11 @@ def slurm_conf(nodes: int, overrides: dict[str, str]) -> str:
 
 
 def prepare(host: str) -> None:
-    """Make on the host itself what its daemons find there."""
+    """Create on the host itself the files and folders that its daemons expect."""
     Path("/run/munge").mkdir()
     shutil.chown("/run/munge", "munge", "munge")
 
 
 def node_states(said: str) -> dict[str, str]:
-    """Return Slurm's word for each node."""
+    """Return the state of each node in Slurm's wording."""
     return dict(line.split() for line in said.splitlines())

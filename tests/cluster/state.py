@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The state directory: the cluster's files, and which processes are its hosts."""
+"""The state directory: the cluster's files, and the processes that are its hosts."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ ENVIRONMENT = {
 
 
 class ClusterError(Exception):
-    """Its text is the one line that the user reads."""
+    """The text is the one-line message for the user."""
 
 
 class State:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.home = root / "home"  # shared by all hosts
-        self.layer = root / "layer"  # what hosts have other than this machine
-        self.workstation = root / "workstation"  # the same for the workstation: etc/ and alice's home there
+        self.layer = root / "layer"  # files in which the hosts differ from this machine
+        self.workstation = root / "workstation"  # the same for the workstation: its etc/ and alice's home there
         self.log = root / "log"
-        self.spool = root / "spool"  # the scheduler's memory: outlives a reboot of ctl
+        self.spool = root / "spool"  # the scheduler's state: survives a reboot of ctl
         self.pid_file = root / "pid"
         self._settings = root / "settings.json"
 
@@ -53,11 +53,11 @@ class State:
         return self.root / "hosts" / f"{host}-slow.pid"
 
     def find_workstation(self) -> Path | None:
-        """The /proc folder of the one process that ends everything."""
+        """Return the /proc folder of the workstation's first process; the whole cluster ends with it."""
         return find_process(self.pid_file, Path("/proc"))
 
     def find(self, host: str) -> Path | None:
-        """The /proc folder of the first process of ``host``."""
+        """Return the /proc folder of the first process of ``host``."""
         workstation = self.find_workstation()
         if workstation is None or host == network.WORKSTATION:
             return workstation
@@ -73,7 +73,7 @@ class State:
         return process
 
     def check(self, host: str) -> None:
-        """Refuse what is no host of this cluster, dead or alive."""
+        """Raise an error unless ``host`` belongs to this cluster, dead or alive."""
         self.get(network.WORKSTATION)
         if host not in self.hosts:
             raise ClusterError(f"there is no host {host!r}, only {' '.join(self.hosts)}")
@@ -83,7 +83,7 @@ class State:
         return self.get(network.WORKSTATION) / "ns/net"
 
     def log_tail(self, host: str) -> str:
-        """The last lines of what ``host`` logged."""
+        """Return the last lines of the log of ``host``."""
         return "\n".join(
             f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-8:])
             for log in sorted(self.log.glob(f"{host}[-.]*"))
@@ -92,7 +92,7 @@ class State:
 
 
 def start_time(process: Path) -> str:
-    """Pids come again; a pid and this together do not. Empty when the process is gone or a zombie."""
+    """Pids are reused; a pid with its start time is unique. Empty when the process is gone or a zombie."""
     try:
         fields = (process / "stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -101,7 +101,7 @@ def start_time(process: Path) -> str:
 
 
 def write_pid_file(path: Path) -> None:
-    """Write down this process, under the pid that it has for whoever mounted /proc."""
+    """Record this process under its pid in the namespace of the mounted /proc."""
     process = Path("/proc/self").resolve()
     path.write_text(f"{process.name} {start_time(process)}\n")
 

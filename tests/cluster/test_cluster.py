@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The mini cluster behaves like one, and leaves nothing behind."""
+"""The test cluster behaves like a real one, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def another() -> Iterator[Cluster]:
-    """One that is not up yet."""
+    """Yield a second cluster that is not up yet."""
     cluster = Cluster("another")
     yield cluster
     cluster("down")
@@ -154,7 +154,7 @@ def test_who_missed_a_host_reaches_it_once_it_is_healed(cluster: Cluster) -> Non
     missed = subprocess.Popen([str(PROGRAM), "connect", "login", "22", "--state", str(cluster.state)],
                               stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        time.sleep(2.8)  # its network asks for the host three times, a second apart, and gives up a second later
+        time.sleep(2.8)  # its network asks for the host three times, one second apart, and gives up a second later
         cluster("heal", "login")
         assert cluster.reaches("workstation", "login", 22)
     finally:
@@ -213,12 +213,12 @@ def test_down_leaves_nothing(another: Cluster) -> None:
 
 
 def machine() -> tuple[str, list[str]]:
-    """The mounts and the network interfaces that this machine's own namespaces show."""
+    """Return the mounts and network interfaces in this machine's own namespaces."""
     return Path("/proc/mounts").read_text(), sorted(os.listdir("/sys/class/net"))
 
 
 def processes(state: Path, used: set[str]) -> list[Path]:
-    """Those that are in one of the ``used`` namespaces, or name the ``state`` directory."""
+    """Return the processes in one of the ``used`` namespaces, or with the ``state`` directory on their command line."""
     return [process for process in Path("/proc").glob("[0-9]*")
             if namespaces(process) & used or str(state) in command_line(process)]
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A real browser without a screen, on this machine or on a host of the mini cluster."""
+"""A real headless browser, on this machine or on a host of the test cluster."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from urllib3.exceptions import HTTPError
 
 SCREENSHOTS = ROOT / ".cache" / "test" / "screenshots"
 DOOR = Path(__file__).with_name("chromedriver_door.py")
-SECONDS = 90  # for whatever a page does: a loaded machine takes ten times as long as a quiet one
+SECONDS = 90  # for any step of a page: a loaded machine takes ten times as long as an idle one
 
 ARGUMENTS = [
     "--headless=new",
-    "--no-sandbox",  # root has none; the tests open their own pages only
+    "--no-sandbox",  # root cannot use the sandbox; the tests open their own pages only
     "--disable-dev-shm-usage",  # containers have little of it
     "--enable-unsafe-swiftshader",  # WebGL without a graphics card
     "--window-size=1280,900",
@@ -36,7 +36,7 @@ ARGUMENTS = [
     "--no-proxy-server",
 ]
 
-# Goes into open shadow roots and frames, as TensorBoard and others have them; what is not shown does not count.
+# Descends into open shadow roots and frames, which TensorBoard and others use; hidden elements do not count.
 WALK = """
 const found = [];
 const walk = node => {
@@ -71,11 +71,11 @@ class Browser:
         self.driver.get(address)
 
     def text(self) -> str:
-        """Return the text that is shown, inside shadow roots and frames, too; spaces and lines as single spaces."""
+        """Return the visible text, including shadow roots and frames; runs of white space become single spaces."""
         return " ".join(" ".join(self.driver.execute_script(TEXTS)).split())
 
     def find(self, selector: str) -> list[Any]:
-        """Return what is shown and matches a CSS selector, inside shadow roots and frames, too."""
+        """Return the visible elements that match a CSS selector, including those in shadow roots and frames."""
         return self.driver.execute_script(f"const selector = {json.dumps(selector)};{ELEMENTS}")
 
     def wait_for(self, condition: Callable[[], object], seconds: float = SECONDS) -> Any:
@@ -95,25 +95,25 @@ class Browser:
         return self.wait_for(lambda: self.find(selector), seconds)[0]
 
     def go_offline(self) -> None:
-        """Have no network from now on."""
+        """Disable the network from now on."""
         self.driver.execute_cdp_cmd("Network.enable", {})
         conditions = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
         self.driver.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
 
     def requests(self) -> list[str]:
-        """Return the addresses that were asked for since the last call."""
+        """Return the addresses requested since the last call."""
         events = [json.loads(entry["message"])["message"] for entry in self._log("performance")]
         return [each["params"]["request"]["url"] for each in events if each["method"] == "Network.requestWillBeSent"]
 
     def complaints(self) -> list[str]:
-        """Return what the page has written to the console as an error since the last call."""
+        """Return the errors that the page has written to the console since the last call."""
         return [entry["message"] for entry in self._log("browser") if entry["level"] == "SEVERE"]
 
     def _log(self, name: str) -> list[dict]:
         return self.driver.execute("getLog", {"type": name})["value"]
 
     def screenshot(self, name: str, height: int = 900) -> Path:
-        """Keep a picture of the page's top, as high as wanted, for people: .cache/test/screenshots/NAME.png."""
+        """Save a screenshot of the page's top, ``height`` pixels high, for people: .cache/test/screenshots/NAME.png."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         self.driver.set_window_size(1280, height)
         picture = SCREENSHOTS / f"{name}.png"
@@ -123,7 +123,7 @@ class Browser:
 
 @contextlib.contextmanager
 def chromium(place: Target) -> Iterator[Browser]:
-    """Start a browser in a place, whose 127.0.0.1 it then has."""
+    """Start a browser on a host; it shares that host's 127.0.0.1."""
     with socket.create_server(("127.0.0.1", 0)) as door:
         address = f"http://127.0.0.1:{door.getsockname()[1]}"
         command = shlex.join(["/usr/bin/python3", "-c", DOOR.read_text(), str(door.fileno())])
@@ -131,7 +131,7 @@ def chromium(place: Target) -> Iterator[Browser]:
     try:
         driver = drive(address)
         yield Browser(driver)
-        with contextlib.suppress(HTTPError):  # the place may have gone, and the browser with it
+        with contextlib.suppress(HTTPError):  # the host may be gone, and the browser with it
             driver.quit()
     finally:
         process.communicate(timeout=SECONDS)

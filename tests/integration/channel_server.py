@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A conda channel over HTTP that has its moods: ``channel_server.py FOLDER``, in a folder of its own.
+"""A conda channel over HTTP with injected faults: ``channel_server.py FOLDER``, in a folder of its own.
 
-The first word of a URL's path is the mood: ``login`` wants a password, ``busy-NAME`` is unavailable as long as
-``NAME/log`` has less than two lines, ``scarce-NAME`` lacks only packages then, ``held-NAME`` stops before a package of
-PostgreSQL as long as that file is there.
-The port is in the file ``port`` here, what is asked for in ``asked``.
+The first word of a URL's path selects the fault: ``login`` requires a password, ``busy-NAME`` is unavailable while
+``NAME/log`` has less than two lines, ``scarce-NAME`` lacks packages while it has less than three, ``held-NAME`` stops
+before a package of PostgreSQL while that file exists.
+The port is written to the file ``port`` here, the requested paths to ``asked``.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Channel(SimpleHTTPRequestHandler):
         if kind == "login" and self.headers.get("Authorization") != ALLOWED:
             self.send_error(401)
             return None
-        lacking = kind == "busy" or (kind == "scarce" and rest.endswith(".tar.bz2"))
-        if lacking and len(Path(name, "log").read_text().splitlines()) < 2:
+        enough = 2 if kind == "busy" else 3 if kind == "scarce" and rest.endswith(".conda") else 0
+        if enough and len(Path(name, "log").read_text().splitlines()) < enough:
             self.send_error(503)
             return None
         while kind == "held" and "/postgresql-" in rest and Path(mood).exists():

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Run chromedriver here, for a selenium that may be in another network: chromedriver_door.py LISTENING_SOCKET.
 
-The socket belongs to the network where it was made, so whoever connects there, speaks to the chromedriver here.
-It ends when its standard input does.
+The socket belongs to the network in which it was made; connections to it reach the chromedriver here. The program ends
+when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import threading
 
 
 def start() -> tuple[subprocess.Popen[str], int]:
-    """Start chromedriver; return it and its port, which it cannot choose itself where there is no IPv6."""
+    """Start chromedriver; return it and its port, which it cannot choose itself on a machine without IPv6."""
     said = ""
-    for _each in range(5):  # somebody else may take the port meanwhile
+    for _each in range(5):  # another process may take the port before chromedriver does
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         process = subprocess.Popen(
@@ -30,7 +30,7 @@ def start() -> tuple[subprocess.Popen[str], int]:
         for line in process.stdout:
             said += line
             if f"started successfully on port {port}" in line:
-                # else it stops when the pipe is full
+                # otherwise chromedriver blocks when the pipe is full
                 threading.Thread(target=process.stdout.read, daemon=True).start()
                 return process, port
         process.wait()
@@ -38,7 +38,7 @@ def start() -> tuple[subprocess.Popen[str], int]:
 
 
 def pump(source: socket.socket, target: socket.socket) -> None:
-    """Bring everything from one socket to the other."""
+    """Copy all data from one socket to the other."""
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):
             target.sendall(data)
@@ -47,7 +47,7 @@ def pump(source: socket.socket, target: socket.socket) -> None:
 
 
 def serve(door: socket.socket, port: int) -> None:
-    """Let callers in, one thread for each direction."""
+    """Accept connections; each direction has a thread."""
     while True:
         caller, _address = door.accept()
         driver = socket.create_connection(("127.0.0.1", port))
@@ -56,7 +56,7 @@ def serve(door: socket.socket, port: int) -> None:
 
 
 def main() -> None:
-    """Run until nobody wants it any more."""
+    """Run until standard input is closed."""
     door = socket.socket(fileno=int(sys.argv[1]))
     process, port = start()
     threading.Thread(target=serve, args=(door, port), daemon=True).start()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The playbooks as a user runs them: on this machine as another user, and on the mini cluster over ssh."""
+"""Run the playbooks as users do: on this machine as another user, and on the test cluster over ssh."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from browser import Browser, chromium
 from target import CHECKOUT, CLUSTER, ROOT, Target, Workstation
 
-# The files that take longest. They come first, so that none of them is left alone at the end.
+# The files that take longest. They start first, so that none of them runs alone at the end.
 LONGEST = [
     "test_interrupted", "test_hosting_program", "test_conda_env", "test_dashboard", "test_guide", "test_backup",
     "test_engines", "test_tensorboard", "test_import", "test_refusals", "test_inventories", "test_sshfs_mount",
@@ -27,21 +27,21 @@ LONGEST = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the files; pytest-xdist gives them to its processes in this order."""
+    """Sort the files; pytest-xdist distributes them to its processes in this order."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="module")
 def slurm_lines() -> list[str]:
-    """Lines of slurm.conf, in place of the mini cluster's own; a module may have others."""
+    """Lines of slurm.conf that replace the test cluster's; a test module may override this fixture."""
     return []
 
 
 @pytest.fixture(scope="module")
 def mini(slurm_lines: list[str]) -> Iterator[Target]:
-    """The mini cluster, with alice's empty home."""
+    """The test cluster, with an empty home for alice."""
     if os.geteuid() != 0:
-        pytest.skip("the mini Slurm cluster needs root")
+        pytest.skip("the test cluster needs root")
     state = f"/tmp/hpc-db-it-{os.getpid()}"
     cache = ROOT / ".cache"
     build = [str(ROOT / ".venv/bin/python"), "tests/channel/build.py", "--if-needed", str(cache / "channel")]
@@ -61,9 +61,10 @@ def mini(slurm_lines: list[str]) -> Iterator[Target]:
 
 @pytest.fixture(scope="module")
 def workstation(mini: Target) -> Workstation:
-    """The workstation of that mini cluster, as alice: ``ssh login`` needs no options there, and pip has the wheels.
+    """The workstation of that test cluster, used by alice: ``ssh login`` needs no options there, and pip finds the
+    wheels.
 
-    pip.conf says what several sites have there, too, for installations that are not this collection's.
+    pip.conf also contains settings that several sites have for other installations than this collection's.
     """
     alice = [str(CLUSTER), "exec", "workstation", "--user", "alice", "--", "sh", "-c"]
     target = Workstation([Path("molecule/default/inventory"), Path("~/inventory.json")], alice, mini.environment)
@@ -83,7 +84,7 @@ def bindir() -> Path:
 
 @pytest.fixture(scope="module")
 def open_folder() -> Iterator[Path]:
-    """A folder with a space in its name, for what other users read; those of pytest are root's alone."""
+    """A folder with a space in its name, readable by other users; pytest's own folders are readable by root alone."""
     folder = Path(tempfile.mkdtemp(prefix="hpc-db it-"))
     folder.chmod(0o755)
     yield folder
@@ -92,7 +93,7 @@ def open_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def quick_settings(bindir: Path, open_folder: Path) -> dict:
-    """Those of an instance with PostgreSQL of the system, packages of a folder, and no dumps of its own."""
+    """Settings of an instance with the system's PostgreSQL, packages from a local folder, and no scheduled dumps."""
     shutil.copytree(ROOT / ".cache" / "wheels", open_folder / "wheels")
     (open_folder / "bin").symlink_to(bindir)
     return {
@@ -104,14 +105,15 @@ def quick_settings(bindir: Path, open_folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """This machine, as an ordinary user: as root, one that is made for the tests."""
+    """This machine, as an ordinary user; if root runs the tests, the user is created for them."""
     settings: dict[str, object] = {"instance_name": f"it{os.getpid()}"}
     shell = ["sh", "-c"]
     user = ""
     if os.geteuid() == 0:
         user = f"hpc-db-it-{os.getpid()}"
         subprocess.run(["useradd", "--create-home", "--shell", "/bin/sh", user], check=True)
-        settings.update(ansible_become=True, ansible_become_user=user, ansible_become_method="su")
+        # sudo pipelines, unlike su
+        settings.update(ansible_become=True, ansible_become_user=user, ansible_become_method="sudo")
         settings.update(ansible_python_interpreter="/usr/bin/python3")
         shell = ["su", "-", user, "-c"]
     folder = tmp_path_factory.mktemp("inventory")
@@ -129,7 +131,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Callable[..., Browser]]:
-    """Start Chromium: ``browser()`` on this machine, ``browser(workstation)`` with that host's 127.0.0.1."""
+    """Start Chromium: ``browser()`` on this machine, ``browser(workstation)`` on that host, with its 127.0.0.1."""
     this_machine = Target([], ["sh", "-c"], {})
     with contextlib.ExitStack() as started:
         yield lambda place=this_machine: started.enter_context(chromium(place))

@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The guide's commands, and a place where they are run as they are printed.
+"""The guide's commands, and an environment that runs them exactly as printed.
 
-A comment before a block of commands, which its readers do not see, says what runs it:
+A comment before a block of commands, invisible to readers of the page, names the test that runs it:
 
     <!-- run on the workstation -->             test_guide.py, in the page's order
     <!-- run on the login node -->              the same, as the owner
     <!-- run by tests/a/test_b.py::test_c -->   that test, which names the same playbooks and settings
-    <!-- run by FILE -->                        so does that file, a Molecule scenario's say
+    <!-- run by FILE -->                        that file, for example in a Molecule scenario
 
 A block of Python is run by a test that reads it from the page.
 """
@@ -34,7 +34,7 @@ WORKSTATION, LOGIN = "the workstation", "the login node"
 
 
 class Block(NamedTuple):
-    """Commands of a page, and what runs them."""
+    """Commands of a page, and the test or file that runs them."""
 
     page: str
     how: str
@@ -52,13 +52,13 @@ def blocks(page: Path) -> list[Block]:
 
 
 def telling_words(block: Block) -> set[str]:
-    """Return what of these commands a test must name to be one that runs them: playbooks, settings, arguments."""
+    """Return the words that a test must contain to count as running these commands: playbooks, settings, arguments."""
     if block.language == "python":
         return {Path(block.page).name}
     words: set[str] = set()
     clusters = {path.name for path in (ROOT / "inventories").iterdir()}
     for command in (shlex.split(line, comments=True) for line in block.script.splitlines()):
-        # neither where a program is, nor which inventory or host, matters
+        # the path of a program, the inventory and the host do not matter
         arguments = [
             word for option, word in zip(command, command[1:])
             if word[0] != "-" and option != "-i" and word not in clusters and "@" not in word
@@ -75,14 +75,14 @@ def telling_words(block: Block) -> set[str]:
 class Walk:
     """A folder that looks like a fresh clone, on the workstation, and a cluster.
 
-    What is replaced in the printed commands: the number of workers, since the mini cluster has two cores for all.
+    The printed commands are changed in one point: the number of workers, since the test cluster has only two cores.
     """
 
     def __init__(self, target: Target, folder: Path) -> None:
         self.target, self.folder = target, folder
         self.errors = ""
         self.picture: list[str] = []
-        # what comes to the user's home goes there, too
+        # files for the user's home go there, too
         self._environment = {**target.environment, "HOME": str(folder)}
         for path in ROOT.iterdir():
             if path.name != "inventories":
@@ -90,7 +90,7 @@ class Walk:
         shutil.copytree(ROOT / "inventories", folder / "inventories")
 
     def run(self, script: str, place: str = WORKSTATION) -> str:
-        """Run the commands; return what they say."""
+        """Run the commands; return their output."""
         if place == LOGIN:
             return self.target.run(f"set -e\n{script}")
         done = subprocess.run(
@@ -103,14 +103,14 @@ class Walk:
 
 
 def shown(command: str, said: str) -> list[str]:
-    """Return a command and what it says as somebody reads it: without Ansible's account of its tasks."""
+    """Return a command and its output as a reader of the page sees them: without Ansible's task log."""
     account = re.compile(r"(PLAY|TASK) |(ok|changed|skipping|included): |\w+ +: ok=\d|[-+@]|no schema|$")
     lines = [line for line in said.splitlines() if not account.match(line)]
     return [f"$ {command}", *lines]
 
 
 def draw(lines: list[str]) -> str:
-    """Return a picture of a terminal with these lines, as SVG."""
+    """Return an SVG picture of a terminal with these lines."""
     width, height = 16 + 7.3 * max(map(len, lines)), 14 + 17 * len(lines)
     text = "".join(
         f'  <text class="{"command" if line.startswith("$ ") else "said"}" x="10" y="{21 + 17 * number}">'

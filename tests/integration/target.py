@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A place where tests run the playbooks as a user runs them."""
+"""A host where tests run the playbooks as users do."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKOUT = "/srv/checkout"  # the same folder, on the mini cluster
+CHECKOUT = "/srv/checkout"  # the same folder, as seen on the test cluster
 CLUSTER = ROOT / "tests" / "cluster" / "cluster"
 
 
 class Target:
-    """A place to run playbooks on: inventories, and a way to run a command there as the owner."""
+    """Runs playbooks: has inventories, and runs commands on a host as the owner."""
 
     def __init__(self, inventories: list[Path], shell: list[str], environment: dict[str, str]) -> None:
         self._inventories = inventories
         self.shell = shell
-        self.variables: dict[str, object] = {}  # what tells the owner from whoever runs the tests
+        self.variables: dict[str, object] = {}  # variables for an owner other than the user who runs the tests
         self.environment = {**os.environ, **environment, "ANSIBLE_FORCE_COLOR": "0", "COLUMNS": "4000"}
 
     def command(self, name: str, settings: dict | None = None, *options: str) -> list[str]:
@@ -39,7 +39,7 @@ class Target:
         )
 
     def run(self, script: str) -> str:
-        """Run a shell script as the owner, in their home; return its output."""
+        """Run a shell script as the owner, in the home directory; return its output."""
         done = subprocess.run(
             [*self.shell, script], capture_output=True, text=True, timeout=120, env=self.environment, check=False
         )
@@ -53,20 +53,21 @@ class Target:
         )
 
     def files(self) -> str:
-        """List the owner's files, apart from what Ansible keeps for itself."""
+        """List the owner's files, apart from Ansible's own."""
         return self.run("cd; find . -path ./.ansible -prune -o -printf '%p %m %s %T@\\n' | sort")
 
 
 class Workstation(Target):
-    """The mini cluster's workstation, where alice runs the playbooks of this checkout: it is in ``CHECKOUT`` there."""
+    """The test cluster's workstation, where alice runs the playbooks of this checkout, mounted at ``CHECKOUT``."""
 
     def command(self, name: str, settings: dict | None = None, *options: str) -> list[str]:
-        """Return the call that enters the workstation and runs ansible-playbook there."""
+        """Return the command that enters the workstation and runs ansible-playbook there."""
         return [*self.shell, self.ansible(super().command(name, settings, *options))]
 
     def ansible(self, command: list[str]) -> str:
-        """Return the shell command that runs one of Ansible's programs of this checkout, ``ansible-…``, there."""
+        """Return a shell command that runs one of this checkout's Ansible programs (``ansible-…``) there."""
         program, *arguments = command
-        # Its own first line names this machine's folder of the checkout, which alice may not be able to read.
+        # The program's shebang names the checkout's folder on this machine, which alice may not be able to read.
         tool = [".venv/bin/python", "-m", "ansible", program.partition("-")[2] or "adhoc", *arguments]
-        return f"cd {CHECKOUT} && COLUMNS=4000 ANSIBLE_FORCE_COLOR=0 exec {shlex.join(tool)}"
+        cache = f"ANSIBLE_CALLBACK_PLUGINS={CHECKOUT}/tests/ansible ANSIBLE_CALLBACKS_ENABLED=module_cache"
+        return f"cd {CHECKOUT} && {cache} COLUMNS=4000 ANSIBLE_FORCE_COLOR=0 exec {shlex.join(tool)}"

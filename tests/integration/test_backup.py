@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Dumps of real studies, by users and by the hosting program; and the upgrade of Optuna's schema, after a dump.
+"""Dumps of real studies, by users and by the supervisor; and the upgrade of Optuna's schema, after a dump.
 
 PostgreSQL is Debian's, at a path with a space.
 """
@@ -36,7 +36,7 @@ for study in optuna.get_all_study_names("postgresql+psycopg2:///?service={0}"):
     study = optuna.load_study(storage="postgresql+psycopg2:///?service={0}", study_name=study)
     print(study.study_name, len(study.trials), study.best_value, study.best_trial)
 """
-# A worker with whatever Optuna, which makes the trials of these numbers; another may make those between them.
+# A worker for any version of Optuna that creates the trials of these numbers; another worker may create those between.
 NUMBERED = """
 import sys, time, optuna
 storage = optuna.storages.RDBStorage("postgresql+psycopg2:///older?service={0}", skip_compatibility_check=True)
@@ -51,7 +51,7 @@ SELECT version_num, md5(string_agg(concat(study_name, trials, trial_values, tria
 FROM alembic_version, studies JOIN trials USING (study_id) JOIN trial_values USING (trial_id)
 JOIN trial_params USING (trial_id) GROUP BY 1
 """
-# The hosting program's part, on a folder of its own.
+# The supervisor's scheduled dump, for another folder.
 ROUND = """
 import json, sys, types
 from hpc_db_host.dumps import Dumps
@@ -60,13 +60,13 @@ settings.update(root=sys.argv[1], databases=["studies"], dump_minutes=0, dump_ke
 dumps = Dumps(settings, types.SimpleNamespace(**json.load(open("../run/endpoint.json"))))
 print(dumps.now(float(sys.argv[2]), lambda: None), dumps.told)
 """
-# As docs/other_programs.md has it.
+# The same command as in docs/other_programs.md.
 WHERE = """'import json; print("{host}:{port}".format(**json.load(open("hpc_db/hpc_db/run/endpoint.json"))))'"""
 NEXT_TRIAL = "SELECT last_value FROM trials_trial_id_seq"
 GENERATION = """
 SELECT unnest(setconfig) FROM pg_db_role_setting JOIN pg_database d ON d.oid = setdatabase WHERE datname = 'studies'
 """
-# A worker that is idle.
+# An idle worker.
 HOLD = """
 "$bin/psql" "service={0} dbname=older" -c 'SELECT pg_sleep(600)' > ../log/held 2>&1 &
 until psql -c 'SELECT query FROM pg_stat_activity' | grep -q '(600)'
@@ -86,7 +86,7 @@ psql -c "SELECT pg_terminate_backend(pid, 9999) FROM pg_stat_activity WHERE wait
 
 
 class Studies:
-    """An instance with a study, and what its owner does with it."""
+    """An instance with a study, and its owner's actions on it."""
 
     def __init__(self, target: Target, name: str, settings: dict) -> None:
         self.target, self.name, self.settings = target, name, settings
@@ -98,7 +98,7 @@ class Studies:
         return played.stdout
 
     def refusal(self, **settings: object) -> str:
-        """Return the message of the one task that failed, after a look that nothing has changed."""
+        """Return the message of the one task that failed, after checking that nothing has changed."""
         before = self.held()
         played = self.target.play("restore", {"instance_name": self.name, **settings})
         assert played.returncode != 0
@@ -119,11 +119,11 @@ class Studies:
         self.python(WORK, trials)
 
     def drill(self) -> str:
-        """Return name, number of trials, best value and all of the best trial of each study, as Optuna reads them."""
+        """Return name, number of trials, best value and the whole best trial of each study, as Optuna reads them."""
         return self.python(DRILL)
 
     def shell(self, script: str) -> str:
-        """Run a script where the hosting program is, with psql for the owner."""
+        """Run a script in the supervisor's folder, with psql as the owner."""
         psql = f"""psql() {{ command "$bin/psql" -XAtq "service={self.name} user=$USER dbname=studies" "$@"; }}"""
         bin_ = """bin=$(python3 -c 'import json; print(json.load(open("settings.json"))["bindir"])')"""
         return self.target.run(f"cd ~/hpc_db/{self.name}/host\n{bin_}\n{psql}\n{script}")
@@ -135,7 +135,7 @@ class Studies:
         return self.target.run(f"ls -A ~/hpc_db/{self.name}/dumps").split()
 
     def schema(self, python: str, upgrade: bool = False, **database: object) -> str:
-        """Run the module for the database "older" by itself, with an interpreter; return its output."""
+        """Run the module alone for the database "older", with a given interpreter; return its output."""
         endpoint = json.loads(self.shell("cat ../run/endpoint.json"))
         passfile = f"~/hpc_db/{self.name}/secrets/pgpass"
         server = {"host": endpoint["host"], "port": endpoint["port"], "user": "study", "passfile": passfile}
@@ -154,7 +154,7 @@ class Studies:
 
 @pytest.fixture(scope="module")
 def studies(quick_settings: dict, here: Target) -> Studies:
-    # The folder of the settings is made first, so that the server ends before its programs go.
+    # The fixture that makes the settings' folder comes first, so that the server ends before its programs are removed.
     studies = Studies(here, FIRST, {**quick_settings, "databases_studies": [{"name": "studies"}, {"name": "older"}]})
     studies.work(20)
     return studies
@@ -162,7 +162,7 @@ def studies(quick_settings: dict, here: Target) -> Studies:
 
 @pytest.fixture(scope="module")
 def fetched(studies: Studies, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dump of the study, on the workstation."""
+    """A dump of the study, fetched to the workstation."""
     folder = tmp_path_factory.mktemp("workstation") / "new" / "folder"
     said = studies.play("backup", backup_fetch=str(folder))
     assert re.search(r"^studies: 20 trials in /\S+\.dump$", said, re.MULTILINE)
@@ -184,12 +184,13 @@ def test_newest_dump_brings_back_what_was_there(studies: Studies, fetched: Path)
     studies.work(5)
     given = studies.psql(NEXT_TRIAL)
 
-    assert "restore_database: studies holds 1 studies with 25 trials; with restore_replace=true" in studies.refusal(
+    assert "restore_database: studies contains 1 studies with 25 trials; with restore_replace=true" in studies.refusal(
         restore_from="newest"
     )
     said = studies.play("restore", restore_from="newest", restore_replace=True)
 
     assert studies.drill() == before
+    assert "kept.json" not in studies.shell("ls ../run").split(), "the next run must ensure the settings' studies"
     kept = re.findall(r"^studies: 20 trials from newest; .* kept as the database (studies-\w+)$", said, re.MULTILINE)
     names = studies.psql("SELECT datname FROM pg_database WHERE datname LIKE 'studies%' ORDER BY 1").split()
     assert names == ["studies", *kept]
@@ -203,7 +204,7 @@ def test_newest_dump_brings_back_what_was_there(studies: Studies, fetched: Path)
 def test_fetched_dump_brings_the_study_to_another_instance(
     studies: Studies, here: Target, quick_settings: dict, fetched: Path
 ) -> None:
-    # What is installed is the same for both.
+    # Both instances share the same installation.
     here.run(f"cd ~/hpc_db; mkdir -m 700 {SECOND} {SECOND}/run; ln -s ../{FIRST}/python {SECOND}")
     second = Studies(here, SECOND, quick_settings)
     try:
@@ -225,7 +226,7 @@ def test_damaged_dump_is_refused(studies: Studies, fetched: Path, tmp_path: Path
     cut = tmp_path / "cut.dump"
     cut.write_bytes(whole[:-100])
 
-    assert "cut.dump is no dump, or a damaged one: pg_restore failed: " in studies.refusal(
+    assert "cut.dump is not a dump, or is damaged: pg_restore failed: " in studies.refusal(
         restore_from=str(cut), restore_replace=True
     )
 
@@ -251,7 +252,7 @@ def test_dump_that_is_killed_leaves_the_older_ones(studies: Studies) -> None:
 
     killed = locked("ps -o ni= $(pgrep -P $program); pkill -9 -P $program; wait $program")
     niceness = min(19, os.nice(0) + 10)
-    assert killed.split("\n") == [str(niceness), "False no dump of studies: pg_dump ended with -9"]
+    assert killed.split("\n") == [str(niceness), "False cannot dump studies: pg_dump ended with -9"]
     assert locked("wait $program; pgrep -r RSDT -xu $USER pg_dump", patience=2) == "False no dump within 2 s"
     assert studies.target.run("stat -c '%a %n %Y' ~/rounds/dumps/*") == older
 
@@ -301,13 +302,13 @@ def test_older_schema_is_named_and_upgraded_on_request_after_a_dump(studies: Stu
     assert re.search(rf"^older: 11 trials in \S+/{re.escape(made[0])}$", said, re.M), said
     assert made == [made[0], f"{made[0]}.sha256"]
     assert "study east in database older: a trial's time is 2.0 h ahead of UTC" in said
-    assert "study mixed in database older: 3 trials began some half hours before the trial before them" in said
-    assert re.search(r"is newer than the installed Optuna 3\.1\.1: have optuna==\d\S+ in postgres_python_packages",
+    assert "study mixed in database older: 3 trials began half an hour or more before their" in said
+    assert re.search(r"is newer than the installed Optuna 3\.1\.1: set optuna==\d\S+ in postgres_python_packages",
                      studies.schema(old))
 
 
 class MLflow:
-    """A real tracking server, at the printed URL."""
+    """A real MLflow tracking server that uses the printed URL."""
 
     def __init__(self, url: str, home: str, folder: Path) -> None:
         with socket.socket() as probe:
@@ -327,7 +328,7 @@ class MLflow:
             )
 
     def ask(self, call: str, patience: float = 0, **given: str) -> dict:
-        """Return what it answers. It has some seconds to come up, or to connect again."""
+        """Return the server's answer. ``patience`` gives it some seconds to start or to reconnect."""
         limit = time.monotonic() + patience
         question = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/api/2.0/mlflow/experiments/{call}", json.dumps(given).encode(),

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""conda_env as alice runs it on a login node, with real packages: by py-rattler, and by a stand-in for every conda.
+"""conda_env as alice runs it on a login node, with real packages: with py-rattler, and with a stand-in for each conda.
 
-One play runs the steps of all clients side by side, each with folders of its own; the tests read what came out.
+One play runs the steps of all clients in parallel, each in its own folders; the tests read the results.
 """
 
 from __future__ import annotations
@@ -22,32 +22,38 @@ LOCAL = "file:///srv/channel"
 HOME = "/home/alice"
 PREFIX = "{{ folder }}/with a space/postgresql-17"
 OTHER = "{{ folder }}/with a space/other"
-# With what conda solves is the user's own configuration.
+# The user's own configuration selects the solver.
 CLIENTS = {
-    "rattler": {"provider": "rattler"},
+    "rattler": {"provider": "rattler", "program": "python"},
     "conda-classic": {"provider": "conda", "program": "conda", "solver": "classic"},
     "conda-libmamba": {"provider": "conda", "program": "conda", "solver": "libmamba"},
     "conda-rattler": {"provider": "conda", "program": "conda", "solver": "rattler"},
     "mamba": {"provider": "conda", "program": "mamba"},
     "micromamba": {"provider": "conda", "program": "micromamba"},
 }
-# These go through a whole life, the others through what they do differently.
+# These clients run all steps, the others only those in which they differ.
 WHOLE = ["rattler", "conda-libmamba", "micromamba"]
 DEFAULTS = {
     "prefix": PREFIX,
     "specs": ["postgresql=17"],
     "channels": [LOCAL],
     "provider": "{{ provider }}",
-    "rattler_python": "{{ folder }}/client",
-    "client": "{{ folder }}/client",
-    "package_cache": f"{HOME}/cache",
+    "rattler_python": "{{ folder }}/{{ program }}",
+    "client": "{{ folder }}/{{ program }}",
 }
-# What a step's folder has come to: beside the prefix, runs of the client so far, what runs, and the user's own file.
+
+
+def cache_in(folder: str) -> dict[str, str]:
+    """Return the environment with which all clients keep their downloads in a folder."""
+    return {"CONDA_PKGS_DIRS": f"{folder}/pkgs", "MAMBA_ROOT_PREFIX": folder, "RATTLER_CACHE_DIR": folder}
+
+
+# Prints the state after a step: files next to the prefix, client runs so far, psql's version, and the user's own file.
 LOOK = """
-cd '{{ folder }}'; ls -A 'with a space' 2>/dev/null || :; echo
+cd '{{ folder }}'; ls -A1 'with a space' 2>/dev/null || :; echo
 wc -l < log; cd 'with a space/postgresql-17' 2>/dev/null && bin/psql --version && cat keep || :
 """
-# Who has a file open, and who started it.
+# Prints the processes that have a file open, and their parents.
 HOLDERS = """
 for fd in /proc/[0-9]*/fd/*; do
     [ "$(readlink "$fd")" != '{marker}' ] || echo "$fd"
@@ -56,7 +62,7 @@ done | cut -d / -f 3 | sort -u | xargs ps -o pid=,ppid= -p
 
 
 class Login:
-    """The login node: what is run there, and a way to run steps of every client."""
+    """The login node: runs commands there, and steps for every client."""
 
     def __init__(self, mini: Target, folder: Path) -> None:
         self.mini, self._folder = mini, folder
@@ -75,27 +81,28 @@ class Login:
         self._inventory.write_text(json.dumps({"all": {"vars": variables, "hosts": CLIENTS}}))
 
     def command(self, steps: dict[str, Any], clients: list[str]) -> list[str]:
-        """Return the call for steps by their names: a shell script, a task, or what differs from DEFAULTS.
+        """Return the command that runs the named steps: a shell script, a task, or parameters that differ from
+        DEFAULTS.
 
-        In the last, ``check`` makes it a dry run, and ``environment`` is as in a task.
+        Among such parameters, ``check`` makes a dry run, and ``environment`` is as in a task.
         """
         tasks: list[dict[str, Any]] = []
         for name, step in steps.items():
             if isinstance(step, str):
-                task: dict[str, Any] = {"ansible.builtin.raw": step}  # which starts no Python there
+                task: dict[str, Any] = {"ansible.builtin.raw": step}  # does not start Python there
             elif "mala.hpc_db.python_env" in step:
                 task = step
             else:
                 about = {"check_mode": step.get("check", False), "environment": step.get("environment", {})}
                 settings = {key: value for key, value in step.items() if key not in ("check", "environment")}
                 task = {**about, "mala.hpc_db.conda_env": settings}
-            # a refusal is a result like others
+            # a refusal is also a result
             tasks += [{"block": [{**task, "register": name}], "rescue": [{"ansible.builtin.meta": "noop"}]}]
         said = {name: f"{{{{ {name} }}}}" for name in steps}
         play = {
             "hosts": clients,
             "gather_facts": False,
-            "environment": {"CONDA_SOLVER": "{{ solver }}"},
+            "environment": {"CONDA_SOLVER": "{{ solver }}", **cache_in(f"{HOME}/cache")},
             "module_defaults": {"mala.hpc_db.conda_env": DEFAULTS},
             "tasks": [*tasks, {"ansible.builtin.debug": {"msg": said}}],
         }
@@ -120,7 +127,7 @@ class Login:
         )
 
     def play(self, steps: dict[str, Any], *clients: str) -> dict[str, dict[str, Any]]:
-        """Run steps, of all clients or these; return the results by client and step, and what was ``shown``."""
+        """Run steps of all clients or of these; return the results by client and step, and the output as ``shown``."""
         done = subprocess.run(
             self.command(steps, list(clients or CLIENTS)), cwd=ROOT, env=self.environment,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
@@ -151,10 +158,11 @@ def login(mini: Target, tmp_path_factory: pytest.TempPathFactory) -> Login:
     for program in (FAKE, SERVER):
         script.append(f"cat > {program.name} <<'EOF'\n{program.read_text()}\nEOF")
     for name, about in CLIENTS.items():
-        fake = f"~/fake_conda.py {about['program']}" if "program" in about else ""
+        program = about["program"]
+        fake = f"~/fake_conda.py {program}" if program != "python" else ""
         client = f"#!/bin/sh\necho >> ~/{name}/log\nexec ~/py-rattler/bin/python {fake} \"$@\""
-        script.append(f"mkdir {name}; cat > {name}/client <<'EOF'\n{client}\nEOF\nchmod 755 {name}/client")
-    # a channel with a package that is not all there, and one for the web
+        script.append(f"mkdir {name}; cat > {name}/{program} <<'EOF'\n{client}\nEOF\nchmod 755 {name}/{program}")
+    # one channel with an incomplete package, and one for the web server
     script.append("mkdir served truncated; ln -s /srv/channel served/site; cp -r /srv/channel/noarch truncated")
     script.append("mkdir truncated/linux-64; cp /srv/channel/linux-64/libpq-17.10-* truncated/linux-64")
     script.append("truncate -s -1000 truncated/linux-64/*; cp /srv/channel/linux-64/*.json truncated/linux-64")
@@ -171,14 +179,14 @@ def login(mini: Target, tmp_path_factory: pytest.TempPathFactory) -> Login:
 
 @pytest.fixture(scope="module")
 def life(login: Login) -> dict[str, dict[str, Any]]:
-    """What came of an environment's life."""
+    """Run an environment's whole life; return the results."""
     older = {"specs": ["postgresql=17.9=relabelled_0"]}
     crash = {"FAKE_CONDA_CRASH": "{{ 'yes' if solver == 'rattler' else '' }}"}
     old_host = {"prefix": OTHER, "environment": {"CONDA_OVERRIDE_GLIBC": "2.28"}}
-    libpq = {"specs": ["libpq=17"], "prefix": OTHER, "package_cache": "{{ folder }}/new"}
+    libpq = {"specs": ["libpq=17"], "prefix": OTHER, "environment": cache_in("{{ folder }}/new")}
     for_all = {
         "planned": {**older, "check": True},
-        "after_plan": "cd '{{ folder }}'; ls -A; wc -l < log",
+        "after_plan": "cd '{{ folder }}'; ls -A -I '{{ program }}'; wc -l < log",
         "made": {**older, "environment": crash},
         "same": {"specs": ["postgresql>=17,<18", "libpq==17.9"]},
         "unsatisfiable": {"specs": ["postgresql==17.99"]},
@@ -199,7 +207,6 @@ def life(login: Login) -> dict[str, dict[str, Any]]:
         "truncated": {**libpq, "channels": [f"file://{HOME}/truncated"]},
         "after_truncated": LOOK,
         "whole": libpq,
-        "removed": {"state": "absent"},
         "at_the_end": LOOK,
     }
     others = [client for client in CLIENTS if client not in WHOLE]
@@ -217,7 +224,7 @@ def whole_results(life: dict[str, dict[str, Any]], request: pytest.FixtureReques
 
 
 def looked(result: dict[str, Any]) -> tuple[list[str], str, list[str]]:
-    """Return what LOOK saw: beside the prefix, runs of the client, and what psql and the user's file say."""
+    """Return the output of LOOK: files beside the prefix, client runs, and the version of psql with the user's file."""
     lines = [line.strip() for line in result["stdout_lines"]]
     gap = lines.index("")
     return lines[:gap], lines[gap + 1], lines[gap + 2 :]
@@ -232,7 +239,7 @@ def test_plan_shows_builds_and_leaves_nothing(results: dict[str, Any]) -> None:
         "before": {}, "after": {"libpq": "17.9 relabelled_0", "postgresql": "17.9 relabelled_0"}
     }
     assert '+    "postgresql": "17.9 relabelled_0"' in results["shown"]
-    assert results["after_plan"]["stdout"].split() == ["client", "log", "1"]
+    assert results["after_plan"]["stdout"].split() == ["log", "1"]
 
 
 def test_create_and_nothing_to_do(results: dict[str, Any]) -> None:
@@ -251,7 +258,7 @@ def test_refusals(results: dict[str, Any]) -> None:
     assert no_channel.startswith("channels: cannot read file:///no/channel: ")
     assert "\n" not in unsatisfiable + no_channel and "anaconda.org" not in unsatisfiable
     names, runs, _said = looked(results["after_unsatisfiable"])
-    assert (names, runs) == (["postgresql-17"], "3")  # not tried again, and not marked: no server would start
+    assert (names, runs) == (["postgresql-17"], "5")  # not tried again; not marked as unfinished: a server may start
     assert results["old_host"]["msg"] == (
         f"specs: nothing in {LOCAL} satisfies postgresql=17 on this host: it needs __glibc >=2.34,<3.0.a0, and the "
         "host has glibc 2.28; ask for an older version, or another channel"
@@ -283,7 +290,7 @@ def test_refused_major_leaves_the_environment(whole_results: dict[str, Any]) -> 
 
 
 def test_old_host_gets_what_it_can_run(whole_results: dict[str, Any]) -> None:
-    assert whole_results["old_host_18"]["packages"] == {"libpq": "18.6", "postgresql": "18.6"}  # content with 2.27
+    assert whole_results["old_host_18"]["packages"] == {"libpq": "18.6", "postgresql": "18.6"}  # need only glibc 2.27
 
 
 def test_truncated_package(whole_results: dict[str, Any]) -> None:
@@ -292,12 +299,11 @@ def test_truncated_package(whole_results: dict[str, Any]) -> None:
     assert whole_results["whole"]["changed"] and whole_results["whole"]["packages"] == {"libpq": "17.10"}
 
 
-def test_removal(whole_results: dict[str, Any]) -> None:
-    assert whole_results["removed"]["changed"]
+def test_client_runs(whole_results: dict[str, Any]) -> None:
     names, runs, _said = looked(whole_results["at_the_end"])
-    # a client for: planned, made, unsatisfiable, old_host, no_channel; other_build, update_planned, updated,
-    # other_libpq, old_host_18, truncated, whole
-    assert (names, runs) == (["other"], "12")
+    # One run solves: planned, same, unsatisfiable, old_host, no_channel; update_planned, other_libpq, old_host_18.
+    # Another one installs: made; other_build, updated, truncated, whole.
+    assert (names, runs) == (["other", "postgresql-17"], "18")
 
 
 @pytest.mark.parametrize(
@@ -305,15 +311,15 @@ def test_removal(whole_results: dict[str, Any]) -> None:
     [("rattler", "ends well"), ("rattler", "all killed"), ("conda-libmamba", "client goes on")],
 )
 def test_stopped_midway_and_run_again(login: Login, client: str, fate: str) -> None:
-    """Held midway by the channel, while the first package is there: killed, or met by a second run."""
+    """The channel stops the first run after its first package; that run is then killed, or a second run meets it."""
     held, prefix = f"held-{fate.replace(' ', '-')}", f"{HOME}/{client}/{fate}"
-    common = {"prefix": prefix, "package_cache": f"{prefix} cache"}
+    common = {"prefix": prefix, "environment": cache_in(f"{prefix} cache")}
     channel = {"channels": [f"http://127.0.0.1:{login.port}/{held}/site"]}
     login.mini.run(f"touch {held}; : > {client}/log")
     first = login.start({"first": {**common, **channel}}, client)
     login.wait_for(f"grep -q '^/{held}/site/linux-64/postgresql-17.10' asked")
 
-    # The client keeps the file open that the module has locked; the module is the one that nobody of them started.
+    # The client inherits the file that the module has locked; the module is the holder without a holder as its parent.
     holders = login.mini.run(HOLDERS.format(marker=f"{prefix}.unfinished")).splitlines()
     pids = [line.split()[0] for line in holders]
     (module,) = [line.split()[0] for line in holders if line.split()[1] not in pids]
@@ -331,7 +337,7 @@ def test_stopped_midway_and_run_again(login: Login, client: str, fate: str) -> N
     else:
         assert ended["failed"] and second["again"]["changed"]
     assert second["again"]["version"] == "17.10" and second["same"]["changed"] is False
-    assert login.mini.run(f"wc -l < {client}/log") == ("1" if fate == "ends well" else "2")
+    assert login.mini.run(f"wc -l < {client}/log") == ("2" if fate == "ends well" else "4")
     assert login.mini.run(f"'{prefix}/bin/psql' --version; ls -d '{prefix}'*").splitlines() == [
         "psql (PostgreSQL) 17.10", prefix, f"{prefix} cache"
     ]
@@ -340,19 +346,19 @@ def test_stopped_midway_and_run_again(login: Login, client: str, fate: str) -> N
 def test_channel_on_the_web(login: Login) -> None:
     clients = ["rattler", "conda-libmamba", "micromamba"]
     web = f"http://127.0.0.1:{login.port}"
-    # For conda it is a name, which only the user's own configuration knows.
+    # conda treats it as a name, which only the user's own configuration defines.
     named = {
         "channels": ["{{ 'site' if provider == 'conda' else 'LOGIN/site' }}".replace("LOGIN", f"{web}/login")],
-        "environment": {"RATTLER_AUTH_FILE": "{{ folder }}/credentials.json"},
+        "environment": {**cache_in("{{ folder }}/web"), "RATTLER_AUTH_FILE": "{{ folder }}/credentials.json"},
         "check": True,
     }
     allowed = {"127.0.0.1": {"BasicHTTP": {"username": "alice", "password": "secret"}}}
     condarc = {"custom_channels": {"site": f"{web}/login".replace("//", "//alice:secret@")}}
     wrong = json.dumps(condarc).replace("secret", "wrong")
     common = {
-        "prefix": "{{ folder }}/from the web", "package_cache": "{{ folder }}/web", "specs": ["libpq=17"],
+        "prefix": "{{ folder }}/from the web", "specs": ["libpq=17"], "environment": cache_in("{{ folder }}/web"),
     }
-    # conda says otherwise that packages are unavailable than it says it of a channel
+    # conda reports unavailable packages in other words than an unavailable channel
     mood = "{{ 'scarce' if inventory_hostname == 'conda-libmamba' else 'busy' }}-{{ inventory_hostname }}"
     busy, held = f"{web}/{mood}/site", f"{web}/held-for-ever/site"
     login.mini.run("touch held-for-ever")
@@ -382,18 +388,18 @@ def test_channel_on_the_web(login: Login) -> None:
         assert "401" in said["refused"]["msg"] and said["allowed"]["stdout"].strip() == "1"  # and not tried again
         assert said["planned"]["packages"] == {"libpq": "17.10"}
         assert "wrong" not in json.dumps(said["refused"]) and "secret" not in json.dumps(said["planned"])
-        assert said["made"]["changed"] and said["tries"]["stdout"].strip() == "2"
+        assert said["made"]["changed"] and said["tries"]["stdout"].strip() == "3"
         assert said["too_long"]["msg"] == "timeout: 2: the client was stopped"
         assert said["rest"]["stdout"].strip() == "from the web"
 
 
 def test_client_of_an_environment_module(login: Login) -> None:
-    """By the site's line, which goes before the usual folders and after PATH."""
+    """The client is searched on PATH, then with the site's module line, then in the usual folders."""
     login.mini.run("""
         mkdir -p modules site/bin miniforge3/bin
         printf '#%%Module\nprepend-path PATH /home/alice/site/bin\n' > modules/anaconda
         for place in site miniforge3; do
-            printf '#!/bin/sh\necho %s >> ~/places\nexec ~/conda-libmamba/client "$@"\n' $place > $place/bin/conda
+            printf '#!/bin/sh\necho %s >> ~/places\nexec ~/conda-libmamba/conda "$@"\n' $place > $place/bin/conda
             chmod 755 $place/bin/conda
         done
     """)

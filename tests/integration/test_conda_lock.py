@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Lock files and minor updates, in a channel that gets a newer PostgreSQL meanwhile."""
+"""Lock files and minor updates, with a channel that gains a newer PostgreSQL meanwhile."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._conda import CondaError
-from ansible_collections.mala.hpc_db.plugins.modules.conda_env import ensure_env
-from ansible_collections.mala.hpc_db.plugins.modules.conda_env_info import look
+from ansible_collections.mala.hpc_db.plugins.modules.conda_env import ensure_env, lock_of
 from growing import GROW
 from target import ROOT
 
@@ -32,7 +31,7 @@ def channel() -> Path:
 
 
 class Environment:
-    """An environment out of the growing channel, as one client keeps it."""
+    """An environment from the growing channel, managed by one client."""
 
     def __init__(self, folder: Path, whole: Path, provider: str) -> None:
         self._whole, self._channel, self._provider = whole, folder / "growing", provider
@@ -49,8 +48,8 @@ class Environment:
         params = {
             "prefix": str(self.prefix), "specs": ["libpq=17"], "channels": [self._channel.as_uri()], "state": "present",
             "provider": "rattler" if self._provider == "rattler" else "conda", "rattler_python": sys.executable,
-            "client": str(self._client), "module_load": None, "package_cache": f"{self._channel}.cache", "lock": None,
-            "update": False, "lease": None, "archives": None, "host": None, "timeout": 300,
+            "client": str(self._client), "module_load": None, "lock": None, "update": False,
+            "lease": None, "archives": None, "host": None, "timeout": 300,
         }
         return ensure_env({**params, **arguments}, self._run, check_mode)
 
@@ -60,23 +59,28 @@ class Environment:
 
     @property
     def lock(self) -> str:
-        return look(self.prefix)["lock"]
+        lock = lock_of({"prefix": str(self.prefix), "host": None})
+        assert lock
+        return lock
 
     def lock_of(self, *packages: str) -> str:
-        """Return a lock file of packages in the channel, whose names begin so."""
+        """Return a lock file of those packages in the channel whose names begin with the given words."""
         paths = [path for name in packages for path in self._channel.glob(f"linux-64/{name}*")]
         sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
         return "@EXPLICIT\n" + "".join(f"{path.as_uri()}#sha256:{of}\n" for path, of in zip(paths, sums))
 
     def files(self) -> dict[str, str]:
-        """Return checksum and mode of every file, but for the times in the history."""
+        """Return checksum and mode of every file, ignoring the times in conda's history."""
         paths = [path for path in self.prefix.rglob("*") if path.is_file() and path.name != "history"]
         sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.stat().st_mode:o}" for path in paths]
         return dict(zip((str(path.relative_to(self.prefix)) for path in paths), sums))
 
-    @staticmethod
-    def _run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
-        done = subprocess.run(command, pass_fds=pass_fds, capture_output=True, text=True, check=False)
+    def _run(self, command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        cache = f"{self._channel}.cache"
+        environment = {**os.environ, "CONDA_PKGS_DIRS": f"{cache}/pkgs", "RATTLER_CACHE_DIR": cache}
+        done = subprocess.run(
+            command, pass_fds=pass_fds, env=environment, capture_output=True, text=True, check=False
+        )
         return done.returncode, done.stdout, done.stderr
 
 
@@ -106,7 +110,7 @@ def test_updated_and_reproduced_byte_for_byte(tmp_path: Path, channel: Path, pro
     assert (env.prefix / "keep").read_text() == "precious" and back.pop("keep")
     assert without_records(back) == without_records(solved)
     assert env.lock == lock
-    env.keep(state="absent")
+    shutil.rmtree(env.prefix)
     assert env.keep(lock=lock)["packages"] == OLD
     assert env.files() == back
     assert env.keep(lock=lock)["changed"] is False
@@ -116,7 +120,10 @@ def test_updated_and_reproduced_byte_for_byte(tmp_path: Path, channel: Path, pro
 def test_staged_for_a_host_that_reads_no_channel(tmp_path: Path, channel: Path) -> None:
     env = Environment(tmp_path, channel, "rattler")
     url, archives = f"{tmp_path.as_uri()}/growing", tmp_path / "archives"
-    host = {"system": "Linux", "machine": "x86_64", "release": "4.18.0-553.el8", "glibc": "2.36", "packages": None}
+    host = {
+        "system": "Linux", "machine": "x86_64", "release": "4.18.0-553.el8", "glibc": "2.36", "packages": None,
+        "satisfied": False,
+    }
 
     def stage(**arguments: Any) -> dict:
         settings: dict = {"specs": ["postgresql=17"], "state": "staged", "archives": str(archives), "host": host}
@@ -133,7 +140,7 @@ def test_staged_for_a_host_that_reads_no_channel(tmp_path: Path, channel: Path) 
     assert len(re.findall(rf"^{url}/linux-64/.*#sha256:", lock, re.MULTILINE)) == 2
 
     archive = archives / min(times)
-    archive.write_bytes(archive.read_bytes()[:-1])  # which is fetched again, and the other one is not
+    archive.write_bytes(archive.read_bytes()[:-1])  # this package is fetched again, the other one is not
     assert stage()["lock"] == lock
     assert [path.name for path in archives.iterdir() if path.stat().st_mtime_ns == times[path.name]] == [max(times)]
 
@@ -141,11 +148,15 @@ def test_staged_for_a_host_that_reads_no_channel(tmp_path: Path, channel: Path) 
     installed = env.keep(specs=["postgresql=17"], lock=lock, archives=str(archives))
     assert installed["changed"] and installed["version"] == "17.9" and "tls" in installed["features"]
     assert env.lock == lock  # with the channel's URLs
-    held = {**host, "packages": look(env.prefix)["packages"]}
+    found = env.keep(check_mode=True, specs=["postgresql=17"], archives=str(archives))
+    held = {**host, "packages": found["installed"], "satisfied": found["satisfied"]}
+    assert found["satisfied"] is True and found["lock"] == lock
     assert (stage(host=held)["changed"], stage(host=held)["lock"]) == (False, "")
     assert env.keep(specs=["postgresql=17"], archives=str(archives))["changed"] is False
 
     env.publish(hidden="none")
+    unknown = {**held, "satisfied": False}
+    assert (stage(host=unknown)["changed"], stage(host=unknown)["lock"]) == (False, "")
     updated = stage(host=held, update=True)
     assert updated["packages"] == {"libpq": "17.10", "postgresql": "17.10"}
     assert not any("17.9" in path.name for path in archives.iterdir())
@@ -169,7 +180,7 @@ def test_damaged_lock_file_changes_nothing(tmp_path: Path, channel: Path, provid
         with pytest.raises(CondaError, match=says) as refused:
             env.keep(lock=damaged)
         assert "\n" not in str(refused.value)
-    if provider == "rattler":  # conda and mamba install a lock file without a look at dependencies
+    if provider == "rattler":  # conda and mamba install a lock file without checking dependencies
         with pytest.raises(CondaError, match="lock: .*dependency 'libpq ==17.9', which is not in the environment"):
             env.keep(lock=env.lock_of("postgresql-17.9-relabelled_0"), specs=["postgresql=17"])
     assert env.neighbours == []
@@ -189,7 +200,7 @@ def test_update_that_cannot_be_fetched_leaves_the_environment(tmp_path: Path, ch
     with pytest.raises(CondaError, match="channels: cannot read "):
         env.keep(update=True)
 
-    assert env.neighbours == ["postgresql-17"] and env.files() == files  # not marked: a server may start
+    assert env.neighbours == ["postgresql-17"] and env.files() == files  # not marked as unfinished: a server may start
     newer.write_bytes(whole)
     assert env.keep(update=True)["packages"] == NEW
 
@@ -198,10 +209,10 @@ def test_cache_that_a_kill_has_left_is_mended_by_the_command_that_is_named(tmp_p
     env = Environment(tmp_path, channel, "conda")
     env.keep()
     lock = env.lock
-    env.keep(state="absent")
+    shutil.rmtree(env.prefix)
     os.truncate(next((tmp_path / "growing.cache/pkgs").glob("libpq-17.9-*/lib/libpq.so.5.17")), 9)
 
-    with pytest.raises(CondaError, match=r"package_cache: .*; remove them and run this again: rm -r ") as said:
+    with pytest.raises(CondaError, match=r"client: the client's cache .*; remove them .* again: rm -r ") as said:
         env.keep(lock=lock)
 
     assert env.neighbours == []

@@ -24,7 +24,7 @@ optuna.logging.disable_default_handler()
 study = optuna.load_study(storage="postgresql+psycopg2:///?service=hpc_db", study_name="beryllium")
 study.optimize(lambda trial: trial.suggest_float("x", -1, 1) ** 2 + trial.suggest_int("n", 1, 8), int(sys.argv[1]))
 """
-# Prints what a page of the dashboard is, whatever its status.
+# Prints a page of the dashboard, whatever its HTTP status.
 ASK = """
 import sys, urllib.error, urllib.request
 method, address, body = sys.argv[1:]
@@ -38,7 +38,7 @@ except OSError as error:
     sys.exit(f"0 {error}")
 print(answer.status, answer.read().decode())
 """
-# What the reader's own connection allows, a line for each statement.
+# Prints one line for each statement that the read-only role tries over its own connection.
 TRY = """
 import json, psycopg2, sys
 for database, statement in json.loads(sys.argv[1]):
@@ -70,7 +70,7 @@ FORBIDDEN = {
 
 
 def eventually(condition: Callable[[], object], seconds: float = 120) -> None:
-    """Wait for a condition; a loaded machine takes ten times as long as a quiet one."""
+    """Wait for a condition; a loaded machine takes ten times as long as an idle one."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -78,7 +78,7 @@ def eventually(condition: Callable[[], object], seconds: float = 120) -> None:
 
 
 class CommandLines:
-    """Every command line of every host, seen five times a second."""
+    """Collects every command line of every host, five times a second."""
 
     def __init__(self) -> None:
         self._over = threading.Event()
@@ -99,11 +99,11 @@ class CommandLines:
                 try:
                     self.seen.add(process.read_bytes())
                 except OSError:
-                    pass  # it has ended
+                    pass  # the process has ended
 
 
 class Dashboard:
-    """The instance on the cluster, and what its owner sees of it on the workstation."""
+    """The instance on the cluster, and its owner's view of it on the workstation."""
 
     def __init__(self, mini: Target, workstation: Workstation) -> None:
         self.mini, self.workstation = mini, workstation
@@ -112,7 +112,7 @@ class Dashboard:
         self.command_lines: set[bytes] = set()
 
     def play(self, name: str, settings: dict | None = None, *options: str) -> str:
-        """Run a playbook on the workstation to its good end."""
+        """Run a playbook on the workstation; it must succeed."""
         played = self.workstation.play(name, settings, *options)
         assert played.returncode == 0, played.stdout + self.log("tunnel")
         self.said.append(played.stdout)
@@ -121,11 +121,11 @@ class Dashboard:
         return played.stdout
 
     def work(self, trials: int) -> None:
-        """Make trials on the login node."""
+        """Run trials on the login node."""
         self.mini.run(f"hpc_db/hpc_db/python/bin/python -W ignore -c {shlex.quote(WORK)} {trials}")
 
     def ask(self, path: str, method: str = "GET", body: str = "", database: str = "mala") -> tuple[int, dict]:
-        """Ask the dashboard's API; return the status and the answer. The status is 0 if nobody answers."""
+        """Query the dashboard's API; return the status and the answer. The status is 0 if there is no answer."""
         words = ["python3", "-c", ASK, method, self.addresses[database] + path, body]
         status, _space, said = self.workstation.run(f"{shlex.join(words)} 2>&1 || :").partition(" ")
         try:
@@ -140,12 +140,12 @@ class Dashboard:
         return {study["study_name"]: study["study_id"] for study in answer["study_summaries"]}
 
     def trials(self) -> int:
-        """Return how many trials the dashboard tells of."""
+        """Return the number of trials that the dashboard reports."""
         status, answer = self.ask("api/studies/1")
         return len(answer["trials"]) if status == 200 else -1
 
     def try_as_reader(self, statements: list[tuple[str, str]]) -> list[str]:
-        """Return what becomes of statements over the tunnel."""
+        """Return the result of each statement, run over the tunnel as the read-only role."""
         words = [f"{FOLDER}/python/bin/python", "-c", TRY, json.dumps(statements)]
         return self.workstation.run(f"PGSERVICEFILE={FOLDER}/pg_service.conf {shlex.join(words)}").splitlines()
 
@@ -156,13 +156,13 @@ class Dashboard:
         return self.workstation.run(f"cat {FOLDER}/{name}.log || :")
 
     def cluster(self, *words: str) -> None:
-        """Do something to a host."""
+        """Apply an action to a host."""
         subprocess.run([str(CLUSTER), *words], env=self.mini.environment, check=True, capture_output=True, timeout=100)
 
 
 @pytest.fixture(scope="module")
 def dashboard(mini: Target, workstation: Workstation, bindir: Path) -> Dashboard:
-    """The dashboard, started beside an instance with 20 trials; PostgreSQL is Debian's."""
+    """The dashboard, started for an instance with 20 trials; PostgreSQL is Debian's."""
     dashboard = Dashboard(mini, workstation)
     provider = {"postgres_provider": "system", "postgres_bindir": str(bindir), "postgres_major": int(bindir.parts[-2])}
     dashboard.play("hpc_db", provider)
@@ -251,8 +251,8 @@ def test_follows_the_server_to_another_node(dashboard: Dashboard, page: Browser)
 
     eventually(lambda: dashboard.trials() == 25)
 
-    page.wait_for_text("25 Trials")  # on the page as it is, which asks again by itself
-    assert f"leads to {dashboard.endpoint()['host']} port" in dashboard.log("tunnel")
+    page.wait_for_text("25 Trials")  # the open page polls by itself
+    assert f"forwards to {dashboard.endpoint()['host']} port" in dashboard.log("tunnel")
 
 
 def test_login_node_is_cut_off_and_back(dashboard: Dashboard) -> None:
@@ -277,10 +277,10 @@ def test_new_password_is_taken_over(dashboard: Dashboard) -> None:
 
 
 def test_refused_in_one_line(dashboard: Dashboard) -> None:
-    """One host a case, in one play."""
+    """One host for each case, in a single play."""
     given: dict[str, tuple[dict, str]] = {
         "reader": ({"databases_reader_role": "visitor"}, "databases_reader_role: visitor cannot read mala, second; run"
-                   " the playbook hpc_db.yml, which lets it (database mala: "),
+                   " the playbook hpc_db.yml to grant access (database mala: "),
         "database": ({"dashboard_databases": ["nope"]}, "dashboard_databases: nope is not allowed; names in"),
         "socket": ({"server_address": "socket"}, "server_address: socket with a connection over ssh is not allowed; a"),
         "port": ({"dashboard_port": 80}, "dashboard_port: 80 is not allowed; a port from 1024"),

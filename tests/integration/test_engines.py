@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""PgBouncer and Optuna's storage proxy beside postgres, on the mini cluster: more workers than connections."""
+"""PgBouncer and Optuna's storage proxy as sidecars of postgres, on the test cluster: more workers than connections."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SETTINGS = {
 PYTHON = "PYTHONPATH=/srv/client hpc_db/hpc_db/python/bin/python -W ignore"
 POOLED = "postgresql+psycopg2:///?service=hpc_db-pooled"
 
-# Workers that start together, each with a storage of its own; threads stand for processes. Their trials go on as
-# long as there is a file "hold".
+# Workers that start together, each with its own storage; threads stand for processes. Their trials continue as long as
+# there is a file "hold".
 WORKERS = """
 import os, sys, threading, time
 import optuna
@@ -58,7 +58,7 @@ for thread in threads:
 print(len(errors), "errors", *set(map(repr, errors)))
 """
 
-# Everybody but a client with the certificate, from within the cluster.
+# Connection attempts from within the cluster by clients other than the one with the certificate.
 STRANGERS = """
 import json, os, sys
 import grpc
@@ -89,7 +89,7 @@ for who, channel in (
 
 @pytest.fixture(scope="module")
 def instance(mini: Target) -> Iterator[Target]:
-    """The instance with both engines, and the tests' programs beside it."""
+    """The instance with both sidecars, and the tests' programs in alice's home directory."""
     played = mini.play("hpc_db", SETTINGS)
     assert re.search(r"^mini .* failed=0", played.stdout, re.MULTILINE), played.stdout
     assert f"\n{POOLED}&plugin=hpc_db\n" in played.stdout
@@ -129,7 +129,7 @@ def test_more_workers_than_connections_start_together(url: str, instance: Target
     assert said.splitlines()[-1] == "0 errors"
     assert trials(instance)["COMPLETE"] == before + 32
     held = instance.run("psql -XAt service=hpc_db -c \"SELECT count(*) FROM pg_stat_activity WHERE usename = 'study'\"")
-    assert int(held) <= 5 + 3 + 1 + 1  # of the pooler, of the proxy with its spare one, and the one that asks
+    assert int(held) <= 5 + 3 + 1 + 1  # the pooler's, the proxy's with its spare connection, and the session that asks
 
 
 def test_pooler_lets_only_the_study_role_in(instance: Target) -> None:
@@ -138,7 +138,7 @@ def test_pooler_lets_only_the_study_role_in(instance: Target) -> None:
         "passfile=guessed": "authentication failed",
         "sslmode=disable": "SSL required",
         "sslrootcert=other.crt": "certificate verify failed",
-        "user=alice": "login rejected",  # who may do everything, and has a password
+        "user=alice": "login rejected",  # has all rights, and a password
         "dbname=postgres": "login rejected",
     }
     instance.run(

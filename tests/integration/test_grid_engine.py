@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The same playbooks on a cluster with Grid Engine: a server, workers, what a kill leaves, a walltime, the end."""
+"""The same playbooks on a cluster with Grid Engine: server, workers, trials left by a kill, walltime, and removal."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class GridEngine:
         return {f"{job}.{task}" if task else job: state for each, job, task, state in told if each == name}
 
     def endpoint(self) -> dict:
-        """Return where a server is; empty while it is nowhere."""
+        """Return the endpoint; empty while there is none."""
         path = self.root / "run" / "endpoint.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     def wait_for_another(self, before: dict) -> dict:
-        """Wait until another job serves, and has its successor behind it."""
+        """Wait until another job runs the server, and has queued its successor."""
         wait(lambda: self.endpoint().get("job") not in (None, before["job"]))
         wait(lambda: len(self.jobs()) == 2)
         return self.endpoint()
@@ -111,7 +111,7 @@ def test_server_from_nothing(grid_engine: GridEngine, settings: dict) -> None:
     assert re.search(r"hpc_db: serving on c[12]:\d+", played)
     assert 'name="h_rt" resource_contribution="0.000000">1800<' in asked
     assert 'name="s_rt" resource_contribution="0.000000">1740<' in asked
-    assert "all is as the last run has left it" in again
+    assert "nothing changed since the last full run" in again
     assert re.search(r"job +\d+ RUNNING\n +node +c[12]\n +time left +00:\d\d h of 00:30 h", status)
     assert re.search(r"compute node c[12]\n +ok +service", doctor)
     assert sorted(grid_engine.jobs().values()) == ["hqw", "r"]
@@ -143,7 +143,7 @@ def test_successor_goes_on_after_a_kill_and_before_the_walltime(grid_engine: Gri
     second = grid_engine.wait_for_another(first)
     (third,) = set(grid_engine.jobs()) - {second["job"]}
 
-    # Its walltime comes 20 s after it has begun, as Grid Engine counts.
+    # The walltime ends 20 s after the job has begun, by Grid Engine's clock.
     grid_engine.target.run(f"qalter -l h_rt=600,s_rt=20,mem_free=500M {third}")
     log = len(grid_engine.log())
     grid_engine.target.run(f"qdel {second['job']}")
@@ -151,8 +151,8 @@ def test_successor_goes_on_after_a_kill_and_before_the_walltime(grid_engine: Gri
     last = grid_engine.wait_for_another({"job": third})
 
     said = grid_engine.log()[log:]
-    assert "ended: told to by SIGUSR1" in said
-    assert "waiting: the data directory is held" not in said.partition("SIGUSR1")[2]  # the third gave it back
+    assert "ended: stopped by SIGUSR1" in said
+    assert "waiting: the data directory is held" not in said.partition("SIGUSR1")[2]  # the third job released it
     assert last["host"] in HOSTS
     assert sorted(grid_engine.target.run(STATES).split()) == ["FAIL", "RUNNING", "WAITING"]
 
@@ -162,5 +162,5 @@ def test_stop_leaves_no_job(grid_engine: GridEngine, settings: dict) -> None:
 
     assert grid_engine.jobs() == {}
     assert grid_engine.endpoint() == {}
-    assert re.search(r"ended: told to by .*/run/stop\.\d+\n", grid_engine.log())
+    assert re.search(r"ended: stopped by .*/run/stop\.\d+\n", grid_engine.log())
     assert list(grid_engine.root.glob("run/stop.*")) == []

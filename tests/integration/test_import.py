@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Studies that Optuna itself, of three ages, has written into files, brought to a server; and, whatever they hold,
-through everything else that is done with them.
+"""Import studies that three versions of Optuna have written into files, and run every other playbook on the result,
+whatever the studies contain.
 
 PostgreSQL is Debian's, at a path with a space.
 """
@@ -23,11 +23,11 @@ import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._printable import printable
 from target import ROOT, Target
 
-NAME = f"it{os.getpid()}"  # as the fixture ``here`` stops it
+NAME = f"it{os.getpid()}"  # the fixture ``here`` stops the instance with this name
 SETTINGS = {"instance_name": NAME, "databases_studies": [{"name": "studies"}, {"name": "second"}]}
 AGES = {"3": "old_optuna", "4": "optuna_4"}
 
-# What a study can hold. The last trials are one that its worker has left, and one that waits.
+# Writes everything that a study can contain. The last trials are one left by its worker, and one that waits.
 WRITE = """
 import math, sys, optuna
 url, age = sys.argv[1:]
@@ -71,7 +71,7 @@ trial = optuna.create_trial(
 for _each in range(50):
     study.add_trial(trial)
 """
-# All of a study, in one line; what is RUNNING in the file is FAIL in the database, and was never worked on there.
+# Prints a whole study in one line; RUNNING trials of the file are FAIL in the database, where nothing ever ran them.
 READ = """
 import sys, optuna
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -96,7 +96,7 @@ study = optuna.load_study(storage=sys.argv[1], study_name="be", sampler=optuna.s
 study.optimize(lambda trial: trial.suggest_float("x", -1, 1) ** 2 + trial.suggest_int("n", 1, 64, log=True), n_trials=6)
 print(study.best_value, len(study.trials), study.trials[15].params["x"], study.trials[-1].number)
 """
-# Which studies of a file are not the same in the database, apart from what became of RUNNING trials; and how many are.
+# Prints the studies that differ between file and database, except for RUNNING trials, and the number of all studies.
 COMPARE = """
 import sys, warnings, optuna
 warnings.simplefilter("ignore")
@@ -123,7 +123,7 @@ for study in file.get_all_studies():
     same += repr(there) == repr(here) or print(ascii(study.study_name)) or 0
 print(same)
 """
-# Files as users have them who have deleted a trial by SQL, or whose machine crashed.
+# Files of users who have deleted a trial by SQL, or whose machine has crashed.
 UNFIT = """
 import json, os, sqlite3, sys, optuna
 from optuna.storages.journal import JournalFileBackend
@@ -170,39 +170,40 @@ for name, change in {
 """
 UNFITTING = {
     "long_parameter.db": r"study long_parameter: trial 0: its parameter pp+… has 600 characters, .* in 6 trials\)",
-    "long_key.db": "study long_key: its attribute kk+… has 600 characters, of which PostgreSQL holds 512",
-    "step.db": "study step: trial 0: its step 2147483648, with an intermediate value, is beyond 32 bits",
+    "long_key.db": "study long_key: its attribute kk+… has 600 characters, but PostgreSQL stores at most 512",
+    "step.db": "study step: trial 0: its step 2147483648, with an intermediate value, does not fit into 32 bits",
     "patched.db": "study patched: trial 3: its parameter k differs from trial 0 in its distribution: Categorical",
     "unreadable.db": "study unreadable: trial 2 cannot be read: IndexError: tuple index out of range'$",
     "attribute.db": "study attribute cannot be read: JSONDecodeError: ",
-    "gap.db": "study gap: trial 2 is missing, as if it had been deleted; import_repair=true numbers trials anew",
-    "twice.db": "study twice: two trials have the number 2; import_repair=true numbers trials anew",
-    "cut.log": r"line 11 of 19 is damaged, or none of Optuna's \(.*op_code",
+    "gap.db": "study gap: trial 2 is missing, as if it had been deleted; import_repair=true renumbers the trials",
+    "twice.db": "study twice: two trials have number 2; import_repair=true renumbers the trials",
+    "cut.log": r"line 11 of 19 is damaged or not written by Optuna \(.*op_code",
     "blank.log": "line 11 of 20 is blank; import_repair=true leaves out",
-    "nul.log": "line 9 of 20 is nothing but NUL bytes",
-    "last.log": "line 17 of 17 is damaged, .*; import_repair=true leaves out blank lines and a damaged last one",
+    "nul.log": "line 9 of 20 is empty, with only NUL bytes",
+    "last.log": "line 17 of 17 is damaged or not written by Optuna .*; import_repair=true leaves out blank lines and "
+    "a damaged last one",
 }
-# As many steps as Optuna would take half a minute for.
+# More steps than Optuna could write in half a minute.
 STEPS = """
 INSERT INTO trial_intermediate_values (trial_id, step, intermediate_value, intermediate_value_type)
 SELECT trial_id, step, 0.5, 'FINITE' FROM trials JOIN studies USING (study_id), generate_series(300, 9999) AS step
 WHERE study_name = '300 steps'
 """
-# A parameter's value that is none of its choices, and an attribute that is no JSON; and back.
+# A parameter value outside its choices, and an attribute that is not JSON; and the valid values again.
 UNREADABLE = """
 UPDATE trial_params SET param_value = {0} WHERE param_id =
 (SELECT min(param_id) FROM trial_params WHERE distribution_json LIKE '%Categorical%');
 UPDATE study_user_attributes SET value_json = '{1}' WHERE key = 'cutoff' AND study_id =
 (SELECT study_id FROM studies WHERE study_name = 'empty')
 """
-# So many studies are drawn; and what they have to hold at least.
+# The number of random studies, and the minimum that they must cover.
 DRAWN = 25
 KINDS = [
     "-Infinity", "NaN", "FloatDistribution", "IntDistribution", "CategoricalDistribution", r'\"log\": true',
     "COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING", '"start": null', '"complete": null', "constraints:size",
     r"\ud800", r"\u0000",
 ]
-# Nothing can be added to a table that somebody reads all of.
+# Blocks inserts into the table, as a long read of it would.
 LOCK = """
 (psql -c 'BEGIN; LOCK TABLE trials IN SHARE MODE; SELECT pg_sleep(600)') > /dev/null 2>&1 &
 while n=$(psql -c "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") && [ "$n" = 0 ]
@@ -218,7 +219,7 @@ kill -9 $(pgrep -f -u "$USER" "^$HOME/hpc_db/{NAME}/python/bin/python( |$)")
 
 
 class Instance:
-    """An instance, files beside it, and what its owner does with them."""
+    """An instance, files beside it, and its owner's actions on them."""
 
     def __init__(self, target: Target, settings: dict) -> None:
         self.target = target
@@ -232,14 +233,14 @@ class Instance:
         return played.stdout
 
     def refusals(self, folder: Path, given: list[dict]) -> list[str]:
-        """Return the message of the one task that failed with each of these settings, after a look that all is kept."""
+        """Return the one failed task's message for each of these settings, after checking that nothing has changed."""
         hosts = {
             f"case{number}": {**self.target.variables, "ansible_connection": "local", **SETTINGS, **settings}
             for number, settings in enumerate(given)
         }
         (folder / "hosts.json").write_text(json.dumps({"hpc_db": {"hosts": hosts}}))
         before = self.held()
-        # One after another, since there can be one import at a time.
+        # One at a time, since only one import may run.
         played = self.target.play("import", None, f"--inventory={folder}/hosts.json", "--limit=case*", "--forks=1")
         assert self.held() == before
         said = [re.findall(rf"^fatal: \[{host}\].*(?:\n .*)*", played.stdout, re.MULTILINE) for host in hosts]
@@ -247,7 +248,7 @@ class Instance:
         return [" ".join(message.replace("''", "'").split()) for (message,) in said]
 
     def held(self) -> str:
-        """Return the studies, the files beside the instance, and what an import could leave."""
+        """Return the studies, the files beside the instance, and anything that an import could leave."""
         studies = self.psql("SELECT string_agg(studies::text, ',' ORDER BY study_id) FROM studies")
         return studies + self.target.run(f"sha256sum *.db *.log; ls -A ~ ~/hpc_db/{NAME} ~/hpc_db/{NAME}/dumps")
 
@@ -274,7 +275,7 @@ def instance(here: Target, quick_settings: dict) -> Instance:
 
 @pytest.fixture(scope="module")
 def ages(open_folder: Path) -> dict[str, str]:
-    """Folders with older Optunas."""
+    """Folders with older versions of Optuna."""
     for age, name in AGES.items():
         (wheel,) = (ROOT / ".cache" / name).glob("optuna-*.whl")
         with zipfile.ZipFile(wheel) as archive:
@@ -302,7 +303,7 @@ def test_sqlite_file_of_the_cluster(instance: Instance, ages: dict[str, str]) ->
     best, trials, waited, last = instance.python(GO_ON, instance.url).split()
     assert (trials, waited, last) == ("21", "0.5", "20") and float(best) > 1
     again = instance.play("import", import_from="~/new.db")
-    assert re.search(r"^study be: 16 trials .* there already$", again, re.MULTILINE) and "changed=0" in again
+    assert re.search(r"^study be: 16 trials .* already imported$", again, re.MULTILINE) and "changed=0" in again
 
 
 @pytest.mark.parametrize("age, file", [("4", "four.log"), ("3", "three.db")])
@@ -332,12 +333,15 @@ def test_what_does_not_fit_is_refused(instance: Instance, tmp_path: Path) -> Non
     (tmp_path / "other.db.lock").symlink_to("/no/such")
 
     expected: list[tuple[dict, str]] = [
-        ({"import_from": "~/new.db", "import_studies": ["nope"]}, "import_studies: new.db holds no study nope, but be"),
-        ({"import_from": "~/text.db"}, "import_from: text.db is neither an SQLite file nor one of Optuna's"),
-        ({"import_from": str(other)}, "import_from: other.db is still being written to, .* other.db.lock is beside it"),
-        ({"import_from": "~/other.db"}, r"import_as: studies holds a study be already, with other trials \(the "),
+        (
+            {"import_from": "~/new.db", "import_studies": ["nope"]},
+            "import_studies: new.db contains no study nope, but be",
+        ),
+        ({"import_from": "~/text.db"}, "import_from: text.db is not an SQLite file, nor one of Optuna's"),
+        ({"import_from": str(other)}, "import_from: other.db is in use, .* other.db.lock exists"),
+        ({"import_from": "~/other.db"}, r"import_as: studies already contains a study be, with other trials \(the "),
         ({"import_from": "~/new.db", "import_database": "no"},
-         "import_database: no is none of databases_studies with Optuna's tables, which are studies, second"),
+         "import_database: no is not allowed; databases in databases_studies with Optuna's tables: studies, second"),
     ]
     said = instance.refusals(tmp_path, [settings for settings, _says in expected])
     for (_settings, says), message in zip(expected, said):
@@ -363,7 +367,7 @@ def test_import_that_is_killed_leaves_nothing_to_the_next(instance: Instance) ->
 
 @pytest.fixture(scope="module")
 def everything(instance: Instance, open_folder: Path) -> int:
-    """An SQLite file, and a journal, of as many studies as are returned, with whatever Optuna can store."""
+    """Write random studies to an SQLite file and a journal; return the number of studies in each."""
     drawn = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "workers" / "everything.py"), str(DRAWN)],
         check=True, capture_output=True, text=True,
@@ -373,7 +377,7 @@ def everything(instance: Instance, open_folder: Path) -> int:
     script = (ROOT / "tests" / "workers" / "fill.py").read_text()
     for url in (f"sqlite:///{instance.home}/everything.db", f"{instance.home}/everything.log"):
         instance.python(script, url, "0", str(open_folder / "studies.json"))
-    instance.target.run("touch -r everything.db everything.log")  # when trials end that have no time
+    instance.target.run("touch -r everything.db everything.log")  # the end time of trials without one
     return len(json.loads(drawn.stdout)) + 3
 
 
@@ -383,7 +387,7 @@ def test_whatever_optuna_can_store_is_imported(instance: Instance, everything: i
 
     assert len(re.findall(r"^study .* would be imported$", looked, re.MULTILINE)) == everything
     assert len(re.findall(r"^study .* in [\d.]+ s$", said, re.MULTILINE)) == everything
-    assert re.search(r"WARNING\]: study \d+ .*: trial \d+ has .* outside of .*; brought as it is", said), said
+    assert re.search(r"WARNING\]: study \d+ .*: trial \d+ has .* outside of .*; imported unchanged", said), said
     file, database = f"sqlite:///{instance.home}/everything.db", f"postgresql+psycopg2:///second?service={NAME}"
     assert instance.python(COMPARE, file, database) == str(everything)
     assert "changed=0" in instance.play("import", import_from="~/everything.log", import_database="second")
@@ -449,6 +453,6 @@ def test_what_the_database_cannot_hold_is_named_before(instance: Instance, tmp_p
 
 
 def ask(address: str) -> str:
-    """Return what the dashboard answers."""
+    """Return the dashboard's answer."""
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=100) as answer:
         return answer.read().decode()

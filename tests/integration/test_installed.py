@@ -19,7 +19,7 @@ Installed = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """Build and install it; return what runs a command of Ansible's where nothing but that is known."""
+    """Build and install the collection; return a function that runs Ansible commands with that installation only."""
     folder = tmp_path_factory.mktemp("installed")
     (folder / "empty.cfg").touch()
 
@@ -46,7 +46,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 
 @pytest.fixture
 def runtime() -> Iterator[Path]:
-    """A folder of a login session: private, with a short path, and gone after it."""
+    """A folder of a login session: private, with a short path, and removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="run-", dir="/tmp") as folder:
         yield Path(folder)
 
@@ -72,7 +72,7 @@ def test_built_and_installed(here: Target, installed: Installed) -> None:
     assert re.search(r"^  connections  \d of 60 +\[#?-{19,20}\]$", status, re.MULTILINE)
     assert re.search(r"^  disk         \S+ \wB free of \S+ \wB +\[#+-*\]$", status, re.MULTILINE)
     assert re.search(r"^  URL          postgresql\+psycopg2:///\?service=\w+$", status, re.MULTILINE)
-    assert re.search(r"^\w+ on localhost: nothing found$", examined, re.MULTILINE)
+    assert re.search(r"^\w+ on localhost: no problems found$", examined, re.MULTILINE)
     assert "changed=1" in stopped
 
 
@@ -99,9 +99,9 @@ def test_a_long_home_keeps_nobody_from_connecting(
 
     (socket,) = runtime.glob("*/*")
     assert socket.is_socket()
-    assert accepted(state) == before + 1  # the second playbook needed none of its own
+    assert accepted(state) == before + 1  # the second playbook reused the connection
 
 
 def accepted(state: Path) -> int:
-    """Return how many connections the login node has let in."""
+    """Return the number of connections that the login node has accepted."""
     return (state / "log" / "login-sshd.log").read_text(errors="replace").count("Accepted publickey")

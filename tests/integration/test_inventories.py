@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The inventories that come with the collection: real roles write the job, and a real sbatch reads its options.
+"""The collection's inventories: real roles write the job, and a real sbatch checks its options.
 
-And one that the playbook discover.yml writes.
+Also an inventory written by the playbook discover.yml.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import parse_time
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import Queue
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.slurm import parse_time
 from target import CLUSTER, ROOT, Target
 
-# What somebody fills in, and the partitions with their longest walltimes as the clusters' own pages have them; only
+# Each site: settings that the user fills in, and partitions with their longest walltimes from the cluster's own pages;
 # those of rosi5 and of JURECA are not published.
 SITES: dict[str, tuple[dict, dict[str, str]]] = {
     "barnard": ({"server_job_options": {"account": "p_number_crunch"}}, {}),
@@ -31,7 +32,7 @@ SITES: dict[str, tuple[dict, dict[str, str]]] = {
     "perlmutter": ({"hpc_db_project": "m1234"}, {}),
     "rosi5": ({"server_job_options": {"time": "24:00:00"}}, {"gpu-v100": "1-00:00:00"}),
 }
-# What the collection's own options of a job are, and those of every site that Slurm judges without accounting.
+# Job options that the collection itself sets; and options of every site that Slurm checks without accounting.
 OWN = {"dependency", "job-name", "no-requeue", "open-mode", "output", "parsable", "signal"}
 JUDGED = {"constraint", "cpus-per-task", "mem", "nodes", "partition", "time"}
 
@@ -41,12 +42,12 @@ NEW = "/opt/slurm/bin"
 
 @pytest.fixture(scope="module")
 def slurm_lines() -> list[str]:
-    """Nodes as large as those of the sites, if only in words."""
+    """Configure nodes as large as the sites', in name only."""
     return ["NodeName=c[1-2] CPUs=128 RealMemory=600000 Feature=cpu State=UNKNOWN"]
 
 
 def settings_of(name: str) -> dict:
-    """Return what an inventory says of its one host; tests/unit has Ansible read it."""
+    """Return an inventory's variables for its one host; tests/unit reads them with Ansible."""
     folder = ROOT / "inventories" / name
     (host,) = yaml.safe_load((folder / "hosts.yml").read_text())["hpc_db"]["hosts"].values()
     return {**yaml.safe_load((folder / "group_vars" / "all.yml").read_text()), **host}
@@ -54,7 +55,7 @@ def settings_of(name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def sites(mini: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What the roles have written for each cluster, all on the login node of the mini cluster."""
+    """The files that the roles have written for each cluster, all on the login node of the test cluster."""
     state = mini.environment["HPC_DB_CLUSTER"]
     here = {
         "ansible_host": "login", "ansible_user": "alice", "ansible_ssh_common_args": f"-F {state}/ssh_config",
@@ -89,13 +90,13 @@ def sites(mini: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
 
 @pytest.fixture(scope="module")
 def submitted(mini: Target, sites: dict[str, dict]) -> dict[str, list[str]]:
-    """The call of sbatch for each cluster's next job, as the hosting program will make it."""
+    """The sbatch call for each cluster's successor, as the supervisor will run it."""
     text = mini.run("find ~/sites /project /p /global -name settings.json -exec cat {} + | tr -d '\\n' || true")
     decoder, found = json.JSONDecoder(), {}
     while text.strip():
         settings, end = decoder.raw_decode(text.strip())
         text = text.strip()[end:]
-        found[settings["cluster"]] = settings["successor"]
+        found[settings["cluster"]] = Queue(settings, "1").successor_command()
     assert set(found) == set(SITES)
     return found
 
@@ -106,7 +107,7 @@ def words(output: str) -> str:
 
 
 def judge(mini: Target, commands: list[list[str]]) -> list[tuple[int, str]]:
-    """Return what sbatch says of each of these jobs, without submitting one."""
+    """Return sbatch's verdict on each of these jobs, without submitting one."""
     lines = [f"{shlex.join([call[0], '--test-only', *call[1:]])} 2>&1 | tr '\\n' ' '; echo" for call in commands]
     said = mini.run("\n".join(lines)).splitlines()
     assert len(said) == len(commands)
@@ -115,13 +116,13 @@ def judge(mini: Target, commands: list[list[str]]) -> list[tuple[int, str]]:
 
 def test_slurm_takes_every_clusters_job(mini: Target, sites: dict[str, dict], submitted: dict[str, list[str]]) -> None:
     heads = mini.run(f"head --quiet --lines=2 {shlex.join(command[-1] for command in submitted.values())}")
-    assert heads.count("#!/bin/sh\n# Written by mala.hpc_db: the hosting job of") == len(SITES)
+    assert heads.count("#!/bin/sh\n# Written by mala.hpc_db: the server job of") == len(SITES)
     for (name, command), (code, said) in zip(submitted.items(), judge(mini, list(submitted.values()))):
         assert code == 0, f"{name}: {said}"
         asked = {flag.lstrip("-").partition("=")[0] for flag in command[1:-1]} - OWN
         wanted = {key for key, value in sites[name]["server_job_options"].items() if value is not False}
         assert wanted <= asked <= wanted | {"mem"}, name
-        # Slurm takes a job above the limit, and never starts it.
+        # Slurm accepts a job above the limit, but never starts it.
         asked_time = parse_time(sites[name]["server_job_options"]["time"]) or 0
         assert all(asked_time <= (parse_time(limit) or 0) for limit in SITES[name][1].values()), name
         assert "FILL_IN" not in " ".join(command)
@@ -143,7 +144,7 @@ def test_slurm_would_refuse_a_wrong_option(mini: Target, submitted: dict[str, li
 
 
 def test_what_is_to_be_filled_in_is_refused_before_anything_connects(mini: Target) -> None:
-    # Nothing answers there: a playbook that connects would say that.
+    # Nothing listens there: a playbook that connects would report that.
     nowhere = {"ansible_host": "127.0.0.1", "ansible_port": 1}
     jureca = Target([Path("inventories/jureca")], [], mini.environment)
 
@@ -153,8 +154,8 @@ def test_what_is_to_be_filled_in_is_refused_before_anything_connects(mini: Targe
     said = re.findall(r"^ +msg: (.*(?:\n {8,}.*)*)", played.stdout, re.MULTILINE)
     assert len(said) == 1, played.stdout
     assert " ".join(said[0].split()).strip("'") == (
-        "ansible_user: FILL_IN is to be replaced by your own value, in inventories/jureca/hosts.yml line 8: your user "
-        "name there, such as surname1; hpc_db_project: FILL_IN is to be replaced by your own value, in "
+        "ansible_user: FILL_IN must be replaced by your own value, in inventories/jureca/hosts.yml line 8: your user "
+        "name there, such as surname1; hpc_db_project: FILL_IN must be replaced by your own value, in "
         "inventories/jureca/group_vars/all.yml line 17: your project, as `jutil user projects` lists it there"
     )
     assert "unreachable=0" in played.stdout
@@ -166,7 +167,7 @@ def test_all_goes_over_the_connection_that_was_opened_by_hand(mini: Target, tmp_
     by_hand = ["ssh", "-F", f"{state}/ssh_config", *shlex.split(options)]
     settings = {
         "ansible_host": "login", "ansible_user": "alice", "ansible_ssh_args": options,
-        # Without a key nobody else gets in.
+        # Only alice has a key; other users cannot log in.
         "ansible_ssh_common_args": f"-F {state}/ssh_config -o PubkeyAuthentication=no",
     }
     (tmp_path / "hosts.json").write_text(json.dumps({"all": {"hosts": {"site": settings}}}))
@@ -187,7 +188,7 @@ def test_all_goes_over_the_connection_that_was_opened_by_hand(mini: Target, tmp_
 
 @pytest.fixture
 def elsewhere(mini: Target) -> Iterator[str]:
-    """Slurm's commands are on nobody's PATH, on no node."""
+    """Remove Slurm's commands from every user's PATH, on all nodes."""
     def everywhere(script: str) -> None:
         for host in ("login", "c1", "c2"):
             command = [str(CLUSTER), "exec", "--state", mini.environment["HPC_DB_CLUSTER"], host, "--", "sh", "-c"]
@@ -217,13 +218,14 @@ def test_a_discovered_inventory_works(mini: Target, elsewhere: str, bindir: Path
     played = login.play("discover", job)
     again = login.play("discover", settings)
 
-    assert "no compute node was looked at; allow a short job by -e discover_submit_job=true" in tried.stdout
-    assert re.search(r"msg: .login: there is no sbatch on the PATH or that of a login shell( \(qsub is, of another "
-                     r"scheduler, which is not asked\))?; name its folder by -e server_bin_dir=", words(lost.stdout))
+    assert "no compute node was checked; allow a short job with -e discover_submit_job=true" in tried.stdout
+    assert re.search(r"msg: .login: sbatch is not on the PATH, nor on that of a login shell( \(found qsub of a "
+                     r"scheduler that discover.yml does not support\))?; set its folder with -e server_bin_dir=",
+                     words(lost.stdout))
     assert played.returncode == 0, played.stdout
     assert mini.run("ls -A") == before
     assert again.returncode == 2
-    assert f"discover_folder: {written} is not allowed; it is there already, and is not overw" in words(again.stdout)
+    assert f"discover_folder: {written} is not allowed; a new folder, since an existing one" in words(again.stdout)
     text = (written / "group_vars" / "all.yml").read_text()
     settings = yaml.safe_load(text)
     assert settings["server_bin_dir"] == elsewhere
@@ -235,7 +237,7 @@ def test_a_discovered_inventory_works(mini: Target, elsewhere: str, bindir: Path
     assert "# The login node reaches it by its name; another compute node does [a job]" in text
     assert re.search(r"^#   HOME /home/alice: \w+, .* free, seen by c[12]; ", text, re.MULTILINE)
 
-    # What says "choose" is chosen; a PostgreSQL that is there already is the quickest.
+    # Decide the lines marked "choose"; an installed PostgreSQL is the quickest.
     chosen = {
         "databases_workers: 100": "databases_workers: 20",
         "postgres_provider: rattler":

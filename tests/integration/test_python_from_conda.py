@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The playbooks with everything out of a conda channel: PostgreSQL, Python, psycopg2 and Optuna."""
+"""The playbooks with everything from a conda channel: PostgreSQL, Python, psycopg2 and Optuna."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def publish(here: Target, hidden: str) -> None:
 
 @pytest.fixture(scope="module")
 def url(here: Target, settings: dict) -> str:
-    """The URL of a server that is hosted."""
+    """The URL of a running server."""
     played = here.play("hpc_db", settings)
     found = re.search(r"^postgresql\S+service=\w+$", played.stdout, re.MULTILINE)
     assert played.returncode == 0 and found, played.stdout
@@ -74,7 +74,7 @@ def test_locked_and_updated(here: Target, settings: dict, root: str) -> None:
         return played.stdout
 
     def refusal(name: str) -> str:
-        """Return what a playbook says that changes nothing of PostgreSQL."""
+        """Return the message of a playbook that changes nothing of PostgreSQL."""
         listing = f"find {root}/postgresql-17* -printf '%p %s %T@ %C@\n' | sort"
         before = here.run(listing)
         played = here.play(name, settings)
@@ -85,9 +85,9 @@ def test_locked_and_updated(here: Target, settings: dict, root: str) -> None:
         return here.run(f"{root}/postgresql-17/bin/psql --version").split()[-1]
 
     locked = lock_file.read_text()
-    assert version() == "17.9" and "/postgresql-17.9-relabelled_1.tar.bz2#sha256:" in locked
+    assert version() == "17.9" and "/postgresql-17.9-relabelled_1.conda#sha256:" in locked
     publish(here, hidden="none")
-    assert re.search(r"server_job_name: job \d+ \(\w+\) hosts the server; end it with .* stop.yml", refusal("update"))
+    assert re.search(r"server_job_name: job \d+ \(\w+\) hosts the server; stop it with .* stop.yml", refusal("update"))
     play("stop")
 
     lock_file.unlink()

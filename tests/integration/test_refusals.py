@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Bad input is refused with one line that names the setting, before anything has changed."""
+"""Invalid input is refused with one line that names the setting, before anything has changed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ JOB = {"partition": "work", "time": "01:00:00", "mem": "1000M"}
 
 
 def refusal(output: str) -> str:
-    """Return the one message of the one task that failed."""
+    """Return the only message of the only task that failed."""
     assert len(re.findall(r"^(?:fatal|failed): \[", output, re.MULTILINE)) == 1, output
     said = re.findall(r"^ +msg: (.*(?:\n {8,}.*)*)", output, re.MULTILINE)
     return " ".join(said[-1].replace("''", "'").split())
 
 
 def check_refused(target: Target, variables: dict, given: list[tuple[dict, str]], folder: Path) -> None:
-    """Run one play with a host for each of these settings, and check that each is refused and nothing has changed."""
+    """Run one play with a host for each of these settings, and check that each is refused without any change."""
     hosts = {f"case{number}": {**variables, **settings} for number, (settings, _says) in enumerate(given)}
     inventory = folder / "hosts.json"
     inventory.write_text(json.dumps({"hpc_db": {"hosts": hosts}}))
@@ -64,14 +64,14 @@ def test_refused_on_a_cluster(mini: Target, tmp_path: Path) -> None:
         ({"server_bin_dir": "/opt/nothing"}, r"server_bin_dir"),
         ({"server_scheduler": "pbs"}, r"server_scheduler: pbs is not allowed; slurm, local, gridengine"),
         ({"instance_root": "~/env/envs/db"}, r"instance_root: .*lies inside the conda environment /home/alice/env,"),
-        ({"instance_root": "~/full"}, r"instance_root: /home/alice/full holds other things"),
+        ({"instance_root": "~/full"}, r"instance_root: /home/alice/full contains other files"),
         ({"instance_root": "~/a'b"}, r"instance_root: .* contains .*; allowed are letters"),
-        ({"instance_root": "~/half"}, r"/home/alice/half/postgresql-17 exists and is no conda environment"),
+        ({"instance_root": "~/half"}, r"/home/alice/half/postgresql-17 exists and is not a conda environment"),
         ({"instance_name": "Ω 1"}, r"instance_name: Ω 1 is not allowed; lower case letters"),
         ({"postgres_port": 80}, r"postgres_port: 80 is not allowed; a port from 1024 to 65535"),
         ({"postgres_networks": ["10.0.0.0"]}, r"postgres_networks: 10.0.0.0 is not allowed; .*10.1.0.0/16"),
         ({"ansible_python_interpreter": "/home/alice/old"}, r"is Python 3.6 there, .*set ansible_python_interpreter"),
-        ({"ansible_python_interpreter": "/no/python"}, r"is no Python there, .*set ansible_python_interpreter"),
+        ({"ansible_python_interpreter": "/no/python"}, r"does not run there, .*set ansible_python_interpreter"),
     ]
     (usual,) = yaml.safe_load((ROOT / "molecule/default/inventory/hosts.yml").read_text())["hpc_db"]["hosts"].values()
     check_refused(mini, usual, given, tmp_path)
@@ -80,7 +80,7 @@ def test_refused_on_a_cluster(mini: Target, tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be refused as root")
 def test_refused_for_root(here: Target) -> None:
     root = f"/tmp/hpc-db-refused-{os.getpid()}"
-    # The inventory's own user is left out, so that root itself is the owner.
+    # The inventory's become user is omitted, so that root itself is the owner.
     played = here.play("hpc_db", {"ansible_become": False, "instance_root": root})
 
     assert "the owner is root, but PostgreSQL does not run as root: set ansible_user" in refusal(played.stdout)
@@ -89,20 +89,20 @@ def test_refused_for_root(here: Target) -> None:
 
 def test_refused_on_this_machine(here: Target, tmp_path: Path) -> None:
     given: list[tuple[dict, str]] = [
-        ({"postgres_listen_addresses": "*"}, r"postgres_listen_addresses: \* .*has no TLS and may listen on 127.0.0.1"),
+        ({"postgres_listen_addresses": "*"}, r"postgres_listen_addresses: \* .*127.0.0.1, since the provider embedded"),
         ({"postgres_lock_file": "my.lock"}, r"postgres_lock_file: my.lock with postgres_provider embedded is not al"),
-        ({"postgres_staged": True}, r"postgres_staged: True with postgres_provider embedded is not allowed; the works"),
-        ({"postgres_major": 17}, r"postgres_major: 17 .*the provider embedded holds PostgreSQL 18"),
+        ({"postgres_staged": True}, r"postgres_staged: True with postgres_provider embedded is not allowed; only"),
+        ({"postgres_major": 17}, r"postgres_major: 17 .*18, which the provider embedded contains"),
         ({"server_pooler": True}, r"server_pooler_program: nothing with postgres_provider embedded is not allowed"),
         ({"databases_workers": 0}, r"databases_workers: 0 is not allowed"),
     ]
     check_refused(here, {**here.variables, "ansible_connection": "local"}, given, tmp_path)
 
 
-# So many bytes after /tmp/ are one more than server_socket_parent may have: 75 less those of the instance's name.
+# The path /tmp/ plus this many bytes is one byte longer than server_socket_parent allows: 75 minus the instance's name.
 TOO_MANY = 75 - len(f"it{os.getpid()}") - len("/tmp/") + 1
 RULE = {"type": "local", "method": "peer"}
-# Names and paths that a shell, a configuration file, a scheduler or libpq could read as something else.
+# Names and paths that a shell, a configuration file, a scheduler or libpq could misread.
 HOSTILE = [
     *[("instance_name", name) for name in ("a b", "a\n", "-x", "it's", "$(touch CANARY)", "{x}", "a,b", "x" * 41)],
     *[("instance_root", f"~/{name}") for name in ("it's", 'a"b', "$(touch CANARY)", "a\nb", "{x}", "a\\b", "a;b")],
@@ -133,7 +133,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("part", range(3))
 def test_hostile_settings_are_refused(here: Target, tmp_path: Path, part: int) -> None:
-    """One host a setting, in three plays: each of them takes one or two minutes."""
+    """One host for each setting, in three plays of one or two minutes each."""
     canary = here.run("cd; pwd -P") + "/canary"
     given = json.loads(json.dumps(HOSTILE[part::3]).replace("CANARY", canary))
     variables = {**here.variables, "ansible_connection": "local"}
@@ -149,7 +149,7 @@ def test_hostile_settings_are_refused(here: Target, tmp_path: Path, part: int) -
         assert said and setting.replace("server_job_", "") in said[0], (setting, value, said)
         recap = re.search(rf"^case{number} .* changed=0 .* failed=1 ", played.stdout, re.MULTILINE)
         assert recap, (setting, value)
-    assert here.files() == before  # and no canary
+    assert here.files() == before  # and the canary file was not created
 
 
 def test_unusual_names_are_used_as_they_are(
@@ -193,28 +193,28 @@ def test_what_is_allowed_but_dangerous_is_named(here: Target) -> None:
     played = here.play("hpc_db", {"postgres_hba_rules": rules, "databases_workers": 1000}, "--check")
 
     assert played.returncode == 0, played.stdout
-    # 2G: 10 % cache, 128 MB besides, and 3020 connections with the least memory each
+    # 2G: 10 % shared buffers, 128 MB fixed, and 3020 connections with the minimum of memory each
     too_little = r"^instance_memory: 2G is too little for the 3020 connections .* 12412 MB, .*mem in server_job_options"
     assert re.search(too_little, played.stdout, re.MULTILINE), played.stdout
-    assert len(re.findall(r"^postgres_hba_rules: host all all 0.0.0.0/0 trust: whoever can reach", played.stdout,
+    assert len(re.findall(r"^postgres_hba_rules: host all all 0.0.0.0/0 trust: any client that", played.stdout,
                           re.MULTILINE)) == 1
 
 
 def test_unfit_programs_are_refused_before_anything_changes(
     here: Target, bindir: Path, open_folder: Path, tmp_path: Path
 ) -> None:
-    """One host a case, in one play."""
+    """One host for each case, in a single play."""
     incomplete, no_tls = open_folder / "incomplete", open_folder / "no_tls"
     for folder, left_out in ((incomplete, "initdb"), (no_tls, "postgres")):
         folder.mkdir()
         for program in bindir.iterdir():
             if program.name != left_out:
                 (folder / program.name).symlink_to(program)
-    # Debian's has TLS, so this is as if it had not.
+    # Debian's build has TLS; this wrapper hides that.
     tell_no_library = 'case "$*" in *ssl_library*) exit; esac'
     (no_tls / "postgres").write_text(f'#!/bin/sh\n{tell_no_library}\nexec {bindir}/postgres "$@"\n')
     (no_tls / "postgres").chmod(0o755)
-    bare = open_folder / "bare"  # as Debian's Python is without the package python3-venv
+    bare = open_folder / "bare"  # like Debian's Python without the package python3-venv
     no_ensurepip = '[ "$2" != ensurepip ] || { echo No module named ensurepip >&2; exit 1; }'
     bare.write_text(f'#!/bin/sh\n{no_ensurepip}\nexec python3 "$@"\n')
     bare.chmod(0o755)
@@ -226,15 +226,15 @@ def test_unfit_programs_are_refused_before_anything_changes(
         ({"postgres_bindir": "/nowhere"}, r"postgres_bindir: /nowhere has no program postgres, initdb, "),
         ({"postgres_bindir": str(incomplete)}, f"postgres_bindir: {incomplete} has no program initdb; "),
         ({"postgres_bindir": str(no_tls)},
-         rf"postgres_tls: True is not allowed; {no_tls} holds PostgreSQL {major}\S* without TLS, so set fa"),
-        ({"postgres_major": 14}, rf"postgres_major: 14 is not allowed; {bindir} holds .*, so set {major}"),
+         rf"postgres_tls: True is not allowed; {no_tls} contains PostgreSQL {major}\S* without TLS, so set fa"),
+        ({"postgres_major": 14}, rf"postgres_major: 14 is not allowed; {bindir} contains .*, so set {major}"),
         ({"postgres_major": 9}, "postgres_major: 9 is not allowed; 14 or newer"),
         ({"postgres_bindir": "bin"}, "postgres_bindir: 'bin' is not absolute"),
-        ({"postgres_bindir": ""}, "postgres_bindir: neither it nor postgres_module_load says where"),
+        ({"postgres_bindir": ""}, "postgres_bindir: neither this nor postgres_module_load is set"),
         ({"postgres_bindir": "", "postgres_module_load": "module load PostgreSQL/0"},
          "postgres_module_load: 'module load PostgreSQL/0' failed in a login shell: .*PostgreSQL/0"),
         ({"postgres_bindir": "", "postgres_module_load": "PATH=/usr/bin:/bin"},
-         "postgres_module_load: '.*' brings no program postgres onto the PATH; set postgres_bindir"),
+         "postgres_module_load: '.*' adds no program postgres to the PATH; set postgres_bindir"),
         ({"postgres_python": str(bare)}, f"No module named ensurepip .{bare} cannot make environments with pip: set p"),
         ({"postgres_python_provider": "conda"}, "postgres_python_provider: conda with .* no conda packages"),
     ]
@@ -242,7 +242,7 @@ def test_unfit_programs_are_refused_before_anything_changes(
 
 
 def test_text_is_what_it_says(mini: Target) -> None:
-    """What follows ``-e`` is text to Ansible."""
+    """Ansible treats values of ``-e`` as text."""
     switches = "server_chain=false server_pooler=false server_proxy=true server_wait=false postgres_tls=false"
     text = f"{switches} databases_upgrade_schema=true databases_workers=40 postgres_networks=10.0.0.0/8,samenet"
 
@@ -250,7 +250,7 @@ def test_text_is_what_it_says(mini: Target) -> None:
 
     assert played.returncode == 0, played.stdout
     written = dict(re.findall(r'^\+ {4}"(\w+)": (.*?),?$', played.stdout, re.MULTILINE))
-    assert written["chain"] == "false" and written["successor"] == "[]" and written["pooler"] == "{}"
+    assert written["chain"] == "false" and written["successor"] == "{}" and written["pooler"] == "{}"
     assert written["proxy"] == "{"  # and more
     assert re.search(r"^\+max_connections = 140$", played.stdout, re.MULTILINE)
     assert re.search(r"^\+host .* 10.0.0.0/8 scram-sha-256", played.stdout, re.MULTILINE)

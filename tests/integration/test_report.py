@@ -60,7 +60,7 @@ COUNTS = "42 trials: 28 complete, 4 fail, 8 pruned, 1 running, 1 waiting"
 
 @pytest.fixture(scope="module")
 def settings(quick_settings: dict, open_folder: Path) -> dict:
-    """Those of the instance, and of a workstation whose folder has an unusual name."""
+    """Settings of the instance, and of a workstation whose folder has an unusual name."""
     return {**quick_settings, "report_root": str(open_folder / "work station")}
 
 
@@ -76,7 +76,7 @@ def studies(here: Target, settings: dict) -> Target:
 
 
 def report(target: Target, settings: dict, *options: str) -> tuple[Path, int]:
-    """Run the playbook; return the file that it names, and how many tasks have changed something."""
+    """Run the playbook; return the report's path and the number of changed tasks."""
     played = target.play("report", settings, *options)
     assert played.returncode == 0, played.stdout
     (file,) = re.findall(r"^(/.*\.html)$", played.stdout, re.MULTILINE)
@@ -84,7 +84,7 @@ def report(target: Target, settings: dict, *options: str) -> tuple[Path, int]:
 
 
 def look(browser: Browser, file: Path) -> str:
-    """Open the report without a network; return its text after a look that nothing else happened."""
+    """Open the report without a network; return its text after checking for requests and errors."""
     browser.requests()
     browser.complaints()
     browser.go_offline()
@@ -112,12 +112,12 @@ def test_a_report_of_all_studies(studies: Target, settings: dict, page: Browser)
     text = look(page, file)
 
     for said in (
-        f"studies/{HOSTILE}", COUNTS, "Trials that are complete with an infinite value, and not drawn: 1.",
+        f"studies/{HOSTILE}", COUNTS, "Complete trials with an infinite value, which are not drawn: 1.",
         "studies/both", "12 trials: 12 complete", "Pareto front", "Optimisation history of objective 1",
         "studies/only failed", "2 trials: 2 fail", "No trial is complete with a finite value",
         "studies/empty", "no trials yet", "13 trials: 12 complete, 1 fail", r"\udce4.traj", "layers = [",
-        "trial 0 has x = 2.0 outside of FloatDistribution", "trial 12 is FAIL without the time of its end",
-        f"note = {HOSTILE}", "connections", "The studies are those of the server",
+        "trial 0 has x = 2.0 outside of FloatDistribution", "trial 12 is FAIL without an end time",
+        f"note = {HOSTILE}", "connections", "The studies were read from the running server.",
     ):
         assert said in text, (said, text)
     assert len(page.driver.find_elements("css selector", "#plot-0-1 .point")) > 20
@@ -150,6 +150,6 @@ def test_without_a_server_the_studies_are_read_all_the_same(
 
     text = look(page, report(studies, {**settings, "report_file": str(tmp_path / "mine.html")})[0])
 
-    assert "none in the queue: no server runs" in text
+    assert "none in the queue: the server is not running" in text
     assert COUNTS in text
-    assert re.search(r"UTC not until now [\d:]+ away told to by SIGTERM", text), text
+    assert re.search(r"UTC still going on [\d:]+ away stopped by SIGTERM", text), text

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Roles, their rights and their passwords in a real PostgreSQL, over the network."""
+"""Roles, their privileges and their passwords in a real PostgreSQL, over the network."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ IS_ROOT = os.geteuid() == 0
 OWNER = pwd.getpwnam("nobody") if IS_ROOT else pwd.getpwuid(os.geteuid())
 AS_OWNER: dict = {"user": OWNER.pw_uid, "group": OWNER.pw_gid, "extra_groups": []} if IS_ROOT else {}
 ROLES = ["alice", "study", "reader"]
-# By which role_passwords changes files and the server.
+# The calls with which role_passwords changes files and the server.
 EFFECTS = {"open", "unlink", "flush", "fsync", "rename", "execute"}
 
 
 class Server:
-    """A server on 127.0.0.1 that lets nobody in without a password."""
+    """A server on 127.0.0.1 that requires a password of everyone."""
 
     def __init__(self, folder: Path, bindir: Path) -> None:
         self.folder, self.bindir, self.passfile = folder, bindir, str(folder / "pgpass")
@@ -75,7 +75,7 @@ class Server:
         return connection
 
     def ask(self, statement: str, user: str = "alice", database: str = "postgres") -> list[tuple]:
-        """Ask as somebody who knows that a role may change most of its settings."""
+        """Query as a hostile user, who knows that a role may change most of its own settings."""
         connection = self.connect(user, database, options="-c default_transaction_read_only=off")
         try:
             cursor = connection.cursor()
@@ -87,7 +87,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def psycopg2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The modules' driver."""
+    """The driver of the modules."""
     folder = tmp_path_factory.mktemp("psycopg2")
     (wheel,) = (ROOT / ".cache" / "wheels").glob("psycopg2_binary-*.whl")
     zipfile.ZipFile(wheel).extractall(folder)
@@ -117,7 +117,7 @@ def passwords_of(server: Server, rotate: bool, check_mode: bool = False) -> dict
 
 
 def rotate_until(server: Server, step: int) -> bool:
-    """Rotate in a process that is killed before or after what it does to a file or the server. False: it ended."""
+    """Rotate in a child that is killed before or after its ``step``-th change. Return False if it ended by itself."""
     child = os.fork()
     if child == 0:
         done = 0
@@ -138,7 +138,7 @@ def rotate_until(server: Server, step: int) -> bool:
 
 
 def users_who_get_in(server: Server) -> list[str]:
-    """Return who logs in over the network with the password file."""
+    """Log in over the network with the password file; return the roles that succeed."""
     return [server.ask("SELECT current_user", role)[0][0] for role in ROLES]
 
 
@@ -147,7 +147,7 @@ def test_rotation_that_is_killed_anywhere_is_mended_over_the_network(server: Ser
     worker = server.connect("study")
     step, moments = 1, set()
     while rotate_until(server, step):
-        then_rotate = step // 2 % 2 == 1  # else it is hpc_db.yml that comes next
+        then_rotate = step // 2 % 2 == 1  # otherwise hpc_db.yml runs next
         dry = passwords_of(server, then_rotate, check_mode=True)
         moments.add((Path(server.passfile + ".new").exists(), dry["passfile"] == server.passfile))
 
@@ -158,7 +158,7 @@ def test_rotation_that_is_killed_anywhere_is_mended_over_the_network(server: Ser
         assert not passwords_of(server, rotate=False)["changed"]
         step += 1
 
-    # before the new file, between it and the server's word, after that, and at the end
+    # before the new file exists, between that and the server's answer, after the answer, and at the end
     assert moments == {(False, True), (True, True), (True, False)}
     cursor = worker.cursor()
     cursor.execute("SELECT current_user")
@@ -176,7 +176,7 @@ def test_refused_password_leaves_those_that_work(server: Server) -> None:
     assert users_who_get_in(server) == ROLES
 
 
-# By which somebody who can only read would fill the disk, or take what all sessions share.
+# With these, a role with read access could fill the disk, or take resources that all sessions share.
 HARMFUL = [
     "SELECT lo_from_bytea(0, 'mine')", "SELECT lo_create(0)", "SELECT lo_creat(-1)", "SELECT lo_put(1, 0, 'mine')",
     "SELECT lo_open(1, 131072)", "SELECT lowrite(0, 'mine')", "SELECT lo_unlink(1)", "SELECT lo_truncate(0, 0)",
@@ -192,9 +192,9 @@ HARMFUL = [
 
 @pytest.fixture(scope="module")
 def reader(server: Server) -> dict:
-    """The reader of the database mala, as the playbook leaves it."""
+    """The read-only role of the database mala, as the playbook leaves it."""
     passwords_of(server, rotate=False)
-    reader = {"role": "reader", "writer": "study", "databases": ["mala"], "connections": 10}
+    reader = {"role": "reader", "writer": "study", "databases": ["mala"]}
     params = {**server.where(), "tls": False, **reader}
     planned = reading_role.ensure_reader(params, check_mode=True)
     done = reading_role.ensure_reader(params, check_mode=False)
@@ -206,7 +206,7 @@ def reader(server: Server) -> dict:
 def refusal(server: Server, statement: str, user: str = "reader", database: str = "mala") -> str:
     try:
         server.ask(statement, user, database)
-    except Exception as error:  # psycopg2's, which this file cannot import at its top
+    except Exception as error:  # psycopg2's error, which cannot be imported at the top of this file
         return " ".join(str(error).split())
     return "ALLOWED"
 
@@ -280,11 +280,11 @@ def test_functions_bring_no_rights_into_another_major(server: Server, reader: di
 
 
 def log_in_halfway(server: Server, packet: bytes) -> socket.socket:
-    """Connect as somebody who has no password, and say no more than this."""
+    """Connect without a password, and send nothing but this packet."""
     stranger = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     if packet:
         stranger.sendall(packet)
-        stranger.recv(1024)  # what it is asked for, or that it is refused
+        stranger.recv(1024)  # the server's request for authentication, or its refusal
     return stranger
 
 
@@ -294,7 +294,7 @@ def startup_packet(user: str, database: str) -> bytes:
 
 
 def wait_until_in(server: Server, user: str) -> None:
-    """Wait as somebody with a password does, who tries again and again."""
+    """Wait like a client with a password, which retries until it is let in."""
     limit = time.monotonic() + 90
     while re.search("too many clients|connection slots", said := refusal(server, "SELECT 1", user)):
         assert time.monotonic() < limit
@@ -314,7 +314,7 @@ def test_logins_that_never_end_are_thrown_out(packet: bytes, strangers: int, ser
 
     opened = [log_in_halfway(server, packet) for _number in range(strangers)]
     began = time.monotonic()
-    assert "too many clients" in refusal(server, "SELECT 1", "alice")  # for whom places are reserved
+    assert "too many clients" in refusal(server, "SELECT 1", "alice")  # although connections are reserved for that role
     for user in ("study", "alice"):
         wait_until_in(server, user)
     waited = time.monotonic() - began

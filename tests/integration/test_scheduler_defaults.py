@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What users set for their own use of a scheduler's commands hides no job from the modules and the hosting program."""
+"""Users' own defaults for a scheduler's commands hide no job from the modules and the supervisor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from target import CLUSTER, ROOT, Target
 
-# Each by itself hides a job that runs in the partition work, prints something else, or declines what is asked for.
+# Each of these alone hides a job that runs in the partition work, changes the output, or declines the request.
 SLURM = {
     "SQUEUE_PARTITION": "debug", "SQUEUE_STATES": "PREEMPTED", "SQUEUE_NAMES": "other", "SQUEUE_USERS": "root",
     "SQUEUE_FORMAT": "%i", "SQUEUE_ACCOUNT": "other", "SINFO_PARTITION": "debug", "SINFO_FORMAT": "%N",
@@ -29,7 +29,7 @@ import json, sys
 from hpc_db_host import scheduler
 settings, job, ask = json.loads(sys.argv[1])
 queue = scheduler.Queue(settings, job)
-bin_dir = settings.get("bin_dir", "")
+bin_dir = settings["bin_dir"]
 answer = {"ended": [scheduler.job_has_ended(settings["scheduler"], bin_dir, each) for each in ask]}
 if settings["successor"]:
     answer["follows"] = [queue.ensure_successor() for _look in range(3)]
@@ -38,7 +38,7 @@ print(json.dumps(answer))
 """
 
 
-# What a site's own command prints before and after an answer.
+# Text that a site's own wrapper prints before and after an answer.
 WRAPPER = r"""#!/bin/sh
 printf '\033[1;33mWelcome to | Mini3\033[0m\n'
 {program} "$@" > /tmp/answer.$$; code=$?
@@ -51,7 +51,7 @@ SHOWN = {"as it is": "cat", "coloured": "sed 's/.*/\033[32m&\033[0m/'", "of a fe
 
 
 class Site:
-    """A mini cluster, and what alice sees of it."""
+    """A test cluster, and alice's view of it."""
 
     def __init__(self, state: Path, scheduler: str) -> None:
         self.state, self.scheduler = state, scheduler
@@ -59,11 +59,14 @@ class Site:
         self.login = Target([], ["ssh", "-F", f"{state}/ssh_config", "login"], {})
 
     def host_program(self, job: str, ask: list[str], successor: list[str], environment: str = "") -> dict:
-        """Let the hosting program of a job look around, in such an environment."""
-        settings = {"scheduler": self.scheduler, "job_name": "hpc_db", "successor": successor, **self.paths}
+        """Call the supervisor's scheduler functions for a job, in a given environment."""
+        settings = {
+            "scheduler": self.scheduler, "job_name": "hpc_db", "successor": successor, "bin_dir": "", **self.paths
+        }
         (self.state / "home/alice/look.py").write_text(LOOK)
         asked = json.dumps([settings, job, ask])
-        return json.loads(self.login.run(f"{environment} PYTHONPATH=/srv/host python3 look.py '{asked}'"))
+        self.login.run("mkdir -p package; ln -sfn /srv/host package/hpc_db_host")
+        return json.loads(self.login.run(f"{environment} PYTHONPATH=package python3 look.py '{asked}'"))
 
     def module(self, name: str, _check: bool = False, **parameters: object) -> dict:
         """Run a module of the collection on the login node."""
@@ -81,7 +84,7 @@ class Site:
 
     @contextlib.contextmanager
     def wrapped(self, **shown: str) -> Iterator[str]:
-        """Have programs wrapped by the site's own, each with a way to show the answer; give their folder."""
+        """Wrap programs as a site would, each with a way to show the answer; yield their folder."""
         folder = self.state / "home/alice/bin"
         folder.mkdir()
         for name in ("scancel", "sinfo", "squeue", "sbatch", "qsub", "qstat", "qdel"):
@@ -96,7 +99,7 @@ class Site:
             shutil.rmtree(folder)
 
     def present(self, **options: object) -> dict:
-        """Have the hosting job in the queue, held back so that it never begins."""
+        """Ensure that the server job is in the queue, held so that it never starts."""
         script = self.state / "home/alice/job.sh"
         script.write_text("#!/bin/sh\nexec sleep 600\n")
         script.chmod(0o755)
@@ -117,10 +120,10 @@ def wait(condition: Callable[[], object], seconds: float = 60) -> None:
 
 def site(scheduler: str, *options: str) -> Iterator[Site]:
     if os.geteuid() != 0:
-        pytest.skip("the mini cluster needs root")
+        pytest.skip("the test cluster needs root")
     state = Path(f"/tmp/hpc-db-defaults-{scheduler}-{os.getpid()}")
     up = [str(CLUSTER), "up", "--state", str(state), "--nodes=1", f"--scheduler={scheduler}", *options]
-    subprocess.run([*up, f"--mount={ROOT / 'roles/server/files'}:/srv/host"], check=True)
+    subprocess.run([*up, f"--mount={ROOT / 'plugins/module_utils/host'}:/srv/host"], check=True)
     yield Site(state, scheduler)
     subprocess.run([str(CLUSTER), "down", "--state", str(state)], check=True)
 
@@ -154,7 +157,7 @@ def test_variables_of_slurm_reach_no_command_of_the_hosting_program(slurm: Site)
 
 
 def test_job_has_ended_once_all_of_it_has_and_slurm_says_so(slurm: Site) -> None:
-    """Not one that is queued again, not an array with a task that runs, and nothing while Slurm does not answer."""
+    """A requeued job has not ended, nor an array with a running task, nor any job while Slurm does not answer."""
     task = "--array=1-2 --wrap='[ $SLURM_ARRAY_TASK_ID = 1 ] || sleep 600'"
     array = slurm.login.run(f"sbatch --parsable --partition=work {task}")
     again = slurm.login.run(f"sbatch --parsable --requeue {SLEEP}")
@@ -280,16 +283,17 @@ def test_job_that_only_waits_for_nodes_is_not_refused(slurm: Site) -> None:
         slurm.module("hosting_job", state="absent")
 
     (said,) = told["told"]
-    assert said.startswith("server_job_options: sbatch says: ") and said.endswith("in the queue: c1 drained")
+    assert said.startswith("server_job_options: sbatch says: ")
+    assert said.endswith("the job is queued and waits: c1 drained")
     assert (submitted["changed"], submitted["job"]["state"]) == (True, "PENDING")
     assert too_large["msg"].startswith("server_job_options: sbatch says: ")
     assert "nvalid partition" in nowhere["msg"]
 
 
 def test_endpoint_that_a_dead_server_left_behind_is_withdrawn(slurm: Site) -> None:
-    """And only once no job of the name is left."""
+    """Only once no job of that name is left."""
     home = slurm.state / "home/alice"
-    slurm.login.run("mkdir -p hpc_db/host hpc_db/run; ln -s /srv/host/hpc_db_host hpc_db/host")
+    slurm.login.run("mkdir -p hpc_db/host hpc_db/run; ln -s /srv/host hpc_db/host/hpc_db_host")
     settings = dict.fromkeys(["instance", "job_name", "cluster"], "hpc_db")
     (home / "hpc_db/host/settings.json").write_text(json.dumps(settings))
     (home / ".pg_service.conf").write_text("[hpc_db]\nhost=c1\n[other]\nhost=x\n")

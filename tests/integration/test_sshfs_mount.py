@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A folder of the mini cluster mounted on its workstation by alice, over real ssh, and what goes wrong with that."""
+"""Alice mounts a folder of the test cluster on its workstation over real ssh, under various faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Callable
 import pytest
 from target import CHECKOUT, CLUSTER, Target, Workstation
 
-# Runs the module with each of the arguments that it reads, without Ansible's second around it.
+# Runs the module with each set of arguments that it reads, saving Ansible's second of overhead for each.
 RUN = """
 import contextlib, io, json, os, sys
 from ansible.module_utils import basic
@@ -29,12 +29,12 @@ for arguments in json.load(sys.stdin):
     print(said.getvalue().splitlines()[-1])
 """
 LOGS = {"path": "~/see/logs", "host": "login", "folder": "logs"}
-# The login node as other nodes call it, in a network that the workstation cannot reach.
+# The login node's address inside the cluster, in a network that the workstation cannot reach.
 INSIDE = "198.51.100.2"
 
 
 def call(workstation: Workstation, *arguments: dict) -> list[dict]:
-    """Run the module on the workstation, once for each of the arguments."""
+    """Run the module on the workstation, once for each set of arguments."""
     script = f"cd {CHECKOUT} && PYTHONPATH=.cache/collections .venv/bin/python -c {shlex.quote(RUN)}"
     done = subprocess.run(
         [*workstation.shell, script], env=workstation.environment, input=json.dumps(arguments), capture_output=True,
@@ -45,28 +45,28 @@ def call(workstation: Workstation, *arguments: dict) -> list[dict]:
 
 
 def ensure(workstation: Workstation, **others: object) -> dict:
-    """Run the module, which has to end well."""
+    """Run the module, which must succeed."""
     (result,) = call(workstation, {**LOGS, **others})
     assert not result.get("failed"), result
     return result
 
 
 def fails(workstation: Workstation, **others: object) -> str:
-    """Run the module, which has to fail, and return its one line."""
+    """Run the module, which must fail, and return its one-line message."""
     (result,) = call(workstation, {**LOGS, **others})
     assert result.get("failed") and len(result["msg"].splitlines()) == 1, result
     return result["msg"]
 
 
 def processes(workstation: Workstation) -> list[str]:
-    """Return alice's sshfs and ssh on the workstation, as the words ``PID sshfs …``."""
+    """Return alice's sshfs and ssh processes on the workstation, as lines ``PID sshfs …``."""
     listed = workstation.run("ps -u alice -o pid=,stat=,args=").splitlines()
     found = (re.fullmatch(r"\s*(\d+) ([^Z]\S*)\s+((?:\S*/)?(?:sshfs|ssh|sftp) .*)", line) for line in listed)
     return [f"{each[1]} {each[3]}" for each in found if each]
 
 
 def server(workstation: Workstation) -> str:
-    """Return the PID of the one sshfs there is."""
+    """Return the PID of the only sshfs."""
     (found,) = (each.split()[0] for each in processes(workstation) if "sshfs" in each.split()[1])
     return found
 
@@ -76,7 +76,7 @@ def mounts(workstation: Workstation) -> str:
 
 
 def eventually(condition: Callable[[], object], seconds: float) -> float:
-    """Wait until it holds, and return how long that took."""
+    """Wait for a condition; return the time it took."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < seconds, f"not within {seconds} s"
@@ -85,13 +85,13 @@ def eventually(condition: Callable[[], object], seconds: float) -> float:
 
 
 def read(workstation: Workstation, path: str = "see/logs/events") -> str:
-    """Return what is in a file, or the reason that is given."""
+    """Return the content of a file, or the error."""
     return workstation.run(f"cat {path} 2>&1 || :").rpartition(": ")[2]
 
 
 @pytest.fixture(autouse=True)
 def nothing_left(mini: Target, workstation: Workstation) -> Iterator[None]:
-    """Have logs to look at; afterwards no process, mount or folder is left of having looked."""
+    """Provide logs to look at; afterwards no process, mount or folder may be left."""
     workstation.run("mkdir -p .ansible")
     mini.run("mkdir -p logs other && echo one > logs/events && echo other > other/events")
     homes = workstation.run("ls -A")
@@ -124,7 +124,7 @@ def test_as_a_user_sees_it(mini: Target, workstation: Workstation) -> None:
 
 
 def test_what_is_wanted_otherwise(mini: Target, workstation: Workstation) -> None:
-    workstation.run("mkdir -p see/logs && sshfs login:other see/logs")  # as the manual has it
+    workstation.run("mkdir -p see/logs && sshfs login:other see/logs")  # the command of the manual
     assert ensure(workstation)["found"] == "other"
     assert read(workstation) == "one" and len(mounts(workstation).splitlines()) == 1
 
@@ -147,11 +147,11 @@ def test_what_is_wanted_otherwise(mini: Target, workstation: Workstation) -> Non
     workstation.run("touch see/logs/draft")
     assert "see/logs is not empty, and a mount would hide what is in it (draft)" in fails(workstation)
     workstation.run("rm -r see")
-    assert re.match("folder: there is no folder login:nowhere/ ", fails(workstation, folder="nowhere"))
+    assert re.match("folder: the folder login:nowhere/ does not exist ", fails(workstation, folder="nowhere"))
 
 
 def test_link_is_cut(workstation: Workstation) -> None:
-    """M1 of docs/reliability.md; and meanwhile what hangs since it was mounted without this module is unmounted."""
+    """M1 of docs/reliability.md; a hanging mount that was made without this module is unmounted, too."""
     ensure(workstation)
     workstation.run("mkdir by-hand && sshfs login:logs by-hand")
     by_hand = {"path": "~/by-hand", "state": "unmounted", "alive_interval": 1, "connect_timeout": 1}
@@ -202,7 +202,7 @@ def test_sshfs_hangs(workstation: Workstation) -> None:
                           stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as hanging:
         hangs = "ps -u alice -o args= | grep -c '^ls see/logs/x$' || :"
         eventually(lambda: workstation.run(hangs) == "1", 30)
-        time.sleep(1)  # in which an answer would have come
+        time.sleep(1)  # an answer would have come by now
         assert workstation.run(hangs) == "1"
         assert ensure(workstation)["found"] == "hung"
         assert read(workstation) == "one"
@@ -210,21 +210,21 @@ def test_sshfs_hangs(workstation: Workstation) -> None:
 
 
 def test_unknown_and_changed_host_keys(workstation: Workstation) -> None:
-    """M3 of docs/reliability.md; not even the user's own configuration opens the door."""
+    """M3 of docs/reliability.md; even the user's own configuration cannot disable the check."""
     workstation.run("cd .ssh; mv known_hosts kept; printf 'Host *\\nStrictHostKeyChecking no\\n' > config")
     try:
         assert re.match(r"host: the host key of login, .* log in once with ssh", fails(workstation))
         assert "see" not in workstation.run("ls -A").split() and "known_hosts" not in workstation.run("ls .ssh").split()
 
         workstation.run("cd .ssh; ssh-keygen -q -t ed25519 -N '' -f other; echo login $(cat other.pub) > known_hosts")
-        assert re.match(r"host: login shows another host key .* ssh-keygen -R login", fails(workstation))
+        assert re.match(r"host: login has another host key .* ssh-keygen -R login", fails(workstation))
     finally:
         workstation.run("cd .ssh; mv kept known_hosts; rm -f config other other.pub")
     assert mounts(workstation) == ""
 
 
 def test_by_way_of_other_hosts(workstation: Workstation) -> None:
-    """The last host is one that the workstation cannot reach by itself."""
+    """The workstation cannot reach the last host directly."""
     assert "cannot be reached" in fails(workstation, host=INSIDE, connect_timeout=1)
     gate = "Host gate\\nHostName login\\nHostKeyAlias login\\n"
     inside = f"Host inside\\nHostName {INSIDE}\\nHostKeyAlias login\\n"
@@ -251,7 +251,7 @@ HOSTILE = [
 
 
 def test_no_value_is_run(mini: Target, workstation: Workstation) -> None:
-    """I1 of docs/reliability.md: used as it is, or refused in one line."""
+    """I1 of docs/reliability.md: each value is used literally, or refused in one line."""
     canary = f"/tmp/hpc-db-canary-{os.getpid()}"
     strange = f"-o a,b 'it\"s' $(touch {canary}) `touch {canary}` ;{{x}}\\ \u03a9 %h"
     mini.run(f"mkdir -p -- {shlex.quote(f'./{strange}')} && echo odd > {shlex.quote(f'./{strange}/events')}")

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A login node that reads neither channel nor wheels: the workstation solves, fetches and brings everything.
+"""A login node without access to channels and wheels: the workstation solves, fetches and uploads everything.
 
-Then, on what came of it: who holds the connections, and what the doctor finds.
+Then, on that instance: the holders of connections, and the doctor's findings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def test_workstation_brings_everything(mini: Target, tmp_path: Path) -> None:
     mini.environment["XDG_CACHE_HOME"] = str(workstation / "cache")
     lock_file = workstation / "postgresql-17.lock"
     settings = {
-        "postgres_staged": "true",  # as -e postgres_staged=true has it
+        "postgres_staged": "true",  # a string, as with -e postgres_staged=true
         "postgres_channels": [(workstation / "channel").as_uri()],
         "postgres_python_wheelhouse": str(workstation / "wheels"),
         "databases_studies": [{"name": "mala", "studies": [{"name": "beryllium"}]}],
@@ -65,7 +65,7 @@ def test_workstation_brings_everything(mini: Target, tmp_path: Path) -> None:
     assert re.search(r"^mini .* changed=0 .* failed=0", again.stdout, re.MULTILINE), again.stdout
 
 
-# One connection that waits for nothing, one that is stuck in a transaction, and then as many as there is room for.
+# One idle connection, one that is stuck in a transaction, and then as many as the server accepts.
 HOLD = """
 import sys, psycopg2
 held = [psycopg2.connect("service=hpc_db") for _each in range(2)]
@@ -82,7 +82,7 @@ for _line in sys.stdin:
             refused += 1
     print("full", flush=True)
 """
-# Before that a connection may be of a job that has just begun.
+# A younger connection may belong to a job that has just started.
 OLD_ENOUGH = (
     '~/hpc_db/hpc_db/postgresql-17/bin/psql "service=hpc_db user=alice dbname=mala" -Atc '
     "\"select clock_timestamp() - max(backend_start) > '10 s' from pg_stat_activity where usename = 'study'\""
@@ -91,7 +91,7 @@ OLD_ENOUGH = (
 
 @pytest.fixture
 def outside_of_any_job(mini: Target) -> Iterator[subprocess.Popen]:
-    """A process on a compute node that no job of alice's knows of; a line makes it take all connections."""
+    """A process on a compute node outside alice's jobs; a line on its standard input makes it take all connections."""
     python = "/home/alice/hpc_db/hpc_db/python/bin/python"
     command = [str(CLUSTER), "exec", "c2", "--user", "alice", "--", python, "-c", HOLD]
     process = subprocess.Popen(
@@ -105,7 +105,7 @@ def outside_of_any_job(mini: Target) -> Iterator[subprocess.Popen]:
 
 
 def report(mini: Target, settings: dict) -> tuple[int, str]:
-    """Return exit status and report of the doctor, whose findings leave nothing behind."""
+    """Return the doctor's exit status and report, after checking that it leaves nothing behind."""
     played = mini.play("doctor", {"client_environment": "~/env", **settings})
     assert mini.run("ls -A hpc_db/hpc_db | grep doctor || :") == ""
     assert " changed=0 " in played.stdout
@@ -115,17 +115,17 @@ def report(mini: Target, settings: dict) -> tuple[int, str]:
 
 
 def parts(text: str) -> dict[str, str]:
-    """Return what was found, by where it was looked at; what mends it is on its line."""
+    """Return the findings by place; each fix is on the line of its problem."""
     found = re.findall(r"^  ((?:the|login|compute) \S+).*\n((?:    .*(?:\n|$))*)", text, re.MULTILINE)
-    return {name: re.sub(r"\n +mend: ", " -> ", part) for name, part in found}
+    return {name: re.sub(r"\n +fix: ", " -> ", part) for name, part in found}
 
 
 def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_job: subprocess.Popen) -> None:
-    # The environment sees the Optuna of another folder, as with a site's own packages.
+    # The environment finds Optuna in another folder, as with a site's own packages.
     mini.run("echo ~/hpc_db/hpc_db/python/lib/python3*/site-packages > more.pth && mv more.pth env/lib/python3*/site-*")
     status, well = report(mini, {})
 
-    assert status == 0 and " nothing found\n" in well, well
+    assert status == 0 and " no problems found\n" in well, well
     assert re.search(r"^  login node login\n(?:.*\n)+  compute node c[12]\n", well, re.MULTILINE), well
     versions = r"Python 3.* psycopg2 2.* SQLAlchemy 2.* Optuna 5.*"
     for name in ("login node", "compute node"):
@@ -133,7 +133,7 @@ def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_jo
         assert re.search(r"TLS +TLSv1.[23], with the certificate of this instance", part), well
         assert re.search(rf"workers +{versions} hpc-db-client 0.*; connected, \d+ of 60 connections", part), well
 
-    # More workers than fit, and a password file that others may read.
+    # More workers than connections, and a password file that others may read.
     assert outside_of_any_job.stdin and outside_of_any_job.stdout
     outside_of_any_job.stdin.write("\n")
     outside_of_any_job.stdin.flush()
@@ -145,11 +145,11 @@ def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_jo
     assert status != 0
     found = parts(ill)
     too_many = r"too many clients: about (5[6-9]|6[0-3]) workers against max_connections 60 \(8 times by c2, .*"
-    assert re.search(rf"FOUND +log +{too_many} -> databases_workers \(20\): ", found["the server"]), ill
-    assert re.search(r"FOUND +passwords +\S+ has mode 0644: libpq ignores it.* -> chmod 600 ", found["login node"]), ill
-    assert re.search(r"FOUND +workers +~/env cannot connect: a client knew no password ", found["login node"]), ill
-    refused = r"nothing was looked at: .*invalid partition .* -> doctor_job_options"
-    assert re.search(rf"FOUND +job +{refused}", found["compute node"]), ill
+    assert re.search(rf"PROBLEM +log +{too_many} -> databases_workers \(20\): ", found["the server"]), ill
+    assert re.search(r"PROBLEM +passwords +\S+ has mode 0644: libpq ignores .* -> chmod 600 ", found["login node"]), ill
+    assert re.search(r"PROBLEM +workers +~/env cannot connect: a client sent no pass", found["login node"]), ill
+    refused = r"nothing was checked: .*invalid partition .* -> doctor_job_options"
+    assert re.search(rf"PROBLEM +job +{refused}", found["compute node"]), ill
 
     mini.run(f"until {OLD_ENOUGH} | grep -q t; do sleep 0.5; done")
     shown = mini.play("status", {"client_environment": "~/env"}).stdout
@@ -158,7 +158,7 @@ def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_jo
     for line in (
         r"connections  5\d of 60 +\[#{17,19}-{1,3}\]\n  from +c2 +5\d  study",
         rf"stuck +c2 +1  study: idle in transaction on mala for {clock} \(PID \d+\)",
-        rf"orphaned +c2 +5\d  study: no job of yours is there; silent for {clock}",
+        rf"orphaned +c2 +5\d  study: you have no job there; idle for {clock}",
         rf"URL +{re.escape(URL)}",
     ):
         assert re.search(rf"^  {line}$", shown, re.MULTILINE), shown
@@ -168,6 +168,6 @@ def test_who_holds_them_and_what_the_doctor_says(mini: Target, outside_of_any_jo
 
     assert status != 0
     found = parts(down)
-    assert "no hosting job is queued or runs, so the server is down -> the playbook hpc_db.yml" in found["the server"]
-    assert "FOUND" not in found["login node"] + found["compute node"], down
+    assert "no server job is queued or running, so the server is down -> the playbook hpc_db.yml" in found["the server"]
+    assert "PROBLEM" not in found["login node"] + found["compute node"], down
     assert found["compute node"].count("the server is down") == 6, down

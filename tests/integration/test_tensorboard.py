@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a job on a compute node writes, as TensorBoard on the workstation shows it, copied and mounted."""
+"""Logs of a job on a compute node, shown by TensorBoard on the workstation, copied and mounted."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from browser import Browser
 from target import Target, Workstation
 
-# For whatever a job, TensorBoard or a page does: a loaded machine takes ten times as long as a quiet one.
+# For a job, TensorBoard or a page: a loaded machine takes ten times as long as an idle one.
 SECONDS = 120
-# Writes five values a turn, and waits for the next one.
+# Writes five values a turn, and waits for the next turn.
 WRITE = """
 import os, sys, time
 from tensorboard.compat.proto.event_pb2 import Event
@@ -34,12 +34,12 @@ for turn in range(1, 10):
         writer.flush()
     open(f"done {turn}", "w").close()
 """
-# No shell and no option parser may take it for anything but a name.
+# No shell and no option parser may take this for anything but a name.
 BERYLLIUM = "-x it's \"be\" $(touch canary) ;&"
 BANNER = "Welcome, quota 81 %"
 LOGS = [{"name": "beryllium", "path": f"~/{BERYLLIUM}/logs"}, {"name": "aluminium", "path": "~/aluminium"}]
 FOLDER = ".local/share/mala.hpc_db/mini/hpc_db/tensorboard"
-# What TensorBoard's own interface for programs says of each run; one may just have gone.
+# Prints the values of each run from TensorBoard's HTTP API; a run may just have gone.
 ASK = """
 import json, sys, urllib.error, urllib.parse, urllib.request
 def ask(path):
@@ -53,7 +53,7 @@ for run, tags in ask("plugin/scalars/tags").items():
         pass
 print(json.dumps(said))
 """
-# How many colours there are in what was drawn last on each canvas, each of them at least a short line.
+# Counts the colours of each canvas; a colour counts from the size of a short line.
 COLOURS = """
 const most = canvas => {
   const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext('2d');
@@ -71,9 +71,9 @@ return Math.max(0, ...[...arguments].map(canvas => canvas.width && canvas.height
 
 @pytest.fixture(scope="module")
 def job(mini: Target) -> Iterator[Callable[[int], None]]:
-    """A job that writes into both folders; call it with 1, 2 and so on to have its next values written.
+    """A job that writes into both folders; call the fixture with 1, 2 and so on to write the next values.
 
-    The login node's shell prints a line, at each login and each command over ssh.
+    The login node's shell prints a line at each login and each command over ssh.
     """
     mini.run(f"echo 'echo {BANNER}' > .bashrc")
     packages = "tensorboard protobuf numpy absl-py packaging typing-extensions"
@@ -92,7 +92,7 @@ def job(mini: Target) -> Iterator[Callable[[int], None]]:
 
 
 def answer(mini: Target, script: str) -> str:
-    """Run a shell script on the login node; return what it prints after the banner."""
+    """Run a shell script on the login node; return its output after the banner."""
     banner, after, printed = mini.run(script).partition(BANNER)
     assert (banner, after) == ("", BANNER)
     return printed.strip()
@@ -119,7 +119,7 @@ class Page:
         return json.loads(self._workstation.run(shlex.join(["/usr/bin/python3", "-c", ASK, self.address])))
 
     def wait_for(self, **values: list[float]) -> None:
-        """Wait until these runs, and no others, have these values."""
+        """Wait until exactly these runs are shown, with these values."""
         wanted = {run: {"loss": list(enumerate(map(rounded, losses)))} for run, losses in values.items()}
 
         def shown() -> dict:
@@ -132,18 +132,18 @@ class Page:
 
 
 def rounded(value: float) -> float:
-    """Return a value as it can be compared: there it has 32 bits."""
+    """Round a value for comparison: TensorBoard stores 32 bits."""
     return round(value, 5)
 
 
 def written(turns: int) -> dict[str, list[float]]:
-    """Return what the job has written in these turns, in the order of its folders."""
+    """Return the values that the job has written in these turns, in the order of its folders."""
     names = ["beryllium", "aluminium/first", "aluminium/second"]
     return {name: [1 / (step + 1 + number) for step in range(5 * turns)] for number, name in enumerate(names)}
 
 
 def play(workstation: Workstation, method: str, *options: str, **settings: object) -> str:
-    """Show the logs; return what was printed."""
+    """Show the logs; return the playbook's output."""
     usual = {"tensorboard_logs": LOGS, "tensorboard_method": method, "tensorboard_reload_interval": 1}
     played = workstation.play("tensorboard", {**usual, **settings}, *options)
     assert played.returncode == 0, played.stdout
@@ -151,12 +151,12 @@ def play(workstation: Workstation, method: str, *options: str, **settings: objec
 
 
 def colours(chromium: Browser) -> int:
-    """Return how many lines of different colours a plot shows."""
+    """Return the number of differently coloured lines in a plot."""
     return chromium.driver.execute_script(COLOURS, *chromium.find("line-chart canvas"))
 
 
 def left(workstation: Workstation) -> str:
-    """Return the processes and mounts of alice's there that should have gone."""
+    """Return alice's processes and mounts on the workstation that should have gone."""
     return workstation.run(
         "ps -o args= -u alice | grep -E 'tensorboard|sshfs|rsync' | grep -v grep; grep sshfs /proc/self/mountinfo || :"
     )
@@ -165,14 +165,23 @@ def left(workstation: Workstation) -> str:
 def test_bad_input_is_refused(workstation: Workstation) -> None:
     bad = {"tensorboard_logs": [{"name": "a b", "path": "runs"}], "tensorboard_reload_interval": 0}
     absent = {"tensorboard_logs": [{"name": "absent", "path": "~/$(touch canary)"}]}
+    used = {"tensorboard_logs": [{"name": "home", "path": "/home/alice"}], "tensorboard_root": "~/used"}
+    workstation.run("mkdir -p used/logs/mine; ln -s nowhere used/logs/other")
 
     refused = " ".join(workstation.play("tensorboard", bad).stdout.split())
     missed = " ".join(workstation.play("tensorboard", absent).stdout.split())
+    kept = [
+        " ".join(workstation.play("tensorboard", {**used, "tensorboard_state": state}).stdout.split())
+        for state in ("started", "stopped")
+    ]
 
-    assert "tensorboard_logs: a b is not allowed; each name is another one, a letter or digit before" in refused
+    assert "tensorboard_logs: a b is not allowed; unique names of letters, digits" in refused
     assert "tensorboard_logs: runs is not allowed; each path begins with / or ~/" in refused
-    assert "tensorboard_reload_interval: 0 is not allowed; a number of seconds from 1 on" in refused
-    assert "tensorboard_logs: ~/$(touch canary) is no folder on mini; give one that is there" in missed
+    assert "tensorboard_reload_interval: 0 is not allowed; 1 second or more" in refused
+    assert "tensorboard_logs: ~/$(touch canary) is not a folder on mini; give an existing one" in missed
+    for said in kept:
+        assert re.search(r"tensorboard_root: /\S+/used/logs/mine is not a link; move it away, or give", said), said
+    assert workstation.run("ls -A used; ls used/logs").split() == ["logs", "mine", "other"]
     assert workstation.run("ls -d .local || :") == ""
 
 
@@ -234,13 +243,19 @@ def test_stop_leaves_nothing(workstation: Workstation) -> None:
     assert "/mounts/beryllium " in found and "tensorboard.main" in found
     assert "/mounts/aluminium " not in found, found
 
+    links = workstation.run(f"find {FOLDER}/logs -type l -printf '%f %l'")
+    assert re.fullmatch(rf"beryllium /\S+/{FOLDER}/mounts/beryllium", links.strip()), links
+    planned = workstation.play("tensorboard", {"tensorboard_state": "stopped"}, "--check")
+    assert re.search(r"^mini .* changed=[1-9].* failed=0 ", planned.stdout, re.MULTILINE), planned.stdout
+    assert workstation.run(f"find {FOLDER}/logs -type l -printf '%f %l'") == links and left(workstation) == found
+
     stopped = workstation.play("tensorboard", {"tensorboard_state": "stopped"})
 
     assert stopped.returncode == 0, stopped.stdout
     assert left(workstation) == ""
     workstation.run(f"rm -rf {FOLDER}/copies")
     kept = workstation.run(f"ls {FOLDER}; find {FOLDER}/logs -mindepth 1; find {FOLDER} ! -type l -perm /077")
-    # The last is TensorBoard's own, open to all inside of a folder that is closed.
+    # The last file is TensorBoard's own: readable by everyone, but inside a private folder.
     wanted = ["logs", "python", "tensorboard.json", "tensorboard.log", f"{FOLDER}/.tensorboard-info"]
     assert kept.split() == wanted
     again = workstation.play("tensorboard", {"tensorboard_state": "stopped"})

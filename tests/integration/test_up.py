@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""hpc_db.up as a study's script, a terminal and a notebook use it, with PostgreSQL and Ansible for real."""
+"""hpc_db.up called from a study's script, a terminal and a notebook, with real PostgreSQL and Ansible."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from hpc_db.__main__ import main as hpc_db_command
 from jupyter_client.manager import start_new_kernel
 from target import ROOT, Target
 
-NAME = f"it{os.getpid()}"  # as the fixture ``here`` stops it
-# Goes on after what docs/notebooks.md prints.
+NAME = f"it{os.getpid()}"  # the fixture ``here`` stops the instance with this name
+# Continues the code printed in docs/notebooks.md.
 STUDY = """
 study.optimize(lambda trial: trial.suggest_float("x", -1, 1) ** 2, n_trials=3)
 print(len(study.trials))
@@ -35,13 +35,13 @@ CELL = """
 import hpc_db
 print("found", hpc_db.up(*{inventories!r}).url)
 """
-# In the place of ssh: says that it is there, and stays.
+# Replaces ssh: records its pid, and keeps running.
 STAYS = "#!/bin/sh\necho $$ > {folder}/pid.new && mv {folder}/pid.new {folder}/pid && exec sleep 1000\n"
 
 
 @pytest.fixture(scope="module")
 def inventories(here: Target, quick_settings: dict, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Those of an instance, by path."""
+    """Paths of an instance's inventories."""
     folder = tmp_path_factory.mktemp("mine")
     given = {**here.variables, **quick_settings, "instance_name": NAME}
     (folder / "hosts.yml").write_text(json.dumps({"hpc_db": {"hosts": {"localhost": given}}}))
@@ -62,7 +62,7 @@ def test_a_study_connects_to_what_is_returned(here: Target, server: hpc_db.Serve
     (printed,) = re.findall("^```python\n(.*?)^```", (ROOT / "docs" / "notebooks.md").read_text(), re.M | re.S)
     brought_up, found = "import hpc_db\n", 'hpc_db.up("hemera5")'
     assert brought_up in printed and found in printed
-    # what the workstation has found is told to the cluster's user
+    # the cluster's user gets the URL that the workstation has found
     script = printed.replace(brought_up, "from types import SimpleNamespace\n")
     script = script.replace(found, f"SimpleNamespace(url={server.url!r})") + STUDY
     assert here.run(f"~/hpc_db/{NAME}/python/bin/python - 2>/dev/null <<'EOF'\n{script}\nEOF") == "3"
@@ -74,7 +74,7 @@ def test_second_call_takes_one_look(
     assert hpc_db.up(*inventories, server_wait=False) == server
 
     said = capsys.readouterr().err
-    assert "localhost: last run\n" in said and "PostgreSQL" not in said, said
+    assert "localhost: quick check\n" in said and "PostgreSQL" not in said, said
 
 
 def test_status_prints_the_page(
@@ -120,10 +120,10 @@ def test_terminal_has_one_line_that_is_rewritten(server: hpc_db.Server, inventor
 
     assert running.communicate(timeout=100) == (f"{server.url}\n", None) and running.returncode == 0
     lines = shown.decode().replace("\r\n", "\n").split("\n")
-    assert re.search(r"\r\x1b\[Klocalhost: last run: See whether ", lines[0])
-    assert [line for line in lines if "all is as the last run has left it" in line] and len(lines) == 2, shown
+    assert re.search(r"\r\x1b\[Klocalhost: quick check: Check whether ", lines[0])
+    assert [line for line in lines if "nothing changed since the last full run" in line] and len(lines) == 2, shown
     assert shown.endswith(b"\r\x1b[K")
-    assert list(tmp_path.iterdir()) == []  # nothing of ansible-runner's is left
+    assert list(tmp_path.iterdir()) == []  # ansible-runner left no files
 
 
 def test_notebook_has_its_progress_in_the_cell(server: hpc_db.Server, inventories: list[str]) -> None:
@@ -144,12 +144,12 @@ def test_notebook_has_its_progress_in_the_cell(server: hpc_db.Server, inventorie
 
     assert reply["content"]["status"] == "ok", streams
     assert "".join(streams).endswith(f"found {server.url}\n")
-    assert any(line.startswith("localhost: last run: See whether ") for line in shown), shown
+    assert any(line.startswith("localhost: quick check: Check whether ") for line in shown), shown
     assert (shown[0], shown[-1]) == ("", "")
 
 
 def ssh_inventory(folder: Path, **variables: object) -> str:
-    """Return an inventory with a host that is reached by ssh."""
+    """Return an inventory with a host that is reached over ssh."""
     host = {"ansible_connection": "ssh", "ansible_python_interpreter": "/usr/bin/python3", **variables}
     (folder / "hosts.json").write_text(json.dumps({"hpc_db": {"hosts": {"far": host}}}))
     return str(folder / "hosts.json")
@@ -176,7 +176,7 @@ def test_interrupt_leaves_nothing_running(tmp_path: Path) -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until something is so."""
+    """Wait for a condition."""
     deadline = time.monotonic() + 100
     while not condition():
         assert time.monotonic() < deadline
@@ -184,7 +184,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def runs(pid: int) -> bool:
-    """Tell whether there is such a process that has not ended."""
+    """Return whether a process with this pid exists and has not ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -195,13 +195,13 @@ def runs(pid: int) -> bool:
 def test_what_ssh_asks_is_told_and_can_be_answered_before(
     here: Target, quick_settings: dict, server: hpc_db.Server, tmp_path: Path
 ) -> None:
-    """A real ssh and a real sshd, which wants a password; then the connection that docs/notebooks.md opens."""
+    """A real ssh and a real sshd, which requires a password; then the connection that docs/notebooks.md opens."""
     user = here.variables["ansible_become_user"]
     subprocess.run(["chpasswd"], input=f"{user}:for a minute\n", text=True, check=True)
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{tmp_path}/key"], check=True)
     Path("/run/sshd").mkdir(exist_ok=True)
     sshd = f"/usr/sbin/sshd -i -f /dev/null -o HostKey={tmp_path}/key -o PasswordAuthentication=yes -o UsePAM=no"
-    with tempfile.TemporaryDirectory(prefix="up-") as shared:  # whose path is short enough for a socket
+    with tempfile.TemporaryDirectory(prefix="up-") as shared:  # the path is short enough for a socket
         options = [
             "-F", "/dev/null", "-o", f"ProxyCommand={sshd}", "-o", f"UserKnownHostsFile={tmp_path}/known",
             "-o", "PubkeyAuthentication=no", "-o", f"ControlPath={shared}/%C",
@@ -211,7 +211,7 @@ def test_what_ssh_asks_is_told_and_can_be_answered_before(
             tmp_path, **{**local, **quick_settings, "instance_name": NAME}, ansible_user=user,
             ansible_ssh_args="-o ControlMaster=auto -o ControlPersist=60s", ansible_ssh_common_args=shlex.join(options),
         )
-        unanswered = r"far: .*{}.*; nobody can answer ssh's questions here: .*"
+        unanswered = r"far: .*{}.*; ssh cannot ask for input here: .*"
         with pytest.raises(hpc_db.Failed, match=unanswered.format("Host key verification failed")):
             hpc_db.status(inventory)
         (tmp_path / "known").write_text("far " + (tmp_path / "key.pub").read_text())

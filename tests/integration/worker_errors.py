@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a worker prints when something is wrong; run as the owner, with the Python of the instance.
+"""Print the errors of a worker in various failures; run as the owner, with the Python of the instance.
 
     worker_errors.py INSTANCE STATE    serving, or stopped
 """
@@ -27,7 +27,7 @@ PASSFILE = os.path.expanduser(f"~/hpc_db/{INSTANCE}/secrets/pgpass")
 
 @contextlib.contextmanager
 def tried(what: str) -> Iterator[None]:
-    """Print the error that comes; one must come."""
+    """Print the error raised inside; there must be one."""
     try:
         yield
     except Exception as error:
@@ -42,7 +42,7 @@ def connect(url: str = URL) -> None:
 
 @contextlib.contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """Have an environment variable."""
+    """Set an environment variable."""
     os.environ[name] = value
     try:
         yield
@@ -51,7 +51,7 @@ def environment(name: str, value: str) -> Iterator[None]:
 
 
 def wait_for_slots() -> None:
-    """Connections that were closed take their time to end."""
+    """Closed connections take time to end."""
     limit = time.monotonic() + 100
     while True:
         try:
@@ -68,13 +68,13 @@ def wait_for_slots() -> None:
 
 
 def with_plugin() -> sqlalchemy.engine.Engine:
-    """Have the client package, which is on the path but has not been installed."""
+    """Return an engine with the client package, which is on the path but not installed."""
     plugins.register("hpc_db", "hpc_db_client.plugin", "HpcDb")
     return sqlalchemy.create_engine(f"{URL}&plugin=hpc_db&hpc_db_patience=1")
 
 
 def as_owner(statement: str) -> None:
-    """Do what only the owner may."""
+    """Run a statement with the owner's privileges."""
     user = getpass.getuser()
     with contextlib.closing(psycopg2.connect(f"service={INSTANCE} user={user} dbname={user}")) as connection:
         connection.autocommit = True
@@ -82,7 +82,7 @@ def as_owner(statement: str) -> None:
 
 
 def while_serving() -> None:
-    """Go through what keeps a worker from a server that is there."""
+    """Provoke the errors of a worker while the server is running."""
     study = optuna.create_study(storage=URL, study_name="errors")
     with tried("old URL"):
         connect(f"postgresql:///?service={INSTANCE}")
@@ -140,7 +140,7 @@ def while_serving() -> None:
 
 
 def while_stopped() -> None:
-    """Look for a server that is not there."""
+    """Connect while the server is stopped."""
     with tried("no server"):
         connect()
     with tried("no server, with the plugin"):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Make small snapshots that MALA can learn from: python snapshots.py FOLDER."""
+"""Create small snapshots that MALA can learn from: python snapshots.py FOLDER."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ DESCRIPTORS, ENERGIES = 8, 11
 
 
 def main() -> None:
-    """Write descriptors (after three coordinates) and a density of states that follows from them."""
+    """Write descriptors (after three coordinates) and a density of states computed from them."""
     folder = Path(sys.argv[1])
     random = np.random.default_rng(1)
     weights = random.normal(size=(DESCRIPTORS, ENERGIES))

@@ -27,7 +27,7 @@ SELECT state, count(*) FROM trials JOIN studies USING (study_id) WHERE study_nam
 
 @pytest.fixture
 def cluster() -> Iterator[MiniCluster]:
-    """A mini cluster with MALA on it, and a server."""
+    """A test cluster with MALA on it, and a server."""
     state = f"/tmp/hpc-db-mala-{os.getpid()}"
     folders = {name: ROOT / ".cache" / name for name in ("wheels", "channel", "mala")}
     mounts = [f"--mount={folder}:/srv/{name}" for name, folder in folders.items()]
@@ -44,7 +44,7 @@ def play(cluster: MiniCluster, name: str, settings: dict) -> None:
 
 
 def states(cluster: MiniCluster) -> dict[str, int]:
-    """Return how many trials of the search are in which state; none before there is a study."""
+    """Return the number of trials of the search in each state; none before the study exists."""
     psql = 'hpc_db/hpc_db/postgresql-17/bin/psql -XAt service=hpc_db -c "$1"'
     return {state: int(count) for state, count in (line.split("|") for line in cluster.run(psql, STATES).splitlines())}
 

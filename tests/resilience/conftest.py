@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Under every test, eight workers go on with one study; after it, nothing that they were promised is missing."""
+"""During every test, eight workers continue one study; afterwards, no acknowledged trial may be missing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import pytest
 from mini_cluster import COMPARE, PLUGIN_URL, URL, WORKER, MiniCluster, Watch
 from target import ROOT
 
-# Optuna as it is, with nothing but the URL. When the server goes away, six are in their objective and two between
-# trials, so that the next thing they do is to tell, or to ask. Heartbeats are compared by the database's clock: in
-# whatever zone a worker is, nobody may take it for dead.
-WORKERS = [*["--seconds=1"] * 4, *["--pause=1"] * 2, *["--seconds=1 --heartbeat"] * 2]
+# Plain Optuna, configured by the URL alone. When the server goes away, six workers are in their objective and two
+# between trials, so that their next call is tell or ask. Heartbeats are compared by the database's clock, so a worker
+# must not be taken for dead, whatever its time zone.
+# Two have Optuna's default sampler, which reads all trials; eight of them would take the whole machine.
+WORKERS = [*["--seconds=1 --random"] * 4, *["--pause=1 --random"] * 2, *["--seconds=1 --heartbeat"] * 2]
 ZONES = ["UTC"] * 6 + ["Asia/Tokyo", "America/New_York"]
 FIGURES: list[tuple[str, str, str]] = []
 
@@ -36,7 +37,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """Write down what was measured for a row of the targets."""
+    """Record a measurement for a row of the targets."""
     return lambda row, measured: FIGURES.append((row, measured, request.node.name))
 
 
@@ -49,7 +50,7 @@ def soak(request: pytest.FixtureRequest) -> bool:
 def cluster() -> MiniCluster:
     state = os.environ.get("HPC_DB_CLUSTER", "/tmp/hpc-db-cluster")
     if not Path(state, "home/alice/hpc_db/hpc_db/host").exists():
-        pytest.skip(f"no mini cluster with a server is up in {state}")
+        pytest.skip(f"no test cluster with a server is running in {state}")
     return MiniCluster(Path(state))
 
 
@@ -61,12 +62,12 @@ def watch(cluster: MiniCluster) -> Iterator[Watch]:
 
 @pytest.fixture(scope="session")
 def workers(cluster: MiniCluster) -> Iterator[list]:
-    """Eight workers on a node without the server, until the last test has ended."""
+    """Run eight workers on a node without the server until the last test has ended."""
     folder = cluster.home / "workers"
     shutil.rmtree(folder, ignore_errors=True)
     without = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "tests" / "workers", folder, ignore=without)
-    # As pip would leave it.
+    # The same layout as pip installs.
     shutil.copytree(ROOT / "client/src/hpc_db_client", folder / "hpc_db_client", ignore=without)
     about = folder / "hpc_db_client-0.dist-info"
     about.mkdir()
@@ -87,7 +88,8 @@ def workers(cluster: MiniCluster) -> Iterator[list]:
             os.kill(process.pid, 15)
     for worker in started:
         worker.communicate(timeout=20)
-    # What each was at when it was ended, and nothing else, may be unfinished, or finished without a word.
+    # Only the trials that the workers were running when they were ended may be unfinished, or finished without an
+    # acknowledgement.
     left = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", cluster.run(COMPARE, URL))}
     assert left["failed"] == 0
     assert left["running"] + left["complete"] - left["acknowledged"] <= len(started), left
@@ -112,5 +114,5 @@ def nothing_is_lost(cluster: MiniCluster, workers: list, watch: Watch) -> Iterat
 
 @pytest.fixture
 def serving(cluster: MiniCluster) -> dict:
-    """Where the server is when the test begins."""
+    """Return the server's endpoint at the start of the test."""
     return {**cluster.said("endpoint"), "at": time.monotonic()}

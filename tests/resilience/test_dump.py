@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A dump that is made while workers write holds all that they had been promised when it began."""
+"""A dump made while workers write contains every trial that was acknowledged before it began."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from mini_cluster import COMPARE, URL, MiniCluster
 
-DRILL = "postgresql+psycopg2://alice@/drill?service=hpc_db"  # only the databases of the inventory are open to workers
+DRILL = "postgresql+psycopg2://alice@/drill?service=hpc_db"  # workers can only log in to the databases of the inventory
 SAME = f"""
 exec hpc_db/hpc_db/python/bin/python - <<'END'
 import optuna

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Another user of the cluster gets nothing: not in, not further, no password."""
+"""Another user of the cluster can neither log in, nor gain further rights, nor obtain a password."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DATABASES = ["alice", "mala", "second", "postgres", "template1"]
 
 @pytest.fixture(scope="session")
 def programs(cluster: MiniCluster) -> Iterator[Path]:
-    """What mallory brings: a client library, and the programs beside this file."""
+    """Provide mallory's tools: a client library, and the programs in this folder."""
     folder = cluster.state / "home" / "mallory" / "programs"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -100,7 +100,7 @@ def test_rogue_server_on_the_old_port(
         return cluster.run(f"{psql} || true", host="c2")
 
     said = connect(stale)
-    connect(careless)  # shows that the rogue knows its trade
+    connect(careless)  # shows that the rogue works
     (program,) = [process for process in cluster.processes("python3") if f"{PROGRAMS}/rogue.py" in process.command]
     os.kill(program.pid, signal.SIGKILL)
     *caught, careless_caught = re.findall(r"^got ?(.*)", rogue.communicate()[0], re.MULTILINE)
@@ -144,7 +144,7 @@ def test_secrets_stay_in_their_file(cluster: MiniCluster, serving: dict, secrets
 
 
 def test_nothing_is_open_to_others(cluster: MiniCluster, figure: Figure) -> None:
-    # Not the conda packages' own files, which nobody else can reach below the private root.
+    # Skips the conda packages' own files, which nobody else can reach below the private root.
     look = "find $@ -path '*/postgresql-17' -prune -o -user alice \\( -type f -o -type d \\) -perm /077 -print"
     shared = cluster.run(look, "hpc_db/hpc_db", ".pg_service.conf").splitlines()
     on_nodes = [cluster.run(look, "/tmp", "/dev/shm", host=host) for host in ("login", "c1", "c2")]

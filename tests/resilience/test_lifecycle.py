@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Servers die, walltimes pass and jobs are cancelled; the workers' URL stays, and so do their trials."""
+"""Servers die, walltimes expire and jobs are cancelled; the workers' URL and their trials remain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mini_cluster import MiniCluster, Watch, eventually
 
 Figure = Callable[[str, str], None]
 
-# How a job is taken away, and whether it gets the time to stop.
+# Each way to end a job, and whether it leaves the job time to stop.
 TAKEN = {
     "scancel": ("scancel $1", True),
     "kill -9 of the batch script": ("scancel --signal=KILL --batch $1", False),
@@ -28,7 +28,7 @@ def test_postmaster_is_killed(cluster: MiniCluster, watch: Watch, figure: Figure
     outages: list[float] = []
     for turn in range(20 if soak else 5):
         before = cluster.said("endpoint")
-        if turn % 5 == 0 and turn:  # a job starts it again five times
+        if turn % 5 == 0 and turn:  # a job restarts PostgreSQL five times
             cluster.run("scancel $1", before["job"])
             cluster.wait_for_another(before, 60)
             before = cluster.said("endpoint")
@@ -49,14 +49,14 @@ def test_walltime(cluster: MiniCluster, watch: Watch, figure: Figure, soak: bool
     outages = []
     for _turn in range(5 if soak else 2):
         before, log = cluster.said("endpoint"), len(cluster.log())
-        # Two minutes are the notice that the job wants, so Slurm tells it at its next look, which is every 30 s.
+        # The job asks for notice two minutes before its end; Slurm checks that every 30 s.
         elapsed = int(cluster.run("squeue --noheader --jobs=$1 --format=%M", before["job"]).split(":")[-2])
         began = time.monotonic()
         cluster.run("scontrol update jobid=$1 timelimit=$2", before["job"], str(elapsed + 3))
         cluster.wait_for_another(before, 150)
         watch.wait_for_acknowledgement(60)
 
-        assert "ended: told to by SIGUSR1" in cluster.log()[log:]
+        assert "ended: stopped by SIGUSR1" in cluster.log()[log:]
         assert cluster.said("endpoint")["job"] != before["job"]
         outages.append(watch.gap(began))
     figure("L3", f"{len(outages)} clean hand-overs of {len(outages)}, at most {max(outages):.1f} s without a result")
@@ -76,7 +76,7 @@ def test_job_is_taken_away(
 
     figure("L4", f"{way}: back after {back:.1f} s, {watch.gap(began):.1f} s without a result, "
                  f"service entry stale for {watch.stale:.1f} s")
-    assert ("ended: told to by SIGTERM" in cluster.log()[log:]) is clean
+    assert ("ended: stopped by SIGTERM" in cluster.log()[log:]) is clean
     assert watch.stale <= (0.5 if clean else cluster.settings()["lease_ttl"] + 5)
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whatever happens to nodes, jobs and processes, at most one server writes to the data directory."""
+"""At most one server writes to the data directory, whatever happens to nodes, jobs and processes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Figure = Callable[[str, str], None]
 
 @pytest.fixture
 def no_job(cluster: MiniCluster) -> Iterator[None]:
-    """No server, and no job that would start one."""
+    """Ensure that there is no server, and no job that would start one."""
     for job, state in cluster.jobs().items():
         cluster.run("scontrol hold $1 || true" if state == "PENDING" else "scancel $1", job)
     eventually(lambda: "RUNNING" not in cluster.jobs().values() and not cluster.postmasters(), 30)
-    if not cluster.jobs():  # the place of a successor is taken, so that no server submits one
+    if not cluster.jobs():  # a placeholder takes the successor's job name, so that no server submits one
         cluster.run("sbatch --job-name=hpc_db --hold --wrap true")
     yield
-    for program in cluster.host_programs():  # which a test that failed has left
+    for program in cluster.host_programs():  # left by a test that failed
         os.kill(program.pid, signal.SIGTERM)
     cluster.run("scancel --name=hpc_db")
     eventually(lambda: not cluster.jobs(), 30)
@@ -81,7 +81,7 @@ def test_pid_of_a_dead_server_is_an_innocent_process(cluster: MiniCluster, servi
     eventually(sleepers, 30)
     (sleeper,) = sleepers()
 
-    # The hosting program last: when it ends, so does the job, and Slurm kills what is left of it.
+    # The supervisor comes last: its end ends the job, and Slurm kills the rest of it.
     doomed = [*cluster.postmasters(), *cluster.host_programs()]
     for process in doomed:
         os.kill(process.pid, signal.SIGSTOP)
@@ -124,7 +124,7 @@ def test_node_is_cut_off(cluster: MiniCluster, serving: dict, watch: Watch, figu
     assert talking <= 25 and connecting <= 25
     figure("L6", f"error after {talking:.1f} s, in a new connection after {connecting:.1f} s")
 
-    # Slurm gives the job to another node, where it waits: the one that was cut off still renews the lease.
+    # Slurm moves the job to another node, where it waits: the node that was cut off still renews the lease.
     eventually(lambda: on_host(cluster.host_programs(), other_node(serving)), 90)
     elsewhere = time.monotonic() - cut
     epoch = newest(cluster, "lease")
@@ -135,7 +135,7 @@ def test_node_is_cut_off(cluster: MiniCluster, serving: dict, watch: Watch, figu
         assert newest(cluster, "lease") == epoch
         assert [process.host for process in cluster.postmasters()] == [node]
     whole = time.monotonic() - cut
-    assert "its job has ended, but its heartbeat goes on: is its node cut off?" in cluster.log()[log:]
+    assert "its job has ended, but its heartbeat continues: its node may be cut off" in cluster.log()[log:]
 
     cluster.mend(node)
     cluster.wait_for_another(serving, 120)
@@ -148,7 +148,7 @@ def test_node_is_killed(cluster: MiniCluster, serving: dict, watch: Watch, figur
     target = cluster.slurm("SlurmdTimeout") + cluster.settings()["lease_ttl"] + 15
     killed = time.monotonic()
     cluster.verb("kill", serving["host"])
-    page = cluster.playbooks.play("status")  # before Slurm knows
+    page = cluster.playbooks.play("status")  # before Slurm notices
     assert page.returncode == 0, page.stdout
     assert f"endpoint     {serving['host']} port " in page.stdout
     assert re.search(r"PostgreSQL   does not answer: database alice: .*(timeout expired|No route to host)", page.stdout)
@@ -161,7 +161,7 @@ def test_node_is_killed(cluster: MiniCluster, serving: dict, watch: Watch, figur
     figure("D7", f"back after {back:.0f} s ({target} wanted), {elsewhere:.0f} of them until Slurm has the job start "
                  f"elsewhere; {watch.gap(serving['at']):.0f} s without a result")
     assert back <= target
-    assert back - elsewhere <= cluster.settings()["lease_ttl"] + 5  # the rest is Slurm's own
+    assert back - elsewhere <= cluster.settings()["lease_ttl"] + 5  # the rest of the time is Slurm's
 
 
 def test_hosting_program_is_frozen(cluster: MiniCluster, serving: dict, figure: Figure) -> None:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Workers with Optuna as it is never notice: the server goes away for a while, or has no room for all of them."""
+"""Workers with plain Optuna survive when the server goes away for a while, or has too few connections."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ OWNER = 'exec hpc_db/hpc_db/postgresql-17/bin/psql -XAtqc "$1" "service=hpc_db u
 
 
 def test_outages(cluster: MiniCluster, watch: Watch, figure: Figure, soak: bool) -> None:
-    """In objectives, at ask and at tell. One of two minutes is also in test_node_is_cut_off."""
+    """Outages during objectives, at ask and at tell. test_node_is_cut_off also has one of two minutes."""
     logs = [cluster.home / "workers" / f"log.{number}" for number in range(8)]
     for seconds in (0.3, 15, 120) if soak else (0.3, 15):
         before = cluster.said("endpoint")
         eventually(lambda: "PENDING" in cluster.jobs().values(), 60)
         (successor,) = (job for job, state in cluster.jobs().items() if state == "PENDING")
-        if seconds > 1:  # else a move takes as long
+        if seconds > 1:  # the shortest outage is as long as a plain move
             cluster.run("scontrol hold $1", successor)
         began = time.monotonic()
         cluster.run("scancel $1", before["job"])

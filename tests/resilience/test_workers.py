@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The workers' job script in real jobs; and what those leave behind that die is requeued, while others go on."""
+"""Run the workers' job script in real jobs; requeue the trials of dead workers while others continue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from mini_cluster import URL, MiniCluster, eventually, other_node
 
-# Others in each run, since a cluster may stay up.
+# Names are new in each run, since a cluster may stay up.
 STUDY, ARRAY = (f"{name}_{time.time_ns()}" for name in ("held", "array"))
 JOB = "/home/alice/hpc_db/hpc_db/workers/job.sh"
 OPTIONS = {"partition": "work", "time": "00:10:00", "mem": "300M", "no-requeue": True, "comment": "it's a \"test\""}
@@ -21,7 +21,7 @@ NOTES = f"""
 SELECT value_json FROM trial_system_attributes JOIN trials USING (trial_id) JOIN studies USING (study_id)
 WHERE study_name = '{ARRAY}' AND state = 'COMPLETE' AND key = 'hpc_db:worker'
 """
-# The running trials that have all their parameters, with their jobs.
+# Lists the running trials that have all their parameters, with their jobs.
 RUNNING = f"""
 SELECT number, substring(value_json FROM 'hpc_db (\\d+)') FROM trials JOIN trial_params USING (trial_id)
 JOIN studies USING (study_id) JOIN trial_system_attributes USING (trial_id)
@@ -31,13 +31,13 @@ HANG_UP = """
 SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
 WHERE datname = 'second' AND application_name = '' AND backend_type = 'client backend'
 """
-# A worker that nothing ties to a job.
+# A worker that is not tied to a job.
 BY_HAND = f"""
 HPC_DB_URL=postgresql+psycopg2:///second?service=hpc_db HPC_DB_STUDY={STUDY}
 export HPC_DB_URL HPC_DB_STUDY
 exec hpc_db/hpc_db/python/bin/python workers/held.py workers/late
 """
-# What Optuna says of a study, once workers without a job have done what waits in it.
+# Runs the waiting trials of a study without a job, then prints the study as Optuna reports it.
 FINISH = """
 import json, sys, optuna
 study = optuna.load_study(storage=sys.argv[1], study_name=sys.argv[2])
@@ -68,20 +68,20 @@ def no_workers_left(cluster: MiniCluster) -> Iterator[None]:
 
 
 def running(cluster: MiniCluster, database: str) -> dict[int, str]:
-    """Return the job of each running trial; empty for one that is tied to none."""
+    """Return the job of each running trial; empty for one that is not tied to a job."""
     lines = cluster.run(PSQL, RUNNING, database).splitlines()
     return {int(number): job for number, job in (line.split("|") for line in lines)}
 
 
 def write_job(cluster: MiniCluster, **settings: object) -> None:
-    """Write the job script; the playbook has Slurm judge it."""
+    """Write the job script; the playbook has Slurm check it."""
     played = cluster.playbooks.play("workers", {"workers_job_options": OPTIONS, **settings})
     assert played.returncode == 0, played.stdout
     assert re.search(rf"^\d+ workers: sbatch {JOB}$", played.stdout, re.MULTILINE)
 
 
 def requeue(cluster: MiniCluster, *options: str) -> list[str]:
-    """Run the playbook; return what it says of this run's trials. The workers without jobs live."""
+    """Run the playbook; return its lines about this run's trials. Workers without jobs count as alive."""
     played = cluster.playbooks.play("requeue", None, *options)
     assert played.returncode == 0, played.stdout
     said = re.findall(r"^(\w+/\w+: trial \d+ .*)", played.stdout, re.MULTILINE)
@@ -92,7 +92,7 @@ def requeue(cluster: MiniCluster, *options: str) -> list[str]:
 
 
 def finish(cluster: MiniCluster, database: str) -> list[list]:
-    """Do what waits in the study; return states, parameters and marks of its trials."""
+    """Run the waiting trials of the study; return states, parameters and marks of all its trials."""
     url = URL.replace("///", f"///{database}")
     python = 'hpc_db/hpc_db/python/bin/python -c "$1" "$2" "$3" 2>/dev/null'
     return json.loads(cluster.run(python, FINISH, url, STUDY))
@@ -132,7 +132,8 @@ def test_what_dead_workers_leave_is_requeued_once(cluster: MiniCluster, serving:
     eventually(lambda: cluster.run(PSQL, connected, "mala") == "0", 180, 0.5)
 
     foreseen = requeue(cluster, "--check")
-    # It lives, but nothing shows it: as if the server had moved while it has no connection, and it is no job's.
+    # The worker is alive without any sign of it: as after a move of the server while it had no connection, and without
+    # a job.
     cluster.run(PSQL, HANG_UP, "second")
     done = requeue(cluster)
     (cluster.home / "workers" / "go").touch()
@@ -153,7 +154,7 @@ def test_what_dead_workers_leave_is_requeued_once(cluster: MiniCluster, serving:
     assert re.fullmatch(f"second/{STUDY}: trial 0 is left alone: a connection from .* may be its worker's", foreseen[3])
     assert again == [
         f"second/{STUDY}: trial 0 is requeued as trial 1: "
-        "no connection and no job is left from the time at which it began"
+        "no connection and no job from its start are left"
     ]
     assert untied.returncode == 1 and "ValueError: Cannot tell a FAIL trial." in refused
 

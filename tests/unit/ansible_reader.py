@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Ansible's own templates and inventories, many a second: a process that answers one JSON object for each it is sent.
+"""Evaluate templates and inventories with Ansible, many a second: a process that answers each JSON object with another.
 
-A process of its own, since Ansible changes how a whole process imports collections.
+A separate process, since Ansible changes how a whole process imports collections.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[2]
 
 
 class Refused(Exception):
-    """Ansible refuses a template; the message is its own."""
+    """Ansible refuses a template; the message is Ansible's."""
 
 
 class Reader:
-    """Such a process, and what it can be asked for."""
+    """Runs the process, and sends it queries."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -32,16 +32,16 @@ class Reader:
         )
 
     def render(self, role: str, templates: list[str], own: dict, sent: dict, beside: Sequence[str] = ()) -> list[str]:
-        """Return what a role makes of its templates, in a play with the roles ``beside``.
+        """Return a role's rendered templates, in a play with the roles ``beside``.
 
-        ``sent`` is what modules return, which Ansible marks as unsafe.
+        ``sent`` holds results of modules, which Ansible marks as unsafe, and ``own["hpc_db"]`` what roles share.
         """
         return self._ask(role=role, templates=templates, own=own, sent=sent, beside=list(beside))
 
     def settings(self, given: dict, roles: list[str] | None = None) -> dict:
-        """Return the settings as the module ``settings`` does in a play with these roles, or all; these are given.
+        """Evaluate settings as the module ``settings`` does in a play with these roles, or with all.
 
-        ``{"__vault__": text}`` is what ansible-vault makes of the text.
+        ``{"__vault__": text}`` stands for the text encrypted by ansible-vault.
         """
         return self._ask(given=given, roles=roles)
 
@@ -67,7 +67,7 @@ class Reader:
 
 
 def serve() -> None:
-    """Answer until nobody asks any more."""
+    """Answer until standard input ends."""
     from ansible import constants
     from ansible.errors import AnsibleError
     from ansible.plugins.loader import init_plugin_loader
@@ -84,14 +84,17 @@ def serve() -> None:
 
 
 def render(role: str, templates: list[str], own: dict, sent: dict, beside: list[str]) -> list[str]:
-    """Return what Ansible makes of templates."""
+    """Return the templates as rendered by Ansible."""
     from ansible.utils.unsafe_proxy import wrap_var
     from ansible_collections.mala.hpc_db.plugins.action.settings import find_settings
+    from ansible_collections.mala.hpc_db.plugins.module_utils._plan import plan
 
     folder = ROOT / "roles" / role
     given = dict(own, role_path=str(folder), **{name: wrap_var(value) for name, value in sent.items()})
     templar, variables, trust, loader = templar_of([*(ROOT / "roles" / each for each in beside), folder], given)
-    templar.available_variables = {**variables, "__settings": find_settings(variables, templar, loader)}
+    found = find_settings(variables, templar, loader)
+    derived = plan(found, {"root": "/r", "owner": "alice"})
+    templar.available_variables = {**variables, "hpc_db": {**found, **derived, **own.get("hpc_db", {})}}
     return [
         str(templar.template(trust("{{ lookup('ansible.builtin.template', '%s') }}" % (folder / "templates" / each))))
         for each in templates
@@ -102,7 +105,8 @@ def settings(given: dict, roles: list[str] | None) -> dict[str, Any]:
     """Return the settings in a play with these roles."""
     from ansible_collections.mala.hpc_db.plugins.action.settings import find_settings
 
-    folders = [path for path in sorted((ROOT / "roles").iterdir()) if roles is None or path.name in roles]
+    every = sorted(path for path in (ROOT / "roles").iterdir() if path.is_dir())
+    folders = [path for path in every if roles is None or path.name in roles]
     templar, variables, trust, loader = templar_of(folders, {})
     variables.update({name: as_in_a_file(value, trust, loader) for name, value in given.items()})
     variables.update(inventory_hostname="mini", ansible_playbook_python=sys.executable)
@@ -110,7 +114,7 @@ def settings(given: dict, roles: list[str] | None) -> dict[str, Any]:
 
 
 def as_in_a_file(value: Any, trust: Any, loader: Any) -> Any:
-    """Return a value as Ansible reads it."""
+    """Return a value as Ansible reads it from a file."""
     from ansible.parsing.vault import VaultLib
 
     if isinstance(value, list):
@@ -127,7 +131,7 @@ def as_in_a_file(value: Any, trust: Any, loader: Any) -> Any:
 
 @cache
 def vault_secrets() -> list:
-    """Return the passwords with which ansible-vault encrypts; newer Ansibles are told them once."""
+    """Return the passwords with which ansible-vault encrypts; newer versions of Ansible need them set once."""
     from ansible.parsing import vault
 
     secrets = [("default", vault.VaultSecret(b"a password"))]
@@ -137,13 +141,13 @@ def vault_secrets() -> list:
 
 
 def templar_of(roles: list[Path], given: dict) -> tuple[Any, dict, Any, Any]:
-    """Return a templar, the variables of roles with these, what makes a template of a text, and a loader."""
+    """Return a templar, the variables of roles and ``given``, the function that marks templates, and a loader."""
     from ansible import template
     from ansible.parsing.dataloader import DataLoader
 
     loader = DataLoader()
     loader.set_basedir(str(roles[-1]))
-    # For newer Ansibles only what is from a file of ours is a template.
+    # Newer versions of Ansible evaluate only templates from trusted files.
     trust = getattr(template, "trust_as_template", str)
     trusting = {"trusted_as_template": True} if hasattr(template, "trust_as_template") else {}
     variables: dict[str, Any] = {}
@@ -154,7 +158,7 @@ def templar_of(roles: list[Path], given: dict) -> tuple[Any, dict, Any, Any]:
 
 
 def load(path: str) -> dict[str, Any]:
-    """Return what Ansible reads in an inventory."""
+    """Return an inventory's hosts and variables as Ansible reads them."""
     from ansible import template
     from ansible.inventory.manager import InventoryManager
     from ansible.parsing.dataloader import DataLoader
@@ -171,7 +175,7 @@ def load(path: str) -> dict[str, Any]:
     return found
 
 
-# What there is to be asked for, by the first name in the question.
+# The available queries, by the first key of the query.
 FUNCTIONS: dict[str, Any] = {"role": render, "given": settings, "path": load}
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The tests have a home directory of their own, and nothing of the instances of the user who runs them."""
+"""The tests have a home directory of their own, and never touch instances of the user who runs them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OWN = ["PGSERVICEFILE", "PGPASSFILE", "ANSIBLE_HOME", "ANSIBLE_INVENTORY", "XDG_
 
 @pytest.fixture
 def users_home(tmp_path: Path) -> Path:
-    """A home directory with what somebody may have there."""
+    """A home directory with typical files of a user."""
     for name in (".pg_service.conf", "hpc_db/demo/run/endpoint.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -30,7 +30,7 @@ def users_home(tmp_path: Path) -> Path:
 
 
 def apart(home: Path, *command: str) -> str:
-    """Run a command of that user's through tools/apart."""
+    """Run a command of that user through tools/apart."""
     environment = {**os.environ, **dict.fromkeys(OWN, str(home)), "HOME": str(home)}
     command = (str(ROOT / "tools" / "apart"), *command)
     return subprocess.run(command, env=environment, cwd="/", check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -1,16 +1,16 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a role documents is what it does, and nothing is said in two places that could differ.
+"""A role's documentation matches its behaviour, and no default is stated in two places that could differ.
 
 - A role's defaults are the documented ones.
-- Every option, of roles and of modules, those inside of dictionaries too, is read by something.
-- A role reads settings from what the module ``settings`` has found, in which text has its type: never by name alone.
-- Roles work without one another, so one may have to say what another one's setting is if it is not given
-  (``setting | default(value)``), and a module has defaults of its own for whoever uses it alone. Both are then the
-  documented default of the setting; for a module that several settings are given to, of one of them.
-- So is a default that a page in docs/ or a README states: ```setting` (value)``, or a column ``default`` in a table.
-- A file of module_utils is there for several plugins. What serves a single one is a part of it, unless that one
-  would then be longer than ``LONGEST`` lines.
+- Every option, of roles and of modules, including those inside dictionaries, is read somewhere.
+- A role reads settings only from the result of the module ``settings``, in which text has its type: never by name
+alone.
+- Roles work without one another, so a role may have to repeat another role's default (``setting | default(value)``);
+and a module has defaults for direct use. Both must equal the setting's documented default; for a module that receives
+several settings, the default of one of them.
+- The same holds for a default in a page of docs/ or a README: ```setting` (value)``, or a column ``default`` in a
+table.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 ROLES = sorted(path for path in (ROOT / "roles").iterdir() if path.is_dir())
@@ -32,8 +33,7 @@ MODULES = sorted(path for path in (ROOT / "plugins/modules").glob("*.py"))
 UTILS = sorted(path.stem for path in (ROOT / "plugins/module_utils").glob("*.py"))
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("roles/*/*.md")])
 DOCUMENTATION = ("DOCUMENTATION", "EXAMPLES", "RETURN")
-LONGEST = 500
-# In lists that go to one module as they are for another.
+# In lists that are passed whole to one module, but contain keys for another.
 TAKEN_ALONG = ["databases.studies.directions"]
 
 each_role = pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
@@ -54,7 +54,7 @@ def documented(role: Path) -> dict[str, dict[str, Any]]:
 
 
 def options_of(options: dict[str, dict[str, Any]], inside: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every option by its path, those of dictionaries and of lists of dictionaries too."""
+    """Yield every option by its path, including those of dictionaries and of lists of dictionaries."""
     for name, option in options.items():
         yield inside + name, option
         yield from options_of(option.get("options", {}) or option.get("suboptions", {}), f"{inside}{name}.")
@@ -78,7 +78,7 @@ def module_documentation(path: Path) -> dict[str, dict[str, Any]]:
 
 @cache
 def words_of(path: Path) -> list[str]:
-    """Return every text and every name in a program, as often as it is there; without what documents it."""
+    """Return every string and name in a program, with repetitions; without its documentation."""
     words = []
     for statement in ast.parse(path.read_text()).body:
         if not (isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") in DOCUMENTATION):
@@ -89,7 +89,7 @@ def words_of(path: Path) -> list[str]:
 
 @cache
 def ansible_files() -> dict[Path, str]:
-    """Return what may read a setting: tasks, templates and variables without their comments, and filters."""
+    """Return all files that may read a setting: tasks, templates and variables without their comments, and filters."""
     files = [*ROOT.glob("playbooks/*.yml"), *ROOT.glob("roles/**/*.yml"), *ROOT.glob("roles/**/*.j2")]
     texts = {path: re.sub(r"(?m)(^|\s)#.*$|\{#.*?#\}", "", path.read_text()) for path in files}
     return {path: text for path, text in texts.items() if path.name != "argument_specs.yml"}
@@ -97,7 +97,7 @@ def ansible_files() -> dict[Path, str]:
 
 @cache
 def users_of(util: str) -> set[Path]:
-    """Return the plugins that import a file of module_utils, directly or by way of others."""
+    """Return the plugins that import a file of module_utils, directly or indirectly."""
     imported = re.compile(rf"module_utils\.{util}\b|module_utils import .*\b{util}\b")
     users = set()
     for path in ROOT.glob("plugins/*/*.py"):
@@ -107,11 +107,26 @@ def users_of(util: str) -> set[Path]:
 
 
 def tasks_of(content: Any) -> Iterator[dict[str, Any]]:
-    """Yield everything in a task file or play that could be a task."""
+    """Yield every mapping in a task file or play that could be a task."""
     if isinstance(content, dict):
         yield content
     for inner in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
         yield from tasks_of(inner)
+
+
+@pytest.mark.parametrize("group, fragment", [("postgresql", "connection"), ("scheduler", "scheduler")])
+def test_action_group_has_the_modules_with_its_options(group: str, fragment: str) -> None:
+    texts = {path.stem: path.read_text() for path in MODULES}
+    extending = [module for module, text in texts.items() if f"\n  - mala.hpc_db.{fragment}\n" in text]
+    groups = read(ROOT / "meta/runtime.yml")["action_groups"]
+    memberships = re.compile(r"^    membership: \[(.+)\]$", re.MULTILINE)
+
+    assert groups[group] == extending
+    text = (ROOT / "plugins/doc_fragments" / f"{fragment}.py").read_text()
+    assert memberships.findall(text) == [f"mala.hpc_db.{group}"]
+    for module in extending:  # Ansible shows one fragment's membership only, so a module of two groups names both
+        of = [f"mala.hpc_db.{name}" for name, members in groups.items() if module in members]
+        assert memberships.findall(texts[module]) == ([", ".join(of)] if len(of) > 1 else [])
 
 
 @each_role
@@ -135,16 +150,19 @@ def test_every_option_has_a_description_and_a_type(role: Path) -> None:
 @each_role
 def test_every_option_is_read(role: Path) -> None:
     modules = [path.read_text() for path in ROOT.glob("plugins/**/*.py")]
+    plan = (ROOT / "plugins/module_utils/_plan.py").read_text()
+    passed = {f"server_{name}" for name in DEFAULTS}  # to the supervisor
     for options in entry_points(role).values():
         for path, _option in options_of(options):
             name = path.rpartition(".")[2]
-            inside = modules if "." in path else []  # a part of a setting may be the module's to read
-            texts = [re.sub(rf"(?m)^{name}:", "", text) for text in [*ansible_files().values(), *inside]]
-            assert any(re.search(rf"\b{name}\b", text) for text in texts), f"nothing reads {path}"
+            inside = modules if "." in path else []  # the module may read a part of a setting
+            texts = [re.sub(rf"(?m)^{name}:", "", text) for text in [*ansible_files().values(), plan, *inside]]
+            read_here = any(re.search(rf"\b{name}\b", text) for text in texts)
+            assert read_here or path in passed, f"nothing reads {path}"
 
 
 def expressions_of(path: Path, text: str) -> Iterator[str]:
-    """Yield what Ansible evaluates in a file, without the texts in it."""
+    """Yield the expressions that Ansible evaluates in a file, without string literals."""
     found = re.findall(r"\{\{.*?\}\}(?!\})|\{%.*?%\}", text, re.DOTALL)
     for task in tasks_of(read(path)) if path.suffix == ".yml" else ():
         for key in ("when", "that", "until", "failed_when", "changed_when"):
@@ -159,7 +177,7 @@ def test_settings_are_read_with_their_types() -> None:
     for path, text in ansible_files().items():
         for expression in expressions_of(path, text) if path.parent.name != "defaults" else ():
             bare = set(re.findall(r"(?<![\w.])\w+", expression)) & settings
-            assert not bare, f"{path}: __settings.{bare.pop()} is what has its type: {expression}"
+            assert not bare, f"{path}: hpc_db.{bare.pop()} is what has its type: {expression}"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
@@ -194,7 +212,7 @@ def test_modules_have_the_defaults_of_the_settings() -> None:
             for key, arguments in task.items():
                 name = str(key).removeprefix("mala.hpc_db.")
                 for option, value in arguments.items() if name in modules and isinstance(arguments, dict) else ():
-                    setting = re.fullmatch(r"\{\{ __settings\.(\w+) \}\}", str(value))
+                    setting = re.fullmatch(r"\{\{ hpc_db\.(\w+) \}\}", str(value))
                     if setting and setting[1] in defaults and "default" in modules[name].get(option, {}):
                         given.setdefault((name, option), {})[setting[1]] = defaults[setting[1]]
 
@@ -211,7 +229,7 @@ def test_pages_state_the_defaults(page: Path) -> None:
 
 
 def stated_defaults(text: str) -> Iterator[tuple[str, str]]:
-    """Yield settings with the default that a page states, as YAML has it."""
+    """Yield the settings and defaults that a page states; the defaults are in YAML."""
     for name, value in re.findall(r"`(\w+)`\s\((\d[\d,]*|`[^`]*`)(?: \w+)?\)", text):
         yield name, value.strip("`").replace(",", "")
     column = None
@@ -230,17 +248,6 @@ def test_finds_stated_defaults() -> None:
            "| setting | default |\n|---|---|\n| `d` | `[x]` |\n"
 
     assert list(stated_defaults(page)) == [("a_hours", "24"), ("b_s", "1030"), ("c", "none"), ("d", "[x]")]
-
-
-@pytest.mark.parametrize("util", UTILS)
-def test_module_utils_are_shared(util: str) -> None:
-    users = users_of(util)
-    if len(users) > 1:
-        return
-    (user,) = users
-    parts = [ROOT / f"plugins/module_utils/{name}.py" for name in UTILS if users_of(name) == {user}]
-    together = sum(len(path.read_text().splitlines()) for path in [user, *parts])
-    assert together > LONGEST, f"{user.name} alone uses {util}; it would have {together} lines with what it alone uses"
 
 
 @each_role

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whatever a module is given is used as it is, or refused in one line; no part of it is ever run."""
+"""Every argument of a module is used literally, or refused in one line; no part of it is ever executed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOSTILE = [
 ]
 SERVER = {"host": "/SOCKET", "port": 5432, "user": "alice", "passfile": "FOLDER/pgpass"}
 JOB = {"name": "hpc-db", "root": "FOLDER/root", "bin_dir": "FOLDER/bin"}
-# Arguments that work, with the programs in FOLDER/bin; each text among them is replaced by each hostile one.
+# Valid arguments, with the programs in FOLDER/bin; each text among them is replaced by each hostile one.
 MODULES: dict[str, dict[str, Any]] = {
     "abandoned_trials": {
         **JOB, **SERVER, "database": "postgres", "cluster": "mini", "studies": ["mala/be"], "other_jobs": ["mine"],
@@ -40,10 +40,11 @@ MODULES: dict[str, dict[str, Any]] = {
         "environment": "FOLDER/bin/python", "index_url": "FOLDER/index", "wheelhouse": "FOLDER/wheels", "project":
         'name = "n"\nversion = "1"\nrequires-python = ">=3.9"\ndependencies = []', "files": {"n/a.py": "pass"},
     },
-    "cluster_info": {"bin_dir": "FOLDER/bin", "urls": ["FOLDER/x"], "timeout": 5},
+    "cluster_info": {"bin_dir": "FOLDER/bin", "channels": ["FOLDER/x"], "wheelhouse": "FOLDER/wheels"},
+    "cluster_info index": {"bin_dir": "FOLDER/bin", "index_url": "file:FOLDER/x"},
     "conda_env": {
         "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "channels": ["conda-forge"], "provider": "conda",
-        "client": "FOLDER/bin/conda", "module_load": None, "package_cache": "FOLDER/cache",
+        "client": "FOLDER/bin/conda", "module_load": None,
     },
     "conda_env rattler": {
         "prefix": "FOLDER/new/prefix", "specs": ["postgresql=17"], "rattler_python": "FOLDER/bin/python",
@@ -59,7 +60,6 @@ MODULES: dict[str, dict[str, Any]] = {
             "packages": {"libpq": ["17.2", "h_0"]},
         },
     },
-    "conda_env_info": {"prefix": "FOLDER/new/prefix"},
     "data_directory": {"path": "FOLDER/new/17", "bindir": "FOLDER/bin"},
     "hosting_job": {
         **JOB, "script": "FOLDER/root/host/job.sh", "output": "FOLDER/root/log/job.log",
@@ -77,12 +77,6 @@ MODULES: dict[str, dict[str, Any]] = {
     "job_script_check": {
         **JOB, "script": "FOLDER/root/job.sh", "options": {"partition": "work"}, "setting": "workers_job_options",
     },
-    "last_run": {
-        **JOB, "state": "noted", "fingerprint": "a1", "roles": ["study"], "environment": "FOLDER/new", "databases": [
-            {"name": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}]},
-        ],
-    },
-    "link_folder": {"path": "FOLDER/new/logs", "links": {"mine": "FOLDER/x"}},
     "optuna_import": {
         **SERVER, "database": "mala", "file": "FOLDER/study.log", "root": "FOLDER/root", "studies": ["be"], "name": "b",
     },
@@ -91,7 +85,6 @@ MODULES: dict[str, dict[str, Any]] = {
             {"name": "mala", "studies": [{"name": "beryllium", "user_attributes": {"by": "alice"}}]},
         ],
     },
-    "optuna_study_info": {**SERVER, "database": "mala"},
     "postgres_info": {"bindir": "FOLDER/bin"},
     "python_env": {
         "path": "FOLDER/new/python", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"],
@@ -102,10 +95,10 @@ MODULES: dict[str, dict[str, Any]] = {
         "path": "FOLDER/new/wheels", "python": "FOLDER/bin/python", "requirements": ["optuna>=3"], "layout": "wheels",
         "host": {"python": "3.9.2", "machine": "x86_64", "glibc": "2.28"},
     },
+    "quick_check": {**JOB, "state": "recorded", "fingerprint": "a1"},
     "reading_role": {**SERVER, "role": "reader", "writer": "study", "databases": ["mala"]},
     "role_passwords": {**SERVER, "database": "postgres", "roles": ["study"]},
     "server_info": {**SERVER, "database": "postgres"},
-    "server_log_info": {"root": "FOLDER/root"},
     "short_job": {
         **JOB, "script": "FOLDER/root/job.sh", "output": "FOLDER/root/out", "options": {"partition": "work"},
         "listening": "FOLDER/root/door",
@@ -117,7 +110,7 @@ MODULES: dict[str, dict[str, Any]] = {
     },
     "study_report": {
         "path": "FOLDER/report.html", "trials": "FOLDER/trials.json.gz", "status": {
-            "instance": "mine", "cluster": "mini", "url": "postgresql://", "source": "", "read": 0, "job": None,
+            "instance": "mine", "cluster": "mini", "url": "postgresql://", "read": 0, "job": None,
             "endpoint": None, "state": None, "disk": None, "server": None,
             "log": {"since": None, "serving": False, "outages": [], "troubles": []},
         },
@@ -129,7 +122,7 @@ MODULES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of an ordinary user, with programs that fail, and an empty working directory."""
+    """An ordinary user's folder, with programs that fail, and an empty working directory."""
     folder = Path(tempfile.mkdtemp(prefix="inputs-"))
     for name in ("bin", "cwd", "root/host/hpc_db_host", "root/log"):
         (folder / name).mkdir(parents=True)
@@ -153,7 +146,7 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def connections(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """What psycopg2 is asked for, where no server answers."""
+    """The arguments of psycopg2's connections; no server answers."""
     asked: list[dict] = []
 
     class Error(Exception):
@@ -169,7 +162,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 
 def texts_of(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Yield where the texts are."""
+    """Yield the positions of all texts."""
     if isinstance(value, str):
         yield path
     elif isinstance(value, (dict, list)):
@@ -189,7 +182,7 @@ CASES = [
     pytest.param(name.split()[0], arguments, path, id=f"{name}-{'.'.join(map(str, path))}")
     for name, arguments in MODULES.items()
     for path in texts_of(arguments)
-    if path[-1] not in ("layout", "provider", "scheduler", "state")  # of which there is a choice
+    if path[-1] not in ("layout", "provider", "scheduler", "state")  # these have fixed choices
 ]
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The inventories that come with the collection, as Ansible reads them."""
+"""The collection's inventories, as Ansible reads them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ansible_collections.mala.hpc_db.plugins.lookup.unfilled import MARK, unfill
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path for path in (ROOT / "inventories").iterdir() if path.is_dir())
 CLUSTERS = [folder for folder in FOLDERS if folder.name not in ("example", "local")]
-# A setting that stands there, or is commented out; not the group of hosts.
+# A setting, active or commented out; not the group of hosts.
 SETTING = re.compile(r"^ *(?:# )?((?!hpc_db:)[a-z][a-z0-9]*_[a-z0-9_]+):(?: |$)", re.MULTILINE)
 
 
 def known() -> set[str]:
-    """Return every setting of a role, and of Ansible's own connection."""
+    """Return every setting of a role, and of Ansible's connection."""
     names = {"ansible_connection", "ansible_python_interpreter"}
     options = yaml.safe_load(ssh.DOCUMENTATION)["options"].values()
     names.update(variable["name"] for option in options for variable in option.get("vars", []))
@@ -36,7 +36,7 @@ def known() -> set[str]:
 
 
 def complaints(settings: dict[str, Any]) -> list[str]:
-    """Return what a role says of the types of its settings, as the playbooks have them checked."""
+    """Return the errors of a role's argument check, as run by the playbooks."""
     said = []
     for path in sorted(ROOT.glob("roles/*/meta/argument_specs.yml")):
         options = yaml.safe_load(path.read_text())["argument_specs"]["main"].get("options", {})
@@ -57,7 +57,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def settings(folder: Path) -> dict[str, Any]:
-    """What Ansible says of the inventory's one host."""
+    """Return the variables of the inventory's one host, as Ansible reads them."""
     loader = DataLoader()
     inventory = InventoryManager(loader=loader, sources=[str(folder)])
     (host,) = inventory.get_hosts("hpc_db")

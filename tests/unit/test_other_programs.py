@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a database of another program is to PostgreSQL and to its users; tests/integration has a real one."""
+"""Privileges in another program's database; tests/integration has a real one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from ansible_reader import Reader
 
 OWN = {
-    "inventory_hostname": "mini", "__instance": {"owner": "alice", "root": "/r"}, "postgres_networks": ["10.0.0.0/8"],
+    "inventory_hostname": "mini", "postgres_networks": ["10.0.0.0/8"],
     "databases_studies": [
         {"name": "mlflow", "tables": "none", "role": "mlflow"}, {"name": "mala"}, {"name": "raw", "tables": "none"},
         {"name": "second"},
@@ -44,7 +44,7 @@ def test_studies_reach_modules_as_they_are_given(tmp_path: Path) -> None:
     studies = [{"name": "\U0001f600 {x}", "directions": ["minimize"], "user_attributes": attributes}]
     given = [{"name": "mala", "studies": studies}, {"name": "mlflow", "tables": "none", "role": "mlflow"}]
     page = tmp_path / "page.j2"
-    page.write_text("studies: {{ __databases_optuna | to_json }}")
+    page.write_text("studies: {{ hpc_db.optuna_databases | to_json }}")
     ansible = Reader()
     try:
         (text,) = ansible.render("databases", [str(page)], {**OWN, "databases_studies": given}, {})

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The pages that playbooks print: nothing that a cluster says moves the cursor, or makes a line of its own."""
+"""Pages printed by playbooks: text from a cluster cannot move the cursor or start a line."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ HOSTILE = "x\n    ok  job\r\x1b[2J\x1b]0;x\x07\x9b2J\u202ex\u2028\x85\x00{{ 1 }}
 INSTANCE = {"instance_name": "hpc_db", "inventory_hostname": "mini", "ansible_check_mode": False}
 CLIENT = {"host": "c1", "count": 1, "user": "study", "database": "studies", "seconds": 7, "pid": 8}
 
-# The role, its page, what it knows by itself, and what is from the cluster.
+# The role, its page, its local values, and the values from the cluster.
 PAGES: dict[str, tuple[str, dict, dict]] = {
-    "status.txt.j2": ("server", {**INSTANCE, "__server_url": "postgresql:///"}, {
+    "status.txt.j2": ("server", {**INSTANCE, "hpc_db": {"url": "postgresql:///", "other_urls": []}}, {
         "__server_found": {
             "job": {"id": "7", "state": "PENDING", "reason": "Priority", "node": "c1", "time_left": 60,
                     "time_limit": 3600},
@@ -36,15 +36,14 @@ PAGES: dict[str, tuple[str, dict, dict]] = {
         },
     }),
     "report.txt.j2": ("doctor", INSTANCE, {
-        "__doctor_found": [],
-        "__doctor_parts": [{"name": "login", "findings": [
-            {"state": "found", "check": "log", "said": "damaged", "mend": "restore.yml"}]}],
+        "__doctor_report": {"found": [], "parts": [{"name": "login", "findings": [
+            {"state": "found", "check": "log", "said": "damaged", "mend": "restore.yml"}]}]},
     }),
     "compared.txt.j2": ("upgrade", INSTANCE, {"__upgrade_done": {
         "from": "16", "to": "17", "seconds": 3, "way": "kept", "kept": "/data/16", "databases": {
             "studies": {"studies": [{"study": "be", "trials": 3, "best": "0.1", "direction": "MINIMIZE"}]}},
     }}),
-    "requeued.txt.j2": ("workers", {**INSTANCE, "databases_workers": 1, "__instance": {"root": "/r"}}, {
+    "requeued.txt.j2": ("workers", {**INSTANCE, "databases_workers": 1, "hpc_db": {"root": "/r"}}, {
         "__workers_requeued": {
             "requeued": [{"study": "be", "number": 1, "new_number": 2, "why": "job 7 has ended"}],
             "left": [{"study": "be", "number": 3, "why": "job 8 runs", "unknown": True}],
@@ -61,7 +60,7 @@ def ansible() -> Iterator[Reader]:
 
 
 def with_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """Return the same with each text changed but a state, by which a page chooses its words."""
+    """Return the data with each text changed except states, which select the page's wording."""
     if isinstance(value, dict):
         return {name: each if (name, each) in (("state", "found"), ("way", "kept")) else with_texts(each, change)
                 for name, each in value.items()}

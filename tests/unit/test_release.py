@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""``make release-check`` passes what is here, and finds what is wrong with it: its fast checks, on a copy."""
+"""``make release-check`` passes this working tree, and finds injected faults: its fast checks, on a copy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def commit(folder: Path) -> None:
 
 
 def check_release(folder: Path) -> tuple[str, dict[str, str]]:
-    """Return what the checks say, and the result of each."""
+    """Return the output of the checks, and the result of each."""
     command = [str(ROOT / "tools/release"), "--tree", str(folder), *FAST]
     done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     results = dict(re.findall(r"^(\w+) +\d+ s  (.+)$", done.stdout, re.MULTILINE))
@@ -56,10 +56,12 @@ def test_passes_what_is_here(checkout: Path) -> None:
 
 def test_finds_each_thing_that_is_wrong(checkout: Path) -> None:
     (checkout / "notes.dat").write_text("mine\n")
-    (checkout / "roles/server/files/.job.sh.swp").touch()
+    (checkout / "roles/server/tasks/.job.sh.swp").touch()
     (checkout / "plugins/filter/bare.py").write_text("pass\n")
     (checkout / "changelogs/changelog.yaml").write_text("releases: {9.0.0: {}}\n")
     (checkout / "meta/ee-bindep.txt").write_text("")
+    cited = (checkout / "CITATION.cff").read_text()
+    (checkout / "CITATION.cff").write_text(re.sub(r"(?m)^version: .*", "version: 7.0.0", cited))
     requirements = (checkout / "requirements.yml").read_text()
     (checkout / "requirements.yml").write_text(requirements.replace(">=3.4.0", ">=3.5.0"))
     commit(checkout)
@@ -72,10 +74,11 @@ def test_finds_each_thing_that_is_wrong(checkout: Path) -> None:
     for complaint in (
         r"\?\? later.py",
         r"notes.dat does not belong into a release",
-        r"roles/server/files/.job.sh.swp is left over",
+        r"roles/server/tasks/.job.sh.swp is left over",
         r"dependencies: .*3\.4\.0.* in galaxy.yml, .*3\.5\.0.* in requirements.yml",
         r"version: \S+ in galaxy.yml, and the tag is v8.0.0",
         r"version: \S+ in galaxy.yml is lower than 9.0.0",
+        r"version: \S+ in galaxy.yml, and 7.0.0 in CITATION.cff",
         r"plugins/filter/bare.py: no licens",
         r"ansible-builder finds nothing of this collection",
     ):
@@ -93,6 +96,18 @@ def test_what_does_not_build_fails_all(checkout: Path) -> None:
     assert results.pop("build") == "failed"
     assert set(results.values()) == {"not tried, since nothing was built"}
     assert "'new'" in said
+
+
+TAG = "SPDX-License-" + "Identifier:"  # in two parts, since reuse would take this line for a licence
+
+
+@pytest.mark.parametrize("package", ["client", "controller"])
+def test_packages_for_users_programs_import_nothing_under_the_gpl(package: str) -> None:
+    for path in (ROOT / package / "src").rglob("*.py"):
+        text = path.read_text()
+        assert text.splitlines()[1] == f"# {TAG} BSD-3-Clause", path
+        imported = re.findall(r"^ *(?:from|import) +(\w+)", text, re.MULTILINE)
+        assert not {"ansible", "ansible_collections", "hpc_db_host"} & {*imported}, path
 
 
 def test_every_supported_ansible_core_is_checked() -> None:

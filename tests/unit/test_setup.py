@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What tools/setup asks of the pip that a Python brings along."""
+"""The options that tools/setup uses exist in the pip that comes with an old Python."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The program to begin with, and what it takes for its own job's."""
+"""The example program: which variables it takes as its own job's."""
 
 import runpy
 import sys
@@ -14,7 +14,7 @@ JOB = {"HPC_DB_TRIALS": "9", "HPC_DB_STUDY": "mala", "HPC_DB_URL": "x", "HPC_DB_
 
 
 @pytest.mark.parametrize("variables, several", [
-    ({}, False), ({"SLURM_NTASKS": "4"}, False),  # of the allocation that it was submitted from
+    ({}, False), ({"SLURM_NTASKS": "4"}, False),  # from the allocation that it was submitted from
     ({"SLURM_STEP_NUM_TASKS": "1"}, False), ({"SLURM_STEP_NUM_TASKS": "4"}, True),
     ({"SLURM_NTASKS": "4", "OMPI_COMM_WORLD_SIZE": "4"}, True), ({"PMI_SIZE": "4"}, True),
 ])

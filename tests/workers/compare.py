@@ -11,7 +11,7 @@ import optuna
 
 
 def main() -> int:
-    """Print what was compared; exit with 1 and the differences if there are any."""
+    """Print a summary; exit with 1 and the differences if there are any."""
     url, name, *paths = sys.argv[1:]
     acknowledged = {}
     for path in paths:

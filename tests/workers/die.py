@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A worker that is killed within a trial."""
+"""A worker that is killed during a trial."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import optuna
 
 
 def objective(trial: optuna.Trial) -> float:
-    """Take a parameter, and die."""
+    """Suggest a parameter, and die."""
     trial.suggest_float("x", -10, 10)
     os.kill(os.getpid(), signal.SIGKILL)
     return 0.0

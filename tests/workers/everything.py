@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Print NUMBER studies and one more, of whatever Optuna can store: python everything.py NUMBER > studies.json.
+"""Print NUMBER studies and one more, with everything that Optuna can store: python everything.py NUMBER > studies.json.
 
-hypothesis draws them, the same in each run; fill.py makes them.
+hypothesis draws them, the same in each run; fill.py creates them.
 """
 
 import json
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as some
 
 LETTERS = some.characters(exclude_categories=["Cs"], exclude_characters="\0")
-# Of a name in the database, and of a text within JSON, where halves of characters and NUL may be.
+# Names in the database, and texts within JSON; only the latter may contain surrogates and NUL.
 NAMES = some.text(LETTERS, min_size=1, max_size=12) | some.sampled_from(
     ["<script>alert(1)</script>", "Ω" * 512, "%(x)s", "{x}", "{{ x }}", "it's \"x\"", "\\", "\u202e", "constraints",
      "a\u2028\x85b\n\r\x0c"]
@@ -27,7 +27,7 @@ JSON = some.recursive(
     LEAVES, lambda held: some.lists(held, max_size=3) | some.dictionaries(TEXTS, held, max_size=3), max_leaves=6
 )
 STEPS = some.integers(-(2**31), 2**31 - 1)
-# NaN within a list is no choice that Optuna itself finds again.
+# NaN within a list is a choice that Optuna itself cannot find again.
 CHOICES = some.recursive(
     some.none() | some.booleans() | some.integers(-9, 9) | FINITE | TEXTS,
     lambda held: some.lists(held, max_size=3) | some.dictionaries(TEXTS, held, max_size=2), max_leaves=4,
@@ -35,7 +35,7 @@ CHOICES = some.recursive(
 TIMES = some.floats(0, 2e9) | some.none()
 
 
-# One trial that has reported often; Optuna takes 3 ms for each.
+# One trial with many reported values; Optuna takes 3 ms for each.
 LONG = {
     "name": "300 steps", "directions": ["minimize"], "user_attrs": {}, "system_attrs": {}, "trials": [{
         "state": "PRUNED", "values": None, "params": {}, "user_attrs": {}, "system_attrs": {},
@@ -45,13 +45,13 @@ LONG = {
 
 
 def distribution(name: str, **attributes: Any) -> str:
-    """Return a distribution as Optuna writes it."""
+    """Return a distribution in Optuna's own JSON."""
     return json.dumps({"name": name, "attributes": attributes})
 
 
 @some.composite
 def parameters(draw: some.DrawFn) -> tuple[str, some.SearchStrategy]:
-    """Return a distribution, and the numbers that can stand for a value in it; some of them are out of its range."""
+    """Return a distribution, and the numbers that can stand for a value in it; some are out of its range."""
     kind = draw(some.sampled_from(["float", "log", "step", "int", "categorical", "categorical"]))
     if kind == "categorical":
         choices = draw(some.lists(CHOICES, min_size=1, max_size=5))
@@ -106,7 +106,7 @@ def studies(draw: some.DrawFn) -> dict[str, Any]:
 
 
 def drawn(number: int) -> list[dict[str, Any]]:
-    """Return so many studies, the same each time, and no two of the same parameters, as hypothesis likes to draw."""
+    """Return ``number`` studies, the same each time; hypothesis would like to draw the same parameters repeatedly."""
     found: list[dict[str, Any]] = []
     spaces: list[set[str]] = [set()]
 
@@ -119,7 +119,7 @@ def drawn(number: int) -> list[dict[str, Any]]:
         space = {text for trial in study["trials"] for text, _value in trial["params"].values()}
         if space not in spaces and len(found) < number:
             spaces.append(space)
-            # Two of one name would be one study.
+            # Two studies of one name would be one study.
             found.append({**study, "name": f"{len(found)} {study['name']}"[:512]})
 
     collect()

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Fill a database with studies that hold whatever Optuna can store: python fill.py URL TRIALS [FILE].
+"""Fill a database with studies that contain everything Optuna can store: python fill.py URL TRIALS [FILE].
 
-FILE has more of them, as everything.py prints them.
+FILE has more of them, as printed by everything.py.
 """
 
 import json
@@ -27,7 +27,7 @@ STATES = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialStat
 
 
 def some_trial(number: int, objectives: int, chance: random.Random) -> FrozenTrial:
-    """Return a trial with values that are easily spoilt."""
+    """Return a trial with values that are easily corrupted."""
     state = STATES[number % len(STATES)]
     name, distribution = SPACE[number % len(SPACE)]
     value = math.inf if number == 4 else chance.uniform(-1, 1) * 10.0 ** chance.randint(-300, 300)
@@ -48,12 +48,12 @@ def some_trial(number: int, objectives: int, chance: random.Random) -> FrozenTri
 
 
 def time_of(seconds: "Optional[float]") -> "Optional[datetime]":
-    """Return a time as Optuna has it."""
+    """Return a time as Optuna stores it."""
     return None if seconds is None else datetime.fromtimestamp(seconds)
 
 
 def make(storage: Any, described: "dict[str, Any]") -> None:
-    """Make a study, odd trials included, which Study.add_trial would refuse."""
+    """Create a study, including invalid trials, which Study.add_trial would refuse."""
     study = optuna.create_study(storage=storage, study_name=described["name"], directions=described["directions"])
     held = storage.get_study_id_from_name(described["name"])
     for key, value in described["user_attrs"].items():
@@ -80,9 +80,9 @@ def storage_of(url: str) -> Any:
 
 
 def main() -> None:
-    """Make the studies, one of them with TRIALS trials, and those of FILE."""
+    """Create the studies, one of them with TRIALS trials, and those of FILE."""
     url, trials = sys.argv[1], int(sys.argv[2])
-    warnings.simplefilter("ignore")  # of choices that are lists
+    warnings.simplefilter("ignore")  # about choices that are lists
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = storage_of(url)
     if sys.argv[3:]:

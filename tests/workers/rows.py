@@ -1,8 +1,9 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Print what a database holds, to be compared: python rows.py URL.
+"""Print a digest of a database for comparison: python rows.py URL.
 
-Of each table the number of rows and a digest of all of them, as Python reads them; of each study what Optuna reads.
+For each table, the number of rows and a digest of all of them, as Python reads them; for each study, the data that
+Optuna reads.
 """
 
 import hashlib
@@ -13,17 +14,17 @@ import sqlalchemy
 
 
 def digest(lines: "list[str]") -> str:
-    """Return a short name for the lines, in any order."""
+    """Return a digest of the lines that ignores their order."""
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
 def in_order(value: object) -> object:
-    """Return a dictionary's items by their names, since the database returns attributes in any order."""
+    """Return a dictionary's items sorted by name, since the database returns attributes in any order."""
     return sorted(value.items()) if isinstance(value, dict) else value
 
 
 def main() -> None:
-    """Print one line a table and one a study."""
+    """Print one line for each table and each study."""
     url = sys.argv[1]
     engine = sqlalchemy.create_engine(url)
     tables = sqlalchemy.MetaData()

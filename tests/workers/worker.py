@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""An Optuna worker that writes down what the server acknowledged: python worker.py URL STUDY TRIALS LOG."""
+"""An Optuna worker that records the results acknowledged by the server: python worker.py URL STUDY TRIALS LOG."""
 
 import argparse
 import socket
@@ -10,13 +10,14 @@ import optuna
 
 
 def main() -> None:
-    """Work; each line of the log is a trial whose result the server has acknowledged."""
+    """Run trials; each line of the log is a trial whose result the server has acknowledged."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("url", "study", "trials", "log"):
         parser.add_argument(name)
     parser.add_argument("--seconds", type=float, default=0.0, help="how long a trial takes")
     parser.add_argument("--pause", type=float, default=0.0, help="how long it waits after a trial")
     parser.add_argument("--heartbeat", action="store_true", help="have others fail its trials if it seems to be dead")
+    parser.add_argument("--random", action="store_true", help="sample at random, which takes less CPU than TPE")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -33,7 +34,8 @@ def main() -> None:
     if arguments.heartbeat:
         storage = optuna.storages.RDBStorage(arguments.url, heartbeat_interval=10, grace_period=300)
     with open(arguments.log, "a", encoding="utf-8") as log:
-        study = optuna.load_study(storage=storage, study_name=arguments.study)
+        sampler = optuna.samplers.RandomSampler() if arguments.random else None
+        study = optuna.load_study(storage=storage, study_name=arguments.study, sampler=sampler)
         study.optimize(objective, n_trials=int(arguments.trials), callbacks=[write_down])
 
 

@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""Workers that wait while their PostgreSQL server moves or restarts: ``?plugin=hpc_db`` in SQLAlchemy's URL."""
+# SPDX-License-Identifier: BSD-3-Clause
+"""A SQLAlchemy plugin: workers wait while their PostgreSQL server moves or restarts (``?plugin=hpc_db`` in the URL)."""

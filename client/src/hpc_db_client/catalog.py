@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""What the names of statements mean in a database, asked before anything is repeated.
+# SPDX-License-Identifier: BSD-3-Clause
+"""Look up the names in statements in the database, before anything is repeated.
 
-A statement is known by its text (``sql.py``), but what it sets off is in the database: a view, a trigger, a rule, a
-default or a constraint can call functions. They are judged as a statement is; a name that is also the name of a
-function in the database is not known.
+A statement is judged by its text (``sql.py``), but it may also run code in the database: a view, a trigger, a rule, a
+default or a constraint can call functions. Their definitions are judged like statements; a name that is also the name
+of a function in the database counts as unknown.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from .sql import TIMES, TRANSACTION_CLOCK, judge_body, judge_definition, judge_expression, judge_view
 
-# What is not the server's own has an oid from 16384 on (FirstNormalObjectId).
-# The relations of these names, what is written along with them (partitions, and tables that refer to them), and the
-# types of their columns, down to the last domain.
+# Objects that are not part of the server itself have oids from 16384 on (FirstNormalObjectId).
+# The query covers the relations with these names, relations that are written together with them (partitions, and tables
+# that refer to them), and the types of their columns, including nested types and domains.
 MEANING = """
 WITH RECURSIVE named AS (
     SELECT unnest(%s::text[]) AS name
@@ -108,7 +108,7 @@ UNION ALL SELECT format_type(t.oid, NULL), 'a type of the database', 'unknown' F
     LEFT JOIN pg_range ON rngtypid = t.oid JOIN own ON own.oid IN (
         typinput, typoutput, typreceive, typsend, typmodin, typmodout, rngcanonical, rngsubdiff
     )
-UNION ALL SELECT name, 'it is not there', 'unknown' FROM unnest(%s::text[]) AS needed (name)
+UNION ALL SELECT name, 'it does not exist', 'unknown' FROM unnest(%s::text[]) AS needed (name)
     WHERE NOT EXISTS (SELECT FROM pg_class WHERE relname = name::name)  -- guard: relations that are gone
         AND NOT EXISTS (SELECT FROM pg_attribute WHERE attname = name::name)
         AND name NOT IN (SELECT word FROM pg_get_keywords())
@@ -116,8 +116,8 @@ UNION ALL SELECT name, 'a name that this database may read otherwise, as it is n
     -- guard: other encodings
     WHERE getdatabaseencoding() <> 'UTF8' AND name ~ '[^ -~]'
 """
-# The columns that an INSERT may be told, with their sequences and types, whether the server fills them by itself, and
-# whether no two rows have the same.
+# The columns whose values can be passed to a repeated INSERT, with their sequences and types, whether the server fills
+# them by itself, and whether their values are unique.
 COLUMNS = """
 SELECT a.attname::text, s.seqrelid::regclass::text, format_type(a.atttypid, a.atttypmod),
     d.oid IS NOT NULL OR a.attidentity <> '',
@@ -139,7 +139,7 @@ WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped AND a
             AND (tgrelid = c.oid OR tgrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))
     )
 """
-# In which steps a sequence counts, and whose keys it gives; NULL for the sequence of no table.
+# The increment of a sequence, and the tables that it provides with keys; NULL if there are none.
 SEQUENCE = """
 SELECT s.seqrelid::regclass::text, s.seqincrement, s.seqcycle, s.seqcache > 1, (
     SELECT string_agg(DISTINCT c.relname, '/') FROM pg_depend p
@@ -155,20 +155,20 @@ JUDGES: dict[str, Callable[[str], tuple[str, frozenset[str]]]] = {
     "view": judge_view, "body": judge_body, "definition": judge_definition, "expression": judge_expression,
     "policy": judge_expression, "part": lambda name: ("", frozenset((name,))),
 }
-# Those that may look at tables; PostgreSQL refuses a query in any other expression.
+# Kinds that may read tables. PostgreSQL allows no queries in other expressions.
 LOOK = {"view", "body", "policy", "part"}
 _CLOCK = re.compile(rf"(?i)\b({'|'.join(sorted(TRANSACTION_CLOCK))})\b|'({'|'.join(sorted(TIMES))})'")
-# Views of views of views
+# Maximum depth of nested definitions, such as views of views.
 MOST_ROUNDS = 10
 
 
 class Sequence(NamedTuple):
-    """How a sequence counts."""
+    """Properties of a sequence."""
 
     name: str
     step: int
     cycles: bool
-    caches: bool  # each session takes several keys at once
+    caches: bool  # each session reserves several keys at once
     tables: str | None
 
 
@@ -176,10 +176,12 @@ def follow(
     ask_all: Callable[[str, tuple], list], names: Iterable[str], relations: Iterable[str] = (),
     timed: Iterable[str] = (),
 ) -> tuple[str, set[str]]:
-    """Return what these names set off in the database that is not known ("" if nothing), and the names it looks at.
+    """Return the first unknown code that statements with these names may run, and the names that they may read.
 
-    ``relations`` are those of the names that must exist. Definitions of the kinds ``timed`` (keys of JUDGES) must not
-    read the clock, since the program may remember an earlier reading.
+    The former is "" if there is none; the latter are those of views, functions and partitions behind the names.
+
+    ``relations`` are the names that must exist. Definitions of the kinds ``timed`` (keys of JUDGES) must not read the
+    clock, since the program may remember an earlier value.
     """
     known: set[str] = set()
     seen: set[str] = set()
@@ -205,7 +207,7 @@ def follow(
 
 
 class Column(NamedTuple):
-    """A column that an INSERT may be told."""
+    """A column whose value can be passed to a repeated INSERT."""
 
     sequence: str  # "" for none
     kind: str
@@ -214,12 +216,12 @@ class Column(NamedTuple):
 
 
 def settable_columns(ask_all: Callable[[str, tuple], list], relation: str) -> dict[str, Column]:
-    """Return the columns of a table that an INSERT may be told."""
+    """Return the columns of a table whose values can be passed to a repeated INSERT."""
     found: list[Any] = ask_all(COLUMNS, (relation,))
     return {name: Column(sequence or "", *others) for name, sequence, *others in found}
 
 
 def sequence(ask_all: Callable[[str, tuple], list], name: str) -> Sequence | None:
-    """Return how a sequence counts, by its name as it was written."""
+    """Return the properties of a sequence, given by its name as in a statement; None if there is none."""
     found: list[Any] = ask_all(SEQUENCE, (name,))
     return Sequence(*found[0]) if found else None

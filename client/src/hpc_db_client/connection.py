@@ -1,18 +1,18 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""A driver's connection and cursor whose server may go away in the middle of a transaction.
+# SPDX-License-Identifier: BSD-3-Clause
+"""A driver's connection and cursor that survive the loss of the server in the middle of a transaction.
 
-A transaction that was cut is decided like this, and only like this:
+Only these rules decide what happens to an interrupted transaction:
 
-- The commit was not asked for: the server has rolled it back, or will. It is repeated. What it had read before it
-  wrote or locked anything is not asked again: each statement sees what others have committed meanwhile, so it may
-  differ in any case.
-- The commit was asked for: the server says whether it happened (``pg_xact_status``). If so, it is done; if not, it
-  is repeated.
-- It is not known to be repeatable, one of its results differs, or the server cannot say: the error goes up.
+- No commit was sent: the server has rolled the transaction back, or will do so. The transaction is repeated. Its reads
+  before the first write or lock are not repeated: each statement sees the latest commits of others anyway, so their
+  results could always have changed.
+- A commit was sent: the server is asked whether it succeeded (``pg_xact_status``). If not, the transaction is repeated.
+- The transaction is not known to be repeatable, one of its results differs, or the server does not know the outcome:
+  the error is raised.
 
-Each line that keeps something from being done twice or in part is marked ``guard: NAME``; ``tests/client/guards.py``
-takes them out, one at a time, and shows that a test fails.
+Each line that prevents double or partial execution is marked ``guard: NAME``; ``tests/client/guards.py`` removes them
+one at a time and checks that a test fails.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from .patience import GaveUp, Outage, Patience, in_short, tell
 from .refusal import is_futile
 from .sql import Judgement, judge, sequence_asked, with_values
 
-# A transaction that the server dies of is not what it should be given again and again.
+# A transaction that crashes the server must not be repeated indefinitely.
 MOST_REPEATS = 5
-# A sequence that is further away than this counts in some other way.
+# If a sequence is further away from our keys than this, it does not count as expected.
 MOST_KEYS = 1000
-# Of one session; more are not kept.
+# Maximum number of names kept for a session.
 MOST_NAMES = 5000
 IN_TRANSACTION, IN_ERROR = 2, 3  # libpq's PQTRANS_INTRANS, PQTRANS_INERROR
-IN_THE_FUTURE = "22023"  # what pg_xact_status says of an id that has not been given yet
-CANNOT = "a transaction was cut that cannot be repeated"
-LOST = "hpc_db: the transaction was cut and is not repeated; roll it back"
-# The server ended the session: shutdown, crash, idle for too long.
+IN_THE_FUTURE = "22023"  # the error of pg_xact_status for an id that was not assigned yet
+CANNOT = "the connection was lost in a transaction that cannot be repeated"
+LOST = "hpc_db: the transaction was interrupted and is not repeated; roll it back"
+# SQLSTATEs of a session that the server has ended: shutdown, crash, idle timeouts.
 ENDED = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
 
-# Optuna stores heartbeats in the session's time zone without naming it, so two workers that differ in PGTZ would take
-# each other for dead: every session is in UTC.
+# Optuna stores heartbeats in the session's time zone without naming it, so workers with different PGTZ would fail each
+# other's trials as stale. So every session uses UTC.
 GENERATION = """
 coalesce((
     SELECT setting FROM pg_db_role_setting, unnest(setconfig) setting
@@ -65,18 +65,18 @@ SELECT set_config('TimeZone', 'UTC', false), pg_backend_pid(), s.backend_start::
 FROM pg_stat_activity s WHERE s.pid = pg_backend_pid()
 """
 IDENTITY = "SELECT system_identifier::text FROM pg_control_system()"
-# The message makes the transaction's id durable before its commit is asked for: after a crash, an id that never
-# reached the disk is given to somebody else's transaction, and its status would be taken for ours. (A transactional
-# message would not be flushed, whatever its last argument says; this one carries the transaction's id as well.)
+# The message makes the transaction's id durable before the commit. After a crash, an id that never reached the disk is
+# given to another transaction, and its status would be taken for ours. (A transactional message is not flushed,
+# regardless of its last argument; this one also carries the transaction's id.)
 MARK = """
 SELECT x::text, CASE WHEN x IS NOT NULL THEN pg_logical_emit_message(false, 'hpc_db', '', true) END::text
 FROM {id} x
 """
-# What there is before PostgreSQL 17: it can prove that a transaction did not happen, but not that it did.
+# Before PostgreSQL 17: this can prove that a transaction was not committed, but not that it was.
 MARK_WEAKLY = "SELECT {id}::text, NULL"
-# By the latter a transaction that has written nothing has none.
+# ID_IF_ANY returns no id for a transaction that has written nothing.
 ANY_ID, ID_IF_ANY = "pg_current_xact_id()", "pg_current_xact_id_if_assigned()"
-# A pooler may have changed the session for one to other data and said nothing.
+# A pooler may silently have replaced the session by one to other data.
 DATA = f"""
 SELECT d.oid::bigint, {GENERATION.format("d.oid")} FROM pg_database d WHERE d.datname = current_database()
 """
@@ -84,7 +84,7 @@ MARK_OF_DATA = f"SELECT m.*, d.* FROM ({{mark}}) m, ({DATA}) d"
 STATUS = """
 SELECT CASE WHEN pg_current_wal_insert_lsn() >= '{lsn}'::pg_lsn THEN pg_xact_status('{xid}'::xid8) END
 """
-# The server may not have noticed that we are gone, and its locks would keep us waiting.
+# Ends the old session: the server may not have noticed that it is lost, and its locks would block us.
 END_OLD = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE pid = {pid} AND backend_start = '{start}'::timestamptz
@@ -92,29 +92,29 @@ WHERE pid = {pid} AND backend_start = '{start}'::timestamptz
 
 
 class Identity(NamedTuple):
-    """Whose data a session sees. README.md says how the generation is changed."""
+    """The identity of the data in a session. README.md explains how the generation is changed."""
 
-    system: str  # the data directory's identifier; "" if the server does not tell
+    system: str  # the data directory's identifier; "" if we may not read it
     database: int
     generation: str
 
 
 class Facts(NamedTuple):
-    """What has to be known of a session before it is lost."""
+    """Properties of a session that have to be known before it is lost."""
 
     pid: int
     start: str
-    direct: bool  # no pooler between us and that process
+    direct: bool  # no pooler between us and the server process
     identity: Identity
-    mark: str  # the statement that MARK is about; "" if the server has none
-    read_committed: bool  # by default, each statement sees what others have committed meanwhile
-    standard_strings: bool  # a backslash in a literal is one
-    path: str  # the search_path that a new session has
-    crash: str  # when the server's statistics began: a crash discards them
+    mark: str  # MARK or a variant of it; "" if the server supports none
+    read_committed: bool  # by default, each statement sees the latest commits of others
+    standard_strings: bool  # a backslash in a literal is not an escape
+    path: str  # the search_path of a new session
+    crash: str  # the start of the server's statistics, which a crash resets
 
 
 class Engine:
-    """What the connections of one engine share."""
+    """State that the connections of one engine share."""
 
     def __init__(self, dbapi: Any, patience: Patience) -> None:
         self.dbapi = dbapi
@@ -123,16 +123,16 @@ class Engine:
         self._identity: Identity | None = None
 
     def check(self, identity: Identity) -> None:
-        """Raise an error if a session sees other data than the first one did.
+        """Raise an error if a session sees other data than the first one.
 
-        What the application remembers (Optuna its trials) is not in there.
+        The new data may lack objects that the application has cached, such as Optuna's trials.
         """
         if self._identity is None:
             self._identity = identity
         if identity != self._identity:  # guard: identity
             raise self.dbapi.OperationalError(
-                "hpc_db: the database is another one now, restored or moved to other data:"
-                f" {_in_words(identity)} instead of {_in_words(self._identity)}; start this program anew"
+                "hpc_db: the database was restored or replaced:"
+                f" now {_in_words(identity)}, before {_in_words(self._identity)}; restart this program"
             )
 
 
@@ -142,7 +142,7 @@ def _in_words(identity: Identity) -> str:
 
 
 class Link:
-    """How to open and prepare one connection."""
+    """Opens and prepares one connection."""
 
     def __init__(self, connect: Callable[[], Any], prepare: Callable[[Any], object], engine: Engine) -> None:
         self._connect = connect
@@ -153,18 +153,18 @@ class Link:
         self.others = engine.connections
 
     def open(self, outage: Outage, old: Facts | None, attributes: dict[str, Any]) -> tuple[Any, Facts]:
-        """Wait until the server lets us in, end what is left of the old session, and prepare the new one."""
+        """Connect, waiting for the server; end the old session if it still exists, and prepare the new one."""
         self.park()
         while True:
             real = None
             try:
                 real = self._connect()
                 if real.info.transaction_status == IN_TRANSACTION:
-                    real.commit()  # a transaction that creator= left open
+                    real.commit()  # creator= has left a transaction open
                 facts = self._facts(real)
                 self._engine.check(facts.identity)
                 if not facts.direct and hasattr(real, "prepare_threshold"):
-                    real.prepare_threshold = None  # psycopg 3's would be prepared on whatever connection was free
+                    real.prepare_threshold = None  # psycopg 3 would prepare on any of the pooler's connections
                 self._prepare(real)
                 facts = facts._replace(read_committed=reads_committed(real, facts.read_committed))
                 for name, value in attributes.items():
@@ -179,8 +179,7 @@ class Link:
                 close(real)
                 if not lost or (real is None and not self._may_pass(error)):
                     raise
-                # Workers that each hold one connection, and wait for another until somebody lets go of his, wait
-                # for ever.
+                # Avoid a deadlock of workers that each hold one connection and wait for a second one.
                 for other in [each() for each in list(self.others)]:
                     if other:
                         other.make_room()
@@ -193,37 +192,37 @@ class Link:
                 return real, facts
 
     def check(self, system: str, *data: Any) -> None:
-        """Raise an error if these are other data than before."""
+        """Raise an error if the data are not the same as before."""
         if data:
             self._engine.check(Identity(system, *data))
 
     def park(self, asking: Connection | None = None) -> None:
-        """Behind a pooler (PgBouncer in transaction mode) let no thread wait for a connection while it keeps one."""
+        """Behind a pooler (PgBouncer in transaction mode), ensure that no thread keeps a connection while it waits."""
         for other in [each() for each in list(self.others)]:
             if other and other is not asking:
                 other.park()
 
     def pause(self, outage: Outage, error: BaseException) -> None:
-        """Wait a little; raise the driver's error when the budget is used up."""
+        """Wait a little; after the max outage, raise an error of the driver's type."""
         try:
             outage.pause(error)
         except GaveUp as gave_up:
             raise self.dbapi.OperationalError(str(gave_up)) from error
 
     def is_lost(self, real: Any, error: BaseException) -> bool:
-        """Tell whether an error means that the session is no more."""
+        """Return whether an error means that the session is lost."""
         if not isinstance(error, self.dbapi.Error):
             return False
         if real.closed:
             return True
-        state = sqlstate(error) or ""  # which a function can raise as well
+        state = sqlstate(error) or ""  # a function in the database can raise any of them
         severity = getattr(getattr(error, "diag", None), "severity_nonlocalized", None)
         return (state in ENDED or state.startswith("08")) and severity != "ERROR"
 
     def _may_pass(self, error: Exception) -> bool:
         if not isinstance(error, self.dbapi.OperationalError):
             return False
-        # Only the first time: a server that once let us in, and now does not, is another's.
+        # Only before the first success: if a server refuses us later, it is not our server but another one.
         return self.patience.known or not is_futile(error)
 
     @staticmethod
@@ -243,19 +242,19 @@ class Link:
         return Facts(pid, start, direct, identity, mark, is_committed, standard_strings, path, crash)
 
 
-# All connections of this process: a child that it forks must leave their sessions alone.
+# All connections of this process: a forked child must not touch their sessions.
 _connections: set[ref[Connection]] = set()
 _parent_s: list[Any] = []
 
 
 class Connection:
-    """What SQLAlchemy takes for the driver's connection. ``real`` is one, and may become another."""
+    """Takes the place of the driver's connection for SQLAlchemy. ``real`` is the driver's; it may be replaced."""
 
     __slots__ = (
         "real", "_link", "_facts", "_old", "_journal", "_attributes", "_bound", "_outage", "_thread", "_parked",
         "_lost", "_names", "_relations", "_mark", "_closed", "_checked", "looks", "__weakref__",
     )
-    # What can be read or called without leaving anything behind in the session.
+    # Attributes and methods that leave no state in the session.
     _HARMLESS = frozenset((
         "autocommit", "broken", "closed", "cursor_factory", "deferrable", "dsn", "encoding", "fileno",
         "get_backend_pid", "get_dsn_parameters", "get_parameter_status", "get_transaction_status", "info",
@@ -274,11 +273,11 @@ class Connection:
         self._parked = False
         self._closed = False  # by the application
         self._checked = False  # the identity of the data was compared in this transaction
-        self._lost = False  # of the transaction nothing, or not all, is in the session
-        self._mark: tuple | None = None  # the transaction's id, and where its mark is
-        self._names: set[str] = set()  # in all statements since the session began
+        self._lost = False  # the transaction is not, or not completely, in the session
+        self._mark: tuple | None = None  # the transaction's id, and the position of its mark in the WAL
+        self._names: set[str] = set()  # in all statements of this session
         self._relations: set[str] = set()
-        self.looks = False  # SQLAlchemy looks at the server, and leaves nothing in the session
+        self.looks = False  # SQLAlchemy queries the server's properties, and leaves no state
         self.real: Any
         self._facts: Facts
         self._open()
@@ -300,7 +299,7 @@ class Connection:
             self._keep(name, value)
 
     def _keep(self, name: str, value: Any) -> None:
-        """Remember an attribute for later sessions, which set them in the order of their last assignment."""
+        """Remember an attribute for later sessions. They set all attributes in the order of the last assignments."""
         self._attributes.pop(name, None)
         self._attributes[name] = value
 
@@ -312,23 +311,23 @@ class Connection:
             self.commit()
         else:
             self.rollback()
-        if hasattr(self.real, "pgconn"):  # psycopg 3 closes it as well
+        if hasattr(self.real, "pgconn"):  # as psycopg 3 does
             self.close()
 
     def set_isolation_level(self, level: Any) -> None:
-        """psycopg2's, which rolls back; kept for the next connection."""
+        """See psycopg2: this rolls back. The level is kept for later sessions."""
         self.rollback()
         self.revive()
         self.real.set_isolation_level(level)
         self._keep("set_isolation_level", level)
 
     def bind(self, why: str) -> None:
-        """From now on the session holds what another one would not have."""
+        """Note that the session now holds state that another one would lack, so it cannot be replaced."""
         if not self.looks:
             self._bound = self._bound or why
 
     def cursor(self, *arguments: Any, **options: Any) -> Any:
-        """Return a cursor; one on the server is the driver's own, and binds."""
+        """Return a cursor; a server-side cursor is the driver's own and binds the session."""
         if arguments or options.get("name"):
             self.revive()
             self.bind("a cursor on the server")
@@ -336,9 +335,10 @@ class Connection:
         return Cursor(self, options)
 
     def ping(self) -> bool:
-        """Tell whether the session is alive.
+        """Return whether the session is alive.
 
-        A server that ends a session says so. One that is silent needs no question: the next statement is one.
+        A server that ends a session sends a message. Without one, no query is needed here: the next statement will
+        detect a loss.
         """
         self._link.park(self)
         try:
@@ -355,13 +355,13 @@ class Connection:
         return True
 
     def make_room(self) -> None:
-        """End the session if the thread that waits for another one has this one as well, and has only read in it."""
+        """End the session if the thread that waits for another one owns it and has only read in it."""
         if self._can_be_cut():
             self._discard()
-            self._lost = False  # what it had read need not be read again
+            self._lost = False  # the reads need not be repeated
 
     def park(self) -> None:
-        """Give a pooler its connection back if the thread that asks for another one has only read in this one."""
+        """Return the pooler's connection if the thread that needs another one owns this one and has only read in it."""
         if self._facts.direct or not self._journal.began or not self._can_be_cut():
             return
         self._parked = True
@@ -385,10 +385,10 @@ class Connection:
         try:
             return not self._find_unknown(in_transaction=True)
         except self._link.dbapi.Error:
-            return False  # it is lost already
+            return False  # it is already lost
 
     def _find_unknown(self, in_transaction: bool = False) -> str:
-        """Return what the statements of this session may have set off that is not known; "" if nothing."""
+        """Return the first unknown code that this session's statements may have called in the database; "" if none."""
         if not self._names:
             return ""
         timed = catalog.JUDGES if self._journal.clock else ("view",) if self._journal.began else ()
@@ -403,9 +403,9 @@ class Connection:
             return str(error).splitlines()[0]
 
     def disown(self) -> None:
-        """In a process that was forked: the session is the parent's, and so is its transaction.
+        """In a forked child: detach from the session and its transaction, which belong to the parent.
 
-        To close the driver's connection, or to have it removed, would end the session by a last word on the socket.
+        Closing or deleting the driver's connection would send a message on the socket and end the parent's session.
         """
         real = self.real
         with contextlib.suppress(Exception):
@@ -422,12 +422,12 @@ class Connection:
             self._lost = True
 
     def close(self) -> None:
-        """Close it for ever: no other session takes its place."""
+        """Close the connection; its session is not replaced any more."""
         self._closed = True
         self.real.close()
 
     def rollback(self) -> None:
-        """Roll back; a transaction that was cut is rolled back already, or will be."""
+        """Roll back; for an interrupted transaction, the server does that anyway."""
         try:
             if not self.real.closed:
                 self.real.rollback()
@@ -438,35 +438,35 @@ class Connection:
         self._end()
 
     def commit(self) -> None:
-        """Commit; return only when the transaction is in the database, once."""
+        """Commit; return only when the transaction is in the database exactly once."""
         self._refuse_part()
         journal = self._journal
-        if self._parked and not self._bound:  # it has only read
+        if self._parked and not self._bound:  # the transaction has only read
             self._end()
             return
         if not journal.began or self._parked:
-            if self._bound or not self.real.closed:  # what was done with the driver's own is in there
+            if self._bound or not self.real.closed:  # commit also statements on the driver's own
                 if self._bound and not self.real.closed and self.real.info.transaction_status == IN_TRANSACTION:
                     self._check_data(in_transaction=True)
                 self.real.commit()
             self._end()
             return
         if self.real.autocommit or (not self.real.closed and self.real.info.transaction_status == IN_ERROR):
-            self.real.commit()  # which is an error, nothing, or a rollback
+            self.real.commit()  # an error, nothing, or a rollback
         else:
             self._commit()
             return
         self._end()
 
     def perform(self, cursor: Cursor, step: Step) -> None:
-        """Run a statement on ``cursor``, and if the server goes away, run it on the next connection."""
+        """Run a statement on ``cursor``; if the session is lost, repeat the transaction on a new one."""
         judged = step.judged
         self._refuse_part()
         if judged.binds:  # guard: what may stay in the session
             self.bind(judged.why)
         try:
             step.keep()
-        except Exception as error:  # whatever a parameter's own class raises
+        except Exception as error:  # a parameter's class may raise any exception
             why = f"a parameter that is not known ({error})"
             self.bind(why)  # guard: parameters
             self._journal.give_up(why)
@@ -477,13 +477,13 @@ class Connection:
         self._thread = threading.get_ident()
         if self.real.autocommit:
             self._check_data()
-            cursor.run(self.real, step)  # whether it happened nobody could tell, so its error goes up
+            cursor.run(self.real, step)  # its outcome cannot be found out, so errors are raised
             return
         step.free = judged.free and self._reads_freely()
         journal = self._journal
         if not journal.began:
             journal.path, journal.crash = self._facts.path, self._facts.crash
-        self._parked = False  # what it had read need not be read again
+        self._parked = False  # the reads need not be repeated
         journal.begin(step)
         try:
             try:
@@ -500,23 +500,23 @@ class Connection:
             if not step.kept:
                 journal.give_up("a statement in it failed")
             elif self._lost:
-                journal.give_up("its error went up before")
+                journal.give_up("its error has already been raised")
             raise
-        except BaseException:  # interrupted: what the server has done is not known
+        except BaseException:  # interrupted: the outcome is unknown
             journal.give_up("an interrupted statement")
             raise
 
     def _run_in_order(self, cursor: Cursor, step: Step) -> None:
         self._journal.check_order(step, partial(catalog.follow, _asking(self.real)))
         if self._journal.clock_twice and self._journal.repeats:  # guard: clock of a new transaction
-            raise Differs("it has read the clock before")
+            raise Differs("it has already read the clock")
         self._mark_early(step)
         cursor.run(self.real, step)
 
     def _mark_early(self, step: Step) -> None:
-        """Set the mark before the transaction locks anything, so that others do not wait until it is durable.
+        """Set the mark before the transaction locks anything, so that others do not wait while it is flushed.
 
-        Behind a pooler it also tells whose data they are; where there is no mark, that is asked by itself.
+        Behind a pooler, the mark also returns the identity of the data; without a mark, that is queried separately.
         """
         if step.judged.writes and not self._mark and self._facts.mark:
             self._mark = self._set_mark(ANY_ID)
@@ -530,7 +530,7 @@ class Connection:
         return xid, lsn
 
     def _check_data(self, in_transaction: bool = False) -> None:
-        """Raise an error if a pooler has changed the session for one to other data."""
+        """Raise an error if a pooler has replaced the session by one to other data."""
         if not self._facts.direct:
             data = ask(self.real, DATA, in_transaction)
             self._link.check(self._facts.identity.system, *data)  # guard: data behind a pooler, without a mark
@@ -544,10 +544,10 @@ class Connection:
             self._names |= judged.names
             self._relations |= judged.relations
             if len(self._names) > MOST_NAMES:
-                self.bind("more names than are kept")
+                self.bind("too many names to remember")
 
     def revive(self) -> None:
-        """Between transactions, and if nothing binds us to the old session, take another one for a lost one."""
+        """Replace a lost session between transactions, or after reads that need no repetition, unless it was bound."""
         if self._closed or self._bound:
             return
         if self.real.closed and not self._journal.steps and not self._journal.why_not:
@@ -569,16 +569,16 @@ class Connection:
                     self._link.pause(self._current_outage(), error)
 
     def _reads_freely(self) -> bool:
-        """Tell whether a result that was read before any write or lock might as well have changed since."""
+        """Return whether results read before any write or lock need not be repeated (see the module's rules)."""
         return (
             self._facts.read_committed and not self._journal.isolated
             and "isolation_level" not in self._attributes and "set_isolation_level" not in self._attributes
         )
 
     def _refuse_part(self) -> None:
-        """Let nobody go on with a closed connection, or with a part of a transaction that was interrupted."""
+        """Raise an error if the connection is closed, or if a part of the transaction is lost."""
         if self._closed:  # guard: closed
-            self.real.commit()  # the driver says what is wrong
+            self.real.commit()  # raises the driver's error
         if self._lost:  # guard: half a transaction
             self._discard()
             raise self._link.dbapi.InterfaceError(LOST)
@@ -588,12 +588,12 @@ class Connection:
             while not self._commit_once():
                 pass
             self._end()
-        except BaseException:  # wherever it was interrupted, the transaction may have been committed
-            self._journal.give_up("its commit failed before")
+        except BaseException:  # at any point, the transaction may already be committed
+            self._journal.give_up("its commit has already failed")
             raise
 
     def _commit_once(self) -> bool:
-        """Commit; return False if the transaction had to be repeated and is still to be committed."""
+        """Try to commit; return False if the transaction had to be repeated and is not committed yet."""
         asked = False
         xid = lsn = None
         journal = self._journal
@@ -620,7 +620,7 @@ class Connection:
         return True
 
     def _has_committed(self, before: Facts, xid: str | None, lsn: str | None, error: Exception) -> bool:
-        """Ask new sessions until one can tell; raise ``error`` if none ever can."""
+        """Return whether the transaction was committed, asking new sessions; raise ``error`` if that is unknown."""
         cannot = "the server cannot tell whether the transaction was committed"
         if not before.mark:
             self._give_up(cannot, error)
@@ -632,14 +632,14 @@ class Connection:
                 status = ask(self.real, STATUS.format(xid=xid, lsn=lsn or "0/0"))[0]
             except self._link.dbapi.Error as again:
                 if self._link.is_lost(self.real, again):
-                    status = "in progress"  # for all that we know
+                    status = "in progress"  # as far as known
                 elif sqlstate(again) == IN_THE_FUTURE:
-                    status = "aborted"  # nothing of it was left after a crash
+                    status = "aborted"  # a crash has removed all of it
                 else:
                     self._give_up(cannot, error)
             if status == "aborted" or (status == "committed" and lsn):
                 if self._bound:
-                    self._discard()  # what the session held is gone: let nobody take this one for it
+                    self._discard()  # the bound session's state is lost: do not use this one instead
                 return status == "committed"
             if status != "in progress":
                 self._give_up(cannot, error)
@@ -648,7 +648,7 @@ class Connection:
             self._link.pause(self._current_outage(), error)
 
     def _repeat(self, error: Exception, again: Callable[[], None], current: Step | None = None) -> None:
-        """Repeat the transaction on a new connection, and do ``again`` (``current``) there; else raise ``error``."""
+        """Repeat the transaction on a new session, with ``again`` for the step ``current``; else raise ``error``."""
         journal = self._journal
         while True:
             why = self._bound or journal.why_not
@@ -683,14 +683,14 @@ class Connection:
                 self._link.pause(self._current_outage(), another)
 
     def _check_known(self) -> None:
-        """Raise Differs if the transaction cannot begin again on this session."""
+        """Raise Differs if the transaction cannot be repeated on this session."""
         unknown = self._find_unknown()
         if unknown:  # guard: what names mean
             raise Differs(unknown)
         if self._journal.began and self._journal.path != self._facts.path:  # guard: search_path
             raise Differs(f"the search_path is {self._facts.path} now and was {self._journal.path}")
         if self._journal.clock_twice:  # guard: clock
-            raise Differs("it has read the clock before")
+            raise Differs("it has already read the clock")
 
     def _open(self) -> None:
         self.real, self._facts = self._link.open(self._current_outage(), self._old, self._attributes)
@@ -700,7 +700,7 @@ class Connection:
             self.bind("a search_path that names pg_temp")
 
     def _current_outage(self) -> Outage:
-        """Return the wait that this connection is in: one budget until the transaction goes on."""
+        """Return this connection's current outage, with one time limit until the transaction continues."""
         if self._outage is None:
             self._outage = Outage(self._link.patience)
         return self._outage
@@ -712,7 +712,7 @@ class Connection:
 
     def _give_up(self, why: str, error: Exception) -> None:
         self._discard()
-        tell(f"{why}; the error goes up")
+        tell(f"{why}; raising the error")
         raise error
 
     def _end(self) -> None:
@@ -726,7 +726,7 @@ _OWN = frozenset(Connection.__slots__)
 
 
 class Cursor:
-    """What SQLAlchemy takes for the driver's cursor. It has read its result, so that it outlives its connection."""
+    """Takes the place of the driver's cursor for SQLAlchemy. It holds its whole result, so it survives its session."""
 
     __slots__ = ("connection", "options", "attributes", "rows", "position", "_of", "_made", "_rowcount", "__weakref__")
     _HARMLESS = frozenset((
@@ -736,7 +736,7 @@ class Cursor:
     def __init__(self, connection: Connection, options: dict) -> None:
         self.connection = connection
         self.options = options
-        self.attributes: dict[str, Any] = {}  # what the application has set
+        self.attributes: dict[str, Any] = {}  # set by the application
         self.rows: list | None = None
         self.position = 0
         self._of: Any = None
@@ -753,7 +753,7 @@ class Cursor:
         return value
 
     def _wrap(self, name: str, method: Callable) -> Callable:
-        """Return a method of the driver's whose call binds the session and replaces the cursor's result."""
+        """Wrap a method of the driver's cursor: a call binds the session and replaces the result."""
 
         def call(*arguments: Any, **options: Any) -> Any:
             self.connection.bind(f"the driver's own cursor.{name}")
@@ -770,14 +770,14 @@ class Cursor:
 
     @property
     def _real(self) -> Any:
-        """The driver's own, on the session that there is now, or on the one that gave the result."""
+        """The driver's cursor, on the session that gave the result, or on the current one."""
         if self._made is None:
             self.connection.revive()
             self._of, self._made = self.connection.real, self.make(self.connection.real)
         return self._made
 
     def make(self, real: Any) -> Any:
-        """Return a cursor of the driver's as the application wants it."""
+        """Return a new cursor of the driver with the application's attributes."""
         made = real.cursor(**self.options)
         for name, value in self.attributes.items():
             setattr(made, name, value)
@@ -832,7 +832,7 @@ class Cursor:
     def scroll(self, value: int, mode: str = "relative") -> None:
         place = value + (self.position if mode == "relative" else 0)
         if mode not in ("relative", "absolute") or not 0 <= place < len(self._result()):
-            self._real.scroll(-1, "absolute")  # the driver says what is wrong
+            self._real.scroll(-1, "absolute")  # raises the driver's error
         self.position = place
 
     @property
@@ -845,7 +845,7 @@ class Cursor:
 
     def _result(self) -> list:
         if self.rows is None:
-            self.rows, self.position = self._real.fetchall(), 0  # or the driver says what is wrong
+            self.rows, self.position = self._real.fetchall(), 0  # or raises the driver's error
         return self.rows
 
     def _perform(self, method: str, query: Any, arguments: tuple, options: dict) -> Cursor:
@@ -870,7 +870,7 @@ class Cursor:
 
 
 def _passed_on(name: str) -> property:
-    """An attribute of the driver's cursor that the application may set: it is set again on each one that follows."""
+    """Return a property for an attribute of the driver's cursor; assigned values are also set on later cursors."""
 
     def put(cursor: Cursor, value: Any) -> None:
         setattr(cursor._real, name, value)
@@ -884,7 +884,7 @@ for _name in ("arraysize", "format", "itersize", "row_factory", "scrollable", "t
 
 
 class _Gone:
-    """In the place of a connection that belongs to the process that forked this one."""
+    """Takes the place of a connection that belongs to the parent process."""
 
     closed = True
     autocommit = False
@@ -911,7 +911,7 @@ os.register_at_fork(after_in_child=_disown_all)  # guard: fork
 
 
 def reads_committed(real: Any, default: bool) -> bool:
-    """Tell whether transactions of this driver connection are READ COMMITTED; ``default`` is the server's own level."""
+    """Return whether transactions of this driver connection are READ COMMITTED; ``default`` is that of the server."""
     level = real.isolation_level
     if level is None:
         return default
@@ -921,13 +921,13 @@ def reads_committed(real: Any, default: bool) -> bool:
 
 
 def ask(real: Any, statement: str, in_transaction: bool = False) -> Any:
-    """Return the first row of a statement of ours; by itself it leaves no transaction open."""
+    """Run an internal statement and return its first row; unless ``in_transaction``, no transaction is left open."""
     rows = ask_all(real, statement, None, in_transaction)
     return rows[0] if rows else None
 
 
 def ask_all(real: Any, statement: str, parameters: tuple | None, in_transaction: bool = False) -> list:
-    """Return the rows of a statement of ours."""
+    """Run an internal statement and return its rows; see ``ask``."""
     toggle = not in_transaction and not real.autocommit
     try:
         if toggle:
@@ -942,12 +942,12 @@ def ask_all(real: Any, statement: str, parameters: tuple | None, in_transaction:
         if toggle and not real.closed:
             try:
                 real.autocommit = False
-            except Exception:  # interrupted in the middle of the statement
+            except Exception:  # interrupted during the statement
                 real.close()
 
 
 def _plain_cursor(real: Any) -> Any:
-    """Return a cursor whose rows are tuples, whatever the application has set."""
+    """Return a cursor whose rows are tuples, regardless of the application's settings."""
     if hasattr(real, "pgconn"):
         from psycopg.rows import tuple_row  # type: ignore[import-not-found,unused-ignore]
 
@@ -958,18 +958,18 @@ def _plain_cursor(real: Any) -> Any:
 
 
 def close(real: Any) -> None:
-    """Close a connection, whatever state it is in."""
+    """Close a connection, if there is one and it is open."""
     if real is not None and not real.closed:
         real.close()
 
 
 def sqlstate(error: BaseException) -> str | None:
-    """Return PostgreSQL's code for an error, if it came from there."""
+    """Return the SQLSTATE of an error, if it came from the server."""
     return getattr(error, "pgcode", None) or getattr(error, "sqlstate", None)
 
 
 def _run(cursor: Any, step: Step, text: Any) -> list | None:
-    """Run a statement and read its result, whose digest becomes the step's outcome."""
+    """Run a statement and return its rows; a digest of the result becomes the step's outcome."""
     judged = step.judged
     if step.method == "executemany" and step.kept and not judged.adds and not judged.returns and step.parameters[0]:
         _run_each(cursor, step)
@@ -989,7 +989,7 @@ def _run(cursor: Any, step: Step, text: Any) -> list | None:
 
 
 def _run_each(cursor: Any, step: Step) -> None:
-    """Send the statement for each set of parameters, as psycopg2 does, to know what each of them has done."""
+    """Send the statement once per set of parameters, as psycopg2 does, to know the result of each."""
     said = []
     count = 0
     for parameters in step.parameters[0]:
@@ -1001,10 +1001,10 @@ def _run_each(cursor: Any, step: Step) -> None:
 
 
 def _run_again(real: Any, step: Step, link: Link, journal: Journal) -> None:
-    """Run a statement again; raise Differs if its result is another one, unless it is a key that we have."""
+    """Repeat a statement; raise Differs if its result differs. A statement that only got a key is not repeated."""
     journal.check_order(step, partial(catalog.follow, _asking(real)))
     if step.key is not None:
-        return  # nobody else was given our key, nor will be
+        return  # the key is ours: no other session gets it
     before = step.outcome
     text = step.text
     if step.given and step.judged.insert:
@@ -1025,10 +1025,10 @@ def _run_again(real: Any, step: Step, link: Link, journal: Journal) -> None:
 def _ask_for_keys(
     real: Any, journal: Journal, crashed: bool
 ) -> dict[int, list[tuple[catalog.Sequence, str, set[str]]]]:
-    """Find what the INSERTs are to be told, and have the sequences count beyond our keys.
+    """Find the values to pass to repeated INSERTs, and advance the sequences beyond our keys.
 
-    A crash may have set them back; ``crashed`` says that one was. Return for each step the sequences that its keys are
-    of, by the names that they have in the journal, with the tables that get the keys.
+    ``crashed`` says that the server has crashed, which may have set sequences back. Return for each step the sequences
+    of its keys, with their names in the journal and the tables that use the keys.
     """
     asking = _asking(real)
     names: dict[int, list[str]] = {}
@@ -1036,7 +1036,7 @@ def _ask_for_keys(
     for step in journal.steps:
         if step.key is not None:
             if crashed:  # guard: keys that a crash gives twice
-                raise Differs("the server has crashed, and may have given its key to somebody else")
+                raise Differs("the server has crashed, and may have given its key to another session")
             names[id(step)] = [step.judged.sequence]
             journal.keys.setdefault(step.judged.sequence, set()).add(step.key)
         elif step.judged.insert and step.rows:
@@ -1049,15 +1049,15 @@ def _ask_for_keys(
         if sequence is None:
             raise Differs(f"the sequence {name} is gone")
         sequences[name] = sequence
-        tables.setdefault(name, set((sequence.tables or "").split("/")))  # "" is any table
+        tables.setdefault(name, set((sequence.tables or "").split("/")))  # "" stands for any table
         _is_late(asking, sequence, journal.keys[name])
     return {step: [(sequences[name], name, tables[name]) for name in some] for step, some in names.items()}
 
 
 def _note_late(real: Any, journal: Journal, users: Iterable[tuple[catalog.Sequence, str, set[str]]]) -> None:
-    """Note tables where other sessions were given keys after ours.
+    """Record tables for which other sessions got keys after ours.
 
-    Call it right before a row is inserted again: only then does the transaction hold its locks again.
+    To be called right before a row is inserted again: only then does the transaction hold its locks again.
     """
     asking = _asking(real)
     for sequence, name, tables in users:
@@ -1071,7 +1071,7 @@ def _asking(real: Any) -> Callable[[str, tuple], list]:
 
 
 def _find_given(step: Step, journal: Journal, asking: Callable[[str, tuple], list], crashed: bool) -> list[str]:
-    """Note what the INSERT is to be told; return the sequences of its keys."""
+    """Record the values to pass to a repeated INSERT; return the sequences of its keys."""
     insert, rows = step.judged.insert, step.rows
     if not insert or not rows or not isinstance(step.text, (str, bytes)):
         return []
@@ -1101,7 +1101,7 @@ def _find_given(step: Step, journal: Journal, asking: Callable[[str, tuple], lis
 
 
 def _is_late(asking: Callable[[str, tuple], list], sequence: catalog.Sequence, keys: set[int]) -> bool:
-    """Ask for keys up to ours; tell whether others were given some after our first one."""
+    """Advance a sequence beyond our keys; return whether other sessions got keys after our first one."""
     if sequence.cycles:  # guard: sequences that begin again
         raise Differs(f"{sequence.name} begins again")
     first, last = (min(keys), max(keys)) if sequence.step > 0 else (max(keys), min(keys))

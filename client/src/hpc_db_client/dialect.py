@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""What is different for SQLAlchemy: the pool's connections are ours."""
+# SPDX-License-Identifier: BSD-3-Clause
+"""The differences to SQLAlchemy's dialects: the pool uses our connections, which wait for the server."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .refusal import english, note_state
 
 
 class Pool(QueuePool):  # type: ignore[misc]
-    """SQLAlchemy's, but however many connections were in use, one is kept."""
+    """SQLAlchemy's pool, but it keeps only one idle connection, no matter how many were in use."""
 
-    at_rest: int | None = 1  # all of pool_size, if the application has given that
+    at_rest: int | None = 1  # None: pool_size, if the application has set that
 
     def _do_return_conn(self, record: Any) -> None:
         somebody_waits = 0 <= self._max_overflow <= self._overflow
@@ -35,7 +35,7 @@ class Pool(QueuePool):  # type: ignore[misc]
 
 
 class Waiting:
-    """Mixed into a dialect of SQLAlchemy's: its connections wait for the server, and outlive it."""
+    """Mixin for one of SQLAlchemy's dialects: its connections wait for the server and survive its restarts."""
 
     # from SQLAlchemy's dialect
     dbapi: Any
@@ -47,9 +47,9 @@ class Waiting:
         self._patience = Patience(hpc_db_patience, hpc_db_server)
 
     def keep_up(self, pool: Any) -> None:
-        """Have the pool's connections wait, however they are opened: by ``creator`` and the event ``do_connect``, too.
+        """Wrap the pool's connections, however they are opened, also by ``creator`` and the event ``do_connect``.
 
-        For a connection that is lost that way is gone once more.
+        Connections that are opened in these ways can be lost as well.
         """
         base: Any = super()
         prepare = base.on_connect() or (lambda _connection: None)
@@ -62,7 +62,7 @@ class Waiting:
         pool._creator = connect
 
     def connect(self, *arguments: Any, **options: Any) -> Any:
-        """Open the driver's connection; of an error it is known why."""
+        """Open the driver's connection; ensure that the cause of an error can be identified in any language."""
         base: Any = super()
         with english():
             try:
@@ -73,32 +73,34 @@ class Waiting:
                 raise
 
     def on_connect(self) -> Callable | None:
-        """Return what prepares a connection; ours are prepared as often as they are opened."""
+        """Return the function that prepares a connection; our connections prepare themselves each time they open."""
         base: Any = super()
         prepare = base.on_connect()
         return prepare and (lambda connection: isinstance(connection, Connection) or prepare(connection))
 
     def do_ping(self, dbapi_connection: Any) -> bool:
-        """Tell whether a connection is alive; if not, the pool opens another one, which waits."""
+        """Return whether a connection is alive; if not, the pool opens another one, which waits for the server."""
         if isinstance(dbapi_connection, Connection):
             return dbapi_connection.ping()
         base: Any = super()
         return base.do_ping(dbapi_connection)
 
     def get_driver_connection(self, connection: Any) -> Any:
-        """Return the driver's own connection, for what the driver does with nothing else."""
+        """Return the driver's own connection, for features of the driver that need it; this binds the session."""
         if not isinstance(connection, Connection):
             return connection
         connection.bind("the driver's own connection")
         return connection.real
 
     def initialize(self, connection: Any) -> None:
-        """Look at the server; this uses the driver's own connection, but leaves nothing behind in it."""
+        """Query the server's properties. This uses the driver's own connection, but leaves no state in the session."""
         base: Any = super()
-        ours = getattr(connection.connection, "dbapi_connection", connection.connection)  # SQLAlchemy 1.4 has it bare
+        ours = getattr(connection.connection, "dbapi_connection", connection.connection)  # 1.4 passes it unwrapped
         if not isinstance(ours, Connection):
             return base.initialize(connection)
+        wrapper = connection._dbapi_connection
         for left in reversed(range(MOST_REPEATS)):
+            connection._dbapi_connection = wrapper  # SQLAlchemy has removed it after an error with a lost session
             ours.looks = True
             try:
                 return base.initialize(connection)

@@ -1,9 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""The journal of one transaction: what was asked and what came back, to ask it again on another connection.
+# SPDX-License-Identifier: BSD-3-Clause
+"""The journal of one transaction: its statements and results, to repeat it on another connection.
 
-It holds statements and parameters as they were given, and a digest of each result: only whether a result is the
-same again matters.
+It holds the statements and parameters, but only a digest of each result, since results are only compared.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from typing import Any
 
 from .sql import Judgement
 
-# A journal is no place for a bulk load.
+# A bulk load is too large for a journal.
 MOST_STEPS = 10_000
 MOST_BYTES = 16 * 1024**2
 CHUNK = 1000
 
-# Nobody can change them, and each driver writes them in one way.
+# Immutable types, which each driver writes in only one way.
 _CONSTANT = frozenset((
     type(None), bool, int, float, str, bytes, decimal.Decimal, uuid.UUID,
     datetime.date, datetime.datetime, datetime.time, datetime.timedelta,
     ipaddress.IPv4Address, ipaddress.IPv6Address, ipaddress.IPv4Network, ipaddress.IPv6Network,
     ipaddress.IPv4Interface, ipaddress.IPv6Interface,
 ))
-# Subclasses of those, from modules that add nothing to what is written.
+# Modules whose subclasses of these types are written in the same way.
 _AS_GOOD = ("numpy", "sqlalchemy.sql.elements", "sqlalchemy.sql._elements_constructors")
-# What the drivers and SQLAlchemy put around a value, and where the value is in it.
+# Wrappers by the drivers and SQLAlchemy, and the attribute that holds the value.
 _WRAPPED = {
     ("psycopg2._json", "Json"): "adapted", ("psycopg2.extensions", "Binary"): "adapted",
     ("psycopg.dbapi20", "Binary"): "obj",
@@ -44,11 +43,11 @@ _RANGES = ("psycopg2._range", "psycopg.types.range")
 
 
 class Differs(Exception):
-    """A statement gave another result than before; the message says which."""
+    """A repeated transaction would not be the same as before; the message says why."""
 
 
 class Step:
-    """One statement and what came of it."""
+    """One statement and its result."""
 
     __slots__ = (
         "method", "text", "parameters", "options", "judged", "make_cursor", "free", "size", "kept", "done", "key",
@@ -61,24 +60,24 @@ class Step:
     ) -> None:
         self.method = method
         self.text = text
-        self.parameters = parameters  # none or one
+        self.parameters = parameters  # none or one, as passed to the driver's method
         self.options = options
         self.judged = judged
         self.make_cursor = make_cursor
-        self.free = False  # need not come out the same, unless others depend on it
+        self.free = False  # its result may differ, unless later statements depend on it
         self.size = len(text) if isinstance(text, (str, bytes)) else 0
         self.kept = False
         self.done = False  # its outcome is known
         self.key: int | None = None
-        self.rows: list | None = None  # what an INSERT has returned
-        self.given: dict[str, tuple[str, list]] = {}  # values that it is told when it is repeated, with their types
+        self.rows: list | None = None  # the rows that an INSERT has returned
+        self.given: dict[str, tuple[str, list]] = {}  # values to pass on a repetition, with their types
         self.outcome = b""
-        self.rowcount: int | None = None  # of an executemany that was sent one by one
+        self.rowcount: int | None = None  # for an executemany that was sent one by one
 
     def keep(self) -> None:
-        """Make the parameters ours, as the application may change its own; raise TypeError for one that is not known.
+        """Copy the parameters, since the application may change them; raise TypeError for an unknown type.
 
-        psycopg2 writes into the statement whatever an object says.
+        Unknown types are not safe to repeat: psycopg2 lets an object write any text into the statement.
         """
         if self.parameters:
             mine, size = _copied(self.parameters[0])
@@ -87,24 +86,24 @@ class Step:
 
 
 class Journal:
-    """The statements of the running transaction; ``why_not`` says why they cannot be repeated."""
+    """The statements of the running transaction; ``why_not`` says why they cannot be repeated, if so."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.began = False
         self.why_not = ""
         self.repeats = 0
-        self.clock = False  # it was read, and is not read again where the application may remember it
+        self.clock = False  # the clock was read by a statement whose result is not checked
         self.clock_twice = False
-        self.isolated = False  # each statement sees what the first one did
-        self.path = ""  # the search_path that it began with
+        self.isolated = False  # all statements may see the same snapshot (SET TRANSACTION)
+        self.path = ""  # the search_path at the beginning
         self.crash = ""  # Facts.crash when it began
-        self.keys: dict[str, set[int]] = {}  # of each sequence: those that were given to us
-        self.late: set[str] = set()  # tables where others were given keys after ours, before our rows were there
+        self.keys: dict[str, set[int]] = {}  # for each sequence, the keys given to this transaction
+        self.late: set[str] = set()  # tables where others got later keys before our rows were inserted
         self._bytes = 0
 
     def begin(self, step: Step) -> None:
-        """Take note of a statement before it is sent."""
+        """Record a statement before it is sent."""
         self.began = True
         judged = step.judged
         if judged.why:  # guard: unknown statements
@@ -117,17 +116,18 @@ class Journal:
             return
         self._bytes += step.size
         if self._bytes > MOST_BYTES or len(self.steps) >= MOST_STEPS:
-            self.give_up("more statements than are kept")
+            self.give_up("too many statements to remember")
         if not self.why_not:
             self.steps.append(step)
 
     def check_order(self, step: Step, follow: Callable[[Iterable[str]], tuple[str, set[str]]]) -> None:
-        """Raise Differs if a statement looks at a table where our row comes later than its key says.
+        """Raise Differs if a statement reads a table where our row was inserted later than its key suggests.
 
-        Others may have counted the rows with smaller keys meanwhile: Optuna numbers its trials so. ``follow`` tells
-        what is behind names in the database (``catalog.follow``).
+        Others may have counted the rows with smaller keys meanwhile, as Optuna does to number its trials. ``follow`` is
+        ``catalog.follow``; a statement may read such a table through a view, a trigger or a partition.
         """
-        if not self.late or step.judged.head == "rollback":
+        is_rollback = step.judged.head == "rollback" and not step.judged.why  # the only statement of its text
+        if not self.late or is_rollback:
             return
         why, seen = follow(step.judged.names)  # guard: order of keys, behind views
         if why:
@@ -136,16 +136,16 @@ class Journal:
             seen |= step.judged.names
         for table in self.late:
             if table in seen or (seen and not table):
-                raise Differs(f"others were given keys of {table or 'a sequence'} meanwhile")
+                raise Differs(f"other sessions have received keys of {table or 'a sequence'} since")
 
     def give_up(self, why: str) -> None:
-        """Drop the statements: from now on they are not complete."""
+        """Drop the statements, since they will not be complete any more."""
         self.why_not = self.why_not or why
         self.steps.clear()
 
 
 def digest(description: Any, status: Any, rows: list | None) -> bytes:
-    """Return a fingerprint of a result."""
+    """Return a digest of a result."""
     hashed = hashlib.blake2b(repr((status, [tuple(column)[:2] for column in description or ()])).encode())
     for start in range(0, len(rows or ()), CHUNK):
         chunk = (rows or [])[start:start + CHUNK]
@@ -156,7 +156,7 @@ def digest(description: Any, status: Any, rows: list | None) -> bytes:
 
 
 def _shown(value: Any) -> Any:
-    """Return a value whose repr is complete; that of numpy's arrays and psycopg2's bytea shows only a part."""
+    """Return a value whose repr is complete; those of numpy's arrays and psycopg2's bytea are abbreviated."""
     if type(value) in _CONSTANT:
         return value
     if isinstance(value, Mapping):
@@ -167,12 +167,12 @@ def _shown(value: Any) -> Any:
         return bytes(value)
     try:
         return pickle.dumps(value)
-    except Exception:  # whatever its class raises
-        return uuid.uuid4()  # never the same again
+    except Exception:  # a class may raise any exception
+        return uuid.uuid4()  # differs from any other result
 
 
 def _copied(value: Any) -> tuple[Any, int]:
-    """Return a value that nobody else can change, and its size; raise TypeError for a type that is not known."""
+    """Return a private copy of a value, and its approximate size in bytes; raise TypeError for an unknown type."""
     kind = type(value)
     if kind in _CONSTANT:
         return value, 64 + (len(value) if kind in (str, bytes) else 0)

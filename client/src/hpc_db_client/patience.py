@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""Waiting: how long, how often, and what the user is told meanwhile."""
+# SPDX-License-Identifier: BSD-3-Clause
+"""Waiting for the server: time limit, intervals, and messages for the user."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ import threading
 import time
 
 FIRST_PAUSE = 0.1
-# Thousands of workers that ask every 2 s on average are no load for a server that starts.
+# Seconds. Thousands of workers that retry every 2 s on average are no load for a server that starts.
 LONGEST_PAUSE = 2.5
-_random = random.Random()  # the program's own may be seeded
+_random = random.Random()  # not the global one, which the program may have seeded
 os.register_at_fork(after_in_child=_random.seed)
 
 
 def tell(text: str) -> None:
-    """Write one line for whoever reads the job's log, if it can be written."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, none
+    """Write one line to stderr, the job's log; ignore errors."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, missing
         print(f"hpc_db: {text}", file=sys.stderr, flush=True)
 
 
 def in_short(error: BaseException) -> str:
-    """Return the first line of an error, which is all that most people need."""
+    """Return the first line of an error, or its type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class GaveUp(Exception):
-    """The budget is used up; the message is for the user."""
+    """The server did not come back within the max outage; the message is for the user."""
 
 
 class Patience:
-    """The budget for one engine's waits; the threads of a process tell each outage once."""
+    """The max outage for one engine; the threads of a process report each outage only once."""
 
     def __init__(self, seconds: float, server: str) -> None:
         self.seconds = seconds
         self.server = server
-        self.known = False  # the server has let us in before
+        self.known = False  # a connection has succeeded before
         self._told = False
         self._lock = threading.Lock()
 
@@ -50,13 +50,13 @@ class Patience:
             tell(f"waiting up to {self.seconds:.0f} s for the database server ({self.server}): {in_short(error)}")
 
     def is_over(self) -> None:
-        """The server answered: the next outage is another one."""
+        """Note that the server has answered, so that the next outage is reported again."""
         self.known = True
         self._told = False
 
 
 class Outage:
-    """One wait for the server, from the moment its absence was noticed."""
+    """One wait for the server, from the moment the outage was noticed."""
 
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
@@ -64,7 +64,7 @@ class Outage:
         self._pause = FIRST_PAUSE
 
     def pause(self, error: BaseException) -> None:
-        """Wait a little, each time a little longer and never as long as the others; raise GaveUp in the end."""
+        """Wait for a random time that grows with each call; raise GaveUp after the max outage."""
         left = self._limit - time.monotonic()
         if left <= 0:
             raise GaveUp(

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""What SQLAlchemy loads for ``?plugin=hpc_db``: it takes the settings out of the URL and sets pool and dialect."""
+# SPDX-License-Identifier: BSD-3-Clause
+"""The plugin that SQLAlchemy loads for ``?plugin=hpc_db``: takes settings from the URL and sets pool and dialect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy.engine import URL, CreateEnginePlugin, Engine
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import QueuePool
 
-# Longer than a node's failure with its lease (minutes), shorter than what a node that idles for nothing may cost.
+# Longer than a takeover after a node failure (minutes), but short enough that a node does not idle for long in vain.
 PATIENCE_SECONDS = 600.0
 LONGEST_PATIENCE_SECONDS = 7 * 86400.0
 PREFIX = "hpc_db_"
@@ -19,13 +19,13 @@ DRIVERS = ("psycopg2", "psycopg")
 
 
 class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
-    """The plugin; one object for each call of ``create_engine``."""
+    """The plugin; SQLAlchemy makes one object for each call of ``create_engine``."""
 
     def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:
         super().__init__(url, kwargs)
         unknown = sorted(name for name in url.query if name.startswith(PREFIX) and name != "hpc_db_patience")
         if unknown:
-            raise ArgumentError(f"{unknown[0]}: no such setting of the plugin hpc_db; there is hpc_db_patience")
+            raise ArgumentError(f"{unknown[0]}: not a setting of the plugin hpc_db; allowed is hpc_db_patience")
         self._patience = _seconds("hpc_db_patience", url.query.get("hpc_db_patience", PATIENCE_SECONDS))
         base = url.get_dialect()
         self._driver = base.driver
@@ -36,17 +36,17 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
                 f"the plugin hpc_db works with postgresql+psycopg2:// and postgresql+psycopg://, not {given}"
             )
         if kwargs.get("pool") is not None:
-            raise ArgumentError("pool: the plugin hpc_db has its own; give poolclass, pool_size and their like instead")
+            raise ArgumentError("pool: not allowed with the plugin hpc_db; set poolclass, pool_size and the like")
         self._url = url.difference_update_query(["plugin", "hpc_db_patience"])
 
     def update_url(self, url: URL) -> URL:
-        """Return the URL without our setting, and with our dialect."""
+        """Return the URL without our setting and with our dialect."""
         name = f"{PREFIX}{self._driver}"
         registry.register(f"postgresql.{name}", f"hpc_db_client.with_{self._driver}", "Dialect")
         return url.difference_update_query(["hpc_db_patience"]).set(drivername=f"postgresql+{name}")
 
     def handle_dialect_kwargs(self, dialect_cls: type, dialect_args: dict[str, Any]) -> None:
-        """Tell the dialect how long to wait, and for whom."""
+        """Pass the max outage and a description of the server to the dialect."""
         service, host = self._url.query.get("service"), self._url.host or self._url.query.get("host")
         dialect_args["hpc_db_patience"] = self._patience
         if isinstance(host, tuple):
@@ -54,15 +54,15 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
         dialect_args["hpc_db_server"] = f"service {service}" if service else f"host {host}" if host else "default host"
 
     def handle_pool_kwargs(self, pool_cls: type, pool_args: dict[str, Any]) -> None:
-        """Have no connection that is dead, and as many in use as without the plugin."""
+        """Make the pool check connections before use; allow as many in use as without the plugin."""
         pool_args["pre_ping"] = True
         self._keeps_all = "pool_size" in pool_args
         if issubclass(pool_cls, QueuePool):
-            # A thread that waits for another one's connection waits for the server, too.
+            # A thread that waits for another thread's connection may thereby wait for the server.
             pool_args.setdefault("timeout", 30 + self._patience)
 
     def engine_created(self, engine: Engine) -> None:
-        """Take over the pool's connections, and show users the URL that they know."""
+        """Wrap the pool's connections, and restore the user's URL."""
         engine.dialect.keep_up(engine.pool)
         if self._keeps_all:
             engine.pool.at_rest = None
@@ -75,5 +75,5 @@ def _seconds(name: str, given: object) -> float:
     except (TypeError, ValueError):
         seconds = -1.0
     if not 0 <= seconds <= LONGEST_PATIENCE_SECONDS:
-        raise ArgumentError(f"{name}: {given!r} is no number of seconds from 0 to {LONGEST_PATIENCE_SECONDS:.0f}")
+        raise ArgumentError(f"{name}: {given!r} is not allowed; seconds from 0 to {LONGEST_PATIENCE_SECONDS:.0f}")
     return seconds

@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""Optuna's storage through the proxy of an instance (``server_proxy``): no connections of one's own.
+# SPDX-License-Identifier: BSD-3-Clause
+"""Optuna's storage through an instance's storage proxy (``server_proxy``), without database connections of its own.
 
     study = optuna.load_study(study_name="beryllium", storage=hpc_db_client.proxy.storage("hpc_db"))
 
-It finds the proxy in the instance directory and shows the certificate there, which nobody else can read. Needs
-Optuna 4.2 or newer and grpcio. While the proxy is away it waits, as the engine plugin does. A request that was cut
-is sent again, though it may have been served: a value of a trial that is set twice is the same, and what must be done
-once (a study's making, attributes and end, a new trial, a trial's begin and end) has an id that the proxy knows again.
-If the database was restored meanwhile, an error says so.
+The storage reads the proxy's address and certificate from the instance directory, where only the owner can read them.
+It needs Optuna 4.2 or newer and grpcio. During an outage of the proxy it waits, like the engine plugin. A request whose
+answer was lost is sent again, although it may have been served: setting a trial's value twice has no further effect,
+and requests that must run only once (to create or delete a study, set its attributes, create a trial, or begin or end
+a trial) have an id that the proxy recognises. If the database was restored meanwhile, an error is raised that says so.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from optuna.storages import GrpcStorageProxy
 from .patience import GaveUp, Outage, Patience
 
 PATIENCE_SECONDS = 600.0
-# The proxy forgets what it has done after 90 days.
+# Must be shorter than 90 days, when the proxy deletes its records of requests.
 MOST_SECONDS = 30 * 86400.0
-# What the certificate is for, on whatever host the proxy runs.
+# The name in the certificate, independent of the proxy's host.
 NAME = "hpc-db"
-# As in roles/server/files/hpc_db_host/storage_proxy.py: the id of a request, whether it is sent again, the ids of
-# earlier ones that were answered and will not be, and whose data it is about.
+# Metadata as in roles/server/files/storage_proxy.py: the id of a request, whether it is a repetition, the ids
+# of earlier requests that were answered and will not be repeated, and the identity of the data.
 REQUEST, AGAIN, ANSWERED, DATA = "hpc-db-request", "hpc-db-again", "hpc-db-answered", "hpc-db-data"
-# Requests that the proxy does once, and those that may be done twice: only the worker that runs a trial sends them. Of
-# the others only those that read are sent again.
+# ONCE: requests that the proxy runs only once. TWICE: requests that may run twice, since only the worker that runs a
+# trial sends them. Of all others, only those that read are repeated.
 ONCE = {
     "CreateNewStudy", "DeleteStudy", "SetStudyUserAttribute", "SetStudySystemAttribute", "CreateNewTrial",
     "SetTrialStateValues",
@@ -47,14 +47,14 @@ MOST_ANSWERED = 50  # in one request
 OPTIONS = [
     ("grpc.ssl_target_name_override", NAME),
     ("grpc.max_receive_message_length", -1),
-    # A node that vanished says nothing: ask whether it is there while a request is under way.
+    # A node that has failed sends no error: send keepalive pings while waiting for an answer.
     ("grpc.keepalive_time_ms", 20000),
     ("grpc.keepalive_timeout_ms", 10000),
 ]
 
 
 class InstanceStorage(GrpcStorageProxy):  # type: ignore[misc]
-    """Optuna's client on a channel that is encrypted, shows who it is, and follows the server."""
+    """Optuna's client on a channel that is encrypted and authenticated, and that follows the server."""
 
     # from Optuna's client
     _channel: Any
@@ -74,21 +74,21 @@ class InstanceStorage(GrpcStorageProxy):  # type: ignore[misc]
         self._cache = type(self._cache)(self._stub)
 
     def wait_server_ready(self, timeout: float | None = None) -> None:
-        """Nothing to do: every request waits."""
+        """Return at once, since every request waits."""
 
 
 def storage(instance: str = "hpc_db", patience: float = PATIENCE_SECONDS) -> InstanceStorage:
-    """Return the storage of an instance, by its name or by its directory, that waits ``patience`` seconds."""
+    """Return the storage of an instance, given by name or directory; ``patience`` is the max outage in seconds."""
     if not 0 <= patience <= MOST_SECONDS:  # guard: longest patience
-        raise ValueError(f"patience is {patience:g}; it may be 0 to {MOST_SECONDS:.0f} seconds")
+        raise ValueError(f"patience: {patience:g} is not allowed; 0 to {MOST_SECONDS:.0f} seconds")
     root = os.path.expanduser(instance if os.sep in instance else f"~/hpc_db/{instance}")
     if not os.path.isdir(os.path.join(root, "run")):
-        raise ValueError(f"{root} is no instance directory; give its path, as instance_root has it")
+        raise ValueError(f"{root} is not an instance directory; give the path in instance_root")
     return InstanceStorage(root, patience)
 
 
 class _Channel:
-    """The channel to wherever the proxy is now, for all threads. ``data`` is whose data it serves, once known."""
+    """The channel to the proxy's current address, for all threads. ``data`` is the identity of its data, once known."""
 
     def __init__(self, root: str, patience: float, stub: type) -> None:
         self._root = root
@@ -101,10 +101,12 @@ class _Channel:
         self.data = ""
 
     def stub(self, look: bool) -> Any:
-        """Return Optuna's stub, if wanted after a look where the proxy is; raise LookupError if none is published."""
+        """Return Optuna's stub; with ``look``, for the current address. Raise LookupError if none is published."""
         with self._lock:
             if self._stub is not None and not look:
                 return self._stub
+        # Workers cannot ask the scheduler whether the endpoint's job still runs. They need not: a proxy that has ended
+        # does not answer, and any other program lacks the certificate.
         try:
             with open(os.path.join(self._root, "run", "endpoint.json"), encoding="utf-8") as stream:
                 proxy = json.load(stream)["proxy"]
@@ -114,10 +116,10 @@ class _Channel:
         try:
             certificate, key = (self._read(f"proxy.{kind}") for kind in ("crt", "key"))
         except FileNotFoundError as error:  # guard: certificate that is missing
-            raise LookupError(f"{error.filename} is missing until hpc_db.yml makes another one") from error
+            raise LookupError(f"{error.filename} is missing until hpc_db.yml creates another one") from error
         with self._lock:
             if self._stub is None or (address, certificate, key) != self._made_for:
-                # The former channel is closed with its last request, that of another thread, say.
+                # The old channel closes after its last request, which may be another thread's.
                 credentials = grpc.ssl_channel_credentials(certificate, key, certificate)
                 self._channel = grpc.secure_channel(address, credentials, options=OPTIONS)
                 self._made_for, self._stub = (address, certificate, key), self._make_stub(self._channel)
@@ -133,7 +135,7 @@ class _Channel:
         path = os.path.join(self._root, "secrets", name)
         with open(path, "rb") as stream:
             found = stream.read()
-        if not found:  # not yet written, and nothing to give to gRPC, which would end the process
+        if not found:  # not written yet; gRPC would abort the process
             raise FileNotFoundError(errno.ENOENT, "it is empty", path)
         return found
 
@@ -161,7 +163,7 @@ class _Stub:
                 answer, call = getattr(stub, name).with_call(request, metadata=tuple(said.items()))
                 self._channel.data = self._channel.data or dict(call.initial_metadata()).get(DATA, "")
                 self._channel.patience.is_over()
-                if name in ONCE and AGAIN not in said:  # else the proxy may have the first one still before it
+                if name in ONCE and AGAIN not in said:  # else the first attempt may still reach the proxy
                     self._answered.append(said[REQUEST])  # guard: notes that nobody needs
                 return answer
             except (LookupError, grpc.RpcError) as error:
@@ -180,7 +182,7 @@ class _Stub:
 
     def _take_answered(self) -> list[str]:
         taken: list[str] = []
-        with contextlib.suppress(IndexError):  # other threads take some, too
+        with contextlib.suppress(IndexError):  # other threads also take some
             while len(taken) < MOST_ANSWERED:
                 taken.append(self._answered.popleft())
         return taken
@@ -191,14 +193,14 @@ def _code(error: BaseException) -> grpc.StatusCode:
 
 
 def _is_away(error: BaseException) -> bool:
-    """Tell whether the proxy has gone, or postgres behind it."""
+    """Return whether the proxy, or postgres behind it, is not available."""
     if _code(error) == grpc.StatusCode.UNKNOWN:
-        return "Stream removed" in str(error)  # of a process that was killed, as grpcio said it once
+        return "Stream removed" in str(error)  # older versions of grpcio report a killed process so
     return _code(error) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 class _Said(Exception):
-    """What went wrong, in gRPC's one line instead of its twelve."""
+    """An error with gRPC's one-line details instead of its text of twelve lines."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(error.details() if isinstance(error, grpc.RpcError) else str(error))

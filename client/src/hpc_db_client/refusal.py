@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""Why a connection could not be made, whatever language the server or libpq would say that in.
+# SPDX-License-Identifier: BSD-3-Clause
+"""Find out why a connection failed, independent of the language of the message.
 
-libpq speaks the language that the application has chosen (``locale.setlocale``), the server that of its lc_messages.
-The drivers do not pass on the SQLSTATE of a server that lets nobody in.
+libpq uses the language that the application has chosen (``locale.setlocale``), the server that of its lc_messages.
+The drivers do not pass on the SQLSTATE if the server refuses a connection.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any
 
 try:
     import ctypes
-except ImportError:  # of a Python that was built without libffi
+except ImportError:  # Python was built without libffi
     ctypes = None  # type: ignore[assignment]
 
-# What waiting does not mend.
+# Errors that waiting does not resolve.
 FUTILE = re.compile(
     "password authentication failed|no password supplied|no pg_hba.conf entry|authentication failed for user|"
     "does not exist|permission denied for database|channel binding|certificate|invalid connection option|"
     "server does not support SSL|root certificate file|sslmode value|unrecognized configuration parameter"
 )
-# The same as the first characters of an SQLSTATE: who it is, which database, what is allowed.
+# The same as prefixes of an SQLSTATE: authentication, unknown database, missing privileges.
 FUTILE_STATES = ("28", "3D", "42")
-# What it mends.
+# Errors that waiting resolves.
 PASSING = re.compile("the database system is|terminating connection|too many|remaining connection slots|timeout")
-# A server's own words after their severity, in any language: one word or two. libpq's have one space.
+# A message of the server after its severity (one word or two, in any language). libpq's messages have only one space.
 OF_SERVER = re.compile(r"(?:^|: )[^:\n]+:  ", re.MULTILINE)
 STATE = re.compile(r":  ([0-9A-Z]{5})$", re.MULTILINE)
 SECONDS = 10.0
@@ -43,18 +43,18 @@ MESSAGES = 1 << 5  # LC_MESSAGES_MASK of the C library
 
 
 def is_futile(error: BaseException) -> bool:
-    """Tell whether a connection would be refused however long one waits."""
+    """Return whether the connection would be refused no matter how long one waits."""
     return getattr(error, "hpc_db_state", "").startswith(FUTILE_STATES) or bool(FUTILE.search(str(error)))
 
 
 def note_state(error: Any, dbapi: Any, arguments: tuple, options: dict) -> None:
-    """Note with an error the SQLSTATE of a server that speaks another language, for ``is_futile``.
+    """Add the SQLSTATE to an error of a server with another language, for ``is_futile``.
 
-    It is asked once more, since libpq tells that only if it has been asked to before.
+    This connects once more, since libpq reports the SQLSTATE only if that was requested before.
     """
     said = str(error)
     if OF_SERVER.search(said) and not FUTILE.search(said) and not PASSING.search(said):
-        with contextlib.suppress(AttributeError, OSError):  # a driver with another libpq than any of today's
+        with contextlib.suppress(AttributeError, OSError):  # a driver with an unknown kind of libpq
             error.hpc_db_state = _ask(dbapi, arguments, options)
 
 
@@ -68,7 +68,7 @@ def _ask(dbapi: Any, arguments: tuple, options: dict) -> str:
         others = inspect.signature(dbapi.connect).parameters
         given = {k: v for k, v in options.items() if k not in others or k == "dsn"}
         dsn, path = dbapi.extensions.make_dsn(*arguments, **given), dbapi._psycopg.__file__
-    libpq = ctypes.CDLL(path)  # of an extension module, that which it is linked to
+    libpq = ctypes.CDLL(path)  # for an extension module, the libpq that it is linked to
     libpq.PQconnectStart.restype, libpq.PQerrorMessage.restype = ctypes.c_void_p, ctypes.c_char_p
     connection = ctypes.c_void_p(libpq.PQconnectStart(dsn.encode()))
     if not connection:
@@ -89,7 +89,7 @@ def _ask(dbapi: Any, arguments: tuple, options: dict) -> str:
 
 @contextlib.contextmanager
 def english() -> Iterator[None]:
-    """Have the C library, and so libpq, speak English in this thread."""
+    """Make the C library, and thus libpq, use English in this thread."""
     library = _library()
     if library is None:
         yield
@@ -105,7 +105,7 @@ def english() -> Iterator[None]:
 
 
 def _library() -> Any:
-    """Return the C library; None if it, or this Python, cannot do that."""
+    """Return the C library; None if it has no locales per thread, or if Python has no ctypes."""
     try:
         library = ctypes.CDLL(None)
         library.newlocale.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p]

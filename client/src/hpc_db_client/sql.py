@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""Which statements may be sent a second time: an allow-list over PostgreSQL's tokens.
+# SPDX-License-Identifier: BSD-3-Clause
+"""Decide which statements can be repeated, by an allow-list over PostgreSQL's tokens.
 
-``judge`` looks at the text that the driver gets, whether SQLAlchemy compiled it or a program wrote it. A statement is
-known if it is one of a few kinds, and if everything in it that could call a function is a known function or a
-keyword. All other names may be tables, columns or types; ``catalog.py`` asks the server what they are before
-anything is repeated. A statement that is not known is never repeated, and neither is its session replaced.
+``judge`` examines the text that the driver gets, whether SQLAlchemy compiled it or a program wrote it. A statement is
+known if it is of one of a few kinds, and if everything in it that could call a function is a known function or a
+keyword. All other names may be tables, columns or types; ``catalog.py`` looks them up in the database before anything
+is repeated. An unknown statement is never repeated, and its session is never replaced.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _NESTED = re.compile(r"/\*|\*/")
-# What can end literals and quoted names: an odd number of marks, as two are one within.
+# Possible ends of literals and quoted names: an odd number of quotes, since two quotes stand for one inside.
 _QUOTES = {"escaped": re.compile(r"\\.|'+", re.DOTALL), "string": re.compile("'+"), "quoted": re.compile('"+')}
-# What is longer is not looked at, and what is longer than the last is looked at each time.
+# Longer texts are unknown; a text longer than MOST_REMEMBERED is judged each time.
 MOST_CHARACTERS = 4 * 1024**2
 MOST_TOKENS = 200_000
 MOST_REMEMBERED = 8 * 1024
 
-# Words that are no name of a function unless they are quoted, or only of the server's, and may stand before a
-# parenthesis. (The catalog looks for a function of each name, whatever it is here.)
+# Words that may precede a parenthesis and, unless quoted, cannot be the name of a function, or only of the server's
+# own. (The catalog looks for a function of each name in any case.)
 KEYWORDS = frozenset("""
     all and any array as asc between both by case cast coalesce collate cross default delete desc distinct do else end
     except exists extract false fetch for from full greatest group grouping having ilike in inner insert intersect into
@@ -52,14 +52,14 @@ KEYWORDS = frozenset("""
     overlaps overlay position returning right row select set setof similar some substring symmetric table tablesample
     then to trailing treat trim true union unique update using values variadic when where window with xmlelement
 """.split())  # fmt: skip
-# Words that could be functions unless they follow one of these.
+# Words that could be functions, except after one of these words.
 _CONTEXT = {
     "by": {"group", "order", "partition"}, "cube": {"group by"}, "delete": set(), "first": {"fetch"},
     "insert": set(), "key": {"primary", "foreign"}, "materialized": {"as", "as not"}, "next": {"fetch"},
     "rollup": {"group by"}, "sets": {"grouping"}, "update": set(), "zone": {"time"},
 }
 _MAY_STAND_BEFORE = KEYWORDS.difference(_CONTEXT)
-# Functions that read at most, and leave nothing behind.
+# Functions that at most read, and leave no state behind.
 _READING = frozenset("""
     abs acos acosh any_value array_agg array_append array_cat array_dims array_fill array_length array_lower array_ndims
     array_position array_positions array_prepend array_remove array_replace array_reverse array_sample array_shuffle
@@ -97,18 +97,18 @@ _READING = frozenset("""
     upper_inc upper_inf uuid uuidv7 var_pop var_samp varbit varchar variance varying version websearch_to_tsquery
     width_bucket
 """.split())  # fmt: skip
-# Functions of the clock that return one value within a transaction, and another one when it is repeated.
+# Clock functions that return a constant value within a transaction, but another one when it is repeated.
 TRANSACTION_CLOCK = frozenset("""
     current_date current_time current_timestamp localtime localtimestamp now transaction_timestamp
 """.split())
 CLOCK = TRANSACTION_CLOCK | frozenset("age clock_timestamp statement_timestamp timeofday".split())
-# They do something, but within the transaction, or (a key) so that nothing is lost if it is done twice.
+# Functions whose effects end with the transaction, or (nextval) do no harm if they happen twice.
 _DOING = frozenset("""
     nextval pg_advisory_xact_lock pg_advisory_xact_lock_shared pg_try_advisory_xact_lock
     pg_try_advisory_xact_lock_shared
 """.split())
 FUNCTIONS = _READING | CLOCK | _DOING
-# What a SELECT may not contain if it only reads.
+# Words that a SELECT must not contain if it only reads.
 _WRITING = frozenset("delete for insert merge update".split()) | _DOING
 _DEFINITIONS = {
     "create": {"index", "sequence", "table", "type", "unique"}, "alter": {"index", "sequence", "table", "type"},
@@ -117,20 +117,20 @@ _DEFINITIONS = {
 _DEFINING = frozenset("check identity include".split())
 _PARTITIONS = frozenset("hash list range".split())
 _DEFINED = frozenset("exists on references table using".split())
-# Literals that PostgreSQL reads as the current time when they are cast to a date or timestamp.
+# Literals that stand for the current time when they are cast to a date or timestamp.
 TIMES = frozenset("now today tomorrow yesterday".split())
-# Settings of one transaction that do not change what names mean.
+# Settings that may be changed for one transaction, since they do not affect the meaning of names.
 _LOCAL = frozenset("idle_in_transaction_session_timeout lock_timeout statement_timeout timezone work_mem".split())
-# How a statement of a PL/pgSQL function that is a trigger may begin.
+# Words that may begin a statement in a PL/pgSQL trigger function.
 _BODY = frozenset("""
     begin delete else elsif end exception if insert null perform raise return select update when with
 """.split())
 _BEGINNERS = frozenset("begin else loop then".split())
-LONGEST_NAME = 63  # bytes; PostgreSQL cuts what is longer
+LONGEST_NAME = 63  # bytes; PostgreSQL truncates longer names
 
 
 class Unknown(Exception):
-    """A statement is not known; the message says why."""
+    """A statement is not known to be repeatable; the message says why."""
 
 
 class Token(NamedTuple):
@@ -141,12 +141,12 @@ class Token(NamedTuple):
 
     @property
     def word(self) -> str:
-        """The keyword or name that is meant; "" if this is none, or a quoted one."""
+        """The keyword or name in lower case; "" for quoted names and other tokens."""
         return self.text.lower() if self.kind == "name" else ""
 
     @property
     def name(self) -> str:
-        """The name that PostgreSQL looks for; "" if this is none."""
+        """The name as PostgreSQL looks it up, without quotes; "" for tokens that are not names."""
         if self.kind == "quoted":
             name = self.text[1:-1].replace('""', '"')
         elif self.kind == "name":
@@ -157,23 +157,23 @@ class Token(NamedTuple):
 
 
 class Insert(NamedTuple):
-    """Where an INSERT ... RETURNING can be told the values that it gave before."""
+    """Positions in an INSERT ... RETURNING where the values of the first run can be added for a repetition."""
 
     relation: str  # as the server gets it
     table: str
-    columns: dict[str, int]  # and their places
-    first_column: int  # where another one can stand before them; 0 if none is named
-    overriding: int  # where OVERRIDING SYSTEM VALUE can stand
-    default_values: tuple[int, int]  # where DEFAULT VALUES stands, if it does
-    rows: list[list[tuple[int, int]]]  # where the values of each row are; none for DEFAULT VALUES
-    counted: int  # where the list of SELECT begins, if the rows are counted by sen_counter; else 0
-    returning: list[str]  # columns; "" where something else is returned
+    columns: dict[str, int]  # the named columns and their positions
+    first_column: int  # where another column can be added before them; 0 if no columns are named
+    overriding: int  # where OVERRIDING SYSTEM VALUE can be added
+    default_values: tuple[int, int]  # where DEFAULT VALUES is, if present
+    rows: list[list[tuple[int, int]]]  # where the values of each row are; empty for DEFAULT VALUES
+    counted: int  # where the list of SELECT begins, if sen_counter numbers the rows; else 0
+    returning: list[str]  # columns; "" for other expressions
     conflict: frozenset[str]  # names in ON CONFLICT
     has_arguments: bool
 
 
 class Judgement:
-    """What is known of a statement before it is sent."""
+    """Properties of a statement, determined before it is sent."""
 
     __slots__ = (
         "why", "binds", "free", "head", "names", "relations", "clock", "gives", "adds", "isolates", "sequence",
@@ -181,40 +181,40 @@ class Judgement:
     )
 
     def __init__(self) -> None:
-        self.why = ""  # why it is not repeated
-        self.binds = False  # it may leave something in the session
+        self.why = ""  # why the statement cannot be repeated
+        self.binds = False  # it may leave state in the session
         self.free = False  # it only reads
         self.head = ""
         self.names: frozenset[str] = frozenset()
-        self.relations: frozenset[str] = frozenset()  # those of the names that have to be found
+        self.relations: frozenset[str] = frozenset()  # the names that must exist in the database
         self.clock = False
         self.gives = False  # an INSERT whose rows are given
-        self.adds = False  # the same, and nothing can be in its way
-        self.isolates = False  # it changes what the transaction sees
-        self.sequence = ""  # of which it is asked for a key, and nothing else
+        self.adds = False  # the same, without ON CONFLICT
+        self.isolates = False  # it may change the transaction's isolation level
+        self.sequence = ""  # the statement only gets a key from this sequence
         self.insert: Insert | None = None
         self.returns = False
-        self.writes = False  # or locks rows
+        self.writes = False  # it writes or locks rows
 
 
 def tokens(text: str, has_arguments: bool = False, standard_strings: bool = True) -> list[Token]:
-    """Split a text as PostgreSQL does, without spaces and comments; raise Unknown if that is not sure."""
+    """Split a text into tokens as PostgreSQL does, without spaces and comments; raise Unknown if that is uncertain."""
     found: list[Token] = []
     place, end = 0, len(text)
     while place < end:
         if end > MOST_CHARACTERS or len(found) >= MOST_TOKENS:  # guard: long texts
-            raise Unknown("it is too long to be looked at")
+            raise Unknown("it is too long to be checked")
         match = _TOKEN.match(text, place)
         kind = match.lastgroup if match else "unknown"
         if match is None or kind is None or kind == "unknown":
-            raise Unknown(f"{text[place:place + 10]!r} in it is not understood")
+            raise Unknown(f"{text[place:place + 10]!r} in it cannot be parsed")
         start, place = place, match.end()
         if kind == "comment":
             place = _end_of_comment(text, place)
         elif kind == "dollar":
             place = text.find(match.group(), place) + len(match.group())
             if place < start + 2 * len(match.group()):
-                raise Unknown("a literal in it has no end")
+                raise Unknown("it has an unterminated literal")
         elif kind in _QUOTES:
             place = _end_of_literal(text, place, _QUOTES[kind])
             if kind == "string" and not standard_strings and text.find("\\", start, place) >= 0:
@@ -222,7 +222,7 @@ def tokens(text: str, has_arguments: bool = False, standard_strings: bool = True
             if kind == "string" and found and found[-1].kind == "escaped":
                 raise Unknown("a literal in two parts")
         elif kind == "number" and place < end and (text[place].isalnum() or text[place] in "_$"):
-            raise Unknown(f"{text[start:place + 5]!r} in it is not understood")
+            raise Unknown(f"{text[start:place + 5]!r} in it cannot be parsed")
         part = text[start:place]
         if has_arguments and (
             "%" in part.replace("%%", "") if kind not in ("placeholder", "operator") else part == "%"
@@ -238,14 +238,14 @@ def tokens(text: str, has_arguments: bool = False, standard_strings: bool = True
 
 
 def _end_of_literal(text: str, place: int, ends: re.Pattern[str]) -> int:
-    """Return where it ends that has begun before ``place``.
+    """Return the end of a literal or quoted name that began before ``place``.
 
-    One pattern for all of it would take 300 bytes for each of its characters.
+    One pattern for the whole literal would need 300 bytes of memory per character.
     """
     while True:
         mark = ends.search(text, place)
         if not mark:
-            raise Unknown("a literal in it has no end")
+            raise Unknown("it has an unterminated literal")
         place = mark.end()
         if len(mark.group()) % 2:
             return place
@@ -256,14 +256,14 @@ def _end_of_comment(text: str, place: int) -> int:
     while depth:
         mark = _NESTED.search(text, place)
         if not mark:
-            raise Unknown("a comment in it has no end")
+            raise Unknown("it has an unterminated comment")
         depth += 1 if mark.group() == "/*" else -1
         place = mark.end()
     return place
 
 
 def judge(text: str, has_arguments: bool = False, standard_strings: bool = True) -> Judgement:
-    """Tell whether a statement can be repeated."""
+    """Return whether, and under which conditions, a statement can be repeated."""
     remembers = len(text) <= MOST_REMEMBERED
     return (_remembered if remembers else _judge)(text, has_arguments, standard_strings)
 
@@ -284,7 +284,7 @@ def _judge(text: str, has_arguments: bool, standard_strings: bool) -> Judgement:
             try:
                 _judge_part(judged, part, has_arguments)
             except IndexError:
-                raise Unknown("it ends too early") from None
+                raise Unknown("it is incomplete") from None
             adds = adds and judged.adds
         if len(parts) > 1:
             judged.free = False
@@ -303,19 +303,19 @@ _remembered = lru_cache(maxsize=2000)(_judge)
 
 
 def _relations(found: list[Token]) -> frozenset[str]:
-    """Return the names that stand where tables and views do, or a column (SUBSTRING), and are none of the statement's.
+    """Return the names in places of tables and views, or of a column (SUBSTRING), except those the statement defines.
 
-    One that the catalog does not find might be read otherwise there, or have been dropped since.
+    If the catalog does not find such a name, the database may read it differently, or it was dropped meanwhile.
     """
     named, own = set(), set()
     for place, token in enumerate(found[:-1]):
         before, after = found[place - 1], found[place + 1]
         if before.word in ("as", "with", "recursive") or (after.text == "(" and before.text == ","):
-            own.add(token.name)  # an alias, one of WITH, or a function
+            own.add(token.name)  # an alias, a query in WITH, or a function
         elif after.word == "as" and any(
             not each.name or each.word in ("materialized", "not") for each in found[place + 2:place + 3]
         ):
-            own.add(token.name)  # one of WITH
+            own.add(token.name)  # a query in WITH
         if token.word in ("from", "into", "join", "only", "table", "update", "using"):
             at = place + 1
             while at + 2 < len(found) and found[at + 1].text == "." and found[at].name:
@@ -339,7 +339,7 @@ def _parts(found: list[Token]) -> list[list[Token]]:
 
 
 def _judge_part(judged: Judgement, part: list[Token], has_arguments: bool) -> None:
-    """Add what one statement is; raise Unknown."""
+    """Judge one statement of several and update ``judged``; raise Unknown."""
     if not part:
         raise Unknown("it is empty")
     words = [token.word for token in part]
@@ -379,7 +379,7 @@ def _judge_query(judged: Judgement, part: list[Token], words: list[str], has_arg
     check_calls(part)
     for place, word in enumerate(words):
         if word == "into" and words[place - 1] != "insert":
-            raise Unknown("INTO makes a table")
+            raise Unknown("INTO creates a table")
         if words[place:place + 2] == ["current", "of"]:
             raise Unknown("a cursor")
     names = {token.name for token in part}
@@ -410,12 +410,12 @@ def _has_server_s_own(names: Iterable[str]) -> bool:
 
 
 def _is_of_function(name: str) -> bool:
-    """Tell whether it is a function, or what SQLAlchemy calls its result."""
+    """Return whether a name is that of a known function, or SQLAlchemy's label for its result."""
     return name in FUNCTIONS or name.rstrip("0123456789").rstrip("_") in FUNCTIONS
 
 
 def check_calls(part: Sequence[Token], definition: bool = False, also: frozenset[str] = frozenset()) -> None:
-    """Raise Unknown if something that is not known might be called."""
+    """Raise Unknown if an unknown function might be called."""
     for place in range(len(part) - 1):
         token, after = part[place], part[place + 1]
         if not token.name or not (after.text == "(" or after.kind == "placeholder"):
@@ -430,18 +430,18 @@ def check_calls(part: Sequence[Token], definition: bool = False, also: frozenset
         if token.name in FUNCTIONS and qualifiers in ([], ["pg_catalog"]):
             continue
         if after.kind == "placeholder":
-            pass  # psycopg2 writes a tuple in parentheses
+            pass  # psycopg2 writes a tuple with parentheses
         elif first == place and _is_syntax(part, place, definition):
             continue
         elif before and (before.word in ("into", "as", "with", "recursive") or before.text == "::"):
             continue  # a table with its columns, an alias with its columns, a type with its size
         elif definition and (token.word in _DEFINING or (before and before.word in _DEFINED)):
             continue
-        raise Unknown(f"what {token.text}{after.text if after.kind == 'placeholder' else '()'} does")
+        raise Unknown(f"the effect of {token.text}{after.text if after.kind == 'placeholder' else '()'}")
 
 
 def _is_syntax(part: Sequence[Token], place: int, definition: bool) -> bool:
-    """Tell whether the name there, before a parenthesis, cannot be a function by what stands around it."""
+    """Return whether the context shows that the name at ``place``, before a parenthesis, is not a function."""
     token, before = part[place], part[place - 1] if place else None
     if before is None:
         return False
@@ -461,8 +461,8 @@ def _is_syntax(part: Sequence[Token], place: int, definition: bool) -> bool:
             each.kind == "operator" for each in inner[2:]
         )
     if before.word == "tablesample":
-        return token.word in ("bernoulli", "system") and after[:1] == ["repeatable"]  # the same rows again
-    if before.text == ",":  # the second of WITH RECURSIVE: a function's columns cannot be called so
+        return token.word in ("bernoulli", "system") and after[:1] == ["repeatable"]  # returns the same rows again
+    if before.text == ",":  # the second query in WITH RECURSIVE: no alias of a function is followed by this
         return after in (["as", "(", "select"], ["as", "(", "with"], ["as", "(", "("])
     if before.text == ")":  # FROM f(1) g(n), FROM (SELECT ...) g(n), f(1) OVER (...), but not DISTINCT ON (a) f(b)
         opened = _open(part, place - 1)
@@ -473,39 +473,39 @@ def _is_syntax(part: Sequence[Token], place: int, definition: bool) -> bool:
 
 
 def _open(part: Sequence[Token], place: int) -> int:
-    """Return the place of the parenthesis that the one at ``place`` closes."""
+    """Return the place of the opening parenthesis for the one at ``place``."""
     depth = 0
     for at in range(place, -1, -1):
         depth += {")": 1, "]": 1, "(": -1, "[": -1}.get(part[at].text, 0)
         if not depth:
             return at
-    raise Unknown("a parenthesis in it is not opened")
+    raise Unknown("it has an unbalanced parenthesis")
 
 
 def judge_expression(text: str) -> tuple[str, frozenset[str]]:
-    """Judge a default or a constraint, as the server prints it; return why it is not known, and its names."""
+    """Judge a default or a constraint as printed by the server; return why it is unknown ("" if not), and its names."""
     judged = judge(f"SELECT {text}")
     return judged.why, judged.names
 
 
 def judge_view(text: str) -> tuple[str, frozenset[str]]:
-    """Judge the query of a view."""
+    """Judge the query of a view; return the same as ``judge_expression``."""
     judged = judge(text)
-    why = judged.why or ("" if judged.free else "it does not only read")
+    why = judged.why or ("" if judged.free else "it is not read-only")
     if not why and _has_server_s_own(judged.names):  # guard: the server's own tables, in views
-        why = "what is written to it may change one of the server's own tables"
+        why = "writing to it may change one of the server's own tables"
     return why, judged.names
 
 
 def judge_body(text: str) -> tuple[str, frozenset[str]]:
-    """Judge the source of a PL/pgSQL function."""
+    """Judge the source of a PL/pgSQL function; return the same as ``judge_expression``."""
     try:
         found = tokens(text)
         names = frozenset(each.name for each in found if each.name)
         if _has_server_s_own(names):
             raise Unknown("it may change one of the server's own tables")
         check_calls(found, also=frozenset(("if", "elsif", "return")))
-        # Elsewhere DECLARE may be a name; within its section nothing is done but the calls that are checked.
+        # DECLARE may be a name elsewhere; its section at the beginning can only do calls, which are checked above.
         begins, declares = True, found[:1] != [] and found[0].word == "declare"
         for place, token in enumerate(found):
             declares = declares and token.word != "begin"  # guard: DECLARE
@@ -525,7 +525,7 @@ def _is_assignment(found: list[Token], place: int) -> bool:
 
 
 def judge_definition(text: str) -> tuple[str, frozenset[str]]:
-    """Judge the definition of a trigger, as the server prints it."""
+    """Judge the definition of a trigger as printed by the server; return the same as ``judge_expression``."""
     try:
         found = tokens(text)
         words = [token.word for token in found]
@@ -541,7 +541,7 @@ def judge_definition(text: str) -> tuple[str, frozenset[str]]:
 
 
 def _values_only(part: list[Token], words: list[str]) -> bool:
-    """Tell whether an INSERT looks at no table: its rows are given, or a SELECT's from VALUES."""
+    """Return whether an INSERT reads no table: its rows are given by VALUES, or by a SELECT from VALUES."""
     selects = words.count("select")
     if not selects:
         return "with" not in words and "table" not in words
@@ -554,17 +554,17 @@ def _values_only(part: list[Token], words: list[str]) -> bool:
 
 
 def _close(part: Sequence[Token], place: int) -> int:
-    """Return the place of the parenthesis that closes the one at ``place``."""
+    """Return the place of the closing parenthesis for the one at ``place``."""
     depth = 0
     for at in range(place, len(part)):
         depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(part[at].text, 0)
         if not depth:
             return at
-    raise Unknown("a parenthesis in it is not closed")
+    raise Unknown("it has an unbalanced parenthesis")
 
 
 def _items(part: list[Token], first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Yield where each of the items begins and ends that commas separate, from ``first`` up to ``last``."""
+    """Yield begin and end of each item in a comma-separated list from ``first`` up to ``last``."""
     place = begin = first
     while place < last:
         if part[place].text in "([":
@@ -578,7 +578,7 @@ def _items(part: list[Token], first: int, last: int) -> Iterator[tuple[int, int]
 
 
 def _insert(part: list[Token], has_arguments: bool) -> Insert | None:
-    """Return where an INSERT ... RETURNING can be told its values; None if it is not that simple."""
+    """Return where values can be added to an INSERT ... RETURNING; None if it is too complex."""
     place = 2
     while place + 1 < len(part) and part[place].name and part[place + 1].text == ".":
         place += 2
@@ -617,7 +617,7 @@ def _insert(part: list[Token], has_arguments: bool) -> Insert | None:
     conflict: frozenset[str] = frozenset()
     if words[place:place + 2] == ["on", "conflict"]:
         conflict = frozenset(token.name for token in part[place:returned])
-        place = returned  # what is in its way is found before the key is looked at
+        place = returned  # conflicting rows are found before the key is examined
     if place != returned or not (first_column or not rows):
         return None
     returning = []
@@ -636,12 +636,12 @@ def _insert(part: list[Token], has_arguments: bool) -> Insert | None:
 
 
 def literal(value: Any) -> str | None:
-    """Return a value as PostgreSQL reads it; None for a type that might not come out the same."""
+    """Return a value as a literal for PostgreSQL; None for types that may not be preserved exactly."""
     if type(value) is int:
         return str(value) if value >= 0 else f"({value})"
     if isinstance(value, (str, uuid.UUID)):
         if "\\" in str(value):  # guard: values with a backslash
-            return None  # whether it is one, standard_conforming_strings says
+            return None  # its meaning depends on standard_conforming_strings
         return "'" + str(value).replace("'", "''") + "'"
     if isinstance(value, (datetime.date, datetime.datetime)) and 1 < value.year < 9999:  # else it may be infinite
         return f"'{value.isoformat()}'"
@@ -649,9 +649,9 @@ def literal(value: Any) -> str | None:
 
 
 def sequence_asked(expressions: set[str]) -> str | None:
-    """Return the sequence that these expressions take their keys from.
+    """Return the sequence from which these expressions take their keys.
 
-    "" if they are functions without arguments, such as ``gen_random_uuid()``; None for all other expressions.
+    Return "" for functions without arguments, such as ``gen_random_uuid()``, and None for all other expressions.
     """
     if all(re.fullmatch(r"(?!nextval)\w+\(\)", each) for each in expressions):
         return ""
@@ -661,7 +661,7 @@ def sequence_asked(expressions: set[str]) -> str | None:
 
 
 def with_values(text: str, insert: Insert, given: dict[str, tuple[str, list[Any]]]) -> str:
-    """Return the INSERT with these values, one a row, for columns that the server had filled, of these types."""
+    """Return the INSERT with given values for columns that the server filled; each has a type and one value per row."""
 
     def double(part: str) -> str:
         return part.replace("%", "%%") if insert.has_arguments else part
@@ -677,7 +677,7 @@ def with_values(text: str, insert: Insert, given: dict[str, tuple[str, list[Any]
             more.append((column, double(kind), [double(each) for each in said if each]))
         elif insert.rows:
             for row, each in zip(insert.rows, said):
-                # Without its placeholder, a positional argument would be left over.
+                # Keep placeholders: without one, a positional argument would be left over.
                 if each and not re.search(r"^%\(\w+\)s$|%[sbt]", text[slice(*row[place])]):
                     changes.append((*row[place], double(each)))
     if more:

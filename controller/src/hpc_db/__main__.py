@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""``python -m hpc_db up hemera5``: the progress goes to stderr, and the URL or the status page to stdout."""
+# SPDX-License-Identifier: BSD-3-Clause
+"""``python -m hpc_db up hemera5``: prints the progress to stderr, and the URL or the status page to stdout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpc_db.servers import Server
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """Return name and value of ``NAME=VALUE``; a list or mapping is JSON, and anything else text, as for Ansible."""
+    """Return name and value of ``NAME=VALUE``; a list or mapping is JSON, any other value is text, as in Ansible."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
@@ -25,7 +25,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def main() -> int:
-    """Run the command; return what the process exits with."""
+    """Run the command; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hpc_db", description=hpc_db.__doc__)
     parser.add_argument("command", choices=["up", "status", "down"])
     parser.add_argument("inventory", nargs="+", help="a folder's name below inventories/, or a path")
@@ -38,7 +38,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    if given.command == "up":  # the status page has been printed
+    if given.command == "up":  # status has already printed its page
         for server in [found] if isinstance(found, Server) else found:
             print(server.url)
     return 0

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""Run one of the collection's playbooks by ansible-runner, show how far it is, and return what its tasks return."""
+# SPDX-License-Identifier: BSD-3-Clause
+"""Run one of the collection's playbooks with ansible-runner, show its progress, and return its tasks' results."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from typing import Any, Union
 
 from hpc_db.progress import Lines, printable, progress
 
-# Where this package is part of a checkout.
+# The checkout, if this package is part of one.
 CHECKOUT = Path(__file__).resolve().parents[3]
 
-# What a role's tasks do, or those of one file, in the words of people.
+# Description of the tasks of a role, or of one of its files, for the progress.
 PHASES = {
     "instance": "instance directory",
     "postgres": "PostgreSQL",
     "upgrade": "major version",
     "databases": "databases and studies",
     "client": "client package",
-    "server/last_run": "last run",
-    "server/host": "hosting program",
-    "server/main": "hosting job",
-    "server/read": "hosting job",
-    "server/stop": "hosting job",
+    "server/quick_check": "quick check",
+    "server/host": "supervisor",
+    "server/main": "server job",
+    "server/read": "server job",
+    "server/stop": "server job",
 }
 ROLE = re.compile(r"/roles/(\w+)/tasks/(\w+)\.yml:\d+$")
 
-# What an action plugin says while a task lasts: [host] text.
+# A line that an action plugin prints during a task: [host] text.
 SAID = re.compile(r"\[([^\]\s]+)\] (.+)")
-# ssh may ask for what nobody can type here; newer Ansibles leave it no terminal to ask on, older ones ours.
+# Prompts of ssh, which nobody can answer here. Older versions of Ansible give ssh our terminal, newer ones none.
 ASKING = r"(?i)(password|passphrase|passcode|token|verification code|one-time|otp|\(yes/no[^)]*\))[^\r\n]*[:?] ?$"
 NOBODY_ANSWERS = re.compile(r"permission denied|host key verification failed|too many authentication|askpass", re.I)
-# Seconds until Ansible, once interrupted, is killed.
+# Seconds after an interrupt until Ansible is killed.
 PATIENCE = 30
 
 Inventory = Union[str, "os.PathLike[str]"]
@@ -51,13 +51,13 @@ Result = tuple[str, dict[str, Any]]
 
 
 class Failed(Exception):
-    """The playbook failed; the message is its own, one line for each host that did."""
+    """The playbook failed; the message is the playbook's, one line for each failed host."""
 
 
 def play(playbook: str, inventories: Sequence[Inventory], folder: Inventory | None, settings: dict) -> list[Result]:
-    """Run a playbook, and return the results of its tasks with their hosts."""
+    """Run a playbook; return the results of its ``show`` tasks, each with its host."""
     found = find_inventories(inventories, folder)
-    # What Ansible is told and what it says may hold secrets; nobody else can enter the folder, and it does not stay.
+    # Ansible's input and output may contain secrets: the folder is private, and removed afterwards.
     with tempfile.TemporaryDirectory(prefix="hpc_db-") as private:
         os.mkdir(f"{private}/env", 0o700)
         Path(private, "env", "extravars").write_text(json.dumps(settings))
@@ -65,24 +65,24 @@ def play(playbook: str, inventories: Sequence[Inventory], folder: Inventory | No
 
 
 def find_inventories(inventories: Sequence[Inventory], folder: Inventory | None) -> list[str]:
-    """Return the paths of inventories that are given by name or by path."""
+    """Return the paths of inventories given by name or by path."""
     if not inventories:
-        raise Failed("no inventory is given, such as hemera5")
+        raise Failed("no inventory is given; name one, such as hemera5")
     places = [Path(folder)] if folder else [Path("inventories"), CHECKOUT / "inventories"]
     return [find_inventory(os.fspath(inventory), places) for inventory in inventories]
 
 
 def find_inventory(inventory: str, places: list[Path]) -> str:
-    """Return the path of an inventory: a name is looked for in these places, and what has a slash is a path."""
+    """Return the path of an inventory: with a slash it is a path, otherwise a name in one of these places."""
     paths = [Path(inventory).expanduser()] if os.sep in inventory else [place / inventory for place in places]
     for path in paths:
         if path.exists():
             return str(path.absolute())
-    raise Failed(f"there is no inventory {' or '.join(map(str, paths))}")
+    raise Failed(f"inventory not found: {' or '.join(map(str, paths))}")
 
 
 def run(private: str, playbook: str, inventories: list[str]) -> list[Result]:
-    """Run a playbook with a folder for whatever ansible-runner keeps."""
+    """Run a playbook; ``private`` is the folder for ansible-runner's files."""
     try:
         import ansible_runner
     except ImportError as error:
@@ -97,7 +97,7 @@ def run(private: str, playbook: str, inventories: list[str]) -> list[Result]:
 
     def keep(event: dict[str, Any]) -> bool:
         events.put(event)
-        return False  # on disk
+        return False  # do not write it to disk
 
     runner = ansible_runner.interface.init_runner(
         private_data_dir=private,
@@ -111,7 +111,7 @@ def run(private: str, playbook: str, inventories: list[str]) -> list[Result]:
         cancel_callback=cancelled.is_set,
     )
     if "ANSIBLE_HOST_KEY_CHECKING" not in os.environ:
-        # ansible-runner would have any host believed to be the cluster.
+        # ansible-runner would disable the check of host keys.
         runner.config.env.pop("ANSIBLE_HOST_KEY_CHECKING", None)
     told = Told(progress(), shows_pages=playbook == "status")
     with ThreadPoolExecutor(1) as pool:
@@ -123,7 +123,7 @@ def run(private: str, playbook: str, inventories: list[str]) -> list[Result]:
         except KeyboardInterrupt:
             if told.interrupt():
                 wait([running], PATIENCE)
-            cancelled.set()  # now it is killed, if it still runs
+            cancelled.set()  # kills it if it still runs
             raise
         finally:
             told.screen.end()
@@ -136,7 +136,7 @@ def run(private: str, playbook: str, inventories: list[str]) -> list[Result]:
 
 
 class Told:
-    """What a playbook's events tell."""
+    """Collects the results of a playbook from its events, and shows the progress."""
 
     def __init__(self, screen: Lines, shows_pages: bool = False) -> None:
         self.screen = screen
@@ -150,7 +150,7 @@ class Told:
         self._pid: int | None = None
 
     def take(self, event: dict[str, Any]) -> None:
-        """Take one of ansible-runner's events."""
+        """Process one of ansible-runner's events."""
         data = event.get("event_data") or {}
         self._pid = event.get("pid") or self._pid
         kind, host, result = event["event"], data.get("host", ""), data.get("res") or {}
@@ -161,7 +161,7 @@ class Told:
         elif kind in ("runner_on_ok", "runner_item_on_ok"):
             self._take_result(host, data, result)
         elif kind in ("runner_on_failed", "runner_item_on_failed", "runner_on_unreachable"):
-            # The items of a loop say what it is, and the loop that there was something.
+            # For a failed loop, the items have the message; the loop only reports that some failed.
             if "results" not in result:
                 self._failures[host] = one_line(result, kind == "runner_on_unreachable")
         elif kind == "playbook_on_stats":
@@ -185,20 +185,20 @@ class Told:
             self._lines.append(line.strip())
 
     def why(self, inventories: Iterable[str]) -> str:
-        """Return why the playbook failed."""
+        """Return the reason why the playbook failed."""
         failed = {host: self._failures[host] for host in sorted(self._failed) if host in self._failures}
         if failed:
             return "\n".join(f"{host}: {message}" for host, message in failed.items())
         said = [line for line in self._lines if re.match(r"ERROR!|\[ERROR\]", line)] or self._lines[-1:]
-        return f"{', '.join(inventories)}: {' '.join(said[:1]) or 'ansible-playbook ended without a word'}"
+        return f"{', '.join(inventories)}: {' '.join(said[:1]) or 'ansible-playbook ended without a message'}"
 
     def why_nobody(self, inventories: Iterable[str]) -> str:
-        """Return why the playbook had nothing to do."""
+        """Return the reason why the playbook ran on no host."""
         unread = [line.partition(": ")[2] for line in self._lines if "Unable to parse" in line]
-        return (unread or [f"{', '.join(inventories)}: there is no host in a group hpc_db"])[0]
+        return (unread or [f"{', '.join(inventories)}: no host is in a group hpc_db"])[0]
 
     def interrupt(self) -> bool:
-        """End Ansible as a terminal's ^C does, if it has begun; it ends what it has started."""
+        """Interrupt Ansible as ^C in a terminal does, so that it ends its own children; return whether it has begun."""
         if self._pid is None:
             return False
         with contextlib.suppress(ProcessLookupError):
@@ -207,7 +207,7 @@ class Told:
 
 
 def phase_of(task_path: str) -> str:
-    """Return which phase of the playbook a task belongs to; empty if it is none's."""
+    """Return the phase of the playbook that a task belongs to; empty if there is none."""
     found = ROLE.search(task_path)
     if not found:
         return ""
@@ -216,12 +216,12 @@ def phase_of(task_path: str) -> str:
 
 
 def one_line(result: dict[str, Any], unreachable: bool) -> str:
-    """Return what a task that failed says, without what Ansible puts before it."""
-    text = " ".join(str(result.get("msg") or result.get("module_stderr") or "it failed without a word").split())
+    """Return the message of a failed task without Ansible's prefix."""
+    text = " ".join(str(result.get("msg") or result.get("module_stderr") or "it failed without a message").split())
     text = re.sub(r"^(Task failed: )?((Module|Action) failed: )?", "", text)
     if unreachable and NOBODY_ANSWERS.search(text):
         text += (
-            "; nobody can answer ssh's questions here: load a key into ssh-agent, or open the connection that Ansible "
-            "shares in a terminal before (docs/notebooks.md)"
+            "; ssh cannot ask for input here: load a key into ssh-agent, or first open Ansible's shared "
+            "connection in a terminal (docs/notebooks.md)"
         )
     return text

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""How far a playbook is: one line a host, rewritten in a terminal and in a notebook; else one line a phase."""
+# SPDX-License-Identifier: BSD-3-Clause
+"""A playbook's progress: in a terminal or notebook one line per host, which is rewritten; else one line per phase."""
 
 from __future__ import annotations
 
@@ -11,53 +11,53 @@ from typing import Any, TextIO
 
 
 class Lines:
-    """For a file or a pipe: each phase of each host as it begins."""
+    """Progress in a file or pipe: one line for each phase of each host, when it begins."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._phases: dict[str, str] = {}
 
     def now(self, host: str, phase: str, _doing: str) -> None:
-        """Say what a host is at: a phase, and what of it."""
+        """Show a host's current phase, and the task in it."""
         if self._phases.get(host) != phase:
             self._phases[host] = phase
             self.say(f"{host}: {phase}")
 
     def say(self, text: str) -> None:
-        """Say something that stays."""
+        """Print permanent text."""
         print(printable(text, keep="\n"), file=self._stream, flush=True)
 
     def page(self, text: str) -> None:
-        """Print what was asked for, to the standard output."""
+        """Print the requested output to stdout."""
         self.end()
         print(printable(text.rstrip("\n"), keep="\n"), flush=True)
 
     def end(self) -> None:
-        """Leave only what stays."""
+        """Remove temporary output."""
 
 
 class Terminal(Lines):
-    """For a terminal: the last line is rewritten."""
+    """Progress in a terminal: the last line is rewritten."""
 
     def now(self, host: str, phase: str, doing: str) -> None:
-        """Say what a host is at."""
+        """Show a host's current phase and task."""
         width = shutil.get_terminal_size().columns - 1
         self._stream.write(f"\r\033[K{printable(f'{host}: {phase}: {doing}')[:width]}")
         self._stream.flush()
 
     def say(self, text: str) -> None:
-        """Say something that stays, in the place of that line."""
+        """Print permanent text in place of the progress line."""
         self.end()
         super().say(text)
 
     def end(self) -> None:
-        """Remove the line."""
+        """Remove the progress line."""
         self._stream.write("\r\033[K")
         self._stream.flush()
 
 
 class Notebook(Lines):
-    """For a notebook: the cell's output has a line for each host, which is replaced."""
+    """Progress in a notebook: the cell's output has one line per host, which is replaced."""
 
     def __init__(self) -> None:
         super().__init__(sys.stdout)
@@ -67,14 +67,14 @@ class Notebook(Lines):
         self._shown = display({"text/plain": ""}, raw=True, display_id=True)
 
     def now(self, host: str, phase: str, doing: str) -> None:
-        """Say what a host is at."""
+        """Show a host's current phase and task."""
         line = printable(f"{host}: {phase}: {doing}")
         if self._hosts.get(host) != line:
             self._hosts[host] = line
             self._show()
 
     def end(self) -> None:
-        """Remove these lines."""
+        """Remove the progress lines."""
         self._hosts = {}
         self._show()
 
@@ -83,18 +83,18 @@ class Notebook(Lines):
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return the text without what would move a terminal's cursor, except the characters in ``keep``."""
+    """Return the text with spaces for non-printable characters, such as cursor movements, except those in ``keep``."""
     return "".join(letter if letter.isprintable() or letter in keep else " " for letter in text)
 
 
 def in_notebook() -> bool:
-    """Tell whether this is a notebook's kernel. IPython is imported there already."""
+    """Return whether this is a notebook's kernel, which has already imported IPython."""
     shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return getattr(shell, "kernel", None) is not None
 
 
 def progress() -> Lines:
-    """Return what fits the place where this runs."""
+    """Return the kind of progress that suits this environment."""
     if in_notebook():
         return Notebook()
     if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
-# SPDX-License-Identifier: GPL-3.0-or-later
-"""What the playbooks say about servers."""
+# SPDX-License-Identifier: BSD-3-Clause
+"""The servers in a playbook's results."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Server:
-    """A server as a playbook has left it."""
+    """The state of a server at the end of a playbook."""
 
-    #: The cluster, as the inventory calls it.
+    #: The cluster's name in the inventory.
     cluster: str
-    #: The instance.
+    #: The instance's name.
     name: str
-    #: For Optuna's ``storage``. It stays the same wherever the server runs, and holds no password.
+    #: The URL for Optuna's ``storage``. It does not depend on where the server runs, and contains no password.
     url: str
-    #: ``serving``, ``absent``, or what the scheduler calls the job, such as ``pending``.
+    #: ``serving``, ``absent``, or the scheduler's state of the job, such as ``pending``.
     state: str
-    #: Where it serves: a node, or the folder of a socket; None while it does not.
+    #: The server's node, or the folder of its socket; None while it does not serve.
     host: str | None
     port: int | None
-    #: The hosting job's id; None if there is no job.
+    #: The server job's id; None if there is no job.
     job: str | None
-    #: The URL of each database, by its name.
+    #: The URL of each database by its name.
     urls: dict[str, str] = field(default_factory=dict)
 
 
 def servers_of(results: Iterable[tuple[str, dict[str, Any]]]) -> list[Server]:
-    """Return the servers that the tasks' results tell of, which are pairs of a host and a result."""
+    """Return the servers in the tasks' results, which are pairs of a host and a result."""
     return [server_of(cluster, result["about"]) for cluster, result in results if result.get("about")]
 
 
 def server_of(cluster: str, values: dict[str, Any]) -> Server:
-    """Return the server that the role ``server`` tells of."""
+    """Return the server described by the role ``server``, which gives an endpoint only if its job runs."""
     endpoint, job = values["endpoint"] or {}, values["job"] or {}
     state = "serving" if endpoint else str(job.get("state", "absent")).lower()
     return Server(

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""optuna-dashboard, as its own command starts it, but with what else would cost a whole study.
+"""Run optuna-dashboard with workarounds for values that would make whole studies unreadable.
 
-It keeps choices in sets, where a list cannot be: such a choice is its text here. It answers with numbers that a browser
-does not read, which then shows nothing. And it does not read a study with a trial, nor any of them with a study's
-attribute, that Optuna cannot read.
+The dashboard keeps categorical choices in sets, which cannot contain lists: such a choice is replaced by its JSON text.
+Its responses may contain numbers that are not valid JSON, and then the browser shows nothing. One trial that Optuna
+cannot read hides its study, and one unreadable attribute of a study hides all studies.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from optuna_dashboard._cli import main
 initialise = CategoricalDistribution.__init__
 build = RDBStorage._build_frozen_trial_from_trial_model
 
-# A text, or a number that is none in JSON; and what a browser reads as such.
+# Matches a JSON string, or a number that JSON does not have; and replacements that a browser can parse.
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN')
 NUMBERS = {"Infinity": "1e999", "-Infinity": "-1e999", "NaN": "null"}
 
 
 def initialise_with_texts(self: CategoricalDistribution, choices: Sequence[Any]) -> None:
-    """Make a distribution of choices that can be in a set."""
+    """Initialise a distribution whose choices are hashable."""
     initialise(self, [json.dumps(each) if isinstance(each, (dict, list)) else each for each in choices])
 
 
 def build_or_why(self: RDBStorage, row: Any) -> FrozenTrial:
-    """Return the trial of a row, or a failed one whose attribute tells why it cannot be read."""
+    """Return the trial of a row; if it cannot be read, a failed trial with the reason in an attribute."""
     try:
         trial = build(self, row)
         if any(map(math.isnan, trial.values or [])):
             raise ValueError("its value is NaN")
         return trial
-    except Exception as error:  # whatever Optuna raises for a value that it has not written
+    except Exception as error:  # Optuna may raise anything for invalid values
         return FrozenTrial(
             number=row.number, trial_id=row.trial_id, state=TrialState.FAIL, value=None, values=None,
             datetime_start=None, datetime_complete=None, params={}, distributions={}, system_attrs={},
@@ -53,7 +53,7 @@ def build_or_why(self: RDBStorage, row: Any) -> FrozenTrial:
 
 
 def attribute(text: str) -> Any:
-    """Return an attribute's value; the text that is there if it is no JSON."""
+    """Return an attribute's value; its text if that is not valid JSON."""
     try:
         return json.loads(text)
     except ValueError:
@@ -61,7 +61,7 @@ def attribute(text: str) -> Any:
 
 
 def as_json(value: Any) -> str:
-    """Return JSON that a browser reads."""
+    """Return JSON that a browser can parse."""
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError:
@@ -69,7 +69,7 @@ def as_json(value: Any) -> str:
 
 
 def prepare() -> None:
-    """Put these in the place of Optuna's and bottle's own."""
+    """Replace the functions of Optuna and bottle by those above."""
     CategoricalDistribution.__init__ = initialise_with_texts
     RDBStorage._build_frozen_trial_from_trial_model = build_or_why
     storage.json = SimpleNamespace(loads=attribute, dumps=json.dumps)

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a compute node is, and who reaches it. Run in a job, on the first of its nodes.
+"""Report properties of a compute node, and which nodes can connect to it. Run in a job, on the first of its nodes.
 
     compute.py FOLDER...         prints one JSON object
-    compute.py --connect HOST PORT      on the second node: whether it reaches the first
+    compute.py --connect HOST PORT      run on the second node: fails unless it can connect to the first
 
-It listens, and writes where into the file ``door``, so that the login node can connect as well.
+The script listens on a port, and writes its address to the file ``door``, so that the login node can connect as well.
 """
 
 import json
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from typing import List, Optional
 
-# Within these seconds the login node has seen the file and connected, if it can. NFS may show a file 60 s late.
+# Seconds for the login node to see the file and connect. NFS may show a file up to 60 s late.
 PATIENCE = 75
 CONNECT_SECONDS = 5
 
@@ -48,7 +48,7 @@ def main(arguments: List[str]) -> None:
 
 
 def reached_by_neighbour(name: str, port: int) -> Optional[bool]:
-    """Tell whether the job's second node reaches this one; None without a second one."""
+    """Return whether the job's second node can connect to this one; None if there is no second node."""
     if os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1":
         return None
     command = ["srun", "--nodes=1", "--ntasks=1", "--relative=1", sys.executable, os.path.abspath(__file__)]
@@ -59,14 +59,14 @@ def reached_by_neighbour(name: str, port: int) -> Optional[bool]:
 
 
 def publish(text: str) -> None:
-    """Write the file at once, so that nobody reads half of it."""
+    """Write the file atomically, so that the login node never reads a part of it."""
     with open("door.new", "w") as stream:
         stream.write(text)
     os.rename("door.new", "door")
 
 
 def reached_by_login(listener: socket.socket) -> bool:
-    """Wait for the login node."""
+    """Wait for a connection from the login node; return whether there was one."""
     listener.settimeout(PATIENCE)
     try:
         listener.accept()[0].close()
@@ -76,7 +76,7 @@ def reached_by_login(listener: socket.socket) -> bool:
 
 
 def writable(folder: str) -> bool:
-    """Tell whether something can be made there, such as a socket."""
+    """Return whether files can be created in ``folder``, such as a socket."""
     try:
         with tempfile.TemporaryDirectory(dir=folder):
             return True

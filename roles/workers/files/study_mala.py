@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""One MALA worker; job.sh starts many. Put your own data here: this file is yours, and not written again."""
+"""One MALA worker; job.sh starts many. Put your own data here: this file is yours and is never overwritten."""
 
 import os
 
 import mala
 
 parameters = mala.Parameters()
-# Several GPUs of a node, a process each: srun or mpirun has started it. SLURM_NTASKS may be that of another job, from
-# inside which this one was submitted.
+# On several GPUs of a node, srun or mpirun starts one process per GPU. SLURM_NTASKS is not used: if this job was
+# submitted inside another one, it may be that of the other job.
 sizes = [os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
 if set(sizes) != {"1"}:
     parameters.optuna_singlenode_setup(wait_time=int(os.environ["HPC_DB_WAIT_TIME"]))
@@ -25,8 +25,8 @@ parameters.hyperparameters.checkpoint_name = os.environ["HPC_DB_STUDY"]
 parameters.hyperparameters.study_name = os.environ["HPC_DB_STUDY"]
 parameters.hyperparameters.rdb_storage = os.environ["HPC_DB_URL"]
 if os.environ["HPC_DB_OUTAGE"]:
-    # MALA fails trials that are late by twice this. A worker that waits for the server sends no heartbeat meanwhile,
-    # so that one interval has to be longer than the wait.
+    # MALA fails trials without a heartbeat for twice this interval. A worker that waits for the server sends no
+    # heartbeat, so the interval has to be longer than the max outage.
     parameters.hyperparameters.rdb_storage_heartbeat = int(os.environ["HPC_DB_OUTAGE"]) + 60
 
 data = mala.DataHandler(parameters)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""One Optuna worker; job.sh starts many. Put your own objective here: this file is yours, and not written again."""
+"""One Optuna worker; job.sh starts many. Put your own objective here: this file is yours and is never overwritten."""
 
 import os
 
@@ -8,20 +8,20 @@ import optuna
 
 
 def objective(trial: optuna.Trial) -> float:
-    """Train, and return the loss."""
+    """Train a model and return the loss."""
     x = trial.suggest_float("x", -10, 10)
     return (x - 2) ** 2
 
 
 def storage() -> optuna.storages.RDBStorage:
-    """Return the storage, with heartbeats if the client waits for a server that moves."""
+    """Return the storage; with heartbeats if the client waits during outages of the server."""
     url = os.environ["HPC_DB_URL"]
     outage = int(os.environ["HPC_DB_OUTAGE"] or 0)
     if not outage:
         return optuna.storages.RDBStorage(url)
-    # A worker that waits for the server sends no heartbeat meanwhile: only what is late by more than that is gone.
+    # A worker that waits for the server sends no heartbeat, so a trial is stale only after more than the max outage.
     heartbeat = {"heartbeat_interval": 60, "grace_period": outage + 2 * 60}
-    # Optuna 4.9 renamed it.
+    # Optuna 4.9 renamed the callback.
     if hasattr(optuna.storages, "RetryHeartbeatStaleTrialCallback"):
         retry = {"heartbeat_stale_trial_callback": optuna.storages.RetryHeartbeatStaleTrialCallback()}
     else:
@@ -30,7 +30,7 @@ def storage() -> optuna.storages.RDBStorage:
 
 
 def main() -> None:
-    """Work until the study has its trials."""
+    """Run trials until the study has as many complete ones as wanted."""
     complete = (optuna.trial.TrialState.COMPLETE,)
     wanted = int(os.environ["HPC_DB_TRIALS"])
     study = optuna.create_study(storage=storage(), study_name=os.environ["HPC_DB_STUDY"], load_if_exists=True)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Wait until the server of an instance lets us in: python wait.py INSTANCE SECONDS."""
+"""Wait until the server of an instance accepts connections: python wait.py INSTANCE SECONDS."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ except ImportError:
 
 
 def main() -> None:
-    """Try to connect until it succeeds; exit with the last error if it does not in time."""
+    """Try to connect until it succeeds; after the given time, exit with the last error."""
     instance, patience = sys.argv[1], float(sys.argv[2])
     limit = time.monotonic() + patience
     told = False

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What hpc_db makes of ansible-runner's events, which are recorded ones; tests/integration has a real run."""
+"""hpc_db on recorded events of ansible-runner; tests/integration has a real run."""
 
 import io
 import sys
@@ -75,14 +75,14 @@ def test_unreachable_host_says_that_nobody_answers_ssh():
 
     why = told_of([*events, stats(dark={"a": 1, "b": 1})]).why(["mine"]).split("\n")
 
-    assert "; nobody can answer ssh's questions here: load a key into ssh-agent, or open" in why[0]
+    assert "; ssh cannot ask for input here: load a key into ssh-agent, or first open" in why[0]
     assert why[1] == "b: ssh: Could not resolve hostname b"
 
 
 @pytest.mark.parametrize("lines, says", [
     (["[WARNING]: x", "[ERROR]: no vault secrets", "Origin: y"], "mine: [ERROR]: no vault secrets"),
     (["Segmentation fault"], "mine: Segmentation fault"),
-    ([], "mine: ansible-playbook ended without a word"),
+    ([], "mine: ansible-playbook ended without a message"),
 ])
 def test_what_ansible_says_before_any_task_is_kept(lines, says):
     assert told_of(map(verbose, lines)).why(["mine"]) == says
@@ -92,7 +92,7 @@ def test_inventory_that_cannot_be_read_is_named():
     line = "[WARNING]: Unable to parse /x/hosts.yml as an inventory source"
 
     assert told_of([verbose(line)]).why_nobody(["x"]) == "Unable to parse /x/hosts.yml as an inventory source"
-    assert told_of([]).why_nobody(["x", "y"]) == "x, y: there is no host in a group hpc_db"
+    assert told_of([]).why_nobody(["x", "y"]) == "x, y: no host is in a group hpc_db"
 
 
 EVENTS = [
@@ -106,17 +106,17 @@ def test_file_has_a_line_a_phase():
     stream = io.StringIO()
     told_of(EVENTS, Lines(stream))
 
-    assert stream.getvalue() == "mini: PostgreSQL\nmini: hosting job\nsomething to know\n"
+    assert stream.getvalue() == "mini: PostgreSQL\nmini: server job\nsomething to know\n"
 
 
 def test_terminal_has_one_line_that_is_rewritten(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("COLUMNS", "39")
     stream = io.StringIO()
     told_of(EVENTS, Terminal(stream)).screen.end()
 
     assert stream.getvalue().split("\r\033[K") == [
-        "", "mini: PostgreSQL: Have the packages", "mini: PostgreSQL: Have the data", "mini: hosting job: Wait",
-        "mini: hosting job: hpc_db: PENDING, 0 s", "something to know\n", "",
+        "", "mini: PostgreSQL: Have the packages", "mini: PostgreSQL: Have the data", "mini: server job: Wait",
+        "mini: server job: hpc_db: PENDING, 0 s", "something to know\n", "",
     ]
 
 
@@ -149,7 +149,7 @@ def test_terminal_is_not_moved_by_what_a_cluster_says():
 
 @pytest.mark.parametrize("path, phase", [
     (f"{ROLES}/postgres/tasks/check_tls.yml:3", "settings"), (f"{ROLES}/instance/tasks/settings.yml:3", "settings"),
-    (f"{ROLES}/server/tasks/last_run.yml:3", "last run"),
+    (f"{ROLES}/server/tasks/quick_check.yml:3", "quick check"),
     (f"{ROLES}/databases/tasks/main.yml:3", "databases and studies"), (f"{ROLES}/server/tasks/show.yml:3", ""),
     ("/x/playbooks/hpc_db.yml:9", ""),
 ])
@@ -159,7 +159,7 @@ def test_phase_is_the_role_s(path, phase):
 
 def test_inventory_is_a_name_or_a_path(tmp_path, monkeypatch):
     (tmp_path / "inventories" / "mine").mkdir(parents=True)
-    (tmp_path / "hemera5").mkdir()  # results, say: no inventory
+    (tmp_path / "hemera5").mkdir()  # a folder of results, for example, not an inventory
     monkeypatch.chdir(tmp_path)
 
     mine, hemera5, path, elsewhere = (
@@ -170,7 +170,7 @@ def test_inventory_is_a_name_or_a_path(tmp_path, monkeypatch):
     assert mine == str(tmp_path / "inventories" / "mine")
     assert hemera5.endswith("/inventories/hemera5") and not hemera5.startswith(str(tmp_path))
     assert path == elsewhere == str(tmp_path / "hemera5")
-    with pytest.raises(Failed, match="^there is no inventory inventories/nope or /.*/inventories/nope$"):
+    with pytest.raises(Failed, match="^inventory not found: inventories/nope or /.*/inventories/nope$"):
         find_inventories(["nope"], None)
     with pytest.raises(Failed, match="^no inventory is given"):
         find_inventories([], None)
@@ -189,4 +189,4 @@ def test_command_says_why_it_failed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hpc_db", "up", "nope"])
 
     assert main() == 1
-    assert capsys.readouterr().err.startswith("there is no inventory inventories/nope or ")
+    assert capsys.readouterr().err.startswith("inventory not found: inventories/nope or ")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What is added to optuna-dashboard, with stand-ins for it and Optuna; tests/integration has the real ones."""
+"""The additions to optuna-dashboard, with stand-ins for it and Optuna; tests/integration has the real ones."""
 
 import json
 import math

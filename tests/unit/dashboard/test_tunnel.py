@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The tunnel with a program in the place of ssh that acts like it; tests/integration has the real one."""
+"""The tunnel with a fake ssh; tests/integration has the real one."""
 
 import importlib.util
 import json
@@ -19,8 +19,8 @@ specification = importlib.util.spec_from_file_location("tunnel", PROGRAM)
 tunnel = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(tunnel)
 
-# Keeps what it is told in files: a master makes its socket, and lives until its login node is cut off; what goes over
-# it runs here.
+# Records its calls in files: a master creates its socket, and lives until its login node is cut off; commands sent over
+# it run on this machine.
 SSH = """#!{python}
 import json, os, pathlib, signal, subprocess, sys
 folder, words = pathlib.Path({folder!r}), sys.argv[1:]
@@ -75,12 +75,12 @@ def test_answer_of_the_login_node(password, expected):
 
 
 def test_other_answers_are_refused():
-    with pytest.raises(tunnel.Lost, match="'Account expired' is no answer of the login node's"):
+    with pytest.raises(tunnel.Lost, match="'Account expired' is not a valid answer of the login node"):
         tunnel.parse_look("Account expired\n", "reader")
 
 
 class Running:
-    """The program, started, with a cluster that is a folder here."""
+    """The program, running, with a local folder as its cluster."""
 
     def __init__(self, folder):
         self.folder, self.root, self.here = folder, folder / "a b; $(x)", folder / "here"
@@ -142,17 +142,17 @@ def wait_until_gone(pid):
 
 def test_follows_the_server_and_leaves_nothing(running):
     running.start()
-    running.wait_for("the server is nowhere now")
+    running.wait_for("no server is running")
     running.serve()
-    running.wait_for("leads to c1 port 5432")
+    running.wait_for("forwards to c1 port 5432")
     first = int((running.folder / "master").read_text())
     (running.root / "secrets/pgpass").write_text(PASSWORD.replace("horse", "battery") + "\n")
     running.wait_for("it has a new password")
     assert "battery" in (running.here / "pgpass").read_text()
     running.serve(host="c2", since=2.5)
-    running.wait_for("leads to c2 port 5432")
+    running.wait_for("forwards to c2 port 5432")
 
-    assert not is_alive(first)  # and with it whatever still waited for c1
+    assert not is_alive(first)  # and with it every connection that still waited for c1
     assert (running.here / "pg_service.conf").read_text().split() == [
         "[hpc_db]", "dbname=mala", "host=127.0.0.1", f"passfile={running.here}/pgpass", "port=4711",
         "sslmode=require", "user=reader",
@@ -176,9 +176,9 @@ def test_connects_again_when_the_login_node_is_back(running, monkeypatch):
     running.start()
     running.wait_for("ssh to login has ended with 1")
     (running.folder / "cut").unlink()
-    running.wait_for("leads to c1 port 5432")
+    running.wait_for("forwards to c1 port 5432")
     os.kill(int((running.folder / "master").read_text()), signal.SIGTERM)
-    running.wait_for("leads to c1 port 5432", 2)
+    running.wait_for("forwards to c1 port 5432", 2)
 
     assert "the connection to login is lost" in running.log.read_text()
     assert "No route to host" in running.log.read_text()
@@ -188,7 +188,7 @@ def test_connects_again_when_the_login_node_is_back(running, monkeypatch):
 def test_killed_it_takes_ssh_with_it(running):
     running.serve()
     running.start()
-    running.wait_for("leads to c1 port 5432")
+    running.wait_for("forwards to c1 port 5432")
 
     running.process.kill()
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a compute node says of itself, on this machine; tests/integration has real nodes."""
+"""A compute node's facts about itself, on this machine; tests/integration has real nodes."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).parents[3] / "roles/discover/files/compute.py"
-# The first "srun" is the neighbour, who connects or not.
+# The first "srun" is the neighbour, which connects or not.
 SRUN = {
     None: None,
     True: '#!/bin/sh\nwhile [ "$1" != --relative=1 ]; do shift; done; shift; exec "$@"\n',

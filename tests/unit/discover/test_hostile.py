@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whatever a cluster says: in the inventory that discover.yml writes it is data, and on a screen it is only seen.
+"""Text from a cluster stays data in the inventory that discover.yml writes, and stays printable on a screen.
 
-Every text in what a cluster can send is replaced by each hostile one; a new fact is among them by itself.
+Every text that a cluster can send is replaced by each hostile one; a new fact is included automatically.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ HOSTILE = [
     "\x9b2J", "\x00", "\x7f", "\u202eevil\u202c", "\u200b", "\ufeff", "\udc80", "\t", "x" * 100_000,
     "\u03a9 \U0001f600",
 ]
-# What a value may not be, and what it may, since it is quoted.
+# Values that are refused, and values that are accepted because they are quoted.
 REFUSED = [HOSTILE[0], "{{ x }}", "\x1b[2J"]
 TAKEN = ["*x", "#", "x: y", "yes", "\\", "!unsafe x", "'\"", HOSTILE[-1]]
 ALL_AT_ONCE = "".join(HOSTILE[:-2])
 
-# What mala.hpc_db.cluster_info, raw and the job return; a test compares the names with what they say they do.
+# Results of mala.hpc_db.cluster_info, raw and the job; a test compares the names with the documented ones.
 FOUND: dict[str, Any] = {
     "host": "login1", "user": "alice", "scheduler": "slurm", "others": ["qsub"], "bin_dir": "/opt/slurm/bin",
     "config": {"SLURM_VERSION": "24.05.1", "ClusterName": "mini"},
@@ -72,7 +72,7 @@ GIVEN = {
 
 
 def spots(value: Any, at: tuple = ()) -> Iterator[tuple]:
-    """Yield where the texts are in what is sent."""
+    """Yield the positions of all texts."""
     if isinstance(value, str):
         yield at
     for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
@@ -80,7 +80,7 @@ def spots(value: Any, at: tuple = ()) -> Iterator[tuple]:
 
 
 def replaced(sent: dict, texts: dict[tuple, str]) -> dict:
-    """Return what is sent with other texts at these spots."""
+    """Return the data with other texts at these positions."""
     sent = copy.deepcopy(sent)
     for spot, text in texts.items():
         place = sent
@@ -101,7 +101,7 @@ def ansible() -> Iterator[Reader]:
 def written(
     ansible: Reader, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[dict], tuple[str, dict]]]:
-    """Write the inventory, as what is sent has it; return its text, and its one host's settings as Ansible reads it."""
+    """Write the inventory for this data; return its text, and the settings of its one host as Ansible reads them."""
     tmp_path = tmp_path_factory.mktemp("inventory")
 
     def write(sent: dict) -> tuple[str, dict]:
@@ -119,18 +119,18 @@ def written(
 
 @pytest.fixture(scope="module")
 def plain(written: Callable) -> dict[str, Any]:
-    """The settings of a cluster that means no harm."""
+    """The settings of a harmless cluster."""
     return written(SENT)[1]
 
 
 ALL = list(spots(SENT))
-# The proposed job says the partition once more, and the login shell's line has the Python at its end.
+# The proposed job repeats the partition; the login shell's line ends with the Python.
 VALUES = [spot for spot in ALL if spot[1] in ("bin_dir", "proposed") or spot[-2:] == ("stdout_lines", 0)]
 COMMENTS = [spot for spot in ALL if spot not in VALUES]
 
 
 def names(options: dict) -> dict:
-    """Return the names in a documentation, those of dictionaries in it as well."""
+    """Return the documented names, including those inside dictionaries."""
     return {name: names(option.get("contains", {})) for name, option in options.items()}
 
 
@@ -158,21 +158,21 @@ def test_what_is_said_in_comments_stays_there(text: str, plain: dict, written: C
 def test_each_fact_by_itself_stays_in_comments(spot: tuple, plain: dict, written: Callable) -> None:
     settings = written(replaced(SENT, {spot: ALL_AT_ONCE}))[1]
 
-    # Other paths may mean that compute nodes do not see the home.
+    # Other paths may mean that compute nodes do not see the home directory.
     assert settings.pop("instance_root", "FILL_IN") == "FILL_IN"
     assert settings == plain
 
 
 @pytest.fixture(params=["4G", False], ids=["shared nodes", "whole nodes"])
 def harmless(request: pytest.FixtureRequest) -> dict:
-    """What is sent of either kind of node, of which the inventory tells the job's memory in its own way."""
+    """The data for shared and for whole nodes; the inventory states the job's memory in a different way for each."""
     sent = copy.deepcopy(SENT)
     sent["__discover_found"]["proposed"]["options"]["mem"] = request.param
     return sent
 
 
 def with_values(sent: dict, text: str, only: tuple | None = None) -> dict:
-    """Return the same with another text in each value, or in one."""
+    """Return the data with another text in every value, or in one."""
     told = [spot for spot in VALUES if spot in set(spots(sent)) and (spot[-1] != "memory" or not memory_of(sent))]
     return replaced(sent, {spot: (PYTHON if spot[-2] == "stdout_lines" else "") + text
                            for spot in told if only in (None, spot)})
@@ -195,7 +195,7 @@ def test_a_value_is_the_same_data(text: str, harmless: dict, written: Callable) 
 def test_a_value_that_is_no_data_is_refused(spot: tuple, harmless: dict, written: Callable) -> None:
     for text in REFUSED:
         sent = with_values(harmless, text, spot)
-        if sent == harmless:  # which is not told of such nodes
+        if sent == harmless:  # the inventory has no such value for these nodes
             continue
         with pytest.raises(Refused, match=r"[a-z_-]+: '.*' is not allowed in an inventory; allowed are ") as why:
             written(sent)

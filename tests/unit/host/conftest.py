@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the tests of the hosting program share."""
+"""Fixtures for the supervisor's tests."""
 
 import glob
 import os
@@ -15,21 +15,21 @@ import pytest
 
 
 def oldest_python():
-    """Return a Python 3.6, the oldest that the hosting program promises to run on."""
+    """Return a Python 3.6, the oldest version that the supervisor supports."""
     managed = glob.glob(os.path.expandvars("$PYENV_ROOT/versions/3.6.*/bin/python3"))
     return os.environ.get("HPC_DB_OLD_PYTHON") or next(iter(managed), None) or shutil.which("python3.6")
 
 
 @pytest.fixture
 def short_folder():
-    """A folder for sockets, whose paths hold 107 bytes: those of pytest may be too long."""
+    """A folder for sockets, whose paths may have only 107 bytes: pytest's folders may be too long."""
     with tempfile.TemporaryDirectory(prefix="hpc_db-", dir="/tmp") as folder:
         yield folder
 
 
 @pytest.fixture(params=["this Python", "the oldest Python"])
 def start(request):
-    """Start a piece of code that uses the hosting program, in a process of its own."""
+    """Start a piece of code that uses the supervisor's package, in a process of its own."""
     python = sys.executable if request.param == "this Python" else oldest_python()
     if not python:
         pytest.skip("no Python 3.6 found, HPC_DB_OLD_PYTHON may name one")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The lease of a holder of which only the user can know that it has ended."""
+"""A lease whose holder only the user can know to have ended."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_lease_that_is_renewed_stays(root, holder):
     beating = threading.Thread(target=renew)
     beating.start()
     try:
-        with pytest.raises(Refused, match=r"by job 4711 on c1 .*, who has renewed the lease .*: it is not broken$"):
+        with pytest.raises(Refused, match=r"by job 4711 on c1 .*: the holder renewed .*, so the lease is kept$"):
             broken(root)
     finally:
         over.set()
@@ -99,7 +99,7 @@ def test_lease_of_a_process_on_this_host_stays(root):
     here = Lease(str(root / "run"), {"host": "me", "pid": os.getpid(), "job": "1"}, lambda _holder: True, 1)
     assert here.try_acquire()
 
-    with pytest.raises(Refused, match="it is not broken$"):
+    with pytest.raises(Refused, match="so the lease is kept$"):
         broken(root)
 
     assert here.is_ours()
@@ -119,7 +119,7 @@ def test_nothing_is_changed_where_nobody_holds_it(left, root):
 def test_lease_that_cannot_be_read_is_the_user_s_to_break(content, root):
     (root / "run" / "lease.7").write_text(content)
 
-    assert broken(root)["holder"] == "somebody whose lease file cannot be read"
+    assert broken(root)["holder"] == "an unknown holder, whose lease file cannot be read"
 
     assert (root / "run" / "released.8").exists()
 
@@ -134,4 +134,4 @@ def test_program_says_what_it_can_do():
         [sys.executable, "-m", "hpc_db_host.break_lease", "--help"], capture_output=True, text=True, check=True,
         cwd=Path(hpc_db_host.__file__).parents[1],
     )
-    assert "free the lease if that stands still" in done.stdout
+    assert "release the lease if there is none" in done.stdout

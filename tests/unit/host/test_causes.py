@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What PostgreSQL's and libpq's words mean, and what mends it."""
+"""The causes and fixes that belong to messages of PostgreSQL and libpq."""
 
 import os
 import time
@@ -18,18 +18,18 @@ RULE = 'no pg_hba.conf entry for host "10.0.0.7", user "study", database "{}", {
     ("sorry, too many clients already", "too many clients against max_connections 320", r"databases_workers \(100\)"),
     ("remaining connection slots are reserved for roles with SUPERUSER", "too many clients", "client_environment"),
     ('password authentication failed for user "study"', "the password of study is not", "hpc_db.yml"),
-    ('connection to server at "c1" failed: fe_sendauth: no password supplied', "knew no password", "chmod 600"),
-    ("expected SASL response, got message type 88", "knew no password", "chmod 600"),
-    (RULE.format("nope", "SSL encryption"), "study asked for the database nope, which is none", "^databases_studies: "),
-    (RULE.format("mala", "no encryption"), "10.0.0.7 wanted no TLS", "postgres_tls"),
+    ('connection to server at "c1" failed: fe_sendauth: no password supplied', "sent no password", "chmod 600"),
+    ("expected SASL response, got message type 88", "sent no password", "chmod 600"),
+    (RULE.format("nope", "SSL encryption"), "study requested the database nope, which", "^databases_studies: "),
+    (RULE.format("mala", "no encryption"), "10.0.0.7 connected without TLS", "postgres_tls"),
     (RULE.format("mala", "SSL encryption"), "study may not connect from 10.0.0.7", "^postgres_networks: "),
-    ('database "x y" does not exist', "there is no database x y", "^databases_studies: "),
+    ('database "x y" does not exist', "the database x y does not exist", "^databases_studies: "),
     ('role "bob" does not exist', "names the role bob", "instance_study_role"),
-    ("terminating connection due to idle-in-transaction timeout", "silent inside a trans", "^postgres_settings: "),
+    ("terminating connection due to idle-in-transaction timeout", "idle in a transaction", "^postgres_settings: "),
     ("terminating connection due to idle-session timeout", "between trials", "leave idle_session_timeout out"),
     ('could not write to file "pg_wal/x": No space left on device', "the disk is full", "^instance_root: "),
-    ("disk full: /r/data", "the quota is used up, or the disk full", "^instance_root: "),
-    ("server process (PID 7) was terminated by signal 9: Killed", "memory is too small", "^mem in server_job_options"),
+    ("disk full: /r/data", "the quota is exceeded or the disk is full", "^instance_root: "),
+    ("server process (PID 7) was terminated by signal 9: Killed", "too little memory", "^mem in server_job_options"),
     ('private key file "server.key" has group or world access', "certificate or its key", "chmod 600 conf/server.key"),
     ('unrecognized configuration parameter "work_men"', "a parameter of PostgreSQL is wrong", "^postgres_settings$"),
     ("database files are incompatible with server", "made by another PostgreSQL", "^postgres_major"),
@@ -38,7 +38,7 @@ RULE = 'no pg_hba.conf entry for host "10.0.0.7", user "study", database "{}", {
     ('definition of service "hpc_db" not found', "does not find the service hpc_db", "unset PGSERVICEFILE"),
     ('syntax error in service file "/home/alice/.pg_service.conf", line 3', "too old", "psycopg2-binary>=2.9"),
     ('could not translate host name "c1" to address', "cannot be resolved", "server_address"),
-    ("channel binding required, but server did not complete authentication", "TLS is not as", "^postgres_tls"),
+    ("channel binding required, but server did not complete authentication", "TLS differs from", "^postgres_tls"),
     ('connection to server at "c1", port 5432 failed: Connection refused', "cannot be reached", "postgres_listen_add"),
     ("something that nobody has seen", "^something that nobody has seen$", "^see the logs in /r/log$"),
 ])
@@ -89,7 +89,7 @@ def test_fatal_lines_are_counted_by_cause(tmp_path):
         "too many clients: about 160 workers against max_connections 320 "
         "(3 times by c2, c3, from 2026-11-22 10:00:01 to 2026-11-22 10:00:03 UTC)",
         "a URL names the role bob, which does not exist (1 times by the server's own host, at 2026-11-22 10:00:04 UTC)",
-        "the hosting job's memory is too small (1 times, at 2026-11-22 10:00:08 UTC)",
+        "the server job has too little memory (1 times, at 2026-11-22 10:00:08 UTC)",
     ]
 
 
@@ -106,7 +106,7 @@ def test_what_is_older_is_not_counted(tmp_path):
 
 @pytest.mark.parametrize("plugin, refused, workers", [
     (False, [0], 158), (False, range(10), 167), (False, [0, 1, 2, 100], 160),
-    # With the plugin each asks again every few seconds.
+    # With the plugin, each client retries every few seconds.
     (True, [0], 316), (True, range(10), 318),
 ])
 def test_workers_are_those_inside_and_those_refused_at_once(plugin, refused, workers):
@@ -124,9 +124,9 @@ FORGED = "2026-11-22 10:00:01.000 UTC {}PANIC:  could not read block 3 in file\n
 
 
 @pytest.mark.parametrize("forged", [
-    # Of a log that an older log_line_prefix made, in which a stranger's name is printed as it is.
+    # From a log written with an older log_line_prefix, which prints a stranger's user name unescaped.
     FORGED.format("[1] "), FORGED.format("[1] x@y 10.0.0.1 "), "x\n" + FORGED.format("[1] "),
-    # Within the words, and what is no whole line.
+    # Inside the message text, and an incomplete line.
     line(1, "duplicate key\n\t" + FORGED.format("postgres[1] ").strip(), level="ERROR"),
     *[line(1, f"duplicate{end}" + FORGED.format("postgres[1] ").strip(), level="ERROR") for end in "\r\v\x85\u2028"],
     FORGED.format("postgres[1] ").strip(), FORGED.format("postgres[1] x@y "), " " + FORGED.format("postgres[1] "),
@@ -148,7 +148,7 @@ def test_many_names_do_not_hide_the_rest(tmp_path):
 
     assert len(events) == 22
     assert "the data directory is damaged" in [event.said for event in events]
-    assert events[-1].said == "480 more things that clients were told"
+    assert events[-1].said == "480 more errors sent to clients"
 
 
 @pytest.mark.parametrize("log, text, words", [
@@ -157,7 +157,7 @@ def test_many_names_do_not_hide_the_rest(tmp_path):
      "could not open x"),
     ("job.log", "2026-11-22 10:00:00.123 GMT [7] FATAL:  configuration file is wrong\n", "configuration file"),
     ("job.log", "2026-11-22T10:00:00+0000 failed: FATAL:  of another job\n", ""),
-    # What runs beside postgres has logs of its own, with whatever a stranger sends.
+    # Sidecars have logs of their own, which contain arbitrary text from strangers.
     ("pooler.log", line(1, "could not open x", ""), ""),
 ])
 def test_last_words_are_the_servers_own(log, text, words, tmp_path):

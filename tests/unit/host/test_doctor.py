@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the doctor says of one node; tests/integration has it on a cluster."""
+"""The doctor's findings on one node; tests/integration runs it on a cluster."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hpc_db_host import doctor, probe
+from hpc_db_host import doctor, optuna_schema
 
 ENTRY = "[other]\nhost=x\n[hpc_db]\n# mine\nhost=c1\nport=5433\npassfile={}/secrets/pgpass\n[last]\nport=1\n"
 HELD = {
@@ -25,7 +25,7 @@ HELD = {
 
 @pytest.fixture
 def instance(tmp_path, monkeypatch):
-    """An instance that serves, as far as its files tell."""
+    """An instance whose server is running, according to its files."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("PGSERVICEFILE", raising=False)
     root = tmp_path / "root"
@@ -51,7 +51,7 @@ def instance(tmp_path, monkeypatch):
 
 
 def found(report):
-    """Return what has to be mended: check, words and mend."""
+    """Return the problems: check, text and fix."""
     return [(each["check"], each["said"], each["mend"]) for each in report.findings if each["state"] == "found"]
 
 
@@ -68,7 +68,7 @@ def test_server_that_is_well(instance):
 
 
 @pytest.mark.parametrize("changes, says, mend", [
-    ({"job": None, "endpoint": None}, "no hosting job is queued or runs, so the server is down", "hpc_db.yml"),
+    ({"job": None, "endpoint": None}, "no server job is queued or running, so the server is down", "hpc_db.yml"),
     ({"job": {"id": "8", "state": "PENDING", "node": "", "reason": "Resources"}, "endpoint": None},
      r"job 8 PENDING \(Resources\), so the server is down", "server_job_options"),
     ({"endpoint": None}, "job 7 RUNNING on c1, but the server is down", "job.log"),
@@ -96,7 +96,7 @@ def test_open_files_and_logs_are_told(instance):
     assert modes == ("modes", f"open to others: {root}/secrets", f"chmod go= {root}/secrets")
     assert log[1].startswith("a URL names the role bob, which does not exist (1 times by c2, at ")
 
-    # Settings that were changed since may have mended it.
+    # Settings changed since then may have fixed it.
     os.utime(root / "conf/postgresql-17.conf", (time.time() + 60,) * 2)
     assert [check for check, _said, _mend in found(doctor.look_at_server(instance))] == ["modes"]
 
@@ -121,15 +121,15 @@ def test_node_that_is_well(instance, no_network):
 
 
 @pytest.mark.parametrize("damage, says", [
-    (lambda home: (home / ".pg_service.conf").write_text("[other]\n"), "service: there is no .*hpc_db.* stop.yml"),
-    (lambda home: (home / ".pg_service.conf").unlink(), r"service: there is no \[hpc_db\] in .* share the home"),
+    (lambda home: (home / ".pg_service.conf").write_text("[other]\n"), "service: .*hpc_db.* is missing .* stop.yml"),
+    (lambda home: (home / ".pg_service.conf").unlink(), r"service: \[hpc_db\] in .* is missing .* share the home"),
     (lambda home: (home / "root/run/endpoint.json").write_text('{"host": "c2", "port": 5433}'),
-     "service: .* leads to c1 port 5433, but the server is on c2 port 5433 .* stop.yml"),
-    (lambda home: (home / "root/run/endpoint.json").unlink(), "files: .*endpoint.json is not here, .* instance_root:"),
+     "service: .* points to c1 port 5433, but the server is on c2 port 5433 .* stop.yml"),
+    (lambda home: (home / "root/run/endpoint.json").unlink(), "files: .*endpoint.json is missing on .* instance_root:"),
     (lambda home: (home / "root/secrets/pgpass").chmod(0o640), "passwords: .* has mode 0640: .* ignores .* chmod 600"),
     (lambda home: (home / "root/secrets/pgpass").unlink(), "passwords: .*No such file.* hpc_db.yml"),
-    (lambda home: (home / "root").rename(home / "elsewhere"), "files: .*root is not there instance_root: "),
-    (lambda home: os.environ.update(PGSERVICEFILE="/no/such"), "service: there is no .* /no/such unset PGSERVICEFILE"),
+    (lambda home: (home / "root").rename(home / "elsewhere"), "files: .*root does not exist instance_root: "),
+    (lambda home: os.environ.update(PGSERVICEFILE="/no/such"), "service: .* in /no/such is missing unset PGSERVICE"),
 ])
 def test_node_that_is_ill(damage, says, instance, no_network, monkeypatch):
     monkeypatch.setenv("PGSERVICEFILE", "")
@@ -202,7 +202,7 @@ def test_port_that_nobody_has(instance):
 
 @pytest.mark.parametrize("addresses, says", [
     (OSError("Name or service not known"), "c1 cannot be resolved: Name or service not known"),
-    (["127.0.1.1"], "c1 is 127.0.1.1, which is this node itself"),
+    (["127.0.1.1"], "c1 resolves to 127.0.1.1, which is this node itself"),
 ])
 def test_name_that_leads_nowhere(addresses, says, instance, monkeypatch):
     def getaddrinfo(*_unused, **_options):
@@ -223,7 +223,7 @@ def test_name_that_leads_nowhere(addresses, says, instance, monkeypatch):
 
 
 def test_socket(instance, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a socket's path holds 107 bytes
+    monkeypatch.chdir(tmp_path)  # a socket's path may have only 107 bytes
     for expected in ("found", "ok"):
         report = doctor.Report()
         doctor._look_at_socket(report, ".s.PGSQL.5432")
@@ -236,16 +236,17 @@ def test_socket(instance, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, side, says", [
-    ({"driver": "", "why": "libpq.so.5: cannot open"}, {}, "no psycopg2: libpq.so.5: .* hpc_db.yml installs it there"),
+    ({"driver": "", "why": "libpq.so.5: cannot open"}, {},
+     "psycopg2 cannot be imported: libpq.so.5: .* hpc_db.yml installs it there"),
     ({"python": "3.8.1"}, {}, "Python 3.8.1 is too old, workers need 3.9 client_environment"),
-    ({"sqlalchemy": ""}, {}, "no SQLAlchemy client_environment: "),
+    ({"sqlalchemy": ""}, {}, "SQLAlchemy is missing client_environment: "),
     ({"sqlalchemy": "1.3.24"}, {}, "SQLAlchemy 1.3.24, but the plugin needs 1.4.24 to 2.1"),
     ({"sqlalchemy": "2.2.0"}, {}, "SQLAlchemy 2.2.0, but"),
-    ({"optuna": ""}, {}, "no Optuna client_environment: install optuna"),
-    ({"hpc-db-client": ""}, {}, "no hpc-db-client, which .* client_environment: "),
-    ({"optuna": "3.1.1", "revisions": ["v3.0.0.d", "v2.6.0.a"]}, {}, "Optuna 3.1.1 does not know the tables"),
+    ({"optuna": ""}, {}, "Optuna is missing client_environment: install optuna"),
+    ({"hpc-db-client": ""}, {}, "hpc-db-client is missing, but .* client_environment: "),
+    ({"optuna": "3.1.1", "revisions": ["v3.0.0.d", "v2.6.0.a"]}, {}, "Optuna 3.1.1 does not support the tables"),
     ({"schema": ["3.1.1", "v3.0.0.d"]}, {}, "Optuna 5.0.0 needs newer tables .* databases_upgrade_schema"),
-    ({"optuna": "4.9.0"}, {"optuna": "5.0.0"}, "Optuna 4.9.0, but the Python side has 5.0.0, and they"),
+    ({"optuna": "4.9.0"}, {"optuna": "5.0.0"}, "Optuna 4.9.0, but the management environment has 5.0.0: only"),
     ({"error": "FATAL:  sorry, too many clients already"}, {}, "cannot connect: too many clients .* databases_workers"),
 ])
 def test_environment_that_is_ill(changes, side, says, instance, monkeypatch):
@@ -269,11 +270,11 @@ def test_server_that_is_down_is_told_once(instance, no_network):
     assert found(report) == []
     assert states(report) == {
         "service": "skipped", "passwords": "ok", "name": "skipped", "port": "skipped", "TLS": "skipped",
-        "Python side": "ok",
+        "management": "ok",
     }
     (home / ".pg_service.conf").write_text(ENTRY.format(instance["root"]))
     (told,) = found(doctor.look_from_here(dict(instance, endpoint=None)))
-    assert told[0] == "service" and "leads to a server that is down" in told[1] and told[2] == doctor.HOST_IT
+    assert told[0] == "service" and "points to a server that is down" in told[1] and told[2] == doctor.HOST_IT
 
 
 def hang_up(server):
@@ -305,13 +306,13 @@ def test_node_that_died_is_told_once_and_no_address_is_blamed(answers, instance,
         assert {"name": "ok", "port": "ok"}.items() <= states(here).items() and told[0] == ""
         return
     assert found(here) == others == []
-    assert {"name": "ok", "port": "skipped", "TLS": "skipped", "Python side": "ok"}.items() <= states(here).items()
-    assert re.match("job 7 RUNNING on c1, but the server has given no sign of life for 20. s: its node may ", told[1])
+    assert {"name": "ok", "port": "skipped", "TLS": "skipped", "management": "ok"}.items() <= states(here).items()
+    assert re.match("job 7 RUNNING on c1, but the server has sent no heartbeat for 20. s: its node may ", told[1])
 
 
 @pytest.mark.parametrize("beats, ttl", [(False, 0.5), (True, 60.0)])
 def test_node_that_died_just_now_is_told_from_a_wrong_address(beats, ttl, instance, monkeypatch):
-    """Its last heartbeat is a fresh one: the next shows that the server lives."""
+    """The last heartbeat is recent: the next one shows that the server is alive."""
     run = Path(instance["root"]) / "run"
     (run / "lease.3").write_text("{}")
     (run / "hb.3").write_text("1")
@@ -355,6 +356,6 @@ def test_newest_revision_comes_first(tmp_path, monkeypatch):
     for name, before in (("v1", "None"), ("v2", '"v1"'), ("v3", '"v2"')):
         (folder / f"{name}.py").write_text(f'revision = "{name}"\ndown_revision = {before}\n')
     spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
-    monkeypatch.setattr(probe.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(optuna_schema.importlib.util, "find_spec", lambda name: spec)
 
-    assert probe.optuna_revisions()[0] == "v3" and sorted(probe.optuna_revisions()) == ["v1", "v2", "v3"]
+    assert optuna_schema.installed_optuna().revisions == ["v3", "v2", "v1"]

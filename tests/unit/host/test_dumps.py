@@ -12,9 +12,10 @@ import pytest
 from ansible_collections.mala.hpc_db.plugins.modules import study_dump
 from hpc_db_host import dumps as module
 from hpc_db_host.dumps import Dumps
+from hpc_db_host.settings import complete
 
 NOTHING = {"pg_dump": "echo $* > $file", "pg_restore": ""}
-# A name is in seconds; a test is faster than that.
+# Names have a resolution of seconds; a test is faster than that.
 NAMES = iter(f"20260101T{number:06d}Z" for number in range(1, 999999))
 
 
@@ -30,7 +31,7 @@ def make(tmp_path, monkeypatch):
             (tmp_path / "bin" / name).chmod(0o755)
         given = {"root": str(tmp_path), "bindir": str(tmp_path / "bin"), "databases": ["a", "a_b"], **settings}
         postgres = SimpleNamespace(socket=str(tmp_path), port=5433)
-        return Dumps({"dump_minutes": "60", "dump_keep": "2", **given}, postgres, pause)
+        return Dumps(complete({"dump_minutes": "60", "dump_keep": "2", **given}), postgres, pause)
 
     return make
 
@@ -111,7 +112,7 @@ def test_poll_never_waits_and_children_are_nice(make, tmp_path):
     dumps = make({"pg_dump": f"nice > $file; {wait}"})
     dumps.poll()
 
-    go.touch()  # whoever had waited for pg_dump would have seen it fail
+    go.touch()  # a program that had waited for pg_dump would have seen it fail
     finish(dumps)
     assert dumps.told == ""
     nice = {path.read_text() for path in (tmp_path / "dumps").glob("*.dump")}
@@ -130,7 +131,7 @@ def test_dump_that_fails_leaves_the_older_ones_and_is_told(programs, told, make,
     dumps = make(programs)
     assert dumps.now(10, lambda: None) is False
 
-    assert dumps.told == f"no dump of a: {told}; no dump of a_b: {told}"
+    assert dumps.told == f"cannot dump a: {told}; cannot dump a_b: {told}"
     assert names(tmp_path) == older
     dumps = make()
     dumps.told = told
@@ -141,7 +142,7 @@ def test_program_that_is_missing_is_told(make, tmp_path):
     dumps = make(databases=["a"], bindir=str(tmp_path / "gone"))
 
     assert dumps.now(10, lambda: None) is False
-    assert dumps.told.startswith("no dump of a: ") and "/gone/pg_dump" in dumps.told
+    assert dumps.told.startswith("cannot dump a: ") and "/gone/pg_dump" in dumps.told
 
 
 def test_round_is_given_up_in_time_and_nothing_is_left(make, tmp_path):
@@ -186,7 +187,7 @@ def test_leftovers_of_earlier_lives_are_removed(make, tmp_path):
 
     make()
 
-    # those of a playbook that runs now, and other people's, are not ours
+    # the first belongs to a playbook that is running, the second to the user: neither is removed
     assert sorted(os.listdir(tmp_path / "dumps")) == [".a-20260101T000000Z.kept.dump.part", "thesis.part"]
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Where the server is, among whatever else a service file holds."""
+"""The endpoint in a service file, among arbitrary other content."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hpc_db_host import endpoint
+from hpc_db_host.layout import Layout
 
 WANTED = {"host": "c1", "port": 5433}
 SECTION = "[hpc_db]\nhost=c1\nport=5433\n"
@@ -33,7 +34,7 @@ for port in range(3):
     (SECTION + "[other]\nhost=x\n", "[other]\nhost=x\n", "[other]\nhost=x\n" + SECTION),
     ("[hpc_db2]\nhost=x\n[xhpc_db]\n", "[hpc_db2]\nhost=x\n[xhpc_db]\n", "[hpc_db2]\nhost=x\n[xhpc_db]\n" + SECTION),
     ("[hpc_db]\nhost=old\n[hpc_db]\nhost=older\n", "", SECTION),
-    # For libpq a bracket makes a heading, whatever comes after it.
+    # libpq takes any line that starts with a bracket as a heading, whatever follows the heading.
     ("[hpc_db]\nhost=old\n[other] # mine\nhost=x\n", "[other] # mine\nhost=x\n", "[other] # mine\nhost=x\n" + SECTION),
     ("[hpc_db] # old\nhost=old\n", "", SECTION),
     ("[hpc_db]\r\nhost=old\r\n", "", SECTION),
@@ -194,9 +195,33 @@ def test_pooler_has_a_section_of_its_own_as_long_as_it_is_there(tmp_path):
     assert service.read_text() == ""
 
 
+@pytest.mark.parametrize("published, queue, serving", [
+    ({"job": "7"}, [("7", "RUNNING")], "7"), ({"job": "7"}, [("6", "RUNNING"), ("7", "RUNNING")], "7"),
+    ({"job": "7"}, [], None), ({"job": "7"}, [("7", "PENDING")], None), ({"job": "7"}, [("7", "COMPLETING")], None),
+    ({"job": "7"}, [("8", "RUNNING")], None), ({"host": "c1"}, [("7", "RUNNING")], None),
+    (None, [("7", "RUNNING")], None), ({"job": ""}, [("", "RUNNING")], None),
+])
+def test_server_is_live_if_the_job_of_its_endpoint_runs(published, queue, serving):
+    found = endpoint.serving_job(published, [{"id": number, "state": state} for number, state in queue])
+
+    assert (found or {}).get("id") == serving
+
+
+@pytest.mark.parametrize("text, expected", [
+    ('{"job": "7"}', {"job": "7", "tls": True}), ('{"job": "7", "tls": false}', {"job": "7", "tls": False}),
+    ('{"job"', None), (None, None),
+])
+def test_endpoint_that_is_read(text, expected, tmp_path):
+    (tmp_path / "run").mkdir()
+    if text:
+        (tmp_path / "run" / "endpoint.json").write_text(text)
+
+    assert endpoint.read_endpoint(Layout(str(tmp_path))) == expected
+
+
 @pytest.fixture
 def left_behind(tmp_path):
-    """An instance whose server is gone, and did not take its endpoint back."""
+    """An instance whose server is gone without having withdrawn its endpoint."""
     for folder in ("host", "run"):
         (tmp_path / folder).mkdir()
     service = tmp_path / "service"

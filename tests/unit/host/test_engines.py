@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What runs beside postgres, with a program that only listens; tests/integration has the real ones."""
+"""Sidecars, played by a program that only listens; tests/integration has the real ones."""
 
 import configparser
 import os
@@ -16,7 +16,7 @@ import pytest
 from hpc_db_host import engines, processes
 from hpc_db_host.engines import engines_of, pooler_rules, quoted
 
-# Listens where its configuration says, unless a file "broken" is beside it; writes down the signals that it gets.
+# Listens at its configured address, unless a file "broken" is beside it; records the signals that it receives.
 PROGRAM = """#!{python}
 import configparser, os, signal, socket, sys
 folder = os.path.dirname(sys.argv[0])
@@ -31,6 +31,7 @@ def note(*_signal):
         stream.write("hup ")
 signal.signal(signal.SIGHUP, note)
 with socket.socket() as server:
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as PgBouncer does
     server.bind(("127.0.0.1", read.getint("pgbouncer", "listen_port")))
     server.listen(5)
     while True:
@@ -38,7 +39,7 @@ with socket.socket() as server:
 """
 
 
-# Runs an engine, and says which process that is.
+# Runs a sidecar, and prints its pid.
 SERVE = """
 import sys, time
 from hpc_db_host import engines
@@ -48,7 +49,7 @@ class Listener(engines.Engine):
     def command(self):
         return [sys.executable, "-c", "import time; time.sleep(600)"]
 
-engine = Listener({"root": sys.argv[1], "service": {}, "pooler": {"port": 0}}, None, "127.0.0.1")
+engine = Listener({"root": sys.argv[1], "service": {}, "pooler": {"port": 0}, "restarts": 5}, None, "127.0.0.1")
 engine.poll()
 print(engine._child.pid, flush=True)
 time.sleep(600)
@@ -69,7 +70,7 @@ class FakePostgres:
 
 
 class Pooler:
-    """The engine under test and its surroundings."""
+    """The sidecar under test and its surroundings."""
 
     def __init__(self, root, says, **changes):
         for name in ("socket", "log", "host", "bin"):
@@ -144,14 +145,14 @@ def test_configuration_lets_in_by_password_over_tls_only_and_nobody_else_reads_i
 def test_logins_that_never_end_are_awaited_no_longer_than_clients_wait(make):
     pooler = make()
     pooler.poll_until(lambda: pooler.engine.port)
-    entries = (Path(__file__).parents[3] / "roles" / "server" / "vars" / "main.yml").read_text()
-    (patience,) = re.findall(r"\| combine\(\{'connect_timeout': '(\d+)'\}", entries)
+    entries = (Path(__file__).parents[3] / "plugins" / "module_utils" / "_plan.py").read_text()
+    (patience,) = re.findall(r'POOLER_CONNECT_TIMEOUT = "(\d+)"', entries)
 
     assert pooler.parameters()[1]["client_login_timeout"] == patience
 
 
 def port_of_nobody():
-    """One that no other test is given by chance, since it is below the kernel's own range."""
+    """Return a port below the kernel's ephemeral range, so that no other test gets it by chance."""
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
         port = random.randrange(low // 2, low)
@@ -178,17 +179,17 @@ def test_one_that_cannot_run_is_given_up_with_its_reason(make, monkeypatch):
     pooler = make()
     (pooler.root / "bin" / "broken").touch()
 
-    pooler.poll_until(lambda: "stays away" in pooler.engine.reason)
+    pooler.poll_until(lambda: "not restarted" in pooler.engine.reason)
 
-    assert pooler.engine.reason == "pooler ended with exit code 1: FATAL cannot do that; it stays away, " \
-        "direct connections go on"
+    assert pooler.engine.reason == "pooler ended with exit code 1: FATAL cannot do that; not restarted, " \
+        "direct connections still work"
     assert (pooler.root / "log" / "pooler.log").read_text().count("FATAL") == 3
 
 
 @pytest.mark.parametrize("says, verifier, reason", [
-    ("GNU coreutils", FakePostgres.verifier, "is no PgBouncer"),
-    ("PgBouncer 1.18.0", "", "cannot let study in, which has no SCRAM password"),
-    ("PgBouncer 1.18.0", "md5abc", "cannot let study in, which has no SCRAM password"),
+    ("GNU coreutils", FakePostgres.verifier, "is not PgBouncer"),
+    ("PgBouncer 1.18.0", "", "cannot serve the role study, which has no SCRAM password"),
+    ("PgBouncer 1.18.0", "md5abc", "cannot serve the role study, which has no SCRAM password"),
 ])
 def test_what_it_needs_is_named(says, verifier, reason, make):
     pooler = make(says)

@@ -32,7 +32,7 @@ def clock():
 
 @pytest.fixture
 def contender(tmp_path, monkeypatch, clock):
-    """Ask for the lease from one host or another; every scheduler says that every holder has ended."""
+    """Acquire the lease from one host or another; every scheduler reports every holder as ended."""
 
     def contender(place="c1", folder=tmp_path):
         monkeypatch.setattr(processes, "this_host", lambda: place)
@@ -59,7 +59,7 @@ def small(tmp_path):
 
 
 def fill(folder, what):
-    """Leave no space, or no inodes."""
+    """Use up all space, or all inodes."""
     with contextlib.suppress(OSError):
         for number in itertools.count():
             with open(folder / f"film{number}", "wb", buffering=0) as film:
@@ -69,7 +69,7 @@ def fill(folder, what):
 
 
 def alive(clock, holder, others):
-    """Tell whether a holder keeps its lease for several TTLs, in the eyes of somebody who may take it."""
+    """Return whether a holder keeps its lease for several TTLs against a contender that may take it."""
     for _turn in range(30):
         clock.now += TTL / 5
         holder.renew_if_due()
@@ -90,7 +90,7 @@ def test_lease_is_kept_and_released_with_nothing_left(options, what, small, cloc
 
     holder.release()
     assert holder.holder() is None
-    with pytest.raises(OSError, match="No space left"):  # one who takes it has something to write down
+    with pytest.raises(OSError, match="No space left"):  # taking the lease requires writing
         other.try_acquire()
     (folder / "film0").unlink()
     (folder / "film1").unlink()
@@ -99,7 +99,7 @@ def test_lease_is_kept_and_released_with_nothing_left(options, what, small, cloc
 
 
 def test_lease_is_kept_where_even_overwriting_is_refused(clock, contender, monkeypatch):
-    """As ZFS does to who is over quota: what is there may be touched and removed, nothing more."""
+    """Like ZFS over quota: existing files may be touched and removed, nothing more."""
 
     def refuse(*_arguments):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Health says what is wrong, and the watch beside the main loop ends with it."""
+"""Health reports problems, and the watching thread ends with the main loop."""
 
 import errno
 import os

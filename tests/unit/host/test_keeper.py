@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The lease while the program waits: real programs and processes. PostgreSQL's are small ones that note what they do.
+"""The lease while the supervisor waits: real programs and processes. PostgreSQL's are small ones that log their calls.
 
-Each program waits, where a test asks it to, until the file ``go`` is there.
+Each program can be made to wait until the file ``go`` exists.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from hpc_db_host.lease import Held, Lease, Lost
 
 TTL = 4.0
 WAIT = "touch {root}/waits; while [ ! -e {root}/go ]; do sleep 0.05; done"
-# Like postgres it has a process in a session of its own, which does not mind the death of the first one.
+# Like postgres, it has a child in a session of its own that survives the death of the first process.
 POSTGRES = f"""#!{sys.executable}
 import os, signal, sys, time
 root = {{root!r}}
@@ -72,7 +72,7 @@ for word; do case $word in --old-datadir=*) old=${word#*=};; --new-datadir=*) ne
 
 
 class Instance:
-    """An instance directory, and the program at work on it, which waits in one place."""
+    """An instance directory, and the supervisor running on it, which waits at one point."""
 
     def __init__(self, root, where):
         self.root, self.where = root, where
@@ -115,7 +115,7 @@ class Instance:
         (self.root / "host" / f"{name}.json").write_text(json.dumps(settings))
 
     def start(self):
-        """Start it and go on as far as to the place where it waits."""
+        """Start the supervisor and let it run to the point where it waits."""
         upgrade = self.where in ("upgrade stop", "pg_upgrade")
         verb = ["upgrade", "--settings", self.root / "host" / "settings-18.json"] if upgrade else ["serve"]
         environment = {**os.environ, "PYTHONPATH": str(Path(hpc_db_host.__file__).parents[1])}
@@ -145,7 +145,7 @@ class Instance:
             return ""
 
     def contender(self, monkeypatch):
-        """Somebody on another host, whom the scheduler tells that the holder has ended."""
+        """A contender on another host; the scheduler reports the holder as ended."""
         record = self.root / "run" / "lease.1"
         record.write_text(json.dumps({**json.loads(record.read_text()), "silence": 0}))
         monkeypatch.setattr(processes, "this_host", lambda: "elsewhere")
@@ -153,7 +153,7 @@ class Instance:
         return Lease(str(self.root / "run"), holder, lambda _holder: True, TTL)
 
     def at_work(self):
-        """Every process that has to do with the instance, but for the hosting program."""
+        """Return every process that belongs to the instance, except for the supervisor."""
         found = {pid: words for pid, words in zip(everybody(), command_lines(everybody())) if str(self.root) in words}
         return [words for pid, words in found.items() if pid != self.program.pid]
 
@@ -181,7 +181,7 @@ def command_lines(pids):
 
 @pytest.fixture
 def at():
-    """Start a program that waits at a place."""
+    """Start a supervisor that waits at a given point."""
     made = []
     folder = Path(tempfile.mkdtemp(prefix="keeper-"))  # a short path, for the sockets
 
@@ -231,7 +231,7 @@ def test_lost_lease_ends_everything_at_once_and_nothing_is_written_any_more(wher
 
     (instance.root / "run" / "lease.2").write_text('{"host": "c2", "job": "8"}')
 
-    # What it waits for would go on for ever.
+    # The program that it waits for would never end.
     assert instance.program.wait(30) == 1
     said = (instance.root / "said").read_text().splitlines()
     assert re.search("failed: the lease was taken by job 8 on c2", said[-1])
@@ -257,7 +257,7 @@ def test_program_that_was_frozen_before_the_start_does_not_start_postgres(at, mo
 
 @pytest.fixture
 def killed(monkeypatch):
-    """Whom the keeper would have killed."""
+    """The pids that the keeper would have killed."""
     killed = []
     monkeypatch.setattr(processes, "kill_below", killed.append)
     return killed
@@ -288,7 +288,7 @@ def test_renewal_that_hangs_is_noticed_before_others_may_take_over(busy, lease, 
             assert time.monotonic() - began < 0.6
         finally:
             over.set()
-    assert keeper.lost == "the lease was not renewed for 0.3 s, as the file system does not answer"
+    assert keeper.lost == "the lease was not renewed for 0.3 s: the file system does not answer"
     assert set(killed) == {os.getpid()}
 
 
@@ -314,11 +314,11 @@ def test_lost_lease_is_not_released(lease, killed, tmp_path):
         keeper.renew()
     with pytest.raises(Lost):
         keeper.check()
-    assert killed == [os.getpid()] * 3  # also what was started between
+    assert killed == [os.getpid()] * 3  # also processes started in between
 
 
 def test_signal_that_waits_for_the_main_thread_is_given_to_no_other(start):
-    """A thread that lets signals in would have the main one raise in the middle of its way out."""
+    """A thread with unblocked signals would make the main thread raise an exception in the middle of its shutdown."""
     code = """
 import os, signal, sys, time
 from hpc_db_host.threads import Repeat, signals_waiting

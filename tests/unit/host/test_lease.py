@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The lease: never two owners, and none for ever."""
+"""The lease never has two owners, and can always be acquired in the end."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from hpc_db_host import files, processes
 from hpc_db_host.lease import Held, Lease, Lost
 
 TTL = 90.0
-# Two processes at a time ask for a lease whose last holder has released it, or was killed: who gets it?
+# Two processes at a time compete for a lease whose last holder has released it or was killed; prints who gets it.
 CONTEST = """
 import os, signal, sys
 from hpc_db_host.lease import Held, Lease
@@ -53,7 +53,7 @@ for turn in range(int(sys.argv[2])):
 
 @pytest.fixture
 def clock():
-    """A monotonic clock that only the test moves; ``clock.wall`` is what time.time() says."""
+    """A monotonic clock that only the test moves; ``clock.wall`` is the value of time.time()."""
 
     class Clock:
         now = 5.0
@@ -247,7 +247,7 @@ def test_lease_that_cannot_be_read_is_nobody_s_to_take(content, contender, clock
 
     for _turn in range(3):
         clock.now += TTL
-        with pytest.raises(Held, match="somebody whose lease file cannot be read"):
+        with pytest.raises(Held, match="an unknown holder, whose lease file cannot be read"):
             waiting.try_acquire()
 
 
@@ -272,7 +272,7 @@ def test_contender_that_slept_for_epochs_wins_none(contender, monkeypatch, tmp_p
     monkeypatch.setattr(os, "link", sleep_then_link)
 
     assert sleeper.try_acquire() is False
-    assert (tmp_path / "lease.2").exists()  # the old epoch was there to win
+    assert (tmp_path / "lease.2").exists()  # the old epoch could still have been taken
     assert not sleeper.is_ours()
     winner[0].renew()
 

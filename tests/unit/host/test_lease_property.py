@@ -1,10 +1,12 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The lease in any order of events: contenders are frozen, killed, cut off and released at every step.
+"""The lease under any order of events: contenders are frozen, killed, cut off and released at every step.
 
-Each that has the lease opens the data directory, starts and stops as slowly as the others like, and is asked about by a
-scheduler that answers rightly, wrongly, late or not at all. Two that have it open at once are the fault to be found.
-The same examples every time. HPC_DB_EXAMPLES=5000 tries as many new ones, and prints what repeats a failure.
+A contender with the lease opens the data directory, starts and stops as slowly as the others like, and its job's state
+comes from a scheduler that answers correctly, wrongly, late or not at all. The failure to find is two contenders that
+have the data directory open at once.
+The examples are the same in every run. HPC_DB_EXAMPLES=5000 tries as many new ones, and prints how to repeat a
+failure.
 """
 
 import itertools
@@ -34,29 +36,29 @@ from hypothesis.stateful import (
 )
 
 TTL = 90.0
-# Of a holder that no scheduler knows.
+# For a holder that no scheduler knows.
 SILENCE = 5 * TTL
-# What other hosts can see, or what they did is seen by: a contender may halt for ever before each of them.
+# Calls that other hosts can see, or that see the actions of others: a contender may stop for ever before each of them.
 VISIBLE = ("link", "listdir", "rename", "stat", "unlink")
-# How far a contender goes before somebody else's turn; the last one is as far as it gets.
+# Steps that a contender makes before another's turn; the last value stands for all steps.
 STEPS = st.integers(0, 10) | st.just(100)
 EXAMPLES = int(os.environ.get("HPC_DB_EXAMPLES", "0"))
 
 
 class Killed(BaseException):
-    """The contender's process is no more: nothing that it would do on its way out happens."""
+    """The contender's process is dead: its cleanup code does not run."""
 
 
 class Contender:
-    """A hosting program that goes on only when it is told to, one visible step at a time."""
+    """A supervisor that proceeds only when told to, one visible step at a time."""
 
     def __init__(self, world, place, pid, job, offset, silence):
         self.world, self.place, self.pid, self.start = world, place, pid, f"started as {job}"
         self.alive, self.idle, self.leaving = True, True, False
-        self.holds = False  # what it believes
-        self.opened = self.stopping = False  # the data directory, for longer than it holds the lease or not
-        self.acquired = self.renewed = self.beat = 0.0  # in true time; no contender sees that
-        self.awake = 0.0  # when it last had a turn, whatever it did with it
+        self.holds = False  # the contender's belief
+        self.opened = self.stopping = False  # the data directory's state, which may outlast the lease
+        self.acquired = self.renewed = self.beat = 0.0  # in true time, which no contender sees
+        self.awake = 0.0  # the time of its last turn, whatever it did in it
         self._go, self._halted = threading.Lock(), threading.Lock()
         self._go.acquire()
         self._halted.acquire()
@@ -70,7 +72,7 @@ class Contender:
         return f"{self.job} on {self.place}"
 
     def begin(self, call):
-        """Call into the lease, up to before the first visible step."""
+        """Call into the lease, and stop before the first visible step."""
         self.idle, self._outcome, self.world.current, self._begun = False, None, self, self.world.now
         threading.Thread(target=self._run, args=(call,), daemon=True).start()
         self._halted.acquire()
@@ -82,11 +84,11 @@ class Contender:
         self.go_on(steps)
 
     def keep(self):
-        """Have the keeper's turn, whatever the program itself does meanwhile."""
+        """Take the keeper's turn, whatever the program itself does meanwhile."""
         self.keeper.beat()
 
     def open(self):
-        """Open the data directory, if the lease is still ours. Nothing lies between the two."""
+        """Open the data directory, if the lease is still ours. Both happen in one step."""
         self.keeper.renew()
         self.opened = True
 
@@ -141,7 +143,7 @@ class Contender:
         elif name == "try_acquire" and outcome is True:
             self.holds, self.acquired, self.awake = True, self.world.now, self._begun
         if name == "release":
-            self.alive = self.leaving = False  # its end, and a clean one
+            self.alive = self.leaving = False  # it has ended cleanly
         if self.holds:
             self.renewed = self.beat
         if self.holds or self.opened:
@@ -149,7 +151,7 @@ class Contender:
 
 
 class World(RuleBasedStateMachine):
-    """Hosts with clocks of their own, one file system, and a scheduler that may call a job ended too early."""
+    """Hosts with clocks of their own, one file system, and a scheduler that may report a job as ended too early."""
 
     kind = Contender
 
@@ -190,21 +192,21 @@ class World(RuleBasedStateMachine):
         return call
 
     def start_time(self, pid):
-        """What a host knows of its own processes; PIDs are used again."""
+        """A host knows only its own processes; PIDs are reused."""
         here = [each for each in [*self.contenders, self.current] if each.place == self.current.place]
         return next((each.start for each in here if each.alive and each.pid == pid), None)
 
     def has_ended(self, holder):
         job = holder.get("job")
         right = job in self.called_ended or not any(each.alive for each in self.contenders if each.job == job)
-        known = job is not None  # else its file could not be read
+        known = job is not None  # otherwise its file could not be read
         ended = known and {"right": right, "nothing": False, "ended": True}[self.answer]
         self.current.halt()  # the answer is late, and may be wrong by now
         return ended
 
     @rule(answer=st.sampled_from(["right", "nothing", "ended"]))
     def change_scheduler(self, answer):
-        """It knows who has ended, it answers nothing, or it calls everybody ended."""
+        """Choose a scheduler that is correct, gives no answer, or reports every job as ended."""
         self.answer = answer
 
     def between_calls(self):
@@ -249,7 +251,7 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: len(self.between_calls()) > 1 and any(each.holds for each in self.contenders))
     @rule(data=st.data(), steps=st.integers(1, 10), overdue=st.booleans())
     def work_interrupted(self, data, steps, overdue):
-        """Two at once: one halts, and goes on when the other has ended. Above all when a takeover is due."""
+        """Two contenders overlap: one halts until the other has finished. Most useful when a takeover is due."""
         if overdue:
             self.watch(renewing=False, given_up=True)
         first, second = data.draw(st.permutations(self.between_calls()))[:2]
@@ -268,7 +270,7 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.leavers())
     @rule(data=st.data(), steps=STEPS)
     def leave(self, data, steps):
-        """Stop cleanly, asked to or because the lease was lost: postgres has ended before."""
+        """Stop cleanly, on request or because the lease was lost: postgres has ended before."""
         contender = data.draw(st.sampled_from(self.leavers()))
         contender.holds, contender.leaving = False, True
         contender.begin(contender.release)
@@ -281,15 +283,15 @@ class World(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1.0, TTL / 6 + 1, TTL / 2 + 1, TTL + 1]), wall=st.sampled_from([0.0, 1e9, 4e9]))
     def wait(self, seconds, wall):
-        """Everybody is frozen, and the wall clock is set."""
+        """Freeze all contenders, and set the wall clock."""
         self.now += seconds
         self.wall = wall
 
     @rule(renewing=st.booleans(), given_up=st.booleans(), starting=st.booleans())
     def watch(self, renewing, given_up, starting=False):
-        """Those between two calls go on for longer than the TTL; holders do, or are frozen, or cut off.
+        """The contenders between two calls run for longer than the TTL; holders do, or are frozen, or cut off.
 
-        The scheduler has not heard of a death yet, or it gives up everybody, also those who still run and renew.
+        The scheduler has not noticed a death yet, or it reports all jobs as ended, even those that run and renew.
         """
         for _turn in range(3):
             for each in self.between_calls():
@@ -304,7 +306,7 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def nobody_takes_over_from_one_who_lives(self):
-        """A holder that has renewed within the TTL is not replaced, and one that is replaced renews no more."""
+        """A holder that has renewed within the TTL is not replaced; a replaced holder never renews again."""
         holders = sorted((each for each in self.contenders if each.holds), key=lambda each: each.lease.epoch)
         for older, newer in itertools.combinations(holders, 2):
             assert older.lease.epoch < newer.lease.epoch
@@ -312,14 +314,14 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def one_data_directory_is_open_once(self):
-        """But for a program that has been frozen for so long that others had to take it for dead."""
+        """The exception is a program frozen for so long that others had to take it for dead."""
         opened = sorted((each for each in self.contenders if each.opened), key=lambda each: each.lease.epoch)
         for older, newer in itertools.combinations(opened, 2):
             # A turn renews the lease if the last renewal is a sixth of the TTL ago.
             assert older.awake - TTL / 6 + older.silence < newer.acquired, f"both {older} and {newer} have it open"
 
     def teardown(self):
-        """Once all are dead, and known to be, the next one may start after the TTL."""
+        """Once all contenders are known to be dead, the next one can start after the TTL."""
         try:
             for each in self.contenders:
                 each.kill()
@@ -354,7 +356,7 @@ class Forgetful(Contender):
 
 
 class Hasty(Contender):
-    """Neither renews before postgres is started, nor looks whose the lease is."""
+    """Neither renews before it starts postgres, nor checks who holds the lease."""
 
     def keep(self):
         if self.opened:
@@ -365,7 +367,7 @@ class Hasty(Contender):
 
 
 class Gentle(Contender):
-    """Stops postgres in its own time when the lease is lost."""
+    """Stops postgres without haste when the lease is lost."""
 
     def lose(self):
         self.stopping = True
@@ -373,7 +375,7 @@ class Gentle(Contender):
 
 @pytest.mark.parametrize("kind", [Forgetful, Hasty, Gentle])
 def test_property_finds_a_program_with_a_fault(kind):
-    """Each is as the hosting program once was."""
+    """Each class has a fault that the supervisor once had."""
     world = type("World", (World,), {"kind": kind})
     quickly = settings(TestLease.settings, phases=[Phase.generate], report_multiple_bugs=False, print_blob=False)
 

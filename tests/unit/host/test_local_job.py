@@ -25,7 +25,7 @@ while :; do sleep 0.05; done
 
 
 class Instance:
-    """An instance directory with the hosting program in it, as the role installs it."""
+    """An instance directory with the supervisor in it, as the role installs it."""
 
     def __init__(self, root):
         self.root = root
@@ -71,7 +71,7 @@ def instance(tmp_path):
 
 @pytest.fixture
 def stranger():
-    """A process that has nothing to do with the instance."""
+    """A process that does not belong to the instance."""
     process = subprocess.Popen(["sleep", "60"], start_new_session=True)
     yield process
     process.kill()
@@ -89,7 +89,7 @@ def test_job_outlives_the_connection_that_started_it(instance):
     os.killpg(caller.pid, signal.SIGHUP)
     os.killpg(caller.pid, signal.SIGKILL)
     caller.wait()
-    # Nobody holds the pipe: else ssh would wait for the job's end.
+    # No process holds the pipe: otherwise ssh would wait for the job's end.
     assert caller.stdout.read() == b""
     caller.stdout.close()
 
@@ -141,7 +141,7 @@ def test_second_job_of_an_instance_is_refused(instance):
     refused = instance.submit("another", check=False)
 
     assert refused.returncode == 1
-    assert refused.stderr == f"job {job_id} (hpc-db) of this instance runs already\n"
+    assert refused.stderr == f"job {job_id} (hpc-db) of this instance is already running\n"
     assert instance.queue().startswith(job_id)
 
 

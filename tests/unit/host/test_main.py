@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The hosting program with a postgres that only remembers; tests/integration has the real one."""
+"""The supervisor with a postgres that only records calls; tests/integration has the real one."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ SECTION = "[hpc_db]\ndbname=mala\nhost=c1\nport=5433\n"
 
 
 class FakePostgres:
-    """Notes what it is told, and what others see at that moment. ``during`` acts while it serves."""
+    """Records calls, and the state visible to others at that moment. ``during`` runs while the server is running."""
 
     port, socket = 5433, "/tmp/hpc_db-x"
     clean = True
@@ -66,7 +66,7 @@ class FakePostgres:
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-    for folder in ("run", "host"):
+    for folder in ("run", "host", "log"):
         (tmp_path / folder).mkdir()
     settings = {
         "instance": "hpc_db", "cluster": "hemera5", "scheduler": "slurm", "bindir": "/bin", "advertise": "c1",
@@ -90,7 +90,7 @@ def host(tmp_path, monkeypatch):
 
 
 class Instance:
-    """An instance directory, and the program called on it."""
+    """An instance directory, and the supervisor run on it."""
 
     def __init__(self, root, monkeypatch):
         self.root, self.service, self._monkeypatch = root, root / "service", monkeypatch
@@ -114,7 +114,7 @@ class Instance:
         return state["state"], state["reason"]
 
     def lease(self, ended=True, host="c2", **changes):
-        """Hold the lease as somebody else."""
+        """Hold the lease as another job."""
         holder = {"host": host, "pid": os.getpid(), "job": "8", "kind": "slurm", "cluster": "hemera5", **changes}
         return Lease(str(self.root / "run"), holder, lambda _holder: ended)
 
@@ -125,7 +125,7 @@ def test_endpoint_is_there_only_between_the_first_write_and_the_stop(host):
     assert host.events == [
         "made listen=True []", "start", "write", "serving published", "drain 5.0", "stop",
     ]
-    assert host.state() == ("ended", "told to by SIGTERM")
+    assert host.state() == ("ended", "stopped by SIGTERM")
     assert host.service.read_text() == ""
     assert host.lease().holder() is None
 
@@ -171,7 +171,7 @@ def test_file_that_asks_for_the_end_is_a_clean_end(host, monkeypatch):
     monkeypatch.setattr(FakePostgres, "during", lambda self: (host.root / "run" / next(wishes)).touch())
 
     assert host.run("serve") == 0
-    assert host.state() == ("ended", f"told to by {host.root}/run/stop.7")
+    assert host.state() == ("ended", f"stopped by {host.root}/run/stop.7")
     assert host.events.count("serving published") == 2
     assert not (host.root / "run" / "stop.7").exists()
     assert host.lease().holder() is None
@@ -182,12 +182,12 @@ def test_each_signal_is_a_clean_end(number, host, monkeypatch):
     monkeypatch.setattr(FakePostgres, "during", lambda self: os.kill(os.getpid(), number))
 
     assert host.run("serve") == 0
-    assert host.state() == ("ended", f"told to by {signal.Signals(number).name}")
+    assert host.state() == ("ended", f"stopped by {signal.Signals(number).name}")
 
 
 def test_second_signal_changes_nothing(host, monkeypatch):
     def stop_slowly(self, patience):
-        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # a thread of pytest's would take it for the process
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # not to one of pytest's threads
         return True
 
     monkeypatch.setattr(FakePostgres, "stop", stop_slowly)
@@ -213,7 +213,7 @@ def raise_(error):
 
 
 @pytest.mark.parametrize("during, reason", [
-    (lambda self: 1, "postgres ended by itself with exit code 1"),
+    (lambda self: 1, "postgres exited unexpectedly with code 1"),
     (lambda self: raise_(Failed("no")), "no"),
     (lambda self: raise_(OSError("the file system went away")), "the file system went away"),
 ])
@@ -237,7 +237,7 @@ def test_service_file_that_cannot_be_edited_keeps_postgres_from_nothing(host, mo
     assert host.events[-1] == "stop"
     assert host.lease().holder() is None
     assert host.state() == (
-        "failed", "postgres ended by itself with exit code 1; the endpoint is not withdrawn: [Errno 28] no space",
+        "failed", "postgres exited unexpectedly with code 1; the endpoint is not withdrawn: [Errno 28] no space",
     )
 
 
@@ -247,7 +247,7 @@ def full(*_arguments, **_unused):
 
 @pytest.fixture
 def queue(host, monkeypatch):
-    """The scheduler's queue, with a successor in it until somebody cancels it."""
+    """The scheduler's queue, with a successor in it until that is cancelled."""
 
     class FakeQueue:
         successors = ["8"]
@@ -294,7 +294,7 @@ def test_wish_to_stop_outlives_what_takes_its_place(host, queue, monkeypatch):
     monkeypatch.setattr(FakePostgres, "during", during)
 
     assert host.run("serve") == 0
-    assert host.state() == ("ended", "told to by SIGTERM")
+    assert host.state() == ("ended", "stopped by SIGTERM")
     assert queue.successors == ["8"]
 
 
@@ -339,7 +339,7 @@ def test_place_that_cannot_be_told_is_told_later_while_postgres_serves(host, mon
     assert host.run("serve") == 0
 
     assert [state for state, _reason in looks] == ["serving", "unhealthy", "serving", "serving"]
-    assert looks[1][1] == "workers do not learn where the server is: [Errno 28] no space"
+    assert looks[1][1] == "cannot publish the endpoint: [Errno 28] no space"
     assert published[-1] == "[other]\nhost=elsewhere\n" + SECTION
     assert host.events.count("start published") + host.events.count("start") == 1
 
@@ -355,7 +355,7 @@ def test_takeover_leaves_everything_to_the_next_holder(host, monkeypatch):
 
     assert host.run("serve") == 1
 
-    # Killed before the stop, which would write a checkpoint into what is another's now.
+    # Killed before the stop, which would write a checkpoint into a directory that now belongs to another server.
     assert host.events.index("killed") < host.events.index("stop published")
     assert host.service.read_text() == SECTION
     assert json.loads((host.root / "run" / "state.json").read_text())["host"] == "c2"
@@ -447,7 +447,7 @@ def test_which_holders_have_ended(holder, ended, host, monkeypatch):
 
 
 @pytest.mark.parametrize("holder, told", [
-    ({}, "it has died, it is replaced after"), ({"kind": "bootstrap"}, "it was killed, it is replaced at once on"),
+    ({}, "it has died, it is replaced after"), ({"kind": "bootstrap"}, "it was killed, it can be replaced at once on"),
     ({"cluster": "another"}, None),
 ])
 def test_who_waits_for_the_lease_says_for_how_long(holder, told, host, monkeypatch, capsys):
@@ -477,7 +477,7 @@ def test_job_waits_for_a_holder_that_is_cut_off_and_nobody_else_does(host, monke
     assert (host.run("serve"), asked) == (3, [])
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert (host.run("serve", "--lease-patience", "0.05"), asked) == (0, ["8", "8", "8"])
-    assert capsys.readouterr().err.count("its job has ended, but its heartbeat goes on: is its node cut off?") == 1
+    assert capsys.readouterr().err.count("its job has ended, but its heartbeat continues: its node may be cut off") == 1
 
 
 def test_instance_serves_again_after_a_reboot(host, monkeypatch):
@@ -512,7 +512,7 @@ def test_refusal_names_the_way_out_where_only_the_user_can_know(holder, hint, ho
 
     assert host.run("serve") == 3
 
-    assert ("if you know that it has, run the playbook break_lease.yml" in capsys.readouterr().err) is hint
+    assert ("if it has, run the playbook break_lease.yml" in capsys.readouterr().err) is hint
 
 
 def test_node_that_cannot_run_postgres_is_told_once(host, monkeypatch):
@@ -528,7 +528,7 @@ def test_node_that_cannot_run_postgres_is_told_once(host, monkeypatch):
 
 
 class FakeUpgrade:
-    """Notes what it is told, and who has the lease meanwhile. ``during`` acts then."""
+    """Records calls, and the holder of the lease during them. ``during`` runs then."""
 
     def __init__(self, settings, following, keeper):
         self.settings, self.following = settings, following
@@ -558,7 +558,7 @@ def test_upgrade_holds_the_lease_and_prints_what_was_compared(arguments, back, h
 
 @pytest.mark.parametrize("during, told", [
     (lambda self: raise_(Failed("pg_upgrade: no")), "failed: pg_upgrade: no"),
-    (lambda self: os.kill(os.getpid(), signal.SIGTERM), "ended: told to by SIGTERM"),
+    (lambda self: os.kill(os.getpid(), signal.SIGTERM), "ended: stopped by SIGTERM"),
 ])
 def test_upgrade_that_does_not_end_well_is_no_success(during, told, host, monkeypatch, capsys):
     monkeypatch.setattr(program, "Upgrade", FakeUpgrade)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""postgres as a child: real processes that behave as it does, where tests/integration has the real one."""
+"""postgres as a child process, played by real processes that behave like it; tests/integration has the real one."""
 
 import json
 import multiprocessing
@@ -17,7 +17,7 @@ import pytest
 from hpc_db_host import postgres as module
 from hpc_db_host.postgres import PROGRAMS, Failed, Postgres, check_programs, free_port
 
-# Shows how it was called, then runs until told to stop; "deaf" is what it does not hear.
+# Records its environment and arguments, then runs until told to stop; "deaf" lists the signals that it ignores.
 PROGRAM = f"""#!{sys.executable}
 import json, os, signal, sys, time
 deaf = {{deaf!r}}
@@ -109,7 +109,7 @@ def test_programs_speak_english(make, tmp_path, monkeypatch):
     postgres = make(psql='test "$LC_ALL" = C || exit 1; echo "1|77"')
     postgres.start()
 
-    # of all that tell the language it counts most
+    # LC_ALL overrides all other language variables
     assert called(tmp_path)["environment"]["LC_ALL"] == "C"
     assert postgres.probe() == ""
 
@@ -127,7 +127,7 @@ def test_probe_says_why(psql, reason, make):
 
 @pytest.mark.parametrize("deaf, psql, message", [
     ("dead", "exit 1", "ended with exit code 1 while starting: see .*/log"),
-    ("", "echo refused >&2; exit 1", "accepts no write after 0 s: refused"),
+    ("", "echo refused >&2; exit 1", "has accepted no write within 0 s: refused"),
 ])
 def test_start_that_fails_says_why(deaf, psql, message, make, tmp_path):
     postgres = make(deaf, psql)
@@ -182,7 +182,7 @@ def test_signal_while_it_starts_finds_the_child(make, monkeypatch):
 
     monkeypatch.setattr(module, "_die_with_parent", lambda: os.kill(os.getppid(), signal.SIGTERM))
     postgres = make()
-    # A process without the threads of this one, which would take the signal.
+    # A process without this one's threads, which might take the signal.
     alone = multiprocessing.get_context("fork").Process(target=start)
     alone.start()
     alone.join(30)

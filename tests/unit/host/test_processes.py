@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Which process is which."""
+"""The identity of processes and machines."""
 
 import os
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from hpc_db_host import processes
@@ -15,7 +16,7 @@ ctypes.CDLL(None).prctl(15, b"a) Z \\xff", 0, 0, 0)
 print(flush=True)
 time.sleep(60)
 """
-# A postmaster: its children have sessions of their own, and it starts the next one when one has died.
+# A postmaster: its children have sessions of their own, and it replaces a child that has died.
 RESTLESS = """
 import os, sys, time
 from hpc_db_host import processes
@@ -55,7 +56,7 @@ def test_start_time_stays_and_ends_with_the_process(sleeper):
 
     sleeper.kill()
     os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
-    assert os.path.exists(f"/proc/{sleeper.pid}")  # a zombie, which has ended
+    assert os.path.exists(f"/proc/{sleeper.pid}")  # a zombie, which counts as ended
     assert processes.start_time(sleeper.pid) is None
 
     sleeper.wait()
@@ -119,7 +120,7 @@ def test_every_process_of_a_program_in_a_folder_is_found(sleeper, tmp_path):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Describe a machine by files like those of /etc and /sys; return the words that name it."""
+    """Describe a machine by files like those of /etc and /sys; return the words that identify it."""
 
     def machine(system, **cards):
         shutil.rmtree(tmp_path / "sys", ignore_errors=True)
@@ -169,3 +170,17 @@ def test_other_machine_is_never_taken_for_this_one(system, cards, machine):
 ])
 def test_machine_that_cannot_be_known_has_no_name(system, cards, machine):
     assert machine(system, **cards) == set()
+
+
+def test_start_time_on_macos(monkeypatch):
+    said = {"7": b"Mon Nov 23 03:30:01 2026    \n"}
+
+    def run(command, **_options):
+        assert command[:-1] == ["ps", "-o", "lstart=", "-p"]
+        return SimpleNamespace(stdout=said.get(command[-1], b""))
+
+    monkeypatch.setattr(processes.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(processes.subprocess, "run", run)
+
+    assert processes.start_time(7) == "Mon Nov 23 03:30:01 2026"
+    assert processes.start_time(8) is None

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whether the scheduler says that a job has ended, where a doubt means no; and that one job follows."""
+"""A job counts as ended only if the scheduler says so without doubt; and one successor is queued."""
 
 import json
 import os
@@ -9,13 +9,12 @@ import sys
 import time
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _gridengine, _slurm
-from hpc_db_host import scheduler_gridengine, scheduler_slurm
 from hpc_db_host.processes import start_time
-from hpc_db_host.scheduler import Queue, call, job_has_ended
+from hpc_db_host.scheduler import Queue, job_has_ended, run
+from hpc_db_host.schedulers import SCHEDULERS
 
-SIDES = {"slurm": (scheduler_slurm, _slurm), "gridengine": (scheduler_gridengine, _gridengine)}
-# What a user's .bashrc, a site's profile or the job that something runs in may set.
+slurm, grid_engine = SCHEDULERS["slurm"], SCHEDULERS["gridengine"]
+# Settings from a user's .bashrc, a site's profile or the surrounding job.
 FOREIGN = """
 SQUEUE_ACCOUNT SQUEUE_ALL SQUEUE_ARRAY SQUEUE_FEDERATION SQUEUE_FORMAT SQUEUE_FORMAT2 SQUEUE_LICENSES SQUEUE_LOCAL
 SQUEUE_NAMES SQUEUE_PARTITION SQUEUE_PRIORITY SQUEUE_QOS SQUEUE_SIBLING SQUEUE_SORT SQUEUE_STATES SQUEUE_USERS
@@ -69,7 +68,7 @@ BUSY = "slurm_load_jobs error: Unable to contact slurm controller (connect failu
     (1, "", "", False),
 ])
 def test_answers_of_slurm(returncode, stdout, stderr, ended):
-    assert scheduler_slurm.has_ended(returncode, stdout, stderr) is ended
+    assert slurm.has_ended(returncode, stdout, stderr) is ended
 
 
 @pytest.mark.parametrize("returncode, stdout, stderr, ended", [
@@ -83,7 +82,7 @@ def test_answers_of_slurm(returncode, stdout, stderr, ended):
     (0, "<?xml version='1.0'?>\n<detailed_job_info>\n</detailed_job_info>\n", "", False),
 ])
 def test_answers_of_grid_engine(returncode, stdout, stderr, ended):
-    assert scheduler_gridengine.has_ended(returncode, stdout, stderr) is ended
+    assert grid_engine.has_ended(returncode, stdout, stderr) is ended
 
 
 def test_queue_of_grid_engine():
@@ -92,7 +91,9 @@ def test_queue_of_grid_engine():
     text = "A message\n<?xml version='1.0'?>\n<job_info><queue_info>" + "".join(rows) + "</queue_info></job_info>"
     text += "\n--> 12 % of the allocation are left\n"
 
-    assert scheduler_gridengine.parse_queue(text) == [("7", "hpc_db"), ("8", "hpc_db")]
+    assert [(job["id"], job["name"], job["state"]) for job in grid_engine.parse_queue(text)] == [
+        ("7", "hpc_db", "RUNNING"), ("8", "hpc_db", "PENDING"), ("9", "hpc_db", "COMPLETING"),
+    ]
 
 
 @pytest.mark.parametrize("variables, bin_dir, root", [
@@ -100,18 +101,18 @@ def test_queue_of_grid_engine():
     ({}, "/usr/bin", None), ({}, "", None),
 ])
 def test_grid_engine_is_told_where_it_is(variables, bin_dir, root):
-    assert scheduler_gridengine.environment(variables, bin_dir).get("SGE_ROOT") == root
+    assert grid_engine.environment(variables, bin_dir).get("SGE_ROOT") == root
 
 
 @pytest.mark.parametrize("text", ["", "error: unable to contact qmaster\n", "<?xml version='1.0'?>\n<job_info>"])
 def test_answer_of_grid_engine_that_is_no_queue(text):
-    with pytest.raises(OSError, match="no XML in what was printed"):
-        scheduler_gridengine.parse_queue(text)
+    with pytest.raises(ValueError, match="the output is not XML"):
+        grid_engine.parse_queue(text)
 
 
 @pytest.fixture
 def command(tmp_path):
-    """Make a command of a scheduler, a shell script, in a folder."""
+    """Create a command of a scheduler, a shell script, in a folder."""
     def command(name, script):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
@@ -120,7 +121,7 @@ def command(tmp_path):
     return command
 
 
-@pytest.mark.parametrize("scheduler", sorted(SIDES))
+@pytest.mark.parametrize("scheduler", sorted(NEEDED))
 def test_commands_get_a_few_variables_that_are_known(scheduler, command, monkeypatch):
     for name in FOREIGN:
         monkeypatch.setenv(name, "foreign")
@@ -128,33 +129,19 @@ def test_commands_get_a_few_variables_that_are_known(scheduler, command, monkeyp
         monkeypatch.setenv(name, value)
     dump = f"exec {sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
 
-    got = json.loads(call(SIDES[scheduler][0], command("squeue", dump), ["squeue"], 60).stdout)
+    got = json.loads(run(scheduler, command("squeue", dump), ["squeue"], 60).stdout)
 
     assert not {name for name, value in got.items() if value == "foreign"}
     assert got.items() >= NEEDED[scheduler].items()
     assert (got["HOME"], got["PATH"], got["LC_ALL"]) == (os.environ["HOME"], os.environ["PATH"], "C.UTF-8")
 
 
-@pytest.mark.parametrize("bin_dir", ["", "/opt/sge/bin/lx-amd64"])
-@pytest.mark.parametrize("scheduler", sorted(SIDES))
-def test_first_job_is_told_the_same_as_all_later_ones(scheduler, bin_dir):
-    """The playbook submits the first, the hosting program the others."""
-    host, playbook = SIDES[scheduler]
-    variables = {name: name for name in [*os.environ, *FOREIGN, *NEEDED[scheduler]]}
-
-    assert host.environment(variables, bin_dir) == playbook.environment(variables, bin_dir)
-
-
-def test_both_sides_know_the_same_ends():
-    assert set(scheduler_slurm.ENDED) == _slurm.ENDED
-
-
 def test_nothing_is_left_of_a_command_that_does_not_answer(command, tmp_path):
-    """A site's wrapper of it waits for it, and it holds the pipes."""
+    """A site's wrapper waits for the command, and the command holds the pipes."""
     folder = command("squeue", f"trap '' TERM; sleep 100 & echo $$ $! > {tmp_path}/pids; wait")
 
     with pytest.raises(subprocess.TimeoutExpired):
-        call(scheduler_slurm, folder, ["squeue"], 0.5)
+        run("slurm", folder, ["squeue"], 0.5)
 
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     limit = time.monotonic() + 30
@@ -193,22 +180,34 @@ def test_slurm_that_is_not_there_says_nothing(tmp_path):
     assert job_has_ended("slurm", str(tmp_path / "missing"), "7") is False
 
 
-HEAD = "JOBID|NAME|STATE\n"
+HEAD = "JOBID|STATE|NODELIST|TIME_LEFT/TIME_LIMIT|NAME|REASON"
+
+
+def row(job, name, state):
+    """Return a line of squeue's output."""
+    return f"{job}|{state}||1:00/2:00|{name}|None"
+
+
+SUBMIT = [
+    "sbatch", "--parsable", "--job-name=hpc_db", "--output=/r/job.log", "--open-mode=append", "--dependency=singleton",
+    "--mem=4G", "--no-requeue", "--signal=B:USR1@120", "--time=24:00:00", "/r/job.sh",
+]
 
 
 class FakeQueue(Queue):
     """Answers like Slurm: squeue lists all of the user's jobs, sbatch --parsable prints an id."""
 
     def __init__(self, *jobs):
-        successor = ["sbatch", "--parsable", "--job-name=hpc_db", "/r/host/job.sh"]
-        settings = {"scheduler": "slurm", "job_name": "hpc_db", "successor": successor}
+        successor = {"options": {"time": "24:00:00"}, "memory": "4G", "script": "/r/job.sh", "output": "/r/job.log"}
+        settings = {"scheduler": "slurm", "job_name": "hpc_db", "stop_notice": "120", "successor": successor}
         Queue.__init__(self, settings, "7")
         self.jobs = list(jobs)
 
     def _run(self, command):
         if command[0] == "squeue":
-            return HEAD + "".join(f"{job}|{name}|{state}\n" for job, name, state in self.jobs)
+            return "\n".join([HEAD, *(row(*job) for job in self.jobs)])
         if command[0] == "sbatch":
+            assert command == SUBMIT
             self.jobs.append(("8", "hpc_db", "PENDING"))
             return "8\n"
         assert command[:2] == ["scancel", "--state=PENDING"]
@@ -242,28 +241,28 @@ def test_successors_are_cancelled_and_nobody_else():
     assert queue.jobs == [OURS, ("9", "worker", "PENDING")]
 
 
-@pytest.mark.parametrize("listed", [HEAD, HEAD + "9|worker|PENDING\n"])
+@pytest.mark.parametrize("listed", [HEAD, f"{HEAD}\n{row(9, 'worker', 'PENDING')}"])
 @pytest.mark.parametrize("state, submits", [
     ("echo 'job|RUNNING|'", False), ("true", False), ("exit 1", False), ("echo 'job|COMPLETED|'", True),
     (f"echo '{GONE.strip()}' >&2; exit 1", True),
 ])
 def test_listing_without_our_own_job_brings_no_successor(listed, state, submits, command, tmp_path):
-    """It is filtered, or empty; only of a job that has ended, so of a program run by hand, nothing is to be listed."""
-    folder = command("squeue", f"case \"$*\" in *--jobs=7) {state};; *) printf '{listed}'; esac")
+    """The list is filtered or empty; our own job may only be missing if it has ended, as for a program run by hand."""
+    folder = command("squeue", f"case \"$*\" in *--jobs=7) {state};; *) echo '{listed}'; esac")
     command("sbatch", f"echo called >> {tmp_path}/called; echo 8")
     settings = {"scheduler": "slurm", "job_name": "hpc_db", "bin_dir": folder, "successor": ["sbatch"]}
 
     if submits:
         assert Queue(settings, "7").ensure_successor() == "job 8 follows"
     else:
-        with pytest.raises(OSError, match="^squeue does not list job 7, which runs$"):
+        with pytest.raises(OSError, match="^squeue does not list job 7, although it is running$"):
             Queue(settings, "7").ensure_successor()
     assert (tmp_path / "called").exists() is submits
 
 
 def site(command, queue, printed, folder):
-    """Make commands of a site that prints lines of its own: sbatch puts a job into the queue, and prints this."""
-    command("squeue", f"""[ -e {folder}/eight ] && more="$(printf '\\n8|hpc_db|PENDING')"
+    """Create commands of a site that prints additional lines: sbatch queues a job, and prints ``printed``."""
+    command("squeue", f"""[ -e {folder}/eight ] && more="$(printf '\\n{row(8, "hpc_db", "PENDING")}')"
 cat << end
 {queue}
 end""")
@@ -272,12 +271,12 @@ end""")
 
 
 @pytest.mark.parametrize("queue", [
-    "JOBID|NAME|STATE\n7|hpc_db|RUNNING$more",
-    "Welcome to mini\n\x1b[1mJOBID|NAME|STATE\x1b[0m\n\x1b[32m7|hpc_db|RUNNING\x1b[0m$more\n--> 12 % are left",
+    f"{HEAD}\n{row(*OURS)}$more",
+    f"Welcome to mini\n\x1b[1m{HEAD}\x1b[0m\n\x1b[32m{row(*OURS)}\x1b[0m$more\n--> 12 % are left",
 ])
 @pytest.mark.parametrize("printed", [
     "8", "8;mini", "Welcome to mini\n8\n--> 12 % of the allocation are left", "\x1b[32m8\x1b[0m\r",
-    # Nothing of it is the id: the queue knows it.
+    # None of this is the id, which only the queue shows.
     "8\n12", "Your job is queued", "", "job-id=8, have fun",
 ])
 def test_successor_is_found_whatever_a_site_prints(printed, queue, command, tmp_path):
@@ -294,7 +293,7 @@ def test_successor_is_found_whatever_a_site_prints(printed, queue, command, tmp_
     ("", r"^sbatch printed no job id \(nothing at all\), and no job hpc_db is in the queue$"),
 ])
 def test_successor_that_the_queue_does_not_show_yet(printed, follows, command, tmp_path):
-    asked = site(command, "JOBID|NAME|STATE\n7|hpc_db|RUNNING", printed, tmp_path)
+    asked = site(command, f"{HEAD}\n{row(*OURS)}", printed, tmp_path)
 
     if follows.startswith("job"):
         assert asked.ensure_successor() == follows
@@ -303,10 +302,10 @@ def test_successor_that_the_queue_does_not_show_yet(printed, follows, command, t
             asked.ensure_successor()
 
 
-@pytest.mark.parametrize("printed", ["", "Welcome to mini\n", "7|hpc_db|RUNNING\n", "slurm_load_jobs error: x\n"])
+@pytest.mark.parametrize("printed", ["", "Welcome to mini\n", row(*OURS), "slurm_load_jobs error: x\n"])
 def test_answer_of_slurm_that_is_no_queue(printed):
-    with pytest.raises(OSError, match="^squeue: no list of jobs in what was printed"):
-        scheduler_slurm.parse_queue(printed)
+    with pytest.raises(ValueError, match="^squeue: the output is not a list of jobs"):
+        slurm.parse_queue(printed)
 
 
 @pytest.mark.parametrize("text, job", [
@@ -314,4 +313,4 @@ def test_answer_of_slurm_that_is_no_queue(printed):
     ("", None), ("Welcome!\n", None),
 ])
 def test_id_of_a_submission_to_grid_engine(text, job):
-    assert scheduler_gridengine.parse_submit(text) == job
+    assert grid_engine.parse_submit(text) == job

@@ -18,7 +18,7 @@ from hpc_db_host.postgres import Failed
 from hpc_db_host.upgrade import Rejected, Told, Upgrade, copy_tree, differences, in_short
 
 TRIALS = '["table", "public.trials", 3, "77"]\n["study", "beryllium", 0, "MINIMIZE", 3, -1.5]\n'
-# A data directory holds its rows in a file, and its server's socket is in it.
+# A data directory keeps its rows in a file, and its server's socket is in it.
 PROGRAMS = {
     "psql": """
         while [ $# -gt 0 ]; do case $1 in -h) data=$2;; -c) echo '"alice"'; exit;; esac; shift; done
@@ -56,7 +56,7 @@ def instance(tmp_path, short_folder, monkeypatch):
 
 
 class Instance:
-    """An instance directory whose studies are in PostgreSQL 17, and all that an upgrade does with it."""
+    """An instance directory whose studies are in PostgreSQL 17, with all the steps of an upgrade."""
 
     def __init__(self, root, sockets, monkeypatch):
         self.root, self.sockets, self.servers, instance = root, sockets, [], self
@@ -97,7 +97,7 @@ class Instance:
         path.chmod(0o755)
 
     def make(self, name, major, rows=""):
-        """Make a data directory, as initdb does."""
+        """Create a data directory, as initdb does."""
         folder = self.root / "data" / name
         if not folder.exists():
             folder.mkdir(parents=True)
@@ -124,7 +124,7 @@ class Instance:
         return sorted(os.listdir(self.root / "data"))
 
     def upgrade(self, major=18, back=False, alive=lambda: None):
-        """Do what the playbook does."""
+        """Upgrade as the playbook does."""
         if major > int(self.used()):
             self.make(f"{major}.new", major)
         self.write(f"settings-{major}.json", major)
@@ -177,10 +177,10 @@ def test_what_pg_upgrade_refuses_is_dumped_and_restored(refuse, why, instance):
 
     done = instance.upgrade()
 
-    assert done["way"].startswith("dump and restore, since pg_upgrade refused: ") and done["way"].endswith(why)
+    assert done["way"].startswith("dump and restore, since pg_upgrade failed: ") and done["way"].endswith(why)
     assert (instance.used(), instance.names()) == ("18", ["17", "18"])
     assert instance.rows("17") == instance.rows("18") == TRIALS
-    # the owner is there already
+    # the owner's role exists already
     assert (instance.root / "data" / "18" / "roles").read_text() == "CREATE ROLE study;\n"
 
 
@@ -188,7 +188,7 @@ def test_what_pg_upgrade_refuses_is_dumped_and_restored(refuse, why, instance):
     ("pg_upgrade", "echo 'Performing Upgrade'; echo 'Linking files    fatal'; echo 'disk full'; exit 1",
      "pg_upgrade failed: pg_upgrade: disk full; its logs are in .*/data/18.unfinished"),
     ("pg_upgrade", PROGRAMS["pg_upgrade"] + "sed -i s/3,/2,/ $new/rows",
-     "what PostgreSQL 18 holds differs: postgres: public.trials has 2 rows, not 3; .* and 1 more"),
+     "the contents of PostgreSQL 18 differ: postgres: public.trials has 2 rows, not 3; .* and 1 more"),
     ("pg_upgrade", PROGRAMS["pg_upgrade"] + "sed -i s/77/78/ $new/rows", "studies: rows of public.trials differ$"),
     ("pg_upgrade", PROGRAMS["pg_upgrade"] + "sed -i s/-1.5/-1.4/ $new/rows", "studies: best values of .* differ$"),
     ("vacuumdb", "echo 'vacuumdb: error: no' >&2; exit 1", "vacuumdb: error: no"),
@@ -207,7 +207,7 @@ def test_upgrade_that_fails_changes_nothing_and_the_next_one_works(program, scri
 def test_nothing_is_moved_without_a_dump(instance):
     instance.program(17, "pg_dump", "echo 'pg_dump: error: disk full' >&2; exit 1")
 
-    with pytest.raises(Failed, match="no dump of studies: pg_dump: error: disk full"):
+    with pytest.raises(Failed, match="cannot dump studies: pg_dump: error: disk full"):
         instance.upgrade()
     assert (instance.used(), instance.names(), instance.servers) == ("17", ["17", "18.new"], [])
 
@@ -238,7 +238,7 @@ def test_run_that_ends_at_a_rename_is_done_again(number, after, instance, monkey
         instance.upgrade()
     assert (instance.used(), instance.rows("18")) == ("18", TRIALS)
     complete = (number, after) in ((2, True), (3, False))
-    # what was complete already is kept aside, and nothing else
+    # only a complete directory is kept, under another name
     aside = [name for name in instance.names() if name not in ("17", "18")]
     assert [bool(re.fullmatch(r"18\.\w+Z", name)) for name in aside] == [True] * complete
 
@@ -267,7 +267,7 @@ def test_way_back_is_the_kept_directory(instance):
     assert (instance.used(), instance.names()) == ("17", ["17", "18"])
 
     instance.upgrade()
-    assert instance.used() == "18" and len(instance.names()) == 3  # what was left the first time, too
+    assert instance.used() == "18" and len(instance.names()) == 3  # including the directories left by the first attempt
 
 
 def test_way_back_to_an_earlier_state_must_be_asked_for(instance):
@@ -275,7 +275,7 @@ def test_way_back_to_an_earlier_state_must_be_asked_for(instance):
     later = TRIALS.replace('3, "77"', '4, "78"')
     (instance.root / "data" / "18" / "rows").write_text(later)
 
-    with pytest.raises(Failed, match="^upgrade_back: .*studies: public.trials has 3 rows, not 4.* stays in .*18$"):
+    with pytest.raises(Failed, match="^upgrade_back: .*studies: public.trials has 3 rows, not 4.* remain in .*18$"):
         instance.upgrade(17)
     assert instance.used() == "18"
 
@@ -301,7 +301,7 @@ def test_run_that_came_late_moves_nothing(instance):
     instance.upgrade()
     instance.write("settings-18.json", 18)
 
-    with pytest.raises(Failed, match="another run has moved the studies to PostgreSQL 18 meanwhile"):
+    with pytest.raises(Failed, match="another run has already moved the studies to PostgreSQL 18"):
         instance.run()
     assert (instance.used(), instance.names(), os.listdir(instance.root / "host")) == (
         "18", ["17", "18"], ["settings.json"]
@@ -309,7 +309,7 @@ def test_run_that_came_late_moves_nothing(instance):
 
 
 def test_settings_to_go_over_to_are_needed(instance):
-    with pytest.raises(Failed, match="settings-18.json names no data directory; run the playbook upgrade.yml"):
+    with pytest.raises(Failed, match="settings-18.json contains no data directory; run the playbook upgrade.yml"):
         instance.run()
 
 
@@ -366,7 +366,7 @@ def test_copy_is_the_same_and_private(tmp_path):
     ("", "psql: note\npsql:<stdin>:3: ERROR:  no table\nLINE 1\n", "x: psql:<stdin>:3: ERROR:  no table"),
     ("", "x: error: no\n", "x: x: error: no"),
     ("", "a\nb\nc\nd\n", "x: b c d"),
-    ("", "", "x: no word why"),
+    ("", "", "x: no error message"),
 ])
 def test_failed_program_tells_in_one_line(stdout, stderr, message):
     assert " ".join(str(Told("x", stdout, stderr)).split()) == " ".join(message.split())

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""file_fetch and the start of rsync, over an ssh whose login shell prints."""
+"""file_fetch and the start of rsync, over an ssh whose login shell prints text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ansible_collections.mala.hpc_db.plugins.action.folder_copy import after_mar
 
 ROOT = Path(__file__).resolve().parents[4]
 BANNER = "Welcome, quota 81 %"
-# Like ssh with a command, on this machine: the last argument is for a shell that has read .bashrc.
+# Like ssh with a command, on this machine: the last argument is run by a shell that has read .bashrc.
 SSH = f"""#!/bin/sh
 for command; do :; done
 echo '{BANNER}'
@@ -89,7 +89,7 @@ def test_banner_is_dropped_and_nothing_else(banner: str) -> None:
 
 
 def test_reader_that_is_slow_loses_nothing() -> None:
-    """rsync's own end of the pipe does not block."""
+    """rsync's end of the pipe is non-blocking."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     ssh = ["sh", "-c", f"echo '{BANNER}'; printf mark; head -c 3000000 /dev/zero"]

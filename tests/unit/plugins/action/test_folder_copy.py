@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""folder_copy with a program that prints what rsync does; the real one is in tests/integration/test_tensorboard.py."""
+"""folder_copy with a program that prints like rsync; the real one is in tests/integration/test_tensorboard.py."""
 
 import json
 import os
@@ -21,7 +21,7 @@ PRINT = "import sys; [(sys.stdout.write(part), sys.stdout.flush()) for part in s
 
 
 class Clock:
-    """Every look at it takes some seconds."""
+    """Each reading advances it by some seconds."""
 
     def __init__(self, seconds):
         self.now, self.seconds = 0, seconds
@@ -42,7 +42,7 @@ def test_says_how_far_it_is_and_what_came():
     transfer = copy(rsync(*parts, STATS.format(files=3)), lines.append, Clock(10))
 
     assert transfer == Transfer(3, 300_000_000, True)
-    # What comes at once is told in one line.
+    # Progress that arrives at once is printed in one line.
     assert lines[0] in ("30.0 MB, 10 %, 30.00MB/s", "150.0 MB, 50 %, 31.00MB/s")
     assert lines[-2] == "150.0 MB, 50 %, 31.00MB/s"
     assert re.fullmatch(r"3 files, 300.0 MB in [0-9]+ s", lines[-1])

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What rsync is told, and what is read from it."""
+"""rsync's arguments, and the parsing of its output."""
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.action.folder_copy import (
@@ -54,7 +54,7 @@ def test_host(host, given):
     if given:
         assert pull_command(["ssh"], host, "/a", "/b", False)[-2] == given
     else:
-        with pytest.raises(ValueError, match="^ansible_host: .* is no host; allowed are"):
+        with pytest.raises(ValueError, match="^ansible_host: .* is not a host; allowed are"):
             pull_command(["ssh"], host, "/a", "/b", False)
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""server_wait on a clock that only moves when it sleeps; then it and show in a real ansible-playbook."""
+"""server_wait on a clock that only moves during sleep; then server_wait and show in a real ansible-playbook."""
 
 import json
 import os
@@ -9,11 +9,11 @@ import sys
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.action.server_wait import WaitFailed, wait_for_server
-from ansible_collections.mala.hpc_db.plugins.module_utils._slurm import is_hopeless
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
 
 class Clock:
-    """Time that passes by sleeping."""
+    """Advances only by sleeping."""
 
     def __init__(self):
         self.now = 1000.0
@@ -42,17 +42,25 @@ SERVING = found(job("RUNNING", node="c1"), ENDPOINT)
 NO_ANSWER = {"failed": True, "msg": "slurm_load_jobs error: Socket timed out"}
 
 
-def wait(*looks, timeout=600):
-    """Wait while the looks show this, the last one for ever; return the endpoint, the lines and the clock."""
+def wait(*looks, timeout=600, known=()):
+    """Wait while the checks return these results, repeating the last; return the endpoint, the lines and the clock."""
     clock, lines, left = Clock(), [], list(looks)
 
     def look():
         return left.pop(0) if len(left) > 1 else left[0]
 
     try:
-        return wait_for_server(look, lines.append, timeout, is_hopeless, clock), lines, clock
+        found = wait_for_server(look, lines.append, timeout, SCHEDULERS["slurm"].is_hopeless, clock, known)
+        return found, lines, clock
     except WaitFailed as failed:
         return failed, lines, clock
+
+
+def test_reason_of_a_job_that_ended_before_the_wait_is_found():
+    ended = found(state={"job": "7", "state": "failed", "reason": "disk full"}, log_tail=["x"])
+
+    assert str(wait(ended, known=["7"])[0]) == "failed: disk full"
+    assert str(wait(ended, known=["8"])[0]) == "the job is not in the queue; its log may show the reason"
 
 
 def test_returns_at_once_if_it_serves():
@@ -95,18 +103,18 @@ def test_what_another_job_left_behind_counts_for_nothing(left_behind):
     assert len(lines) == 2
 
 
-ENDED = {"state": "ended", "reason": "told to by SIGTERM", "job": "7"}
+ENDED = {"state": "ended", "reason": "stopped by SIGTERM", "job": "7"}
 FAILED = {"state": "failed", "reason": "disk full", "job": "7"}
 
 
 @pytest.mark.parametrize("looks, words", [
-    ([PENDING, found()], "no such job is in the queue; its log may tell why"),
-    ([found()], "no such job is in the queue"),
-    ([found(state={**FAILED, "job": "6"})], "no such job is in the queue; its log"),
-    ([RUNNING, found(state=ENDED)], "(told to by SIGTERM)"),
+    ([PENDING, found()], "the job is not in the queue; its log may show the reason"),
+    ([found()], "the job is not in the queue"),
+    ([found(state={**FAILED, "job": "6"})], "the job is not in the queue; its log"),
+    ([RUNNING, found(state=ENDED)], "(stopped by SIGTERM)"),
     ([RUNNING, found(state=FAILED)], "failed: disk full"),
     ([found(job("RUNNING"), state=FAILED)], "failed: disk full"),
-    ([found(job("PENDING", "PartitionTimeLimit"))], "job 7 can never start as it is (PartitionTimeLimit)"),
+    ([found(job("PENDING", "PartitionTimeLimit"))], "job 7 can never start with these options (PartitionTimeLimit)"),
     ([NO_ANSWER], "Socket timed out"),
 ])
 def test_gives_up_at_once(looks, words):
@@ -137,7 +145,7 @@ def test_scheduler_that_does_not_answer_once_is_no_end():
     ("Licenses", False), ("Reservation", False), ("SomethingNew", False),
 ])
 def test_reasons_that_never_resolve(reason, hopeless):
-    assert is_hopeless(reason) is hopeless
+    assert SCHEDULERS["slurm"].is_hopeless(reason) is hopeless
 
 
 SQUEUE = """#!/bin/sh
@@ -153,7 +161,7 @@ echo "7|$state|c1|1:00|hpc-db|Resources"
     (["--check"], [], ["hpc-db: "]),
 ])
 def test_in_a_playbook(arguments, lines, skipped, tmp_path):
-    """The lines reach the screen from the worker, whatever the callback."""
+    """The lines reach the screen from Ansible's worker process, whatever the callback."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "endpoint.json").write_text(json.dumps(ENDPOINT))
     (tmp_path / "squeue").write_text(SQUEUE)
@@ -162,7 +170,7 @@ def test_in_a_playbook(arguments, lines, skipped, tmp_path):
         "hosts": "c", "gather_facts": False, "tasks": [
             {"mala.hpc_db.server_wait": {
                 "name": "hpc-db", "root": "$ROOT", "bin_dir": "$ROOT", "timeout": 60,
-            }, "environment": {"ROOT": str(tmp_path)}},  # paths are the target's
+            }, "environment": {"ROOT": str(tmp_path)}},  # paths belong to the target
             {"mala.hpc_db.show": {"text": "postgresql+psycopg2:///?service='x'\nsecond line"}},
         ],
     }]))

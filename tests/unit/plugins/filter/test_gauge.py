@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Bars that survive a log."""
+"""Bars that remain readable in a log."""
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.filter.gauge import gauge

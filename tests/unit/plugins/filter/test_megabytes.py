@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Memories as Slurm and PostgreSQL write them."""
+"""Memory sizes in the notation of Slurm and of PostgreSQL."""
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.filter.megabytes import megabytes

@@ -21,19 +21,19 @@ def test_shell_path(path, word):
 
 
 def test_scripts_have_no_path_from_the_home_directory_in_quotes():
-    """In quotes ~ is no home directory."""
+    """A quoted ~ is not expanded."""
     roles = Path(__file__).resolve().parents[4] / "roles"
-    settings = {"server_python", "workers_python", "workers_program"}
+    settings = {"server_python", "worker.python", "worker.program"}
 
     used = [
         (name, filters)
         for path in roles.glob("*/templates/*.sh.j2")
-        for name, filters in re.findall(r"{{ (?:__settings\.|__)(\w+) \| ([\w.]+)", path.read_text(encoding="utf-8"))
+        for name, filters in re.findall(r"{{ (?:hpc_db\.|__)([\w.]+) \| ([\w.]+)", path.read_text(encoding="utf-8"))
         if name in settings
     ]
 
-    asked = (roles / "discover" / "vars" / "main.yml").read_text(encoding="utf-8")
-    used += re.findall(r"{{ \(__settings\.(discover_python) or .*\) \| ([\w.]+)", asked)
+    asked = (roles / "discover" / "templates" / "pythons.sh.j2").read_text(encoding="utf-8")
+    used += re.findall(r"{{ \(hpc_db\.(discover_python) or .*\) \| ([\w.]+)", asked)
 
     assert {name for name, _filter in used} == settings | {"discover_python"}
     assert {each for _name, each in used} == {"mala.hpc_db.shell_path"}

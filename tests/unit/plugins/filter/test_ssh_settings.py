@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""ssh_settings, of the variables of a host."""
+"""ssh_settings, from the variables of a host."""
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.filter.ssh_settings import ssh_settings

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""control_folder, with homes of any length, on real folders."""
+"""control_folder, with home directories of any length, on real folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONG = "/home/" + 100 * "x"
 
 @pytest.fixture
 def parent() -> Iterator[Path]:
-    """A folder with a short path that everybody may write to, as /tmp is."""
+    """A folder with a short path that everyone may write to, like /tmp."""
     folder = Path(tempfile.mkdtemp(prefix="cp-", dir="/tmp"))
     folder.chmod(0o1777)
     yield folder

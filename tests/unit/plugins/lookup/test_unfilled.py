@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What is still to be filled in is found, and nothing else."""
+"""The lookup finds settings that are still to be filled in, and nothing else."""
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.lookup.unfilled import unfilled
 
-SAYS = "FILL_IN is to be replaced by your own value"
+SAYS = "FILL_IN must be replaced by your own value"
 
 
 @pytest.mark.parametrize("variables, paths", [

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the adapter says to Grid Engine, and how it reads what a real one (8.1.9) has answered."""
+"""The adapter's commands to Grid Engine, and the parsing of answers from a real one (8.1.9)."""
 
 import os
 import pwd
@@ -9,9 +9,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _gridengine
-from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
-from hpc_db_host import scheduler_gridengine
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import gridengine as module
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import Job
+
+gridengine = SCHEDULERS["gridengine"]
 
 HEAD = """<?xml version='1.0'?>
 <job_info  xmlns:xsd="http://arc.liv.ac.uk/repos/darcs/sge/source/dist/util/resources/schemas/qstat/qstat.xsd">
@@ -119,7 +121,7 @@ def test_submission_passes_options_as_qsub_has_them():
         "l": {"h_rt": "72:00:00", "h_vmem": "4G", "exclusive": True}, "ac": "'note=it is'", "hold_jid": "hpc_db",
     }
 
-    assert _gridengine.submit_command("hpc_db", "/a b/job.sh", options, "/a b/100%j.log") == [
+    assert gridengine.submit_command("hpc_db", "/a b/job.sh", options, "/a b/100%j.log") == [
         "qsub", "-terse", "-N", "hpc_db", "-o", "/a b/100%j.log", "-j", "y", "-S", "/bin/sh",
         "-R", "n", "-V", "-ac", "note=it is", "-hold_jid", "hpc_db",
         "-l", "exclusive=true,h_rt=72:00:00,h_vmem=4G", "-p", "-100", "-pe", "smp", "4", "-q", "all.q", "-r", "y",
@@ -130,16 +132,16 @@ def test_submission_passes_options_as_qsub_has_them():
 def test_check_asks_for_nothing_that_only_hosts_report():
     options = {"q": "all.q", "l": {"h_rt": 60, "mem_free": "1G", "np_load_avg": 2, "h_vmem": "1G"}}
 
-    assert _gridengine.check_command("hpc_db", options) == [
+    assert gridengine.check_command("hpc_db", options) == [
         "qsub", "-w", "v", "-N", "hpc_db", "-l", "h_rt=60,h_vmem=1G", "-q", "all.q", "-b", "y", "/bin/true",
     ]
-    assert _gridengine.check_batch_command("/job.sh", {}) == ["qsub", "-w", "v", "-N", "check", "-b", "y", "/bin/true"]
+    assert gridengine.check_batch_command("/job.sh", {}) == ["qsub", "-w", "v", "-N", "check", "-b", "y", "/bin/true"]
 
 
 @pytest.mark.parametrize("path", ["/a:b", "/a,b", "/$HOME", "/a\\b"])
 def test_log_that_qsub_would_misread_is_refused(path):
-    with pytest.raises(ValueError, match="output: .* which qsub reads as something else"):
-        _gridengine.submit_command("hpc_db", "/job.sh", {}, path)
+    with pytest.raises(ValueError, match="output: .* which qsub interprets"):
+        gridengine.submit_command("hpc_db", "/job.sh", {}, path)
 
 
 @pytest.mark.parametrize("options, added", [
@@ -151,7 +153,7 @@ def test_log_that_qsub_would_misread_is_refused(path):
     ({"r": False, "hold_jid": "1,2"}, {"r": False, "hold_jid": "1,2", "l": {"mem_free": "4G"}}),
 ])
 def test_hosting_job_waits_for_others_and_hears_of_its_walltime(options, added):
-    assert _gridengine.hosting_options(options, "hpc_db", "4G", 120, True) == {
+    assert gridengine.server_options(options, "hpc_db", "4G", 120, True) == {
         "hold_jid": "hpc_db", "r": True, **added,
     }
 
@@ -162,7 +164,7 @@ def test_hosting_job_waits_for_others_and_hears_of_its_walltime(options, added):
      {"q": "all.q", "l": {"h_rt": 300, "mem_free": "512M", "h_vmem": "2G", "gpu": 1}}),
 ])
 def test_short_job_goes_where_the_server_goes(options, short):
-    made = _gridengine.short_options({**options, "hold_jid": "other", "a": "202611230700"})
+    made = gridengine.short_options({**options, "hold_jid": "other", "a": "202611230700"})
 
     assert made == {**short, "hold_jid": False, "a": False, "r": False}
 
@@ -170,7 +172,7 @@ def test_short_job_goes_where_the_server_goes(options, short):
 def test_head_of_a_job_script():
     options = {"l": {"h_rt": "00:05:00"}, "ac": "'note=a b$HOME'", "r": True}
 
-    assert _gridengine.batch_lines("train", 8, "/home/alice/a b/log", options) == [
+    assert gridengine.batch_lines("train", 8, "/home/alice/a b/log", options) == [
         "#$ -N train", "#$ -t 1-8", "#$ -o '/home/alice/a b/log/$JOB_ID.$TASK_ID.log'", "#$ -j y", "#$ -S /bin/sh",
         "#$ -ac 'note=a b$HOME'", "#$ -l h_rt=00:05:00", "#$ -r y",
     ]
@@ -182,7 +184,7 @@ def test_head_of_a_job_script():
     ({"JOB_ID": "7"}, "hpc_db 7.0 mini "),
 ])
 def test_name_of_a_worker_is_that_of_its_job(variables, name):
-    script = f'echo "{_gridengine.worker_name("mini")}"'
+    script = f'echo "{gridengine.worker_name("mini")}"'
     environment = {"PATH": os.defpath, **variables}
     done = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True, check=True)
 
@@ -194,19 +196,19 @@ def test_name_of_a_worker_is_that_of_its_job(variables, name):
     ('Your job 18 ("x") has been submitted\n', "18"), ("", None), ("21.1-3:1\n", None), ("18 jobs are queued\n", None),
 ])
 def test_id_of_a_submission(text, job_id):
-    assert _gridengine.parse_submit(text) == scheduler_gridengine.parse_submit(text) == job_id
+    assert gridengine.parse_submit(text) == job_id
 
 
 def test_queue(monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 1795417274.0 + 30)  # 30 s after its start
+    monkeypatch.setattr(time, "time", lambda: 1795417274.0 + 30)  # 30 s after the job's start
 
-    assert _gridengine.parse_queue("Maintenance on Monday\n" + QUEUE + "--> 12 % of the allocation are left\n") == [
+    assert gridengine.parse_queue("Maintenance on Monday\n" + QUEUE + "--> 12 % of the allocation are left\n") == [
         {"id": "18", "name": "hpc_db", "state": "RUNNING", "node": "c2", "reason": "", "time_left": 70,
          "time_limit": 100},
         {"id": "19", "name": "hpc_db", "state": "PENDING", "node": "", "reason": "held", "time_left": None,
          "time_limit": None},
     ]
-    assert _gridengine.parse_queue(EMPTY) == []
+    assert gridengine.parse_queue(EMPTY) == []
 
 
 @pytest.mark.parametrize("letters, state, reason", [
@@ -216,21 +218,21 @@ def test_queue(monkeypatch):
     ("Eqw", "PENDING", "error, which qstat -j 7 explains"), ("Z", "Z", ""),
 ])
 def test_states(letters, state, reason):
-    (job,) = _gridengine.parse_queue(listed(ROW.format(7, "hpc_db", letters, "", "", "")))
+    (job,) = gridengine.parse_queue(listed(ROW.format(7, "hpc_db", letters, "", "", "")))
 
     assert (job["state"], job["reason"]) == (state, reason)
-    assert _gridengine.is_hopeless(reason) is letters.startswith("E")
+    assert gridengine.is_hopeless(reason) is letters.startswith("E")
 
 
 @pytest.mark.parametrize("text", ["", "error: unable to contact qmaster\n", "<?xml version='1.0'?>\n<job_info>"])
 def test_answer_that_is_none(text):
-    with pytest.raises(ValueError, match="no XML in what was printed"):
-        _gridengine.parse_queue(text)
+    with pytest.raises(ValueError, match="the output is not XML"):
+        gridengine.parse_queue(text)
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The home directory as qstat finds it, which is not by the variable."""
+    """The home directory as qstat finds it, which ignores $HOME."""
     monkeypatch.setattr(pwd, "getpwuid", lambda _uid: SimpleNamespace(pw_name="alice", pw_dir=str(tmp_path)))
     monkeypatch.setenv("SGE_ROOT", str(tmp_path / "sge"))
     monkeypatch.delenv("SGE_CELL", raising=False)
@@ -242,11 +244,11 @@ def home(tmp_path, monkeypatch):
 def test_defaults_of_qstat_are_overridden(text, home):
     (home / ".sge_qstat").write_text(text)
 
-    assert _gridengine.queue_command("hpc_db") == ["qstat", "-s", "prs", "-u", "alice", "-r", "-xml"]
-    assert _gridengine.jobs_command([]) == ["qstat", "-s", "prs", "-u", "alice", "-g", "t", "-xml"]
+    assert gridengine.queue_command("hpc_db") == ["qstat", "-s", "prs", "-u", "alice", "-r", "-xml"]
+    assert gridengine.jobs_command([]) == ["qstat", "-s", "prs", "-u", "alice", "-g", "t", "-xml"]
 
 
-@pytest.mark.parametrize("ask", [lambda: _gridengine.queue_command("x"), lambda: _gridengine.jobs_command([])])
+@pytest.mark.parametrize("ask", [lambda: gridengine.queue_command("x"), lambda: gridengine.jobs_command([])])
 @pytest.mark.parametrize("name", [".sge_qstat", "sge/default/common/sge_qstat"])
 def test_defaults_of_qstat_that_hide_jobs_are_refused(name, ask, home):
     (home / name).write_text("-s prs\n-q nothing\n")
@@ -265,7 +267,7 @@ def test_defaults_of_qsub_with_which_no_job_is_hosted_are_refused(text, option, 
     (home / name).write_text(text)
 
     def ask():
-        _gridengine.check_environment({}, {}, "server_job_options")
+        gridengine.check_environment({}, {}, "server_job_options")
 
     if option:
         with pytest.raises(ValueError, match=f"^{home}/{name}: the option {option} changes every job that qsub"):
@@ -282,15 +284,15 @@ def test_jobs_with_their_nodes():
         ROW.format(21, "arr", "Rr", "all.q@c1", "MASTER", TASK.format(2)), WAITING,
     )
 
-    assert _gridengine.parse_jobs(text) == [
+    assert gridengine.parse_jobs(text) == [
         Job("22", "0", "RUNNING", 1795417302.0, "c1,c2", "par"), Job("21.1", "0", "RUNNING", 1795417302.0, "c2", "arr"),
         Job("21.2", "1", "RUNNING", 1795417302.0, "c1", "arr"), Job("23", "0", "PENDING", None, "", "parm"),
     ]
-    assert _gridengine.parse_hosts("c1,c2") == ["c1", "c2"]
+    assert gridengine.parse_hosts("c1,c2") == ["c1", "c2"]
 
 
 def test_nodes():
-    assert _gridengine.parse_nodes(NODES) == ["c1", "c2"]
+    assert gridengine.parse_nodes(NODES) == ["c1", "c2"]
 
 
 @pytest.mark.parametrize("value, seconds", [
@@ -298,7 +300,7 @@ def test_nodes():
     (None, None), (True, None), ("1:30", None), ("1h", None), ("-5", None), ("INFINITY", None), ("²", None),
 ])
 def test_times_as_grid_engine_writes_them(value, seconds):
-    assert _gridengine.parse_time(value) == seconds
+    assert module.parse_time(value) == seconds
 
 
 @pytest.mark.parametrize("options", [
@@ -307,29 +309,29 @@ def test_times_as_grid_engine_writes_them(value, seconds):
     {"r": True}, {"P": "project"}, {"M": "alice@example.org"}, {"a": False},
 ])
 def test_options_that_qsub_understands(options):
-    _gridengine.check_options(options)
+    gridengine.check_options(options)
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"l": {"h_rt": "soon"}}, "l: h_rt: 'soon' is no time; write for example \"72:00:00\""),
-    ({"l": {"h_rt": True}}, "is no time"),
-    ({"l": {"mem_free": "lots"}}, "l: mem_free: 'lots' is no memory"),
-    ({"l": {"a b": 1}}, "l: 'a b' is no resource"),
-    ({"l": {"gpu": "1,h_rt=1"}}, "l: gpu: '1,h_rt=1' is no single value"),
-    ({"l": ["h_rt=1"]}, "l: ['h_rt=1'] are no resources"),
-    ({"l": "h_rt=soon"}, "is no time"),
-    ({"-l": "h_rt=1"}, "'-l' is no option of qsub"),
-    ({"l h_rt=1 -b": "y"}, "is no option of qsub"),
+    ({"l": {"h_rt": "soon"}}, "l: h_rt: 'soon' is not a time; write for example \"72:00:00\""),
+    ({"l": {"h_rt": True}}, "is not a time"),
+    ({"l": {"mem_free": "lots"}}, "l: mem_free: 'lots' is not an amount of memory"),
+    ({"l": {"a b": 1}}, "l: 'a b' is not a resource"),
+    ({"l": {"gpu": "1,h_rt=1"}}, "l: gpu: '1,h_rt=1' is not a single value"),
+    ({"l": ["h_rt=1"]}, "l: ['h_rt=1'] are not resources"),
+    ({"l": "h_rt=soon"}, "is not a time"),
+    ({"-l": "h_rt=1"}, "'-l' is not an option of qsub"),
+    ({"l h_rt=1 -b": "y"}, "is not an option of qsub"),
     ({"q": "all.q\n-b y"}, "is more than one line"),
-    ({"q": "all.q -b y"}, "q: 'all.q -b y' has another option in it"),
-    ({"A": "it's"}, "has a quote that does not end"),
-    ({"pe": ["smp", 4]}, "pe: ['smp', 4] is no single value"),
+    ({"q": "all.q -b y"}, "q: 'all.q -b y' contains another option"),
+    ({"A": "it's"}, "has an unbalanced quote"),
+    ({"pe": ["smp", 4]}, "pe: ['smp', 4] is not a single value"),
     *(({flag: "x"}, f"{flag}: hosting_job sets this itself, or cannot work with it")
       for flag in ("N", "o", "t", "b", "notify", "sync", "S", "soft", "terse", "w")),
 ])
 def test_options_that_are_refused_in_one_line(options, words):
     with pytest.raises(ValueError) as refused:
-        _gridengine.check_options(options)
+        gridengine.check_options(options)
 
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -342,4 +344,4 @@ def test_options_that_are_refused_in_one_line(options, words):
 def test_root_follows_from_the_folder_of_the_commands(bin_dir, known, root):
     variables = {"SGE_ROOT": known} if known else {}
 
-    assert _gridengine.environment(variables, bin_dir).get("SGE_ROOT") == root
+    assert gridengine.environment(variables, bin_dir).get("SGE_ROOT") == root

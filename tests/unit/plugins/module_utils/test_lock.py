@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Lock files: what is written is read again, and whatever is damaged is refused by its line."""
+"""Lock files: written files can be read again, and a damaged one is refused with the line's number."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def test_what_cannot_be_fetched_again_is_not_locked(lacks: dict) -> None:
         ("#sha256:" + SHA, "", "line 4, .* is damaged"),
         ("libpq-17.2-h1_0", "libpq-17.2", "line 4, .* is damaged"),
         ("https://", "ftp://", "line 4, .* is damaged"),
-        ("https://", "https://me:word@", "line 4 holds a password or token; "),
-        ("/conda-forge", "/t/to-ken/conda-forge", "line 4 holds a password or token; "),
+        ("https://", "https://me:word@", "line 4 contains a password or token; "),
+        ("/conda-forge", "/t/to-ken/conda-forge", "line 4 contains a password or token; "),
         (f"{TZDATA['url']}", f"{LIBPQ['url']}", "line 5 names libpq a second time"),
         ("noarch", "osx-64", "line 5 is for osx-64, but this is linux-64"),
         ("\n", "\0", "it has no line @EXPLICIT"),
@@ -110,8 +110,8 @@ def test_what_is_damaged_is_refused(old: str, new: str, says: str) -> None:
     ("spec", "says"),
     [
         ("postgresql=17", None),
-        ("postgresql=18", "it holds postgresql 17.2, but postgresql=18 is wanted"),
-        ("optuna", "it holds no optuna, but optuna is wanted"),
+        ("postgresql=18", "it has postgresql 17.2, but postgresql=18 is required"),
+        ("optuna", "it has no optuna, but optuna is required"),
     ],
 )
 def test_what_is_wanted_is_in_it(spec: str, says: str | None) -> None:

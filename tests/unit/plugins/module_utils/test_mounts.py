@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Tables of mounts and processes, as Linux and macOS have them."""
+"""Tables of mounts and processes, in the formats of Linux and macOS."""
 
 import os
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_finds_this_process(tmp_path):
     ("{here}/link/x", "{here}/real/x"),
     ("{here}/relative//y/../x/", "{here}/real/x"),
     ("{here}/up/real/x", "{here}/real/x"),
-    # what is mounted by FUSE is not looked at, nor anything behind it
+    # a FUSE mount is not accessed, nor any path behind it
     ("{here}/link/mount", "{here}/real/mount"),
     ("{here}/link/mount/link/x", "{here}/real/mount/link/x"),
 ])

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What finds and asks PostgreSQL's programs."""
+"""Finding and querying PostgreSQL's programs."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ def test_login_shell_finds_what_the_line_brings(load, code, found, tmp_path):
     assert parse_search(done.stdout) == tuple(each.format(bin=tmp_path) for each in found)
 
 
-# What pg_config --configure prints, shortened, of builds in the wild.
+# Output of pg_config --configure, shortened, of real builds.
 CONDA_FORGE = (
     " '--prefix=/p' '--with-readline' '--with-libraries=/p/lib' '--with-includes=/p/include' '--with-openssl'"
     " '--with-uuid=e2fs' '--with-libxml' '--with-libxslt' '--with-gssapi' '--with-system-tzdata=/p/share/zoneinfo'"
@@ -63,7 +63,7 @@ WHEEL = " '--prefix=/p' '--without-readline' '--without-icu' 'PKG_CONFIG_PATH=/u
         (WHEEL, "\n", 18, "zlib"),
         (" '--with-extra-version= (my own)' '--with-lz4' '--enable-nls=de --with-pam'\n", "", 18,
          "icu lz4 readline zlib"),
-        ("\n", "OpenSSL\n", 18, "tls"),  # meson tells nothing
+        ("\n", "OpenSSL\n", 18, "tls"),  # a meson build reports no options
         ("", "", 18, ""),
     ],
 )

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Text from a cluster, in one line, in a page and in YAML."""
+"""Text from a cluster, made safe for one line, for a page and for YAML."""
 
 import json
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the Slurm adapter says to Slurm, and how it reads the answers; and what every adapter has."""
+"""The Slurm adapter's commands, and the parsing of its answers; and the interface common to all adapters."""
 
 import inspect
 import math
@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 from ansible_collections.mala.hpc_db.plugins.doc_fragments.scheduler import ModuleDocFragment
-from ansible_collections.mala.hpc_db.plugins.module_utils import _local, _scheduler, _slurm
+from ansible_collections.mala.hpc_db.plugins.module_utils import _scheduler
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SCHEDULERS, SchedulerError, make_run
-from ansible_collections.mala.hpc_db.plugins.module_utils._workers import Job
-from hpc_db_host import scheduler, scheduler_slurm
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import Job, Scheduler
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.slurm import parse_time
+
+slurm, local = SCHEDULERS["slurm"], SCHEDULERS["local"]
 
 
 def test_submission_passes_every_option_as_one_argument():
@@ -24,7 +26,7 @@ def test_submission_passes_every_option_as_one_argument():
         "comment": "it's $(date); {x} --wrap=:",
     }
 
-    assert _slurm.submit_command("hpc-db", "/a b/job.sh", options, "/a b/100%j.log") == [
+    assert slurm.submit_command("hpc-db", "/a b/job.sh", options, "/a b/100%j.log") == [
         "sbatch", "--parsable", "--job-name=hpc-db", "--output=/a b/100%%j.log", "--open-mode=append",
         "--comment=it's $(date); {x} --wrap=:", "--exclusive", "--nodes=1", "--partition=defq",
         "--time=72:00:00", "/a b/job.sh",
@@ -32,7 +34,7 @@ def test_submission_passes_every_option_as_one_argument():
 
 
 def test_check_neither_needs_a_script_nor_submits():
-    command = _slurm.check_command("hpc-db", {"partition": "defq"})
+    command = slurm.check_command("hpc-db", {"partition": "defq"})
 
     assert command == ["sbatch", "--test-only", "--job-name=hpc-db", "--partition=defq", "--wrap=:"]
 
@@ -49,7 +51,7 @@ def test_check_neither_needs_a_script_nor_submits():
     ("--> 12 % of the allocation are left\n", None),
 ])
 def test_id_of_a_submission(text, job_id):
-    assert _slurm.parse_submit(text) == scheduler_slurm.parse_submit(text) == job_id
+    assert slurm.parse_submit(text) == job_id
 
 
 HEAD = "JOBID|STATE|NODELIST|TIME_LEFT/TIME_LIMIT|NAME|REASON\n"
@@ -67,28 +69,28 @@ def job(job_id, state, node="", left=None, reason="", limit=None):
     ("4|PENDING||3-00:00:00/3-00:00:00|hpc-db|Resources",
      job("4", "PENDING", "", 259200, reason="Resources", limit=259200)),
     ("5|COMPLETING|c1|UNLIMITED/UNLIMITED|hpc-db|None", job("5", "COMPLETING", "c1")),
-    ("9|RUNNING|c1|UNLIMITED|hpc-db|None", job("9", "RUNNING", "c1")),  # of the hosting program's own queue
+    ("9|RUNNING|c1|UNLIMITED|hpc-db|None", job("9", "RUNNING", "c1")),  # the format that the supervisor queries
     ("6|CONFIGURING|c2|INVALID|hpc-db|None", job("6", "CONFIGURING", "c2")),
     ("7|Teleporting|c2|NOT_SET|hpc-db|None", job("7", "TELEPORTING", "c2")),
     ("8|PENDING||1:00|hpc-db|ReqNodeNotAvail, UnavailableNodes:c[1|2]",
      job("8", "PENDING", "", 60, reason="ReqNodeNotAvail, UnavailableNodes:c[1|2]")),
 ])
 def test_queue_line(line, expected):
-    assert _slurm.parse_queue(f"Welcome!\n{HEAD}{line}\n--> 3 % are left\n") == [expected]
-    assert _local.parse_queue(line + "\n") == [expected]  # of whatever version the hosting program is
+    assert slurm.parse_queue(f"Welcome!\n{HEAD}{line}\n--> 3 % are left\n") == [expected]
+    assert local.parse_queue(line + "\n") == [expected]  # whichever version the supervisor has
 
 
 @pytest.mark.parametrize("text", [
     "", "\n", "3|CANCELLED||1:00/1:00|hpc-db|None\n", "Maintenance on Monday | be prepared\n",
 ])
 def test_queue_without_jobs(text):
-    assert _slurm.parse_queue(HEAD + text) == _local.parse_queue(text) == []
+    assert slurm.parse_queue(HEAD + text) == local.parse_queue(text) == []
 
 
 @pytest.mark.parametrize("text", ["", "\n", "Welcome!\n", "3|RUNNING|c1|1:00/1:00|hpc-db|None\n"])
-@pytest.mark.parametrize("parse", [_slurm.parse_queue, _slurm.parse_jobs])
+@pytest.mark.parametrize("parse", [slurm.parse_queue, slurm.parse_jobs])
 def test_answer_without_a_head_is_no_list_of_jobs(parse, text):
-    with pytest.raises(ValueError, match="^squeue: no list of jobs in what was printed"):
+    with pytest.raises(ValueError, match="^squeue: the output is not a list of jobs"):
         parse(text)
 
 
@@ -105,8 +107,8 @@ def test_answer_without_a_head_is_no_list_of_jobs(parse, text):
     ("", None),
 ])
 def test_jobs_that_have_not_ended(line, expected):
-    assert _slurm.parse_jobs(f"JOBID|RESTARTS|\n{line}\n") == ([expected] if expected else [])
-    assert _local.parse_jobs(line + "\n") == ([expected] if expected else [])
+    assert slurm.parse_jobs(f"JOBID|RESTARTS|\n{line}\n") == ([expected] if expected else [])
+    assert local.parse_jobs(line + "\n") == ([expected] if expected else [])
 
 
 @pytest.mark.parametrize("text, seconds", [
@@ -116,7 +118,7 @@ def test_jobs_that_have_not_ended(line, expected):
     ("", None), ("1h", None), ("-5", None), ("1:2:3:4", None), ("3-", None), ("²", None), ("n/a", None),
 ])
 def test_times_as_slurm_writes_them(text, seconds):
-    assert _slurm.parse_time(text) == seconds
+    assert parse_time(text) == seconds
 
 
 @pytest.mark.parametrize("options", [
@@ -125,22 +127,22 @@ def test_times_as_slurm_writes_them(text, seconds):
     {"gres": "gpu:a100:1"}, {"wait-all-nodes": 1}, {"mail-user": "alice@example.org"}, {"exclusive": True},
 ])
 def test_options_that_sbatch_understands(options):
-    _slurm.check_options(options)
+    slurm.check_options(options)
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"mem": "16 G"}, "mem: '16 G' is no memory"),
-    ({"mem": "1.5G"}, "is no memory"),
-    ({"mem-per-cpu": "lots"}, "mem-per-cpu: 'lots' is no memory"),
-    ({"mem": True}, "is no memory"),
-    ({"time": 259200}, 'time: 259200 is what YAML makes of a bare time; quote it: "72:00:00"'),
-    ({"time": "three days"}, "time: 'three days' is no time"),
-    ({"time": 1.5}, "is no time"),
-    ({"--mem": "1G"}, "'--mem' is no long option"),
-    ({"p": "defq"}, "'p' is no long option"),
-    ({"mem_per_cpu": "1G"}, "is no long option"),
-    ({"partition=defq --wrap": "x"}, "is no long option"),
-    ({1: "x"}, "is no long option"),
+    ({"mem": "16 G"}, "mem: '16 G' is not an amount of memory"),
+    ({"mem": "1.5G"}, "is not an amount of memory"),
+    ({"mem-per-cpu": "lots"}, "mem-per-cpu: 'lots' is not an amount of memory"),
+    ({"mem": True}, "is not an amount of memory"),
+    ({"time": 259200}, 'time: 259200 is how YAML reads an unquoted time; quote it: "72:00:00"'),
+    ({"time": "three days"}, "time: 'three days' is not a time"),
+    ({"time": 1.5}, "is not a time"),
+    ({"--mem": "1G"}, "'--mem' is not a long option"),
+    ({"p": "defq"}, "'p' is not a long option"),
+    ({"mem_per_cpu": "1G"}, "is not a long option"),
+    ({"partition=defq --wrap": "x"}, "is not a long option"),
+    ({1: "x"}, "is not a long option"),
     ({"job-name": "x"}, "job-name: hosting_job sets this itself"),
     ({"job-na": "x"}, "job-na: hosting_job sets this itself"),
     ({"wra": "x"}, "wra: hosting_job"),
@@ -153,11 +155,11 @@ def test_options_that_sbatch_understands(options):
     ({"clusters": True}, "hosting_job"),
     ({"comment": "a\nb"}, "more than one line"),
     ({"comment": "a\0b"}, "more than one line"),
-    ({"constraint": ["a", "b"]}, "no single value"),
+    ({"constraint": ["a", "b"]}, "not a single value"),
 ])
 def test_options_that_are_refused_in_one_line(options, words):
     with pytest.raises(ValueError) as refused:
-        _slurm.check_options(options)
+        slurm.check_options(options)
 
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -170,7 +172,7 @@ def test_options_that_are_refused_in_one_line(options, words):
     ({"partition": "defq", "time": "72:00:00", "qos": "long"}, False),
 ])
 def test_limit_is_asked_for_only_where_it_decides(options, asked):
-    assert bool(_slurm.limit_command(options)) is asked
+    assert bool(slurm.limit_command(options)) is asked
 
 
 @pytest.mark.parametrize("limits, time, refused", [
@@ -188,29 +190,27 @@ def test_limit_is_asked_for_only_where_it_decides(options, asked):
 def test_time_above_the_limit_of_every_partition(limits, time, refused):
     options = {"partition": "defq", "time": time}
     if not refused:
-        return _slurm.check_limit(limits, options)
+        return slurm.check_limit(limits, options)
     with pytest.raises(ValueError, match=r"above the limit .(defq 1-|long 2-)"):
-        _slurm.check_limit(limits, options)
+        slurm.check_limit(limits, options)
 
 
-def interface(adapter):
-    """Return the names and the parameters of what the modules and the filters call."""
-    words = ("_command", "_options", "parse_", "batch_lines", "environment", "hopeless", "worker_name", "check_limit")
-    own = ("parse_time", "parse_resources", "check_output", "check_resources", "build_environment")
-    return {
-        name: [word.lstrip("_") for word in inspect.signature(value).parameters]
-        for name, value in vars(adapter).items()
-        if inspect.isfunction(value) and any(word in name for word in words) and name not in own
-    }
+def methods(kind):
+    return {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
 
 
-@pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - {"slurm"}))
-def test_every_scheduler_has_the_same_names(name):
-    assert interface(SCHEDULERS[name]) == interface(_slurm)
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_every_scheduler_is_called_alike(name):
+    base, own = methods(Scheduler), methods(type(SCHEDULERS[name]))
+    required = {method for method, value in base.items() if "NotImplementedError" in value.__code__.co_names}
+
+    assert required <= set(own) <= set(base)
+    for method, value in own.items():
+        assert inspect.signature(value) == inspect.signature(base[method])
 
 
 def test_scheduler_is_entered_in_one_place():
-    """What is documented is what there is, and but for this machine alone each has its side in the hosting program."""
+    """Documentation and code list the same schedulers."""
     root = Path(__file__).parents[4]
     role = yaml.safe_load((root / "roles/server/meta/argument_specs.yml").read_text())["argument_specs"]["main"]
     module = yaml.safe_load(ModuleDocFragment.DOCUMENTATION)
@@ -218,24 +218,44 @@ def test_scheduler_is_entered_in_one_place():
 
     assert role["options"]["server_scheduler"]["choices"] == names
     assert module["options"]["scheduler"]["choices"] == names
-    assert {path.stem for path in (root / "roles/server/files/hpc_db_host").glob("scheduler_*.py")} == {
-        f"scheduler_{name}" for name in names if name != "local"
+
+
+@pytest.mark.parametrize("scheduler, options, made", [
+    ("slurm", {"time": "1:00", "dependency": "after:7"}, {
+        "mem": "4G", "dependency": "after:7", "signal": "B:USR1@120", "no-requeue": True, "time": "1:00",
+    }),
+    ("gridengine", {"l": {"h_rt": 600}}, {
+        "hold_jid": "hpc_db", "r": True, "l": {"h_rt": 600, "s_rt": 480, "mem_free": "4G"},
+    }),
+    ("gridengine", {"l": ["h_rt"]}, {"l": ["h_rt"]}),  # which is refused later
+    ("local", {"mem": "1G"}, {"mem": "1G"}),
+])
+def test_server_job_gets_what_its_options_do_not_set(scheduler, options, made):
+    assert SCHEDULERS[scheduler].server_options(options, "hpc_db", "4G", 120, True) == made
+
+
+def test_short_options():
+    made = slurm.short_options({"partition": "defq", "time": "72:00:00", "nodelist": "c1", "mem": "16G"})
+
+    assert {key: value for key, value in made.items() if value is not False} == {
+        "partition": "defq", "time": "00:05:00", "mem": "512M",
     }
+    assert local.short_options({"mem": "1G"}) == {"mem": "1G"}
 
 
 def test_local_commands():
     call = ["python3", "-m", "hpc_db_host.local_job"]
 
-    assert _local.queue_command("hpc-db") == [*call, "queue"]
-    assert _local.ask_command("12") == _local.cancel_command("12") == [*call, "cancel", "12"]
-    assert _local.submit_command("hpc-db", "/a b/job.sh", {"mem": "1G"}, "/a b/job.log") == [
+    assert local.queue_command("hpc-db") == [*call, "queue"]
+    assert local.ask_command("12") == local.cancel_command("12") == [*call, "cancel", "12"]
+    assert local.submit_command("hpc-db", "/a b/job.sh", {"mem": "1G"}, "/a b/job.log") == [
         *call, "submit", "--name=hpc-db", "--script=/a b/job.sh", "--output=/a b/job.log",
     ]
-    assert _local.check_command("hpc-db", {}) is None
+    assert local.check_command("hpc-db", {}) is None
 
 
 class Module:
-    """As much of AnsibleModule as running a command takes."""
+    """The part of AnsibleModule that running a command needs."""
 
     def __init__(self, bin_dir=None):
         self.params = {"scheduler": "slurm", "root": "/nowhere", "bin_dir": bin_dir}
@@ -258,14 +278,12 @@ def test_run_gives_a_few_variables_that_are_known(monkeypatch):
 
 @pytest.mark.parametrize("printed", [
     r"\033[1;32m12\033[0m;mini\r\n\033]0;title\007",
-    r"\033(B\033[m\033[32m12\033(B\033[m\n", r"\033712\0338\a\n", r"12\033[m\017\033",  # as of tput
+    r"\033(B\033[m\033[32m12\033(B\033[m\n", r"\033712\0338\a\n", r"12\033[m\017\033",  # as printed by tput
 ])
 def test_colours_are_no_answer(printed):
-    """Neither for modules nor for the hosting program."""
     said = make_run(Module())(["printf", printed])
 
     assert said.strip() in ("12", "12;mini")
-    assert scheduler.ESCAPES == _scheduler.ESCAPES
 
 
 def test_run_is_where_later_jobs_are_submitted_from(tmp_path):
@@ -282,7 +300,7 @@ def test_run_that_waits_for_an_answer_has_none():
 
 
 def test_run_gives_up_a_command_that_does_not_answer(monkeypatch):
-    """And what it has started, which holds the pipes: a site's sbatch may be a script."""
+    """Nor does it wait for children, which hold the pipes: a site's sbatch may be a script."""
     monkeypatch.setattr(_scheduler, "TIMEOUT", 0.2)
     began = time.monotonic()
 
@@ -292,7 +310,7 @@ def test_run_gives_up_a_command_that_does_not_answer(monkeypatch):
 
 
 @pytest.mark.parametrize("variables, options, words", [
-    ({"SBATCH_ACCOUNT": "hpc"}, {}, "account: not set, but your login shell sets SBATCH_ACCOUNT='hpc', which no "),
+    ({"SBATCH_ACCOUNT": "hpc"}, {}, "account: not set, but your login shell sets SBATCH_ACCOUNT='hpc', which is not "),
     ({"SBATCH_PARTITION": "debug"}, {"account": "hpc"}, "partition: not set, but "),
     ({"SBATCH_TIMELIMIT": "10"}, {}, "time: not set, but "),
     ({"SBATCH_CPU_FREQ_REQ": "high"}, {}, "cpu-freq: not set, but "),
@@ -310,9 +328,9 @@ def test_run_gives_up_a_command_that_does_not_answer(monkeypatch):
 ])
 def test_option_of_the_login_alone_is_refused_with_its_setting(variables, options, words):
     if not words:
-        return _slurm.check_environment(variables, options, "server_job_options")
+        return slurm.check_environment(variables, options, "server_job_options")
     with pytest.raises(ValueError, match="^server_job_options: [a-z-]+: ") as refused:
-        _slurm.check_environment(variables, options, "server_job_options")
+        slurm.check_environment(variables, options, "server_job_options")
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -325,11 +343,11 @@ def test_option_of_the_login_alone_is_refused_with_its_setting(variables, option
     ({"SBATCH_EXPORT": "NONE", "SBATCH_WAIT": "1", "SQUEUE_PARTITION": "debug"}, {}, None),
 ])
 def test_what_sbatch_obeys_before_a_job_script_is_said(variables, options, flag):
-    """The user submits it, out of an environment that is not built."""
-    said = _slurm.overridden(variables, options, "workers_job_options")
+    """The user submits the script, from an environment that the collection does not control."""
+    said = slurm.overridden(variables, options, "workers_job_options")
 
     (name,) = variables if flag else [None]
-    assert [each.partition(" in the job script counts for nothing")[0] for each in said] == (
+    assert [each.partition(" in the job script has no effect")[0] for each in said] == (
         [f"workers_job_options: {flag}"] if flag else [])
     assert not flag or f"unset {name} before you submit it" in said[0]
 

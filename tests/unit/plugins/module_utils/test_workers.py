@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whether the worker of a trial is gone. What cannot be told is never taken for it."""
+"""Whether the worker of a trial is gone. In doubt it is not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BEGUN = NOW - 2 * HOUR
 
 
 def trial(name: str | None = None, begun: float = BEGUN, **rows) -> Trial:
-    """A trial that has been noted under a name; without a name, one that has not been noted."""
+    """A trial whose worker was recorded under a name; without a name, a trial without such a record."""
     note = None if name is None else json.dumps({"name": name, "address": "10.0.0.1", "since": begun})
     given = {"started": "2027-01-15 06:00:00", "start": begun, "heartbeat_age": None, **rows}
     return Trial("mala", "beryllium", 7, 70, note=note, **given)
@@ -58,7 +58,7 @@ def test_worker_is_known_by_its_connections_name(name, worker):
     (world(jobs=[job()]), False, False, "job 12 is RUNNING on c1"),
     (world(jobs=[job(state="COMPLETING")]), False, False, "job 12 is COMPLETING"),
     (world(jobs=[job(state="TELEPORTING")]), False, False, "job 12 is TELEPORTING"),
-    (world(jobs=[job(restart="1")]), True, False, "job 12 was queued again since"),
+    (world(jobs=[job(restart="1")]), True, False, "job 12 has been queued again since"),
     (world(jobs=[job(restart="1", state="PENDING", nodes="", start=None)]), True, False, "queued again"),
     (world(jobs=[job(restart="")]), False, False, "job 12 is RUNNING on c1"),
     # Slurm has given up a node that is cut off, but the worker there has not ended.
@@ -66,7 +66,7 @@ def test_worker_is_known_by_its_connections_name(name, worker):
     (world([Connection("mala", NAME, "10.0.0.1")], [job(restart="1")]), False, False, "has an open connection"),
     (world([Connection("mala", "hpc_db 13.0 mini c1 5", "10.0.0.1")]), True, False, "has ended"),
     (world([Connection("mala", "", "10.0.0.1")]), True, False, "has ended"),
-    (world(cluster="other"), False, True, "job 12 is one of the cluster mini"),
+    (world(cluster="other"), False, True, "job 12 belongs to the cluster mini"),
 ])
 def test_trial_that_is_tied_to_a_job(around, gone, unknown, says):
     verdict = judge(trial(NAME), around)
@@ -77,14 +77,14 @@ def test_trial_that_is_tied_to_a_job(around, gone, unknown, says):
 
 @pytest.mark.parametrize("noted", [True, False])
 @pytest.mark.parametrize("around, gone, says", [
-    (world(), True, "no connection and no job is left"),
+    (world(), True, "no connection and no job from its start"),
     (world(jobs=[job(start=NOW - 3 * HOUR)]), False, "job 12 (train) may be its worker"),
     (world(jobs=[job(start=None)]), False, "job 12 (train) may be its worker"),
-    (world(jobs=[job(start=None, state="PENDING", nodes="")]), True, "no job is left"),
+    (world(jobs=[job(start=None, state="PENDING", nodes="")]), True, "no job from its start"),
     (world([Connection("other", "", "10.0.0.9")]), True, "no connection"),
     (world([Connection("mala", "", "10.0.0.9")]), False, "a connection from 10.0.0.9 (no name) may be its worker's"),
     (world([Connection("mala", "", "")]), False, "a connection from the server's own machine"),
-    (world([Connection("mala", NAME, "10.0.0.9")]), False, "a connection from 10.0.0.9"),  # of a job that has ended
+    (world([Connection("mala", NAME, "10.0.0.9")]), False, "a connection from 10.0.0.9"),  # from a job that has ended
 ])
 def test_trial_of_an_unknown_worker(noted, around, gone, says):
     verdict = judge(trial("" if noted else None), around)
@@ -116,13 +116,13 @@ def test_heartbeat_shows_that_a_worker_lives(name, age, gone):
 
 
 @pytest.mark.parametrize("settings, gone, says", [
-    ({"boot": NOW - HOUR}, True, "this machine was started since"),
+    ({"boot": NOW - HOUR}, True, "this machine has been restarted since"),
     ({"boot": NOW - 20 * HOUR, "server_start": NOW - 3 * HOUR}, True, "the server has not been stopped since"),
     ({"boot": NOW - 20 * HOUR, "server_start": NOW - HOUR}, False, "the server may have been stopped"),
     ({"boot": NOW - 20 * HOUR, "server_start": BEGUN - 200}, False, "the server may have been stopped"),
 ])
 def test_without_a_scheduler_a_connection_tells(settings, gone, says):
-    process = job(start=None)  # one that gives its connections a name: not this trial's
+    process = job(start=None)  # its connections have names, so it is not this trial's worker
     verdict = judge(trial(""), world([Connection("mala", NAME, "")], [process], **settings))
 
     assert (verdict.gone, verdict.unknown) == (gone, not gone)

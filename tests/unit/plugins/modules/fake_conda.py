@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""conda, mamba and micromamba as far as conda_env meets them, with rattler inside: ``fake_conda.py NAME ARGUMENTS``.
+"""conda, mamba and micromamba as far as conda_env uses them, with rattler inside: ``fake_conda.py NAME ARGUMENTS``.
 
-fake_conda.md says what it assumes, and from where that is known.
+fake_conda.md lists its assumptions and their sources.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def fail(name: str, error: str, message: str) -> NoReturn:
 
 
 def fail_for(name: str, problems: list[tuple[str, str]]) -> NoReturn:
-    """End with what is wrong with packages: conda has one or several of them as parts of another error."""
+    """Exit with the problems of packages: conda reports one or several of them as parts of another error."""
     if name != "conda":
         fail(name, "", "Found incorrect downloads. Aborting")
     errors = [{"error": f"{error}: {text}", "exception_name": error, "message": text} for error, text in problems]
@@ -126,7 +126,7 @@ def fail_to_install(name: str, problem: str, records: list[Any]) -> NoReturn:
 
 
 def check_cache(name: str, records: list[Any], cache: Path) -> None:
-    """Refuse packages that are not whole in the cache, as conda does where it has unpacked them before."""
+    """Refuse incomplete packages in the cache, as conda does where it has unpacked them before."""
     problems = []
     for record in records if name == "conda" else []:
         folder = cache / describe(name, record)["dist_name"]
@@ -166,9 +166,10 @@ async def main(name: str, options: argparse.Namespace) -> None:
     installed = [rattler.PrefixRecord.from_path(path) for path in (prefix / "conda-meta").glob("*.json")]
     asked = {spec.partition("=")[0].partition(">")[0] for spec in options.specs}
     kept = [record.name.normalized for record in installed if record.name.normalized not in asked]
+    updates = name == "conda" and not options.satisfied_skip_solve
     cache = Path(os.environ["CONDA_PKGS_DIRS"])
     if options.file:
-        from fake_explicit import read_explicit  # which is not at hand wherever this file is copied to
+        from fake_explicit import read_explicit  # not available everywhere this file is copied to
 
         records = await read_explicit(name, options.file, fail, fail_for)
         check_cache(name, records, cache)
@@ -181,8 +182,8 @@ async def main(name: str, options: argparse.Namespace) -> None:
     try:
         solved = await rattler.solve(
             sources=[url_of(channel) for channel in options.channel],
-            specs=[rattler.MatchSpec(spec) for spec in (*options.specs, *kept)],  # as text it is read more strictly
-            locked_packages=installed,
+            specs=[rattler.MatchSpec(spec) for spec in (*options.specs, *kept)],  # strings are parsed more strictly
+            locked_packages=[record for record in installed if not updates or record.name.normalized in kept],
             gateway=rattler.Gateway(cache_dir=cache / "cache", client=client),
             virtual_packages=rattler.VirtualPackage.detect(overrides=rattler.VirtualPackageOverrides.from_env()),
         )
@@ -216,7 +217,7 @@ if __name__ == "__main__":
     parser.add_argument("verb", choices=["create", "install"])
     for flag in ("-y", "-q", "--json"):
         parser.add_argument(flag, action="store_true", required=True)
-    for flag in ("--dry-run", "--no-default-packages"):
+    for flag in ("--dry-run", "--no-default-packages", "--satisfied-skip-solve"):
         parser.add_argument(flag, action="store_true")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--override-channels", action="store_true")

@@ -1,17 +1,17 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What ``fake_conda.py`` does with ``--file LOCK``.
+"""The part of ``fake_conda.py`` for ``--file LOCK``.
 
-What it assumes of an explicit list, compared with conda 26.7.1, and for mamba known from its sources only
+Its assumptions about an explicit list, compared with conda 26.7.1, and for mamba known from its sources only
 (``from_url`` of ``package_info.cpp``, ``package_download.cpp`` and ``transaction.cpp``):
 
-- Nothing is solved, and no channel is asked: each package is fetched by its URL.
-- conda prints nothing at all when it has installed the list.
-- What follows ``#`` is a checksum: 32 digits are an md5, ``sha256:`` begins the other. conda does not look at it for
-  ``file://``, which alone is played here; mamba refuses a package that has another one, in words.
-- conda names each package that is not there by its path only.
-- A package is described by what is inside it.
-- Packages that the list does not name stay.
+- Nothing is solved, and no channel is queried: each package is fetched by its URL.
+- conda prints nothing at all after installing the list.
+- The text after ``#`` is a checksum: 32 digits are an md5, ``sha256:`` begins the other. conda ignores it for
+``file://``, the only kind played here; mamba refuses a package with a different checksum, in plain text.
+- conda names each missing package by its path only.
+- A package is described by its own content.
+- Packages that are not in the list stay installed.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""abandoned_trials: in which order it looks, and what it reports; tests/resilience has real workers and rows."""
+"""abandoned_trials: the order of its queries, and its report; tests/resilience has real workers and rows."""
 
 import contextlib
 import json
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.modules import abandoned_trials
 from ansible_collections.mala.hpc_db.plugins.modules.abandoned_trials import Refused, ensure_requeued
 
@@ -18,7 +19,7 @@ PARAMS = {
 
 
 class FakeCluster:
-    """Two study databases, and a queue; ``looks`` is what was asked for."""
+    """Two study databases, and a queue; ``looks`` records the queries."""
 
     def __init__(self, names, jobs=(), connections=(), revision="v3.2.0.a", others=()):
         self.names, self.connections, self.revision, self.others = names, connections, revision, others
@@ -26,11 +27,11 @@ class FakeCluster:
         self.looks, self.running = [], set(range(len(names)))
 
     def rows(self, database, query, _values=()):
-        if query == abandoned_trials.DATABASES:
+        if query == _connection.DATABASES:
             return [("alice",), ("mala",), *((name,) for name in self.others)]
-        if query == _optuna.HAS_SCHEMA:
+        if query == optuna_schema.HAS_SCHEMA:
             return [(None, None) if database == "alice" else ("version_info", "alembic_version")]
-        if query == _optuna.SCHEMA:
+        if query == optuna_schema.SCHEMA:
             return [("5.0.0", "v3.0.0.d" if database in self.others else self.revision)]
         if query == abandoned_trials.STUDIES:
             return [("beryllium",), ("aluminium",)]
@@ -109,7 +110,7 @@ def test_trial_that_ends_meanwhile_is_left(use, monkeypatch):
     result = ensure_requeued(PARAMS, cluster.run, False)
 
     assert (result["changed"], result["requeued"]) == (False, [])
-    assert [trial["why"] for trial in result["left"]] == ["it has ended meanwhile"]
+    assert [trial["why"] for trial in result["left"]] == ["it has ended in the meantime"]
 
 
 @pytest.mark.parametrize("sqlstate", ["55P03", None])
@@ -122,7 +123,7 @@ def test_study_that_is_locked_keeps_no_other_from_the_queue(sqlstate, use, monke
         raise _connection.Unreachable("database mala: canceling statement due to lock timeout", sqlstate)
 
     monkeypatch.setattr(abandoned_trials, "requeue", requeue)
-    if sqlstate is None:  # the connection is what failed
+    if sqlstate is None:  # the connection itself failed
         with pytest.raises(_connection.Unreachable):
             ensure_requeued(PARAMS, cluster.run, False)
         return
@@ -178,7 +179,7 @@ def test_only_the_studies_that_are_named(studies, trials, use):
 
 @pytest.mark.parametrize("settings, revision, says", [
     ({"studies": ["mala/lead"]}, "v3.2.0.a",
-     "requeue_studies: there is no study mala/lead; there are mala/aluminium, mala/beryllium"),
+     "requeue_studies: mala/lead is not allowed; existing studies: mala/aluminium, mala/beryllium"),
     ({}, "v3.0.0.d", "database mala: Optuna's schema v3.0.0.d there was made by Optuna 5.0.0, but trials can be"),
 ])
 def test_refused_before_anything_changes(settings, revision, says, use):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""background_program with real processes that serve on real ports."""
+"""background_program with real processes that listen on real ports."""
 
 import json
 import os
@@ -15,12 +15,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _processes
-from ansible_collections.mala.hpc_db.plugins.module_utils._processes import start_time
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.processes import start_time
 from ansible_collections.mala.hpc_db.plugins.modules import background_program
 from ansible_collections.mala.hpc_db.plugins.modules.background_program import Failed, answers, ensure_program
 
-# Accepts for ever; with a word before the port it does one thing more.
+# Accepts connections for ever; a word before the port selects one further action.
 SERVE = """
 import os, signal, socket, subprocess, sys
 what, port = sys.argv[1], int(sys.argv[2].partition("=")[2])
@@ -54,7 +53,7 @@ def serve(what):
 
 @pytest.fixture
 def params(tmp_path):
-    """Arguments of the module; whatever has been started with them ends with the test."""
+    """Arguments of the module; all programs that were started with them end with the test."""
     params = {
         "name": "logs", "root": str(tmp_path / "tensor board"), "command": serve("plain"), "environment": {},
         "port": 0, "port_option": "--port", "state": "started", "timeout": 60,
@@ -64,7 +63,7 @@ def params(tmp_path):
 
 
 def lives(pid):
-    return bool(start_time(pid, run))
+    return bool(start_time(pid))
 
 
 def wait_for(condition):
@@ -85,7 +84,7 @@ def test_starts_once_and_is_found_again_and_stopped(params, tmp_path):
     assert first["address"] == f"http://127.0.0.1:{first['port']}/"
     with urllib.request.urlopen(first["address"] + "page.txt", timeout=60) as page:
         assert page.read() == b"here"
-    assert os.getsid(first["pid"]) == first["pid"]  # no end of a terminal ends it
+    assert os.getsid(first["pid"]) == first["pid"]  # it survives the end of the terminal
 
     again = ensure_program(params, run, check_mode=False)
     assert {**again, "diff": None} == {**first, "changed": False, "diff": None}
@@ -147,8 +146,8 @@ def test_check_mode_only_tells(state, running, changed, params):
 
 @pytest.mark.parametrize("command, message", [
     ([sys.executable, "-S", "-c", "print('one\\n\\ntwo', flush=True); raise SystemExit('three')"],
-     "^logs has ended at once: one; two; three$"),
-    ([sys.executable, "-S", "-c", "pass"], "^logs has ended at once: .*logs.log is empty$"),
+     "^logs ended immediately: one; two; three$"),
+    ([sys.executable, "-S", "-c", "pass"], "^logs ended immediately: .*logs.log is empty$"),
     (["/nowhere/program"], "^/nowhere/program: No such file or directory$"),
 ])
 def test_program_that_does_not_start(command, message, params):
@@ -197,14 +196,14 @@ def test_process_that_only_has_the_pid_is_left_alone(state, forged, params):
     record = Path(params["root"], "logs.json")
     genuine = record.read_text()
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True) as innocent:
-        innocent_time = start_time(innocent.pid, run)
+        innocent_time = start_time(innocent.pid)
         told = {"pid": innocent.pid, "started": innocent_time, **forged, "port": 0}
         record.write_text(json.dumps({**json.loads(genuine), **told}))
 
         found = ensure_program({**params, "state": state}, run, check_mode=False)
 
         assert found["changed"] is (state == "started")
-        assert start_time(innocent.pid, run) == innocent_time
+        assert start_time(innocent.pid) == innocent_time
         ensure_program({**params, "state": "stopped"}, run, check_mode=False)
         innocent.stdin.close()
         assert innocent.wait(60) == 0
@@ -223,7 +222,7 @@ def test_port_of_another_program(params):
     first = ensure_program(params, run, check_mode=False)
     ensure_program({**params, "state": "stopped"}, run, check_mode=False)
     with socket.create_server(("127.0.0.1", first["port"])):
-        with pytest.raises(Failed, match=f"^port: {first['port']} cannot be had: another program serves there; give a"):
+        with pytest.raises(Failed, match=f"^port: {first['port']} cannot be used: another program uses it; give a"):
             ensure_program({**params, "port": first["port"]}, run, check_mode=False)
         other = ensure_program(params, run, check_mode=False)
 
@@ -273,28 +272,16 @@ def test_two_runs_at_once_start_one(params):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"name": "../x"}, "name: '../x' is not a letter or digit"), ({"name": ""}, "name: ''"),
+    ({"name": "../x"}, "name: '../x' is not allowed; letters, digits"), ({"name": ""}, "name: ''"),
     ({"root": "x"}, "root: 'x' is not absolute"),
     ({"port": 65536}, "port: 65536 is not a port; allowed"), ({"port": -1}, "port: -1 is not"),
     ({"port_option": "--port=1 --x"}, "port_option: '--port=1 --x' is not an option"),
     ({"command": []}, "command: '' does not begin with a program's absolute path"),
     ({"command": ["tensorboard", "--port"]}, "command: 'tensorboard --port' does not begin"),
-    ({"environment": {"A=B": "c"}}, "environment: 'A=B' is no name of a variable"),
+    ({"environment": {"A=B": "c"}}, "environment: 'A=B' is not the name of a variable"),
 ])
 @pytest.mark.parametrize("check_mode", [False, True])
 def test_bad_input_is_refused(change, message, check_mode, params):
     with pytest.raises(Failed, match=f"^{message}"):
         ensure_program({**params, **change}, run, check_mode)
     assert not os.path.exists(params["root"])
-
-
-def test_start_time_on_macos(monkeypatch):
-    monkeypatch.setattr(_processes.os.path, "exists", lambda path: False)
-    said = {"7": "Mon Nov 23 03:30:01 2026    \n"}
-
-    def ps(command):
-        assert command[:-1] == ["ps", "-o", "lstart=", "-p"]
-        return said.get(command[-1], "")
-
-    assert start_time(7, ps) == "Mon Nov 23 03:30:01 2026"
-    assert start_time(8, ps) == ""

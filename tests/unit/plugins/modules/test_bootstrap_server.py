@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""bootstrap_server with real processes and sockets, and a hosting program that only listens."""
+"""bootstrap_server with real processes and sockets, and a supervisor that only listens."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ from ansible_collections.mala.hpc_db.plugins.modules.bootstrap_server import (
     runs,
 )
 
-# What the hosting program does when it is told to --detach.
+# The supervisor's actions with --detach.
 DETACH = """
 import os, sys
 child = os.fork()
@@ -72,7 +72,7 @@ def root():
 
 @pytest.fixture
 def job():
-    """A hosting job's server, which listens on TCP."""
+    """The server of a server job, which listens on TCP."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -122,7 +122,7 @@ def test_whoever_has_the_port_of_a_job_that_has_ended_is_not_asked(queue, is_bel
     is_served = ask_once(str(root), lambda _where: lambda command: asked.append(command) or "JOBID|\n" + queue)
 
     assert ensure_started(params(root), run_in(root), is_served)["job"] == ("4711" if is_believed else "")
-    assert len(asked) == 1  # however often it looks
+    assert len(asked) == 1  # however often it checks
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's socket")
@@ -170,7 +170,7 @@ def test_stop_does_not_kill_whoever_has_the_pid_now(root):
         "host": socket.gethostname(), "socket": str(root), "port": 5432, "job": "", "pid": os.getpid(),
     })
 
-    assert ensure_stopped(params(root)) is False  # or this test would have ended
+    assert ensure_stopped(params(root)) is False  # otherwise this test would have been killed
 
 
 def test_job_that_was_slow_to_answer_makes_the_short_lived_server_leave(root, job):
@@ -207,7 +207,7 @@ def test_failure_says_why_in_one_line(program, timeout, message, root):
 
 SLOW = """
 import time
-print("2026-11-29T10:00:00+0000 starting: asking for the lease", flush=True)
+print("2026-11-29T10:00:00+0000 starting: requesting the lease", flush=True)
 print("2026-11-29T10:00:00+0000 starting: waiting: the data directory is held by job 7 on c1; hint", flush=True)
 time.sleep(60)
 """
@@ -228,10 +228,10 @@ def test_wait_goes_on_in_the_next_slice_with_the_same_server(root):
 
     assert server["host"] == str(root)
     assert told[-1] == (
-        "the short-lived server: waiting: the data directory is held by job 7 on c1; hint, 10 s are allowed")
+        "the temporary server: waiting: the data directory is held by job 7 on c1; hint, 10 s are allowed")
     assert pids == {int((root / "pid").read_text())}
-    with pytest.raises(Waiting, match=r"^the short-lived server \(PID \d+\) stops$"):
-        ensure_stopped(params(root, slice=1e-9, resume={"waited": 1.0}))  # it was told in the first one
+    with pytest.raises(Waiting, match=r"^the temporary server \(PID \d+\) stops$"):
+        ensure_stopped(params(root, slice=1e-9, resume={"waited": 1.0}))  # the first call has printed it
     assert ensure_stopped(params(root)) is True
     assert not (root / "run" / "bootstrap.json").exists()
 
@@ -252,7 +252,7 @@ def test_time_of_all_slices_together_is_limited(root):
 
 
 def test_playbook_says_what_it_waits_for(root):
-    """After 5 s, and again when that changes, on the screen."""
+    """After 5 s, and again when the text changes, on the screen."""
     (root / "host" / "hpc_db_host" / "__main__.py").write_text(DETACH + SLOW.replace("60", "7") + PROGRAM)
     (root / "host" / "settings.json").write_text('{"job_name": "hpc_db", "scheduler": "local", "bindir": "/x"}')
     tasks = [{"mala.hpc_db.bootstrap_server": {"root": str(root), "lifetime": 60, "state": state}}
@@ -269,7 +269,7 @@ def test_playbook_says_what_it_waits_for(root):
 
     assert done.returncode == 0, done.stdout + done.stderr
     waited = re.search(
-        r"^\[c\] the short-lived server: waiting: the data directory is held by job 7 on c1; hint, 180 s are allowed "
+        r"^\[c\] the temporary server: waiting: the data directory is held by job 7 on c1; hint, 180 s are allowed "
         r"\((\d+) s\)$", done.stdout, re.MULTILINE)
     assert waited and int(waited[1]) >= 5, done.stdout
     assert not (root / "run" / "bootstrap.json").exists()

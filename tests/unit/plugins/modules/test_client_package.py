@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""client_package against environments that remember what pip did; tests/integration has a real one."""
+"""client_package against environments that record pip's actions; tests/integration has a real one."""
 
 import base64
 import csv
@@ -28,7 +28,7 @@ VERSION = tomllib.loads(PROJECT)["project"]["version"]
 
 
 class FakeEnvironment:
-    """Answers as its Python does, and installs as its pip does."""
+    """Answers like the environment's Python, and installs like its pip."""
 
     def __init__(self, *, pip=True, writable=True, managed=False, version=(3, 11, 2), driver="", **packages):
         self.held = {
@@ -94,7 +94,7 @@ def test_driver_of_conda_is_a_driver(params):
     ensure_client(params, environment, check_mode=False)
 
     assert len(environment.installed) == 1
-    assert "Requires-Dist: psycopg2>=2.9\n" in environment.metadata  # else pip's own check finds fault
+    assert "Requires-Dist: psycopg2>=2.9\n" in environment.metadata  # otherwise pip check complains
 
 
 @pytest.mark.parametrize("damage", [
@@ -132,7 +132,7 @@ def test_unfit_environments_are_refused(check_mode, environment, says, params):
 
 
 @pytest.mark.parametrize("given, says", [
-    ("env", "'env' is not absolute"), ("/no/such", "there is no /no/such; give the folder of a conda or"),
+    ("env", "'env' is not absolute"), ("/no/such", "/no/such does not exist; give the folder of a conda"),
 ])
 def test_what_is_no_environment_is_refused(given, says, params):
     def asked(command):
@@ -185,10 +185,12 @@ def test_wheel_is_the_same_each_time_and_complete(tmp_path):
             assert int(size) == len(held[name])
             assert digest[7:] == base64.urlsafe_b64encode(hashlib.sha256(held[name]).digest()).decode().rstrip("=")
     assert held[f"hpc_db_client-{VERSION}.dist-info/entry_points.txt"].startswith(b"[sqlalchemy.plugins]\nhpc_db = ")
+    licence = tomllib.loads(PROJECT)["project"]["license"]["text"]
+    assert f"License: {licence}" in held[f"hpc_db_client-{VERSION}.dist-info/METADATA"].decode().splitlines()
 
 
 def test_role_brings_every_file():
-    """The role names the files of one folder; more folders would need more of it."""
+    """The role copies the files of one folder; more folders would need more tasks."""
     assert {str(Path(name).parent) for name in FILES} == {"hpc_db_client"}
     assert all(path.suffix == ".py" for path in (CLIENT / "src").rglob("*")
                if path.is_file() and "__pycache__" not in path.parts and "egg-info" not in str(path))

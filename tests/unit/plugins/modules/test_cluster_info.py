@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""cluster_info with what real commands have printed; tests/integration has a real cluster."""
+"""cluster_info with the output of real commands; tests/integration has a real cluster."""
 
 import functools
 import http.server
@@ -22,6 +22,7 @@ from ansible_collections.mala.hpc_db.plugins.modules.cluster_info import (
     parse_partitions,
     parse_quota,
     propose,
+    source_urls,
 )
 
 # Slurm 22.05, lines shortened.
@@ -39,6 +40,9 @@ WORK = {
     "memory": 4000, "gpus": False, "exclusive": False, "preempted": True,
 }
 LARGE = {**WORK, "memory": 512000, "cpus": 104, "preempted": False}
+SHORT = {
+    "partition": "work", "time": "00:03:00", "nodes": 2, "ntasks-per-node": 1, "mem": "512M", "cpus-per-task": 1,
+}
 
 
 def test_partitions():
@@ -52,19 +56,21 @@ def test_partitions():
     assert parse_partitions(PARTITIONS, NODES, [])[1]["usable"]
 
 
-@pytest.mark.parametrize("partitions, accounts, options, memory", [
-    ([WORK], [], {"partition": "work", "time": "04:00:00", "mem": "2000M", "cpus-per-task": 2}, "2000M"),
+@pytest.mark.parametrize("partitions, accounts, options, memory, short", [
+    ([WORK], [], {"partition": "work", "time": "04:00:00", "mem": "2000M", "cpus-per-task": 2}, "2000M", SHORT),
     ([LARGE], ["mine", "other"], {
-        "partition": "work", "time": "04:00:00", "mem": "16G", "cpus-per-task": 4, "account": "mine"}, "16G"),
-    # one of the trials' kind gives way, and so does one with GPUs
+        "partition": "work", "time": "04:00:00", "mem": "16G", "cpus-per-task": 4, "account": "mine"}, "16G",
+     {**SHORT, "account": "mine"}),
+    # partitions with a short limit or with GPUs come last
     ([{**LARGE, "limit": 1800}, {**LARGE, "name": "gpu", "gpus": True, "limit": None},
       {**LARGE, "name": "long", "default": False, "limit": None, "exclusive": True}], [],
-     {"partition": "long", "time": "7-00:00:00", "nodes": 1, "mem": False}, "64G"),
-    ([{**LARGE, "gpus": True}, {**LARGE, "name": "closed", "usable": False}], [],
-     {"partition": "work", "time": "04:00:00", "mem": "16G", "cpus-per-task": 4}, "16G"),
+     {"partition": "long", "time": "7-00:00:00", "nodes": 1, "mem": False}, "64G",
+     {"partition": "long", "time": "00:03:00", "nodes": 2, "ntasks-per-node": 1, "mem": False}),
+    ([{**LARGE, "gpus": True, "nodes": 1}, {**LARGE, "name": "closed", "usable": False}], [],
+     {"partition": "work", "time": "04:00:00", "mem": "16G", "cpus-per-task": 4}, "16G", {**SHORT, "nodes": 1}),
 ])
-def test_proposes_a_job_that_fits(partitions, accounts, options, memory):
-    assert propose(partitions, accounts) == {"options": options, "memory": memory}
+def test_proposes_a_job_that_fits(partitions, accounts, options, memory, short):
+    assert propose(partitions, accounts) == {"options": options, "memory": memory, "short_options": short}
 
 
 @pytest.mark.parametrize("partitions", [[], [{**WORK, "usable": False}], [{**WORK, "nodes": 0}]])
@@ -107,7 +113,7 @@ def test_mounts_are_named_and_not_touched(tmp_path):
 
 
 def test_what_others_have_mounted_is_not_named(tmp_path):
-    """Any user may make a FUSE mount, at a folder of any name."""
+    """Any user may create a FUSE mount, at a folder of any name."""
     mounts = [
         ("/tmp/evil\\012#", "fuse.sshfs", os.geteuid() + 1), ("/tmp/a\rb", "fuse.sshfs", os.geteuid() + 2),
         ("/home/alice/see", "fuse.sshfs", os.geteuid()), ("/gluster", "fuse.glusterfs", 0),
@@ -120,13 +126,17 @@ def test_what_others_have_mounted_is_not_named(tmp_path):
     assert other_mounts(table, []) == ["/gluster (fuse.glusterfs)", "/home/alice/see (fuse.sshfs)"]
 
 
+NO_SOURCES = {"channels": None, "index_url": "", "wheelhouse": ""}
+
+
 def test_without_any_command(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    found = look({"bin_dir": None, "urls": ["u"]}, lambda _command: "", lambda _command: "", lambda _url: "")
+    found = look({"bin_dir": None, **NO_SOURCES}, lambda _command: "", lambda _command: "", lambda _url: "")
 
     assert (found["scheduler"], found["bin_dir"], found["proposed"], found["partitions"]) == ("", "", None, [])
     assert found["file_systems"] == found["clients"] == found["accounts"] == found["others"] == []
+    assert found["sources"] == {}
 
 
 def test_slurm_that_only_a_login_shell_knows(monkeypatch, tmp_path):
@@ -139,8 +149,9 @@ def test_slurm_that_only_a_login_shell_knows(monkeypatch, tmp_path):
     def run(command):
         return answers.get(command[0], "")
 
-    found = look({"bin_dir": None, "urls": []}, run, run, lambda _url: "")
+    found = look({"bin_dir": None, **NO_SOURCES, "channels": ["/c"]}, run, run, lambda url: f"not {url}")
 
+    assert found["sources"] == {"/c/noarch/repodata.json": "not /c/noarch/repodata.json"}
     assert (found["scheduler"], found["bin_dir"], found["others"]) == ("slurm", "/opt/slurm/bin", ["qsub"])
     assert found["proposed"]["options"]["partition"] == "work"
 
@@ -158,6 +169,17 @@ def test_login_shell_prints_what_is_parsed(monkeypatch, tmp_path):
         f"{tmp_path}/a b", str(tmp_path), f"{tmp_path}/qsub")
 
 
+@pytest.mark.parametrize("channels, index_url, wheelhouse, expected", [
+    (["conda-forge"], "", "", []),
+    (["conda-forge", "https://m/forge", "file:///srv/c", "/srv/d"], "", "",
+     [f"{channel}/noarch/repodata.json" for channel in ("https://m/forge", "file:///srv/c", "/srv/d")]),
+    ([], "https://m/simple", "", ["https://m/simple/optuna/"]),
+    (["/c"], "https://m/simple", "/srv/wheels", ["/c/noarch/repodata.json", "/srv/wheels"]),
+])
+def test_only_package_sources_with_a_url_are_checked(channels, index_url, wheelhouse, expected):
+    assert source_urls(channels, index_url, wheelhouse) == expected
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_arguments):
         pass
@@ -170,11 +192,11 @@ def test_sources(tmp_path):
     ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        answers = [fetch_url(each, 5) for each in (f"{url}/there", f"{url}/gone", f"{url}/a b")]
+        answers = [fetch_url(each) for each in (f"{url}/there", f"{url}/gone", f"{url}/a b")]
         server.shutdown()
 
     assert answers[:2] == ["", "File not found"]
     assert answers[2]
-    assert fetch_url(f"file://{tmp_path}/there", 5) == fetch_url(str(tmp_path), 5) == ""
-    assert fetch_url("/no/such", 5) == "there is no /no/such"
-    assert "refused" in fetch_url(f"http://127.0.0.1:{server.server_port}", 5)
+    assert fetch_url(f"file://{tmp_path}/there") == fetch_url(str(tmp_path)) == ""
+    assert fetch_url("/no/such") == "there is no /no/such"
+    assert "refused" in fetch_url(f"http://127.0.0.1:{server.server_port}")

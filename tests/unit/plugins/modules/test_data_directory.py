@@ -15,7 +15,7 @@ from ansible_collections.mala.hpc_db.plugins.modules.data_directory import (
 
 
 class FakePrograms:
-    """Answers as postgres and initdb do."""
+    """Answers like postgres and initdb."""
 
     def __init__(self, version="17.10", killed=False):
         self.version, self.killed = version, killed
@@ -27,7 +27,7 @@ class FakePrograms:
         if program == "postgres":
             return f"postgres (PostgreSQL) {self.version}\n"
         path = next(word for word in command if word.startswith("--pgdata=")).partition("=")[2]
-        os.mkdir(path)  # as initdb, which takes no directory that has anything in it
+        os.mkdir(path)  # fails if the directory exists; initdb accepts only an empty one
         if self.killed:
             raise KeyboardInterrupt
         with open(os.path.join(path, "PG_VERSION"), "w", encoding="ascii") as stream:
@@ -86,7 +86,7 @@ def test_other_major_is_refused(found, version, check_mode, params):
         stream.write(f"{found}\n")
     programs = FakePrograms(version)
 
-    with pytest.raises(Failed, match=f"was made by PostgreSQL {found}, but .* holds {version}; nothing was changed"):
+    with pytest.raises(Failed, match=f"was made by PostgreSQL {found}, but .* contains {version}; nothing was changed"):
         ensure_data_directory(params, programs, check_mode)
     assert programs.calls == ["postgres"]
 
@@ -98,7 +98,7 @@ def test_folder_of_somebody_else_is_refused(make, params):
     os.makedirs(os.path.dirname(params["path"]))
     make(params["path"])
 
-    with pytest.raises(Failed, match="exists and is no PostgreSQL data directory"):
+    with pytest.raises(Failed, match="exists and is not a PostgreSQL data directory"):
         ensure_data_directory(params, FakePrograms(), check_mode=False)
 
 
@@ -109,7 +109,7 @@ def test_empty_folder_is_taken(params):
 
 
 def test_version_that_is_none_is_refused(params):
-    with pytest.raises(Failed, match="printed 'bash: postgres: not found', which names no version"):
+    with pytest.raises(Failed, match="printed 'bash: postgres: not found', which contains no version"):
         ensure_data_directory(params, lambda _command: "bash: postgres: not found\n", check_mode=False)
 
 
@@ -122,7 +122,7 @@ def test_locale_never_depends_on_the_shell(major, builtin):
 
 
 class FakeModule:
-    """AnsibleModule's run_command, as far as it is used."""
+    """The part of AnsibleModule's run_command that the module uses."""
 
     def run_command(self, command, **_options):
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)

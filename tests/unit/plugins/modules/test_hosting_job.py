@@ -1,12 +1,13 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""hosting_job and hosting_job_info against a Slurm that remembers what it was told."""
+"""hosting_job and hosting_job_info against a stateful fake Slurm."""
 
 import json
 import os
 import shutil
 
 import pytest
+from ansible_collections.mala.hpc_db.plugins.module_utils._connection import safety
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError, find_idle_nodes
 from ansible_collections.mala.hpc_db.plugins.module_utils._slices import Slice, Waiting
 from ansible_collections.mala.hpc_db.plugins.modules import hosting_job
@@ -17,13 +18,13 @@ HEAD = "JOBID|STATE|NODELIST|TIME_LEFT/TIME_LIMIT|NAME|REASON\n"
 
 
 class FakeSlurm:
-    """Answers as sbatch, squeue, sinfo and scancel do. A cancelled job takes ``lingers`` looks to go."""
+    """Answers like sbatch, squeue, sinfo and scancel. A cancelled job stays for ``lingers`` calls of squeue."""
 
     last_id = 0
-    deaf = False  # jobs' scripts ignore signals
-    printed = "{}"  # by sbatch, in place of the id
-    fails = ""  # sbatch, after it has submitted
-    refusal = ""  # of --test-only
+    deaf = False  # job scripts ignore signals
+    printed = "{}"  # sbatch's output; ``{}`` is the id
+    fails = ""  # sbatch's error after it has submitted the job
+    refusal = ""  # answer to --test-only
     nodes = ""
 
     def __init__(self, *jobs, lingers=1):
@@ -63,7 +64,7 @@ class FakeSlurm:
         return HEAD + "".join(
             f"{job['id']}|{job['state']}|c1|1:00|{job['name']}|None\n"
             for job in self.jobs
-            if job["name"].lower() == flags["name"].lower()  # so does the real one
+            if job["name"].lower() == flags["name"].lower()  # like the real one
         )
 
     def sinfo(self, arguments):
@@ -93,7 +94,7 @@ OTHER = ("HPC-DB", "RUNNING")
 def params(state="present", root="/nowhere", **changes):
     return {
         "name": "hpc-db", "state": state, "root": str(root), "scheduler": "slurm", "script": "/x/job.sh",
-        "output": "/x/job.log", "options": {"dependency": "singleton"}, "timeout": 5, "nodes": False,
+        "output": "/x/job.log", "options": {"dependency": "singleton"}, "timeout": 5, "nodes": False, "history": False,
         **changes,
     }
 
@@ -123,6 +124,14 @@ def test_changes_only_what_differs(state, queue, changed, after, check_mode):
     assert slurm.queue == (queue if check_mode else after)
     if not check_mode:
         assert (result["job"] or {}).get("name") == ("hpc-db" if state == "present" else None)
+
+
+def test_job_gets_what_a_server_needs():
+    said = ensure_job(params(options={"time": "1:00"}, memory="4G", notice=120, chain=True), FakeSlurm(), True)["diff"]
+
+    assert said["after"]["jobs"][0]["options"] == {
+        "mem": "4G", "dependency": "singleton", "signal": "B:USR1@120", "no-requeue": True, "time": "1:00",
+    }
 
 
 @pytest.mark.parametrize("check_mode", [False, True])
@@ -186,14 +195,14 @@ UNAVAILABLE = "sbatch: error: allocation failure: Requested node configuration i
     ({"ntasks": 8}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 drained"),
     ({"constraint": "a100"}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 drained"),
     ({"nodelist": "c1"}, "defq*|up|c1|idle^|4000|4\ndefq*|up|c2|idle|4000|4\n", "c1 idle^"),
-    # No node has that, whatever its state is.
+    # No node is that large, whatever its state.
     ({"partition": "defq", "mem": "5G"}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "mem": 5000}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "mem-per-cpu": "2G", "cpus-per-task": 2}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "cpus-per-task": 8}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "nodes": "2-4"}, "defq*|up|c1|drained|4000|4\n", None),
     ({"partition": "defq", "ntasks": 8}, "defq*|up|c1|drained|4000|4\n", None),
-    # All are there, or as many as it takes, so it is something else.
+    # All nodes are available, or enough of them, so the reason is another one.
     ({"constraint": False}, "defq*|up|c1|drained|4000|4\ndefq*|up|c2|idle|4000|4\n", None),
     ({"partition": "defq"}, "defq*|up|c1|idle|4000|4\ndefq*|up|c2|mixed|4000|4\n", None),
     ({"partition": "defq"}, "", None),
@@ -204,7 +213,7 @@ def test_refusal_that_is_true_only_now_is_said(options, nodes, told):
 
     if told:
         (said,) = ensure_job(params(options=options), slurm, check_mode=True)["warnings"]
-        assert said.startswith(f"server_job_options: sbatch says: {UNAVAILABLE}; that is true now")
+        assert said.startswith(f"server_job_options: sbatch says: {UNAVAILABLE}; this is temporary")
         assert said.endswith(f": {told}") and "\n" not in said
     else:
         with pytest.raises(SchedulerError, match="^server_job_options: sbatch says: .* is not available$"):
@@ -292,7 +301,7 @@ def test_successor_is_cancelled_before_it_could_start():
 
 
 class FakeGridEngine:
-    """Answers as qstat and qdel do; ``obeys`` is where the job looks whether it is asked to end."""
+    """Answers like qstat and qdel; ``obeys`` makes the job end once its stop file exists."""
 
     def __init__(self, root, obeys, state="r"):
         self.path, self.obeys, self.state, self.calls = root / "run" / "stop.7", obeys, state, []
@@ -393,8 +402,8 @@ def test_info_of_nothing(tmp_path):
     found = look(params(root=tmp_path / "none"), FakeSlurm())
 
     assert found == {
-        "changed": False, "job": None, "endpoint": None, "state": None, "idle_nodes": None, "disk": None,
-        "log_tail": None,
+        "changed": False, "job": None, "endpoint": None, "state": None, "history": None, "idle_nodes": None,
+        "disk": None, "log_tail": None,
     }
 
 
@@ -405,7 +414,8 @@ def test_info_knows_the_disk(tmp_path):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ('{"job": "1", "tls": false}', {"job": "1", "tls": False}), ('{"job": "1', None), ("", None), ("[1]", None),
+    ('{"job": "1", "host": "c1", "tls": false}', {"job": "1", "host": "c1", "tls": False}),
+    ('{"job": "1', None), ("", None), ("[1]", None),
     (b"\xff\xfe", None),
 ])
 def test_info_takes_half_a_file_for_none(text, expected, tmp_path):
@@ -415,20 +425,36 @@ def test_info_takes_half_a_file_for_none(text, expected, tmp_path):
 
     found = look(params(root=tmp_path), FakeSlurm(RUNNING))
 
-    assert (found["endpoint"], found["state"]) == (expected, expected)
+    assert found["state"] == expected
+    assert found["endpoint"] == (expected and {**expected, "connect_params": safety("c1", expected["tls"])})
     assert found["job"]["state"] == "RUNNING"
 
 
 @pytest.mark.parametrize("queue, published, serving", [
     ([RUNNING], "1", "1"), ([RUNNING], "7", None), ([], "1", None), ([PENDING], "1", None),
     ([(RUNNING[0], "COMPLETING"), RUNNING], "1", None),
-    ([RUNNING, RUNNING], "2", "2"),  # the one that hands over may not have ended yet
+    ([RUNNING, RUNNING], "2", "2"),  # the predecessor may not have ended yet
 ])
 def test_info_believes_the_endpoint_of_a_job_that_runs(queue, published, serving, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "endpoint.json").write_text(json.dumps({"host": "c1", "port": 1, "job": published}))
 
     found = look(params(root=tmp_path), FakeSlurm(*queue))
+
+    assert (found["endpoint"] or {}).get("job") == serving
+    assert serving is None or found["job"]["id"] == serving
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize("queue, published, serving", [
+    ([RUNNING], "1", "1"), ([RUNNING, RUNNING], "2", "2"), ([RUNNING], "7", None), ([], "1", None),
+    ([PENDING], "1", None),
+])
+def test_job_is_returned_with_the_endpoint_of_a_server_that_is_live(queue, published, serving, check_mode, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "endpoint.json").write_text(json.dumps({"host": "c1", "port": 1, "job": published}))
+
+    found = ensure_job(params(root=tmp_path), FakeSlurm(*queue), check_mode)
 
     assert (found["endpoint"] or {}).get("job") == serving
     assert serving is None or found["job"]["id"] == serving

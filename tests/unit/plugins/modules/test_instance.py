@@ -18,7 +18,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def folder():
-    """A folder of the user who runs the test, which root must not be."""
+    """A folder of the user who runs the test, who must not be root."""
     folder = tempfile.mkdtemp(prefix="instance-")
     was_root = os.geteuid() == 0
     if was_root:
@@ -31,7 +31,7 @@ def folder():
 
 
 def run(command):
-    """Do what the module's own run does: exit code and what was complained of."""
+    """Like the module's own run: return exit code and error output."""
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
     return done.returncode, done.stderr
 
@@ -43,7 +43,7 @@ def ensure(root, check_mode=False, directories=(), files=(), uid=None):
 
 
 def look(folder):
-    """Return path, permissions and text of everything there."""
+    """Return path, permissions and text of every file."""
     found: dict[str, object] = {".": oct(folder.stat().st_mode & 0o777)}
     for path in sorted(folder.rglob("*")):
         text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else None
@@ -148,9 +148,9 @@ def test_folder_that_others_could_enter_is_closed(folder):
     (None, "a{b", None, "contains '{'"),
     (None, "a%b", None, "contains '%'"),
     (lambda folder: (folder / "conda-meta").mkdir(), "x/y", None, "lies inside the conda environment"),
-    (lambda folder: (folder / "x").write_text(""), "x", None, "is no directory"),
-    (lambda folder: (folder / "x").symlink_to("nowhere"), "x", None, "is no directory"),
-    (lambda folder: (folder / "mine").write_text(""), ".", None, "holds other things"),
+    (lambda folder: (folder / "x").write_text(""), "x", None, "is not a directory"),
+    (lambda folder: (folder / "x").symlink_to("nowhere"), "x", None, "is not a directory"),
+    (lambda folder: (folder / "mine").write_text(""), ".", None, "contains other files"),
     (None, ".", 4711, "belongs to another user"),
 ])
 def test_refusals_are_one_line_and_change_nothing(prepare, root, uid, message, folder):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""job_script_check: what is asked, and what is said; tests/resilience has a real Slurm."""
+"""job_script_check: its query and its messages; tests/resilience has a real Slurm."""
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError
@@ -38,7 +38,7 @@ def test_option_of_the_login_alone_is_refused(monkeypatch):
         judge(params(), print)
     assert judge(params(partition="debug"), print) == []
     (said,) = judge(params(partition="work"), print)
-    assert said.startswith("workers_job_options: partition in the job script counts for nothing while your shell sets")
+    assert said.startswith("workers_job_options: partition in the job script has no effect while your shell sets")
 
 
 def test_script_that_would_only_wait_is_no_refusal():

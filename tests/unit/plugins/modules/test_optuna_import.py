@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""optuna_import with storages that remember; tests/integration has Optuna's own."""
+"""optuna_import with storages in memory; tests/integration has Optuna's own."""
 
 import contextlib
 import copy
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.modules import optuna_import
 from ansible_collections.mala.hpc_db.plugins.modules.optuna_import import Refused, ensure_imported
 
@@ -22,7 +23,7 @@ STATES = {name: SimpleNamespace(name=name) for name in ("COMPLETE", "FAIL", "RUN
 
 
 class Kind(str):
-    """A distribution in which each number stands for itself."""
+    """A distribution in which each number is stored as itself."""
 
     low = 0.0
 
@@ -34,7 +35,7 @@ class Kind(str):
 
 
 class Choices(str):
-    """One of choices, in which True cannot be told from 1."""
+    """A choice among values, in which True equals 1."""
 
     to_internal_repr, to_external_repr = Kind.to_internal_repr, Kind.to_external_repr
 
@@ -45,7 +46,7 @@ def check_compatible(old, new):
 
 
 def create_trial(params, **_held):
-    """Refuse what is outside of 0..1, as Optuna does."""
+    """Reject values outside of 0..1, like Optuna."""
     if any(not 0 <= value <= 1 for value in params.values()):
         raise ValueError("isn't contained")
 
@@ -74,7 +75,7 @@ class FakeStorage:
     def create_new_trial(self, study, template_trial):
         self.breaks()
         added = copy.deepcopy(template_trial)
-        added.system_attrs["hpc_db:worker"] = "mine"  # as the trigger does
+        added.system_attrs["hpc_db:worker"] = "mine"  # like the worker-tracking trigger
         self.studies[study][3].append(added)
 
     def get_study_id_from_name(self, name):
@@ -118,7 +119,7 @@ class FakeDatabase(FakeStorage):
             return [(not self.locked,)]
         if "to_regclass" in query:
             return [("version_info", "alembic_version")]
-        if query == _optuna.SCHEMA:
+        if query == optuna_schema.SCHEMA:
             return [("5.0.0", "new")]
         return [] if query == _optuna.CLOCKS else [(name,) for name in self.studies]
 
@@ -130,7 +131,7 @@ class FakeDatabase(FakeStorage):
 
 @pytest.fixture
 def import_(tmp_path, monkeypatch):
-    """Import a file with these studies into a database that is returned with the result."""
+    """Import a file with these studies; return the database with the result."""
     file = tmp_path / "study.log"
     file.write_text('{"op_code": 0, "worker_id": "a"}\n')
     (tmp_path / "dumps").mkdir()
@@ -145,7 +146,7 @@ def import_(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "optuna.trial", fake_trial)
         monkeypatch.setitem(sys.modules, "optuna.distributions", SimpleNamespace(
             distribution_to_json=str, check_distribution_compatibility=check_compatible))
-        monkeypatch.setattr(_optuna, "installed_optuna", lambda: _optuna.Optuna("5.0.0", ["new", "old"]))
+        monkeypatch.setattr(optuna_schema, "installed_optuna", lambda: optuna_schema.Optuna("5.0.0", ["new", "old"]))
         monkeypatch.setattr(_connection, "connect", database.connect)
         monkeypatch.setattr(_connection, "rows", database.rows)
         monkeypatch.setattr(optuna_import, "open_database", lambda params: database)
@@ -176,15 +177,15 @@ def test_brings_what_is_missing_once(check_mode, import_):
     if not check_mode:
         ended = database.studies["be"][3][1]
         assert (ended.state.name, ended.datetime_complete) == ("FAIL", LATER)
-        database.studies["be"][3].append(trial(3))  # a worker goes on
+        database.studies["be"][3].append(trial(3))  # a worker continues
         again = import_(source, database)
         assert again["changed"] is False and [study["imported"] for study in again["studies"]] == [False, False]
 
 
 @pytest.mark.parametrize("params, says", [
-    ({"studies": ["be", "nope"]}, "^import_studies: study.log holds no study nope, but al, be$"),
-    ({"name": "x"}, "^import_as: x is one name for 2 studies; name one in import_studies$"),
-    ({"studies": ["be"], "name": "other"}, r"^import_as: mala holds .* other already, .* \(the params of trial 0\);"),
+    ({"studies": ["be", "nope"]}, "^import_studies: study.log contains no study nope, but al, be$"),
+    ({"name": "x"}, "^import_as: x is one name for 2 studies; set import_studies$"),
+    ({"studies": ["be"], "name": "other"}, r"^import_as: mala already contains .* other, .* \(the params of trial 0\)"),
 ])
 def test_what_contradicts_is_refused(params, says, import_):
     database = FakeDatabase(other=[trial(0, params={"x": 0.25})])
@@ -233,19 +234,19 @@ def test_every_trial_is_compared(field, value, import_):
 @pytest.mark.parametrize("check_mode", [False, True])
 @pytest.mark.parametrize("trials, says", [
     ([trial(0, params={"p" * 600: 0.5}, distributions={"p" * 600: Kind("0..1")})],
-     "trial 0: its parameter pp+… has 600 characters, of which PostgreSQL holds 512"),
+     "trial 0: its parameter pp+… has 600 characters, but PostgreSQL stores at most 512"),
     ([trial(0), trial(1, user_attrs={"a\0": 1}), trial(2, user_attrs={"a\0": 1})],
-     r"trial 1: its attribute a\0 has a character that PostgreSQL cannot hold \(and so on, in 2 trials\)"),
-    ([trial(0, system_attrs={"\ud800": 1})], "trial 0: its attribute .* has a character that PostgreSQL cannot hold"),
-    ([trial(0, intermediate_values={2**31: 0.5})], "trial 0: its step 2147483648, .* is beyond 32 bits"),
-    ([trial(0, values=[10**400])], "trial 0: its value 100+… is no number of 64 bits"),
-    ([trial(0, intermediate_values={0: None})], "trial 0: its intermediate value None is no number of 64 bits"),
+     r"trial 1: its attribute a\0 has a character that PostgreSQL cannot store \(and so on, in 2 trials\)"),
+    ([trial(0, system_attrs={"\ud800": 1})], "trial 0: its attribute .* has a character that PostgreSQL cannot store"),
+    ([trial(0, intermediate_values={2**31: 0.5})], "trial 0: its step 2147483648, .* does not fit into 32 bits"),
+    ([trial(0, values=[10**400])], "trial 0: its value 100+… is not a 64-bit integer"),
+    ([trial(0, intermediate_values={0: None})], "trial 0: its intermediate value None is not a 64-bit integer"),
     ([trial(0), trial(1, distributions={"x": Kind("0..2")})],
      "trial 1: its parameter x differs from trial 0 in its distribution: no dynamic value space$"),
     ([trial(0, params={"x": True}, distributions={"x": Choices("1, True")})],
      "trial 0: its parameter x is True, which would become 1"),
-    ([trial(0), trial(2)], "trial 1 is missing, .*; import_repair=true numbers trials anew"),
-    ([trial(0), trial(1), trial(1)], "two trials have the number 1; import_repair=true numbers trials anew"),
+    ([trial(0), trial(2)], "trial 1 is missing, .*; import_repair=true renumbers the trials"),
+    ([trial(0), trial(1), trial(1)], "two trials have number 1; import_repair=true renumbers the trials"),
 ])
 def test_what_the_database_cannot_hold_is_named_before_anything_is_copied(trials, says, check_mode, import_):
     database = FakeDatabase()
@@ -305,9 +306,9 @@ def test_odd_trials_are_brought_and_named(import_):
     result = import_(FakeStorage(be=odd), database)
 
     assert result["warnings"] == [
-        "study be: trial 0 has x = 2.0 outside of 0..1; brought as it is",
-        "study be: trial 4 is COMPLETE with 0 of 1 values; brought as it is",
-        "study be: trial 1 is FAIL without the time of its end (and so on, in 2 trials); brought as it is",
+        "study be: trial 0 has x = 2.0 outside of 0..1; imported unchanged",
+        "study be: trial 4 is COMPLETE with 0 of 1 values; imported unchanged",
+        "study be: trial 1 is FAIL without an end time (and so on, in 2 trials); imported unchanged",
     ]
     assert database.studies["be"][3][3].datetime_complete == LATER
 
@@ -366,8 +367,8 @@ def test_damaged_sqlite_file_is_named(tmp_path):
     whole = (tmp_path / "a.db").read_bytes()
     (tmp_path / "a.db").write_bytes(whole[:len(whole) // 2])
 
-    with pytest.raises(Refused, match=r"^import_from: a.db is damaged: SQLite says: .*; its command .recover prints"):
-        optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", _optuna.Optuna("5.0.0", ["new", "old"]))
+    with pytest.raises(Refused, match=r"^import_from: a.db is damaged: SQLite reports: .*; its command .recover pr"):
+        optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", optuna_schema.Optuna("5.0.0", ["new", "old"]))
 
 
 def test_two_at_once_are_refused(import_):
@@ -386,7 +387,7 @@ def test_file_in_use_is_refused(beside, import_):
     else:
         path.write_text("x")
 
-    with pytest.raises(Refused, match=f"^import_from: study.log is still being written to, .*: study.log{beside} is"):
+    with pytest.raises(Refused, match=f"^import_from: study.log is in use, .*: study.log{beside} ex"):
         import_(FakeStorage(be=[trial(0)]), FakeDatabase())
 
 
@@ -394,7 +395,7 @@ def test_file_that_changes_meanwhile_is_refused(import_):
     database = FakeDatabase()
     database.breaks = lambda: import_.file.write_text("more")
 
-    with pytest.raises(Refused, match="study.log is still being written to, .*: it has changed meanwhile"):
+    with pytest.raises(Refused, match="study.log is in use, .*: it changed during the import"):
         import_(FakeStorage(be=[trial(0)]), database)
     assert database.studies == {}
 
@@ -403,15 +404,15 @@ def test_file_that_changes_meanwhile_is_refused(import_):
 def test_other_files_are_refused(content, import_):
     import_.file.write_bytes(content)
 
-    with pytest.raises(Refused, match="^import_from: study.log is neither an SQLite file nor one of Optuna's Jour"):
+    with pytest.raises(Refused, match="^import_from: study.log is not an SQLite file, nor one of Optuna's J"):
         import_(FakeStorage(be=[trial(0)]), FakeDatabase())
 
 
 @pytest.mark.parametrize("tables, rows, says", [
-    ("t (i)", "", "holds no studies of Optuna's: SQLite says: no such table"),
-    ("version_info (library_version); CREATE TABLE alembic_version (version_num)", "", "holds no studies of Optuna's$"),
+    ("t (i)", "", "contains no Optuna studies: SQLite reports: no such table"),
+    ("version_info (library_version); CREATE TABLE alembic_version (version_num)", "", "contains no Optuna studies$"),
     ("version_info (library_version); CREATE TABLE alembic_version (version_num)", "9.0.0 newest",
-     "was made by Optuna 9.0.0, which is newer than the installed Optuna 5.0.0: have optuna==9.0.0 in postgres_python"),
+     "was made by Optuna 9.0.0, which is newer than the installed Optuna 5.0.0: set optuna==9.0.0 in postgres_python"),
 ])
 def test_tables_that_optuna_cannot_read_are_refused(tables, rows, says, tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as connection:
@@ -421,7 +422,7 @@ def test_tables_that_optuna_cannot_read_are_refused(tables, rows, says, tmp_path
         connection.commit()
 
     with pytest.raises(Refused, match=f"^import_from: a.db {says}"):
-        optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", _optuna.Optuna("5.0.0", ["new", "old"]))
+        optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", optuna_schema.Optuna("5.0.0", ["new", "old"]))
 
 
 @pytest.mark.parametrize("revision, old", [("new", False), ("old", True)])
@@ -433,7 +434,8 @@ def test_older_tables_are_upgraded(revision, old, tmp_path):
         connection.execute("INSERT INTO alembic_version VALUES (?)", (revision,))
         connection.commit()
 
-    assert optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", _optuna.Optuna("5.0.0", ["new", "old"])) is old
+    installed = optuna_schema.Optuna("5.0.0", ["new", "old"])
+    assert optuna_import.look_at_schema(str(tmp_path / "a.db"), "a.db", installed) is old
 
 
 def test_fields_tell_apart_what_python_does_not():

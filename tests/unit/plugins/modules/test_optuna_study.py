@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""optuna_study against a database and an Optuna that remember; the scenarios have the real ones."""
+"""optuna_study against a database and an Optuna in memory; the scenarios have the real ones."""
 
 import contextlib
 import copy
@@ -9,7 +9,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna, _workers
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _workers
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.modules.optuna_study import Refused, ensure_databases, ensure_studies
 
 PARAMS = {"host": "/tmp/hpc_db-x", "port": 5432, "user": "study", "passfile": "/home/a b/pgpass", "database": "mala"}
@@ -24,7 +25,7 @@ NEW, OLD = "v3.2.0.a", "v3.0.0.d"
 
 
 class FakeDatabase:
-    """Tables and rows as Optuna makes them. ``studies`` is None without its schema."""
+    """Tables and rows as Optuna creates them. ``studies`` is None without its schema."""
 
     def __init__(self, studies, version=NEW, workers=0, notes=True, attributes=None):
         self.studies, self.version, self.workers = studies, version, workers
@@ -96,7 +97,7 @@ def use(monkeypatch):
     def use(database):
         monkeypatch.setattr(_connection, "connect", database.connect)
         monkeypatch.setattr(_connection, "rows", database.rows)
-        monkeypatch.setattr(_optuna, "installed_optuna", lambda: _optuna.Optuna("5.0.0", [NEW, OLD]))
+        monkeypatch.setattr(optuna_schema, "installed_optuna", lambda: optuna_schema.Optuna("5.0.0", [NEW, OLD]))
         monkeypatch.setitem(sys.modules, "optuna", database.optuna())
         return database
 
@@ -150,7 +151,7 @@ def test_older_schema_is_left_alone_with_a_warning_unless_asked(check_mode, use)
 @pytest.mark.parametrize("version, workers, upgrade, says", [
     (OLD, 2, True, "databases_upgrade_schema: 2 connections to the database mala are open; end its workers first"),
     (OLD, 0, False, "by Optuna 3.1.1, but the installed Optuna 5.0.0 needs .*; the study aluminium is missing"),
-    ("v9.9.9.a", 0, True, "Optuna 9.0.0, which is newer than the installed Optuna 5.0.0: have optuna==9.0.0 in"),
+    ("v9.9.9.a", 0, True, "Optuna 9.0.0, which is newer than the installed Optuna 5.0.0: set optuna==9.0.0 in"),
 ])
 @pytest.mark.parametrize("check_mode", [False, True])
 def test_schema_that_does_not_fit_is_refused_before_anything_changes(version, workers, upgrade, says, check_mode, use):
@@ -203,13 +204,13 @@ def test_what_optuna_says_is_told_in_one_line(use, monkeypatch):
     monkeypatch.setattr(FakeDatabase, "create_study", fail)
     use(FakeDatabase({}))
 
-    with pytest.raises(Refused, match="^database mala: Optuna says: no longer compatible$"):
+    with pytest.raises(Refused, match="^database mala: Optuna reports: no longer compatible$"):
         ensure_studies({**PARAMS, "studies": [BERYLLIUM], "upgrade": False}, False)
 
 
 def test_missing_optuna_is_told_by_its_setting(use, monkeypatch):
     use(FakeDatabase({}))
-    monkeypatch.setattr(_optuna, "installed_optuna", lambda: None)
+    monkeypatch.setattr(optuna_schema, "installed_optuna", lambda: None)
 
     with pytest.raises(Refused, match="^postgres_python_packages: .* cannot import optuna: .*; name the package"):
         ensure_studies({**PARAMS, "studies": [], "upgrade": False}, False)
@@ -248,7 +249,7 @@ def test_what_is_refused_in_one_database_is_made_in_the_others(check_mode, use, 
     databases = [{"name": name, "studies": [BERYLLIUM]} for name in ("mala", "next")]
     params = {**PARAMS, "databases": databases, "upgrade": True}
 
-    with pytest.raises(Refused, match="^databases_studies: the study beryllium in mala has .*, choose another name$"):
+    with pytest.raises(Refused, match="^databases_studies: the study beryllium in mala has .*; choose another name$"):
         ensure_databases(params, check_mode)
     assert second.studies == ({} if check_mode else {"beryllium": ["minimize"]})
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""postgres_info against programs that say what they are told to; tests/integration has real ones."""
+"""postgres_info against programs with fixed output; tests/integration has real ones."""
 
 import subprocess
 
@@ -8,7 +8,7 @@ import pytest
 from ansible_collections.mala.hpc_db.plugins.modules.postgres_info import Refused, read_postgres
 
 REQUIRED = ("postgres", "initdb", "psql", "pg_dump", "pg_restore")
-# As PostgreSQL 15 with and without TLS: --version, and -C ssl_library -D DIR -c config_file=/dev/null.
+# Like PostgreSQL 15 with and without TLS: --version, and -C ssl_library -D DIR -c config_file=/dev/null.
 PROGRAM = """#!/bin/sh
 [ "$1" != -C ] || { [ "$2" = ssl_library ] && [ -d "$4" ] && [ -z "$(ls "$4")" ] && echo "%(tls)s"; exit; }
 echo "$0" | grep -q "/%(broken)s$" && { echo "error while loading shared libraries: libpq.so.5:
@@ -61,10 +61,10 @@ def test_programs_run_with_the_libraries_of_the_module(make):
     (REQUIRED, {"broken": "psql"}, {}, "psql in .* does not run: error while loading .*libpq.so.5: cannot open$"),
     (REQUIRED, {"version": "dev"}, {}, r"postgres in .* does not run: postgres \(PostgreSQL\) dev"),
     (REQUIRED, {}, {"bindir": "bin"}, "postgres_bindir: 'bin' is not absolute"),
-    (REQUIRED, {}, {"bindir": None}, "postgres_bindir: neither it nor postgres_module_load"),
+    (REQUIRED, {}, {"bindir": None}, "postgres_bindir: neither this nor postgres_module_load"),
     (REQUIRED, {}, {"module_load": "echo no >&2; false"}, "postgres_module_load: .* failed in a login shell: no$"),
     (REQUIRED, {}, {"module_load": "sleep 9", "timeout": 1}, "postgres_module_load: .* took more than 1 s"),
-    (REQUIRED, {}, {"bindir": None, "module_load": "PATH=/nowhere"}, "brings no program postgres onto the PATH"),
+    (REQUIRED, {}, {"bindir": None, "module_load": "PATH=/nowhere"}, "adds no program postgres to the PATH"),
 ])
 def test_refuses_what_cannot_be_used(programs, options, changes, says, make):
     with pytest.raises(Refused, match=says):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""python_env against a pip and a venv that leave behind what the real ones do."""
+"""python_env against a pip and a venv that create the same files as the real ones."""
 
 import base64
 import http.server
@@ -29,7 +29,7 @@ PACKAGES = {"psycopg2-binary": "1.0", "optuna": "1.0"}
 
 
 class FakePython:
-    """Answers as ``python -m venv`` and ``python -m pip`` do. ``breaks`` is the step at which it is killed."""
+    """Answers like ``python -m venv`` and ``python -m pip``. ``breaks`` is the step at which it is killed."""
 
     def __init__(self, pip="23.0", version="3.11", breaks=None, leaves_out="nothing"):
         self.pip, self.version, self.breaks, self.leaves_out = pip, version, breaks, leaves_out
@@ -117,7 +117,7 @@ def test_python_without_ensurepip_is_refused_before_anything_is_made(check_mode,
     with pytest.raises(KeyboardInterrupt):
         ensure_packages(params, FakePython(breaks="ensurepip"), check_mode)
     assert os.listdir(tmp_path) == []
-    # one that is there, or has another layout, needs none
+    # not needed for an existing environment, nor with another layout
     ensure_packages({**params, "layout": "flat"}, FakePython(breaks="ensurepip"), check_mode)
 
 
@@ -201,7 +201,7 @@ def test_pip_that_outlives_its_killed_run_is_waited_for(params, tmp_path, monkey
 
 def test_run_that_had_to_wait_finds_it_done(params, tmp_path):
     ensure_packages(params, FakePython(), check_mode=False)
-    (tmp_path / "python.unfinished").touch()  # the other run had only begun to look, or was killed then
+    (tmp_path / "python.unfinished").touch()  # the other run had only begun to check, or was killed during that
 
     result = ensure_packages(params, FakePython(breaks="venv"), check_mode=False)
 
@@ -280,7 +280,7 @@ def test_every_call_of_pip_asks_the_same_source(pip, changes, expected, params):
     ensure_packages({**params, **changes}, python, check_mode=False)
 
     installs = [call for call in python.calls if "install" in call]
-    assert len(installs) == 1 + (pip == "20.2.4")  # an old pip replaces itself first
+    assert len(installs) == 1 + (pip == "20.2.4")  # an old pip upgrades itself first
     assert [["--upgrade", "pip"] == call[-2:] for call in installs] == [True, False][-len(installs):]
     sources = ("--no-index", "--find-links", "--index-url", "--extra-index-url")
     for call in installs:
@@ -314,14 +314,14 @@ def test_wheels_for_another_host(params):
     assert not any("manylinux_2_29" in word for word in call)
     assert ensure_packages(params, FakePython(breaks="install"), check_mode=False)["changed"] is False
 
-    # a host that has become another one gets other wheels only
+    # a host that has changed gets other wheels only
     os.mkdir(f"{params['path']}/old-1.0-cp39-none-any.whl")
     newer = {**params, "host": {**HOST, "python": "3.12.1"}}
     assert ensure_packages(newer, FakePython(), check_mode=False)["packages"] == {"optuna": "1.0"}
 
 
 def test_wheels_for_a_host_without_glibc(params):
-    with pytest.raises(Failed, match="host: '' is no version of glibc; allowed is one such as 2.28"):
+    with pytest.raises(Failed, match="host: '' is not a version of glibc; allowed is one such as 2.28"):
         ensure_packages({**params, "layout": "wheels", "host": {**HOST, "glibc": ""}}, FakePython(), check_mode=False)
 
 
@@ -398,7 +398,7 @@ def test_pip_is_old(text, old):
 
 
 class FakeModule:
-    """AnsibleModule's run_command, as far as it is used."""
+    """The part of AnsibleModule's run_command that the module uses."""
 
     def __init__(self, advice=None, layout="venv"):
         self.params = {"advice": advice, "layout": layout}
@@ -430,7 +430,7 @@ def test_workstation_is_not_told_of_the_cluster_s_settings():
 
 @pytest.fixture
 def failing_python(tmp_path):
-    """Return a Python that says so much and fails, whatever it is asked."""
+    """Return a function that makes a Python which prints a text and fails, whatever its arguments."""
 
     def make(said):
         (tmp_path / "said").write_text(said)
@@ -450,19 +450,19 @@ SOME = "ERROR: Could not find a version that satisfies the requirement optuna>=9
     (f"{RETRYING}'NewConnectionError(': [Errno 101] Network is unreachable')': /simple/optuna/\n{NONE}",
      "without internet there: set postgres_staged, postgres_python_wheelhouse or postgres_python_index_url"),
     (f"{RETRYING}'ProxyError('Cannot connect to proxy.', OSError('Tunnel connection failed: 407'))'\n{NONE}",
-     "the proxy lets nobody through: see proxy in pip.conf, http_proxy and https_proxy there"),
+     "the proxy refuses the connection: see proxy in pip.conf, http_proxy and https_proxy there"),
     (f"{RETRYING}'SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]'))'\n{NONE}",
      "pip does not trust the index's certificate: see cert in pip.conf there"),
     (f"WARNING: 401 Error, Credentials not correct for https://pypi.example/simple/optuna/\n{NONE}",
-     "the index lets nobody in without the right password: in ~/.netrc, or index-url in pip.conf there"),
+     "the index requires a password: set it in ~/.netrc, or index-url in pip.conf there"),
     (f"WARNING: Location '/wheels' is ignored: it is either a non-existing path or lacks a specific scheme.\n{NONE}",
-     "a folder of wheels is not there: see postgres_python_wheelhouse, or find-links in pip.conf there"),
-    (NONE, "the source was read, but offers none for this Python and machine, or wants a password"),
-    (SOME, "the source has other versions only"),
+     "a folder of wheels does not exist: see postgres_python_wheelhouse, or find-links in pip.conf there"),
+    (NONE, "the source offers nothing for this Python and machine, or requires a password"),
+    (SOME, "the source has only other versions"),
     ("ERROR: Could not install packages due to an OSError: [Errno 122] Disk quota exceeded",
      "a disk or quota is full: that of the folder, of pip's cache (~/.cache/pip) or of TMPDIR"),
     ("ERROR: ResolutionImpossible: for help visit https://pip.pypa.io",
-     "requirements exclude each other; those of a constraint in pip.conf count, too"),
+     "the requirements conflict; constraints in pip.conf count as well"),
     ("ERROR: Can not perform a '--user' install.", None),
 ])
 def test_hint_fits_the_failure(said, hint, failing_python):
@@ -478,7 +478,7 @@ def test_hint_fits_the_failure(said, hint, failing_python):
 
 @pytest.mark.parametrize("reference, hint", [
     ("connection-failed", "without internet there: "), ("connection-timeout", "without internet there: "),
-    ("proxy-connection-failed", "the proxy lets "), ("ssl-verification-failed", "the index speaks no TLS "),
+    ("proxy-connection-failed", "the proxy refuses "), ("ssl-verification-failed", "pip and the index share no TLS "),
 ])
 def test_newer_pip_says_it_otherwise(reference, hint, failing_python):
     words = "× Failed to connect to pypi.example"
@@ -579,7 +579,7 @@ def test_index_of_the_inventory_counts_more_than_the_users(params, tmp_path, mon
 
 
 class Index(http.server.BaseHTTPRequestHandler):
-    """A package index that wants a password, and has one package."""
+    """A package index with one package that requires a password."""
 
     def do_GET(self):
         given = self.headers.get("Authorization", "")
@@ -613,10 +613,10 @@ def index(tmp_path):
 
 @pytest.mark.parametrize("lines, says", [
     ("index-url = http://alice:s3cret@{}", None),
-    ("index-url = http://alice:gu3ss@{}", r"\(the source was read, but offers none .* or wants a password\)$"),
-    ("index-url = http://alice:gu3ss@{}\nproxy = http://bob:gu3ss@127.0.0.1:1", r"\(the proxy lets nobody through: "),
+    ("index-url = http://alice:gu3ss@{}", r"\(the source offers nothing .* or requires a password\)$"),
+    ("index-url = http://alice:gu3ss@{}\nproxy = http://bob:gu3ss@127.0.0.1:1", r"\(the proxy refuses the connec"),
     ("index-url = http://alice:gu3ss@127.0.0.1:1", r"\(without internet there: set postgres_staged, "),
-    ("index-url = https://alice:gu3ss@{}", r"\(the index speaks no TLS that pip knows: "),
+    ("index-url = https://alice:gu3ss@{}", r"\(pip and the index share no TLS version: "),
 ])
 def test_index_and_proxy_of_pips_own_configuration(lines, says, index, params, tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("PIP_") or "proxy" in name.lower()]:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""reading_role against a server that keeps what it is told; tests/integration has the real one."""
+"""reading_role against a stateful fake server; tests/integration has the real one."""
 
 import contextlib
 import re
@@ -18,7 +18,7 @@ from ansible_collections.mala.hpc_db.plugins.modules.reading_role import (
     for_database,
 )
 
-PARAMS = {"role": "reader", "writer": "study", "user": "alice", "databases": ["mala", "second"], "connections": 10}
+PARAMS = {"role": "reader", "writer": "study", "user": "alice", "databases": ["mala", "second"]}
 ATTRIBUTES = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS CONNECTION LIMIT 10"
 GRANTED = [
     'REVOKE TEMPORARY ON DATABASE "mala" FROM PUBLIC, "reader"',
@@ -33,7 +33,7 @@ MADE = ['CREATE ROLE "reader"', f'ALTER ROLE "reader" {ATTRIBUTES}',
 
 
 class FakeServer:
-    """Keeps a role, and what it may do in each database, which has tables."""
+    """Keeps a role, and its privileges in each database, which has tables."""
 
     def __init__(self, *databases, role=None):
         self.role = role and {**role, "settings": [*role["settings"]], "databases": [*role["databases"]]}
@@ -137,12 +137,7 @@ def test_what_others_have_taken_or_left_open_is_mended():
     assert for_database(PARAMS, "mala", [(False, False, False, True, False, [])], None) == [
         ("GRANT CONNECT ON DATABASE {} TO {}", ["mala", "reader"]),
         ("GRANT USAGE ON SCHEMA public TO {}", ["reader"]),
-        # PostgreSQL 14 lets everybody make tables there, and the study role must go on.
+        # PostgreSQL 14 lets every role create tables there; the study role must keep that right.
         ("GRANT USAGE, CREATE ON SCHEMA public TO {}", ["study"]),
         ("REVOKE CREATE ON SCHEMA public FROM PUBLIC, {}", ["reader"]),
     ]
-
-
-def test_no_connection_at_all_is_refused():
-    with pytest.raises(ValueError, match="connections: 0 is not allowed; 1 or more"):
-        ensure_reader({**PARAMS, "connections": 0}, check_mode=False)

@@ -44,7 +44,7 @@ def test_matches(password, verifier, expected):
 
 
 class FakeServer:
-    """Keeps a verifier for each role, and all that it was sent."""
+    """Keeps a verifier for each role, and all statements that it has received."""
 
     def __init__(self, *roles):
         self.verifiers = dict.fromkeys(roles)

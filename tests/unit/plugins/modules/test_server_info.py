@@ -1,12 +1,13 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""server_info: what is made of the rows; tests/integration asks a real server."""
+"""server_info: the report made from rows; tests/integration queries a real server."""
 
 import contextlib
 import threading
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.modules import server_info
 
 
@@ -20,9 +21,9 @@ def server(monkeypatch):
             return [(320, "17.10")]
         if query == server_info.SESSIONS:
             return [(4711, "", "alice", "mala", "idle", 0.1, 0.2)]
-        if query == server_info.DATABASES:
+        if query == server_info.SIZES:
             return [(name, 100 + index) for index, name in enumerate(server)]
-        if query == _optuna.HAS_SCHEMA:
+        if query == optuna_schema.HAS_SCHEMA:
             return [("version_info", "alembic_version") if isinstance(server[database], list) else (None, None)]
         assert isinstance(server[database], list), "column study_id does not exist"
         if server[database] == ["odd"]:
@@ -95,7 +96,7 @@ def test_connections_by_client(monkeypatch):
     assert [(each["pid"], each["host"], each["seconds"]) for each in found["idle_in_transaction"]] == [
         (2, "c1", 40), (4, "c2", 70),
     ]
-    # The one that was opened 2 s ago may be of a job that has begun since the scheduler was asked.
+    # The connection opened 2 s ago may belong to a job that has started since the scheduler was queried.
     assert found["orphaned"] == [{"host": "c1", "user": "study", "count": 2, "seconds": 40}]
 
 
@@ -114,7 +115,7 @@ def test_name_server_that_does_not_answer_keeps_nobody(monkeypatch):
 
 
 def test_server_that_does_not_answer_is_said(monkeypatch):
-    """Its node is dead, and the scheduler does not know yet: that is no reason to fail."""
+    """The server's node is dead without the scheduler's knowledge: not a reason to fail."""
 
     def connect(_params, _database):
         raise _connection.Unreachable("database alice: timeout expired")

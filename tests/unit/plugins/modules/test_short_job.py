@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""short_job against a Slurm that runs the job for a few looks; tests/integration has a real one."""
+"""short_job against a Slurm that ends the job after a few calls; tests/integration has a real one."""
 
 import socket
 import time
@@ -12,7 +12,7 @@ from ansible_collections.mala.hpc_db.plugins.modules.short_job import run_job
 
 
 class FakeSlurm:
-    """Runs one job, which prints ``output`` at its end, ``looks`` looks later."""
+    """Runs one job, which prints ``output`` when it ends, after ``looks`` calls."""
 
     def __init__(self, path, output, looks=3, refuses="", printed="12\n"):
         self.path, self.output, self.looks, self.refuses, self.printed = path, output, looks, refuses, printed
@@ -29,7 +29,7 @@ class FakeSlurm:
             self.cancelled.append(command[1])
             return ""
         self.looks -= self.submitted
-        other = "JOBID|\n11|RUNNING|c1|1:00|doctor|None\n"  # somebody's earlier one
+        other = "JOBID|\n11|RUNNING|c1|1:00|doctor|None\n"  # another, earlier job
         if not self.submitted or self.looks < 0:
             if self.submitted and self.output is not None:
                 self.path.write_text(self.output)
@@ -40,7 +40,7 @@ class FakeSlurm:
 def params(tmp_path, **changes):
     return {
         "name": "doctor", "root": str(tmp_path), "scheduler": "slurm", "bin_dir": None, "script": "/x/job.sh",
-        "output": str(tmp_path / "out"), "options": {"time": "00:05:00"}, "timeout": 60,
+        "output": str(tmp_path / "out"), "options": {"time": "00:05:00"}, "shorten": False, "timeout": 60,
         "listening": None, **changes,
     }
 
@@ -48,10 +48,10 @@ def params(tmp_path, **changes):
 @pytest.mark.parametrize("output, answer, said", [
     ('{"host": "c1"}\n', {"host": "c1"}, ""),
     ('Welcome to c1\n{"host": "c1"}\n', {"host": "c1"}, ""),
-    ("sh: python3: not found\n", None, "job 12 ended without an answer: sh: python3: not found"),
-    ("[1]\n", None, "job 12 ended without an answer: [1]"),
-    ("", None, "job 12 ended without an answer: it printed nothing"),
-    (None, None, "job 12 ended without an answer: it printed nothing"),
+    ("sh: python3: not found\n", None, "job 12 ended without a result: sh: python3: not found"),
+    ("[1]\n", None, "job 12 ended without a result: [1]"),
+    ("", None, "job 12 ended without a result: it printed nothing"),
+    (None, None, "job 12 ended without a result: it printed nothing"),
 ])
 def test_answer(output, answer, said, tmp_path):
     slept = []
@@ -86,7 +86,7 @@ def test_wait_goes_on_in_the_next_slice(tmp_path):
 
     assert result["answer"] == {"host": "c1"}
     assert told[0] == "doctor: job 12 is PENDING (Resources), 60 s are allowed"
-    assert told[4] == f"job 12 has ended, and {tmp_path}/out does not show its whole answer yet"
+    assert told[4] == f"job 12 has ended, and {tmp_path}/out is not complete yet"
 
 
 def test_job_is_found_whatever_sbatch_prints(tmp_path):
@@ -100,7 +100,7 @@ def test_job_is_found_whatever_sbatch_prints(tmp_path):
 
 @pytest.mark.parametrize("printed, said", [
     ("12\n", ""),
-    ("Hi\n", "sbatch printed no job id: 'Hi', and whether the job is in the queue cannot be asked: x"),
+    ("Hi\n", "sbatch printed no job id: 'Hi', and the queue cannot be read: x"),
 ])
 def test_queue_that_cannot_be_asked_after_a_submission(printed, said, tmp_path):
     slurm = FakeSlurm(tmp_path / "out", '{"host": "c1"}', printed=printed)
@@ -134,7 +134,7 @@ def test_job_that_does_not_start_is_cancelled(tmp_path):
 
 @pytest.mark.parametrize("options, refuses, said", [
     ({}, "sbatch: error: invalid partition\nsecond line", "sbatch: error: invalid partition second line"),
-    ({"time": 300}, "", 'time: 300 is what YAML makes of a bare time; quote it: "72:00:00"'),
+    ({"time": 300}, "", 'time: 300 is how YAML reads an unquoted time; quote it: "72:00:00"'),
 ])
 def test_refusal_is_said(options, refuses, said, tmp_path):
     slurm = FakeSlurm(tmp_path / "out", "", refuses=refuses)
@@ -148,7 +148,7 @@ def test_refusal_is_said(options, refuses, said, tmp_path):
 ])
 def test_connects_to_where_the_job_listens(says, reached, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))  # nobody listens, and nobody else gets it
+        reserved.bind(("127.0.0.1", 0))  # no process listens there, and none can take the port
         ports = {"port": server.getsockname()[1], "closed": reserved.getsockname()[1]}
         if says:
             (tmp_path / "door").write_text(says.format(**ports))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""sshfs_mount on a machine that remembers what is mounted; tests/integration has a real one."""
+"""sshfs_mount on a fake machine that keeps its mounts; tests/integration has a real one."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ SOURCE = "alice@login:logs/"
 
 
 class FakeMachine:
-    """Answers as sshfs, ssh, fusermount3 and the tables in /proc do; its processes end when they are told to."""
+    """Answers like sshfs, ssh, fusermount3 and the tables in /proc; its processes end when told to."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -37,7 +37,7 @@ class FakeMachine:
         self.sshfs_says = self.ssh_says = ""
         self.answer = (0, "")
         self.busy = False
-        self.deaf_to = ()  # signals
+        self.deaf_to = ()  # signals that are ignored
         self.write()
 
     def machine(self):
@@ -81,7 +81,7 @@ class FakeMachine:
         if number and number not in self.deaf_to:
             self.end(pid)
 
-    # --- what happens besides
+    # --- events from outside
 
     def add(self, path, source=SOURCE, command=None, kind="fuse.sshfs", user=ME, state="S"):
         self.mounts.append((path, source, kind, user))
@@ -132,7 +132,7 @@ def ensure(fake, check_mode=False, **others):
 
 
 def mount(fake, **others):
-    """Have what the module itself would mount."""
+    """Mount as the module itself would."""
     given = settings(fake, **others)
     wanted = plan(given)
     os.makedirs(given["path"], exist_ok=True)
@@ -194,7 +194,7 @@ def test_changes_only_what_differs(fake, before, found, state, check_mode):
     tables = (fake.mounts[:], fake.processes())
     changes = {"mounted": found != "mounted", "unmounted": found != "none", "remounted": True}[state]
     if state == "unmounted" and found in ("hung", "other"):
-        found = "hung" if before is stopped else "mounted"  # nothing is wanted, so it is not asked what it is
+        found = "hung" if before is stopped else "mounted"  # an unmount does not depend on the source
 
     result = ensure(fake, check_mode, state=state)
 
@@ -206,7 +206,7 @@ def test_changes_only_what_differs(fake, before, found, state, check_mode):
     assert [each[:2] for each in fake.mounts] == [(result["mount_point"], SOURCE)] * there
     assert len(fake.processes()) == there
     again = ensure(fake, state="unmounted" if state == "unmounted" else "mounted")
-    assert again["changed"] is (fake.answer == "hung" and there)  # it would still hang: the fake knows no better
+    assert again["changed"] is (fake.answer == "hung" and there)  # the fake would still hang
 
 
 def test_what_it_runs(fake):
@@ -269,7 +269,7 @@ def test_a_link_that_is_down_is_no_reason_to_remount(fake, before):
     assert result["changed"] is (before is none)
     assert result["answers"] is (before is none)
     if before is mount:
-        assert "login does not answer just now: Input/output error" in result["warning"]
+        assert "login does not answer: Input/output error" in result["warning"]
 
 
 def test_sshfs_that_has_just_died(fake):
@@ -314,7 +314,7 @@ def test_refuses_a_folder_that_holds_something(fake):
         with pytest.raises(Refused, match=r"is not empty, .* \(a, b, c, …\)"):
             ensure(fake, check_mode)
     dead(fake)
-    with pytest.raises(Refused, match="is not empty"):  # it came there while nothing was mounted
+    with pytest.raises(Refused, match="is not empty"):  # a file appeared there while nothing was mounted
         ensure(fake)
     assert not fake.mounts and len(os.listdir(folder)) == 4
 
@@ -350,9 +350,9 @@ def test_tells_what_to_install(fake):
     ("No ED25519 host key is known for login and you have requested strict checking.\nHost key verification failed.",
      r"^host: the host key of login, .* log in once .* \(No ED25519 .*\)$"),
     ("@@@@@@@\n@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\n@@@@@@@\nHost key verification failed.",
-     r"^host: login shows another host key .* \(WARNING: .* CHANGED!\)$"),
-    ("alice@login: Permission denied (publickey).", "^identity_file: login lets nobody in without a key"),
-    ("ssh: Could not resolve hostname login: Name or service not known", "^host: there is no address for login"),
+     r"^host: login has another host key .* \(WARNING: .* CHANGED!\)$"),
+    ("alice@login: Permission denied (publickey).", "^identity_file: login requires a key"),
+    ("ssh: Could not resolve hostname login: Name or service not known", "^host: cannot resolve the name of login"),
     ("ssh: connect to host login port 22: No route to host", "^host: login cannot be reached"),
 ])
 def test_says_why_ssh_fails_in_one_line_and_leaves_nothing(fake, ssh, message):
@@ -361,12 +361,12 @@ def test_says_why_ssh_fails_in_one_line_and_leaves_nothing(fake, ssh, message):
 
 
 @pytest.mark.parametrize(("sshfs", "message"), [
-    ("alice@login:logs/: No such file or directory", "^folder: there is no folder alice@login:logs/ "),
+    ("alice@login:logs/: No such file or directory", "^folder: the folder alice@login:logs/ does not exist "),
     ("alice@login:logs/: Permission denied", "^folder: alice@login:logs/ may not be read "),
     ("fuse: failed to exec fusermount3: No such file or directory", "^path: FUSE .* install the package fuse3 "),
     ("fuse: device not found, try 'modprobe fuse' first", "^path: FUSE cannot be used here"),
     ("something\nnew", "^host: something new$"),
-    ("hung", "^timeout: login has not let sshfs in within 30 s$"),
+    ("hung", "^timeout: login has not accepted the login within 30 s$"),
 ])
 def test_says_why_sshfs_fails_in_one_line_and_leaves_nothing(fake, sshfs, message):
     fails_and_leaves_nothing(fake, sshfs, message)
@@ -382,7 +382,7 @@ def fails_and_leaves_nothing(fake, sshfs, message):
 
 
 def test_silence_is_told_too():
-    assert explain("", "login", SOURCE) == "host: sshfs failed and said nothing"
+    assert explain("", "login", SOURCE) == "host: sshfs failed without a message"
 
 
 @pytest.mark.parametrize(("given", "source", "options", "ssh"), [
@@ -440,19 +440,19 @@ def test_refuses_what_could_be_an_option_or_a_command(fake, name, text):
     ({"folder": "a\nb"}, "^folder: "),
     ({"identity_file": '/a",ProxyCommand=x'}, "^identity_file: "),
     ({"identity_file": "/a%h"}, "^identity_file: "),
-    ({"ssh_config": "/nowhere"}, "^ssh_config: there is no file '/nowhere'"),
-    ({"ssh_config": "/etc/passwd; touch x"}, "^ssh_config: .* is none that ssh can pass on"),
+    ({"ssh_config": "/nowhere"}, "^ssh_config: the file '/nowhere' does not exist"),
+    ({"ssh_config": "/etc/passwd; touch x"}, "^ssh_config: .* cannot be passed on by ssh"),
     ({"port": 0}, "^port: .*1 to 65535"),
     ({"timeout": 0}, "^timeout: 0 is too little"),
     ({"options": {"allow_other": True}}, "^options: 'allow_other' is not among .* auto_cache, compression,"),
     ({"options": {"ro,ssh_command": "x"}}, "^options: "),
     ({"options": {"dcache_timeout": "5,ssh_command=x"}}, "^options: dcache_timeout is '5,ssh_command=x'; allowed"),
     ({"options": {"compression": "maybe"}}, "^options: compression is 'maybe'; allowed is yes or no"),
-    ({"ssh_arguments": "-o proxycommand=x"}, "^ssh_arguments: ProxyCommand is a command"),
+    ({"ssh_arguments": "-o proxycommand=x"}, "^ssh_arguments: ProxyCommand runs a program"),
     ({"ssh_arguments": "-o LocalCommand=x"}, "^ssh_arguments: 'LocalCommand' is not among"),
     ({"ssh_arguments": "-o 'Port 22,ssh_command=x'"}, "^ssh_arguments: Port is"),
-    ({"ssh_arguments": "-L 1:b:2"}, "^ssh_arguments: '-L' is none"),
-    ({"ssh_arguments": "touch x"}, "^ssh_arguments: 'touch' is none"),
+    ({"ssh_arguments": "-L 1:b:2"}, "^ssh_arguments: '-L' is not an ssh argument"),
+    ({"ssh_arguments": "touch x"}, "^ssh_arguments: 'touch' is not an ssh argument"),
     ({"ssh_arguments": "-J -oProxyCommand=x"}, "^ssh_arguments: ProxyJump is"),
     ({"ssh_arguments": "'"}, "^ssh_arguments: .* cannot be split"),
 ])
@@ -469,7 +469,7 @@ def test_every_known_option_is_documented():
 
 
 class FakeMac(FakeMachine):
-    """Its tables are printed by programs, and umount needs no help."""
+    """Programs print its tables, and umount needs no helper."""
 
     def machine(self):
         return super().machine()._replace(proc=self.folder / "none", fuse=self.folder / "none")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""study_dump against a server and programs that remember; tests/integration has the real ones."""
+"""study_dump against a server and programs in memory; tests/integration has the real ones."""
 
 import contextlib
 import json
@@ -80,7 +80,8 @@ class FakeServer:
             except ValueError:
                 raise Failed("pg_restore failed: end of file") from None
         if "--list" in command:
-            # As pg_restore 15 lists tables and rows; spatial_ref_sys is as an extension has it, rows without a table.
+            # The format of pg_restore 15 for tables and rows; spatial_ref_sys has rows without a table, as in an
+            # extension.
             tables = "215; 1259 17 TABLE public trials study\n3370; 0 17 TABLE DATA public trials study\n"
             extension = "3371; 0 18 TABLE DATA public spatial_ref_sys study\n"
             return f"; Archive\n{extension}" + tables * (held[0] if held else 0)
@@ -93,7 +94,7 @@ class FakeServer:
 
 @pytest.fixture
 def params(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_dump, "now", lambda: NOW)
+    monkeypatch.setattr(study_dump.dumps, "stamp", lambda: NOW)
     (tmp_path / "host").mkdir()
     (tmp_path / "host" / "settings.json").write_text('{"bindir": "/opt/bin"}')
     (tmp_path / "dumps").mkdir()
@@ -185,11 +186,11 @@ def test_newest_dump_is_chosen_whoever_made_it(names, newest, tmp_path):
 
 
 @pytest.mark.parametrize("content, checksum, message", [
-    ((1, 5), "", r"restore_database: studies holds 2 studies with 9 trials; with restore_replace=true"),
-    ("PGDMP", "", r"^restore_from: studies-\w+.dump is no dump, or a damaged one: pg_restore failed: end of file$"),
+    ((1, 5), "", r"restore_database: studies contains 2 studies with 9 trials; with restore_replace=true"),
+    ("PGDMP", "", r"^restore_from: studies-\w+.dump is not a dump, or is damaged: pg_restore failed: end of file$"),
     ("null", "", r"^restore_from: .* something else: it has no table of Optuna's trials; .* with tables: none$"),
     ((1, 5), "0" * 64, r"^restore_from: studies-(\w+).dump is damaged: it does not fit studies-\1.dump.sha256$"),
-    (None, "", r"dumps holds no dump of studies$"),
+    (None, "", r"dumps contains no dump of studies$"),
 ])
 def test_refused_before_anything_changes(content, checksum, message, params, use, tmp_path):
     path = content and dump(tmp_path, content)
@@ -207,7 +208,7 @@ def test_restore_that_lost_trials_changes_nothing(params, use, tmp_path):
     server = use(FakeServer(studies=(2, 9)))
     server.lost = 1
 
-    with pytest.raises(Failed, match="holds 5 trials, but 4 were restored; nothing was changed"):
+    with pytest.raises(Failed, match="contains 5 trials, but 4 were restored; nothing was changed"):
         ensure_restored({**params, "replace": True}, server.run, check_mode=False)
     assert server.databases == {"postgres": None, "studies": (2, 9)}
 
@@ -218,7 +219,8 @@ def test_dump_of_another_program_is_counted_by_its_tables(params, use, tmp_path)
     server = use(FakeServer(studies=(2, 0)))
 
     assert ensure_dumped(params, server.run, check_mode=False)["tables"] == 2
-    with pytest.raises(Refused, match="restore_database: studies holds 2 tables; with restore_replace=true the dump"):
+    taken = "restore_database: studies contains 2 tables; with restore_replace=true the dump"
+    with pytest.raises(Refused, match=taken):
         ensure_restored({**params, "file": path}, server.run, check_mode=False)
     result = ensure_restored({**params, "file": path, "replace": True}, server.run, check_mode=False)
 

@@ -20,7 +20,7 @@ SERVER = {"version": "17.2", "databases": [{"name": "mala", "size": 8000000}], "
     "orphaned": [],
 }}
 STATUS = {
-    "instance": "hpc_db", "cluster": "mini", "url": "postgresql://", "source": "So.", "read": 1000, "job": JOB,
+    "instance": "hpc_db", "cluster": "mini", "url": "postgresql://", "read": 1000, "job": JOB,
     "endpoint": {"host": "c1", "port": 5432, "since": 500.0}, "state": {"state": "serving", "reason": "it <b>does"},
     "disk": {"total": 10 * 1024**3, "free": 5 * 1024**3}, "server": SERVER, "log": LOG,
 }
@@ -63,7 +63,7 @@ def test_written_only_if_something_has_changed(check_mode, params, tmp_path):
 
 
 @pytest.mark.parametrize("path, content, said", [
-    ("report.html", "<html>thesis", "is there and is no report; move it away, or choose another report_file"),
+    ("report.html", "<html>thesis", "exists and is not a report; move it away, or choose another report_file"),
     ("", None, "Is a directory"),
     ("none/report.html", None, "No such file or directory; choose another report_file"),
 ])
@@ -95,14 +95,16 @@ def test_names_and_attributes_are_text():
 
 @pytest.mark.parametrize("changes, lines", [
     ({}, ["7 RUNNING c1", "1 d 01:00:00 of 3 d 00:00:00", "2 of 80", "2 of study from c2", "mala, 7.6 MiB",
-          "5.0 GiB free of 10.0 GiB", "It tells of no outage."]),
-    ({"job": None, "server": None}, ["none in the queue: no server runs", "none: the server accepts no connections"]),
-    ({"log": {**LOG, "since": None}}, ["There is no log of a hosting job yet."]),
-    ({"log": {**LOG, "outages": [{"began": 100, "ended": 161, "certain": True, "reason": "told to"},
+          "5.0 GiB free of 10.0 GiB", "There was no outage.", "The studies were read from the running server."]),
+    ({"job": None, "server": None}, ["none in the queue: the server is not running", "none: the server accepts no",
+                                     "The server is not running: a temporary server has read the studies."]),
+    ({"server": None}, ["The server is not running yet: the studies are those of the last report, if any."]),
+    ({"log": {**LOG, "since": None}}, ["There are no events of a server job yet."]),
+    ({"log": {**LOG, "outages": [{"began": 100, "ended": 161, "certain": True, "reason": "stopped by SIGTERM"},
                                  {"began": 200, "ended": 260, "certain": False, "reason": ""},
                                  {"began": 300, "ended": None, "certain": True, "reason": "x"}]}},
-     ["00:01:01</td><td>away</td><td>told to", "00:03:20 UTC or later", "at most 00:01:00", "it said nothing",
-      "not until now</td><td>00:11:40"]),
+     ["00:01:01</td><td>away</td><td>stopped by SIG", "00:03:20 UTC or later", "at most 00:01:00", "no message",
+      "still going on</td><td>00:11:40"]),
 ])
 def test_status(changes, lines):
     shown = page({**STATUS, **changes}, {"studies": [], "problems": []})

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""study_trials with studies that remember; tests/integration has Optuna's own."""
+"""study_trials with studies in memory; tests/integration has Optuna's own."""
 
 import contextlib
 import datetime
@@ -10,7 +10,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from ansible_collections.mala.hpc_db.plugins.module_utils import _connection, _optuna
+from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
 from ansible_collections.mala.hpc_db.plugins.modules import study_trials
 
 STARTED = datetime.datetime(2026, 11, 23, 4, 10)
@@ -28,7 +29,7 @@ class Distribution:
 
 
 class FakeStorage:
-    """Studies by name. Those in ``broken`` have a trial that Optuna cannot read, which is why it reads none of them."""
+    """Studies by name. Those in ``broken`` have a trial that Optuna cannot read, so it cannot read any of them."""
 
     def __init__(self, studies):
         self.studies, self.broken, self.lost = studies, {}, None
@@ -55,7 +56,7 @@ class FakeStorage:
 
 
 class Lost(Exception):
-    """An error of SQLAlchemy's, from which Optuna raises its own."""
+    """An error of SQLAlchemy, from which Optuna raises its own."""
 
     def __init__(self, code, invalidated):
         super().__init__("(psycopg2.OperationalError) server closed")
@@ -78,7 +79,7 @@ def trial(number, state="COMPLETE", **held):
 
 @pytest.fixture
 def optuna(monkeypatch):
-    """Optuna, with two studies."""
+    """A fake Optuna with two studies."""
     kind = Distribution("a", "b")
     trials = [
         trial(0, values=[float("inf")], params={"k": "b", "l": "a"}, distributions={"k": kind, "l": kind}),
@@ -107,30 +108,30 @@ def optuna(monkeypatch):
 
 
 def create_trial(params, **_held):
-    """Refuse an "a", as Optuna does with what is not in a distribution."""
+    """Reject an "a", as Optuna rejects values outside a distribution."""
     if "a" in params.values():
         raise ValueError("isn't contained")
 
 
 @pytest.fixture
 def server(monkeypatch, optuna):
-    """Databases with the version of their schema, and their studies."""
+    """Databases with the versions of their schemas, and their studies."""
     databases = {"alice": (None, []), "mala": ("new", ["al", "be"]), "newer": ("newest", ["x"])}
 
     def rows(database, query):
         schema, studies = databases[database]
-        if query == study_trials.DATABASES:
+        if query == _connection.DATABASES:
             return [(name,) for name in databases]
-        if query == _optuna.HAS_SCHEMA:
+        if query == optuna_schema.HAS_SCHEMA:
             return [("version_info", "alembic_version") if schema else (None, None)]
-        if query == _optuna.SCHEMA:
+        if query == optuna_schema.SCHEMA:
             return [("5.0.0", schema)]
         assert schema, "there is no such table"
         return [(name,) for name in studies]
 
     monkeypatch.setattr(_connection, "connect", lambda params, database: contextlib.nullcontext(database))
     monkeypatch.setattr(_connection, "rows", rows)
-    monkeypatch.setattr(_optuna, "installed_optuna", lambda: _optuna.Optuna("5.0.0", ["new"]))
+    monkeypatch.setattr(optuna_schema, "installed_optuna", lambda: optuna_schema.Optuna("5.0.0", ["new"]))
     return databases
 
 
@@ -167,7 +168,7 @@ def test_trials_as_json_has_them(server, tmp_path):
     assert study == {
         "database": "mala", "name": "be", "directions": ["minimize"], "metrics": None, "attributes": {"by": "alice"},
         "distributions": ['["a", "b"]'], "odd": [
-            "trial 0 has l = a outside of <a, b>", "trial 0 is COMPLETE without the time of its end",
+            "trial 0 has l = a outside of <a, b>", "trial 0 is COMPLETE without an end time",
         ],
         "trials": [
             {**common, "number": 0, "state": "COMPLETE", "start": begun, "values": [float("inf")],
@@ -220,7 +221,7 @@ def test_every_time_can_be_exported(year):
 
 
 def test_without_optuna_the_setting_is_named(server, monkeypatch):
-    monkeypatch.setattr(_optuna, "installed_optuna", lambda: None)
+    monkeypatch.setattr(optuna_schema, "installed_optuna", lambda: None)
 
     with pytest.raises(_connection.Unreachable, match="^postgres_python_packages: .* cannot import optuna"):
         study_trials.read_all(PARAMS)

@@ -85,10 +85,10 @@ def test_older_major_is_gone_back_to_only_if_it_was_kept(ensure, root):
 
 @pytest.mark.parametrize("check_mode", [False, True])
 @pytest.mark.parametrize("spoil, message", [
-    (lambda root: (root / "bin" / "psql").unlink(), "bin has no psql any more, .* hpc_db.yml and postgres_major=17$"),
+    (lambda root: (root / "bin" / "psql").unlink(), "/bin no longer has psql, .* hpc_db.yml and postgres_major=17$"),
     (lambda root: (root / "host" / "settings.json").unlink(), "settings.json is missing; run the playbook hpc_db.yml"),
     (lambda root: (root / "host" / "settings.json").write_text("{"), "settings.json is missing"),
-    (lambda root: shutil.rmtree(root / "data"), "data/17 is no data directory of PostgreSQL"),
+    (lambda root: shutil.rmtree(root / "data"), "data/17 is not a PostgreSQL data directory"),
 ])
 def test_what_cannot_end_well_is_refused(spoil, message, check_mode, ensure, root):
     spoil(root)
@@ -114,8 +114,8 @@ def test_space_for_a_copy_is_needed(more, fits, ensure, root, monkeypatch):
 
 @pytest.mark.parametrize("stderr, told", [
     ("2026-11-22T20:00:00 starting: asking\n2026-11-22T20:00:01 failed: pg_upgrade: no\n", "pg_upgrade: no"),
-    ("2026-11-22T20:00:00 ended: told to by SIGTERM\n", "2026-11-22T20:00:00 ended: told to by SIGTERM"),
-    ("", "no word why"),
+    ("2026-11-22T20:00:00 ended: stopped by SIGTERM\n", "2026-11-22T20:00:00 ended: stopped by SIGTERM"),
+    ("", "no error message"),
 ])
 def test_last_words(stderr, told):
     assert last_words(stderr) == told

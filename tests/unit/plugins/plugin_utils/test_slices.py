@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What is shown while a module waits, on a clock that only moves while it does."""
+"""The output while a module waits, on a clock that only moves during that."""
 
 from ansible_collections.mala.hpc_db.plugins.plugin_utils.slices import run_in_slices
 
@@ -13,7 +13,7 @@ class Clock:
 
 
 def run(*texts):
-    """Run a module that waits for these, 5 s each, and then ends; return the result, the lines and what it was told."""
+    """Run a module that waits for these, 5 s each; return the result, the lines and the arguments of each call."""
     clock, lines, resumed, left = Clock(), [], [], list(texts)
 
     def call(resume):

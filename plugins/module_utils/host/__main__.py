@@ -1,0 +1,534 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The supervisor: it holds the lease, runs postgres, and publishes the endpoint.
+
+    python3 -m hpc_db_host serve --root ROOT       in the server job
+    python3 -m hpc_db_host bootstrap --root ROOT   a temporary server on a socket, without a job
+    python3 -m hpc_db_host upgrade --root ROOT --settings FILE   move to another major version; prints a summary
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Iterator, List, Optional  # noqa: F401 - List in a type comment
+
+from . import endpoint, events, files, scheduler
+from .dumps import Dumps
+from .engines import Engine, engines_of  # noqa: F401 - Engine in a type comment
+from .health import Health, space
+from .keeper import Keeper
+from .layout import Layout
+from .lease import Held, Lease, Lost, Unusable, can_be_asked
+from .postgres import Failed, Postgres, check_programs
+from .scheduler import Queue
+from .settings import read_settings
+from .threads import STOP_SIGNALS, Repeat, signals_waiting
+from .upgrade import Upgrade
+
+SERVING = "it accepts writes"
+# Crashes of postgres that are further apart than this are unrelated.
+DEATHS_COUNT_SECONDS = 600.0
+# Maximum seconds between a crash and the restart; doubled from 1 after each crash. Workers wait meanwhile.
+LONGEST_PAUSE = 4.0
+# Seconds between two checks whether the successor is still in the queue.
+FOLLOW_SECONDS = 900.0
+# Added to a message if only the user can know whether the holder has ended.
+ASK_THE_USER = "; this host cannot check whether it has ended: if it has, run the playbook break_lease.yml"
+# Seconds until the next attempt to publish the endpoint.
+PUBLISH_SECONDS = 5.0
+
+# How many TTLs a temporary server must be without a heartbeat before it is replaced. No scheduler knows whether it has
+# ended, and its program may be frozen for minutes, by a login node that swaps or a file system that fails over.
+SILENT_TTLS = 5
+
+# A temporary server runs on a login node, where it must use less memory than on a compute node.
+BOOTSTRAP_PARAMETERS = {"shared_buffers": "32MB", "max_connections": "20", "max_wal_size": "256MB"}
+
+
+class Stop(Exception):
+    """The program was asked to stop; the message says by what."""
+
+    def __init__(self, why: str, planned: bool = False) -> None:
+        Exception.__init__(self, why)
+        self.planned = planned
+
+
+# The first request to stop. The signal handler raises it anywhere in the code, where another exception may replace it,
+# such as an error from closing a file. So it is kept here, and has priority over everything except a lost lease.
+_told_to_stop = []  # type: List[Stop]
+
+
+class Host:
+    """The supervisor of one instance directory."""
+
+    def __init__(self, root: str, bootstrap: bool) -> None:
+        self.settings = read_settings(root)
+        self.layout = Layout(root)
+        self.bootstrap = bootstrap
+        self._allocation = scheduler.own_job(self.settings["scheduler"])
+        self.job = "" if bootstrap else self._allocation or str(os.getpid())
+        self._told = ""
+        self._followed = ""
+        self._alone = ""
+        self._unpublished = ""
+        self._publish_due = 0.0
+        self._undone = []  # type: List[str]
+        self._clean = True
+        self._dumps = None  # type: Optional[Dumps]
+        self._engines = []  # type: List[Engine]
+        self._lease = None  # type: Optional[Lease]
+        self._queue = None  # type: Optional[Queue]
+        if self.settings["chain"] and not bootstrap:
+            self._queue = Queue(self.settings, self.job)
+
+    def serve(self, patience: float, lifetime: Optional[float]) -> None:
+        """Serve until asked to stop, or for ``lifetime`` seconds; raise the reason for the end."""
+        self._address()  # report a host name that cannot be resolved before anything starts
+        with self._leased(patience) as keeper:
+            self._keep_serving(keeper, lifetime)
+
+    def upgrade(self, patience: float, following: str, back: bool) -> dict:
+        """Move to the settings in the file ``following``, with another major version; return the summary."""
+        with self._leased(patience) as keeper:
+            return Upgrade(self.settings, following, keeper).run(back)
+
+    @contextlib.contextmanager
+    def _leased(self, patience: float) -> Iterator[Keeper]:
+        """Hold the lease during the block; release it after a clean end."""
+        ttl = self.settings["lease_ttl"]
+        holder = {
+            "host": socket.gethostname(), "pid": os.getpid(), "job": self.job, "kind": self._kind(),
+            "cluster": self.settings["cluster"], "scheduler": self.settings["scheduler"],
+            "allocation": self._allocation, "silence": ttl * (SILENT_TTLS if self.bootstrap else 1),
+        }
+        lease = Lease(self.layout.run, holder, self._has_ended, ttl)
+        self.tell("starting", "requesting the lease")
+        self._acquire(lease, patience)
+        self._lease = lease
+        with Keeper(lease) as keeper:
+            try:
+                # The previous holder may have moved the studies to another data directory.
+                self.settings = read_settings(self.settings["root"])
+                yield keeper
+            except BaseException as ended:
+                ignore_signals()
+                keeper.check()  # without the lease, do not release it or change the queue
+                if self._clean:  # else the next holder waits until the scheduler reports our end
+                    self._release(keeper)
+                if isinstance(ended, Failed):
+                    self._end_chain()
+                raise
+            self._release(keeper)
+
+    def _release(self, keeper: Keeper) -> None:
+        with self._only_told("cannot release the lease"):
+            keeper.release()
+
+    @contextlib.contextmanager
+    def _only_told(self, what: str) -> Iterator[None]:
+        """Log an error during the shutdown without replacing the reason for the shutdown."""
+        try:
+            yield
+        except (Lost, Stop):
+            raise
+        except Exception as error:
+            self._undone.append("%s: %s" % (what, error))
+            files.log(self._undone[-1])
+
+    def _acquire(self, lease: Lease, patience: float) -> None:
+        """Wait for the lease: up to ``patience`` seconds, or longer if its holder's node seems to be cut off.
+
+        In that case, the scheduler has given up the holder's node and started us, but postgres still runs there. It
+        ends, or finds out that it has to when the node is reachable again. If we gave up before, no job would be left
+        to serve.
+        """
+        def wait(refused: Exception) -> None:
+            silent = hint
+            if isinstance(refused, Held) and not hint:
+                silent = silence(refused.holder, lease.silence(refused.holder), self._can_be_asked(refused.holder))
+            self.tell("starting", "waiting: %s%s" % (in_words(refused), silent))
+
+        hint = ""
+        is_job = not self.bootstrap and bool(scheduler.own_job(self._kind()))
+        while True:
+            try:
+                return lease.acquire(patience, wait)
+            except Held as held:
+                if not is_job or not self._has_ended(held.holder):
+                    # the holder may still run, or we are not a job of the scheduler
+                    raise Held(held.holder, "" if self._can_be_asked(held.holder) else ASK_THE_USER) from None
+                hint = "; its job has ended, but its heartbeat continues: its node may be cut off"
+                self._follow()  # our walltime may end before that
+            except OSError as error:
+                if not is_job or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise Failed(in_words(error)) from None
+                self._follow()  # else no job would be left when there is space again
+                time.sleep(1.0)
+
+    def _keep_serving(self, keeper: Keeper, lifetime: Optional[float]) -> None:
+        """Run postgres, and restart it after a crash. The restarts are limited, since the cause may be permanent."""
+        limit = 0 if self.bootstrap else self.settings["restarts"]
+        deaths = []  # type: List[float]
+        check_programs(self.settings)
+        while True:
+            try:
+                self._serve_once(keeper, lifetime)
+            except (Failed, OSError) as died:
+                keeper.check()
+                if _told_to_stop:
+                    raise _told_to_stop[0] from None
+                now = time.monotonic()
+                deaths = [death for death in deaths if now - death < DEATHS_COUNT_SECONDS] + [now]
+                if len(deaths) > limit:
+                    raise Failed(str(died)) from None
+                pause = min(2.0 ** (len(deaths) - 1), LONGEST_PAUSE)
+                self.tell("starting", "postgres restarts: %s" % died, "restart", str(died))
+                self._sleep(keeper, pause)
+            full = space(self.settings["data"])
+            while full:
+                # Recovery also writes: without space, postgres would only crash again.
+                self.tell("unhealthy", full)
+                self._sleep(keeper, 2.0)
+                full = space(self.settings["data"])
+
+    def _sleep(self, keeper: Keeper, seconds: float) -> None:
+        """Sleep; raise Lost if the lease is lost meanwhile."""
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            keeper.check()
+            time.sleep(0.5)
+
+    def _serve_once(self, keeper: Keeper, lifetime: Optional[float]) -> None:
+        """Run postgres until it ends or has to stop; raise the reason. No process of postgres is left afterwards."""
+        postgres = None
+        try:
+            self.tell("starting", "postgres is starting", "start")
+            parameters = BOOTSTRAP_PARAMETERS if self.bootstrap else {}
+            postgres = Postgres(self.settings, not self.bootstrap, keeper, parameters)
+            postgres.start()
+            with self._only_told("cannot remove the previous holder's endpoint"):
+                self._withdraw()
+            postgres.wait_for_write(self.settings["start_patience"])
+            if not self.bootstrap:
+                self._engines = engines_of(self.settings, postgres, self._address())
+            self._publish(postgres)
+            self.tell("serving", SERVING)
+            self._watch(postgres, keeper, lifetime)
+        except Stop as stop:
+            if stop.planned and postgres:
+                self._prepare_to_move(postgres, keeper)
+            raise
+        finally:
+            with signals_waiting():
+                self._leave(postgres)
+
+    def _prepare_to_move(self, postgres: Postgres, keeper: Keeper) -> None:
+        """Make a dump and a checkpoint before the walltime, so that the stop is quick; workers continue meanwhile."""
+        self.tell("stopping", "the walltime ends soon", "walltime")
+        if self._dumps:
+            with self._only_told("cannot dump the studies"):
+                self._dumps.now(self.settings["stop_notice"] / 4, keeper.check)
+        with self._only_told("cannot make a checkpoint"):
+            postgres.query("CHECKPOINT", 15)
+
+    def _leave(self, postgres: Optional[Postgres]) -> None:
+        """Drain the connections and stop postgres, even if the endpoint cannot be removed."""
+        self._clean = False  # until postgres has ended cleanly
+        self._undone = []
+        ours = False
+        try:
+            self.tell("stopping", "postgres is stopping")
+            with self._only_told("the endpoint is not withdrawn"):
+                ours = self._lease is not None and self._lease.is_ours()  # else the endpoint belongs to the next holder
+                if ours:
+                    self._withdraw()
+            if ours and postgres:
+                drain(postgres, self.settings["drain_seconds"])
+        finally:
+            for engine in self._engines:
+                with self._only_told("cannot stop %s" % engine.name):
+                    engine.stop()
+            self._clean = postgres is None or postgres.stop(self.settings["stop_patience"])
+
+    def _end_chain(self) -> None:
+        """Cancel the successors: they would fail as well, one after the other, for ever."""
+        if self._queue:
+            with self._only_told("cannot cancel the successors"):
+                self._queue.cancel_successors()
+
+    def tell(self, state: str, reason: str, event: str = "", cause: str = "") -> None:
+        """Log a change of state, record it as an event, and write it to state.json if the lease is ours.
+
+        A temporary server only logs it.
+        """
+        if (state + reason) == self._told:
+            return
+        self._told = state + reason
+        now = time.time()
+        files.log("%s %s: %s" % (time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now)), state, reason))
+        if self.bootstrap:
+            return
+        content = {"state": state, "reason": reason, "job": self.job, "host": socket.gethostname()}
+        try:
+            events.append(self.settings["root"], dict(content, time=now, event=event, cause=cause))
+        except (OSError, ValueError) as error:
+            files.log("cannot write events.jsonl: %s" % error)
+        try:
+            if self._lease and self._lease.is_ours():
+                files.write_state(self.layout.state, dict(content, since=now))
+        except (OSError, ValueError) as error:
+            files.log("cannot write state.json: %s" % error)
+
+    def tell_end(self, state: str, reason: object) -> None:
+        """Report the reason for the end, and the errors during the shutdown."""
+        self.tell(state, "; ".join([str(reason)] + self._undone))
+
+    def _watch(self, postgres: Postgres, keeper: Keeper, lifetime: Optional[float]) -> None:
+        ends = float("inf") if lifetime is None else time.monotonic() + lifetime
+        # This file requests a stop where the scheduler can only kill us.
+        wish = self.layout.stop_request(self.job)
+        with contextlib.ExitStack() as beside:
+            health = Health(self.settings, postgres)
+            if not self.bootstrap:
+                beside.enter_context(health)
+                self._dumps = Dumps(self.settings, postgres)
+                beside.callback(self._dumps.cancel)
+            if self._queue:
+                beside.enter_context(Repeat(0.0, self._follow))
+            while True:
+                time.sleep(0.5)  # ended early by a signal, which raises Stop
+                keeper.check()
+                if _told_to_stop:
+                    raise _told_to_stop[0]
+                returncode = postgres.returncode()
+                if returncode is not None:
+                    raise Failed("postgres exited unexpectedly with code %d" % returncode)
+                if time.monotonic() > ends:
+                    stop("its lifetime has expired")
+                if os.path.exists(wish):
+                    ignore_signals()
+                    with self._only_told("cannot remove the stop request"):
+                        files.remove(wish)
+                    stop("stopped by %s" % wish)
+                if self._dumps:
+                    self._dumps.poll()
+                    self._poll_engines(postgres)
+                    wrong = health.reason or self._unpublished or self._dumps.told or self._engines_told()
+                    self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING + self._alone))
+
+    def _poll_engines(self, postgres: Postgres) -> None:
+        """Poll the sidecars; publish the endpoint again if their ports have changed, or if the last attempt failed."""
+        before = [engine.port for engine in self._engines]
+        for engine in self._engines:
+            engine.poll()
+        due = self._unpublished and time.monotonic() >= self._publish_due
+        if due or [engine.port for engine in self._engines] != before:
+            self._publish(postgres)
+
+    def _engines_told(self) -> str:
+        return "; ".join(engine.reason for engine in self._engines if engine.reason)
+
+    def _follow(self) -> float:
+        """Ensure that a successor is queued; return the seconds until the next check."""
+        try:
+            followed, pause = self._queue.ensure_successor() if self._queue else "", FOLLOW_SECONDS
+            self._alone = ""
+        except (OSError, subprocess.TimeoutExpired) as error:
+            followed, pause = "cannot queue a successor: %s" % error, 60.0
+            self._alone = ", but " + followed
+        if followed != self._followed:
+            self._followed = followed
+            files.log(followed)
+        return pause
+
+    def _publish(self, postgres: Postgres) -> None:
+        where = {
+            "instance": self.settings["instance"], "cluster": self.settings["cluster"],
+            "host": self._address(postgres),
+            "port": postgres.port, "socket": postgres.socket, "job": self.job, "since": time.time(),
+            "tls": "sslmode" in self.settings["service"],
+        }
+        if self.bootstrap:
+            where.update(host=socket.gethostname(), pid=os.getpid())
+            files.write_json(self.layout.temporary_server, where)
+        else:
+            address = self._address()
+            where.update({
+                engine.name: {"host": address, "port": engine.port} for engine in self._engines if engine.port
+            })
+            pooled = self.settings["pooler"].get("service")
+            try:
+                endpoint.publish(self.layout.run, self._service_file(), where, self.settings["service"], pooled)
+                self._unpublished = ""
+            except OSError as error:  # postgres still serves the connected workers
+                self._unpublished = "cannot publish the endpoint: %s" % error
+                self._publish_due = time.monotonic() + PUBLISH_SECONDS
+
+    def _withdraw(self) -> None:
+        if self.bootstrap:
+            files.remove(self.layout.temporary_server)
+        endpoint.withdraw(self.layout.run, self._service_file(), self.settings["instance"])
+
+    def _address(self, postgres: Optional[Postgres] = None) -> str:
+        """Return the host for clients of ``postgres`` or, without it, of the sidecars.
+
+        The default is this host's name.
+        """
+        wanted = self.settings["advertise"]
+        if wanted == "socket":
+            return postgres.socket if postgres else "localhost"
+        name = wanted or socket.gethostname()
+        try:
+            socket.getaddrinfo(name, None)
+        except OSError:
+            raise Failed(
+                "the host name %s cannot be resolved: set server_address to one that every node can resolve" % name
+            ) from None
+        return name
+
+    def _service_file(self) -> str:
+        return endpoint.service_file(self.settings)
+
+    def _kind(self) -> str:
+        return "bootstrap" if self.bootstrap else self.settings["scheduler"]
+
+    def _has_ended(self, holder: dict) -> bool:
+        """Return whether a holder on another host, or from before a reboot, has ended, as far as can be known."""
+        kind, job = holder.get("kind", ""), holder.get("job", "")
+        if kind == "bootstrap":  # inside some other job, or in none
+            kind, job = holder.get("scheduler", ""), holder.get("allocation", "")
+            if not job or job == self._allocation:
+                return True  # no scheduler can be asked; its long silence decides
+        if not self._can_be_asked(holder):
+            return False
+        if kind == "local":
+            return True  # from before a reboot of this machine
+        # If our own job was requeued, its first run has ended.
+        return job == self.job or scheduler.job_has_ended(kind, self.settings["bin_dir"], job)
+
+    def _can_be_asked(self, holder: dict) -> bool:
+        return can_be_asked(holder, self.settings["cluster"])
+
+
+def in_words(refused: Exception) -> str:
+    """Return why the lease could not be taken."""
+    if isinstance(refused, OSError):
+        full = " (no space, or no inodes)" if refused.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return "the lease cannot be taken: %s%s" % (refused, full)
+    return str(refused)
+
+
+def silence(holder: dict, seconds: float, can_be_asked: bool) -> str:
+    """Return how long others have to wait for a holder whose host has failed; empty if unknown."""
+    if holder.get("kind") == "bootstrap":
+        told = "; if it was killed, it can be replaced at once on its host, elsewhere after %g s without a heartbeat"
+        return told % seconds
+    if can_be_asked and holder.get("kind") != "local":
+        return "; if it has died, it is replaced after %g s without a heartbeat, once its job has ended" % seconds
+    return ""
+
+
+def drain(postgres: Postgres, seconds: float) -> None:
+    """Wait for running transactions; log those that are cut."""
+    try:
+        cut = postgres.drain(seconds)
+        told = "transactions terminated after %d s: %d" % (seconds, cut) if cut else ""
+    except (Failed, OSError, ValueError) as failed:
+        told = "cannot wait for running transactions: %s" % failed
+    if told:
+        files.log(told)
+
+
+def stop(why: str, planned: bool = False) -> None:
+    """Raise Stop, and keep it in case another exception replaces it."""
+    _told_to_stop.append(Stop(why, planned))
+    raise _told_to_stop[-1]
+
+
+def on_signal(number: int, _frame: object) -> None:
+    """Turn a signal into Stop; USR1, which comes some time before the walltime, means a planned stop."""
+    planned = number == signal.SIGUSR1
+    if planned:
+        signal.signal(number, signal.SIG_IGN)  # later signals are more urgent
+    else:
+        ignore_signals()
+    stop("stopped by %s" % signal.Signals(number).name, planned)
+
+
+def ignore_signals() -> None:
+    """Ignore further stop signals: the program is already stopping."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+
+
+def detach(log: str) -> None:
+    """Continue in a new session, which outlives the connection that started us; the parent prints our PID."""
+    child = os.fork()
+    if child:
+        sys.stdout.write("%d\n" % child)
+        sys.stdout.flush()
+        os._exit(0)
+    os.setsid()
+    for stream, path, mode in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY), (2, log, os.O_WRONLY)):
+        opened = os.open(path, mode | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(opened, stream)
+        os.close(opened)
+
+
+def main() -> int:
+    """Run the program; return 0 after a requested stop, 3 if the lease is held, 1 after another failure."""
+    parser = argparse.ArgumentParser(prog="hpc_db_host", description=__doc__)
+    parser.add_argument("what", choices=("serve", "bootstrap", "upgrade"))
+    parser.add_argument("--root", required=True, help="the instance directory")
+    parser.add_argument("--lifetime", type=float, help="lifetime in seconds; by default unlimited")
+    parser.add_argument("--lease-patience", type=float, default=0.0, help="seconds to wait for the lease")
+    parser.add_argument("--detach", metavar="LOG", help="run in the background, print the PID, and log to LOG")
+    parser.add_argument("--settings", metavar="FILE", help="settings file of the new major version")
+    parser.add_argument("--back", action="store_true", help="go back even if the kept studies are older")
+    arguments = parser.parse_args()
+    os.umask(0o077)
+    del _told_to_stop[:]
+    for number in STOP_SIGNALS:
+        signal.signal(number, on_signal)
+    try:
+        host = Host(arguments.root, arguments.what != "serve")
+    except FileNotFoundError as failed:
+        parser.exit(1, "%s\n" % failed)
+    if arguments.detach:
+        detach(arguments.detach)
+    try:
+        if arguments.what == "upgrade":
+            answer = host.upgrade(arguments.lease_patience, arguments.settings, arguments.back)
+            sys.stdout.write(json.dumps(answer) + "\n")
+        else:
+            host.serve(arguments.lease_patience, arguments.lifetime)
+    except Stop as told:
+        host.tell_end("ended", told)
+        return int(arguments.what == "upgrade")
+    except Held as held:
+        host.tell_end("failed", held)
+        return 3
+    except (Failed, Lost, Unusable, OSError) as failed:
+        host.tell_end("failed", failed)
+        return 1
+    return 0
+
+
+def leave(code: int) -> None:
+    """Exit with this code. Python would use another one if the log's last bytes cannot be written to a full disk."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os._exit(code)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    leave(main())
