@@ -10,14 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from mini_cluster import CLUSTER, NAME, MiniCluster, eventually
-from target import ROOT
+from mini_cluster import NAME, MiniCluster, eventually, started
 
 # Seconds within which another host has to notice.
 SOON = 10
@@ -39,13 +36,8 @@ while True:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[MiniCluster]:
-    if os.geteuid() != 0:
-        pytest.skip("the test cluster needs root")
-    state = Path(f"/tmp/hpc-db-cached-{os.getpid()}")
-    mounts = [f"--mount={ROOT / '.cache' / name}:/srv/{name}" for name in ("wheels", "channel")]
-    subprocess.run([str(CLUSTER), "up", "--state", str(state), "--nodes=2", "--cached", *mounts], check=True)
-    yield MiniCluster(state)
-    subprocess.run([str(CLUSTER), "down", "--state", str(state)], check=True)
+    with started("--cached") as cluster:
+        yield cluster
 
 
 def events(cluster: MiniCluster, state: str) -> list[float]:

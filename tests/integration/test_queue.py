@@ -7,18 +7,15 @@ Slurm counts in minutes, so each hand-over takes minutes, in which this machine 
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from mini_cluster import CLUSTER, MiniCluster, Watch, Workers, eventually
-from target import ROOT
+from mini_cluster import MiniCluster, Watch, Workers, eventually, started
 
 # The first job does not wait; its successors do, in the partition of all others.
 SETTINGS: dict[str, Any] = {
@@ -31,23 +28,14 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture
 def start() -> Iterator[Callable[..., MiniCluster]]:
     """Start a cluster with alice's server on it."""
-    if os.geteuid() != 0:
-        pytest.skip("the test cluster needs root")
-    states = []
+    with contextlib.ExitStack() as clusters:
+        def up(*options: str, **settings: object) -> MiniCluster:
+            cluster = clusters.enter_context(started(*options))
+            played = cluster.playbooks.play("hpc_db", {**SETTINGS, **settings})
+            assert played.returncode == 0, played.stdout
+            return cluster
 
-    def up(*options: str, **settings: object) -> MiniCluster:
-        state = Path(f"/tmp/hpc-db-queue-{os.getpid()}-{len(states)}")
-        states.append(state)
-        mounts = [f"--mount={ROOT / '.cache' / name}:/srv/{name}" for name in ("wheels", "channel")]
-        subprocess.run([str(CLUSTER), "up", "--state", str(state), "--nodes=2", *mounts, *options], check=True)
-        cluster = MiniCluster(state)
-        played = cluster.playbooks.play("hpc_db", {**SETTINGS, **settings})
-        assert played.returncode == 0, played.stdout
-        return cluster
-
-    yield up
-    for state in states:
-        subprocess.run([str(CLUSTER), "down", "--state", str(state)], check=True)
+        yield up
 
 
 def seconds_in_queue(cluster: MiniCluster) -> float:
@@ -76,7 +64,7 @@ def test_hand_overs_on_a_busy_cluster(start: Callable[..., MiniCluster], soak: b
     options = {**SETTINGS["server_job_options"], "time": "01:00:00" if soak else "00:25:00"}
     cluster = start(f"--busy={minutes}", server_job_options=options)
     gaps = []
-    with Watch(cluster) as watch, Workers(cluster, "login") as workers:
+    with Watch(cluster) as watch, Workers(cluster, "login", Workers.CALM) as workers:
         watch.wait_for_acknowledgement(60)
         for _turn in range(turns):
             before, began = cluster.said("endpoint"), time.monotonic()
@@ -99,7 +87,7 @@ def test_where_one_job_may_run_workers_wait_for_the_queue(start: Callable[..., M
     """The job ends at its walltime; its successor could not start before."""
     options = {"partition": "work", "time": "00:04:00", "mem": "1000M", "account": "k80", "qos": "single"}
     cluster = start("--accounting", server_job_options=options, server_successor_options={}, server_stop_notice=60)
-    with Watch(cluster) as watch, Workers(cluster, "login") as workers:
+    with Watch(cluster) as watch, Workers(cluster, "login", Workers.CALM) as workers:
         watch.wait_for_acknowledgement(60)
         before = cluster.said("endpoint")
         limited = "QOSMaxJobsPerUserLimit"

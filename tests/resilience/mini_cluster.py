@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -12,14 +13,16 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 from target import ROOT, Target
 
 CLUSTER = ROOT / "tests" / "cluster" / "cluster"
 SCENARIOS = ROOT / "molecule"
+NUMBERS = itertools.count()
 NAME = "hpc_db"
 URL = f"postgresql+psycopg2:///?service={NAME}"
 PLUGIN_URL = f"{URL}&plugin=hpc_db"
@@ -45,6 +48,20 @@ def on_host(processes: Iterable[Process], host: str) -> list[Process]:
 def other_node(endpoint: dict) -> str:
     """Return the node that could run the server, but does not."""
     return {"c1": "c2", "c2": "c1"}[endpoint["host"]]
+
+
+@contextlib.contextmanager
+def started(*options: str) -> Iterator[MiniCluster]:
+    """Start a test cluster of two nodes with the packages of this checkout; remove it afterwards."""
+    if os.geteuid() != 0:
+        pytest.skip("the test cluster needs root")
+    state = Path(f"/tmp/hpc-db-own-{os.getpid()}-{next(NUMBERS)}")
+    mounts = [f"--mount={ROOT / '.cache' / name}:/srv/{name}" for name in ("wheels", "channel")]
+    subprocess.run([str(CLUSTER), "up", "--state", str(state), "--nodes=2", *mounts, *options], check=True)
+    try:
+        yield MiniCluster(state)
+    finally:
+        subprocess.run([str(CLUSTER), "down", "--state", str(state)], check=True)
 
 
 def is_server(command: list[str]) -> bool:
@@ -263,9 +280,11 @@ class Workers:
     # All of them with Optuna's default sampler, which reads all trials, would take the whole machine.
     OPTIONS = [*["--seconds=1 --random"] * 4, *["--pause=1 --random"] * 2, *["--seconds=1 --heartbeat"] * 2]
     ZONES = ["UTC"] * 6 + ["Asia/Tokyo", "America/New_York"]
+    # For a test of many minutes, with others beside it: as many workers, with fewer trials.
+    CALM = ["--seconds=3 --random"] * 5 + ["--pause=3 --random"] * 2 + ["--seconds=5 --heartbeat"]
 
-    def __init__(self, cluster: MiniCluster, host: str) -> None:
-        self._cluster, self._host = cluster, host
+    def __init__(self, cluster: MiniCluster, host: str, options: Sequence[str] = OPTIONS) -> None:
+        self._cluster, self._host, self._options = cluster, host, options
         self._started: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Workers:
@@ -286,7 +305,7 @@ class Workers:
                 self._host, f"exec >workers/output.{number} 2>&1; export PGTZ={zone}; exec {WORKER}", PLUGIN_URL,
                 "100000", str(number), *options.split(),
             )
-            for number, (options, zone) in enumerate(zip(self.OPTIONS, self.ZONES))
+            for number, (options, zone) in enumerate(zip(self._options, self.ZONES))
         ]
         return self
 
