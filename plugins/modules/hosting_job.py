@@ -162,6 +162,11 @@ submitted:
   description: ID of the job that the module has submitted, which may have ended already. V(null) if it submitted none.
   returned: success
   type: str
+outage:
+  description: Start, reason and expected length of the outage at the end of the running job, in one line; empty if
+    none is expected.
+  returned: success
+  type: str
 endpoint:
   description: Endpoint of the server in the format of M(mala.hpc_db.hosting_job_info). V(null) unless it is live.
   returned: success
@@ -190,6 +195,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
     submit_job,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import outlook
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import (
     forget_successor,
     read_endpoint,
@@ -228,7 +234,7 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
         _create_files(Layout(params["root"]))
         try:
             new = _submit(params, run, jobs)
-        except SchedulerError:
+        except (SchedulerError, OSError, ValueError):
             forget_successor(Layout(params["root"]))
             raise
         submitted, said = new.id, [*said, *filter(None, [new.said])]
@@ -248,7 +254,7 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
     job = serving or next(iter(jobs), None)
     return {
         "changed": changed, "job": job, "endpoint": published if serving else None, "diff": diff, "warnings": said,
-        "submitted": submitted,
+        "submitted": submitted, "outage": outlook.look(Layout(params["root"]), serving),
     }
 
 
@@ -261,13 +267,13 @@ def _all_options(params: dict) -> dict:
 
 
 def _create_files(layout: Layout) -> None:
-    """Write the files that others read while they wait: a host may cache for a minute that a file does not exist."""
+    """Create the files that others read while they wait, since hosts cache the absence of a file for a minute."""
     if not os.path.isdir(layout.run):
         return
     if not os.path.exists(layout.endpoint):
         write_state(layout.endpoint, {})
-    # Before the job can start: from then on, the file is its own.
-    told = {"id": "", "told": f"its job was submitted at {time.strftime('%H:%M')}"}
+    # Before the submission: once the job runs, it owns the file.
+    told = {"id": "", "told": f"server job submitted at {time.strftime('%Y-%m-%d %H:%M')}"}
     write_state(layout.state, {**(read_json(layout.state) or {}), "follows": told})
 
 

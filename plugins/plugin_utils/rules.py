@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.slurm import parse_time
+
 OCTET = r"(25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})"
 IPV4 = rf"({OCTET}\.){{3}}{OCTET}/(3[0-2]|[12]?[0-9])"
 IPV6 = r"[0-9a-fA-F]*:[0-9a-fA-F:]*/(12[0-8]|1[01][0-9]|[1-9]?[0-9])"
@@ -22,7 +24,7 @@ NETWORK = f"all|samenet|samehost|{IPV4}|{IPV6}"
 WORD = "[A-Za-z0-9][A-Za-z0-9._-]*"
 PATH = r"~?/[^\r\n]*"
 CONNECTIONS = "[1-9][0-9]{0,5}"
-SHARE = r"[1-9]?[0-9](\.[0-9]+)?%"
+SHARE = r"[1-9][0-9]?(\.[0-9]+)?%"
 # Not a bare number, which is how YAML reads a time without quotes.
 TIME = r"[0-9]+-[0-9]+(:[0-9]+){0,2}|[0-9]+(:[0-9]+){1,2}"
 PORT = "a port from 1024 to 65535"
@@ -132,8 +134,9 @@ def server(given: Any) -> list[Rule]:
              f"at most {longest} bytes, since a socket's path has at most 107"),
         Rule("server_lease_ttl", given.server_lease_ttl >= 5, "5 seconds or more, 90 on NFS"),
         Rule("server_stop_notice", 1 <= given.server_stop_notice <= 65535, "1 to 65535 seconds"),
-        Rule("server_handover_after", fits(rf"({SHARE}|{TIME})?", given.server_handover_after),
-             "a share of the walltime such as 50%, a time in quotes such as '12:00:00', or nothing"),
+        Rule("server_handover_after",
+             fits(rf"({SHARE}|{TIME})?", given.server_handover_after) and is_minute(given.server_handover_after),
+             "a share of the walltime such as 50%, a time in quotes from '0:01:00', or nothing"),
         Rule("server_pooler_program", fits(f"({PATH})?", given.server_pooler_program),
              "a path that begins with / or ~/, or nothing"),
         Rule("server_pooler_program", not given.server_pooler or has_pooler,
@@ -213,6 +216,12 @@ RULES: dict[str, Callable[[Any], list[Rule]]] = {
 def fits(pattern: str, *texts: str) -> bool:
     """Return whether all texts match the whole pattern."""
     return all(re.fullmatch(pattern, str(text)) for text in texts)
+
+
+def is_minute(text: str) -> bool:
+    """Return whether this is a time of at least a minute, or no time."""
+    seconds = parse_time(text)
+    return seconds is None or seconds >= 60
 
 
 def is_port(number: int) -> bool:

@@ -40,7 +40,7 @@ LONGEST_PAUSE = 4.0
 # Maximum seconds between two checks whether the successor is still in the queue, before and after it may begin.
 FOLLOW_SECONDS = 900.0
 FOLLOW_OFTEN_SECONDS = 60.0
-# The scheduler counts in minutes, and from an earlier start of the job than this program.
+# Tolerance: the scheduler counts in minutes, from a start before this program's.
 EARLY_SECONDS = 90.0
 # Seconds that a successor has to take the lease that was released for it.
 TAKE_SECONDS = 15.0
@@ -94,7 +94,12 @@ class Host:
         self._publish_due = 0.0
         self._undone = []  # type: List[str]
         self._clean = True
-        self._is_ready = False
+        #: Whether a successor has not taken the lease that was released for it.
+        self._returns = False
+        #: Whether a server of this job has accepted writes.
+        self._has_served = False
+        #: Why this host cannot serve; empty if it can, None if that is not checked.
+        self._unfit = None  # type: Optional[str]
         self._dumps = None  # type: Optional[Dumps]
         self._engines = []  # type: List[Engine]
         self._lease = None  # type: Optional[Lease]
@@ -111,23 +116,23 @@ class Host:
         try:
             self._serve_in_turns(patience, lifetime)
         finally:
+            ignore_signals()
             with contextlib.suppress(OSError, ValueError):
                 files.remove(self.layout.stop_request(self.job))
 
     def _serve_in_turns(self, patience: float, lifetime: Optional[float]) -> None:
-        """Serve; go on if a successor asks for the lease but then does not take it."""
+        """Serve; continue if a successor asks for the lease but does not take it."""
         left = None  # type: Optional[Stop]
         while True:
             try:
                 with self._leased(patience) as keeper:
-                    left = None
+                    left, self._returns = None, False
                     self._keep_serving(keeper, lifetime)
             except Stop as stopped:
                 if not (stopped.successor and self._clean) or self._is_taken(stopped.successor):
                     raise
-                left = stopped
-                # Only at its first attempt does this job ask for the lease: a holder now is the successor.
-                self._successor, patience = None, 0.0
+                left, self._returns = stopped, True
+                self._lease, self._successor, patience = None, None, self.settings["lease_ttl"]
                 self._trouble = ", but job %s on %s did not take over" % (
                     stopped.successor["job"], stopped.successor["host"])
                 del _told_to_stop[:]
@@ -137,16 +142,15 @@ class Host:
                 raise
 
     def _is_taken(self, request: dict) -> bool:
-        """Tell the successor that the lease is released, and wait; return whether it has taken the lease."""
-        with self._only_told("cannot tell the successor"):
-            if self._predecessor:
-                self._predecessor.answer(request, "released")
+        """Wait for a successor; return whether it has taken the released lease."""
         limit = time.monotonic() + TAKE_SECONDS
         while time.monotonic() < limit:
             time.sleep(0.5)
             if _told_to_stop[1:]:  # also asked to stop by a signal
                 return True
             with contextlib.suppress(OSError):
+                if self._predecessor and self._predecessor.is_taken(request):
+                    return True
                 if self._lease and not self._lease.is_ours():
                     return True
         return False
@@ -169,6 +173,7 @@ class Host:
         self.tell("starting", "requesting the lease")
         self._acquire(lease, patience)
         self._lease = lease
+        self._succeed(lease.previous)
         with Keeper(lease) as keeper:
             try:
                 # The previous holder may have moved the studies to another data directory.
@@ -186,6 +191,17 @@ class Host:
                 raise
             self._release(keeper)
 
+    def _succeed(self, previous: dict) -> None:
+        """Begin as the successor of the previous holder."""
+        if not self._queue or previous.get("kind") != self._kind() or previous["job"] == self.job:
+            return
+        self._queue.predecessor = previous["job"]
+        with contextlib.suppress(OSError, ValueError):
+            files.remove(self.layout.stop_request(previous["job"]))  # left if that job was killed
+        if self._successor:
+            with contextlib.suppress(OSError):
+                self._successor.tell_taken()
+
     def _release(self, keeper: Keeper) -> None:
         with self._only_told("cannot release the lease"):
             keeper.release()
@@ -202,13 +218,15 @@ class Host:
             files.log(self._undone[-1])
 
     def _acquire(self, lease: Lease, patience: float) -> None:
-        """Wait for the lease: up to ``patience`` seconds, or longer if its holder's node seems to be cut off.
+        """Wait for the lease: up to ``patience`` seconds, or longer if no other job may be left to serve.
 
-        In that case, the scheduler has given up the holder's node and started us, but postgres still runs there. It
-        ends, or finds out that it has to when the node is reachable again. If we gave up before, no job would be left
-        to serve.
+        That is so if the holder's node seems to be cut off: the scheduler has given it up and started us, but postgres
+        still runs there, and ends at the latest when the node is reachable again. It is also so if the holder's
+        heartbeat has stopped: its node may have failed, which the scheduler notices minutes later.
         """
         def wait(refused: Exception) -> None:
+            if self._returns and isinstance(refused, Held):
+                raise refused  # the successor was late
             silent = hint
             if isinstance(refused, Held) and self._may_ask(refused.holder):
                 self._ask(refused.holder)
@@ -223,12 +241,21 @@ class Host:
             try:
                 return lease.acquire(patience, wait, pause)
             except handover.Refused as refused:
+                if self._unfit:
+                    raise Failed("cannot take over: %s; %s" % (self._unfit, refused)) from None
                 raise Held(lease.holder() or {}, "; %s" % refused) from None
             except Held as held:
-                if not is_job or not self._has_ended(held.holder):
+                if self._returns:
+                    raise
+                if is_job and self._has_ended(held.holder):
+                    hint = "; its job has ended, but its heartbeat continues: its node may be cut off"
+                elif is_job and self._may_ask(held.holder) and lease.is_silent(self.settings["lease_ttl"] / 2):
+                    hint = "; its heartbeat has stopped, but its job has not ended: its node may have failed"
+                elif self._successor and self._successor.is_accepted:
+                    continue  # its last dump takes long
+                else:
                     # the holder may still run, or we are not a job of the scheduler
                     raise Held(held.holder, "" if self._can_be_asked(held.holder) else ASK_THE_USER) from None
-                hint = "; its job has ended, but its heartbeat continues: its node may be cut off"
                 self._follow()  # our walltime may end before that
             except OSError as error:
                 if not is_job or error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -242,43 +269,46 @@ class Host:
             holder) and holder.get("job") not in ("", self.job)
 
     def _ask(self, holder: dict) -> None:
-        """Ask the holder for the lease; raise Failed if this host cannot serve, Refused if the holder keeps it."""
+        """Ask the holder for the lease, or tell it why this host cannot serve; raise Refused if it keeps the lease."""
         assert self._successor and self._queue
-        if not self._is_ready:
+        if self._unfit is None:
+            self._unfit = ""
             try:
                 handover.check_ready(self.settings)
             except (Failed, OSError) as error:
-                self._successor.ask(holder, str(error))
-                raise Failed("cannot take over from job %s, which goes on: %s" % (holder["job"], error)) from None
-            self._is_ready = True
+                self._unfit = str(error)
         self._queue.predecessor = holder["job"]
-        self._successor.ask(holder)
+        with contextlib.suppress(OSError):
+            self._successor.ask(holder, self._unfit)
 
     def _keep_serving(self, keeper: Keeper, lifetime: Optional[float]) -> None:
         """Run postgres, and restart it after a crash. The restarts are limited, since the cause may be permanent."""
         limit = 0 if self.bootstrap else self.settings["restarts"]
         deaths = []  # type: List[float]
         check_programs(self.settings)
-        while True:
-            try:
-                self._serve_once(keeper, lifetime)
-            except (Failed, OSError) as died:
-                keeper.check()
-                if _told_to_stop:
-                    raise _told_to_stop[0] from None
-                now = time.monotonic()
-                deaths = [death for death in deaths if now - death < DEATHS_COUNT_SECONDS] + [now]
-                if len(deaths) > limit:
-                    raise Failed(str(died)) from None
-                pause = min(2.0 ** (len(deaths) - 1), LONGEST_PAUSE)
-                self.tell("starting", "postgres restarts: %s" % died, "restart", str(died))
-                self._sleep(keeper, pause)
-            full = space(self.settings["data"])
-            while full:
-                # Recovery also writes: without space, postgres would only crash again.
-                self.tell("unhealthy", full)
-                self._sleep(keeper, 2.0)
+        with contextlib.ExitStack() as beside:
+            if self._queue:
+                beside.enter_context(Repeat(0.0, self._follow_once_served))
+            while True:
+                try:
+                    self._serve_once(keeper, lifetime)
+                except (Failed, OSError) as died:
+                    keeper.check()
+                    if _told_to_stop:
+                        raise _told_to_stop[0] from None
+                    now = time.monotonic()
+                    deaths = [death for death in deaths if now - death < DEATHS_COUNT_SECONDS] + [now]
+                    if len(deaths) > limit:
+                        raise Failed(str(died)) from None
+                    pause = min(2.0 ** (len(deaths) - 1), LONGEST_PAUSE)
+                    self.tell("starting", "postgres restarts: %s" % died, "restart", str(died))
+                    self._sleep(keeper, pause)
                 full = space(self.settings["data"])
+                while full:
+                    # Recovery also writes: without space, postgres would only crash again.
+                    self.tell("unhealthy", full)
+                    self._sleep(keeper, 2.0)
+                    full = space(self.settings["data"])
 
     def _sleep(self, keeper: Keeper, seconds: float) -> None:
         """Sleep; raise Lost if the lease is lost meanwhile."""
@@ -353,6 +383,8 @@ class Host:
         The file also names the job that follows, for workers that wait. A temporary server only logs the change.
         """
         follows = self._queue.successor if self._queue else None
+        if self._queue and not follows and state == "starting":
+            follows = {"id": self.job, "told": "job %s is starting on %s" % (self.job, socket.gethostname())}
         is_new = state + reason != self._told
         if not is_new and follows == self._told_follows:
             return
@@ -371,7 +403,8 @@ class Host:
             files.log("cannot write events.jsonl: %s" % error)
         try:
             if self._lease and self._lease.is_ours():
-                files.write_state(self.layout.state, dict(content, since=self._changed, follows=follows))
+                lease = {"epoch": self._lease.epoch, "ttl": self._lease.ttl}
+                files.write_state(self.layout.state, dict(content, since=self._changed, follows=follows, lease=lease))
         except (OSError, ValueError) as error:
             files.log("cannot write state.json: %s" % error)
 
@@ -379,11 +412,23 @@ class Host:
         """Report the reason for the end, the errors during the shutdown, and the job that follows."""
         if self._queue and self._lease:
             self._queue.look(LAST_LOOK_SECONDS)
+        elif self._queue:
+            self._tell_who_follows(self._queue)
         self.tell(state, "; ".join([str(reason)] + self._undone))
+
+    def _tell_who_follows(self, queue: Queue) -> None:
+        """If workers wait for this job, which never had the lease, tell them for which job to wait now."""
+        said = files.read_json(self.layout.state) or {}
+        waited = (said.get("follows") or {}).get("id")
+        # Another job may be serving. Without an id, the playbook has written it before the first job.
+        if waited == "" or waited == self.job and said.get("state") in ("ended", "failed"):
+            with self._only_told("cannot write state.json"):
+                queue.look(LAST_LOOK_SECONDS)
+                files.write_state(self.layout.state, dict(said, follows=queue.successor))
 
     def _watch(self, postgres: Postgres, keeper: Keeper, lifetime: Optional[float]) -> None:
         ends = float("inf") if lifetime is None else time.monotonic() + lifetime
-        # This file requests a stop where the scheduler can only kill us. It exists before it is read.
+        # This file requests a stop where the scheduler can only kill us. Create it now: hosts may cache its absence.
         wish = self.layout.stop_request(self.job)
         if not self.bootstrap and not os.path.exists(wish):
             with self._only_told("cannot create %s" % wish):
@@ -396,7 +441,7 @@ class Host:
                 beside.callback(self._dumps.cancel)
             if self._queue:
                 self._predecessor = handover.Predecessor(self.layout, self.job)
-                beside.enter_context(Repeat(0.0, self._follow))
+                self._has_served = True
             while True:
                 time.sleep(0.5)  # ended early by a signal, which raises Stop
                 keeper.check()
@@ -424,15 +469,20 @@ class Host:
         if not request or not self._queue:
             return
         name = "job %s on %s" % (request["job"], request["host"])
+        refusal = ""
+        earliest, age = self._queue.earliest, time.monotonic() - self._begun
         if request["refusal"]:
             self._trouble = ", but %s cannot take over: %s" % (name, request["refusal"])
-            return
-        earliest, age = self._queue.earliest, time.monotonic() - self._begun
-        if earliest is None or age < earliest - EARLY_SECONDS:
-            after = "at its end" if earliest is None else "%d s after its start, not after %d s" % (earliest, age)
-            predecessor.answer(request, "refused", "job %s hands over %s" % (self.job, after))
+            refusal = "job %s continues to serve" % self.job
+        elif earliest is None or age < earliest - EARLY_SECONDS:
+            after = "at its end" if earliest is None else "%d s after its start; %d s have passed" % (earliest, age)
+            refusal = "job %s hands over %s" % (self.job, after)
+        with self._only_told("cannot answer %s" % name):
+            predecessor.answer(request, "refused" if refusal else "accepted", refusal)
+        if refusal:
             return
         self._trouble = ""
+        self._queue.takes_over(request["job"], request["host"])
         self._prepare_to_move(postgres, keeper, "%s takes over" % name, "handover")
         if predecessor.still_asks(request):
             stop("%s takes over" % name, successor=request)
@@ -449,6 +499,9 @@ class Host:
     def _engines_told(self) -> str:
         return "; ".join(engine.reason for engine in self._engines if engine.reason)
 
+    def _follow_once_served(self) -> float:
+        return self._follow() if self._has_served else 0.5
+
     def _follow(self) -> float:
         """Ensure that a successor is queued; return the seconds until the next check."""
         queue = self._queue
@@ -457,9 +510,11 @@ class Host:
         pause = FOLLOW_SECONDS
         try:
             followed = queue.ensure_successor()
-            self._alone = "" if queue.successor else ", but " + followed
+            self._alone = ", but " + queue.trouble if queue.trouble else ""
             if queue.earliest is not None:  # then the successor may begin, and end without taking over
                 pause = max(min(queue.earliest - (time.monotonic() - self._begun), pause), FOLLOW_OFTEN_SECONDS)
+            if queue.successor and queue.successor["state"] != "PENDING":
+                pause = FOLLOW_OFTEN_SECONDS
         except (OSError, subprocess.TimeoutExpired) as error:
             followed, pause = "cannot queue a successor: %s" % error, FOLLOW_OFTEN_SECONDS
             self._alone = ", but " + followed

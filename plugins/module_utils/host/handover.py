@@ -3,8 +3,8 @@
 """The hand-over from a running server job, the predecessor, to a running successor.
 
 The successor checks that it can serve, asks for the lease in run/request.json, and repeats this every second. The
-predecessor makes a dump, stops PostgreSQL, releases the lease, and says so in run/answer.json. If the successor cannot
-serve, or no longer asks, the predecessor goes on.
+predecessor accepts in run/answer.json, makes a dump, stops PostgreSQL, and releases the lease. If the successor cannot
+serve, or no longer asks, the predecessor continues to serve.
 
 Both files exist before they are read, and are rewritten in place: a host may cache the absence of a file for a minute.
 """
@@ -23,13 +23,12 @@ from .health import space
 from .layout import Layout
 from .postgres import Failed, check_programs, program_environment
 from .schedulers.base import megabytes
+from .settings import BASE_MB
 
 # Seconds between two requests.
 ASK_SECONDS = 1.0
 # A request that was not repeated for this long is void. A busy file server may delay one for seconds.
 FRESH_SECONDS = 10.0
-# Memory in MB besides shared_buffers: PostgreSQL's own processes, the supervisor and a dump.
-BASE_MB = 128
 
 
 class Refused(Exception):
@@ -37,7 +36,7 @@ class Refused(Exception):
 
 
 class Predecessor:
-    """The holder's side. ``job`` is its own."""
+    """The predecessor's side; ``job`` is its id."""
 
     def __init__(self, layout: Layout, job: str) -> None:
         self._layout = layout
@@ -58,7 +57,7 @@ class Predecessor:
             return None
         who, beat, now = str(request.get("who")), int(request.get("beat", 0)), time.monotonic()
         if (who, beat) != self._seen[:2]:
-            # Only a repeated request counts: another one may have been written long ago, by a job that has died.
+            # A request counts once it is repeated: a single one may be left from a dead job.
             self._heard = bool(request.get("refusal")) or who == self._seen[0]
             self._seen = (who, beat, now)
         return request if self._heard and now - self._seen[2] <= FRESH_SECONDS else None
@@ -75,16 +74,22 @@ class Predecessor:
             if found.get("who") == request["who"] and found["beat"] > latest:
                 return True
             time.sleep(0.1)
+        self._seen, self._heard = (request["who"], latest, limit), False
         return False
 
+    def is_taken(self, request: dict) -> bool:
+        """Return whether the successor says that it has taken the lease."""
+        found = files.read_json(self._layout.request) or {}
+        return found.get("who") == request["who"] and bool(found.get("taken"))
+
     def answer(self, request: dict, answer: str, reason: str = "") -> None:
-        """Answer a request: ``refused`` or ``released``."""
+        """Answer a request: ``accepted`` or ``refused``."""
         content = {"from": self._job, "to": request.get("who"), "answer": answer, "reason": reason}
         files.write_state(self._layout.answer, content)
 
 
 class Successor:
-    """The contender's side, as the job ``job``."""
+    """The successor's side; ``job`` is its id."""
 
     def __init__(self, layout: Layout, job: str) -> None:
         self._layout = layout
@@ -92,6 +97,9 @@ class Successor:
         self._who = uuid.uuid4().hex
         self._beat = 0
         self._due = 0.0
+        self._request = {}  # type: dict
+        #: Whether the predecessor is handing over.
+        self.is_accepted = False
 
     def ask(self, holder: dict, refusal: str = "") -> None:
         """Ask the holder for the lease, or tell it why this job cannot serve; raise Refused if it does not hand over.
@@ -103,13 +111,21 @@ class Successor:
             return
         self._due = now + ASK_SECONDS
         self._beat += 1
-        files.write_state(self._layout.request, {
+        self._request = {
             "to": holder.get("job"), "who": self._who, "job": self._job, "host": socket.gethostname(),
             "beat": self._beat, "refusal": refusal,
-        })
+        }
+        files.write_state(self._layout.request, self._request)
         answer = files.read_json(self._layout.answer) or {}
-        if answer.get("to") == self._who and answer.get("answer") == "refused":
+        found = answer.get("answer") if answer.get("to") == self._who else ""
+        self.is_accepted = found == "accepted"
+        if found == "refused":
             raise Refused(answer["reason"])
+
+    def tell_taken(self) -> None:
+        """Tell the predecessor that this job has the lease: its host may cache the list of leases for a minute."""
+        if self._request:
+            files.write_state(self._layout.request, dict(self._request, taken=True))
 
 
 def check_ready(settings: dict) -> None:

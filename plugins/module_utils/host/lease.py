@@ -90,6 +90,8 @@ class Lease:
         self.folder = folder
         self.ttl = ttl
         self.epoch = 0
+        #: The holder before us; empty if there was none.
+        self.previous = {}  # type: dict
         self._clock = clock
         self._ended = ended
         self._holder = dict({"silence": ttl}, **holder)
@@ -113,7 +115,7 @@ class Lease:
         if self._beat(newest) != beat:
             files.remove(self._path("lease.%d" % (newest + 1)))
             return False
-        self.epoch = newest + 1
+        self.epoch, self.previous = newest + 1, self._read(newest) or {}
         try:
             self.renew()
         except OSError:
@@ -244,6 +246,10 @@ class Lease:
     def beat(self) -> str:
         """Return a text that changes with each heartbeat of the holder; "" if there is no heartbeat."""
         return self._beat(self._newest())
+
+    def is_silent(self, seconds: float) -> bool:
+        """Return whether we have watched the holder for this long without a heartbeat."""
+        return self._stands_still(self._newest(), seconds)
 
     def _is_free(self, epoch: int) -> bool:
         holder = self._read(epoch) or {}

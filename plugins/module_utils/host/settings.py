@@ -8,6 +8,8 @@ from . import files
 from .layout import Layout
 from .lease import DEFAULT_TTL
 
+# Memory in MB besides shared_buffers and connections: PostgreSQL's own processes, the supervisor and a dump. Measured.
+BASE_MB = 128
 # Each value gets the type of its default, since ansible-core before 2.19 writes numbers as text. On each run, a name
 # that with the prefix server_ is a setting gets that setting's value, and the others up to "proxy" a derived one
 # (_plan.py). The rest is for tests, and for an older file.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A successor asks for the lease, its predecessor answers, and neither believes in one that has died."""
+"""A successor asks for the lease, its predecessor answers, and neither relies on a job that has died."""
 
 import os
 import time
@@ -74,7 +74,7 @@ def test_request_to_another_job_is_not_heard(layout, clock):
     assert predecessor.poll() is None
 
 
-def test_reason_of_one_that_cannot_serve_is_heard_at_once(layout, clock):
+def test_refusal_of_a_successor_is_heard_at_once(layout, clock):
     predecessor = Predecessor(layout, "7")
 
     Successor(layout, "8").ask(HOLDER, "disk full")
@@ -97,7 +97,7 @@ def test_refusal_reaches_the_successor_that_asked_and_no_other(layout, clock):
     ask(other, clock, times=2)
 
 
-def test_one_that_still_asks_is_told_from_one_that_has_died(layout, clock, monkeypatch):
+def test_dead_successor_is_told_from_a_live_one(layout, clock, monkeypatch):
     predecessor, successor = Predecessor(layout, "7"), Successor(layout, "8")
     ask(successor, clock)
     predecessor.poll()
@@ -114,6 +114,25 @@ def test_one_that_still_asks_is_told_from_one_that_has_died(layout, clock, monke
     assert predecessor.still_asks(request)
     monkeypatch.setattr(time, "sleep", real)
     assert not predecessor.still_asks(request)
+    assert predecessor.poll() is None
+
+
+def test_successor_knows_that_it_is_accepted_and_the_predecessor_that_the_lease_is_taken(layout, clock):
+    predecessor, successor, other = Predecessor(layout, "7"), Successor(layout, "8"), Successor(layout, "9")
+    ask(successor, clock, times=2)
+    request = files.read_json(layout.request)
+    assert not successor.is_accepted
+
+    predecessor.answer(request, "accepted")
+    ask(other, clock)
+    ask(successor, clock)
+
+    assert successor.is_accepted and not other.is_accepted
+    assert not predecessor.is_taken(request)
+    other.tell_taken()
+    assert not predecessor.is_taken(request)
+    successor.tell_taken()
+    assert predecessor.is_taken(request)
 
 
 def test_requests_are_written_into_the_files_that_are_there(layout, clock):
@@ -122,7 +141,8 @@ def test_requests_are_written_into_the_files_that_are_there(layout, clock):
     before = [(os.stat(path).st_ino, os.stat(path).st_size) for path in (layout.request, layout.answer)]
 
     ask(successor, clock, times=2)
-    predecessor.answer(files.read_json(layout.request), "released")
+    predecessor.answer(files.read_json(layout.request), "accepted")
+    successor.tell_taken()
 
     assert before == [(os.stat(path).st_ino, os.stat(path).st_size) for path in (layout.request, layout.answer)]
 
@@ -192,4 +212,4 @@ def test_shared_memory_is_what_postgres_says(printed, megabytes, tmp_path):
 def test_free_memory_of_this_machine_is_known():
     free = handover.free_memory()
 
-    assert free is not None and 0 < free < 1024**2
+    assert free is not None and free > 0

@@ -258,7 +258,7 @@ def queue(host, monkeypatch):
 
     class FakeQueue:
         successors = ["8"]
-        successor, predecessor, earliest = {"id": "8", "state": "PENDING"}, "", None
+        successor, predecessor, earliest, trouble = {"id": "8", "state": "PENDING"}, "", None, ""
 
         def __init__(self, settings, job):
             pass

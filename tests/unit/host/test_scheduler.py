@@ -183,9 +183,9 @@ def test_slurm_that_is_not_there_says_nothing(tmp_path):
 HEAD = "JOBID|STATE|NODELIST|TIME_LEFT/TIME_LIMIT|NAME|REASON"
 
 
-def row(job, name, state, times="1:00/2:00"):
+def row(job, name, state, times="1:00/2:00", reason="None"):
     """Return a line of squeue's output."""
-    return f"{job}|{state}||{times}|{name}|None"
+    return f"{job}|{state}||{times}|{name}|{reason}"
 
 
 SUBMIT = [
@@ -245,7 +245,16 @@ def test_one_successor_is_kept(others, follower, queued):
     assert queue.submitted in ([], [SUBMIT])
 
 
-WAITS = "waits for that (server_handover_after, or dependency in server_job_options)"
+@pytest.fixture
+def utc(monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+WAITS = "cannot start earlier (server_handover_after, or dependency in server_job_options)"
 LONG = ("7", "hpc_db", "RUNNING", "1:00:00/2:00:00")
 
 
@@ -253,9 +262,8 @@ LONG = ("7", "hpc_db", "RUNNING", "1:00:00/2:00:00")
     ("50%", "after:7+60?afterany:7"), ("10%", "after:7+12?afterany:7"), ("30", "after:7+30?afterany:7"),
     ("1:30:30", "after:7+91?afterany:7"), ("", "singleton"), ("2:00:00", "singleton"), ("99%", "singleton"),
 ])
+@pytest.mark.usefixtures("utc")
 def test_successor_may_begin_before_its_predecessor_ends(after, dependency, monkeypatch):
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
     monkeypatch.setattr(time, "time", lambda: 1790000000.0)
     queue = FakeQueue(LONG, after=after)
 
@@ -273,9 +281,8 @@ def test_successor_may_begin_before_its_predecessor_ends(after, dependency, monk
     ({"state": "PENDING", "reason": "Priority"}, "queued as job 8 since 14:13, Priority, expected 2026-09-22 15:13"),
     ({"state": "RUNNING", "reason": ""}, "job 8 is RUNNING"),
 ])
-def test_what_a_worker_that_waits_is_told(job, told, monkeypatch):
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
+@pytest.mark.usefixtures("utc")
+def test_message_for_waiting_workers(job, told, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 1790000000.0)
 
     assert in_words({"id": "8", **job}, {"submitted": 1790000000.0, "expected": 1790090000.0}) == told
@@ -298,7 +305,8 @@ def test_dependency_of_the_user_is_kept():
 
 @pytest.mark.parametrize("reason, late", [
     ("QOSMaxJobsPerUserLimit", True), ("AssocMaxJobsLimit", True), ("AssocGrpJobsLimit", True), ("Priority", False),
-    ("Resources", False), ("Dependency", False), ("MaxJobsPerAccount", True),
+    ("Resources", False), ("Dependency", False), ("MaxJobsPerAccount", True), ("QOSMaxCpuPerUserLimit", True),
+    ("AssocGrpCPUMinutesLimit", False), ("AssocGrpWallLimit", False), ("QOSMaxNodePerJobLimit", False),
 ])
 def test_limit_on_running_jobs_is_known(reason, late):
     queue = FakeQueue(LONG, after="50%")
@@ -319,26 +327,50 @@ def test_slurm_that_does_not_understand_the_dependency_gets_the_old_one():
     assert queue.submitted[1] == SUBMIT and queue.earliest is None
 
 
-def test_pause_grows_before_each_successor_after_those_that_vanished(monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(time, "time", lambda: now[0])
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
-    queue = FakeQueue(LONG, after="50%")
+@pytest.mark.usefixtures("utc")
+def test_successors_after_those_that_vanished_begin_later_and_later(monkeypatch):
+    """But not later than the end of this job: one is always queued."""
+    monkeypatch.setattr(time, "time", lambda: 1790000000.0)  # 14:13
+    queue = FakeQueue(("7", "hpc_db", "RUNNING", "50:00/2:00:00"), after="50%")
     said = []
 
-    for _minute in range(12):
+    for _turn in range(5):
         said.append(queue.ensure_successor())
-        queue.jobs = [LONG]  # it has begun and ended
-        now[0] += 60
+        assert queue.ensure_successor() == said[-1]
+        assert queue.trouble == ("" if len(said) == 1 else said[-1])
+        queue.jobs = queue.jobs[:1]  # the successor has begun and ended
 
     assert said == [
-        "job 8 follows", "job 9 follows",
-        "job 9 has ended without taking over; the next one is submitted at 00:19", "job 10 follows",
-        *["job 10 has ended without taking over; the next one is submitted at 00:22"] * 2, "job 11 follows",
-        *["job 11 has ended without taking over; the next one is submitted at 00:27"] * 4, "job 12 follows",
+        "job 8 follows", "job 8 has ended without taking over, job 9 follows",
+        "job 9 has ended without taking over, job 10 follows at 14:14 or later",
+        "job 10 has ended without taking over, job 11 follows at 14:15 or later",
+        "job 11 has ended without taking over, job 12 follows at 14:17 or later",
     ]
+    dependencies = [flag for command in queue.submitted for flag in command if "dependency" in flag]
+    assert dependencies == [
+        f"--dependency=after:7+{minutes}?afterany:7" for minutes in (60, 60, 71, 72, 74)
+    ]
+
+
+def test_successor_whose_submission_fails_is_no_longer_named():
+    queue = FakeQueue(LONG, after="50%")
+    queue.ensure_successor()
+    queue.jobs, queue.refuses = [LONG], "sbatch"
+
+    for _turn in range(2):
+        with pytest.raises(OSError, match="Job dependency problem"):
+            queue.ensure_successor()
+        assert queue.successor is None
+    queue.refuses = ""
+    assert queue.ensure_successor() == "job 13 follows"
+
+
+def test_workers_do_not_wait_for_a_successor_that_cannot_start():
+    queue = FakeQueue(LONG, ("8", "hpc_db", "PENDING", "1:00/2:00", "JobHeldAdmin"), after="50%")
+
+    assert queue.ensure_successor() == "job 8 cannot start (JobHeldAdmin)" == queue.trouble
+
+    assert (queue.successor["id"], queue.successor["told"]) == ("8", "")
 
 
 def test_predecessor_that_still_ends_is_not_a_successor():
@@ -348,7 +380,7 @@ def test_predecessor_that_still_ends_is_not_a_successor():
     assert queue.ensure_successor() == "job 8 follows"
 
 
-def test_last_look_finds_who_follows_and_bears_a_scheduler_that_is_silent(monkeypatch):
+def test_last_look_updates_the_successor_if_the_scheduler_answers(monkeypatch):
     queue = FakeQueue(LONG)
     queue.ensure_successor()
 
@@ -356,7 +388,10 @@ def test_last_look_finds_who_follows_and_bears_a_scheduler_that_is_silent(monkey
     queue.look(5)
     assert queue.successor["id"] == "8"
     monkeypatch.undo()
-    queue.jobs = [LONG]
+    queue.jobs = []  # filtered
+    queue.look(5)
+    assert queue.successor["id"] == "8"
+    queue.jobs = [("7", "hpc_db", "COMPLETING")]
     queue.look(5)
     assert queue.successor is None
 
@@ -371,6 +406,9 @@ def test_successors_are_cancelled_and_nobody_else():
     queue.cancel_successors()
 
     assert queue.jobs == [OURS, ("9", "worker", "PENDING")]
+    assert queue.successor is None
+    with pytest.raises(OSError, match="^the server has failed for good$"):
+        queue.ensure_successor()
 
 
 @pytest.mark.parametrize("listed", [HEAD, f"{HEAD}\n{row(9, 'worker', 'PENDING')}"])

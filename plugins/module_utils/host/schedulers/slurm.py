@@ -38,8 +38,8 @@ HOPELESS = re.compile(
     r"|JobHeld(Admin|User)|JobHoldMaxRequeue|MaxMemPerLimit|PartitionConfig|PartitionTimeLimit"
     r"|QOSMin\w+|QOSNotAllowed|Reservation(Deleted|Invalid)|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?"
 )
-# Reasons that resolve when another job of this user, account or QOS ends.
-JOB_LIMIT = re.compile(r"(Assoc|QOS)(Max|Grp)|MaxJobsPerAccount|DependencySingleton")
+# Reasons that resolve when another job of this user, account or QOS ends; not limits of one job, or on consumed time.
+JOB_LIMIT = re.compile(r"(Assoc|QOS)(Max|Grp)(?!\w*(Minutes|Wall|Per(Job|Node)))|MaxJobsPerAccount|DependencySingleton")
 # Refusals by --test-only that may be temporary: the job may only have to wait for nodes.
 PASSING = re.compile(
     r"Requested node configuration is not available|Requested nodes are busy"
@@ -58,6 +58,7 @@ class Slurm(Scheduler):
 
     name = "slurm"
     job_variable = "SLURM_JOB_ID"
+    no_handover = "server_handover_after, or dependency in server_job_options"
 
     def environment(self, variables: Mapping[str, str], bin_dir: str) -> Dict[str, str]:
         """See Scheduler. Times are printed in seconds since 1970."""

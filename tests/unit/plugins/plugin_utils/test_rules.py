@@ -76,7 +76,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"server_stop_notice": 0}, "server_stop_notice: 0 is not allowed; 1 to 65535 seconds"),
     ({"server_stop_notice": 65536}, "server_stop_notice: 65536 is not allowed; 1 to 65535 seconds"),
     *[({"server_handover_after": text}, f"server_handover_after: {text} is not allowed; a share of the walltime such ")
-      for text in ("half", "100%", "-1%", "50 %", "12h", "1:2:3:4", "50%\n", "43200")],
+      for text in ("half", "100%", "-1%", "50 %", "12h", "1:2:3:4", "50%\n", "43200", "0%", "0:00", "0:00:59")],
     *[({"server_pooler_program": text}, f"server_pooler_program: {text} is not allowed; a path that begins with / or ~")
       for text in ("pgbouncer", "/a\nb", "-x")],
     ({"server_pooler": True, "postgres_provider": "system", "server_pooler_program": ""},
