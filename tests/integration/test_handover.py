@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -91,7 +92,7 @@ class Chain:
         """Wait until a job serves, and no other one runs."""
         eventually(lambda: self.instance.is_published() and self.instance.said("endpoint")["job"] == job)
         for other in [each for each in self.running if each != job]:
-            assert self.running.pop(other).wait(20) == 0, self.instance.log()
+            assert self.running.pop(other).wait(60) == 0, self.instance.log()
             self.set_state(other, "")
 
 
@@ -125,10 +126,11 @@ def test_twenty_hand_overs_lose_nothing_and_leave_nothing(chain: Chain) -> None:
         began = time.monotonic()
         chain.start(job)
         chain.wait_for(job)
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60
         assert len(postmasters(target.root)) == 1
         eventually(lambda: len(chain.waiting()) == 1)
-        kept.append(sorted(path.name.partition(".")[0] for path in (target.root / "run").iterdir()))
+        listed = (path.name for path in (target.root / "run").iterdir())
+        kept.append(sorted(name.partition(".")[0] for name in listed if not name.startswith(".")))
 
     assert target.psql("SELECT count(*), sum(n) FROM t") == "20|190"
     assert kept[1:] == kept[1:2] * 19
@@ -155,7 +157,7 @@ def test_successor_that_cannot_serve_is_named_and_the_predecessor_serves_on(chai
         target.said("state")["reason"])
     assert first.poll() is None and target.said("endpoint")["job"] == "7"
     assert target.psql("SELECT 1") == "1"
-    assert "cannot take over from job 7, which goes on: postgres does not run on" in target.log()
+    assert re.search("failed: cannot take over: postgres does not run on .*; job 7 continues to serve", target.log())
 
 
 def test_successor_that_vanishes_before_it_takes_the_lease(chain: Chain) -> None:
@@ -171,9 +173,10 @@ def test_successor_that_vanishes_before_it_takes_the_lease(chain: Chain) -> None
 
         def ask() -> bool:
             asking.ask({"job": "7"})
-            return target.said("answer").get("answer") == "released"
+            return target.said("answer").get("answer") == "accepted"
 
         eventually(ask)
+        eventually(lambda: asking.ask({"job": "7"}) or not target.is_published())  # it releases the lease
 
     eventually(lambda: target.is_published() and target.said("endpoint")["since"] > since, 40)
     assert first.poll() is None and target.said("endpoint")["job"] == "7"
@@ -190,6 +193,7 @@ def test_successor_that_dies_while_it_asks_changes_nothing(chain: Chain) -> None
     chain.wait_for("7")
     since = target.said("endpoint")["since"]
     second = chain.start(chain.successor())
+    eventually(lambda: target.said("request").get("job") == "8")
     os.kill(second.pid, signal.SIGKILL)
     second.wait()
     chain.set_state("8", "")
@@ -213,7 +217,7 @@ def test_of_two_successors_one_takes_over_and_the_other_ends(chain: Chain) -> No
     winner = "8" if ended is others[1] else "9"
     assert ended.returncode == 3
     assert target.said("endpoint")["job"] == winner
-    assert f"; job {winner} hands over 600 s after its start, not after" in target.log()
+    assert f"; job {winner} hands over 600 s after its start; " in target.log()
     assert len(postmasters(target.root)) == 1
 
 

@@ -194,7 +194,7 @@ class Instance:
         return (self.root / "log" / "job.log").read_text()
 
     def said(self, name: str) -> dict:
-        return json.loads((self.root / "run" / f"{name}.json").read_text())
+        return read_json(str(self.root / "run" / f"{name}.json")) or {}
 
     def is_published(self, name: str = "endpoint") -> bool:
         return bool(read_json(str(self.root / "run" / f"{name}.json")))
@@ -507,7 +507,7 @@ def test_takeover_during_a_slow_last_checkpoint_ends_it_unwritten(what: str, ins
     instance.psql("CREATE TABLE t AS SELECT 1 AS n", said)
     os.kill(int(instance.psql(CHECKPOINTER, said)), signal.SIGSTOP)
     process.terminate()
-    eventually(lambda: not (instance.root / "run" / f"{said}.json").exists())
+    eventually(lambda: not instance.is_published(said))
     with owner():
         (instance.root / "run" / "lease.2").write_text('{"host": "c2", "job": "8"}')
 
@@ -527,7 +527,7 @@ def test_lease_is_renewed_during_a_slow_last_checkpoint(instance: Instance) -> N
     checkpointer = int(instance.psql(CHECKPOINTER, "bootstrap"))
     os.kill(checkpointer, signal.SIGSTOP)
     process.terminate()
-    eventually(lambda: not (instance.root / "run" / "bootstrap.json").exists())
+    eventually(lambda: not instance.is_published("bootstrap"))
     for _turn in range(3):
         beat = (instance.root / "run" / "hb.1").read_text()
         eventually(lambda: (instance.root / "run" / "hb.1").read_text() != beat, 3)  # noqa: B023 - the TTL

@@ -132,7 +132,7 @@ OPENERS: dict[str, list[Command]] = {
     ],
     "roles/databases/tasks/reload.yml": [community("postgresql_query", login_db="postgres", query="SELECT 1")],
     "roles/workers/files/wait.py": [
-        lambda place: python(str(ROOT / "roles/workers/files/wait.py"), "hpc_db", "1"),
+        lambda place: python(str(ROOT / "roles/workers/files/wait.py"), str(place.folder / "root"), "hpc_db", "1", "1"),
     ],
     "roles/workers/files/study_optuna.py": [worker],
     "client/src/hpc_db_client/dialect.py": [worker],

@@ -14,8 +14,10 @@ import time
 from .outlook import Outlook
 
 FIRST_PAUSE = 0.1
-# Seconds. Thousands of workers that retry every 2 s on average are no load for a server that starts.
+# Maximum pause in seconds. Thousands of workers that retry every 2 s on average are no load for a server that starts.
 LONGEST_PAUSE = 2.5
+# But they are one for the file system during hours: after these minutes of an outage, as many seconds are the maximum.
+LATE_MINUTES = 30.0
 _random = random.Random()  # not the global one, which the program may have seeded
 os.register_at_fork(after_in_child=_random.seed)
 
@@ -36,9 +38,9 @@ class GaveUp(Exception):
 
 
 class Patience:
-    """The max outage for one engine; the threads of a process report each change of an outage only once.
+    """Time limits of an outage; a process reports each change once.
 
-    ``seconds`` count from the last moment at which a server was known to follow, and ``max_wait`` from the beginning of
+    ``seconds`` counts from the last moment at which a server job was queued or running, ``max_wait`` from the start of
     the outage.
     """
 
@@ -51,18 +53,14 @@ class Patience:
         self._told: str | None = None
         self._lock = threading.Lock()
 
-    def tell_change(self, error: BaseException, follows: str) -> None:
-        """Report the beginning of an outage, and each change of what follows."""
+    def tell_change(self, error: BaseException, next_job: str) -> None:
+        """Report the start of an outage and each change of the next server job."""
         with self._lock:
-            told, self._told = self._told, follows
-        if told == follows:
-            return
-        if follows:
-            tell(f"waiting for the database server ({self.server}), up to {self.max_wait:.0f} s: {follows}")
-        elif told:
-            tell(f"waiting up to {self.seconds:.0f} s for the database server ({self.server}): no job follows any more")
-        else:
-            tell(f"waiting up to {self.seconds:.0f} s for the database server ({self.server}): {in_short(error)}")
+            told, self._told = self._told, next_job
+        if told != next_job:
+            seconds = self.max_wait if next_job else self.seconds
+            why = next_job or ("no server job is queued any more" if told else in_short(error))
+            tell(f"waiting up to {seconds:.0f} s for the database server ({self.server}): {why}")
 
     def is_over(self) -> None:
         """Note that the server has answered, so that the next outage is reported again."""
@@ -77,25 +75,29 @@ class Outage:
 
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
-        begun = time.monotonic()
-        self._limit = begun + patience.seconds
-        self._last = begun + patience.max_wait
+        self._begun = time.monotonic()
+        self._limit = self._begun + patience.seconds
+        self._last = self._begun + patience.max_wait
         self._pause = FIRST_PAUSE
 
     def pause(self, error: BaseException) -> None:
         """Wait for a random time that grows with each call; raise GaveUp after the max outage."""
-        follows = self._patience.outlook.follows()
+        next_job = self._patience.outlook.next_job()
         now = time.monotonic()
-        if follows:
+        if next_job:
             self._limit = max(self._limit, now + self._patience.seconds)
         left = min(self._limit, self._last) - now
         if left <= 0:
-            setting = "hpc_db_max_wait" if self._last < self._limit else "hpc_db_patience"
-            seconds = self._patience.max_wait if self._last < self._limit else self._patience.seconds
+            within = f"{self._patience.seconds:g} s (hpc_db_patience)"
+            if self._last < self._limit:
+                within = f"{self._patience.max_wait:g} s (hpc_db_max_wait)"
+            elif self._limit > self._begun + self._patience.seconds:
+                within += " after the last server job was queued or running"
             raise GaveUp(
-                f"hpc_db: the database server ({self._patience.server}) did not come back within"
-                f" {seconds:g} s ({setting}): {in_short(error)}"
+                f"hpc_db: the database server ({self._patience.server}) did not come back within {within}:"
+                f" {in_short(error)}"
             ) from error
-        self._patience.tell_change(error, follows)
+        self._patience.tell_change(error, next_job)
         time.sleep(min(left, self._pause * _random.uniform(0.5, 1.5)))
-        self._pause = min(2 * self._pause, LONGEST_PAUSE / 1.5)
+        longest = max(LONGEST_PAUSE, min((now - self._begun) / 60, LATE_MINUTES))
+        self._pause = min(2 * self._pause, longest / 1.5)

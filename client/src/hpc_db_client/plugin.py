@@ -14,7 +14,7 @@ from sqlalchemy.pool import QueuePool
 # Longer than a takeover after a node failure (minutes), but short enough that a node does not idle for long in vain.
 PATIENCE_SECONDS = 600.0
 LONGEST_PATIENCE_SECONDS = 7 * 86400.0
-# While a server job is queued: a night. A trial's result is worth more than the time of an idle worker.
+# Limit while a server job is queued: one night. A lost result costs more than an idle worker.
 MAX_WAIT_SECONDS = 12 * 3600.0
 PREFIX = "hpc_db_"
 SETTINGS = {"hpc_db_patience": PATIENCE_SECONDS, "hpc_db_max_wait": MAX_WAIT_SECONDS}

@@ -84,8 +84,8 @@ def storage(
 ) -> InstanceStorage:
     """Return the storage of an instance, given by name or directory.
 
-    ``patience`` is the max outage in seconds, from the last moment at which a server job was queued or running, and
-    ``max_wait`` the one from the beginning.
+    ``patience`` (seconds) counts from the last moment at which a server job was queued or running, ``max_wait`` from
+    the start of the outage.
     """
     for name, seconds in (("patience", patience), ("max_wait", max_wait)):
         if not 0 <= seconds <= MOST_SECONDS:  # guard: longest patience

@@ -45,7 +45,8 @@ class Predecessor:
         self._heard = False
         for path in (layout.request, layout.answer):
             with contextlib.suppress(OSError):  # a full disk; then a successor is noticed later
-                files.write_state(path, {})
+                if not os.path.exists(path):
+                    files.write_state(path, {})
 
     def poll(self) -> Optional[dict]:
         """Return the request of a successor that still asks; None if there is none.

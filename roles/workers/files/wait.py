@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Wait until the server of an instance accepts connections: python wait.py ROOT INSTANCE PATIENCE MAX_WAIT.
 
-The limits are in seconds: PATIENCE from the last moment at which a server job was known to follow, MAX_WAIT from the
-beginning.
+Both limits are in seconds: PATIENCE counts from the last moment at which a server job was queued or running, MAX_WAIT
+from the start.
 """
 
-import json
-import os
+import random
 import sys
 import time
+
+from outlook import Outlook  # the client package's, in the same folder
 
 try:
     import psycopg2 as driver
@@ -17,37 +18,31 @@ except ImportError:
     import psycopg as driver
 
 
-def read_follows(root: str) -> str:
-    """Return what follows the last server, as the server job has written it; empty if nothing does."""
-    try:
-        with open(os.path.join(root, "run", "state.json"), encoding="utf-8") as stream:
-            return str((json.load(stream).get("follows") or {}).get("told", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
-
-
 def main() -> None:
     """Try to connect until it succeeds; after the given time, exit with the last error."""
-    root, instance, patience, longest = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
-    limit = time.monotonic() + patience
-    last = time.monotonic() + max(patience, longest)
+    root, instance = sys.argv[1:3]
+    patience, max_wait = (float(argument) for argument in sys.argv[3:5])
+    outlook = Outlook(root)
+    begun = time.monotonic()
+    limit, last = begun + patience, begun + max(patience, max_wait)
     told = None
     while True:
         try:
             driver.connect(f"service={instance}").close()
             return
         except driver.Error as error:
-            follows = read_follows(root)
-            if follows:
-                limit = max(limit, time.monotonic() + patience)
-            if time.monotonic() >= min(limit, last):
-                seconds = longest if last < limit else patience
-                sys.exit(f"hpc_db: no server within {seconds:.0f} s: {str(error).strip()}")
-            if follows != told:
-                words = f", up to {longest:.0f} s: {follows}" if follows else f" up to {patience:.0f} s"
-                print(f"hpc_db: waiting for the server{words}", file=sys.stderr, flush=True)
-            told = follows
-        time.sleep(2)
+            next_job, now = outlook.next_job(), time.monotonic()
+            if next_job:
+                limit = max(limit, now + patience)
+            if now >= min(limit, last):
+                sys.exit(f"hpc_db: no server within {now - begun:.0f} s: {str(error).strip()}")
+            if next_job != told:
+                seconds = last - begun if next_job else patience
+                print(f"hpc_db: waiting up to {seconds:.0f} s for the server: {next_job or str(error).strip()}",
+                      file=sys.stderr, flush=True)
+            told = next_job
+        # Thousands of workers may wait for hours.
+        time.sleep(random.uniform(0.5, 1.5) * max(2.0, min((now - begun) / 60, 30.0)))
 
 
 if __name__ == "__main__":
