@@ -71,7 +71,7 @@ options:
   memory:
     description:
       - The memory of the job, such as V(16G), unless O(options) set it. With this option the job gets all options that
-        the server job needs; those in O(options) take precedence. Only one job of its name runs at a time
+        the server job needs; those in O(options) take precedence. The job starts only if no other one of its name runs
         (C(dependency=singleton)). It gets a signal before its walltime. It is requeued after a failure of its node only
         with O(chain=false).
     type: str

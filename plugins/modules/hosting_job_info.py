@@ -115,7 +115,7 @@ state:
       description: Start of this state in seconds since 1970.
       type: float
     follows:
-      description: The job that follows. V(null) if there is none.
+      description: The next server job. V(null) if there is none.
       type: dict
       contains:
         id:
@@ -137,8 +137,11 @@ state:
           description: Why it cannot begin before the running job ends. Empty if it can.
           type: str
         told:
-          description: Message for workers that wait.
+          description: Message for waiting workers. Empty if the job cannot start.
           type: str
+    lease:
+      description: C(epoch) of the lease, and C(ttl), its timeout in seconds.
+      type: dict
 disk:
   description: Size of the file system of O(root) in bytes. V(null) if O(root) does not exist.
   returned: success
@@ -159,7 +162,7 @@ idle_nodes:
   elements: str
 outage:
   description:
-    - When the server will be away at the end of its job, why, and for how long, in one line.
+    - Start, reason and expected length of the outage at the end of the job, in one line.
     - Empty if the successor can take over before, or if nothing is known.
   returned: success
   type: str

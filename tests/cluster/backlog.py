@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 # SPDX-FileCopyrightText: mala.hpc_db contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Keep whole-node jobs of this user in the queue: backlog.py MINUTES, which a new job waits if they share one node."""
+"""Keep whole-node jobs of this user in the queue: backlog.py MINUTES, a new job's wait if one node is left."""
 
 from __future__ import annotations
 

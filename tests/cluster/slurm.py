@@ -28,7 +28,7 @@ ACCOUNTING = {
     "AccountingStorageType": "accounting_storage/slurmdbd", "AccountingStorageHost": "ctl",
     "AccountingStorageEnforce": "associations,limits,qos",
 }
-# MariaDB keeps the accounting; root logs in over the socket.
+# MariaDB stores the accounting; root logs in over the socket.
 DATABASE_SOCKET = Path("/run/mysqld/mysqld.sock")
 DATABASE_FOLDER = "/var/lib/accounting"
 DATABASE = [

@@ -80,12 +80,12 @@ def test_hand_overs_on_a_busy_cluster(start: Callable[..., MiniCluster], soak: b
     share = overlap(cluster)
     print(f"L12: {turns} hand-overs, {max(gaps):.1f} s without a result, two jobs for {share:.1%} of the time")
     assert max(gaps) <= 10
-    assert share <= 0.02
+    assert share <= (0.02 if soak else 0.05)
 
 
 def test_where_one_job_may_run_workers_wait_for_the_queue(start: Callable[..., MiniCluster]) -> None:
     """The job ends at its walltime; its successor could not start before."""
-    options = {"partition": "work", "time": "00:04:00", "mem": "1000M", "account": "k80", "qos": "single"}
+    options = {"partition": "work", "time": "00:08:00", "mem": "1000M", "account": "k80", "qos": "single"}
     cluster = start("--accounting", server_job_options=options, server_successor_options={}, server_stop_notice=60)
     with Watch(cluster) as watch, Workers(cluster, "login", Workers.CALM) as workers:
         watch.wait_for_acknowledgement(60)
@@ -94,10 +94,10 @@ def test_where_one_job_may_run_workers_wait_for_the_queue(start: Callable[..., M
         eventually(lambda: limited in ((cluster.said("state").get("follows") or {}).get("late", "")), 240, 1)
 
         status = cluster.playbooks.play("status")
-        announced = rf"outage +from .*, when job {before['job']} ends, until job \d+ begins, which has to wait for that"
+        announced = rf"outage +from .* \(end of job {before['job']}\) until job \d+ starts, which cannot start earlier"
         assert re.search(rf"{announced} \({limited}\)", status.stdout), status.stdout
 
-        cluster.wait_for_another(before, 400)
+        cluster.wait_for_another(before, 700)
         watch.wait_for_acknowledgement(60)
         assert watch.most() == 1
         workers.check()

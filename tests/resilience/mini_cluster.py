@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hpc_db_host.files import read_json
 from target import ROOT, Target
 
 CLUSTER = ROOT / "tests" / "cluster" / "cluster"
@@ -167,9 +168,7 @@ class MiniCluster:
 
     def said(self, name: str) -> dict:
         """Read a file that the supervisor publishes; empty if it publishes nothing."""
-        with contextlib.suppress(FileNotFoundError):
-            return json.loads((self.root / "run" / f"{name}.json").read_text())
-        return {}
+        return read_json(str(self.root / "run" / f"{name}.json")) or {}
 
     def service(self) -> str:
         """Return the host in the service entry; empty if there is none."""
@@ -280,7 +279,7 @@ class Workers:
     # All of them with Optuna's default sampler, which reads all trials, would take the whole machine.
     OPTIONS = [*["--seconds=1 --random"] * 4, *["--pause=1 --random"] * 2, *["--seconds=1 --heartbeat"] * 2]
     ZONES = ["UTC"] * 6 + ["Asia/Tokyo", "America/New_York"]
-    # For a test of many minutes, with others beside it: as many workers, with fewer trials.
+    # For long tests beside others: as many workers, fewer trials.
     CALM = ["--seconds=3 --random"] * 5 + ["--pause=3 --random"] * 2 + ["--seconds=5 --heartbeat"]
 
     def __init__(self, cluster: MiniCluster, host: str, options: Sequence[str] = OPTIONS) -> None:

@@ -380,7 +380,7 @@ class Host:
     def tell(self, state: str, reason: str, event: str = "", cause: str = "") -> None:
         """Log a change of state, record it as an event, and write it to state.json if the lease is ours.
 
-        The file also names the job that follows, for workers that wait. A temporary server only logs the change.
+        The file also describes the next server job, for waiting workers. A temporary server only logs the change.
         """
         follows = self._queue.successor if self._queue else None
         if self._queue and not follows and state == "starting":
@@ -409,7 +409,7 @@ class Host:
             files.log("cannot write state.json: %s" % error)
 
     def tell_end(self, state: str, reason: object) -> None:
-        """Report the reason for the end, the errors during the shutdown, and the job that follows."""
+        """Report the reason for the end, the errors during the shutdown, and the next server job."""
         if self._queue and self._lease:
             self._queue.look(LAST_LOOK_SECONDS)
         elif self._queue:

@@ -81,7 +81,7 @@ def serving_job(endpoint: Optional[dict], jobs: List[dict]) -> Optional[dict]:
 
 
 def forget_successor(layout: Layout) -> None:
-    """Note that no job follows the last server, after all jobs were cancelled: workers stop waiting for it."""
+    """Record that no server job is queued, so that waiting workers give up after the max outage."""
     state = files.read_json(layout.state) or {}
     if state.get("follows"):
         files.write_state(layout.state, dict(state, follows=None))

@@ -5,8 +5,8 @@
     time      seconds since 1970
     job, host the job that wrote the record, and its host
     state     starting, serving, unhealthy, stopping, ended or failed
-    event     "start" of PostgreSQL, "restart" after a crash, "walltime" (it is near), "handover" (a successor asks for
-              it), else empty
+    event     "start" of PostgreSQL, "restart" after a crash, "walltime" (a stop shortly before it), "handover" (a stop
+              requested by a successor), else empty
     reason    one line for people
     cause     for a restart: why PostgreSQL ended
 """

@@ -12,7 +12,7 @@ from typing import Optional, Union
 
 # Minimum size of a state file, so that a longer state can replace it without more disk space.
 STATE_BYTES = 2048
-# Seconds in which a file that is half rewritten becomes whole.
+# Seconds to wait for a file that is being rewritten.
 HALF_SECONDS = 0.05
 
 
@@ -58,7 +58,7 @@ def write_json(path: str, content: dict) -> None:
 
 
 def write_state(path: str, content: dict) -> None:
-    """Write ``content`` as JSON into the existing file, which stays as long as it is; create the file if it is missing.
+    """Write ``content`` as JSON into the existing file, whose length never shrinks; create the file if it is missing.
 
     A host that caches names, sizes and the absence of files sees the new content at its next open, and a full disk has
     space for it. A reader may see half of a change, which is not valid JSON.

@@ -57,8 +57,8 @@ SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND 
 """
 
 
-# Optuna's heartbeats are in the session's time zone, which is UTC with the client package. Only a worker that waits has
-# a heartbeat to renew; a killed one is found dead after the grace period.
+# Optuna's heartbeats are in the session's time zone, which is UTC with the client package. This also renews the
+# heartbeats of killed workers, which are found dead one grace period later.
 HEARTBEATS = """
 SET client_min_messages = warning;
 SET TIME ZONE 'UTC';
@@ -159,7 +159,7 @@ class Postgres:
         return "connections exhausted: %d of %d are used" % (used, allowed) if used >= allowed else ""
 
     def renew_heartbeats(self, databases: List[str]) -> None:
-        """Let no worker be taken for dead because it waited for this server: its heartbeats have stopped meanwhile.
+        """Renew the heartbeats of running trials: waiting workers could send none.
 
         Call this before clients can connect. Raise Failed for the first database in which it fails.
         """
