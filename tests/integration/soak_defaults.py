@@ -1,0 +1,43 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""With Slurm's own timeouts and this collection's, a hand-over and the failure of a node; run by make soak.
+
+The other tests have shorter timeouts. The successor starts minutes before Slurm notices that its predecessor's node has
+failed, and must not give up before.
+"""
+
+from __future__ import annotations
+
+import time
+
+from mini_cluster import Watch, Workers, started
+
+# Slurm's defaults, which the test cluster shortens.
+SLURM = {"MessageTimeout": 10, "SlurmdTimeout": 300, "KillWait": 30}
+SETTINGS = {
+    "server_job_options": {"partition": "work", "time": "01:00:00", "mem": "1000M", "cpus-per-task": 1},
+    "server_handover_after": "00:02:00", "server_lease_ttl": 90,
+}
+
+
+def test_with_the_defaults_of_slurm_and_of_the_collection() -> None:
+    with started(*(f"--slurm={name}={value}" for name, value in SLURM.items())) as cluster:
+        played = cluster.playbooks.play("hpc_db", SETTINGS)
+        assert played.returncode == 0, played.stdout
+        assert {name: cluster.slurm(name) for name in SLURM} == SLURM
+        with Watch(cluster) as watch, Workers(cluster, "login", Workers.CALM) as workers:
+            watch.wait_for_acknowledgement(60)
+            before, began = cluster.said("endpoint"), time.monotonic()
+            cluster.wait_for_another(before, 300)
+            watch.wait_for_acknowledgement(60)
+            print(f"L12: hand-over with the shipped defaults: {watch.gap(began):.1f} s without a result")
+            assert watch.gap(began) <= 10
+
+            before = cluster.said("endpoint")
+            cluster.verb("kill", before["host"])
+            back = cluster.wait_for_another(before, 600)
+            watch.wait_for_acknowledgement(60)
+            print(f"D7: node killed, with the shipped defaults: back after {back:.0f} s")
+            assert back <= SLURM["SlurmdTimeout"] + SETTINGS["server_lease_ttl"] + 60
+            assert watch.most() == 1
+            workers.check()
