@@ -69,8 +69,8 @@ def call(
 class Queue:
     """The queue as the server job uses it: it ensures that a successor of this job is queued.
 
-    ``successor`` is the next server job, as in run/state.json; None if there is none. ``predecessor`` is the id of a job
-    that has handed over to this one, and may still be ending.
+    ``successor`` is the next server job, as in run/state.json; None if there is none. ``predecessor`` is the id of a
+    job that has handed over to this one, and may still be ending.
     """
 
     def __init__(self, settings: dict, job: str) -> None:
@@ -119,7 +119,8 @@ class Queue:
     def takes_over(self, job: str, place: str) -> None:
         """Note that a job has begun, and takes over from this one."""
         if self.successor:
-            self.successor = dict(self.successor, id=job, state="RUNNING", told="job %s on %s takes over" % (job, place))
+            told = "job %s on %s takes over" % (job, place)
+            self.successor = dict(self.successor, id=job, state="RUNNING", told=told)
 
     def look(self, timeout: float) -> None:
         """Update ``successor`` as this job ends; keep it if the scheduler does not answer in time."""
