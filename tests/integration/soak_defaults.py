@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 
-from mini_cluster import Watch, Workers, started
+from mini_cluster import Watch, Workers, hosting
 
 # Slurm's defaults, which the test cluster shortens.
 SLURM = {"MessageTimeout": 10, "SlurmdTimeout": 300, "KillWait": 30}
@@ -21,9 +21,7 @@ SETTINGS = {
 
 
 def test_with_the_defaults_of_slurm_and_of_the_collection() -> None:
-    with started(*(f"--slurm={name}={value}" for name, value in SLURM.items())) as cluster:
-        played = cluster.playbooks.play("hpc_db", SETTINGS)
-        assert played.returncode == 0, played.stdout
+    with hosting(SETTINGS, *(f"--slurm={name}={value}" for name, value in SLURM.items())) as cluster:
         assert {name: cluster.slurm(name) for name in SLURM} == SLURM
         with Watch(cluster) as watch, Workers(cluster, "login", Workers.CALM) as workers:
             watch.wait_for_acknowledgement(60)

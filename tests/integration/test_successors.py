@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from mini_cluster import MiniCluster, Watch, Workers, eventually, other_node, started
+from mini_cluster import MiniCluster, Watch, Workers, eventually, hosting, other_node
 
 SETTINGS = {
     "server_job_options": {"partition": "work", "time": "01:00:00", "mem": "1000M", "cpus-per-task": 1},
@@ -28,9 +28,7 @@ LOOK = 120
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[MiniCluster]:
-    with started() as cluster:
-        played = cluster.playbooks.play("hpc_db", SETTINGS)
-        assert played.returncode == 0, played.stdout
+    with hosting(SETTINGS) as cluster:
         yield cluster
 
 

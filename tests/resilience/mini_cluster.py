@@ -65,6 +65,15 @@ def started(*options: str) -> Iterator[MiniCluster]:
         subprocess.run([str(CLUSTER), "down", "--state", str(state)], check=True)
 
 
+@contextlib.contextmanager
+def hosting(settings: dict, *options: str) -> Iterator[MiniCluster]:
+    """Start such a cluster with alice's server on it."""
+    with started(*options) as cluster:
+        played = cluster.playbooks.play("hpc_db", settings)
+        assert played.returncode == 0, played.stdout
+        yield cluster
+
+
 def is_server(command: list[str]) -> bool:
     """Exclude children with a title of their own, and calls that only print a version or a setting."""
     return not command[0].startswith("postgres: ") and not {"--version", "-V", "-C"} & set(command)
