@@ -46,6 +46,8 @@ EARLY_SECONDS = 90.0
 TAKE_SECONDS = 15.0
 # Seconds to wait for the scheduler while the job ends.
 LAST_LOOK_SECONDS = 5.0
+# Added to a message if the scheduler and the holder contradict each other.
+CUT_OFF = "; its job has ended, but its heartbeat continues: its node may be cut off"
 # Added to a message if only the user can know whether the holder has ended.
 ASK_THE_USER = "; this host cannot check whether it has ended: if it has, run the playbook break_lease.yml"
 # Seconds until the next attempt to publish the endpoint.
@@ -228,27 +230,32 @@ class Host:
             if self._returns and isinstance(refused, Held):
                 raise refused  # the successor was late
             silent = hint
-            if isinstance(refused, Held) and self._may_ask(refused.holder):
+            if asks and isinstance(refused, Held) and self._may_ask(refused.holder):
                 self._ask(refused.holder)
             if isinstance(refused, Held) and not hint:
                 silent = silence(refused.holder, lease.silence(refused.holder), self._can_be_asked(refused.holder))
             self.tell("starting", "waiting: %s%s" % (in_words(refused), silent))
 
-        hint = ""
+        hint, asks = "", True
         pause = 0.25 if self._successor else 1.0
         is_job = not self.bootstrap and bool(scheduler.own_job(self._kind()))
         while True:
             try:
                 return lease.acquire(patience, wait, pause)
             except handover.Refused as refused:
-                if self._unfit:
-                    raise Failed("cannot take over: %s; %s" % (self._unfit, refused)) from None
-                raise Held(lease.holder() or {}, "; %s" % refused) from None
+                holder = lease.holder() or {}
+                if not (is_job and self._has_ended(holder)):
+                    if self._unfit:
+                        raise Failed("cannot take over: %s; %s" % (self._unfit, refused)) from None
+                    raise Held(holder, "; %s" % refused) from None
+                hint, asks = CUT_OFF, False
+                self._follow()
             except Held as held:
+                asks = True  # again
                 if self._returns:
                     raise
                 if is_job and self._has_ended(held.holder):
-                    hint = "; its job has ended, but its heartbeat continues: its node may be cut off"
+                    hint = CUT_OFF
                 elif is_job and self._may_ask(held.holder) and lease.is_silent(self.settings["lease_ttl"] / 2):
                     hint = "; its heartbeat has stopped, but its job has not ended: its node may have failed"
                 elif self._successor and self._successor.is_accepted:

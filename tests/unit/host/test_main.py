@@ -366,6 +366,24 @@ def test_successor_waits_longer_for_a_predecessor_that_may_have_failed(host, pre
     assert "start" in host.events
 
 
+def test_successor_waits_for_a_predecessor_that_was_cut_off(host, predecessor, monkeypatch, capsys):
+    """Slurm has given up its node; there it serves on, so that it does not hand over before the time."""
+    answers(host, monkeypatch, predecessor, "refused", "job 8 hands over 1800 s after its start; 68 s have passed")
+    began, answering = time.monotonic(), time.sleep
+    monkeypatch.setattr(scheduler, "job_has_ended", lambda *_asked: True)
+
+    def sleep(seconds):
+        if time.monotonic() < began + 3.0:
+            answering(seconds)
+        elif predecessor.holder():
+            predecessor.release()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert host.run(*SERVE) == 0
+    assert "its job has ended, but its heartbeat continues: its node may be cut off" in capsys.readouterr().err
+    assert "start" in host.events
+
+
 def test_successor_that_cannot_serve_ends_once_its_predecessor_says_that_it_continues(
     host, predecessor, monkeypatch, capsys
 ):
