@@ -44,6 +44,8 @@ FOLLOW_OFTEN_SECONDS = 60.0
 EARLY_SECONDS = 90.0
 # Seconds that a successor has to take the lease that was released for it.
 TAKE_SECONDS = 15.0
+# Seconds between two queries whether the holder's job has ended.
+ASK_SECONDS = 3.0
 # Seconds to wait for the scheduler while the job ends.
 LAST_LOOK_SECONDS = 5.0
 # Added to a message if the scheduler and the holder contradict each other.
@@ -100,6 +102,7 @@ class Host:
         self._returns = False
         #: Whether a server of this job has accepted writes.
         self._has_served = False
+        self._ask_due = 0.0
         #: Why this host cannot serve; empty if it can, None if that is not checked.
         self._unfit = None  # type: Optional[str]
         self._dumps = None  # type: Optional[Dumps]
@@ -171,7 +174,7 @@ class Host:
             "cluster": self.settings["cluster"], "scheduler": self.settings["scheduler"],
             "allocation": self._allocation, "silence": ttl * (SILENT_TTLS if self.bootstrap else 1),
         }
-        lease = Lease(self.layout.run, holder, self._has_ended, ttl)
+        lease = Lease(self.layout.run, holder, self._is_known_to_have_ended, ttl)
         self.tell("starting", "requesting the lease")
         self._acquire(lease, patience)
         self._lease = lease
@@ -580,6 +583,14 @@ class Host:
 
     def _kind(self) -> str:
         return "bootstrap" if self.bootstrap else self.settings["scheduler"]
+
+    def _is_known_to_have_ended(self, holder: dict) -> bool:
+        """Return whether a holder has ended; ask the scheduler only every few seconds, for we may wait for minutes."""
+        if time.monotonic() < self._ask_due:
+            return False
+        ended = self._has_ended(holder)
+        self._ask_due = time.monotonic() + (0.0 if ended else ASK_SECONDS)
+        return ended
 
     def _has_ended(self, holder: dict) -> bool:
         """Return whether a holder on another host, or from before a reboot, has ended, as far as can be known."""
