@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from hpc_db_host.handover import Successor
 from hpc_db_host.layout import Layout
-from test_hosting_program import (  # noqa: F401 - fixtures
+from test_hosting_program import (  # noqa: F401 - fixtures  # pylint: disable=unused-import
     Instance,
     bindir,
     data,

@@ -286,10 +286,10 @@ class Workers:
     """
 
     # All of them with Optuna's default sampler, which reads all trials, would take the whole machine.
-    OPTIONS = [*["--seconds=1 --random"] * 4, *["--pause=1 --random"] * 2, *["--seconds=1 --heartbeat"] * 2]
+    OPTIONS = (*["--seconds=1 --random"] * 4, *["--pause=1 --random"] * 2, *["--seconds=1 --heartbeat"] * 2)
     ZONES = ["UTC"] * 6 + ["Asia/Tokyo", "America/New_York"]
     # For long tests beside others: as many workers, fewer trials.
-    CALM = ["--seconds=3 --random"] * 5 + ["--pause=3 --random"] * 2 + ["--seconds=5 --heartbeat"]
+    CALM = (*["--seconds=3 --random"] * 5, *["--pause=3 --random"] * 2, "--seconds=5 --heartbeat")
 
     def __init__(self, cluster: MiniCluster, host: str, options: Sequence[str] = OPTIONS) -> None:
         self._cluster, self._host, self._options = cluster, host, options

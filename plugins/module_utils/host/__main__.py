@@ -141,10 +141,8 @@ class Host:
                 self._trouble = ", but job %s on %s did not take over" % (
                     stopped.successor["job"], stopped.successor["host"])
                 del _told_to_stop[:]
-            except Held:
-                if left:  # the successor was late
-                    raise left from None
-                raise
+            except Held as held:
+                raise (left or held) from None  # after a hand-over, the successor was late
 
     def _is_taken(self, request: dict) -> bool:
         """Wait for a successor; return whether it has taken the released lease."""
@@ -280,7 +278,8 @@ class Host:
 
     def _ask(self, holder: dict) -> None:
         """Ask the holder for the lease, or tell it why this host cannot serve; raise Refused if it keeps the lease."""
-        assert self._successor and self._queue
+        if not (self._successor and self._queue):
+            return
         if self._unfit is None:
             self._unfit = ""
             try:

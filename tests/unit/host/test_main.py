@@ -485,6 +485,7 @@ def test_file_that_asks_for_the_end_and_stays_is_no_reason_to_go_on(host, queue,
         return full() if path.endswith("stop.7") else real(path)
 
     monkeypatch.setattr(files, "remove", remove)
+
     def ask(_postgres):
         (host.root / "run" / "stop.7").write_text('{"stop": true}')
 
