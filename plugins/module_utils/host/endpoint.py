@@ -87,13 +87,8 @@ def forget_successor(layout: Layout) -> None:
         files.write_state(layout.state, dict(state, follows=None))
 
 
-def edit_service(path: str, name: str, parameters: dict) -> None:
-    """Set or, without parameters, remove the section ``name`` of a libpq service file; keep everything else."""
-    edit_services(path, {name: parameters})
-
-
 def edit_services(path: str, sections: Dict[str, dict], patience: float = 2 * LOCK_STALE_SECONDS) -> None:
-    """Set these sections, or remove those without parameters; keep everything else."""
+    """Set these sections of a libpq service file, or remove those without parameters; keep everything else."""
     path = os.path.realpath(path)
     with FileLock(path + ".lock", patience):
         try:

@@ -20,8 +20,8 @@ from hpc_db_host import endpoint
 
 path, name = sys.argv[1:]
 for port in range(3):
-    endpoint.edit_service(path, name, {"host": name, "port": port})
-    endpoint.edit_service(path, "shared", {"port": port} if port % 2 else {})
+    endpoint.edit_services(path, {name: {"host": name, "port": port}})
+    endpoint.edit_services(path, {"shared": {"port": port} if port % 2 else {}})
 """
 
 
@@ -65,7 +65,7 @@ def test_mode_is_kept_and_a_new_file_is_private(tmp_path):
             path.write_text("[other]\n")
             path.chmod(mode)
 
-        endpoint.edit_service(str(path), "hpc_db", WANTED)
+        endpoint.edit_services(str(path), {"hpc_db": WANTED})
 
         assert path.stat().st_mode & 0o777 == mode
 
@@ -75,7 +75,7 @@ def test_link_stays_a_link(tmp_path):
     (tmp_path / "dotfiles" / "service").write_text("[other]\n")
     (tmp_path / "link").symlink_to("dotfiles/service")
 
-    endpoint.edit_service(str(tmp_path / "link"), "hpc_db", WANTED)
+    endpoint.edit_services(str(tmp_path / "link"), {"hpc_db": WANTED})
 
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "dotfiles" / "service").read_text() == "[other]\n" + SECTION
@@ -83,12 +83,12 @@ def test_link_stays_a_link(tmp_path):
 
 def test_file_without_the_section_is_not_touched(tmp_path):
     path = tmp_path / "service"
-    endpoint.edit_service(str(path), "hpc_db", {})
+    endpoint.edit_services(str(path), {"hpc_db": {}})
     assert not path.exists()
 
     path.write_text("[other]\n")
     before = path.stat().st_ino
-    endpoint.edit_service(str(path), "hpc_db", {})
+    endpoint.edit_services(str(path), {"hpc_db": {}})
 
     assert path.stat().st_ino == before
     assert os.listdir(tmp_path) == ["service"]
@@ -113,7 +113,7 @@ def test_lock_of_a_process_that_was_killed_is_broken(tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint, "LOCK_STALE_SECONDS", 0.2)
     (tmp_path / "service.lock").mkdir()
 
-    endpoint.edit_service(str(tmp_path / "service"), "hpc_db", WANTED)
+    endpoint.edit_services(str(tmp_path / "service"), {"hpc_db": WANTED})
 
     assert (tmp_path / "service").read_text() == SECTION
     assert os.listdir(tmp_path) == ["service"]
