@@ -65,7 +65,8 @@ def dashboard_connection(settings: dict[str, Any], ssh: dict[str, Any], folder: 
     # entry is for the read-only role.
     user = f"{role}@" if local else ""
     passfile = f"&passfile={quote(settings['root'] + '/secrets/pgpass')}" if local else ""
-    query = f"service={settings['instance_name']}&plugin=hpc_db&hpc_db_patience={PATIENCE}{passfile}"
+    limits = f"hpc_db_patience={PATIENCE}&hpc_db_max_wait={PATIENCE}"
+    query = f"service={settings['instance_name']}&plugin=hpc_db&{limits}{passfile}"
     owners = f"~{settings['owner']}/.pg_service.conf"
     return {
         "urls": {name: f"postgresql+psycopg2://{user}/{name}?{query}" for name in settings["dashboard_databases"]},

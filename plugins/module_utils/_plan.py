@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import megabytes
-from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import DEFAULTS
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import BASE_MB, DEFAULTS
 
-# Measured, in megabytes: one TLS connection without sorting; PostgreSQL's own processes, the supervisor and a dump.
+# Measured, in megabytes: one TLS connection without sorting.
 CONNECTION_MB = 3
-BASE_MB = 128
 # Minimum and maximum of work_mem per connection by default, in megabytes.
 SORT_MB = (1, 16)
 # A dead server's node does not answer at all: without these parameters a worker hangs for minutes.

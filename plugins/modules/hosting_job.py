@@ -71,7 +71,7 @@ options:
   memory:
     description:
       - The memory of the job, such as V(16G), unless O(options) set it. With this option the job gets all options that
-        the server job needs; those in O(options) take precedence. Only one job of its name runs at a time
+        the server job needs; those in O(options) take precedence. The job starts only if no other one of its name runs
         (C(dependency=singleton)). It gets a signal before its walltime. It is requeued after a failure of its node only
         with O(chain=false).
     type: str
@@ -162,6 +162,11 @@ submitted:
   description: ID of the job that the module has submitted, which may have ended already. V(null) if it submitted none.
   returned: success
   type: str
+outage:
+  description: Start, reason and expected length of the outage at the end of the running job, in one line; empty if
+    none is expected.
+  returned: success
+  type: str
 endpoint:
   description: Endpoint of the server in the format of M(mala.hpc_db.hosting_job_info). V(null) unless it is live.
   returned: success
@@ -190,7 +195,13 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
     submit_job,
 )
-from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import outlook
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import (
+    forget_successor,
+    read_endpoint,
+    serving_job,
+)
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json, write_state
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import LEAVING
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
@@ -220,7 +231,12 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
         diff["after"]["jobs"].append({"script": params["script"], "options": params["options"]})
     submitted = None
     if changed and wanted and not check_mode:
-        new = _submit(params, run, jobs)
+        _create_files(Layout(params["root"]))
+        try:
+            new = _submit(params, run, jobs)
+        except (SchedulerError, OSError, ValueError):
+            forget_successor(Layout(params["root"]))
+            raise
         submitted, said = new.id, [*said, *filter(None, [new.said])]
         jobs = find_jobs(params, run)
     elif not wanted:
@@ -238,7 +254,7 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
     job = serving or next(iter(jobs), None)
     return {
         "changed": changed, "job": job, "endpoint": published if serving else None, "diff": diff, "warnings": said,
-        "submitted": submitted,
+        "submitted": submitted, "outage": outlook.look(Layout(params["root"]), serving),
     }
 
 
@@ -248,6 +264,17 @@ def _all_options(params: dict) -> dict:
         return params["options"]
     needs = params["name"], params["memory"], params["notice"], params["chain"]
     return SCHEDULERS[params["scheduler"]].server_options(params["options"], *needs)
+
+
+def _create_files(layout: Layout) -> None:
+    """Create the files that others read while they wait, since hosts cache the absence of a file for a minute."""
+    if not os.path.isdir(layout.run):
+        return
+    if not os.path.exists(layout.endpoint):
+        write_state(layout.endpoint, {})
+    # Before the submission: once the job runs, it owns the file.
+    told = {"id": "", "told": f"server job submitted at {time.strftime('%Y-%m-%d %H:%M')}"}
+    write_state(layout.state, {**(read_json(layout.state) or {}), "follows": told})
 
 
 def _submit(params: dict, run: Run, jobs: list[dict]) -> Submitted:
@@ -303,7 +330,7 @@ def _cancel(params: dict, run: Run, job_id: str, gently: bool) -> None:
         if command:
             run(command)
         else:
-            _wish_path(params, job_id).touch()
+            write_state(str(_wish_path(params, job_id)), {"stop": True})
     except (OSError, SchedulerError):
         if job_id in {job["id"] for job in find_jobs(params, run)}:
             raise

@@ -114,6 +114,34 @@ state:
     since:
       description: Start of this state in seconds since 1970.
       type: float
+    follows:
+      description: The next server job. V(null) if there is none.
+      type: dict
+      contains:
+        id:
+          description: ID of the job.
+          type: str
+        state:
+          description: State of the job, such as V(PENDING).
+          type: str
+        reason:
+          description: The scheduler's reason why it is not running.
+          type: str
+        submitted:
+          description: Time of its submission in seconds since 1970. V(null) if unknown.
+          type: float
+        expected:
+          description: Time at which the scheduler expects it to begin, in seconds since 1970. V(null) if unknown.
+          type: float
+        late:
+          description: Why it cannot begin before the running job ends. Empty if it can.
+          type: str
+        told:
+          description: Message for waiting workers. Empty if the job cannot start.
+          type: str
+    lease:
+      description: C(epoch) of the lease, and C(ttl), its timeout in seconds.
+      type: dict
 disk:
   description: Size of the file system of O(root) in bytes. V(null) if O(root) does not exist.
   returned: success
@@ -132,6 +160,12 @@ idle_nodes:
   returned: success
   type: list
   elements: str
+outage:
+  description:
+    - Start, reason and expected length of the outage at the end of the job, in one line.
+    - Empty if the successor can take over before, or if nothing is known.
+  returned: success
+  type: str
 log_tail:
   description:
     - The last 20 lines of the newest file in C(log/), if there is no job or its state is V(failed).
@@ -188,7 +222,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     find_jobs,
     make_run,
 )
-from ansible_collections.mala.hpc_db.plugins.module_utils.host import events
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import events, outlook
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
@@ -203,7 +237,8 @@ def look(params: dict, run: Run) -> dict:
     layout = Layout(params["root"])
     # The files first: if the job ends in between, the result is a stale file without a job, never the reverse.
     endpoint = read_endpoint(layout)
-    state = read_json(layout.state)
+    written = read_json(layout.state) or {}
+    state = written if "state" in written else None  # before the first start, only that a job was submitted
     jobs = find_jobs(params, run)
     serving = serving_job(endpoint, jobs)
     job = serving or next(iter(jobs), None)
@@ -216,6 +251,7 @@ def look(params: dict, run: Run) -> dict:
         "idle_nodes": find_idle_nodes(params, run) if params["nodes"] else None,
         "disk": _disk(params["root"]),
         "history": events.account(events.read(params["root"])) if params["history"] else None,
+        "outage": outlook.look(layout, serving),
         "log_tail": _log_tail(layout.log) if troubled else None,
     }
 

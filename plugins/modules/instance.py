@@ -168,10 +168,10 @@ def check_links(root: str) -> None:
     except OSError:
         return  # the instance directory cannot be created either, and that error gives the reason
     try:
-        one = os.path.join(scratch, "one")
+        one, other = (os.path.join(scratch, name) for name in ("one", "other"))
         with open(one, "wb"):
-            os.link(one, os.path.join(scratch, "other"))
-        counted = os.stat(one).st_nlink == 2
+            os.link(one, other)
+        counted = os.stat(other).st_nlink == 2  # the attributes of the first name may be cached
     except OSError as error:
         counted = error.errno not in NO_HARD_LINKS
     finally:

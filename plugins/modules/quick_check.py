@@ -66,6 +66,10 @@ endpoint:
   description: Endpoint of the server. V(null) if the server is not running, or if O(fingerprint) already differs.
   returned: success
   type: dict
+outage:
+  description: The outage at the end of the running job, as M(mala.hpc_db.hosting_job_info) returns it.
+  returned: success
+  type: str
 """
 
 import hashlib
@@ -83,6 +87,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     find_jobs,
     make_run,
 )
+from ansible_collections.mala.hpc_db.plugins.module_utils.host import outlook
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json, write_json
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
@@ -103,11 +108,12 @@ def checksum(root: str) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def serving_endpoint(params: dict, run: Run) -> dict | None:
-    """Return the endpoint of the running server job; None if the job does not serve."""
+def find_serving(params: dict, run: Run) -> tuple[dict | None, dict | None]:
+    """Return the running server job and its endpoint; None if no job serves."""
     check_name(params["name"])
     endpoint = read_endpoint(Layout(params["root"]))
-    return endpoint if serving_job(endpoint, find_jobs(params, run)) else None
+    job = serving_job(endpoint, find_jobs(params, run))
+    return job, endpoint if job else None
 
 
 def check(params: dict, run: Run, check_mode: bool) -> dict:
@@ -115,16 +121,20 @@ def check(params: dict, run: Run, check_mode: bool) -> dict:
     path = Layout(params["root"]).recorded_state
     recorded = read_json(path) or {}
     recording = params["state"] == "recorded"
-    endpoint = None
+    job = endpoint = None
     if not recording and recorded.get("settings") != params["fingerprint"]:
         reason = "settings" if recorded else "no full run"
     else:
-        endpoint = serving_endpoint(params, run)
+        job, endpoint = find_serving(params, run)
         found = {"settings": params["fingerprint"], "files": checksum(params["root"])} if endpoint else {}
         if recording and found and not check_mode:
             write_json(path, found)
         reason = "no server" if not found else "" if recording or found == recorded else "files"
-    return {"changed": False, "root": params["root"], "unchanged": not reason, "reason": reason, "endpoint": endpoint}
+    outage = outlook.look(Layout(params["root"]), job)
+    return {
+        "changed": False, "root": params["root"], "unchanged": not reason, "reason": reason, "endpoint": endpoint,
+        "outage": outage,
+    }
 
 
 def main() -> None:
@@ -141,7 +151,9 @@ def main() -> None:
         result = check(module.params, make_run(module), module.check_mode)
     except (OSError, SchedulerError, ValueError) as error:
         root, reason = module.params["root"], one_line(error)
-        result = {"changed": False, "root": root, "unchanged": False, "reason": reason, "endpoint": None}
+        result = {
+            "changed": False, "root": root, "unchanged": False, "reason": reason, "endpoint": None, "outage": "",
+        }
     module.exit_json(**result)
 
 

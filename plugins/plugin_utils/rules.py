@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.slurm import parse_time
+
 OCTET = r"(25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})"
 IPV4 = rf"({OCTET}\.){{3}}{OCTET}/(3[0-2]|[12]?[0-9])"
 IPV6 = r"[0-9a-fA-F]*:[0-9a-fA-F:]*/(12[0-8]|1[01][0-9]|[1-9]?[0-9])"
@@ -22,6 +24,9 @@ NETWORK = f"all|samenet|samehost|{IPV4}|{IPV6}"
 WORD = "[A-Za-z0-9][A-Za-z0-9._-]*"
 PATH = r"~?/[^\r\n]*"
 CONNECTIONS = "[1-9][0-9]{0,5}"
+SHARE = r"[1-9][0-9]?(\.[0-9]+)?%"
+# Not a bare number, which is how YAML reads a time without quotes.
+TIME = r"[0-9]+-[0-9]+(:[0-9]+){0,2}|[0-9]+(:[0-9]+){1,2}"
 PORT = "a port from 1024 to 65535"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -129,6 +134,9 @@ def server(given: Any) -> list[Rule]:
              f"at most {longest} bytes, since a socket's path has at most 107"),
         Rule("server_lease_ttl", given.server_lease_ttl >= 5, "5 seconds or more, 90 on NFS"),
         Rule("server_stop_notice", 1 <= given.server_stop_notice <= 65535, "1 to 65535 seconds"),
+        Rule("server_handover_after",
+             fits(rf"({SHARE}|{TIME})?", given.server_handover_after) and is_minute(given.server_handover_after),
+             "a share of the walltime such as 50%, a time in quotes from '0:01:00', or nothing"),
         Rule("server_pooler_program", fits(f"({PATH})?", given.server_pooler_program),
              "a path that begins with / or ~/, or nothing"),
         Rule("server_pooler_program", not given.server_pooler or has_pooler,
@@ -164,6 +172,7 @@ def workers(given: Any) -> list[Rule]:
         Rule("workers_program", fits(f"({PATH})?", given.workers_program),
              "the path of a Python program, which begins with / or ~/"),
         Rule("workers_patience", given.workers_patience >= 0, "0 seconds or more"),
+        Rule("workers_max_wait", given.workers_max_wait >= 0, "0 seconds or more"),
         Rule("workers_outage", given.workers_outage > 0, "1 second or more"),
         Rule("workers_wait_time", given.workers_wait_time >= 0, "0 seconds or more"),
     ]
@@ -207,6 +216,12 @@ RULES: dict[str, Callable[[Any], list[Rule]]] = {
 def fits(pattern: str, *texts: str) -> bool:
     """Return whether all texts match the whole pattern."""
     return all(re.fullmatch(pattern, str(text)) for text in texts)
+
+
+def is_minute(text: str) -> bool:
+    """Return whether this is a time of at least a minute, or no time."""
+    seconds = parse_time(text)
+    return seconds is None or seconds >= 60
 
 
 def is_port(number: int) -> bool:

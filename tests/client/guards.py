@@ -149,7 +149,7 @@ GUARDS = {
     "notes that are waited for": Guard("now() - interval '90 days'", "now() - interval '1 day'", "after_weeks"),
     "notes that nobody needs": Guard("self._answered.append(said[REQUEST])", "pass", "nobody_needs"),
     "notes of clients that have ended": Guard("        once.forget()\n", "        pass\n", "nobody_needs"),
-    "longest patience": Guard("if not 0 <= patience <= MOST_SECONDS:", "if False:", "patience_ends"),
+    "longest patience": Guard("if not 0 <= seconds <= MOST_SECONDS:", "if False:", "patience_ends"),
     "requests that nobody knows": Guard(
         'if name not in ONCE | TWICE and not name.startswith("Get"):', "if False:", "unknown_request"
     ),

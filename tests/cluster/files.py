@@ -24,7 +24,8 @@ def write_files(state: State, overrides: dict[str, str], program: Path) -> None:
     state.log.chmod(0o700)
     (state.workstation / "tmp").mkdir()
     (state.workstation / "tmp").chmod(0o1777)
-    scheduler_of(state).write_files(state.layer, network.node_names(state.settings["nodes"]), overrides)
+    nodes = network.node_names(state.settings["nodes"])
+    scheduler_of(state).write_files(state.layer, nodes, overrides, state.settings)
     for folder, homes in ((etc, Path("/home")), (state.workstation / "etc", state.workstation)):
         write_users(folder, homes)
         (folder / "hosts").write_text(network.hosts_file(state.hosts, campus=folder != etc))

@@ -16,8 +16,6 @@ PACKAGES = ("packages.txt", "packages-gridengine.txt")
 SPOOL = "/var/spool/gridengine"
 STATES = ["qhost"]
 IDLE = "up"
-# Settings that qmaster accepts only while it runs.
-SETTLE = [["qconf", "-Msconf", "/etc/gridengine/scheduler"], ["qconf", "-Aq", "/etc/gridengine/queue"]]
 
 ROOT = "/var/lib/gridengine"
 PROGRAMS = "/usr/lib/gridengine"
@@ -27,7 +25,7 @@ PREPARED = "/etc/gridengine"
 VARIABLES = {"SGE_ROOT": ROOT, "SGE_CELL": "default", "SGE_ND": "1"}
 
 
-def daemons(host: str) -> list[Daemon]:
+def daemons(host: str, _settings: dict) -> list[Daemon]:
     """Return the daemons in the order in which they start."""
     if host == "ctl":
         return [Daemon([f"{PROGRAMS}/sge_qmaster"], lambda: listens(6444), variables=VARIABLES)]
@@ -36,7 +34,7 @@ def daemons(host: str) -> list[Daemon]:
     return [Daemon([f"{PROGRAMS}/sge_execd"], lambda: listens(6445), variables=VARIABLES)]
 
 
-def write_files(layer: Path, nodes: list[str], overrides: dict[str, str]) -> None:
+def write_files(layer: Path, nodes: list[str], _overrides: dict[str, str], _settings: dict) -> None:
     """qmaster's database is built from these files: one folder for each kind of object."""
     common = layer / ROOT.lstrip("/") / "default/common"
     common.mkdir(parents=True)
@@ -53,7 +51,12 @@ def write_files(layer: Path, nodes: list[str], overrides: dict[str, str]) -> Non
     (prepared / "configuration").write_text(render("gridengine/configuration", spool=SPOOL))
 
 
-def prepare(host: str) -> None:
+def settle(_settings: dict) -> list[list[str]]:
+    """Return the commands for settings that qmaster accepts only while it runs."""
+    return [["qconf", "-Msconf", "/etc/gridengine/scheduler"], ["qconf", "-Aq", "/etc/gridengine/queue"]]
+
+
+def prepare(host: str, _settings: dict) -> None:
     """Create on the host itself the files and folders that its daemons expect."""
     Path(SPOOL, "execd").mkdir(exist_ok=True)
     if host not in ("ctl", "login"):

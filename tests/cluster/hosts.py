@@ -21,6 +21,10 @@ from state import ENVIRONMENT, ClusterError, State, wait_until, write_pid_file
 
 DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0),
            "fuse": (10, 229)}
+# The home directories behind a file system that caches names, absent names and attributes for a minute, as NFS may, and
+# asks for the content at each open.
+SHARED = "/run/shared"
+CACHE = "allow_other,nonempty,cache.files=off,cache.entry=60,cache.negative_entry=60,cache.attr=60"
 LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2", "ptmx": "pts/ptmx"}
 
 
@@ -44,13 +48,17 @@ def be_host(state: State, name: str) -> NoReturn:
     socket.sethostname(name)
     network.plug_in(name, Path("/proc/1/ns/net"))
     scheduler = scheduler_of(state)
-    logs = [(state.log / f"{name}-{daemon.name}.log").open("ab") for daemon in scheduler.daemons(name)]
+    daemons = scheduler.daemons(name, state.settings)
+    logs = [(state.log / f"{name}-{daemon.name}.log").open("ab") for daemon in daemons]
     share = (state.hosts.index(name) + 1) / (len(state.hosts) + 1)
 
+    settings = state.settings
     enter_root(mount_root(state, name, scheduler.SPOOL))
     spread_pids(share)
-    scheduler.prepare(name)
-    for daemon, log in zip(scheduler.daemons(name), logs):
+    if settings["cached"]:
+        subprocess.run(["mergerfs", "-o", CACHE, SHARED, "/home"], check=True)
+    scheduler.prepare(name, settings)
+    for daemon, log in zip(daemons, logs):
         process = subprocess.Popen(
             daemon.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             env={**ENVIRONMENT, **daemon.variables}, cwd="/", user=daemon.user, group=daemon.user, extra_groups=[],
@@ -116,7 +124,9 @@ def mount_root(state: State, name: str, spool: str) -> Path:
     for directory, mode in {"run": "755", "tmp": "1777", "root": "700"}.items():
         mount("tmpfs", root / directory, f"mode={mode}")
     (root / "run/sshd").mkdir()
-    bind(state.home, root / "home")
+    home = root / (SHARED.lstrip("/") if state.settings["cached"] else "home")
+    home.mkdir(exist_ok=True)
+    bind(state.home, home)
     if name == "ctl":
         bind(state.spool, root / spool.lstrip("/"))
     for source, target in state.settings["mounts"]:

@@ -11,7 +11,7 @@ from typing import Callable
 
 import network
 
-USERS = {"alice": 20001, "mallory": 20002}
+USERS = {"alice": 20001, "mallory": 20002, "bob": 20003}
 ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",

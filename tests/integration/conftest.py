@@ -21,9 +21,19 @@ from target import CHECKOUT, CLUSTER, ROOT, Target, Workstation
 
 # The files that take longest. They start first, so that none of them runs alone at the end.
 LONGEST = [
-    "test_interrupted", "test_hosting_program", "test_conda_env", "test_dashboard", "test_guide", "test_backup",
-    "test_engines", "test_tensorboard", "test_import", "test_refusals", "test_inventories", "test_sshfs_mount",
+    "test_queue", "test_interrupted", "test_hosting_program", "test_conda_env", "test_dashboard", "test_guide",
+    "test_successors", "test_limits", "test_backup", "test_engines", "test_tensorboard", "test_import",
+    "test_refusals", "test_inventories", "test_sshfs_mount",
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="repeat as often as the targets say")
+
+
+@pytest.fixture(scope="session")
+def soak(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--soak")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

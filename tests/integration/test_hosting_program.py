@@ -27,6 +27,7 @@ from ansible_collections.mala.hpc_db.plugins.modules import role_passwords, serv
 from ansible_collections.mala.hpc_db.plugins.modules.data_directory import ensure_data_directory
 from ansible_collections.mala.hpc_db.plugins.modules.python_env import ensure_packages
 from hpc_db_host import causes
+from hpc_db_host.files import read_json
 from hpc_db_host.processes import start_time
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,8 +185,8 @@ class Instance:
     def serve(self, what: str = "serve", *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start the supervisor and wait until it publishes the endpoint."""
         process = self.start(what, *arguments, **environment)
-        says = self.root / "run" / ("endpoint.json" if what == "serve" else "bootstrap.json")
-        eventually(lambda: says.exists() or process.poll() is not None)
+        name = "endpoint" if what == "serve" else "bootstrap"
+        eventually(lambda: self.is_published(name) or process.poll() is not None)
         assert process.poll() is None, self.log()
         return process
 
@@ -193,7 +194,10 @@ class Instance:
         return (self.root / "log" / "job.log").read_text()
 
     def said(self, name: str) -> dict:
-        return json.loads((self.root / "run" / f"{name}.json").read_text())
+        return read_json(str(self.root / "run" / f"{name}.json")) or {}
+
+    def is_published(self, name: str = "endpoint") -> bool:
+        return bool(read_json(str(self.root / "run" / f"{name}.json")))
 
     def state(self) -> str:
         return self.said("state")["state"]
@@ -348,7 +352,7 @@ def test_signal_ends_it_cleanly_though_clients_are_idle(number: signal.Signals, 
         process.send_signal(number)
 
         assert process.wait(20) == 0, instance.log()
-    assert not (instance.root / "run" / "endpoint.json").exists()
+    assert not instance.is_published()
     assert instance.service.read_text() == "[other]\nhost=elsewhere\n"
     assert (instance.state(), instance.said("state")["reason"]) == ("ended", f"stopped by {number.name}")
     assert instance.cluster_state() == "shut down"
@@ -379,7 +383,7 @@ def test_running_transaction_is_awaited_and_nobody_else(instance: Instance) -> N
 
         eventually(lambda: "the database system is shutting down" in run(*psql).stdout)
         eventually(lambda: not Path("/proc", idle).exists())
-        assert not (instance.root / "run" / "endpoint.json").exists()
+        assert not instance.is_published()
         assert process.poll() is None
         running.communicate("COMMIT;\n", timeout=20)
         assert running.returncode == 0
@@ -473,7 +477,7 @@ def test_killed_postgres_is_told_and_nothing_acknowledged_is_lost(instance: Inst
     assert process.wait(20) == 1
     assert instance.state() == "failed"
     assert instance.said("state")["reason"] == "postgres exited unexpectedly with code -9"
-    assert not (instance.root / "run" / "endpoint.json").exists()
+    assert not instance.is_published()
     assert not (instance.root / "run" / "released.1").exists()
     instance.serve()
     assert instance.psql("SELECT n FROM t") == "1"
@@ -503,7 +507,7 @@ def test_takeover_during_a_slow_last_checkpoint_ends_it_unwritten(what: str, ins
     instance.psql("CREATE TABLE t AS SELECT 1 AS n", said)
     os.kill(int(instance.psql(CHECKPOINTER, said)), signal.SIGSTOP)
     process.terminate()
-    eventually(lambda: not (instance.root / "run" / f"{said}.json").exists())
+    eventually(lambda: not instance.is_published(said))
     with owner():
         (instance.root / "run" / "lease.2").write_text('{"host": "c2", "job": "8"}')
 
@@ -523,7 +527,7 @@ def test_lease_is_renewed_during_a_slow_last_checkpoint(instance: Instance) -> N
     checkpointer = int(instance.psql(CHECKPOINTER, "bootstrap"))
     os.kill(checkpointer, signal.SIGSTOP)
     process.terminate()
-    eventually(lambda: not (instance.root / "run" / "bootstrap.json").exists())
+    eventually(lambda: not instance.is_published("bootstrap"))
     for _turn in range(3):
         beat = (instance.root / "run" / "hb.1").read_text()
         eventually(lambda: (instance.root / "run" / "hb.1").read_text() != beat, 3)  # noqa: B023 - the TTL
@@ -544,8 +548,8 @@ def test_backend_that_outlives_its_postmaster_is_ended_before_the_next_start(ins
 
         os.kill(instance.postmaster(), signal.SIGKILL)
 
-        eventually(lambda: not (instance.root / "run" / "endpoint.json").exists())
-        eventually((instance.root / "run" / "endpoint.json").exists)
+        eventually(lambda: not instance.is_published())
+        eventually(instance.is_published)
         assert instance.said("endpoint")["since"] > since
         assert start_time(backend) is None  # or a zombie until init reaps it
     assert process.poll() is None
@@ -577,7 +581,7 @@ def test_server_that_cannot_start_says_so(break_it: Callable, reason: str, insta
 
     assert instance.state() == "failed"
     assert instance.said("state")["reason"].startswith(reason)
-    assert not (instance.root / "run" / "endpoint.json").exists()
+    assert not instance.is_published()
     assert instance.service.read_text() == "[other]\nhost=elsewhere\n"
 
 
@@ -598,8 +602,8 @@ def test_killed_postgres_serves_again_by_itself(instance: Instance) -> None:
 
     os.kill(instance.postmaster(), signal.SIGKILL)
 
-    eventually(lambda: not (instance.root / "run" / "endpoint.json").exists(), seconds=2)
-    eventually((instance.root / "run" / "endpoint.json").exists, seconds=10)
+    eventually(lambda: not instance.is_published(), seconds=2)
+    eventually(instance.is_published, seconds=10)
     assert instance.said("endpoint")["since"] > since
     assert instance.psql("SELECT n FROM t") == "1"
     assert process.poll() is None
@@ -753,7 +757,7 @@ def test_job_stops_with_a_full_home_and_the_next_one_mends_it(
         assert instance.state() == "ended"
         assert instance.said("state")["reason"].startswith(
             f"stopped by {number.name}; the endpoint is not withdrawn: [Errno 28] No space left on device")
-        assert not (instance.root / "run" / "endpoint.json").exists()
+        assert not instance.is_published()
         assert (instance.root / "run" / "released.1").exists()
         assert "host=localhost" in service.read_text()  # the entry could not be edited
         assert instance.log().count("starting: postgres is starting") == 1
@@ -795,13 +799,13 @@ def test_lease_is_kept_released_and_waited_for_without_space_or_inodes(instance:
 
         assert process.wait(30) == 0, instance.log()
         assert instance.state() == "ended"
-        assert (folder / "released.1").exists() and not (folder / "endpoint.json").exists()
+        assert (folder / "released.1").exists() and not instance.is_published()
 
         instance.start("serve", "--lease-patience", "1", job="8")
         eventually(lambda: "waiting: the lease cannot be taken: [Errno 28] No space left on device" in instance.log())
         assert "(no space, or no inodes)" in instance.log()
         empty(folder)
-        eventually((folder / "endpoint.json").exists)
+        eventually(instance.is_published)
         assert instance.psql("SELECT n FROM t") == "1"
         for each in instance.processes:
             each.terminate()
@@ -811,7 +815,7 @@ def test_lease_is_kept_released_and_waited_for_without_space_or_inodes(instance:
 def test_log_on_a_full_disk_is_no_reason_for_anything(instance: Instance) -> None:
     (instance.root / "log" / "job.log").symlink_to("/dev/full")
     process = instance.start()
-    eventually((instance.root / "run" / "endpoint.json").exists)
+    eventually(instance.is_published)
     assert instance.psql("SELECT 1") == "1"
 
     refused = instance.start(job="8")

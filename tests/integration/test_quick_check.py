@@ -9,7 +9,7 @@ import re
 import shlex
 from typing import Any
 
-from ansible_collections.mala.hpc_db.plugins.modules.quick_check import FOLDERS, checksum, serving_endpoint
+from ansible_collections.mala.hpc_db.plugins.modules.quick_check import FOLDERS, checksum, find_serving
 from target import Target
 
 STUDIES = [{"name": "studies", "studies": [{"name": "beryllium", "user_attributes": {"element": "Be"}}]}]
@@ -81,7 +81,7 @@ class Instance:
     def look(self) -> str:
         """Return the checksum that the quick check compares; empty if the job does not serve."""
         params = {"name": self.name, "root": self.root, "scheduler": "local", "bin_dir": None}
-        endpoint = serving_endpoint(params, lambda command: self.shell(f"cd host && {shlex.join(command)}"))
+        _job, endpoint = find_serving(params, lambda command: self.shell(f"cd host && {shlex.join(command)}"))
         return checksum(self.root) if endpoint else ""
 
 

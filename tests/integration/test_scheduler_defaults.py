@@ -27,7 +27,9 @@ SLEEP = "--partition=work --time=10 --wrap='sleep 600'"
 LOOK = """
 import json, sys
 from hpc_db_host import scheduler
+from hpc_db_host.settings import complete
 settings, job, ask = json.loads(sys.argv[1])
+settings = complete(settings)
 queue = scheduler.Queue(settings, job)
 bin_dir = settings["bin_dir"]
 answer = {"ended": [scheduler.job_has_ended(settings["scheduler"], bin_dir, each) for each in ask]}
@@ -297,17 +299,18 @@ def test_endpoint_that_a_dead_server_left_behind_is_withdrawn(slurm: Site) -> No
     settings = dict.fromkeys(["instance", "job_name", "cluster"], "hpc_db")
     (home / "hpc_db/host/settings.json").write_text(json.dumps(settings))
     (home / ".pg_service.conf").write_text("[hpc_db]\nhost=c1\n[other]\nhost=x\n")
-    slurm.login.run("touch hpc_db/run/endpoint.json")
+    slurm.login.run("""echo '{"host": "c1"}' > hpc_db/run/endpoint.json""")
 
     job = slurm.present(partition="work", time="10")
     wait(lambda: slurm.login.run("squeue --noheader --me --format=%T") == "RUNNING")
     checked = slurm.module("hosting_job", _check=True, state="absent")
-    before = slurm.login.run("ls hpc_db/run")
+    before = slurm.login.run("cat hpc_db/run/endpoint.json")
     stopped = [slurm.module("hosting_job", state="absent") for _once in range(2)]
 
-    assert job["changed"] and checked["changed"] and before == "endpoint.json"
+    assert job["changed"] and checked["changed"] and before == '{"host": "c1"}'
     assert [each["changed"] for each in stopped] == [True, False]
-    assert slurm.login.run("ls hpc_db/run; cat .pg_service.conf") == "[other]\nhost=x"
+    assert slurm.login.run("cat hpc_db/run/endpoint.json").split() == ["{}"]
+    assert slurm.login.run("cat .pg_service.conf") == "[other]\nhost=x"
     slurm.login.run("rm -r hpc_db .pg_service.conf")
 
 

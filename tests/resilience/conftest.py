@@ -5,22 +5,13 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mini_cluster import COMPARE, PLUGIN_URL, URL, WORKER, MiniCluster, Watch
-from target import ROOT
+from mini_cluster import MiniCluster, Watch, Workers
 
-# Plain Optuna, configured by the URL alone. When the server goes away, six workers are in their objective and two
-# between trials, so that their next call is tell or ask. Heartbeats are compared by the database's clock, so a worker
-# must not be taken for dead, whatever its time zone.
-# Two have Optuna's default sampler, which reads all trials; eight of them would take the whole machine.
-WORKERS = [*["--seconds=1 --random"] * 4, *["--pause=1 --random"] * 2, *["--seconds=1 --heartbeat"] * 2]
-ZONES = ["UTC"] * 6 + ["Asia/Tokyo", "America/New_York"]
 FIGURES: list[tuple[str, str, str]] = []
 
 
@@ -61,42 +52,15 @@ def watch(cluster: MiniCluster) -> Iterator[Watch]:
 
 
 @pytest.fixture(scope="session")
-def workers(cluster: MiniCluster) -> Iterator[list]:
+def workers(cluster: MiniCluster) -> Iterator[Workers]:
     """Run eight workers on a node without the server until the last test has ended."""
-    folder = cluster.home / "workers"
-    shutil.rmtree(folder, ignore_errors=True)
-    without = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "tests" / "workers", folder, ignore=without)
-    # The same layout as pip installs.
-    shutil.copytree(ROOT / "client/src/hpc_db_client", folder / "hpc_db_client", ignore=without)
-    about = folder / "hpc_db_client-0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: hpc-db-client\nVersion: 0\n")
-    (about / "entry_points.txt").write_text("[sqlalchemy.plugins]\nhpc_db = hpc_db_client.plugin:HpcDb\n")
-    for path in (folder, *folder.iterdir()):
-        shutil.chown(path, 20001, 20001)
-    started = [
-        cluster.start(
-            "c3", f"exec >workers/output.{number} 2>&1; export PGTZ={zone}; exec {WORKER}", PLUGIN_URL, "100000",
-            str(number), *options.split(),
-        )
-        for number, (options, zone) in enumerate(zip(WORKERS, ZONES))
-    ]
-    yield started
-    for process in cluster.processes("python3"):
-        if "workers/worker.py" in process.command:
-            os.kill(process.pid, 15)
-    for worker in started:
-        worker.communicate(timeout=20)
-    # Only the trials that the workers were running when they were ended may be unfinished, or finished without an
-    # acknowledgement.
-    left = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", cluster.run(COMPARE, URL))}
-    assert left["failed"] == 0
-    assert left["running"] + left["complete"] - left["acknowledged"] <= len(started), left
+    with Workers(cluster, "c3") as started:
+        yield started
+    started.check_ended()
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_lost(cluster: MiniCluster, workers: list, watch: Watch) -> Iterator[None]:
+def nothing_is_lost(cluster: MiniCluster, workers: Workers, watch: Watch) -> Iterator[None]:
     cluster.have_server()
     watch.wait_for_acknowledgement(60)
     watch.reset()
@@ -105,10 +69,7 @@ def nothing_is_lost(cluster: MiniCluster, workers: list, watch: Watch) -> Iterat
         cluster.mend(host)
     cluster.have_server()
     watch.wait_for_acknowledgement(60)
-    compared = cluster.run(COMPARE, URL)
-    assert re.search(r" lost=0 doubled=0 ", compared), compared
-    ended = [f"workers/output.{number}" for number, worker in enumerate(workers) if worker.poll() is not None]
-    assert not ended, cluster.run('tail -v -n 40 "$@"', *ended)
+    workers.check()
     assert watch.most() == 1
 
 

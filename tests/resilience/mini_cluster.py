@@ -5,20 +5,25 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+from hpc_db_host.files import read_json
 from target import ROOT, Target
 
 CLUSTER = ROOT / "tests" / "cluster" / "cluster"
 SCENARIOS = ROOT / "molecule"
+NUMBERS = itertools.count()
 NAME = "hpc_db"
 URL = f"postgresql+psycopg2:///?service={NAME}"
 PLUGIN_URL = f"{URL}&plugin=hpc_db"
@@ -44,6 +49,29 @@ def on_host(processes: Iterable[Process], host: str) -> list[Process]:
 def other_node(endpoint: dict) -> str:
     """Return the node that could run the server, but does not."""
     return {"c1": "c2", "c2": "c1"}[endpoint["host"]]
+
+
+@contextlib.contextmanager
+def started(*options: str) -> Iterator[MiniCluster]:
+    """Start a test cluster of two nodes with the packages of this checkout; remove it afterwards."""
+    if os.geteuid() != 0:
+        pytest.skip("the test cluster needs root")
+    state = Path(f"/tmp/hpc-db-own-{os.getpid()}-{next(NUMBERS)}")
+    mounts = [f"--mount={ROOT / '.cache' / name}:/srv/{name}" for name in ("wheels", "channel")]
+    subprocess.run([str(CLUSTER), "up", "--state", str(state), "--nodes=2", *mounts, *options], check=True)
+    try:
+        yield MiniCluster(state)
+    finally:
+        subprocess.run([str(CLUSTER), "down", "--state", str(state)], check=True)
+
+
+@contextlib.contextmanager
+def hosting(settings: dict, *options: str) -> Iterator[MiniCluster]:
+    """Start such a cluster with alice's server on it."""
+    with started(*options) as cluster:
+        played = cluster.playbooks.play("hpc_db", settings)
+        assert played.returncode == 0, played.stdout
+        yield cluster
 
 
 def is_server(command: list[str]) -> bool:
@@ -113,12 +141,17 @@ class MiniCluster:
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 program = os.path.basename(os.readlink(entry / "exe")).split(" ")[0]
-                if program.startswith(programs) and os.path.samestat((entry / "root/home").stat(), self._home):
+                if program.startswith(programs) and self._is_ours(entry / "root"):
                     host = (entry / "root/etc/hostname").read_text().strip()
                     parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                     command = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
                     if command != [""]:  # not ended since
                         yield Process(int(entry.name), parent, host, program, command)
+
+    def _is_ours(self, root: Path) -> bool:
+        """Return whether a root belongs to a host of the cluster, whose home directories may be behind a cache."""
+        shared = root / "run/shared"
+        return os.path.samestat((shared if shared.exists() else root / "home").stat(), self._home)
 
     # --- the server
 
@@ -144,9 +177,7 @@ class MiniCluster:
 
     def said(self, name: str) -> dict:
         """Read a file that the supervisor publishes; empty if it publishes nothing."""
-        with contextlib.suppress(FileNotFoundError):
-            return json.loads((self.root / "run" / f"{name}.json").read_text())
-        return {}
+        return read_json(str(self.root / "run" / f"{name}.json")) or {}
 
     def service(self) -> str:
         """Return the host in the service entry; empty if there is none."""
@@ -244,3 +275,68 @@ class Watch:
     def wait_for_acknowledgement(self, seconds: float) -> None:
         now = time.monotonic()
         eventually(lambda: self._acknowledged[-1][0] > now, seconds)
+
+
+class Workers:
+    """Workers of one study on a host, from the beginning of a ``with`` block to its end.
+
+    Plain Optuna, configured by the URL alone. When the server goes away, six workers are in their objective and two
+    between trials, so that their next call is tell or ask. Heartbeats are compared by the database's clock, so a worker
+    must not be taken for dead, whatever its time zone.
+    """
+
+    # All of them with Optuna's default sampler, which reads all trials, would take the whole machine.
+    OPTIONS = (*["--seconds=1 --random"] * 4, *["--pause=1 --random"] * 2, *["--seconds=1 --heartbeat"] * 2)
+    ZONES = ["UTC"] * 6 + ["Asia/Tokyo", "America/New_York"]
+    # For long tests beside others: as many workers, fewer trials.
+    CALM = (*["--seconds=3 --random"] * 5, *["--pause=3 --random"] * 2, "--seconds=5 --heartbeat")
+
+    def __init__(self, cluster: MiniCluster, host: str, options: Sequence[str] = OPTIONS) -> None:
+        self._cluster, self._host, self._options = cluster, host, options
+        self._started: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Workers:
+        folder = self._cluster.home / "workers"
+        shutil.rmtree(folder, ignore_errors=True)
+        without = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "tests" / "workers", folder, ignore=without)
+        # The same layout as pip installs.
+        shutil.copytree(ROOT / "client/src/hpc_db_client", folder / "hpc_db_client", ignore=without)
+        about = folder / "hpc_db_client-0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: hpc-db-client\nVersion: 0\n")
+        (about / "entry_points.txt").write_text("[sqlalchemy.plugins]\nhpc_db = hpc_db_client.plugin:HpcDb\n")
+        for path in (folder, *folder.iterdir()):
+            shutil.chown(path, 20001, 20001)
+        self._started = [
+            self._cluster.start(
+                self._host, f"exec >workers/output.{number} 2>&1; export PGTZ={zone}; exec {WORKER}", PLUGIN_URL,
+                "100000", str(number), *options.split(),
+            )
+            for number, (options, zone) in enumerate(zip(self._options, self.ZONES))
+        ]
+        return self
+
+    def __exit__(self, *_unused: object) -> None:
+        for process in self._cluster.processes("python3"):
+            if "workers/worker.py" in process.command:
+                os.kill(process.pid, 15)
+        for worker in self._started:
+            worker.communicate(timeout=20)
+
+    def check(self) -> None:
+        """Check that no worker has ended, and that all acknowledged trials are in the database, each once."""
+        compared = self._cluster.run(COMPARE, URL)
+        assert re.search(r" lost=0 doubled=0 ", compared), compared
+        ended = [f"workers/output.{number}" for number, worker in enumerate(self._started) if worker.poll() is not None]
+        assert not ended, self._cluster.run('tail -v -n 40 "$@"', *ended)
+
+    def check_ended(self) -> None:
+        """Check that only trials of the ended workers are unfinished, or finished but not acknowledged."""
+        left = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", self._cluster.run(COMPARE, URL))}
+        assert left["failed"] == 0
+        assert left["running"] + left["complete"] - left["acknowledged"] <= len(self._started), left
+
+    def said(self) -> list[str]:
+        """Return all lines that the workers have printed."""
+        return [line for path in self._cluster.home.glob("workers/output.*") for line in path.read_text().splitlines()]

@@ -169,14 +169,16 @@ def test_hosting_program_is_frozen(cluster: MiniCluster, serving: dict, figure: 
     (program,) = cluster.host_programs()
     os.kill(program.pid, signal.SIGSTOP)
     cluster.run(BY_HAND, other_node(serving), f"--lease-patience {ttl + 8}")
-    eventually(lambda: not cluster.jobs("by_hand"), ttl + 30)
-
-    assert "failed: the data directory is held by" in (cluster.home / "by_hand.log").read_text()
-    os.kill(program.pid, signal.SIGCONT)
-
+    log = cluster.home / "by_hand.log"
+    eventually(lambda: log.exists() and "its heartbeat has stopped, but its job has not ended" in log.read_text(),
+               ttl + 30)
     epoch = newest(cluster, "lease")
     beat = (cluster.root / "run" / f"hb.{epoch}").read_text()
+    os.kill(program.pid, signal.SIGCONT)
+
     renewed = eventually(lambda: (cluster.root / "run" / f"hb.{epoch}").read_text() != beat, ttl)
+    eventually(lambda: not cluster.jobs("by_hand"), ttl + 30)
+    assert "failed: the data directory is held by" in log.read_text()
     figure("D8", f"frozen for {ttl + 8} s: 1 writer, and the lease is renewed {renewed:.1f} s after it goes on")
     assert cluster.said("endpoint")["since"] == serving["since"]
 

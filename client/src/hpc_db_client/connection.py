@@ -223,7 +223,7 @@ class Link:
         if not isinstance(error, self.dbapi.OperationalError):
             return False
         # Only before the first success: if a server refuses us later, it is not our server but another one.
-        return self.patience.known or not is_futile(error)
+        return self.patience.known or not is_futile(error) or bool(self.patience.outlook.next_job())
 
     @staticmethod
     def _facts(real: Any) -> Facts:

@@ -9,6 +9,7 @@ from typing import Any, Callable
 from sqlalchemy.pool import QueuePool
 
 from .connection import MOST_REPEATS, Connection, Engine, Link
+from .outlook import Outlook
 from .patience import Patience
 from .refusal import english, note_state
 
@@ -42,9 +43,13 @@ class Waiting:
     on_connect_url: Callable
     poolclass = Pool
 
-    def __init__(self, hpc_db_patience: float = 0.0, hpc_db_server: str = "", **options: Any) -> None:
+    def __init__(
+        self, hpc_db_patience: float = 0.0, hpc_db_max_wait: float = 0.0, hpc_db_server: str = "",
+        hpc_db_service: str = "", **options: Any,
+    ) -> None:
         super().__init__(**options)
-        self._patience = Patience(hpc_db_patience, hpc_db_server)
+        outlook = Outlook(service=hpc_db_service)
+        self._patience = Patience(hpc_db_patience, hpc_db_server, hpc_db_max_wait, outlook)
 
     def keep_up(self, pool: Any) -> None:
         """Wrap the pool's connections, however they are opened, also by ``creator`` and the event ``do_connect``.

@@ -11,9 +11,13 @@ import sys
 import threading
 import time
 
+from .outlook import Outlook
+
 FIRST_PAUSE = 0.1
-# Seconds. Thousands of workers that retry every 2 s on average are no load for a server that starts.
+# Maximum pause in seconds. Thousands of workers that retry every 2 s on average are no load for a server that starts.
 LONGEST_PAUSE = 2.5
+# But they are one for the file system during hours: after these minutes of an outage, as many seconds are the maximum.
+LATE_MINUTES = 30.0
 _random = random.Random()  # not the global one, which the program may have seeded
 os.register_at_fork(after_in_child=_random.seed)
 
@@ -34,25 +38,36 @@ class GaveUp(Exception):
 
 
 class Patience:
-    """The max outage for one engine; the threads of a process report each outage only once."""
+    """Time limits of an outage; a process reports each change once.
 
-    def __init__(self, seconds: float, server: str) -> None:
+    ``seconds`` counts from the last moment at which a server job was queued or running, ``max_wait`` from the start of
+    the outage.
+    """
+
+    def __init__(self, seconds: float, server: str, max_wait: float = 0.0, outlook: Outlook | None = None) -> None:
         self.seconds = seconds
         self.server = server
+        self.max_wait = max(seconds, max_wait)
+        self.outlook = outlook or Outlook()
         self.known = False  # a connection has succeeded before
-        self._told = False
+        self._told: str | None = None
         self._lock = threading.Lock()
 
-    def tell_once(self, error: BaseException) -> None:
+    def tell_change(self, error: BaseException, next_job: str) -> None:
+        """Report the start of an outage and each change of the next server job."""
         with self._lock:
-            told, self._told = self._told, True
-        if not told:
-            tell(f"waiting up to {self.seconds:.0f} s for the database server ({self.server}): {in_short(error)}")
+            told, self._told = self._told, next_job
+        if told != next_job:
+            seconds = self.max_wait if next_job else self.seconds
+            why = next_job or ("no server job is queued any more" if told else in_short(error))
+            tell(f"waiting up to {seconds:.0f} s for the database server ({self.server}): {why}")
 
     def is_over(self) -> None:
         """Note that the server has answered, so that the next outage is reported again."""
+        if not self.known:
+            self.outlook.learn()
         self.known = True
-        self._told = False
+        self._told = None
 
 
 class Outage:
@@ -60,17 +75,29 @@ class Outage:
 
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
-        self._limit = time.monotonic() + patience.seconds
+        self._begun = time.monotonic()
+        self._limit = self._begun + patience.seconds
+        self._last = self._begun + patience.max_wait
         self._pause = FIRST_PAUSE
 
     def pause(self, error: BaseException) -> None:
         """Wait for a random time that grows with each call; raise GaveUp after the max outage."""
-        left = self._limit - time.monotonic()
+        next_job = self._patience.outlook.next_job()
+        now = time.monotonic()
+        if next_job:
+            self._limit = max(self._limit, now + self._patience.seconds)
+        left = min(self._limit, self._last) - now
         if left <= 0:
+            within = f"{self._patience.seconds:g} s (hpc_db_patience)"
+            if self._last < self._limit:
+                within = f"{self._patience.max_wait:g} s (hpc_db_max_wait)"
+            elif self._limit > self._begun + self._patience.seconds:
+                within += " after the last server job was queued or running"
             raise GaveUp(
-                f"hpc_db: the database server ({self._patience.server}) did not come back within"
-                f" {self._patience.seconds:g} s (hpc_db_patience): {in_short(error)}"
+                f"hpc_db: the database server ({self._patience.server}) did not come back within {within}:"
+                f" {in_short(error)}"
             ) from error
-        self._patience.tell_once(error)
+        self._patience.tell_change(error, next_job)
         time.sleep(min(left, self._pause * _random.uniform(0.5, 1.5)))
-        self._pause = min(2 * self._pause, LONGEST_PAUSE / 1.5)
+        longest = max(LONGEST_PAUSE, min((now - self._begun) / 60, LATE_MINUTES))
+        self._pause = min(2 * self._pause, longest / 1.5)

@@ -14,7 +14,10 @@ from sqlalchemy.pool import QueuePool
 # Longer than a takeover after a node failure (minutes), but short enough that a node does not idle for long in vain.
 PATIENCE_SECONDS = 600.0
 LONGEST_PATIENCE_SECONDS = 7 * 86400.0
+# Limit while a server job is queued: one night. A lost result costs more than an idle worker.
+MAX_WAIT_SECONDS = 12 * 3600.0
 PREFIX = "hpc_db_"
+SETTINGS = {"hpc_db_patience": PATIENCE_SECONDS, "hpc_db_max_wait": MAX_WAIT_SECONDS}
 DRIVERS = ("psycopg2", "psycopg")
 
 
@@ -23,10 +26,10 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
 
     def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:
         super().__init__(url, kwargs)
-        unknown = sorted(name for name in url.query if name.startswith(PREFIX) and name != "hpc_db_patience")
+        unknown = sorted(name for name in url.query if name.startswith(PREFIX) and name not in SETTINGS)
         if unknown:
-            raise ArgumentError(f"{unknown[0]}: not a setting of the plugin hpc_db; allowed is hpc_db_patience")
-        self._patience = _seconds("hpc_db_patience", url.query.get("hpc_db_patience", PATIENCE_SECONDS))
+            raise ArgumentError(f"{unknown[0]}: not a setting of the plugin hpc_db; allowed are {', '.join(SETTINGS)}")
+        self._seconds = {name: _seconds(name, url.query.get(name, default)) for name, default in SETTINGS.items()}
         base = url.get_dialect()
         self._driver = base.driver
         is_async = kwargs.get("_is_async") or getattr(base, "is_async", False)
@@ -37,18 +40,18 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
             )
         if kwargs.get("pool") is not None:
             raise ArgumentError("pool: not allowed with the plugin hpc_db; set poolclass, pool_size and the like")
-        self._url = url.difference_update_query(["plugin", "hpc_db_patience"])
+        self._url = url.difference_update_query(["plugin", *SETTINGS])
 
     def update_url(self, url: URL) -> URL:
-        """Return the URL without our setting and with our dialect."""
+        """Return the URL without our settings and with our dialect."""
         name = f"{PREFIX}{self._driver}"
         registry.register(f"postgresql.{name}", f"hpc_db_client.with_{self._driver}", "Dialect")
-        return url.difference_update_query(["hpc_db_patience"]).set(drivername=f"postgresql+{name}")
+        return url.difference_update_query([*SETTINGS]).set(drivername=f"postgresql+{name}")
 
     def handle_dialect_kwargs(self, dialect_cls: type, dialect_args: dict[str, Any]) -> None:
-        """Pass the max outage and a description of the server to the dialect."""
+        """Pass the limits for an outage, the service and a description of the server to the dialect."""
         service, host = self._url.query.get("service"), self._url.host or self._url.query.get("host")
-        dialect_args["hpc_db_patience"] = self._patience
+        dialect_args.update(self._seconds, hpc_db_service=service if isinstance(service, str) else "")
         if isinstance(host, tuple):
             host = ", ".join(host)
         dialect_args["hpc_db_server"] = f"service {service}" if service else f"host {host}" if host else "default host"
@@ -59,7 +62,7 @@ class HpcDb(CreateEnginePlugin):  # type: ignore[misc]
         self._keeps_all = "pool_size" in pool_args
         if issubclass(pool_cls, QueuePool):
             # A thread that waits for another thread's connection may thereby wait for the server.
-            pool_args.setdefault("timeout", 30 + self._patience)
+            pool_args.setdefault("timeout", 30 + max(self._seconds.values()))
 
     def engine_created(self, engine: Engine) -> None:
         """Wrap the pool's connections, and restore the user's URL."""

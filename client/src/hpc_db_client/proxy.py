@@ -26,9 +26,11 @@ import grpc
 from optuna.exceptions import StorageInternalError
 from optuna.storages import GrpcStorageProxy
 
+from .outlook import Outlook
 from .patience import GaveUp, Outage, Patience
 
 PATIENCE_SECONDS = 600.0
+MAX_WAIT_SECONDS = 12 * 3600.0
 # Must be shorter than 90 days, when the proxy deletes its records of requests.
 MOST_SECONDS = 30 * 86400.0
 # The name in the certificate, independent of the proxy's host.
@@ -61,15 +63,15 @@ class InstanceStorage(GrpcStorageProxy):  # type: ignore[misc]
     _stub: Any
     _cache: Any
 
-    def __init__(self, root: str, patience: float) -> None:
+    def __init__(self, root: str, patience: float, max_wait: float) -> None:
         self._root = root
-        self._patience = patience
+        self._limits = patience, max_wait
         super().__init__(host="", port=0)
 
     def _setup(self) -> None:
         super()._setup()
         self._channel.close()  # Optuna's own, which has not connected yet
-        self._channel = _Channel(self._root, self._patience, type(self._stub))
+        self._channel = _Channel(self._root, *self._limits, type(self._stub))
         self._stub = _Stub(self._channel)
         self._cache = type(self._cache)(self._stub)
 
@@ -77,22 +79,29 @@ class InstanceStorage(GrpcStorageProxy):  # type: ignore[misc]
         """Return at once, since every request waits."""
 
 
-def storage(instance: str = "hpc_db", patience: float = PATIENCE_SECONDS) -> InstanceStorage:
-    """Return the storage of an instance, given by name or directory; ``patience`` is the max outage in seconds."""
-    if not 0 <= patience <= MOST_SECONDS:  # guard: longest patience
-        raise ValueError(f"patience: {patience:g} is not allowed; 0 to {MOST_SECONDS:.0f} seconds")
+def storage(
+    instance: str = "hpc_db", patience: float = PATIENCE_SECONDS, max_wait: float = MAX_WAIT_SECONDS
+) -> InstanceStorage:
+    """Return the storage of an instance, given by name or directory.
+
+    ``patience`` (seconds) counts from the last moment at which a server job was queued or running, ``max_wait`` from
+    the start of the outage.
+    """
+    for name, seconds in (("patience", patience), ("max_wait", max_wait)):
+        if not 0 <= seconds <= MOST_SECONDS:  # guard: longest patience
+            raise ValueError(f"{name}: {seconds:g} is not allowed; 0 to {MOST_SECONDS:.0f} seconds")
     root = os.path.expanduser(instance if os.sep in instance else f"~/hpc_db/{instance}")
     if not os.path.isdir(os.path.join(root, "run")):
         raise ValueError(f"{root} is not an instance directory; give the path in instance_root")
-    return InstanceStorage(root, patience)
+    return InstanceStorage(root, patience, max_wait)
 
 
 class _Channel:
     """The channel to the proxy's current address, for all threads. ``data`` is the identity of its data, once known."""
 
-    def __init__(self, root: str, patience: float, stub: type) -> None:
+    def __init__(self, root: str, patience: float, max_wait: float, stub: type) -> None:
         self._root = root
-        self.patience = Patience(patience, f"storage proxy of {root}")
+        self.patience = Patience(patience, f"storage proxy of {root}", max_wait, Outlook(root))
         self._make_stub = stub
         self._made_for: tuple[str, bytes, bytes] | None = None  # address, certificate, key
         self._channel: Any = None

@@ -19,7 +19,7 @@ import sys
 import time
 from typing import Iterator, List, Optional  # noqa: F401 - List in a type comment
 
-from . import endpoint, events, files, scheduler
+from . import endpoint, events, files, handover, scheduler
 from .dumps import Dumps
 from .engines import Engine, engines_of  # noqa: F401 - Engine in a type comment
 from .health import Health, space
@@ -37,8 +37,19 @@ SERVING = "it accepts writes"
 DEATHS_COUNT_SECONDS = 600.0
 # Maximum seconds between a crash and the restart; doubled from 1 after each crash. Workers wait meanwhile.
 LONGEST_PAUSE = 4.0
-# Seconds between two checks whether the successor is still in the queue.
+# Maximum seconds between two checks whether the successor is still in the queue, before and after it may begin.
 FOLLOW_SECONDS = 900.0
+FOLLOW_OFTEN_SECONDS = 60.0
+# Tolerance: the scheduler counts in minutes, from a start before this program's.
+EARLY_SECONDS = 90.0
+# Seconds that a successor has to take the lease that was released for it.
+TAKE_SECONDS = 15.0
+# Seconds between two queries whether the holder's job has ended.
+ASK_SECONDS = 3.0
+# Seconds to wait for the scheduler while the job ends.
+LAST_LOOK_SECONDS = 5.0
+# Added to a message if the scheduler and the holder contradict each other.
+CUT_OFF = "; its job has ended, but its heartbeat continues: its node may be cut off"
 # Added to a message if only the user can know whether the holder has ended.
 ASK_THE_USER = "; this host cannot check whether it has ended: if it has, run the playbook break_lease.yml"
 # Seconds until the next attempt to publish the endpoint.
@@ -55,9 +66,11 @@ BOOTSTRAP_PARAMETERS = {"shared_buffers": "32MB", "max_connections": "20", "max_
 class Stop(Exception):
     """The program was asked to stop; the message says by what."""
 
-    def __init__(self, why: str, planned: bool = False) -> None:
+    def __init__(self, why: str, planned: bool = False, successor: Optional[dict] = None) -> None:
         Exception.__init__(self, why)
         self.planned = planned
+        #: The request of the job that takes over, while both run.
+        self.successor = successor
 
 
 # The first request to stop. The signal handler raises it anywhere in the code, where another exception may replace it,
@@ -74,25 +87,76 @@ class Host:
         self.bootstrap = bootstrap
         self._allocation = scheduler.own_job(self.settings["scheduler"])
         self.job = "" if bootstrap else self._allocation or str(os.getpid())
+        self._begun = time.monotonic()
         self._told = ""
+        self._told_follows = None  # type: Optional[dict]
+        self._changed = 0.0
         self._followed = ""
         self._alone = ""
+        self._trouble = ""
         self._unpublished = ""
         self._publish_due = 0.0
         self._undone = []  # type: List[str]
         self._clean = True
+        #: Whether a successor has not taken the lease that was released for it.
+        self._returns = False
+        #: Whether a server of this job has accepted writes.
+        self._has_served = False
+        self._ask_due = 0.0
+        #: Why this host cannot serve; empty if it can, None if that is not checked.
+        self._unfit = None  # type: Optional[str]
         self._dumps = None  # type: Optional[Dumps]
         self._engines = []  # type: List[Engine]
         self._lease = None  # type: Optional[Lease]
         self._queue = None  # type: Optional[Queue]
+        self._predecessor = None  # type: Optional[handover.Predecessor]
+        self._successor = None  # type: Optional[handover.Successor]
         if self.settings["chain"] and not bootstrap:
             self._queue = Queue(self.settings, self.job)
+            self._successor = handover.Successor(self.layout, self.job)
 
     def serve(self, patience: float, lifetime: Optional[float]) -> None:
         """Serve until asked to stop, or for ``lifetime`` seconds; raise the reason for the end."""
         self._address()  # report a host name that cannot be resolved before anything starts
-        with self._leased(patience) as keeper:
-            self._keep_serving(keeper, lifetime)
+        try:
+            self._serve_in_turns(patience, lifetime)
+        finally:
+            ignore_signals()
+            with contextlib.suppress(OSError, ValueError):
+                files.remove(self.layout.stop_request(self.job))
+
+    def _serve_in_turns(self, patience: float, lifetime: Optional[float]) -> None:
+        """Serve; continue if a successor asks for the lease but does not take it."""
+        left = None  # type: Optional[Stop]
+        while True:
+            try:
+                with self._leased(patience) as keeper:
+                    left, self._returns = None, False
+                    self._keep_serving(keeper, lifetime)
+            except Stop as stopped:
+                if not (stopped.successor and self._clean) or self._is_taken(stopped.successor):
+                    raise
+                left, self._returns = stopped, True
+                self._lease, self._successor, patience = None, None, self.settings["lease_ttl"]
+                self._trouble = ", but job %s on %s did not take over" % (
+                    stopped.successor["job"], stopped.successor["host"])
+                del _told_to_stop[:]
+            except Held as held:
+                raise (left or held) from None  # after a hand-over, the successor was late
+
+    def _is_taken(self, request: dict) -> bool:
+        """Wait for a successor; return whether it has taken the released lease."""
+        limit = time.monotonic() + TAKE_SECONDS
+        while time.monotonic() < limit:
+            time.sleep(0.5)
+            if _told_to_stop[1:]:  # also asked to stop by a signal
+                return True
+            with contextlib.suppress(OSError):
+                if self._predecessor and self._predecessor.is_taken(request):
+                    return True
+                if self._lease and not self._lease.is_ours():
+                    return True
+        return False
 
     def upgrade(self, patience: float, following: str, back: bool) -> dict:
         """Move to the settings in the file ``following``, with another major version; return the summary."""
@@ -108,24 +172,38 @@ class Host:
             "cluster": self.settings["cluster"], "scheduler": self.settings["scheduler"],
             "allocation": self._allocation, "silence": ttl * (SILENT_TTLS if self.bootstrap else 1),
         }
-        lease = Lease(self.layout.run, holder, self._has_ended, ttl)
+        lease = Lease(self.layout.run, holder, self._is_known_to_have_ended, ttl)
         self.tell("starting", "requesting the lease")
         self._acquire(lease, patience)
         self._lease = lease
+        self._succeed(lease.previous)
         with Keeper(lease) as keeper:
             try:
                 # The previous holder may have moved the studies to another data directory.
                 self.settings = read_settings(self.settings["root"])
                 yield keeper
             except BaseException as ended:
-                ignore_signals()
+                if not (isinstance(ended, Stop) and ended.successor):  # else this job may have to serve on
+                    ignore_signals()
                 keeper.check()  # without the lease, do not release it or change the queue
                 if self._clean:  # else the next holder waits until the scheduler reports our end
-                    self._release(keeper)
+                    with signals_waiting():
+                        self._release(keeper)
                 if isinstance(ended, Failed):
                     self._end_chain()
                 raise
             self._release(keeper)
+
+    def _succeed(self, previous: dict) -> None:
+        """Begin as the successor of the previous holder."""
+        if not self._queue or previous.get("kind") != self._kind() or previous["job"] == self.job:
+            return
+        self._queue.predecessor = previous["job"]
+        with contextlib.suppress(OSError, ValueError):
+            files.remove(self.layout.stop_request(previous["job"]))  # left if that job was killed
+        if self._successor:
+            with contextlib.suppress(OSError):
+                self._successor.tell_taken()
 
     def _release(self, keeper: Keeper) -> None:
         with self._only_told("cannot release the lease"):
@@ -143,28 +221,49 @@ class Host:
             files.log(self._undone[-1])
 
     def _acquire(self, lease: Lease, patience: float) -> None:
-        """Wait for the lease: up to ``patience`` seconds, or longer if its holder's node seems to be cut off.
+        """Wait for the lease: up to ``patience`` seconds, or longer if no other job may be left to serve.
 
-        In that case, the scheduler has given up the holder's node and started us, but postgres still runs there. It
-        ends, or finds out that it has to when the node is reachable again. If we gave up before, no job would be left
-        to serve.
+        That is so if the holder's node seems to be cut off: the scheduler has given it up and started us, but postgres
+        still runs there, and ends at the latest when the node is reachable again. It is also so if the holder's
+        heartbeat has stopped: its node may have failed, which the scheduler notices minutes later.
         """
         def wait(refused: Exception) -> None:
+            if self._returns and isinstance(refused, Held):
+                raise refused  # the successor was late
             silent = hint
+            if asks and isinstance(refused, Held) and self._may_ask(refused.holder):
+                self._ask(refused.holder)
             if isinstance(refused, Held) and not hint:
                 silent = silence(refused.holder, lease.silence(refused.holder), self._can_be_asked(refused.holder))
             self.tell("starting", "waiting: %s%s" % (in_words(refused), silent))
 
-        hint = ""
+        hint, asks = "", True
+        pause = 0.25 if self._successor else 1.0
         is_job = not self.bootstrap and bool(scheduler.own_job(self._kind()))
         while True:
             try:
-                return lease.acquire(patience, wait)
+                return lease.acquire(patience, wait, pause)
+            except handover.Refused as refused:
+                holder = lease.holder() or {}
+                if not (is_job and self._has_ended(holder)):
+                    if self._unfit:
+                        raise Failed("cannot take over: %s; %s" % (self._unfit, refused)) from None
+                    raise Held(holder, "; %s" % refused) from None
+                hint, asks = CUT_OFF, False
+                self._follow()
             except Held as held:
-                if not is_job or not self._has_ended(held.holder):
+                asks = True  # again
+                if self._returns:
+                    raise
+                if is_job and self._has_ended(held.holder):
+                    hint = CUT_OFF
+                elif is_job and self._may_ask(held.holder) and lease.is_silent(self.settings["lease_ttl"] / 2):
+                    hint = "; its heartbeat has stopped, but its job has not ended: its node may have failed"
+                elif self._successor and self._successor.is_accepted:
+                    continue  # its last dump takes long
+                else:
                     # the holder may still run, or we are not a job of the scheduler
                     raise Held(held.holder, "" if self._can_be_asked(held.holder) else ASK_THE_USER) from None
-                hint = "; its job has ended, but its heartbeat continues: its node may be cut off"
                 self._follow()  # our walltime may end before that
             except OSError as error:
                 if not is_job or error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -172,31 +271,53 @@ class Host:
                 self._follow()  # else no job would be left when there is space again
                 time.sleep(1.0)
 
+    def _may_ask(self, holder: dict) -> bool:
+        """Return whether the holder is another job of this chain, which hands over."""
+        return self._successor is not None and holder.get("kind") == self._kind() and self._can_be_asked(
+            holder) and holder.get("job") not in ("", self.job)
+
+    def _ask(self, holder: dict) -> None:
+        """Ask the holder for the lease, or tell it why this host cannot serve; raise Refused if it keeps the lease."""
+        if not (self._successor and self._queue):
+            return
+        if self._unfit is None:
+            self._unfit = ""
+            try:
+                handover.check_ready(self.settings)
+            except (Failed, OSError) as error:
+                self._unfit = str(error)
+        self._queue.predecessor = holder["job"]
+        with contextlib.suppress(OSError):
+            self._successor.ask(holder, self._unfit)
+
     def _keep_serving(self, keeper: Keeper, lifetime: Optional[float]) -> None:
         """Run postgres, and restart it after a crash. The restarts are limited, since the cause may be permanent."""
         limit = 0 if self.bootstrap else self.settings["restarts"]
         deaths = []  # type: List[float]
         check_programs(self.settings)
-        while True:
-            try:
-                self._serve_once(keeper, lifetime)
-            except (Failed, OSError) as died:
-                keeper.check()
-                if _told_to_stop:
-                    raise _told_to_stop[0] from None
-                now = time.monotonic()
-                deaths = [death for death in deaths if now - death < DEATHS_COUNT_SECONDS] + [now]
-                if len(deaths) > limit:
-                    raise Failed(str(died)) from None
-                pause = min(2.0 ** (len(deaths) - 1), LONGEST_PAUSE)
-                self.tell("starting", "postgres restarts: %s" % died, "restart", str(died))
-                self._sleep(keeper, pause)
-            full = space(self.settings["data"])
-            while full:
-                # Recovery also writes: without space, postgres would only crash again.
-                self.tell("unhealthy", full)
-                self._sleep(keeper, 2.0)
+        with contextlib.ExitStack() as beside:
+            if self._queue:
+                beside.enter_context(Repeat(0.0, self._follow_once_served))
+            while True:
+                try:
+                    self._serve_once(keeper, lifetime)
+                except (Failed, OSError) as died:
+                    keeper.check()
+                    if _told_to_stop:
+                        raise _told_to_stop[0] from None
+                    now = time.monotonic()
+                    deaths = [death for death in deaths if now - death < DEATHS_COUNT_SECONDS] + [now]
+                    if len(deaths) > limit:
+                        raise Failed(str(died)) from None
+                    pause = min(2.0 ** (len(deaths) - 1), LONGEST_PAUSE)
+                    self.tell("starting", "postgres restarts: %s" % died, "restart", str(died))
+                    self._sleep(keeper, pause)
                 full = space(self.settings["data"])
+                while full:
+                    # Recovery also writes: without space, postgres would only crash again.
+                    self.tell("unhealthy", full)
+                    self._sleep(keeper, 2.0)
+                    full = space(self.settings["data"])
 
     def _sleep(self, keeper: Keeper, seconds: float) -> None:
         """Sleep; raise Lost if the lease is lost meanwhile."""
@@ -217,21 +338,23 @@ class Host:
                 self._withdraw()
             postgres.wait_for_write(self.settings["start_patience"])
             if not self.bootstrap:
+                with self._only_told("cannot renew the workers' heartbeats"):
+                    postgres.renew_heartbeats(self.settings["databases"])
                 self._engines = engines_of(self.settings, postgres, self._address())
             self._publish(postgres)
             self.tell("serving", SERVING)
             self._watch(postgres, keeper, lifetime)
         except Stop as stop:
             if stop.planned and postgres:
-                self._prepare_to_move(postgres, keeper)
+                self._prepare_to_move(postgres, keeper, "the walltime ends soon", "walltime")
             raise
         finally:
             with signals_waiting():
                 self._leave(postgres)
 
-    def _prepare_to_move(self, postgres: Postgres, keeper: Keeper) -> None:
-        """Make a dump and a checkpoint before the walltime, so that the stop is quick; workers continue meanwhile."""
-        self.tell("stopping", "the walltime ends soon", "walltime")
+    def _prepare_to_move(self, postgres: Postgres, keeper: Keeper, why: str, event: str) -> None:
+        """Make a dump and a checkpoint before a planned stop, so that it is quick; workers continue meanwhile."""
+        self.tell("stopping", why, event)
         if self._dumps:
             with self._only_told("cannot dump the studies"):
                 self._dumps.now(self.settings["stop_notice"] / 4, keeper.check)
@@ -266,34 +389,59 @@ class Host:
     def tell(self, state: str, reason: str, event: str = "", cause: str = "") -> None:
         """Log a change of state, record it as an event, and write it to state.json if the lease is ours.
 
-        A temporary server only logs it.
+        The file also describes the next server job, for waiting workers. A temporary server only logs the change.
         """
-        if (state + reason) == self._told:
+        follows = self._queue.successor if self._queue else None
+        if self._queue and not follows and state == "starting":
+            follows = {"id": self.job, "told": "job %s is starting on %s" % (self.job, socket.gethostname())}
+        is_new = state + reason != self._told
+        if not is_new and follows == self._told_follows:
             return
-        self._told = state + reason
+        self._told, self._told_follows = state + reason, follows
         now = time.time()
-        files.log("%s %s: %s" % (time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now)), state, reason))
+        if is_new:
+            self._changed = now
+            files.log("%s %s: %s" % (time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now)), state, reason))
         if self.bootstrap:
             return
         content = {"state": state, "reason": reason, "job": self.job, "host": socket.gethostname()}
         try:
-            events.append(self.settings["root"], dict(content, time=now, event=event, cause=cause))
+            if is_new:
+                events.append(self.settings["root"], dict(content, time=now, event=event, cause=cause))
         except (OSError, ValueError) as error:
             files.log("cannot write events.jsonl: %s" % error)
         try:
             if self._lease and self._lease.is_ours():
-                files.write_state(self.layout.state, dict(content, since=now))
+                lease = {"epoch": self._lease.epoch, "ttl": self._lease.ttl}
+                files.write_state(self.layout.state, dict(content, since=self._changed, follows=follows, lease=lease))
         except (OSError, ValueError) as error:
             files.log("cannot write state.json: %s" % error)
 
     def tell_end(self, state: str, reason: object) -> None:
-        """Report the reason for the end, and the errors during the shutdown."""
+        """Report the reason for the end, the errors during the shutdown, and the next server job."""
+        if self._queue and self._lease:
+            self._queue.look(LAST_LOOK_SECONDS)
+        elif self._queue:
+            self._tell_who_follows(self._queue)
         self.tell(state, "; ".join([str(reason)] + self._undone))
+
+    def _tell_who_follows(self, queue: Queue) -> None:
+        """If workers wait for this job, which never had the lease, tell them for which job to wait now."""
+        said = files.read_json(self.layout.state) or {}
+        waited = (said.get("follows") or {}).get("id")
+        # Another job may be serving. Without an id, the playbook has written it before the first job.
+        if waited == "" or waited == self.job and said.get("state") in ("ended", "failed"):
+            with self._only_told("cannot write state.json"):
+                queue.look(LAST_LOOK_SECONDS)
+                files.write_state(self.layout.state, dict(said, follows=queue.successor))
 
     def _watch(self, postgres: Postgres, keeper: Keeper, lifetime: Optional[float]) -> None:
         ends = float("inf") if lifetime is None else time.monotonic() + lifetime
-        # This file requests a stop where the scheduler can only kill us.
+        # This file requests a stop where the scheduler can only kill us. Create it now: hosts may cache its absence.
         wish = self.layout.stop_request(self.job)
+        if not self.bootstrap and not os.path.exists(wish):
+            with self._only_told("cannot create %s" % wish):
+                files.write_state(wish, {"stop": False})
         with contextlib.ExitStack() as beside:
             health = Health(self.settings, postgres)
             if not self.bootstrap:
@@ -301,7 +449,8 @@ class Host:
                 self._dumps = Dumps(self.settings, postgres)
                 beside.callback(self._dumps.cancel)
             if self._queue:
-                beside.enter_context(Repeat(0.0, self._follow))
+                self._predecessor = handover.Predecessor(self.layout, self.job)
+                self._has_served = True
             while True:
                 time.sleep(0.5)  # ended early by a signal, which raises Stop
                 keeper.check()
@@ -312,16 +461,40 @@ class Host:
                     raise Failed("postgres exited unexpectedly with code %d" % returncode)
                 if time.monotonic() > ends:
                     stop("its lifetime has expired")
-                if os.path.exists(wish):
+                if (files.read_json(wish) or {}).get("stop"):
                     ignore_signals()
-                    with self._only_told("cannot remove the stop request"):
-                        files.remove(wish)
                     stop("stopped by %s" % wish)
+                if self._predecessor:
+                    self._hand_over(self._predecessor, postgres, keeper)
                 if self._dumps:
                     self._dumps.poll()
                     self._poll_engines(postgres)
                     wrong = health.reason or self._unpublished or self._dumps.told or self._engines_told()
-                    self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING + self._alone))
+                    self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING + self._alone + self._trouble))
+
+    def _hand_over(self, predecessor: handover.Predecessor, postgres: Postgres, keeper: Keeper) -> None:
+        """Raise Stop if a successor asks for the lease, and still asks when everything is prepared."""
+        request = predecessor.poll()
+        if not request or not self._queue:
+            return
+        name = "job %s on %s" % (request["job"], request["host"])
+        refusal = ""
+        earliest, age = self._queue.earliest, time.monotonic() - self._begun
+        if request["refusal"]:
+            self._trouble = ", but %s cannot take over: %s" % (name, request["refusal"])
+            refusal = "job %s continues to serve" % self.job
+        elif earliest is None or age < earliest - EARLY_SECONDS:
+            after = "at its end" if earliest is None else "%d s after its start; %d s have passed" % (earliest, age)
+            refusal = "job %s hands over %s" % (self.job, after)
+        with self._only_told("cannot answer %s" % name):
+            predecessor.answer(request, "refused" if refusal else "accepted", refusal)
+        if refusal:
+            return
+        self._trouble = ""
+        self._queue.takes_over(request["job"], request["host"])
+        self._prepare_to_move(postgres, keeper, "%s takes over" % name, "handover")
+        if predecessor.still_asks(request):
+            stop("%s takes over" % name, successor=request)
 
     def _poll_engines(self, postgres: Postgres) -> None:
         """Poll the sidecars; publish the endpoint again if their ports have changed, or if the last attempt failed."""
@@ -335,13 +508,24 @@ class Host:
     def _engines_told(self) -> str:
         return "; ".join(engine.reason for engine in self._engines if engine.reason)
 
+    def _follow_once_served(self) -> float:
+        return self._follow() if self._has_served else 0.5
+
     def _follow(self) -> float:
         """Ensure that a successor is queued; return the seconds until the next check."""
+        queue = self._queue
+        if not queue:
+            return FOLLOW_SECONDS
+        pause = FOLLOW_SECONDS
         try:
-            followed, pause = self._queue.ensure_successor() if self._queue else "", FOLLOW_SECONDS
-            self._alone = ""
+            followed = queue.ensure_successor()
+            self._alone = ", but " + queue.trouble if queue.trouble else ""
+            if queue.earliest is not None:  # then the successor may begin, and end without taking over
+                pause = max(min(queue.earliest - (time.monotonic() - self._begun), pause), FOLLOW_OFTEN_SECONDS)
+            if queue.successor and queue.successor["state"] != "PENDING":
+                pause = FOLLOW_OFTEN_SECONDS
         except (OSError, subprocess.TimeoutExpired) as error:
-            followed, pause = "cannot queue a successor: %s" % error, 60.0
+            followed, pause = "cannot queue a successor: %s" % error, FOLLOW_OFTEN_SECONDS
             self._alone = ", but " + followed
         if followed != self._followed:
             self._followed = followed
@@ -399,6 +583,14 @@ class Host:
     def _kind(self) -> str:
         return "bootstrap" if self.bootstrap else self.settings["scheduler"]
 
+    def _is_known_to_have_ended(self, holder: dict) -> bool:
+        """Return whether a holder has ended; ask the scheduler only every few seconds, for we may wait for minutes."""
+        if time.monotonic() < self._ask_due:
+            return False
+        ended = self._has_ended(holder)
+        self._ask_due = time.monotonic() + (0.0 if ended else ASK_SECONDS)
+        return ended
+
     def _has_ended(self, holder: dict) -> bool:
         """Return whether a holder on another host, or from before a reboot, has ended, as far as can be known."""
         kind, job = holder.get("kind", ""), holder.get("job", "")
@@ -446,9 +638,9 @@ def drain(postgres: Postgres, seconds: float) -> None:
         files.log(told)
 
 
-def stop(why: str, planned: bool = False) -> None:
+def stop(why: str, planned: bool = False, successor: Optional[dict] = None) -> None:
     """Raise Stop, and keep it in case another exception replaces it."""
-    _told_to_stop.append(Stop(why, planned))
+    _told_to_stop.append(Stop(why, planned, successor))
     raise _told_to_stop[-1]
 
 

@@ -10,7 +10,7 @@ The server is live if an endpoint exists, names a job, and that job runs: ``serv
 endpoint behind. To remove it, call this in <root>/host:
 
     python3 -m hpc_db_host.endpoint look JOB        print whether jobs of this name have left an endpoint, as JSON
-    python3 -m hpc_db_host.endpoint withdraw JOB    the same, and remove it
+    python3 -m hpc_db_host.endpoint withdraw JOB    the same, and withdraw it
 """
 
 import argparse
@@ -45,19 +45,23 @@ def publish(run: str, service_file: str, endpoint: dict, service: dict, pooled: 
             name + POOLED: dict(pooled or service, **pooler) if pooler else {},
         })
     finally:  # independently: they may be on different file systems
-        files.write_json(os.path.join(run, "endpoint.json"), endpoint)
+        files.write_state(os.path.join(run, "endpoint.json"), endpoint)
 
 
 def withdraw(run: str, service_file: str, instance: str, patience: float = LEAVING_SECONDS) -> None:
-    """Remove the endpoint."""
+    """Withdraw the endpoint. The file stays, since hosts may cache for a minute that it does not exist."""
+    path = os.path.join(run, "endpoint.json")
     try:
-        files.remove(os.path.join(run, "endpoint.json"))
+        if os.path.exists(path):
+            files.write_state(path, {})
+    except OSError:  # a quota on a file system that copies on write
+        files.remove(path)
     finally:
         edit_services(service_file, {instance: {}, instance + POOLED: {}}, patience)
 
 
 def read_endpoint(layout: Layout) -> Optional[dict]:
-    """Return the last published endpoint, with ``tls`` true by default; None if the file is missing or unreadable.
+    """Return the last published endpoint, with ``tls`` true by default; None if it is withdrawn or unreadable.
 
     It may have been left behind by a job that was killed: ask ``serving_job``.
     """
@@ -76,13 +80,15 @@ def serving_job(endpoint: Optional[dict], jobs: List[dict]) -> Optional[dict]:
     return next((job for job in jobs if named and job["id"] == named and job["state"] == "RUNNING"), None)
 
 
-def edit_service(path: str, name: str, parameters: dict) -> None:
-    """Set or, without parameters, remove the section ``name`` of a libpq service file; keep everything else."""
-    edit_services(path, {name: parameters})
+def forget_successor(layout: Layout) -> None:
+    """Record that no server job is queued, so that waiting workers give up after the max outage."""
+    state = files.read_json(layout.state) or {}
+    if state.get("follows"):
+        files.write_state(layout.state, dict(state, follows=None))
 
 
 def edit_services(path: str, sections: Dict[str, dict], patience: float = 2 * LOCK_STALE_SECONDS) -> None:
-    """Set these sections, or remove those without parameters; keep everything else."""
+    """Set these sections of a libpq service file, or remove those without parameters; keep everything else."""
     path = os.path.realpath(path)
     with FileLock(path + ".lock", patience):
         try:
@@ -173,7 +179,7 @@ def service_file(settings: dict) -> str:
 
 def is_there(run: str, path: str, instance: str) -> bool:
     """Return whether an endpoint is published, in either file."""
-    if os.path.exists(os.path.join(run, "endpoint.json")):
+    if files.read_json(os.path.join(run, "endpoint.json")):
         return True
     try:
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
@@ -200,6 +206,8 @@ def main() -> int:
             found = False  # a server elsewhere, unknown to the scheduler here
         if found and asked.verb == "withdraw":
             withdraw(run, service_file(settings), settings["instance"], PATIENCE_SECONDS)
+        if asked.verb == "withdraw" and settings.get("job_name") == asked.job:
+            forget_successor(HERE)
     except OSError as error:
         raise SystemExit(str(error)) from None
     sys.stdout.write(json.dumps(found) + "\n")

@@ -5,7 +5,8 @@
     time      seconds since 1970
     job, host the job that wrote the record, and its host
     state     starting, serving, unhealthy, stopping, ended or failed
-    event     "start" of PostgreSQL, "restart" after a crash, "walltime" (it is near), else empty
+    event     "start" of PostgreSQL, "restart" after a crash, "walltime" (a stop shortly before it), "handover" (a stop
+              requested by a successor), else empty
     reason    one line for people
     cause     for a restart: why PostgreSQL ended
 """
@@ -83,7 +84,7 @@ def account(records: Iterable[Dict[str, Any]]) -> Dict[str, Any]:
             if ill:
                 troubles[-1]["ended"] = when
             troubles.append({"began": when, "ended": None, "certain": True, "reason": reason})
-        elif event == "walltime":
+        elif event in ("walltime", "handover"):
             notice = reason
         elif state == "stopping" and serving:
             outages.append({"began": when, "ended": None, "certain": True, "reason": notice})

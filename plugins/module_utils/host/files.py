@@ -7,10 +7,13 @@ import json
 import os
 import sys
 import tempfile
+import time
 from typing import Optional, Union
 
 # Minimum size of a state file, so that a longer state can replace it without more disk space.
 STATE_BYTES = 2048
+# Seconds to wait for a file that is being rewritten.
+HALF_SECONDS = 0.05
 
 
 def printable(text: str) -> str:
@@ -55,22 +58,30 @@ def write_json(path: str, content: dict) -> None:
 
 
 def write_state(path: str, content: dict) -> None:
-    """Write ``content`` as JSON; on a full disk, into the existing file's space, so that the state can be reported."""
-    text = json.dumps(content, indent=2, sort_keys=True).ljust(STATE_BYTES) + "\n"
+    """Write ``content`` as JSON into the existing file, whose length never shrinks; create the file if it is missing.
+
+    A host that caches names, sizes and the absence of files sees the new content at its next open, and a full disk has
+    space for it. A reader may see half of a change, which is not valid JSON.
+    """
+    text = json.dumps(content, indent=2, sort_keys=True)
     try:
-        write_atomically(path, text)
-    except OSError:
-        overwrite(path, text.rstrip().ljust(os.path.getsize(path) - 1) + "\n")
+        overwrite(path, text.ljust(max(STATE_BYTES, os.path.getsize(path)) - 1) + "\n")
+    except FileNotFoundError:
+        write_atomically(path, text.ljust(STATE_BYTES - 1) + "\n")
 
 
 def read_json(path: str) -> Optional[dict]:
     """Return the JSON object in ``path``; None if the file is missing or unreadable, or holds none."""
-    try:
-        with open(path) as stream:
-            content = json.load(stream)
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    for attempt in (1, 2):
+        try:
+            with open(path) as stream:
+                content = json.load(stream)
+            return content if isinstance(content, dict) else None
+        except OSError:
+            return None
+        except ValueError:
+            time.sleep(HALF_SECONDS if attempt == 1 else 0.0)  # it may just be rewritten
+    return None
 
 
 def sync(folder: str) -> None:

@@ -21,6 +21,9 @@ class Layout:
         self.run = below("run")
         self.endpoint = below("run", "endpoint.json")
         self.state = below("run", "state.json")
+        # A successor's request for the lease, and the holder's answer.
+        self.request = below("run", "request.json")
+        self.answer = below("run", "answer.json")
         self.temporary_server = below("run", "bootstrap.json")
         self.local_job = below("run", "local_job.json")
         # The state after the last full run of hpc_db.yml, for its quick check.
@@ -33,6 +36,7 @@ class Layout:
         self.conf = below("conf")
         self.hba = below("conf", "pg_hba.conf")
         self.certificate = below("conf", "server.crt")
+        self.key = below("conf", "server.key")
         self.data = below("data")
         self.pgpass = below("secrets", "pgpass")
         self.dumps = below("dumps")
@@ -42,5 +46,5 @@ class Layout:
         return os.path.join(self.host, "settings-%d.json" % major)
 
     def stop_request(self, job: str) -> str:
-        """Return the file that asks a job to stop, for schedulers that can only kill jobs."""
+        """Return the file that asks a job to stop with ``{"stop": true}``, for schedulers that can only kill jobs."""
         return os.path.join(self.run, "stop.%s" % job)

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The lease: only its holder may run postgres on the data directory.
 
-``run/lease.N`` names the holder of epoch N; the highest N is the current one. ``hb.N`` is its heartbeat,
-``released.N`` means that it stopped cleanly. The implementation uses link(2) and rename(2), which are
-atomic on every cluster file system; flock works only per client, or not at all, on several of them. Once
-taken, a lease can be renewed and released without free space or inodes, which a quota may have used up.
+``run/lease.N`` names the holder of epoch N; the highest N is the current one. ``hb.N`` is its heartbeat;
+``released.N``, or the heartbeat "released", means that it stopped cleanly. The implementation uses link(2) and
+rename(2), which are atomic on every cluster file system; flock works only per client, or not at all, on several of
+them. Once taken, a lease can be renewed and released without free space or inodes, which a quota may have used up.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ from . import files, processes
 DEFAULT_TTL = 90.0
 # A contender's temporary files exist only for a moment; if they are older than this, the contender was killed.
 LEFTOVER_SECONDS = 3600.0
+# The text of the last heartbeat, after the data directory was left.
+RELEASED = "released"
 # Errors of link(2) on file systems without hard links: vfat, exFAT, some FUSE and SMB mounts.
 NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
@@ -88,6 +90,8 @@ class Lease:
         self.folder = folder
         self.ttl = ttl
         self.epoch = 0
+        #: The holder before us; empty if there was none.
+        self.previous = {}  # type: dict
         self._clock = clock
         self._ended = ended
         self._holder = dict({"silence": ttl}, **holder)
@@ -111,7 +115,7 @@ class Lease:
         if self._beat(newest) != beat:
             files.remove(self._path("lease.%d" % (newest + 1)))
             return False
-        self.epoch = newest + 1
+        self.epoch, self.previous = newest + 1, self._read(newest) or {}
         try:
             self.renew()
         except OSError:
@@ -127,16 +131,18 @@ class Lease:
         aside = self._path("contender.%s" % uuid.uuid4().hex)  # a PID is not unique across hosts
         path = self._path("lease.%d" % epoch)
         refused = None  # type: Optional[OSError]
+        counted = aside
         files.write_json(aside, self._holder)
         try:
             os.link(aside, path)
+            counted = path  # its attributes are new, those of the other name may be cached
         except FileExistsError:
             pass
         except OSError as error:
             refused = error
         try:
             # On NFS, link(2) may report an error although it succeeded: check the link count.
-            won = os.stat(aside).st_nlink == 2
+            won = os.stat(counted).st_nlink == 2
         except FileNotFoundError:
             return False  # we were frozen so long that others removed the file
         files.remove(aside)
@@ -213,7 +219,12 @@ class Lease:
         return 0 < self.epoch == self._newest()
 
     def release(self) -> None:
-        """Record that the data directory was left cleanly, so that others may take the lease at once."""
+        """Record that the data directory was left cleanly, so that others may take the lease at once.
+
+        The heartbeat says so, too: other hosts may cache for a minute that the file ``released.N`` does not exist.
+        """
+        with contextlib.suppress(OSError):
+            files.overwrite(self._path("hb.%d" % self.epoch), RELEASED.ljust(19) + "\n")
         path = self._path("released.%d" % self.epoch)
         try:
             files.write_atomically(path, "")
@@ -235,6 +246,10 @@ class Lease:
     def beat(self) -> str:
         """Return a text that changes with each heartbeat of the holder; "" if there is no heartbeat."""
         return self._beat(self._newest())
+
+    def is_silent(self, seconds: float) -> bool:
+        """Return whether we have watched the holder for this long without a heartbeat."""
+        return self._stands_still(self._newest(), seconds)
 
     def _is_free(self, epoch: int) -> bool:
         holder = self._read(epoch) or {}
@@ -269,7 +284,13 @@ class Lease:
             return ""
 
     def _is_released(self, epoch: int) -> bool:
-        return os.path.exists(self._path("released.%d" % epoch))
+        if os.path.exists(self._path("released.%d" % epoch)):
+            return True
+        try:
+            with open(self._path("hb.%d" % epoch), "rb") as stream:
+                return stream.read().startswith(RELEASED.encode())
+        except OSError:
+            return False
 
     def _newest(self) -> int:
         epochs = [re.match(r"lease\.(\d+)$", name) for name in os.listdir(self.folder)]

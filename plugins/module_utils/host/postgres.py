@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Dict, Optional
+from typing import Dict, List, Optional
 
 from . import causes, files, processes
 from .keeper import Keeper
@@ -54,6 +54,21 @@ BEGIN
     END LOOP;
 END $$;
 SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid();
+"""
+
+
+# Optuna's heartbeats are in the session's time zone, which is UTC with the client package. This also renews the
+# heartbeats of killed workers, which are found dead one grace period later.
+HEARTBEATS = """
+SET client_min_messages = warning;
+SET TIME ZONE 'UTC';
+DO $$ BEGIN
+    IF to_regclass('trial_heartbeats') IS NOT NULL THEN
+        UPDATE trial_heartbeats SET heartbeat = localtimestamp
+        WHERE heartbeat < localtimestamp
+        AND trial_id IN (SELECT trial_id FROM trials WHERE state = 'RUNNING');
+    END IF;
+END $$;
 """
 
 
@@ -143,9 +158,17 @@ class Postgres:
         used, allowed = int(counted.group(1)) - 1, int(counted.group(2))
         return "connections exhausted: %d of %d are used" % (used, allowed) if used >= allowed else ""
 
-    def query(self, statement: str, patience: float) -> str:
+    def renew_heartbeats(self, databases: List[str]) -> None:
+        """Renew the heartbeats of running trials: waiting workers could send none.
+
+        Call this before clients can connect. Raise Failed for the first database in which it fails.
+        """
+        for database in databases:
+            self.query(HEARTBEATS, 60, database)
+
+    def query(self, statement: str, patience: float, database: str = "postgres") -> str:
         """Run SQL as the owner over the socket and return its output; raise Failed with psql's last line."""
-        options = ["-XqAt", "-v", "ON_ERROR_STOP=1", "-h", self.socket, "-p", str(self.port), "-d", "postgres"]
+        options = ["-XqAt", "-v", "ON_ERROR_STOP=1", "-h", self.socket, "-p", str(self.port), "-d", database]
         try:
             psql = subprocess.run(
                 [self._program("psql")] + options, env=client_environment(), input=statement,

@@ -8,6 +8,8 @@ from . import files
 from .layout import Layout
 from .lease import DEFAULT_TTL
 
+# Memory in MB besides shared_buffers and connections: PostgreSQL's own processes, the supervisor and a dump. Measured.
+BASE_MB = 128
 # Each value gets the type of its default, since ansible-core before 2.19 writes numbers as text. On each run, a name
 # that with the prefix server_ is a setting gets that setting's value, and the others up to "proxy" a derived one
 # (_plan.py). The rest is for tests, and for an older file.
@@ -17,6 +19,8 @@ DEFAULTS: Dict[str, Any] = {
     "restarts": 5,
     # Seconds between the scheduler's signal and the walltime.
     "stop_notice": 120,
+    # When the successor may take over: a time after the start of the job, or a share of its walltime; "" at its end.
+    "handover_after": "50%",
     "dump_minutes": 60.0,
     "dump_keep": 5,
     "chain": False,

@@ -25,8 +25,8 @@ parameters.hyperparameters.checkpoint_name = os.environ["HPC_DB_STUDY"]
 parameters.hyperparameters.study_name = os.environ["HPC_DB_STUDY"]
 parameters.hyperparameters.rdb_storage = os.environ["HPC_DB_URL"]
 if os.environ["HPC_DB_OUTAGE"]:
-    # MALA fails trials without a heartbeat for twice this interval. A worker that waits for the server sends no
-    # heartbeat, so the interval has to be longer than the max outage.
+    # MALA fails trials without a heartbeat for twice this interval. A single worker that cannot reach the running
+    # server sends none for up to the max outage, so the interval has to be longer.
     parameters.hyperparameters.rdb_storage_heartbeat = int(os.environ["HPC_DB_OUTAGE"]) + 60
 
 data = mala.DataHandler(parameters)

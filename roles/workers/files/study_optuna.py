@@ -19,7 +19,8 @@ def storage() -> optuna.storages.RDBStorage:
     outage = int(os.environ["HPC_DB_OUTAGE"] or 0)
     if not outage:
         return optuna.storages.RDBStorage(url)
-    # A worker that waits for the server sends no heartbeat, so a trial is stale only after more than the max outage.
+    # A waiting worker sends no heartbeats. An outage fails no trial, since a starting server renews all heartbeats. But
+    # a single worker that cannot reach the running server waits for up to the max outage.
     heartbeat = {"heartbeat_interval": 60, "grace_period": outage + 2 * 60}
     # Optuna 4.9 renamed the callback.
     if hasattr(optuna.storages, "RetryHeartbeatStaleTrialCallback"):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hpc_db_host import endpoint
+from hpc_db_host import endpoint, files
 from hpc_db_host.layout import Layout
 
 WANTED = {"host": "c1", "port": 5433}
@@ -20,8 +20,8 @@ from hpc_db_host import endpoint
 
 path, name = sys.argv[1:]
 for port in range(3):
-    endpoint.edit_service(path, name, {"host": name, "port": port})
-    endpoint.edit_service(path, "shared", {"port": port} if port % 2 else {})
+    endpoint.edit_services(path, {name: {"host": name, "port": port}})
+    endpoint.edit_services(path, {"shared": {"port": port} if port % 2 else {}})
 """
 
 
@@ -65,7 +65,7 @@ def test_mode_is_kept_and_a_new_file_is_private(tmp_path):
             path.write_text("[other]\n")
             path.chmod(mode)
 
-        endpoint.edit_service(str(path), "hpc_db", WANTED)
+        endpoint.edit_services(str(path), {"hpc_db": WANTED})
 
         assert path.stat().st_mode & 0o777 == mode
 
@@ -75,7 +75,7 @@ def test_link_stays_a_link(tmp_path):
     (tmp_path / "dotfiles" / "service").write_text("[other]\n")
     (tmp_path / "link").symlink_to("dotfiles/service")
 
-    endpoint.edit_service(str(tmp_path / "link"), "hpc_db", WANTED)
+    endpoint.edit_services(str(tmp_path / "link"), {"hpc_db": WANTED})
 
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "dotfiles" / "service").read_text() == "[other]\n" + SECTION
@@ -83,12 +83,12 @@ def test_link_stays_a_link(tmp_path):
 
 def test_file_without_the_section_is_not_touched(tmp_path):
     path = tmp_path / "service"
-    endpoint.edit_service(str(path), "hpc_db", {})
+    endpoint.edit_services(str(path), {"hpc_db": {}})
     assert not path.exists()
 
     path.write_text("[other]\n")
     before = path.stat().st_ino
-    endpoint.edit_service(str(path), "hpc_db", {})
+    endpoint.edit_services(str(path), {"hpc_db": {}})
 
     assert path.stat().st_ino == before
     assert os.listdir(tmp_path) == ["service"]
@@ -113,7 +113,7 @@ def test_lock_of_a_process_that_was_killed_is_broken(tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint, "LOCK_STALE_SECONDS", 0.2)
     (tmp_path / "service.lock").mkdir()
 
-    endpoint.edit_service(str(tmp_path / "service"), "hpc_db", WANTED)
+    endpoint.edit_services(str(tmp_path / "service"), {"hpc_db": WANTED})
 
     assert (tmp_path / "service").read_text() == SECTION
     assert os.listdir(tmp_path) == ["service"]
@@ -174,7 +174,7 @@ def test_publish_says_it_twice_and_withdraw_takes_both_back(tmp_path):
     for _again in range(2):
         endpoint.withdraw(str(tmp_path), str(service), "hpc_db")
 
-        assert not (tmp_path / "endpoint.json").exists()
+        assert json.loads((tmp_path / "endpoint.json").read_text()) == {}
         assert service.read_text() == "[other]\n"
 
 
@@ -209,7 +209,7 @@ def test_server_is_live_if_the_job_of_its_endpoint_runs(published, queue, servin
 
 @pytest.mark.parametrize("text, expected", [
     ('{"job": "7"}', {"job": "7", "tls": True}), ('{"job": "7", "tls": false}', {"job": "7", "tls": False}),
-    ('{"job"', None), (None, None),
+    ('{"job"', None), (None, None), ("{}", None),
 ])
 def test_endpoint_that_is_read(text, expected, tmp_path):
     (tmp_path / "run").mkdir()
@@ -248,7 +248,7 @@ def test_what_a_dead_node_left_behind_is_withdrawn_once(lost, left_behind):
 
     assert [say(left_behind, verb) for verb in ("look", "look", "withdraw", "withdraw", "look")] == [
         "true\n", "true\n", "true\n", "false\n", "false\n"]
-    assert not (left_behind / "run" / "endpoint.json").exists()
+    assert not files.read_json(str(left_behind / "run" / "endpoint.json"))
     assert lost == "service" or (left_behind / "service").read_text() == "[other]\nhost=x\n"
 
 
@@ -260,7 +260,7 @@ def test_server_of_which_nobody_here_knows_keeps_its_endpoint(holder, withdrawn,
     (left_behind / "run" / "lease.3").write_text(json.dumps({"host": "c1", "pid": 5, "job": "7", **holder}))
 
     assert json.loads(say(left_behind, "withdraw")) is withdrawn
-    assert (left_behind / "run" / "endpoint.json").exists() is not withdrawn
+    assert bool(files.read_json(str(left_behind / "run" / "endpoint.json"))) is not withdrawn
 
 
 def test_server_under_the_name_before_the_last_change_keeps_its_endpoint(left_behind):

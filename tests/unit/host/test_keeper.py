@@ -21,7 +21,7 @@ from pathlib import Path
 
 import hpc_db_host
 import pytest
-from hpc_db_host import processes
+from hpc_db_host import files, processes
 from hpc_db_host.keeper import Keeper
 from hpc_db_host.lease import Held, Lease, Lost
 
@@ -125,9 +125,12 @@ class Instance:
                 stderr=said,
             )
         if self.where in ("stop", "drain"):
-            self.until((self.root / "run" / "endpoint.json").exists)
+            self.until(self.is_published)
             self.program.terminate()
         self.until(lambda: (self.root / "waits").exists() or "stopping" in self.events())
+
+    def is_published(self):
+        return bool(files.read_json(str(self.root / "run" / "endpoint.json")))
 
     def until(self, condition):
         limit = time.monotonic() + 60
@@ -217,7 +220,7 @@ def test_lease_is_renewed_whatever_the_program_waits_for(at, monkeypatch):
     for instance, contender in zip(instances, contenders):
         instance.go()
         if instance.where == "programs":
-            instance.until((instance.root / "run" / "endpoint.json").exists)
+            instance.until(instance.is_published)
             instance.program.terminate()
         assert instance.program.wait(60) == 0, (instance.root / "said").read_text()
         assert instance.events().split()[::2][-1] == "checkpoint"

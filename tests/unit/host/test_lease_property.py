@@ -39,7 +39,7 @@ TTL = 90.0
 # For a holder that no scheduler knows.
 SILENCE = 5 * TTL
 # Calls that other hosts can see, or that see the actions of others: a contender may stop for ever before each of them.
-VISIBLE = ("link", "listdir", "rename", "stat", "unlink")
+VISIBLE = ("link", "listdir", "open", "rename", "stat", "unlink")
 # Steps that a contender makes before another's turn; the last value stands for all steps.
 STEPS = st.integers(0, 10) | st.just(100)
 EXAMPLES = int(os.environ.get("HPC_DB_EXAMPLES", "0"))
@@ -63,9 +63,15 @@ class Contender:
         self._go.acquire()
         self._halted.acquire()
         world.current = self
-        holder = {"host": place, "pid": pid, "job": job, "kind": "slurm", "silence": silence}
-        self.job, self.silence = job, silence
-        self.lease = Lease(world.folder, holder, world.has_ended, TTL, lambda: world.now + offset)
+        self.job, self.silence, self.offset = job, silence, offset
+        self.returns = False  # it asks for the lease again after its release, since no successor took it
+        self.contend()
+
+    def contend(self):
+        """Begin as the program does: with a lease of its own making."""
+        world = self.world
+        holder = {"host": self.place, "pid": self.pid, "job": self.job, "kind": "slurm", "silence": self.silence}
+        self.lease = Lease(world.folder, holder, world.has_ended, TTL, lambda: world.now + self.offset)
         self.keeper = Keeper(self.lease)
 
     def __repr__(self):
@@ -143,7 +149,10 @@ class Contender:
         elif name == "try_acquire" and outcome is True:
             self.holds, self.acquired, self.awake = True, self.world.now, self._begun
         if name == "release":
-            self.alive = self.leaving = False  # it has ended cleanly
+            self.leaving, self.alive = False, self.returns  # it has ended cleanly, or serves on
+            if self.returns:
+                self.returns = self.stopping = False
+                self.contend()
         if self.holds:
             self.renewed = self.beat
         if self.holds or self.opened:
@@ -268,10 +277,14 @@ class World(RuleBasedStateMachine):
         data.draw(st.sampled_from(self.within_calls())).go_on(steps)
 
     @precondition(lambda self: self.leavers())
-    @rule(data=st.data(), steps=STEPS)
-    def leave(self, data, steps):
-        """Stop cleanly, on request or because the lease was lost: postgres has ended before."""
+    @rule(data=st.data(), steps=STEPS, returns=st.booleans())
+    def leave(self, data, steps, returns):
+        """Stop cleanly, on request or because the lease was lost: postgres has ended before.
+
+        After a hand-over that no successor has taken, the contender returns.
+        """
         contender = data.draw(st.sampled_from(self.leavers()))
+        contender.returns = returns and contender.holds
         contender.holds, contender.leaving = False, True
         contender.begin(contender.release)
         contender.go_on(steps)

@@ -15,7 +15,8 @@ import time
 
 import pytest
 from hpc_db_host import __main__ as program
-from hpc_db_host import endpoint, files, processes, scheduler
+from hpc_db_host import endpoint, files, handover, processes, scheduler
+from hpc_db_host.layout import Layout
 from hpc_db_host.lease import Lease
 from hpc_db_host.postgres import Failed
 from hpc_db_host.threads import STOP_SIGNALS
@@ -35,7 +36,7 @@ class FakePostgres:
         self.note(f"made listen={listen} {sorted(parameters)}")
 
     def note(self, what):
-        published = os.path.exists(os.path.join(self.root, "run", "endpoint.json"))
+        published = files.read_json(os.path.join(self.root, "run", "endpoint.json"))
         self.events.append(f"{what}{' published' if published else ''}")
 
     def start(self):
@@ -54,6 +55,9 @@ class FakePostgres:
     def query(self, statement, patience):
         self.note(statement)
         return ""
+
+    def renew_heartbeats(self, databases):
+        self.note("heartbeats")
 
     def drain(self, seconds):
         self.note(f"drain {seconds}")
@@ -113,6 +117,18 @@ class Instance:
         state = json.loads((self.root / "run" / "state.json").read_text())
         return state["state"], state["reason"]
 
+    def said(self, name):
+        return json.loads((self.root / "run" / f"{name}.json").read_text())
+
+    def elsewhere(self, **changes):
+        """Hold the lease as job 8 on another node, which looks dead after a second without a heartbeat."""
+        lease = self.lease(silence=1.0, **changes)
+        assert lease.try_acquire()
+        path = self.root / "run" / "lease.1"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "place": "another boot"}))
+        self.configure(lease_ttl=1.0)
+        return lease
+
     def lease(self, ended=True, host="c2", **changes):
         """Hold the lease as another job."""
         holder = {"host": host, "pid": os.getpid(), "job": "8", "kind": "slurm", "cluster": "hemera5", **changes}
@@ -123,7 +139,7 @@ def test_endpoint_is_there_only_between_the_first_write_and_the_stop(host):
     assert host.run("serve") == 0
 
     assert host.events == [
-        "made listen=True []", "start", "write", "serving published", "drain 5.0", "stop",
+        "made listen=True []", "start", "write", "heartbeats", "serving published", "drain 5.0", "stop",
     ]
     assert host.state() == ("ended", "stopped by SIGTERM")
     assert host.service.read_text() == ""
@@ -168,7 +184,11 @@ def test_engine_is_published_while_it_answers_and_told_while_not(host, monkeypat
 
 def test_file_that_asks_for_the_end_is_a_clean_end(host, monkeypatch):
     wishes = iter(["stop.8", "stop.7"])  # the first is another job's
-    monkeypatch.setattr(FakePostgres, "during", lambda self: (host.root / "run" / next(wishes)).touch())
+
+    def ask(_postgres):
+        files.write_state(str(host.root / "run" / next(wishes)), {"stop": True})
+
+    monkeypatch.setattr(FakePostgres, "during", ask)
 
     assert host.run("serve") == 0
     assert host.state() == ("ended", f"stopped by {host.root}/run/stop.7")
@@ -251,8 +271,12 @@ def queue(host, monkeypatch):
 
     class FakeQueue:
         successors = ["8"]
+        successor, predecessor, earliest, trouble = {"id": "8", "state": "PENDING"}, "", None, ""
 
         def __init__(self, settings, job):
+            pass
+
+        def look(self, timeout):
             pass
 
         def ensure_successor(self):
@@ -284,6 +308,164 @@ def test_nothing_on_the_way_out_replaces_the_wish_to_stop(broken, name, error, h
     assert queue.successors == ["8"]
 
 
+@pytest.fixture
+def predecessor(host, queue, monkeypatch):
+    """Job 8 on another node, which holds the lease; its heartbeat continues while this job waits."""
+    lease = host.elsewhere()
+    monkeypatch.setattr(time, "sleep", lambda _seconds: moment() or lease.renew())
+    monkeypatch.setattr(handover, "check_ready", lambda _settings: None)
+    monkeypatch.setattr(scheduler, "job_has_ended", lambda *_asked: False)
+    return lease
+
+
+def moment():
+    """Sleep really, but briefly."""
+    threading.Event().wait(0.01)
+
+
+def dies(monkeypatch):
+    """Stop the predecessor's heartbeat; the scheduler notices that its job has ended, but not at once."""
+    notices = time.monotonic() + 2.5
+    monkeypatch.setattr(time, "sleep", lambda _seconds: moment())
+    monkeypatch.setattr(scheduler, "job_has_ended", lambda *_asked: time.monotonic() > notices)
+
+
+def answers(host, monkeypatch, lease, *answer):
+    """Have the predecessor answer each request."""
+    side = handover.Predecessor(Layout(str(host.root)), "8")
+
+    def sleep(_seconds):
+        moment()
+        lease.renew()
+        request = host.said("request")
+        if request.get("who"):
+            side.answer(request, *answer)
+
+    monkeypatch.setattr(handover, "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(time, "sleep", sleep)
+    return side
+
+
+SERVE = ("serve", "--lease-patience", "1.2")
+
+
+def test_successor_gives_up_before_a_predecessor_that_lives(host, predecessor):
+    assert host.run(*SERVE) == 3
+    assert host.events == []
+
+
+def test_successor_waits_longer_for_a_predecessor_that_may_have_failed(host, predecessor, monkeypatch, capsys):
+    """The scheduler notices a failed node after minutes; if the successor gave up before, no job would be left."""
+    dies(monkeypatch)
+
+    assert host.run(*SERVE) == 0
+
+    said = capsys.readouterr().err
+    assert "its heartbeat has stopped, but its job has not ended: its node may have failed" in said
+    assert "job 8 follows" in said  # our walltime may end before that
+    assert "start" in host.events
+
+
+def test_successor_waits_for_a_predecessor_that_was_cut_off(host, predecessor, monkeypatch, capsys):
+    """Slurm has given up its node; there it serves on, so that it does not hand over before the time."""
+    answers(host, monkeypatch, predecessor, "refused", "job 8 hands over 1800 s after its start; 68 s have passed")
+    began, answering = time.monotonic(), time.sleep
+    monkeypatch.setattr(scheduler, "job_has_ended", lambda *_asked: True)
+
+    def sleep(seconds):
+        if time.monotonic() < began + 3.0:
+            answering(seconds)
+        elif predecessor.holder():
+            predecessor.release()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert host.run(*SERVE) == 0
+    assert "its job has ended, but its heartbeat continues: its node may be cut off" in capsys.readouterr().err
+    assert "start" in host.events
+
+
+def test_successor_that_cannot_serve_ends_once_its_predecessor_says_that_it_continues(
+    host, predecessor, monkeypatch, capsys
+):
+    monkeypatch.setattr(handover, "check_ready", lambda _settings: raise_(Failed("no programs")))
+    answers(host, monkeypatch, predecessor, "refused", "job 8 continues to serve")
+
+    assert host.run(*SERVE) == 1
+
+    assert "failed: cannot take over: no programs; job 8 continues to serve" in capsys.readouterr().err
+    assert host.events == []
+
+
+def test_successor_that_seems_unable_to_serve_tries_if_its_predecessor_is_dead(host, predecessor, monkeypatch):
+    monkeypatch.setattr(handover, "check_ready", lambda _settings: raise_(Failed("little memory")))
+    dies(monkeypatch)
+
+    assert host.run(*SERVE) == 0
+    assert "start" in host.events
+
+
+def test_successor_waits_as_long_as_its_predecessor_prepares(host, predecessor, monkeypatch):
+    side = answers(host, monkeypatch, predecessor, "accepted")
+    began = time.monotonic()
+
+    def renew_or_release(_seconds, sleep=time.sleep):
+        if time.monotonic() < began + 3.0:
+            sleep(0.0)
+        elif predecessor.holder():
+            predecessor.release()
+
+    monkeypatch.setattr(time, "sleep", renew_or_release)
+    assert host.run(*SERVE) == 0
+    assert "start" in host.events
+    assert side.is_taken(host.said("request"))
+
+
+def test_request_that_cannot_be_written_ends_nothing(host, predecessor, monkeypatch):
+    monkeypatch.setattr(handover.Successor, "ask", lambda *_asked: raise_(OSError(errno.EIO, "stale")))
+    dies(monkeypatch)
+
+    assert host.run(*SERVE) == 0
+
+
+@pytest.mark.parametrize("before, after", [
+    ({"state": "ended", "follows": {"id": "7", "told": "queued"}}, "8"),
+    ({"follows": {"id": "", "told": "server job submitted at 10:00"}}, "8"),
+    ({"state": "serving", "follows": {"id": "7", "told": "queued"}}, "7"),
+    ({"state": "ended", "follows": {"id": "9", "told": "queued"}}, "9"),
+])
+def test_workers_do_not_wait_for_a_job_that_failed_before_it_had_the_lease(before, after, host, queue, monkeypatch):
+    (host.root / "run" / "state.json").write_text(json.dumps(before))
+    monkeypatch.setattr(socket, "getaddrinfo", full)
+
+    assert host.run("serve") == 1
+
+    said = host.said("state")
+    assert said["follows"]["id"] == after
+    assert said.get("state") == before.get("state")
+
+
+def test_stop_request_of_a_job_that_was_killed_is_removed(host, queue, monkeypatch):
+    host.elsewhere()
+    (host.root / "run" / "stop.8").write_text('{"stop": false}')
+    monkeypatch.setattr(scheduler, "job_has_ended", lambda *_asked: True)
+
+    assert host.run(*SERVE) == 0
+    assert not (host.root / "run" / "stop.8").exists()
+
+
+def test_state_names_the_lease_and_a_starting_job_is_one_to_wait_for(host, queue, monkeypatch):
+    """A worker tells by the heartbeat whether a server that was killed serves."""
+    said = []
+    monkeypatch.setattr(queue, "successor", None)
+    monkeypatch.setattr(FakePostgres, "note", lambda self, what: said.append(
+        json.loads((host.root / "run" / "state.json").read_text())))
+
+    host.run("serve")
+
+    assert said[0]["state"] == "starting" and said[0]["follows"]["told"] == f"job 7 is starting on {said[0]['host']}"
+    assert said[0]["lease"] == {"epoch": 1, "ttl": 90.0}
+
+
 def test_wish_to_stop_outlives_what_takes_its_place(host, queue, monkeypatch):
     def during(_postgres):
         try:
@@ -303,7 +485,11 @@ def test_file_that_asks_for_the_end_and_stays_is_no_reason_to_go_on(host, queue,
         return full() if path.endswith("stop.7") else real(path)
 
     monkeypatch.setattr(files, "remove", remove)
-    monkeypatch.setattr(FakePostgres, "during", lambda self: (host.root / "run" / "stop.7").touch())
+
+    def ask(_postgres):
+        (host.root / "run" / "stop.7").write_text('{"stop": true}')
+
+    monkeypatch.setattr(FakePostgres, "during", ask)
 
     assert host.run("serve") == 0
     assert host.state()[0] == "ended"

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from hpc_db_host.processes import start_time
-from hpc_db_host.scheduler import Queue, job_has_ended, run
+from hpc_db_host.scheduler import Queue, in_words, job_has_ended, run
 from hpc_db_host.schedulers import SCHEDULERS
 
 slurm, grid_engine = SCHEDULERS["slurm"], SCHEDULERS["gridengine"]
@@ -183,9 +183,9 @@ def test_slurm_that_is_not_there_says_nothing(tmp_path):
 HEAD = "JOBID|STATE|NODELIST|TIME_LEFT/TIME_LIMIT|NAME|REASON"
 
 
-def row(job, name, state):
+def row(job, name, state, times="1:00/2:00", reason="None"):
     """Return a line of squeue's output."""
-    return f"{job}|{state}||1:00/2:00|{name}|None"
+    return f"{job}|{state}||{times}|{name}|{reason}"
 
 
 SUBMIT = [
@@ -194,22 +194,33 @@ SUBMIT = [
 ]
 
 
+SETTINGS = {"scheduler": "slurm", "job_name": "hpc_db", "handover_after": ""}
+
+
 class FakeQueue(Queue):
     """Answers like Slurm: squeue lists all of the user's jobs, sbatch --parsable prints an id."""
 
-    def __init__(self, *jobs):
+    refuses = ""
+
+    def __init__(self, *jobs, after=""):
         successor = {"options": {"time": "24:00:00"}, "memory": "4G", "script": "/r/job.sh", "output": "/r/job.log"}
-        settings = {"scheduler": "slurm", "job_name": "hpc_db", "stop_notice": "120", "successor": successor}
+        settings = {**SETTINGS, "stop_notice": 120, "handover_after": after, "successor": successor}
         Queue.__init__(self, settings, "7")
         self.jobs = list(jobs)
+        self.submitted = []
 
-    def _run(self, command):
+    def _run(self, command, timeout=120):
+        if "--format=forecast|%V|%S|" in command:
+            return "forecast|1790000000|1790003600|\n"
         if command[0] == "squeue":
             return "\n".join([HEAD, *(row(*job) for job in self.jobs)])
         if command[0] == "sbatch":
-            assert command == SUBMIT
-            self.jobs.append(("8", "hpc_db", "PENDING"))
-            return "8\n"
+            self.submitted.append(command)
+            if self.refuses and any(self.refuses in flag for flag in command):
+                raise OSError("sbatch: error: Batch job submission failed: Job dependency problem")
+            job = str(7 + len(self.submitted))
+            self.jobs.append((job, "hpc_db", "PENDING"))
+            return f"{job}\n"
         assert command[:2] == ["scancel", "--state=PENDING"]
         self.jobs = [job for job in self.jobs if job[0] != command[2]]
         return ""
@@ -231,6 +242,162 @@ def test_one_successor_is_kept(others, follower, queued):
     assert queue.ensure_successor() == follower
     assert queue.ensure_successor() == follower
     assert len(queue.jobs) == queued
+    assert queue.submitted in ([], [SUBMIT])
+
+
+@pytest.fixture
+def utc(monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+WAITS = "cannot start earlier (server_handover_after, or dependency in server_job_options)"
+LONG = ("7", "hpc_db", "RUNNING", "1:00:00/2:00:00")
+
+
+@pytest.mark.parametrize("after, dependency", [
+    ("50%", "after:7+60?afterany:7"), ("10%", "after:7+12?afterany:7"), ("30", "after:7+30?afterany:7"),
+    ("1:30:30", "after:7+91?afterany:7"), ("", "singleton"), ("2:00:00", "singleton"), ("99%", "singleton"),
+])
+@pytest.mark.usefixtures("utc")
+def test_successor_may_begin_before_its_predecessor_ends(after, dependency, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1790000000.0)
+    queue = FakeQueue(LONG, after=after)
+
+    assert queue.ensure_successor() == "job 8 follows"
+
+    assert f"--dependency={dependency}" in queue.submitted[0]
+    assert queue.successor == {
+        "id": "8", "state": "PENDING", "reason": "", "submitted": 1790000000.0, "expected": 1790003600.0,
+        "told": "queued as job 8 since 14:13, expected 15:13",
+        "late": WAITS if dependency == "singleton" else "",
+    }
+
+
+@pytest.mark.parametrize("job, told", [
+    ({"state": "PENDING", "reason": "Priority"}, "queued as job 8 since 14:13, Priority, expected 2026-09-22 15:13"),
+    ({"state": "RUNNING", "reason": ""}, "job 8 is RUNNING"),
+])
+@pytest.mark.usefixtures("utc")
+def test_message_for_waiting_workers(job, told, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1790000000.0)
+
+    assert in_words({"id": "8", **job}, {"submitted": 1790000000.0, "expected": 1790090000.0}) == told
+
+
+def test_without_a_forecast_only_the_reason_is_told():
+    assert in_words({"id": "8", "state": "PENDING", "reason": "Priority"}, {"submitted": None, "expected": None}) == (
+        "queued as job 8, Priority"
+    )
+
+
+def test_dependency_of_the_user_is_kept():
+    queue = FakeQueue(LONG, after="50%")
+    queue._settings["successor"]["options"]["dependency"] = "singleton"
+
+    queue.ensure_successor()
+
+    assert queue.submitted == [SUBMIT] and queue.successor["late"] == WAITS
+
+
+@pytest.mark.parametrize("reason, late", [
+    ("QOSMaxJobsPerUserLimit", True), ("AssocMaxJobsLimit", True), ("AssocGrpJobsLimit", True), ("Priority", False),
+    ("Resources", False), ("Dependency", False), ("MaxJobsPerAccount", True), ("QOSMaxCpuPerUserLimit", True),
+    ("AssocGrpCPUMinutesLimit", False), ("AssocGrpWallLimit", False), ("QOSMaxNodePerJobLimit", False),
+])
+def test_limit_on_running_jobs_is_known(reason, late):
+    queue = FakeQueue(LONG, after="50%")
+    queue.ensure_successor()
+
+    assert bool(queue._why_late({"id": "8", "state": "PENDING", "reason": reason})) is late
+
+
+def test_slurm_that_does_not_understand_the_dependency_gets_the_old_one():
+    queue = FakeQueue(LONG, after="50%")
+    queue.refuses = "?afterany"
+
+    assert queue.ensure_successor() == (
+        "job 9 follows, but only at the end of this job: "
+        "sbatch: error: Batch job submission failed: Job dependency problem"
+    )
+
+    assert queue.submitted[1] == SUBMIT and queue.earliest is None
+
+
+@pytest.mark.usefixtures("utc")
+def test_successors_after_those_that_vanished_begin_later_and_later(monkeypatch):
+    """But not later than the end of this job: one is always queued."""
+    monkeypatch.setattr(time, "time", lambda: 1790000000.0)  # 14:13
+    queue = FakeQueue(("7", "hpc_db", "RUNNING", "50:00/2:00:00"), after="50%")
+    said = []
+
+    for _turn in range(5):
+        said.append(queue.ensure_successor())
+        assert queue.ensure_successor() == said[-1]
+        assert queue.trouble == ("" if len(said) == 1 else said[-1])
+        queue.jobs = queue.jobs[:1]  # the successor has begun and ended
+
+    assert said == [
+        "job 8 follows", "job 8 has ended without taking over, job 9 follows",
+        "job 9 has ended without taking over, job 10 follows at 14:14 or later",
+        "job 10 has ended without taking over, job 11 follows at 14:15 or later",
+        "job 11 has ended without taking over, job 12 follows at 14:17 or later",
+    ]
+    dependencies = [flag for command in queue.submitted for flag in command if "dependency" in flag]
+    assert dependencies == [
+        f"--dependency=after:7+{minutes}?afterany:7" for minutes in (60, 60, 71, 72, 74)
+    ]
+
+
+def test_successor_whose_submission_fails_is_no_longer_named():
+    queue = FakeQueue(LONG, after="50%")
+    queue.ensure_successor()
+    queue.jobs, queue.refuses = [LONG], "sbatch"
+
+    for _turn in range(2):
+        with pytest.raises(OSError, match="Job dependency problem"):
+            queue.ensure_successor()
+        assert queue.successor is None
+    queue.refuses = ""
+    assert queue.ensure_successor() == "job 13 follows"
+
+
+def test_workers_do_not_wait_for_a_successor_that_cannot_start():
+    queue = FakeQueue(LONG, ("8", "hpc_db", "PENDING", "1:00/2:00", "JobHeldAdmin"), after="50%")
+
+    assert queue.ensure_successor() == "job 8 cannot start (JobHeldAdmin)" == queue.trouble
+
+    assert (queue.successor["id"], queue.successor["told"]) == ("8", "")
+
+
+def test_predecessor_that_still_ends_is_not_a_successor():
+    queue = FakeQueue(LONG, ("6", "hpc_db", "RUNNING"))
+    queue.predecessor = "6"
+
+    assert queue.ensure_successor() == "job 8 follows"
+
+
+def test_last_look_updates_the_successor_if_the_scheduler_answers(monkeypatch):
+    queue = FakeQueue(LONG)
+    queue.ensure_successor()
+
+    monkeypatch.setattr(queue, "_run", lambda *_arguments: raise_(subprocess.TimeoutExpired("squeue", 5)))
+    queue.look(5)
+    assert queue.successor["id"] == "8"
+    monkeypatch.undo()
+    queue.jobs = []  # filtered
+    queue.look(5)
+    assert queue.successor["id"] == "8"
+    queue.jobs = [("7", "hpc_db", "COMPLETING")]
+    queue.look(5)
+    assert queue.successor is None
+
+
+def raise_(error):
+    raise error
 
 
 def test_successors_are_cancelled_and_nobody_else():
@@ -239,6 +406,9 @@ def test_successors_are_cancelled_and_nobody_else():
     queue.cancel_successors()
 
     assert queue.jobs == [OURS, ("9", "worker", "PENDING")]
+    assert queue.successor is None
+    with pytest.raises(OSError, match="^the server has failed for good$"):
+        queue.ensure_successor()
 
 
 @pytest.mark.parametrize("listed", [HEAD, f"{HEAD}\n{row(9, 'worker', 'PENDING')}"])
@@ -250,7 +420,7 @@ def test_listing_without_our_own_job_brings_no_successor(listed, state, submits,
     """The list is filtered or empty; our own job may only be missing if it has ended, as for a program run by hand."""
     folder = command("squeue", f"case \"$*\" in *--jobs=7) {state};; *) echo '{listed}'; esac")
     command("sbatch", f"echo called >> {tmp_path}/called; echo 8")
-    settings = {"scheduler": "slurm", "job_name": "hpc_db", "bin_dir": folder, "successor": ["sbatch"]}
+    settings = {**SETTINGS, "bin_dir": folder, "successor": ["sbatch"]}
 
     if submits:
         assert Queue(settings, "7").ensure_successor() == "job 8 follows"
@@ -267,7 +437,7 @@ cat << end
 {queue}
 end""")
     command("sbatch", f"touch {folder}/eight\ncat << 'end'\n{printed}\nend")
-    return Queue({"scheduler": "slurm", "job_name": "hpc_db", "bin_dir": str(folder), "successor": ["sbatch"]}, "7")
+    return Queue({**SETTINGS, "bin_dir": str(folder), "successor": ["sbatch"]}, "7")
 
 
 @pytest.mark.parametrize("queue", [

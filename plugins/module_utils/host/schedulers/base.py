@@ -51,6 +51,8 @@ class Scheduler:
     name = ""
     #: The variable that holds the job's own id inside a job; empty if there is none.
     job_variable = ""
+    #: Why no successor can begin before the end of a server job; for Slurm, the settings that decide it.
+    no_handover = "this scheduler knows no time in dependencies"
 
     # The login's environment
 
@@ -76,6 +78,18 @@ class Scheduler:
         The given options win. With ``chain`` the job submits its own successor.
         """
         return options
+
+    def handover_options(self, options: dict, job: str, seconds: float) -> dict:
+        """Return the options of a successor that may begin ``seconds`` after the start of ``job``, or at its end.
+
+        The same options if the scheduler cannot express this, or if they set the dependency: then the successor waits
+        for the end of ``job``.
+        """
+        return options
+
+    def is_dependency_refused(self, refusal: str) -> bool:
+        """Return whether the scheduler refuses a job because of the dependency in ``handover_options``."""
+        return False
 
     def short_options(self, options: dict) -> dict:
         """Return the options of a five-minute job that runs where a server job with ``options`` would run."""
@@ -149,8 +163,20 @@ class Scheduler:
         """Return the jobs that have not ended. Raise ValueError if the text is not a list of jobs."""
         raise NotImplementedError
 
+    def forecast_command(self, job: str) -> Optional[List[str]]:
+        """Return the call that prints when a waiting job was submitted and is expected to begin; None if unknown."""
+        return None
+
+    def parse_forecast(self, text: str) -> Dict[str, Optional[float]]:
+        """Return ``submitted`` and ``expected`` in seconds since 1970, each None if unknown."""
+        return {"submitted": None, "expected": None}
+
     def is_hopeless(self, reason: str) -> bool:
         """Return whether a job that waits for this reason never starts."""
+        return False
+
+    def is_job_limit(self, reason: str) -> bool:
+        """Return whether a job waits for this reason because another job of the same user or account runs."""
         return False
 
     def state_command(self, job: str) -> Optional[List[str]]:

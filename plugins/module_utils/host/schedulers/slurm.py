@@ -38,6 +38,8 @@ HOPELESS = re.compile(
     r"|JobHeld(Admin|User)|JobHoldMaxRequeue|MaxMemPerLimit|PartitionConfig|PartitionTimeLimit"
     r"|QOSMin\w+|QOSNotAllowed|Reservation(Deleted|Invalid)|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?"
 )
+# Reasons that resolve when another job of this user, account or QOS ends; not limits of one job, or on consumed time.
+JOB_LIMIT = re.compile(r"(Assoc|QOS)(Max|Grp)(?!\w*(Minutes|Wall|Per(Job|Node)))|MaxJobsPerAccount|DependencySingleton")
 # Refusals by --test-only that may be temporary: the job may only have to wait for nodes.
 PASSING = re.compile(
     r"Requested node configuration is not available|Requested nodes are busy"
@@ -56,6 +58,7 @@ class Slurm(Scheduler):
 
     name = "slurm"
     job_variable = "SLURM_JOB_ID"
+    no_handover = "server_handover_after, or dependency in server_job_options"
 
     def environment(self, variables: Mapping[str, str], bin_dir: str) -> Dict[str, str]:
         """See Scheduler. Times are printed in seconds since 1970."""
@@ -117,6 +120,14 @@ class Slurm(Scheduler):
         """
         signal = f"B:USR1@{notice}"
         return {"mem": memory, "dependency": "singleton", "signal": signal, "no-requeue": chain, **options}
+
+    def handover_options(self, options: dict, job: str, seconds: float) -> dict:
+        """See Scheduler. The job gains priority by age as soon as it may begin."""
+        return {"dependency": f"after:{job}+{math.ceil(seconds / 60)}?afterany:{job}", **options}
+
+    def is_dependency_refused(self, refusal: str) -> bool:
+        """See Scheduler. Slurm before 20.11 does not understand the time."""
+        return "dependency" in refusal.lower()
 
     def short_options(self, options: dict) -> dict:
         untied = dict.fromkeys(("begin", "dependency", "exclusive", "nodelist", "signal"), False)
@@ -204,6 +215,21 @@ class Slurm(Scheduler):
 
     def parse_jobs(self, text: str) -> List[Job]:
         return read_jobs(listed(text))
+
+    def is_job_limit(self, reason: str) -> bool:
+        """See Scheduler. Limits on processors, nodes or memory of all jobs count as well."""
+        return bool(JOB_LIMIT.match(reason))
+
+    def forecast_command(self, job: str) -> Optional[List[str]]:
+        return [*LISTING, "--noheader", "--format=forecast|%V|%S|", f"--jobs={job}"]
+
+    def parse_forecast(self, text: str) -> Dict[str, Optional[float]]:
+        """See Scheduler. Slurm plans only for the first jobs in the queue."""
+        found = re.search(r"^forecast\|(\d*)[^|]*\|(\d*)", text, re.ASCII | re.MULTILINE)
+        submitted, expected = found.groups() if found else ("", "")
+        return {
+            "submitted": float(submitted) if submitted else None, "expected": float(expected) if expected else None,
+        }
 
     def is_hopeless(self, reason: str) -> bool:
         """See Scheduler. Details may follow the reason after a comma."""

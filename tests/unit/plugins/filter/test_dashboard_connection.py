@@ -14,6 +14,7 @@ SETTINGS = {
     "root": "/r a/hpc_db", "owner": ME.pw_name, "instance_name": "hpc_db", "databases_reader_role": "reader",
     "dashboard_databases": ["mala", "second"], "services": {"tunnel": {"sslmode": "require"}},
 }
+LIMITS = "hpc_db_patience=60&hpc_db_max_wait=60"
 SSH = {
     "local": False, "program": "/opt/ssh", "host": "login", "user": None, "port": None, "identity_file": None,
     "arguments": "",
@@ -25,8 +26,8 @@ def test_tunnel_leads_to_the_server():
 
     assert found == {
         "urls": {
-            "mala": "postgresql+psycopg2:///mala?service=hpc_db&plugin=hpc_db&hpc_db_patience=60",
-            "second": "postgresql+psycopg2:///second?service=hpc_db&plugin=hpc_db&hpc_db_patience=60",
+            "mala": "postgresql+psycopg2:///mala?service=hpc_db&plugin=hpc_db&" + LIMITS,
+            "second": "postgresql+psycopg2:///second?service=hpc_db&plugin=hpc_db&" + LIMITS,
         },
         "service_file": "/home/bob/dashboard/pg_service.conf",
         "tunnel": {
@@ -43,8 +44,8 @@ def test_on_the_cluster_the_supervisors_entry_is_used(monkeypatch):
 
     assert found == {
         "urls": {
-            "mala": "postgresql+psycopg2://reader@/mala?service=hpc_db&plugin=hpc_db&hpc_db_patience=60"
-            "&passfile=/r%20a/hpc_db/secrets/pgpass",
+            "mala": "postgresql+psycopg2://reader@/mala?service=hpc_db&plugin=hpc_db&" + LIMITS
+            + "&passfile=/r%20a/hpc_db/secrets/pgpass",
         },
         "service_file": f"{ME.pw_dir}/.pg_service.conf",
         "tunnel": None,

@@ -403,7 +403,7 @@ def test_info_of_nothing(tmp_path):
 
     assert found == {
         "changed": False, "job": None, "endpoint": None, "state": None, "history": None, "idle_nodes": None,
-        "disk": None, "log_tail": None,
+        "disk": None, "log_tail": None, "outage": "",
     }
 
 
@@ -414,7 +414,7 @@ def test_info_knows_the_disk(tmp_path):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ('{"job": "1", "host": "c1", "tls": false}', {"job": "1", "host": "c1", "tls": False}),
+    ('{"job": "1", "host": "c1", "tls": false, "state": ""}', {"job": "1", "host": "c1", "tls": False, "state": ""}),
     ('{"job": "1', None), ("", None), ("[1]", None),
     (b"\xff\xfe", None),
 ])

@@ -75,6 +75,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"server_lease_ttl": 4}, "server_lease_ttl: 4 is not allowed; 5 seconds or more, 90 on NFS"),
     ({"server_stop_notice": 0}, "server_stop_notice: 0 is not allowed; 1 to 65535 seconds"),
     ({"server_stop_notice": 65536}, "server_stop_notice: 65536 is not allowed; 1 to 65535 seconds"),
+    *[({"server_handover_after": text}, f"server_handover_after: {text} is not allowed; a share of the walltime such ")
+      for text in ("half", "100%", "-1%", "50 %", "12h", "1:2:3:4", "50%\n", "43200", "0%", "0:00", "0:00:59")],
     *[({"server_pooler_program": text}, f"server_pooler_program: {text} is not allowed; a path that begins with / or ~")
       for text in ("pgbouncer", "/a\nb", "-x")],
     ({"server_pooler": True, "postgres_provider": "system", "server_pooler_program": ""},
@@ -101,6 +103,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"workers_python": "python"}, "workers_python: python is not allowed; the path of a Python, which begins with /"),
     ({"workers_program": "x.py"}, "workers_program: x.py is not allowed; the path of a Python program, which begins"),
     ({"workers_patience": -1}, "workers_patience: -1 is not allowed; 0 seconds or more"),
+    ({"workers_max_wait": -1}, "workers_max_wait: -1 is not allowed; 0 seconds or more"),
     ({"workers_outage": 0}, "workers_outage: 0 is not allowed; 1 second or more"),
     ({"workers_wait_time": -1}, "workers_wait_time: -1 is not allowed; 0 seconds or more"),
     ({"dashboard_databases": []}, "dashboard_databases: an empty list is not allowed; names in databases_studies with"),
@@ -128,6 +131,7 @@ ALLOWED: list[dict[str, Any]] = [
     {"server_address": "socket"}, {"server_address": "::1"}, {"server_python": "python3.11"},
     {"server_socket_parent": "/tmp/-a b Ω=+@"}, {"instance_name": "abc", "server_socket_parent": "/" + "x" * 71},
     {"server_pooler": True, "server_pooler_connections": "90", "postgres_max_connections": "100"},
+    *[{"server_handover_after": text} for text in ("", "5%", "33.3%", "90:00", "12:00:00", "2-00")],
     {"dashboard_port": 0}, {"dashboard_port": 65535}, {"workers_python": "~/env/bin/python"}, {"workers_url": ""},
 ]
 
