@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import megabytes
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.settings import BASE_MB, DEFAULTS
 
@@ -71,6 +72,8 @@ def sizes(settings: dict[str, Any]) -> Sizes:
     allowed = str(overrides.get("max_connections", settings["postgres_max_connections"])).strip()
     connections = max(int(allowed) if allowed.isdigit() else 0, 1)
     shared = megabytes(overrides.get("shared_buffers", settings["postgres_shared_buffers"]), 8)  # blocks of 8 kB
+    if settings.get("server_placement") == "workers":
+        shared = megabytes(settings["server_workers_shared_buffers"], 8)
     left = (memory - shared - BASE_MB) // connections
     sort = max(min(left - CONNECTION_MB, SORT_MB[1]), SORT_MB[0])
     each = CONNECTION_MB + megabytes(overrides.get("work_mem", settings.get("postgres_work_mem", f"{sort}MB")), 1)
@@ -334,7 +337,8 @@ def supervisor(settings: dict[str, Any], owner: str, root: str) -> dict[str, Any
     """Return the supervisor's settings, as ``host/settings.json`` has them (host/settings.py)."""
     where = programs(settings, root)
     services = service_entries(settings, owner, root)
-    chain = settings["server_chain"] and settings["server_scheduler"] != "local"
+    in_job = settings["server_placement"] == "job"
+    chain = settings["server_chain"] and in_job and settings["server_scheduler"] != "local"
     # From this the server job builds the command that submits its successor.
     successor = {
         "options": successor_options(settings), "memory": settings["instance_memory"],
@@ -367,6 +371,7 @@ def supervisor(settings: dict[str, Any], owner: str, root: str) -> dict[str, Any
         "socket_parent": settings["server_socket_parent"],
         "service": services["direct"],
         "databases": [each["name"] for each in settings["databases_studies"]],
+        "workers": settings["databases_workers"],
         "job_name": settings["server_job_name"],
         "chain": chain,
         "successor": successor if chain else {},
@@ -408,6 +413,7 @@ def plan(
         **staging(settings, root, host),
         "successor_options": successor_options(settings),
         "supervisor": supervisor(settings, owner, root),
+        "candidate_step": SCHEDULERS[settings["server_scheduler"]].step_command(settings["server_bin_dir"]),
         "passfile": Layout(root).pgpass,
         "reserved": [*RESERVED, owner],
         "refused": refused(settings, owner),

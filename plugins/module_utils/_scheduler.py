@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.lease import Lease
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.scheduler import LEAVING, TIMEOUT, call
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.base import Scheduler
@@ -76,7 +77,7 @@ def check_name(name: str) -> None:
 
 
 def find_jobs(params: dict, run: Run) -> list[dict]:
-    """Return this user's jobs with exactly this name, the most relevant one first."""
+    """Return this user's jobs with exactly this name, and the worker's job that serves; the most relevant one first."""
     for option in ("root", "bin_dir", "script", "output"):
         if params.get(option) is not None and not os.path.isabs(params[option]):
             raise ValueError(f"{option}: {params[option]!r} is not absolute; give a path that begins with / or ~")
@@ -84,8 +85,23 @@ def find_jobs(params: dict, run: Run) -> list[dict]:
     program = Layout(params["root"]).package
     if params["scheduler"] == "local" and not os.path.isdir(program):
         return []  # the supervisor is not installed, so no job was ever started
-    jobs = scheduler.parse_queue(run(scheduler.queue_command(params["name"])))
-    return sorted((job for job in jobs if job["name"] == params["name"]), key=_weight)
+    holder = _serving_worker(Layout(params["root"]))
+    jobs = scheduler.parse_queue(run(scheduler.queue_command("" if holder else params["name"])))
+    found = [
+        {**job, "placement": "workers" if job["id"] == holder else "job"}
+        for job in jobs if params["name"] == job["name"] or job["id"] == holder
+    ]
+    return sorted(found, key=_weight)
+
+
+def _serving_worker(layout: Layout) -> str:
+    """Return the id of the worker's job that holds the lease; empty if none does."""
+    lease = Lease(layout.run, {"pid": os.getpid()}, lambda _holder: False)
+    try:
+        holder = lease.holder() or {}
+    except OSError:
+        return ""  # there is no instance yet
+    return holder.get("job", "") if holder.get("placement") == "workers" else ""
 
 
 def judge_job(params: dict, run: Run, command: list, setting: str) -> list[str]:
@@ -121,7 +137,8 @@ def submit_job(params: dict, run: Run, command: list, known: Iterable[dict]) -> 
     before = {job["id"] for job in known}
 
     def find_new() -> dict | None:
-        return next((job for job in find_jobs(params, run) if job["id"] not in before), None)
+        new = (job for job in find_jobs(params, run) if job["id"] not in before and job["placement"] == "job")
+        return next(new, None)
 
     try:
         printed = run(command)

@@ -34,6 +34,15 @@ attributes:
     support: full
     description: Shows the job that is submitted or cancelled.
 options:
+  placement:
+    description:
+      - V(job) submits a job for the server.
+      - V(workers) submits none, because the server runs in the workers' jobs. Queued server jobs are cancelled; a
+        running one serves until a worker's job takes over. O(state=absent) then stops the server, but no worker's job,
+        and no worker's job starts it again before the next O(state=present).
+    type: str
+    choices: [job, workers]
+    default: job
   state:
     description:
       - V(present) ensures that one job is queued or running.
@@ -150,6 +159,9 @@ job:
     time_limit:
       description: Walltime in seconds. V(null) without a limit.
       type: int
+    placement:
+      description: V(workers) if it is a worker's job that runs the server, else V(job).
+      type: str
   sample:
     id: "4711"
     name: hpc-db
@@ -158,6 +170,7 @@ job:
     reason: Resources
     time_left: 259200
     time_limit: 259200
+    placement: job
 submitted:
   description: ID of the job that the module has submitted, which may have ended already. V(null) if it submitted none.
   returned: success
@@ -196,6 +209,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     submit_job,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils.host import outlook
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.candidate import TOLD
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import (
     forget_successor,
     read_endpoint,
@@ -222,10 +236,15 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
     jobs = find_jobs(params, run)
     said: list[str] = []
     wanted = params["state"] == "present"
-    changed = wanted != any(job["state"] != LEAVING for job in jobs)
-    diff = {"before": {"jobs": _shown(jobs)}, "after": {"jobs": _shown(jobs) if wanted else []}}
+    own = [job for job in jobs if job["placement"] == "job"]
     slice_ = _slices.Slice(params)
+    if wanted and params["placement"] == "workers":
+        return _leave_to_workers(params, run, jobs, check_mode)
+    changed = wanted != any(job["state"] != LEAVING for job in (own if wanted else jobs))
+    diff = {"before": {"jobs": _shown(jobs)}, "after": {"jobs": _shown(jobs) if wanted else []}}
     changed, diff = slice_.resume.get("changed", changed), slice_.resume.get("diff", diff)
+    if _allow_workers(params, wanted, check_mode):
+        changed |= params["placement"] == "workers"
     if changed and wanted:
         said += _check_submission(params, run, check_mode)
         diff["after"]["jobs"].append({"script": params["script"], "options": params["options"]})
@@ -233,7 +252,7 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
     if changed and wanted and not check_mode:
         _create_files(Layout(params["root"]))
         try:
-            new = _submit(params, run, jobs)
+            new = _submit(params, run, own)
         except (SchedulerError, OSError, ValueError):
             forget_successor(Layout(params["root"]))
             raise
@@ -256,6 +275,42 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
         "changed": changed, "job": job, "endpoint": published if serving else None, "diff": diff, "warnings": said,
         "submitted": submitted, "outage": outlook.look(Layout(params["root"]), serving),
     }
+
+
+def _leave_to_workers(params: dict, run: Run, jobs: list[dict], check_mode: bool) -> dict:
+    """Let the workers' jobs run the server: cancel the server jobs that wait. One that runs is asked by a worker's."""
+    layout = Layout(params["root"])
+    scheduler = SCHEDULERS[params["scheduler"]]
+    waiting = [job for job in jobs if job["placement"] == "job" and job["state"] == "PENDING"]
+    rest = [job for job in jobs if job not in waiting]
+    changed = _allow_workers(params, True, check_mode) or bool(waiting)
+    for job in [] if check_mode else waiting:
+        run(scheduler.cancel_waiting_command(job["id"]))
+    if changed and not check_mode and os.path.isdir(layout.run):
+        if not os.path.exists(layout.endpoint):
+            write_state(layout.endpoint, {})
+        state = read_json(layout.state) or {}
+        write_state(layout.state, {**state, "follows": {"id": "", "told": TOLD}, "failures": 0})
+    published = read_endpoint(layout)
+    serving = serving_job(published, rest)
+    return {
+        "changed": changed, "job": serving or next(iter(rest), None), "endpoint": published if serving else None,
+        "diff": {"before": {"jobs": _shown(jobs)}, "after": {"jobs": _shown(rest)}}, "submitted": None, "outage": "",
+    }
+
+
+def _allow_workers(params: dict, allowed: bool, check_mode: bool) -> bool:
+    """Allow the workers' jobs to start the server, or forbid it; return whether that is a change."""
+    layout = Layout(params["root"])
+    if params["placement"] == "job" and not os.path.exists(layout.wanted):
+        return False  # the server was never in a worker's job
+    before = read_json(layout.wanted) or {}
+    failed = allowed and bool((read_json(layout.state) or {}).get("failures"))
+    if bool(before.get("wanted")) == allowed and not failed:
+        return False
+    if not check_mode and os.path.isdir(layout.run):
+        write_state(layout.wanted, {"wanted": allowed})
+    return True
 
 
 def _all_options(params: dict) -> dict:
@@ -307,7 +362,7 @@ def _clear_queue(params: dict, run: Run, jobs: list[dict], slice_: _slices.Slice
         # The last job in the queue first, otherwise a successor starts when its predecessor ends.
         for job in reversed(jobs):
             gently = time.monotonic() < began + GENTLE_SECONDS and (job["state"] == "RUNNING" or job["id"] in asked)
-            if job["state"] != LEAVING and not (gently and job["id"] in asked):
+            if job["placement"] == "job" and job["state"] != LEAVING and not (gently and job["id"] in asked):
                 _cancel(params, run, job["id"], gently)
                 asked.update([job["id"]] if gently else [])
         if time.monotonic() >= deadline:
@@ -355,6 +410,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec=dict(
             ARGUMENT_SPEC,
+            placement={"type": "str", "choices": ["job", "workers"], "default": "job"},
             state={"type": "str", "choices": ["present", "absent"], "default": "present"},
             script={"type": "path"},
             output={"type": "path"},

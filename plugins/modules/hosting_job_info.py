@@ -53,7 +53,8 @@ job:
   description: The job in the format of M(mala.hpc_db.hosting_job). V(null) if there is none.
   returned: success
   type: dict
-  sample: {id: "4711", name: hpc-db, state: RUNNING, node: c1, reason: "", time_left: 86000, time_limit: 259200}
+  sample:
+    {id: "4711", name: hpc-db, state: RUNNING, node: c1, reason: "", time_left: 86000, time_limit: 259200, placement: job}
 endpoint:
   description:
     - Endpoint of the server, from C(run/endpoint.json).
@@ -166,6 +167,10 @@ outage:
     - Empty if the successor can take over before, or if nothing is known.
   returned: success
   type: str
+wanted:
+  description: Whether a worker's job may start the server. Matters only if the server runs in the workers' jobs.
+  returned: success
+  type: bool
 log_tail:
   description:
     - The last 20 lines of the newest file in C(log/), if there is no job or its state is V(failed).
@@ -252,6 +257,7 @@ def look(params: dict, run: Run) -> dict:
         "disk": _disk(params["root"]),
         "history": events.account(events.read(params["root"])) if params["history"] else None,
         "outage": outlook.look(layout, serving),
+        "wanted": bool((read_json(layout.wanted) or {}).get("wanted")),
         "log_tail": _log_tail(layout.log) if troubled else None,
     }
 

@@ -13,7 +13,8 @@ author: mala.hpc_db contributors (@mala-project)
 description:
   - Decides whether the playbook C(hpc_db) can end at once.
   - Compares O(fingerprint), and the checksums and permissions of all files in C(conf/), C(host/) and C(secrets/), with
-    the recorded state. The server job must be running, and its server must have published its endpoint.
+    the recorded state. The server job must be running, and its server must have published its endpoint; unless the
+    server runs in the workers' jobs, and they may start it.
   - Reads neither databases nor installed packages. Only a full run notices changes made there by hand.
   - If anything differs, is missing or cannot be read, a full run is needed. The reason is returned.
 extends_documentation_fragment:
@@ -116,6 +117,12 @@ def find_serving(params: dict, run: Run) -> tuple[dict | None, dict | None]:
     return job, endpoint if job else None
 
 
+def may_rest(layout: Layout) -> bool:
+    """Return whether no server needs to run, because the next worker's job starts it."""
+    placement = (read_json(layout.settings) or {}).get("placement")
+    return placement == "workers" and bool((read_json(layout.wanted) or {}).get("wanted"))
+
+
 def check(params: dict, run: Run, check_mode: bool) -> dict:
     """Compare the instance with the recorded state, or record its state. ``run`` calls the scheduler."""
     path = Layout(params["root"]).recorded_state
@@ -126,7 +133,8 @@ def check(params: dict, run: Run, check_mode: bool) -> dict:
         reason = "settings" if recorded else "no full run"
     else:
         job, endpoint = find_serving(params, run)
-        found = {"settings": params["fingerprint"], "files": checksum(params["root"])} if endpoint else {}
+        kept = {"settings": params["fingerprint"], "files": checksum(params["root"])}
+        found = kept if endpoint or may_rest(Layout(params["root"])) else {}
         if recording and found and not check_mode:
             write_json(path, found)
         reason = "no server" if not found else "" if recording or found == recorded else "files"

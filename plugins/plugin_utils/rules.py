@@ -124,6 +124,12 @@ def server(given: Any) -> list[Rule]:
     limit = whole(given.postgres_max_connections) - 10
     unknown = {"samenet", "samehost"} & set(given.postgres_networks)
     return [
+        Rule("server_placement", given.server_placement == "job" or given.server_scheduler != "gridengine",
+             "job, since Grid Engine kills all processes of a job at its end",
+             f"{given.server_placement} with server_scheduler {given.server_scheduler}"),
+        Rule("server_candidates", 1 <= given.server_candidates <= 100, "1 to 100 jobs"),
+        Rule("server_workers_shared_buffers", fits("[1-9][0-9]*(kB|MB|GB)", given.server_workers_shared_buffers),
+             "a size with kB, MB or GB, such as 512MB"),
         Rule("server_python", fits(r"([A-Za-z0-9/]|~/)[^\r\n]*", given.server_python),
              "the name of a Python, or its path, which begins with / or ~/"),
         Rule("server_address", fits("([A-Za-z0-9:][A-Za-z0-9.:-]*)?", given.server_address),

@@ -3,6 +3,8 @@
 """The supervisor: it holds the lease, runs postgres, and publishes the endpoint.
 
     python3 -m hpc_db_host serve --root ROOT       in the server job
+    python3 -m hpc_db_host candidate --root ROOT   in a worker's job: serve whenever no other job does
+    python3 -m hpc_db_host leave --root ROOT       end the candidate of this job
     python3 -m hpc_db_host bootstrap --root ROOT   a temporary server on a socket, without a job
     python3 -m hpc_db_host upgrade --root ROOT --settings FILE   move to another major version; prints a summary
 """
@@ -19,7 +21,8 @@ import sys
 import time
 from typing import Iterator, List, Optional  # noqa: F401 - List in a type comment
 
-from . import endpoint, events, files, handover, scheduler
+from . import endpoint, events, files, handover, local_job, scheduler
+from .candidate import MOST_FAILURES, NICENESS, TOLD, Candidate, Door, Left, Over
 from .dumps import Dumps
 from .engines import Engine, engines_of  # noqa: F401 - Engine in a type comment
 from .health import Health, space
@@ -48,6 +51,10 @@ TAKE_SECONDS = 15.0
 ASK_SECONDS = 3.0
 # Seconds to wait for the scheduler while the job ends.
 LAST_LOOK_SECONDS = 5.0
+# Maximum seconds for a dump while the job is being ended: a scheduler kills it after half a minute.
+LAST_DUMP_SECONDS = 8.0
+# Maximum seconds until a candidate has left its job.
+LEAVE_SECONDS = 120.0
 # Added to a message if the scheduler and the holder contradict each other.
 CUT_OFF = "; its job has ended, but its heartbeat continues: its node may be cut off"
 # Added to a message if only the user can know whether the holder has ended.
@@ -66,11 +73,15 @@ BOOTSTRAP_PARAMETERS = {"shared_buffers": "32MB", "max_connections": "20", "max_
 class Stop(Exception):
     """The program was asked to stop; the message says by what."""
 
-    def __init__(self, why: str, planned: bool = False, successor: Optional[dict] = None) -> None:
+    def __init__(
+        self, why: str, planned: bool = False, successor: Optional[dict] = None, again: bool = False
+    ) -> None:
         Exception.__init__(self, why)
         self.planned = planned
         #: The request of the job that takes over, while both run.
         self.successor = successor
+        #: Whether a candidate waits for its next turn.
+        self.again = again or bool(successor)
 
 
 # The first request to stop. The signal handler raises it anywhere in the code, where another exception may replace it,
@@ -81,10 +92,11 @@ _told_to_stop = []  # type: List[Stop]
 class Host:
     """The supervisor of one instance directory."""
 
-    def __init__(self, root: str, bootstrap: bool) -> None:
+    def __init__(self, root: str, bootstrap: bool, candidate: Optional[Candidate] = None) -> None:
         self.settings = read_settings(root)
         self.layout = Layout(root)
         self.bootstrap = bootstrap
+        self._candidate = candidate
         self._allocation = scheduler.own_job(self.settings["scheduler"])
         self.job = "" if bootstrap else self._allocation or str(os.getpid())
         self._begun = time.monotonic()
@@ -111,7 +123,10 @@ class Host:
         self._queue = None  # type: Optional[Queue]
         self._predecessor = None  # type: Optional[handover.Predecessor]
         self._successor = None  # type: Optional[handover.Successor]
-        if self.settings["chain"] and not bootstrap:
+        #: Whether the server is to run in the workers' jobs, and how many of them in a row could not start it.
+        self._belongs_to_workers = self.settings["placement"] == "workers" and not bootstrap
+        self._failures = 0
+        if self.settings["chain"] and not bootstrap and not candidate:
             self._queue = Queue(self.settings, self.job)
             self._successor = handover.Successor(self.layout, self.job)
 
@@ -172,20 +187,30 @@ class Host:
             "cluster": self.settings["cluster"], "scheduler": self.settings["scheduler"],
             "allocation": self._allocation, "silence": ttl * (SILENT_TTLS if self.bootstrap else 1),
         }
+        if self._candidate:
+            holder.update(placement="workers", run=own_run())
         lease = Lease(self.layout.run, holder, self._is_known_to_have_ended, ttl)
         self.tell("starting", "requesting the lease")
-        self._acquire(lease, patience)
+        if self._candidate:
+            self._candidate.acquire(lease)
+        else:
+            self._acquire(lease, patience)
         self._lease = lease
         self._succeed(lease.previous)
         with Keeper(lease) as keeper:
             try:
                 # The previous holder may have moved the studies to another data directory.
                 self.settings = read_settings(self.settings["root"])
+                if self._candidate:
+                    self._begin_beside_worker(self._candidate)
                 yield keeper
             except BaseException as ended:
                 if not (isinstance(ended, Stop) and ended.successor):  # else this job may have to serve on
                     ignore_signals()
                 keeper.check()  # without the lease, do not release it or change the queue
+                if isinstance(ended, Failed) and self._candidate:
+                    self._failures = self._candidate.count_failure()
+                    self.tell("failed", str(ended))
                 if self._clean:  # else the next holder waits until the scheduler reports our end
                     with signals_waiting():
                         self._release(keeper)
@@ -193,6 +218,17 @@ class Host:
                     self._end_chain()
                 raise
             self._release(keeper)
+
+    def _begin_beside_worker(self, candidate: Candidate) -> None:
+        """Become the server of the instance, after this process was one of many candidates."""
+        with contextlib.suppress(OSError):
+            log_to(self.layout.job_log)
+        if self._kind() == "local":
+            with self._only_told("cannot record this process as the server's"):
+                local_job.record(self.settings["job_name"], os.getpid())
+        self._failures = candidate.failures_in_a_row()
+        if not candidate.is_wanted():
+            raise Stop("stopped by the playbook stop.yml", again=True)
 
     def _succeed(self, previous: dict) -> None:
         """Begin as the successor of the previous holder."""
@@ -332,6 +368,8 @@ class Host:
         try:
             self.tell("starting", "postgres is starting", "start")
             parameters = BOOTSTRAP_PARAMETERS if self.bootstrap else {}
+            if self._candidate:
+                parameters = self._candidate.parameters
             postgres = Postgres(self.settings, not self.bootstrap, keeper, parameters)
             postgres.start()
             with self._only_told("cannot remove the previous holder's endpoint"):
@@ -342,22 +380,26 @@ class Host:
                     postgres.renew_heartbeats(self.settings["databases"])
                 self._engines = engines_of(self.settings, postgres, self._address())
             self._publish(postgres)
+            self._failures = 0
             self.tell("serving", SERVING)
             self._watch(postgres, keeper, lifetime)
         except Stop as stop:
             if stop.planned and postgres:
-                self._prepare_to_move(postgres, keeper, "the walltime ends soon", "walltime")
+                why = str(stop) if self._candidate else "the walltime ends soon"
+                self._prepare_to_move(postgres, keeper, why, "walltime", self.settings["stop_notice"] / 4)
+            elif self._candidate and not stop.again and postgres:
+                self._prepare_to_move(postgres, keeper, str(stop), "walltime", LAST_DUMP_SECONDS)
             raise
         finally:
             with signals_waiting():
                 self._leave(postgres)
 
-    def _prepare_to_move(self, postgres: Postgres, keeper: Keeper, why: str, event: str) -> None:
+    def _prepare_to_move(self, postgres: Postgres, keeper: Keeper, why: str, event: str, patience: float) -> None:
         """Make a dump and a checkpoint before a planned stop, so that it is quick; workers continue meanwhile."""
         self.tell("stopping", why, event)
         if self._dumps:
             with self._only_told("cannot dump the studies"):
-                self._dumps.now(self.settings["stop_notice"] / 4, keeper.check)
+                self._dumps.now(patience, keeper.check)
         with self._only_told("cannot make a checkpoint"):
             postgres.query("CHECKPOINT", 15)
 
@@ -391,8 +433,12 @@ class Host:
 
         The file also describes the next server job, for waiting workers. A temporary server only logs the change.
         """
+        if self._candidate and not self._lease:
+            return  # one of many that wait
         follows = self._queue.successor if self._queue else None
-        if self._queue and not follows and state == "starting":
+        if self._belongs_to_workers and self._failures < MOST_FAILURES:
+            follows = {"id": "", "told": TOLD}
+        elif self._queue and not follows and state == "starting":
             follows = {"id": self.job, "told": "job %s is starting on %s" % (self.job, socket.gethostname())}
         is_new = state + reason != self._told
         if not is_new and follows == self._told_follows:
@@ -413,16 +459,20 @@ class Host:
         try:
             if self._lease and self._lease.is_ours():
                 lease = {"epoch": self._lease.epoch, "ttl": self._lease.ttl}
-                files.write_state(self.layout.state, dict(content, since=self._changed, follows=follows, lease=lease))
+                content.update(since=self._changed, follows=follows, lease=lease, failures=self._failures)
+                files.write_state(self.layout.state, content)
         except (OSError, ValueError) as error:
             files.log("cannot write state.json: %s" % error)
 
     def tell_end(self, state: str, reason: object) -> None:
         """Report the reason for the end, the errors during the shutdown, and the next server job."""
+        self._belongs_elsewhere()
         if self._queue and self._lease:
             self._queue.look(LAST_LOOK_SECONDS)
         elif self._queue:
             self._tell_who_follows(self._queue)
+        if self._candidate and not self._lease and state == "failed":
+            files.log("%s: %s" % (state, reason))
         self.tell(state, "; ".join([str(reason)] + self._undone))
 
     def _tell_who_follows(self, queue: Queue) -> None:
@@ -439,7 +489,8 @@ class Host:
         ends = float("inf") if lifetime is None else time.monotonic() + lifetime
         # This file requests a stop where the scheduler can only kill us. Create it now: hosts may cache its absence.
         wish = self.layout.stop_request(self.job)
-        if not self.bootstrap and not os.path.exists(wish):
+        candidate = self._candidate
+        if not self.bootstrap and not candidate and not os.path.exists(wish):
             with self._only_told("cannot create %s" % wish):
                 files.write_state(wish, {"stop": False})
         with contextlib.ExitStack() as beside:
@@ -448,7 +499,7 @@ class Host:
                 beside.enter_context(health)
                 self._dumps = Dumps(self.settings, postgres)
                 beside.callback(self._dumps.cancel)
-            if self._queue:
+            if self._queue or candidate:
                 self._predecessor = handover.Predecessor(self.layout, self.job)
                 self._has_served = True
             while True:
@@ -461,10 +512,12 @@ class Host:
                     raise Failed("postgres exited unexpectedly with code %d" % returncode)
                 if time.monotonic() > ends:
                     stop("its lifetime has expired")
-                if (files.read_json(wish) or {}).get("stop"):
+                if candidate:
+                    self._check_candidate(candidate, postgres, keeper)
+                elif (files.read_json(wish) or {}).get("stop"):
                     ignore_signals()
                     stop("stopped by %s" % wish)
-                if self._predecessor:
+                elif self._predecessor:
                     self._hand_over(self._predecessor, postgres, keeper)
                 if self._dumps:
                     self._dumps.poll()
@@ -472,14 +525,26 @@ class Host:
                     wrong = health.reason or self._unpublished or self._dumps.told or self._engines_told()
                     self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING + self._alone + self._trouble))
 
+    def _check_candidate(self, candidate: Candidate, postgres: Postgres, keeper: Keeper) -> None:
+        """Raise Stop if the worker has ended, or if another candidate or a server job takes over."""
+        try:
+            if candidate.check() and self._predecessor:
+                self._hand_over(self._predecessor, postgres, keeper)
+        except Left as left:
+            stop(str(left), planned=left.planned, again=True)
+        except Over as over:
+            stop(str(over), planned=True)
+
     def _hand_over(self, predecessor: handover.Predecessor, postgres: Postgres, keeper: Keeper) -> None:
         """Raise Stop if a successor asks for the lease, and still asks when everything is prepared."""
         request = predecessor.poll()
-        if not request or not self._queue:
+        if not request:
             return
         name = "job %s on %s" % (request["job"], request["host"])
         refusal = ""
-        earliest, age = self._queue.earliest, time.monotonic() - self._begun
+        earliest, age = self._queue.earliest if self._queue else None, time.monotonic() - self._begun
+        if self._belongs_elsewhere():
+            earliest = 0.0
         if request["refusal"]:
             self._trouble = ", but %s cannot take over: %s" % (name, request["refusal"])
             refusal = "job %s continues to serve" % self.job
@@ -491,10 +556,18 @@ class Host:
         if refusal:
             return
         self._trouble = ""
-        self._queue.takes_over(request["job"], request["host"])
-        self._prepare_to_move(postgres, keeper, "%s takes over" % name, "handover")
+        if self._queue:
+            self._queue.takes_over(request["job"], request["host"])
+        self._prepare_to_move(
+            postgres, keeper, "%s takes over" % name, "handover", self.settings["stop_notice"] / 4)
         if predecessor.still_asks(request):
             stop("%s takes over" % name, successor=request)
+
+    def _belongs_elsewhere(self) -> bool:
+        """Return whether the playbook has moved the server from jobs of its own to the workers' jobs, or back."""
+        with contextlib.suppress(OSError):
+            self._belongs_to_workers = read_settings(self.settings["root"])["placement"] == "workers"
+        return self._belongs_to_workers != bool(self._candidate)
 
     def _poll_engines(self, postgres: Postgres) -> None:
         """Poll the sidecars; publish the endpoint again if their ports have changed, or if the last attempt failed."""
@@ -517,6 +590,9 @@ class Host:
         if not queue:
             return FOLLOW_SECONDS
         pause = FOLLOW_SECONDS
+        if self._belongs_elsewhere():
+            queue.successor = None
+            return FOLLOW_OFTEN_SECONDS
         try:
             followed = queue.ensure_successor()
             self._alone = ", but " + queue.trouble if queue.trouble else ""
@@ -537,7 +613,7 @@ class Host:
             "instance": self.settings["instance"], "cluster": self.settings["cluster"],
             "host": self._address(postgres),
             "port": postgres.port, "socket": postgres.socket, "job": self.job, "since": time.time(),
-            "tls": "sslmode" in self.settings["service"],
+            "tls": "sslmode" in self.settings["service"], "placement": "workers" if self._candidate else "job",
         }
         if self.bootstrap:
             where.update(host=socket.gethostname(), pid=os.getpid())
@@ -577,6 +653,12 @@ class Host:
             ) from None
         return name
 
+    def forget_local_job(self) -> None:
+        """Record that this process no longer is the server's job."""
+        if self._candidate and self._kind() == "local" and self._lease:
+            with self._only_told("cannot record the end of the server"):
+                local_job.forget(os.getpid())
+
     def _service_file(self) -> str:
         return endpoint.service_file(self.settings)
 
@@ -603,7 +685,11 @@ class Host:
         if kind == "local":
             return True  # from before a reboot of this machine
         # If our own job was requeued, its first run has ended.
-        return job == self.job or scheduler.job_has_ended(kind, self.settings["bin_dir"], job)
+        if job == self.job and not holder.get("placement"):
+            return True
+        if job == self.job and holder.get("run") != own_run():
+            return True
+        return scheduler.job_has_ended(kind, self.settings["bin_dir"], job)
 
     def _can_be_asked(self, holder: dict) -> bool:
         return can_be_asked(holder, self.settings["cluster"])
@@ -638,9 +724,9 @@ def drain(postgres: Postgres, seconds: float) -> None:
         files.log(told)
 
 
-def stop(why: str, planned: bool = False, successor: Optional[dict] = None) -> None:
+def stop(why: str, planned: bool = False, successor: Optional[dict] = None, again: bool = False) -> None:
     """Raise Stop, and keep it in case another exception replaces it."""
-    _told_to_stop.append(Stop(why, planned, successor))
+    _told_to_stop.append(Stop(why, planned, successor, again))
     raise _told_to_stop[-1]
 
 
@@ -660,6 +746,55 @@ def ignore_signals() -> None:
         signal.signal(each, signal.SIG_IGN)
 
 
+def listen_to_signals() -> None:
+    """Raise Stop at a signal; forget earlier ones."""
+    del _told_to_stop[:]
+    for number in STOP_SIGNALS:
+        signal.signal(number, on_signal)
+
+
+def own_run() -> str:
+    """Return how often this job was started before, which distinguishes the runs of a job that was queued again."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0")
+
+
+def log_to(path: str) -> None:
+    """Append all later output of this process to a file."""
+    opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for stream in (1, 2):
+        os.dup2(opened, stream)
+    os.close(opened)
+
+
+def run_candidate(root: str, beside: int) -> int:
+    """Run the candidate of a worker's job until the worker ends; return 0."""
+    settings = read_settings(root)
+    job = scheduler.own_job(settings["scheduler"]) or str(os.getpid())
+    candidate = Candidate(settings, job, beside)
+    if not candidate.open():
+        return 0
+    os.nice(NICENESS)
+    try:
+        while True:
+            listen_to_signals()
+            host = Host(root, False, candidate)
+            try:
+                host.serve(0.0, None)
+            except Stop as told:
+                host.tell_end("ended", told)
+                if not told.again:
+                    return 0
+            except (Failed, Held, Lost, Unusable, OSError) as failed:
+                host.tell_end("failed", failed)
+                candidate.postpone()
+            finally:
+                host.forget_local_job()
+    except (Over, Stop):
+        return 0
+    finally:
+        candidate.leave()
+
+
 def detach(log: str) -> None:
     """Continue in a new session, which outlives the connection that started us; the parent prints our PID."""
     child = os.fork()
@@ -677,19 +812,23 @@ def detach(log: str) -> None:
 def main() -> int:
     """Run the program; return 0 after a requested stop, 3 if the lease is held, 1 after another failure."""
     parser = argparse.ArgumentParser(prog="hpc_db_host", description=__doc__)
-    parser.add_argument("what", choices=("serve", "bootstrap", "upgrade"))
+    parser.add_argument("what", choices=("serve", "candidate", "leave", "bootstrap", "upgrade"))
     parser.add_argument("--root", required=True, help="the instance directory")
     parser.add_argument("--lifetime", type=float, help="lifetime in seconds; by default unlimited")
     parser.add_argument("--lease-patience", type=float, default=0.0, help="seconds to wait for the lease")
     parser.add_argument("--detach", metavar="LOG", help="run in the background, print the PID, and log to LOG")
     parser.add_argument("--settings", metavar="FILE", help="settings file of the new major version")
     parser.add_argument("--back", action="store_true", help="go back even if the kept studies are older")
+    parser.add_argument("--beside", metavar="PID", type=int, default=0, help="end a candidate with this process")
     arguments = parser.parse_args()
     os.umask(0o077)
-    del _told_to_stop[:]
-    for number in STOP_SIGNALS:
-        signal.signal(number, on_signal)
+    listen_to_signals()
+    if arguments.what == "leave":
+        job = scheduler.own_job(read_settings(arguments.root)["scheduler"])
+        return int(not Door(arguments.root, job).knock(LEAVE_SECONDS))
     try:
+        if arguments.what == "candidate":
+            return run_candidate(arguments.root, arguments.beside)
         host = Host(arguments.root, arguments.what != "serve")
     except FileNotFoundError as failed:
         parser.exit(1, "%s\n" % failed)

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import time
 import uuid
-from typing import List, Optional, Tuple  # noqa: F401 - Tuple in a type comment
+from typing import Dict, List, Optional, Tuple  # noqa: F401 - Tuple in a type comment
 
 from . import files
 from .health import space
@@ -129,8 +129,11 @@ class Successor:
             files.write_state(self._layout.request, dict(self._request, taken=True))
 
 
-def check_ready(settings: dict) -> None:
-    """Raise Failed or OSError if this host cannot serve; changes nothing."""
+def check_ready(settings: dict, parameters: Optional[Dict[str, str]] = None) -> None:
+    """Raise Failed or OSError if this host cannot serve; changes nothing.
+
+    ``parameters`` are those of PostgreSQL that override its configuration file.
+    """
     check_programs(settings)
     layout = Layout(settings["root"])
     readable = [os.path.join(settings["data"], "global", "pg_control"), settings["config"], layout.hba]
@@ -143,17 +146,19 @@ def check_ready(settings: dict) -> None:
     full = space(settings["data"])
     if full:
         raise Failed(full)
-    needed, free = shared_memory(settings) + BASE_MB, free_memory()
+    needed, free = shared_memory(settings, parameters) + BASE_MB, free_memory()
     if free is not None and free < needed:
         raise Failed("PostgreSQL needs %d MB of memory, but %d MB are free" % (needed, free))
 
 
-def shared_memory(settings: dict) -> int:
+def shared_memory(settings: dict, parameters: Optional[Dict[str, str]] = None) -> int:
     """Return PostgreSQL's shared_buffers in MB; 0 if unknown."""
     command = [
         os.path.join(settings["bindir"], "postgres"), "-C", "shared_buffers", "-D", settings["data"],
         "-c", "config_file=%s" % settings["config"],
     ]
+    for name, value in (parameters or {}).items():
+        command += ["-c", "%s=%s" % (name, value)]
     try:
         done = subprocess.run(
             command, env=program_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -25,6 +25,8 @@ class Layout:
         self.request = below("run", "request.json")
         self.answer = below("run", "answer.json")
         self.temporary_server = below("run", "bootstrap.json")
+        # Whether the workers' jobs may start the server.
+        self.wanted = below("run", "wanted.json")
         self.local_job = below("run", "local_job.json")
         # The state after the last full run of hpc_db.yml, for its quick check.
         self.recorded_state = below("run", "kept.json")
@@ -44,6 +46,10 @@ class Layout:
     def settings_of(self, major: int) -> str:
         """Return the settings file for a move to another major version; it becomes ``settings`` at the end."""
         return os.path.join(self.host, "settings-%d.json" % major)
+
+    def place(self, number: int) -> str:
+        """Return the file of one of the candidates that wait actively, in the workers' jobs."""
+        return os.path.join(self.run, "candidate.%d" % number)
 
     def stop_request(self, job: str) -> str:
         """Return the file that asks a job to stop with ``{"stop": true}``, for schedulers that can only kill jobs."""

@@ -15,7 +15,7 @@ import re
 import socket
 import time
 import uuid
-from typing import Callable, Optional
+from typing import Callable, Optional, Tuple  # noqa: F401 - Tuple in a type comment
 
 from . import files, processes
 
@@ -102,6 +102,7 @@ class Lease:
         self._beats = 0
         self._renewed = clock()
         self._seen = (0, "", clock())
+        self._known = (0, {})  # type: Tuple[int, dict]
 
     def try_acquire(self) -> bool:
         """Take the lease if it is free, else raise Held. Return False if another contender was faster."""
@@ -236,6 +237,14 @@ class Lease:
         newest = self._newest()
         return None if not newest or self._is_released(newest) else self._read(newest) or {}
 
+    def last(self) -> dict:
+        """Return the current or last holder; empty if there was none."""
+        return self._read(self._newest()) or {}
+
+    def watched(self) -> dict:
+        """Return the holder that ``may_be_free`` has found, without reading a file; empty if there is none."""
+        return self._known[1] if self._known[0] == self._seen[0] else {}
+
     def still(self) -> Optional[float]:
         """Return the seconds since the holder's last heartbeat, by our clock and the file's time; None if never."""
         try:
@@ -250,6 +259,24 @@ class Lease:
     def is_silent(self, seconds: float) -> bool:
         """Return whether we have watched the holder for this long without a heartbeat."""
         return self._stands_still(self._newest(), seconds)
+
+    def may_be_free(self) -> bool:
+        """Return whether try_acquire may succeed. This usually reads one file, so that it can be called every second."""
+        may = self._may_be_free(self._seen[0])
+        if may:
+            self._stands_still(self._newest(), 0)  # watch the newest holder from now on
+        return may
+
+    def _may_be_free(self, epoch: int) -> bool:
+        beat = self._beat(epoch) if epoch else ""
+        if not beat or RELEASED in beat:
+            return True
+        if self._known[0] != epoch:
+            self._known = (epoch, self._read(epoch) or {})
+        holder = self._known[1]
+        if holder.get("place") == self._holder["place"]:
+            return processes.start_time(holder["pid"]) != holder["start"]
+        return self._stands_still(epoch, self.silence(holder), beat)
 
     def _is_free(self, epoch: int) -> bool:
         holder = self._read(epoch) or {}
@@ -268,9 +295,9 @@ class Lease:
             return self.ttl  # from before a reboot of this host
         return max(self.ttl, float(holder.get("silence", 0)))
 
-    def _stands_still(self, epoch: int, seconds: float) -> bool:
+    def _stands_still(self, epoch: int, seconds: float, beat: Optional[str] = None) -> bool:
         """Return whether there was no heartbeat for this long, measured by our own clock, since clocks differ."""
-        beat = self._beat(epoch)
+        beat = self._beat(epoch) if beat is None else beat
         if (epoch, beat) != self._seen[:2]:
             self._seen = (epoch, beat, self._clock())
         return self._clock() - self._seen[2] > seconds

@@ -7,7 +7,7 @@
     python3 -m hpc_db_host.local_job cancel ID                                          send SIGTERM
     python3 -m hpc_db_host.local_job processes PID...                                   print those that run
 
-The queue is printed in the format of `squeue --format=%i|%T|%N|%L|%j|%r`; the id is the PID. Processes are printed as
+The queue is printed in the format of `squeue --format=%A|%T|%N|%L|%j|%r`; the id is the PID. Processes are printed as
 PID, start time in the kernel's ticks, state, start time in seconds (always empty), host and name, with a | after each.
 """
 
@@ -48,15 +48,24 @@ def submit(name: str, script: str, output: str) -> str:
             ["bash", script], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True, env=environment,
         )
-    job_id = str(process.pid)
-    started = processes.start_time(process.pid)
-    record = {"id": job_id, "name": name, "started": started, "host": processes.this_host()}
     try:
-        files.write_json(RECORD, dict(record, since=time.time()))
+        record(name, process.pid)
     except OSError:
         process.kill()  # without its record, nobody could find the job
         raise
-    return job_id
+    return str(process.pid)
+
+
+def record(name: str, pid: int) -> None:
+    """Record a process as the job."""
+    job = {"id": str(pid), "name": name, "started": processes.start_time(pid), "host": processes.this_host()}
+    files.write_json(RECORD, dict(job, since=time.time()))
+
+
+def forget(pid: int) -> None:
+    """Record that a process no longer is the job."""
+    if (files.read_json(RECORD) or {}).get("id") == str(pid):
+        files.write_json(RECORD, {})
 
 
 def queue() -> str:

@@ -43,6 +43,18 @@ def job_has_ended(name: str, bin_dir: str, job: str) -> bool:
     return scheduler.has_ended(answer.returncode, answer.stdout, answer.stderr)
 
 
+def time_left(settings: dict, job: str) -> Optional[float]:
+    """Return the remaining walltime of a running job of this user in seconds; None if it is unknown or unlimited."""
+    scheduler = SCHEDULERS[settings["scheduler"]]
+    if not scheduler.job_variable:
+        return None
+    try:
+        listed = run(settings["scheduler"], settings["bin_dir"], scheduler.queue_command(), TIMEOUT).stdout
+        return next((each["time_left"] for each in scheduler.parse_queue(listed) if each["id"] == job), None)
+    except (OSError, subprocess.TimeoutExpired, ValueError):
+        return None
+
+
 def run(name: str, bin_dir: str, command: List[str], timeout: float) -> "subprocess.CompletedProcess[str]":
     """Run one of the scheduler's commands, which are in ``bin_dir`` unless that is empty."""
     bin_dir = os.path.expanduser(bin_dir)

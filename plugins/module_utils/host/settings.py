@@ -21,6 +21,12 @@ DEFAULTS: Dict[str, Any] = {
     "stop_notice": 120,
     # When the successor may take over: a time after the start of the job, or a share of its walltime; "" at its end.
     "handover_after": "50%",
+    # Where the server runs: in a "job" of its own, or in the jobs of the "workers".
+    "placement": "job",
+    # For the workers' jobs: how many candidates wait actively, PostgreSQL's cache, and how many workers there may be.
+    "candidates": 3,
+    "workers_shared_buffers": "512MB",
+    "workers": 100,
     "dump_minutes": 60.0,
     "dump_keep": 5,
     "chain": False,

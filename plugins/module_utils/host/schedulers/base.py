@@ -142,6 +142,13 @@ class Scheduler:
         """Return the application name of a worker's connections, to be expanded by a shell in double quotes."""
         raise NotImplementedError
 
+    def step_command(self, bin_dir: str) -> str:
+        """Return shell code that, put before a program's command, runs it in a step beside the job's script.
+
+        Such a program is asked to end when the script has ended. Empty if the scheduler has no steps.
+        """
+        return ""
+
     # The queue
 
     def queue_command(self, name: str = "") -> List[str]:

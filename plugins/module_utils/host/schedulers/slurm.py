@@ -3,11 +3,12 @@
 """Slurm's commands, and parsers for their output."""
 
 import math
+import os
 import re
 import shlex
 from typing import Dict, List, Mapping, Optional
 
-from .base import Job, Scheduler, build_environment, megabytes
+from .base import INHERITED, Job, Scheduler, build_environment, megabytes
 
 # Options that the module sets itself, and options that make sbatch wait, print, or submit to another cluster.
 OWNED = (
@@ -30,6 +31,13 @@ ENDED = {
 }
 # List the same jobs at every site: with hidden partitions and just-ended jobs, without other clusters.
 LISTING = ["squeue", "--all", "--local", "--states=all"]
+# The variables by which Slurm's commands find the cluster.
+OWN_VARIABLES = ("SLURM_CONF", "SLURM_JWT")
+# srun's options for a program beside the job's script, on its first node.
+STEP = [
+    "--overlap", "--quiet", "--nodes=1", "--ntasks=1", "--relative=0", "--mem=0", "--gres=none",
+    "--cpu-bind=none", "--mpi=none", "--input=none", "--job-name=hpc_db",
+]
 # Reasons that do not resolve by waiting: the job has to be changed, or somebody has to release it.
 # This includes limits per job or node, but not limits on all jobs of a user, group or account,
 # and not PartitionNodeLimit, which Slurm also reports while nodes are down.
@@ -62,7 +70,7 @@ class Slurm(Scheduler):
 
     def environment(self, variables: Mapping[str, str], bin_dir: str) -> Dict[str, str]:
         """See Scheduler. Times are printed in seconds since 1970."""
-        return {**build_environment(variables, ["SLURM_CONF", "SLURM_JWT"]), "SLURM_TIME_FORMAT": "%s"}
+        return {**build_environment(variables, OWN_VARIABLES), "SLURM_TIME_FORMAT": "%s"}
 
     def check_environment(self, variables: Mapping[str, str], options: dict, setting: str) -> None:
         """Raise ValueError for an option that is set only by a variable of sbatch's, since no job here gets those."""
@@ -201,9 +209,18 @@ class Slurm(Scheduler):
     def worker_name(self, cluster: str) -> str:
         return f"hpc_db $SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}} {cluster} $(uname -n) $$"
 
+    def step_command(self, bin_dir: str) -> str:
+        """See Scheduler. The step shares all resources of the job, and does not delay other steps.
+
+        The options of the job and of its script, which srun would read from the environment, are not for this step.
+        """
+        kept = (*INHERITED, *OWN_VARIABLES, "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
+        variables = [f'${{{name}+"{name}=${name}"}}' for name in kept]
+        return " ".join(["env", "-i", *variables, shlex.quote(os.path.join(bin_dir, "srun")), *STEP])
+
     def queue_command(self, name: str = "") -> List[str]:
-        """See Scheduler. squeue compares names without case."""
-        return [*LISTING, "--me", *([f"--name={name}"] if name else []), "--format=%i|%T|%N|%L/%l|%j|%r"]
+        """See Scheduler. squeue compares names without case. A running task of an array has an id of its own."""
+        return [*LISTING, "--me", *([f"--name={name}"] if name else []), "--format=%A|%T|%N|%L/%l|%j|%r"]
 
     def parse_queue(self, text: str) -> List[dict]:
         """See Scheduler. An unknown state is data, not an error."""
