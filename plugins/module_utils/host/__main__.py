@@ -421,6 +421,8 @@ class Host:
                 with self._only_told("cannot stop %s" % engine.name):
                     engine.stop()
             self._clean = postgres is None or postgres.stop(self.settings["stop_patience"])
+            # No process is left. The scheduler reports the end of a server job, but a worker's job continues.
+            self._clean |= self._candidate is not None
 
     def _end_chain(self) -> None:
         """Cancel the successors: they would fail as well, one after the other, for ever."""

@@ -155,7 +155,7 @@ def instance(layout, tmp_path, monkeypatch):
                  "data/global/pg_control"):
         (tmp_path / path).write_text("x")
     monkeypatch.setattr(handover, "check_programs", lambda _settings: None)
-    monkeypatch.setattr(handover, "shared_memory", lambda _settings: 400)
+    monkeypatch.setattr(handover, "shared_memory", lambda *_given: 400)
     monkeypatch.setattr(handover, "free_memory", lambda: 528)
     return {
         "root": str(tmp_path), "data": str(tmp_path / "data"), "config": str(tmp_path / "conf/postgresql.conf"),
