@@ -501,7 +501,7 @@ class Host:
                 beside.enter_context(health)
                 self._dumps = Dumps(self.settings, postgres)
                 beside.callback(self._dumps.cancel)
-            if self._queue or candidate:
+            if not self.bootstrap:
                 self._predecessor = handover.Predecessor(self.layout, self.job)
                 self._has_served = True
             while True:
