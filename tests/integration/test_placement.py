@@ -1,0 +1,116 @@
+# SPDX-FileCopyrightText: mala.hpc_db contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The server in the workers' jobs, with a real Slurm: it moves from job to job, and no trial is lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+from mini_cluster import COMPARE, PLUGIN_URL, URL, MiniCluster, Watch, Workers, eventually, hosting
+
+TTL = 15
+SETTINGS = {
+    "server_placement": "workers", "server_lease_ttl": TTL, "server_stop_notice": 20, "server_dump_minutes": 0,
+    "databases_workers": 20, "client_environment": "~/hpc_db/hpc_db/python",
+}
+NAME = "train"
+# A user's own job script with the one line, and two workers.
+JOB = """#!/bin/bash
+date +%s.%N > workers/begun.$SLURM_JOB_ID
+. ~/hpc_db/hpc_db/workers/environment
+for number in 1 2; do
+    ~/hpc_db/hpc_db/python/bin/python workers/worker.py "$1" beryllium 100000 workers/log.$SLURM_JOB_ID.$number \\
+        --seconds=$((5 + RANDOM % 6)) --random &
+done
+wait
+"""
+
+
+class Study:
+    """Jobs of workers that follow one another."""
+
+    def __init__(self, cluster: MiniCluster) -> None:
+        self.cluster = cluster
+        self.submitted = 0
+        (cluster.home / "train.sh").write_text(JOB)
+
+    def submit(self, minutes: int) -> str:
+        self.submitted += 1
+        said = self.cluster.run(
+            'sbatch --parsable --no-requeue --job-name=$1 --time=$2 --mem=900M --output=workers/output.%j train.sh "$3"',
+            NAME, str(minutes), PLUGIN_URL,
+        )
+        return said.split()[-1]
+
+    def fill(self, count: int = 6) -> None:
+        """Keep this number of jobs in the queue."""
+        for _missing in range(count - len(self.cluster.jobs(NAME))):
+            self.submit(2 + self.submitted % 2)
+
+    def servers(self) -> list[str]:
+        """Return the jobs that have served, in this order."""
+        events = [json.loads(line) for line in (self.cluster.root / "log/events.jsonl").read_text().splitlines()]
+        served = [each["job"] for each in events if each["state"] == "serving"]
+        return [job for before, job in zip(["", *served], served) if job != before]
+
+    def check(self) -> None:
+        """Check that no trial is lost, and that no worker has ended with an error."""
+        compared = self.cluster.run(COMPARE, URL)
+        assert re.search(r" lost=0 doubled=0 ", compared), compared
+        for path in self.cluster.home.glob("workers/output.*"):
+            assert not re.search("Error|no server within", path.read_text()), path.read_text()
+
+
+@pytest.fixture
+def study() -> Iterator[Study]:
+    with hosting(SETTINGS, "--slurm=KillWait=10") as cluster:
+        assert cluster.playbooks.play("workers", SETTINGS).returncode == 0
+        with Workers(cluster, "login", ()):
+            yield Study(cluster)
+
+
+def test_server_moves_between_the_workers_jobs(study: Study) -> None:
+    cluster = study.cluster
+    assert not cluster.jobs()
+    first = study.submit(2)
+    eventually(cluster.is_serving, 60)
+    begun = float((cluster.home / f"workers/begun.{first}").read_text())
+    events = [json.loads(line) for line in (cluster.root / "log/events.jsonl").read_text().splitlines()]
+    assert next(each["time"] for each in events if each["state"] == "serving") - begun <= 5
+
+    planned, cancelled, killed = [], [], []
+    with Watch(cluster) as watch:
+        study.fill()
+        watch.wait_for_acknowledgement(60)
+        while len(study.servers()) < 26:
+            turn, began, before = len(study.servers()), time.monotonic(), cluster.said("endpoint")
+            gaps = planned
+            if turn in (5, 15):
+                cluster.run("scancel $1", before["job"])
+                gaps = cancelled
+            if turn in (8, 12, 18):
+                cluster.verb("kill", before["host"])
+                gaps = killed
+
+            def has_moved(before: dict = before) -> bool:
+                study.fill()
+                now = cluster.said("endpoint")
+                return cluster.is_serving() and now.get("job") not in (None, before["job"])
+
+            eventually(has_moved, 240, 1)
+            watch.wait_for_acknowledgement(60)
+            gaps.append(watch.gap(began))
+            if gaps is killed:
+                cluster.mend(before["host"])
+            assert not cluster.jobs()  # only the workers' jobs
+        assert watch.most() == 1
+    study.check()
+    print(f"planned: {max(planned):.1f} s of {len(planned)}, cancelled: {max(cancelled):.1f} s, "
+          f"killed: {max(killed):.1f} s without a result")
+    assert max(planned) <= 5
+    assert max(cancelled) <= 10
+    assert max(killed) <= TTL + 15
