@@ -54,7 +54,14 @@ job:
   returned: success
   type: dict
   sample:
-    {id: "4711", name: hpc-db, state: RUNNING, node: c1, reason: "", time_left: 86000, time_limit: 259200, placement: job}
+    id: "4711"
+    name: hpc-db
+    state: RUNNING
+    node: c1
+    reason: ""
+    time_left: 86000
+    time_limit: 259200
+    placement: job
 endpoint:
   description:
     - Endpoint of the server, from C(run/endpoint.json).

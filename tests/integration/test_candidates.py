@@ -8,12 +8,10 @@ The scheduler is a stand-in; test_placement.py has the real one.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hpc_db_host.files import read_json, write_state
@@ -208,6 +206,7 @@ def test_one_candidate_in_each_job_which_leaves_when_it_is_told(workers: Workers
     workers.wait_for("11")
 
     assert workers.start("11").wait(20) == 0
+    time.sleep(3)
     assert workers.server() == "11" and first.poll() is None
 
     assert workers.instance.start("leave", job="11").wait(30) == 0

@@ -41,7 +41,7 @@ class Study:
     def submit(self, minutes: int) -> str:
         self.submitted += 1
         said = self.cluster.run(
-            'sbatch --parsable --no-requeue --job-name=$1 --time=$2 --mem=900M --output=workers/output.%j train.sh "$3"',
+            'sbatch --parsable --no-requeue -J $1 --time=$2 --mem=900M --output=workers/output.%j train.sh "$3"',
             NAME, str(minutes), PLUGIN_URL,
         )
         return said.split()[-1]

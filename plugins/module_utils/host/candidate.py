@@ -94,7 +94,8 @@ class Door:
         if select.select([self._socket], [], [], seconds)[0]:
             with contextlib.suppress(OSError):
                 visitor = self._socket.accept()[0]
-                self._knocked += [visitor] if _is_own(visitor) else []
+                visitor.settimeout(1.0)
+                self._knocked += [visitor] if _is_own(visitor) and visitor.recv(1) else []
         return bool(self._knocked)
 
     def knock(self, patience: float) -> bool:
@@ -103,6 +104,7 @@ class Door:
             visitor.settimeout(patience)
             try:
                 visitor.connect(self._address)
+                visitor.sendall(b"!")
                 return visitor.recv(1) == b""
             except socket.timeout:
                 return False

@@ -261,7 +261,7 @@ class Lease:
         return self._stands_still(self._newest(), seconds)
 
     def may_be_free(self) -> bool:
-        """Return whether try_acquire may succeed. This usually reads one file, so that it can be called every second."""
+        """Return whether try_acquire may succeed. Usually reads one file, so that it can be called every second."""
         may = self._may_be_free(self._seen[0])
         if may:
             self._stands_still(self._newest(), 0)  # watch the newest holder from now on

@@ -27,6 +27,7 @@ SETTINGS = {
     "postgres_python_conda_packages": ["optuna>=4"], "postgres_staged": False, "postgres_port": 5432,
     "postgres_listen_addresses": "*", "instance_cluster": "mini", "server_scheduler": "slurm", "server_bin_dir": "",
     "server_socket_parent": "/tmp", "server_lease_ttl": 30, "server_job_name": "hpc_db", "server_chain": True,
+    "server_placement": "job", "server_workers_shared_buffers": "512MB", "databases_workers": 100,
     "server_job_options": {"partition": "work", "extra": {"gres": "gpu:1", "qos": "long"}},
     "server_successor_options": {"extra": {"qos": "short"}}, "server_stop_notice": 120, "server_restarts": 5,
     "server_dump_minutes": 60, "server_dump_keep": 5, "server_pooler_program": "", "server_pooler_port": 6432,
@@ -294,6 +295,26 @@ def test_supervisor_is_told_how_to_submit_its_successor():
     }
     assert plan({**SETTINGS, "server_scheduler": "local"}, INSTANCE)["supervisor"]["successor"] == {}
     assert SETTINGS["server_job_options"]["extra"]["qos"] == "long"
+
+
+def test_server_in_the_workers_jobs_has_no_successor_and_a_cache_of_its_own():
+    given = {**SETTINGS, "server_placement": "workers", "server_candidates": 5, "databases_workers": 40}
+    told = plan(given, INSTANCE)["supervisor"]
+
+    assert (told["placement"], told["chain"], told["successor"]) == ("workers", False, {})
+    assert (told["candidates"], told["workers"], told["workers_shared_buffers"]) == (5, 40, "512MB")
+    assert sizes(given).shared == 512
+
+
+@pytest.mark.parametrize("scheduler, bin_dir, program", [
+    ("slurm", "", "srun"), ("slurm", "/opt/my slurm/bin", "'/opt/my slurm/bin/srun'"), ("local", "", ""),
+    ("gridengine", "", ""),
+])
+def test_candidate_runs_in_a_step_of_the_worker_s_job_if_there_are_steps(scheduler, bin_dir, program):
+    step = plan({**SETTINGS, "server_scheduler": scheduler, "server_bin_dir": bin_dir}, INSTANCE)["candidate_step"]
+
+    assert (f" {program} --overlap " in step) == bool(program)
+    assert bool(step) == bool(program)
 
 
 def test_supervisor_starts_only_the_sidecars_that_are_wanted():

@@ -5,11 +5,14 @@
 import json
 import os
 import shutil
+import threading
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils._connection import safety
 from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import SchedulerError, find_idle_nodes
 from ansible_collections.mala.hpc_db.plugins.module_utils._slices import Slice, Waiting
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json, write_state
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.lease import Lease
 from ansible_collections.mala.hpc_db.plugins.modules import hosting_job
 from ansible_collections.mala.hpc_db.plugins.modules.hosting_job import ensure_job
 from ansible_collections.mala.hpc_db.plugins.modules.hosting_job_info import look
@@ -64,7 +67,7 @@ class FakeSlurm:
         return HEAD + "".join(
             f"{job['id']}|{job['state']}|c1|1:00|{job['name']}|None\n"
             for job in self.jobs
-            if job["name"].lower() == flags["name"].lower()  # like the real one
+            if job["name"].lower() == flags.get("name", job["name"]).lower()  # like the real one
         )
 
     def sinfo(self, arguments):
@@ -95,7 +98,7 @@ def params(state="present", root="/nowhere", **changes):
     return {
         "name": "hpc-db", "state": state, "root": str(root), "scheduler": "slurm", "script": "/x/job.sh",
         "output": "/x/job.log", "options": {"dependency": "singleton"}, "timeout": 5, "nodes": False, "history": False,
-        **changes,
+        "placement": "job", **changes,
     }
 
 
@@ -331,7 +334,7 @@ def test_job_that_only_a_kill_could_end_is_asked_by_a_file(obeys, state, killed,
 
 def test_job_that_has_ended_meanwhile_needs_no_cancelling(tmp_path):
     grid_engine = FakeGridEngine(tmp_path, False, "")
-    waiting = {"id": "7", "name": "hpc-db", "state": "PENDING", "node": ""}
+    waiting = {"id": "7", "name": "hpc-db", "state": "PENDING", "node": "", "placement": "job"}
 
     told = params("absent", tmp_path, scheduler="gridengine")
 
@@ -403,7 +406,7 @@ def test_info_of_nothing(tmp_path):
 
     assert found == {
         "changed": False, "job": None, "endpoint": None, "state": None, "history": None, "idle_nodes": None,
-        "disk": None, "log_tail": None, "outage": "",
+        "disk": None, "log_tail": None, "outage": "", "wanted": False,
     }
 
 
@@ -504,3 +507,95 @@ def test_nodes_are_not_idle_where_those_of_our_jobs_are_not_told(printed):
 
 def test_a_machine_without_a_scheduler_has_no_idle_nodes():
     assert find_idle_nodes({"scheduler": "local"}, None) == []
+
+
+WORKERS = {"placement": "workers"}
+
+
+@pytest.fixture
+def in_worker_s_job(tmp_path):
+    """A server in job 1, which is a worker's; the returned function ends it."""
+    (tmp_path / "run").mkdir()
+    holder = {"host": "c1", "pid": os.getpid(), "job": "1", "kind": "slurm", **WORKERS}
+    lease = Lease(str(tmp_path / "run"), holder, lambda _holder: False)
+    assert lease.try_acquire()
+    write_state(str(tmp_path / "run/endpoint.json"), {"job": "1", "host": "c1", **WORKERS})
+    write_state(str(tmp_path / "run/wanted.json"), {"wanted": True})
+
+    def end():
+        write_state(str(tmp_path / "run/endpoint.json"), {})
+        lease.release()
+
+    return end
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize("queue, after", [([], []), ([PENDING], []), ([RUNNING, PENDING], [RUNNING])])
+def test_no_server_job_is_left_in_the_queue_if_the_server_runs_in_the_workers_jobs(queue, after, check_mode, tmp_path):
+    (tmp_path / "run").mkdir()
+    slurm = FakeSlurm(*queue, lingers=0)
+
+    result = ensure_job(params(root=tmp_path, **WORKERS), slurm, check_mode)
+
+    slurm.squeue([])
+    assert result["changed"] and not slurm.called("sbatch")
+    assert slurm.queue == (queue if check_mode else after)
+    assert (tmp_path / "run/wanted.json").exists() != check_mode
+    if not check_mode:
+        assert read_json(str(tmp_path / "run/wanted.json")) == {"wanted": True}
+        assert read_json(str(tmp_path / "run/state.json"))["follows"]["told"] == "the next worker's job starts it"
+        assert not ensure_job(params(root=tmp_path, **WORKERS), slurm, check_mode)["changed"]
+
+
+def test_server_that_has_failed_in_the_workers_jobs_may_be_tried_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    ensure_job(params(root=tmp_path, **WORKERS), FakeSlurm(), False)
+    write_state(str(tmp_path / "run/state.json"), {"state": "failed", "failures": 3})
+
+    assert ensure_job(params(root=tmp_path, **WORKERS), FakeSlurm(), False)["changed"]
+
+    assert read_json(str(tmp_path / "run/state.json"))["failures"] == 0
+
+
+@pytest.mark.usefixtures("in_worker_s_job")
+def test_worker_s_job_that_serves_is_shown(tmp_path):
+    slurm = FakeSlurm(("train", "RUNNING"), ("train", "RUNNING"))
+
+    shown = ensure_job(params(root=tmp_path, **WORKERS), slurm, False)
+    found = look(params(root=tmp_path), slurm)
+
+    assert not shown["changed"] and found["wanted"]
+    assert shown["job"] == found["job"]
+    assert (found["job"]["id"], found["job"]["name"], found["job"]["placement"]) == ("1", "train", "workers")
+    assert found["endpoint"]["job"] == "1"
+
+
+@pytest.mark.usefixtures("in_worker_s_job")
+def test_server_in_a_worker_s_job_does_not_replace_a_server_job(tmp_path):
+    slurm = FakeSlurm(("train", "RUNNING"))
+
+    result = ensure_job(params(root=tmp_path), slurm, False)
+
+    assert result["changed"] and slurm.queue == [("train", "RUNNING"), PENDING]
+    assert result["submitted"] == "2"
+
+
+def test_stop_of_a_server_in_a_worker_s_job_leaves_that_job_alone(in_worker_s_job, tmp_path):
+    slurm = FakeSlurm(("train", "RUNNING"), PENDING, lingers=0)
+    timer = threading.Timer(0.5, in_worker_s_job)
+    timer.start()
+
+    result = ensure_job(params("absent", tmp_path, **WORKERS), slurm, False)
+
+    timer.join()
+    assert result["changed"] and result["job"] is None
+    assert slurm.queue == [("train", "RUNNING")]
+    assert read_json(str(tmp_path / "run/wanted.json")) == {"wanted": False}
+    assert not look(params(root=tmp_path), slurm)["wanted"]
+    assert not ensure_job(params("absent", tmp_path, **WORKERS), slurm, False)["changed"]
+
+
+@pytest.mark.usefixtures("in_worker_s_job")
+def test_server_in_a_worker_s_job_that_does_not_stop_is_named(tmp_path):
+    with pytest.raises(SchedulerError, match="hpc-db has not ended after 1 s: 1 RUNNING on c1"):
+        ensure_job(params("absent", tmp_path, timeout=1, **WORKERS), FakeSlurm(("train", "RUNNING")), False)

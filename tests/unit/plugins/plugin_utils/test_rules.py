@@ -63,6 +63,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
       for key in ("databases", "users") for name in ('a" trust', "a\nb", "")],
     *[({"postgres_hba_rules": [{**HBA, key: text}]}, f"postgres_hba_rules: {text} is not allowed; values of one line,")
       for key, text in (("options", "map=a\nlocal all all trust"), ("address", "10.0.0.0/8\nlocal"))],
+    ({"server_placement": "workers", "server_scheduler": "gridengine"},
+     "server_placement: workers with server_scheduler gridengine is not allowed; job, since Grid Engine kills all"),
+    ({"server_candidates": 0}, "server_candidates: 0 is not allowed; 1 to 100 jobs"),
+    ({"server_candidates": 101}, "server_candidates: 101 is not allowed; 1 to 100 jobs"),
+    *[({"server_workers_shared_buffers": text}, f"server_workers_shared_buffers: {text} is not allowed; a size with kB")
+      for text in ("512", "0MB", "1.5GB", "512 MB", "1G")],
     *[({"server_python": text}, f"server_python: {text or 'nothing'} is not allowed; the name of a Python, or its path")
       for text in ("-c", "a\ntouch x", "$(touch x)", "", "~alice/python")],
     *[({"server_address": text}, f"server_address: {text} is not allowed; a host name, an address, socket, or nothing")
@@ -128,6 +134,7 @@ ALLOWED: list[dict[str, Any]] = [
     {"postgres_networks": ["all", "samenet", "10.1.0.0/16", "255.0.0.1/32", "::1/128", "fe80::/10"]},
     {"postgres_settings": {"work_mem": "4MB", "auto_explain.log_min_duration": 1}},
     {"postgres_hba_rules": [{**HBA, "users": ["Ω it's"], "address": None, "options": "clientcert=verify-full"}]},
+    {"server_placement": "workers", "server_candidates": 100, "server_workers_shared_buffers": "1GB"},
     {"server_address": "socket"}, {"server_address": "::1"}, {"server_python": "python3.11"},
     {"server_socket_parent": "/tmp/-a b Ω=+@"}, {"instance_name": "abc", "server_socket_parent": "/" + "x" * 71},
     {"server_pooler": True, "server_pooler_connections": "90", "postgres_max_connections": "100"},
