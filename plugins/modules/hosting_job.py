@@ -250,6 +250,8 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
         diff["after"]["jobs"].append({"script": params["script"], "options": params["options"]})
     submitted = None
     if changed and wanted and not check_mode:
+        if params["scheduler"] == "local":
+            _take_from_workers(params, run, jobs)
         _create_files(Layout(params["root"]))
         try:
             new = _submit(params, run, own)
@@ -297,6 +299,17 @@ def _leave_to_workers(params: dict, run: Run, jobs: list[dict], check_mode: bool
         "changed": changed, "job": serving or next(iter(rest), None), "endpoint": published if serving else None,
         "diff": {"before": {"jobs": _shown(jobs)}, "after": {"jobs": _shown(rest)}}, "submitted": None, "outage": "",
     }
+
+
+def _take_from_workers(params: dict, run: Run, jobs: list[dict]) -> None:
+    """Stop a server beside workers. Where a job has to wait in a queue, it asks that server itself when it runs."""
+    limit = time.monotonic() + params["timeout"]
+    _allow_workers(params, False, check_mode=False)
+    while any(job["placement"] == "workers" for job in jobs):
+        if time.monotonic() >= limit:
+            raise SchedulerError(f"{params['name']} has not ended after {params['timeout']} s: {_in_words(jobs)}")
+        time.sleep(0.5)
+        jobs = find_jobs(params, run)
 
 
 def _allow_workers(params: dict, allowed: bool, check_mode: bool) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from mini_cluster import COMPARE, PLUGIN_URL, URL, MiniCluster, Watch, Workers, eventually, hosting
+from target import Target
 
 TTL = 15
 SETTINGS = {
@@ -114,3 +115,78 @@ def test_server_moves_between_the_workers_jobs(study: Study) -> None:
     assert max(gaps["planned"]) <= 5
     assert max(gaps["cancelled"]) <= 10
     assert max(gaps["killed"]) <= TTL + 15
+
+
+# A program of a user, with trials that take a while.
+PROGRAM = """
+import os, sys, time
+import optuna
+
+def objective(trial):
+    time.sleep(0.5)
+    return trial.suggest_float("x", -1, 1) ** 2
+
+study = optuna.create_study(storage=os.environ["HPC_DB_URL"], study_name="beside", load_if_exists=True)
+while not os.path.exists("enough"):
+    study.optimize(objective, n_trials=1)
+print("done", len(study.trials))
+"""
+
+
+def test_server_beside_job_scripts_on_one_machine(here: Target, quick_settings: dict) -> None:
+    """From the first job script to the last one, with a move of the server to a job of its own and back."""
+    name = here.variables["instance_name"]
+    folder = f"hpc_db/{name}"
+    settings = {
+        **quick_settings, "server_placement": "workers", "server_lease_ttl": 6, "databases_workers": 4,
+        "workers_program": "~/program.py", "client_environment": f"~/{folder}/python",
+    }
+
+    def play(playbook: str, *options: str, **changes: object) -> str:
+        played = here.play(playbook, {**settings, **changes}, *options)
+        assert played.returncode == 0, played.stdout
+        return played.stdout
+
+    def said(name: str) -> dict:
+        return json.loads(here.run(f"cat {folder}/run/{name}.json"))
+
+    def serves(placement: str) -> bool:
+        return said("state").get("state") == "serving" and said("endpoint").get("placement") == placement
+
+    assert f"{name}: no server runs; the first worker's job that reads " in play("hpc_db")
+    again = play("hpc_db")
+    assert "nothing changed since the last full run, the next worker's job starts the server" in again
+    assert "none; the next worker's job starts the server" in play("status")
+    play("workers", workers_number=2)
+    here.run(f"cat > program.py <<'END'\n{PROGRAM}END")
+
+    scripts = [here.start(f"exec sh {folder}/workers/job.sh") for _script in range(2)]
+    try:
+        eventually(lambda: serves("workers"), 60)
+        first = said("endpoint")["job"]
+        assert f"{first} RUNNING, a worker's" in play("status")
+        here.run(f"kill -9 {first}")
+        eventually(lambda: serves("workers") and said("endpoint")["job"] != first, 20)
+
+        play("hpc_db", server_placement="job")
+        eventually(lambda: serves("job"), 60)
+        play("hpc_db")
+        own = f". {folder}/workers/environment && {folder}/python/bin/python program.py"
+        scripts.append(here.start(f"({own}) > own.log 2>&1"))
+        eventually(lambda: serves("workers"), 60)
+
+        play("stop")
+        assert "none; the server was stopped, and the playbook hpc_db.yml allows it again" in play("status")
+        play("hpc_db")
+        eventually(lambda: serves("workers"), 60)
+        here.run("touch enough")
+    finally:
+        codes = [script.wait(60) for script in scripts]
+
+    assert codes == [0, 0, 0]
+    logs = here.run(f"cat {folder}/workers/log/* own.log")
+    assert len(re.findall("^done", logs, re.MULTILINE)) == 5 and "Error" not in logs, logs
+    eventually(lambda: said("state")["state"] == "ended", 20)
+    assert said("endpoint") == {}
+    play("backup")
+    assert "none; the next worker's job starts the server" in play("status")
