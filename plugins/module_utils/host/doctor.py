@@ -133,6 +133,8 @@ def _look_at_job(report: Report, wanted: dict) -> None:
     elif job:
         report.found("job", "%s, so the server is down" % said,
                      "wait; if it never starts: server_job_options (partition, time, mem)")
+    elif wanted.get("rests"):
+        report.well("job", "no server runs; the next worker's job starts it")
     else:
         report.found("job", "%s, so the server is down" % said, HOST_IT)
     if state.get("state") in ("failed", "unhealthy"):

@@ -83,6 +83,13 @@ def test_server_that_is_ill(changes, says, mend, instance):
     assert re.search(says, told[1]) and mend in told[2]
 
 
+def test_server_that_rests_until_a_worker_starts_it_is_well(instance):
+    report = doctor.look_at_server({**instance, "job": None, "endpoint": None, "rests": True})
+
+    assert found(report) == []
+    assert report.findings[0]["said"] == "no server runs; the next worker's job starts it"
+
+
 def test_open_files_and_logs_are_told(instance):
     root = Path(instance["root"])
     (root / "secrets").chmod(0o750)
