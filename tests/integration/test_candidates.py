@@ -8,8 +8,10 @@ The scheduler is a stand-in; test_placement.py has the real one.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -18,6 +20,7 @@ from hpc_db_host.files import read_json, write_state
 from hpc_db_host.layout import Layout
 from test_handover import postmasters
 from test_hosting_program import (  # noqa: F401 - fixtures  # pylint: disable=unused-import
+    AS_OWNER,
     Instance,
     bindir,
     data,
@@ -41,6 +44,34 @@ for id in *; do [ ! -s $id ] || echo "$id|RUNNING|c1|$(cat $id):00/20:00|train|N
 """
 
 
+# Runs the supervisor, and at its end writes the times at which it named a file of the instance to the kernel.
+COUNTED = """
+import json, os, runpy, sys, time
+root, out = sys.argv[1:3]
+del sys.argv[1:3]
+times = []
+
+def note(path):
+    if isinstance(path, (str, bytes)) and os.fsdecode(path).startswith(root):
+        times.append(time.monotonic())
+
+def counted(call):
+    def count(path, *arguments, **options):
+        note(path)
+        return call(path, *arguments, **options)
+    return count
+
+events = {"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.link", "os.mkdir", "os.utime", "os.chmod"}
+sys.addaudithook(lambda event, arguments: note(arguments[0]) if event in events else None)
+os.stat, os.lstat = counted(os.stat), counted(os.lstat)  # which have no event
+try:
+    runpy.run_module("hpc_db_host", run_name="__main__", alter_sys=True)
+finally:
+    with open(out, "w") as stream:
+        json.dump(times, stream)
+"""
+
+
 class Workers:
     """An instance whose server runs in the workers' jobs. The test is the scheduler."""
 
@@ -55,6 +86,8 @@ class Workers:
                 (self.folder / name).chmod(0o755)
         self.configure()
         self.want(True)
+        with owner():
+            (made.root / "log/job.log").touch()
 
     def configure(self, **changes: object) -> None:
         self.instance.configure(**{
@@ -257,3 +290,39 @@ def test_server_moves_from_its_own_job_to_a_workers_and_back(workers: Workers) -
     workers.wait_for("6", seconds=30)
     assert workers.running["12"].wait(20) == 0
     assert again.poll() is None and len(postmasters(target.root)) == 1
+
+
+def test_candidates_of_a_thousand_jobs_make_few_requests_to_the_file_system(workers: Workers) -> None:
+    """A sleeping candidate of a study with a hundredth of the workers makes a hundred times as many requests."""
+    workers.configure(lease_ttl=90, workers=30)
+    target = workers.instance
+    counts = {job: target.root / f"counts.{job}" for job in ("11", "12", "13", "14", "15")}
+    jobs = {}
+    for job, path in counts.items():
+        with owner():
+            (workers.folder / "jobs" / job).write_text("15")
+        jobs[job] = subprocess.Popen(
+            [sys.executable, "-c", COUNTED, target.root, path, "candidate", "--root", target.root],
+            cwd=target.root / "host", env={"PATH": os.defpath, "SLURM_JOB_ID": job}, **AS_OWNER,
+        )
+        target.processes.append(jobs[job])
+    server = workers.wait_for(*jobs)
+    eventually(lambda: len(workers.active()) == 3)
+    active = workers.active()
+    time.sleep(5)
+    began = time.monotonic()
+    time.sleep(60)
+    ended = time.monotonic()
+    assert (workers.server(), workers.active()) == (server, active)
+
+    rates = {}
+    for job, process in sorted(jobs.items(), key=lambda item: item[0] == server):
+        process.terminate()
+        process.wait(30)
+        times = json.loads(counts[job].read_text())
+        rates[job] = sum(began <= each <= ended for each in times) / (ended - began)
+    (sleeping,) = (rate for job, rate in rates.items() if job not in active | {server})
+    all_active = sum(rates[job] for job in active)
+    every = rates[server] + all_active + 996 * sleeping * 30 / 1000
+    print(f"requests per second of 1000 jobs: {every:.1f} (server {rates[server]:.1f}, active {all_active:.1f})")
+    assert 0 < sleeping and every < 10

@@ -29,7 +29,7 @@ from .settings import read_settings
 # Seconds between two checks whether the lease is free; each reads one file.
 PAUSE = 1.0
 # How many places all sleeping candidates together look at per second, and the shortest sleep.
-LOOKS_PER_SECOND = 3.0
+LOOKS_PER_SECOND = 2.0
 SHORTEST_SLEEP = 2.0
 # Seconds that the candidate in place N leaves to those in the places before; and one that can serve only briefly, or
 # probably not at all, leaves to all others.
