@@ -85,7 +85,7 @@ def find_jobs(params: dict, run: Run) -> list[dict]:
     program = Layout(params["root"]).package
     if params["scheduler"] == "local" and not os.path.isdir(program):
         return []  # the supervisor is not installed, so no job was ever started
-    holder = _serving_worker(Layout(params["root"]))
+    holder = serving_worker(Layout(params["root"]))
     jobs = scheduler.parse_queue(run(scheduler.queue_command("" if holder else params["name"])))
     found = [
         {**job, "placement": "workers" if job["id"] == holder else "job"}
@@ -94,7 +94,7 @@ def find_jobs(params: dict, run: Run) -> list[dict]:
     return sorted(found, key=_weight)
 
 
-def _serving_worker(layout: Layout) -> str:
+def serving_worker(layout: Layout) -> str:
     """Return the id of the worker's job that holds the lease; empty if none does."""
     lease = Lease(layout.run, {"pid": os.getpid()}, lambda _holder: False)
     try:

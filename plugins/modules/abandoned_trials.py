@@ -14,7 +14,7 @@ description:
     continue during the check.
   - A trial whose job was recorded by M(mala.hpc_db.optuna_study) is requeued once the scheduler no longer lists that
     job and no connection of that job is open.
-  - A list of jobs without the server job is considered incomplete and is not used.
+  - A list of jobs without the job that hosts the server is considered incomplete and is not used.
   - Any other trial is requeued once no job of this user and no connection is left that could have started it. While
     this is unknown, the trial is left unchanged and the reason is returned.
   - As with Optuna's C(RetryFailedTrialCallback), the trial becomes C(FAIL), and a new trial with the same parameters
@@ -127,8 +127,10 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     check_name,
     hosts_of,
     make_run,
+    serving_worker,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 
 # Revision of the schema that this module writes to: Optuna 3.2 to 5.
@@ -245,10 +247,12 @@ def look_around(params: dict, run: Run, trials: list[_workers.Trial]) -> _worker
     ids = sorted({worker.job for worker in map(_workers.worker_of, names) if worker})
     jobs = scheduler.parse_jobs(run(scheduler.jobs_command(ids)))
     local = params["scheduler"] == "local"
-    if trials and not local and params["name"] not in [job.name for job in jobs]:
+    worker = serving_worker(Layout(params["root"]))
+    hosts = [job for job in jobs if (job.id == worker if worker else job.name == params["name"])]
+    if trials and not local and not hosts:
         raise Refused(
-            f"the scheduler does not list {params['name']}, the job that hosts the server; so it may not list the jobs "
-            "of workers either, and no trial is requeued"
+            f"the scheduler does not list {worker or params['name']}, the job that hosts the server; so it may not list "
+            "the jobs of workers either, and no trial is requeued"
         )
     jobs = [job for job in jobs if job.name not in (params["name"], *params["other_jobs"])]
     return _workers.World(

@@ -291,7 +291,10 @@ class Candidate:
         return self._placement
 
     def _has_place(self) -> bool:
-        """Return whether we have a place, taking a free one."""
+        """Return whether we have a place, taking a free one. Near the end of the job, others have priority."""
+        if self._is_ending() and self._places.others():
+            self._places.leave()
+            return False
         if self._places.mine:
             return self._places.renew(self._content())
         everywhere, self._slept = not self._slept, True

@@ -4,10 +4,12 @@
 
 import contextlib
 import json
+import os
 
 import pytest
 from ansible_collections.mala.hpc_db.plugins.module_utils import _connection
 from ansible_collections.mala.hpc_db.plugins.module_utils.host import optuna_schema
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.lease import Lease
 from ansible_collections.mala.hpc_db.plugins.modules import abandoned_trials
 from ansible_collections.mala.hpc_db.plugins.modules.abandoned_trials import Refused, ensure_requeued
 
@@ -101,6 +103,22 @@ def test_listing_without_the_hosting_job_says_nothing_of_workers(use):
         ensure_requeued(PARAMS, cluster.run, False)
 
     assert cluster.running == {0, 1}
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_server_in_a_worker_s_job_is_listed_under_that_job(listed, use, tmp_path):
+    (tmp_path / "run").mkdir()
+    holder = {"host": "c1", "pid": os.getpid(), "job": "13", "kind": "slurm", "placement": "workers"}
+    assert Lease(str(tmp_path / "run"), holder, lambda _holder: False).try_acquire()
+    cluster = use(FakeCluster(TIED))
+    cluster.listed = ["13|0|RUNNING|900|c1|train"] if listed else ["1|0|RUNNING|900||hpc_db"]
+    params = {**PARAMS, "root": str(tmp_path)}
+
+    if listed:
+        assert [each["number"] for each in ensure_requeued(params, cluster.run, False)["requeued"]] == [0]
+    else:
+        with pytest.raises(Refused, match="does not list 13, the job that hosts the server"):
+            ensure_requeued(params, cluster.run, False)
 
 
 def test_trial_that_ends_meanwhile_is_left(use, monkeypatch):
