@@ -251,8 +251,8 @@ def look_around(params: dict, run: Run, trials: list[_workers.Trial]) -> _worker
     hosts = [job for job in jobs if (job.id == worker if worker else job.name == params["name"])]
     if trials and not local and not hosts:
         raise Refused(
-            f"the scheduler does not list {worker or params['name']}, the job that hosts the server; so it may not list "
-            "the jobs of workers either, and no trial is requeued"
+            f"the scheduler does not list {worker or params['name']}, the job that hosts the server; so it may not "
+            "list the jobs of workers either, and no trial is requeued"
         )
     jobs = [job for job in jobs if job.name not in (params["name"], *params["other_jobs"])]
     return _workers.World(

@@ -461,8 +461,8 @@ class Host:
         try:
             if self._lease and self._lease.is_ours():
                 lease = {"epoch": self._lease.epoch, "ttl": self._lease.ttl}
-                content.update(since=self._changed, follows=follows, lease=lease, failures=self._failures)
-                files.write_state(self.layout.state, content)
+                found = dict(content, since=self._changed, follows=follows, lease=lease, failures=self._failures)
+                files.write_state(self.layout.state, found)
         except (OSError, ValueError) as error:
             files.log("cannot write state.json: %s" % error)
 
