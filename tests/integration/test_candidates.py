@@ -208,6 +208,7 @@ def test_stopped_server_starts_only_when_it_is_wanted_again(workers: Workers) ->
 
     eventually(lambda: target.said("state")["state"] == "ended")
     assert target.said("state")["reason"] == "stopped by the playbook stop.yml"
+    assert target.said("state")["follows"] is None  # workers give up
     jobs.append(workers.start("13"))
     time.sleep(5)
     assert not target.is_published() and all(job.poll() is None for job in jobs)

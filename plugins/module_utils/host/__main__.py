@@ -126,6 +126,8 @@ class Host:
         #: Whether the server is to run in the workers' jobs, and how many of them in a row could not start it.
         self._belongs_to_workers = self.settings["placement"] == "workers" and not bootstrap
         self._failures = 0
+        #: Whether no other worker's job may start the server.
+        self._is_stopped = False
         if self.settings["chain"] and not bootstrap and not candidate:
             self._queue = Queue(self.settings, self.job)
             self._successor = handover.Successor(self.layout, self.job)
@@ -227,7 +229,8 @@ class Host:
             with self._only_told("cannot record this process as the server's"):
                 local_job.record(self.settings["job_name"], os.getpid())
         self._failures = candidate.failures_in_a_row()
-        if not candidate.is_wanted():
+        self._is_stopped = not candidate.is_wanted()
+        if self._is_stopped:
             raise Stop("stopped by the playbook stop.yml", again=True)
 
     def _succeed(self, previous: dict) -> None:
@@ -438,7 +441,7 @@ class Host:
         if self._candidate and not self._lease:
             return  # one of many that wait
         follows = self._queue.successor if self._queue else None
-        if self._belongs_to_workers and self._failures < MOST_FAILURES:
+        if self._belongs_to_workers and not self._is_stopped and self._failures < MOST_FAILURES:
             follows = {"id": "", "told": TOLD}
         elif self._queue and not follows and state == "starting":
             follows = {"id": self.job, "told": "job %s is starting on %s" % (self.job, socket.gethostname())}
@@ -533,6 +536,7 @@ class Host:
             if candidate.check() and self._predecessor:
                 self._hand_over(self._predecessor, postgres, keeper)
         except Left as left:
+            self._is_stopped = not left.planned
             stop(str(left), planned=left.planned, again=True)
         except Over as over:
             stop(str(over), planned=True)
