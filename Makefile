@@ -45,6 +45,7 @@ provision:  ## measure the playbooks, the bare commands and an idle server, for 
 	@.venv/bin/python bench/provision.py docs/figures/performance.md
 	@.venv/bin/python bench/growth.py docs/figures/performance.md
 	@.venv/bin/python bench/at_rest.py docs/figures/performance.md
+	@.venv/bin/python bench/beside.py docs/figures/performance.md
 
 mala:  ## MALA itself, through a move of the server: some minutes, and 1.5 GB to install
 

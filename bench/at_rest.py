@@ -43,13 +43,13 @@ class Used(NamedTuple):
     calls: int
 
 
-def find(root: Path) -> int:
+def find(root: Path, verb: str = "serve") -> int:
     """Return the supervisor's PID, in any PID namespace."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_bytes().split(b"\0")
-            if b"hpc_db_host" in words and b"serve" in words and os.fsencode(root) in words:
+            if b"hpc_db_host" in words and verb.encode() in words and os.fsencode(root) in words:
                 found.append(int(folder.name))
     if len(found) != 1:
         raise SystemExit(f"at_rest.py: {len(found)} supervisors of {root} are running, instead of one")
