@@ -169,6 +169,40 @@ def test_holder_that_wants_a_longer_silence_gets_it_unless_its_host_was_booted_s
     assert may_take(waiting) is (free or rebooted)
 
 
+def test_glance_sees_each_lease_that_may_be_free(contender, clock):
+    waiting = contender("c3")
+    assert waiting.may_be_free()  # there is none
+    holder = contender("c1")
+    holder.try_acquire()
+    waiting.may_be_free()
+    for _beat in range(8):
+        assert not waiting.may_be_free()
+        clock.now += TTL / 6
+        holder.renew_if_due()
+
+    holder.release()
+    assert waiting.may_be_free()
+    assert may_take(contender("c2"))  # it was faster
+    waiting.may_be_free()
+    assert not waiting.may_be_free() and waiting.watched()["host"] == "c2"
+    clock.now += TTL - 1
+    assert not waiting.may_be_free()
+    clock.now += 2
+    assert waiting.may_be_free() and may_take(waiting)
+
+
+def test_glance_at_the_lease_of_a_dead_process_on_this_host(contender):
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert contender(pid=process.pid).try_acquire()
+        waiting = contender()
+        waiting.may_be_free()
+        assert not waiting.may_be_free()
+        process.kill()
+        process.wait()
+
+        assert waiting.may_be_free() and may_take(waiting)
+
+
 def test_contender_with_a_shorter_ttl_does_not_give_the_holder_up_early(contender, clock):
     holder = contender("c1")
     holder.try_acquire()
