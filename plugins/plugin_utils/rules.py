@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers import SCHEDULERS
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.schedulers.slurm import parse_time
 
 OCTET = r"(25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})"
@@ -123,9 +124,10 @@ def server(given: Any) -> list[Rule]:
     has_pooler = given.postgres_provider in ("rattler", "conda") or given.server_pooler_program != ""
     limit = whole(given.postgres_max_connections) - 10
     unknown = {"samenet", "samehost"} & set(given.postgres_networks)
+    can_share = SCHEDULERS[given.server_scheduler].can_share
     return [
-        Rule("server_placement", given.server_placement == "job" or given.server_scheduler != "gridengine",
-             "job, since Grid Engine kills all processes of a job at its end",
+        Rule("server_placement", given.server_placement == "job" or can_share,
+             "job, since this scheduler kills all processes of a job at the end of its script",
              f"{given.server_placement} with server_scheduler {given.server_scheduler}"),
         Rule("server_candidates", 1 <= given.server_candidates <= 100, "1 to 100 jobs"),
         Rule("server_workers_shared_buffers", fits("[1-9][0-9]*(kB|MB|GB)", given.server_workers_shared_buffers),

@@ -398,9 +398,13 @@ class Host:
                 self._leave(postgres)
 
     def _prepare_to_move(self, postgres: Postgres, keeper: Keeper, why: str, event: str, patience: float) -> None:
-        """Make a dump and a checkpoint before a planned stop, so that it is quick; workers continue meanwhile."""
+        """Make a dump and a checkpoint before a planned stop, so that it is quick; workers continue meanwhile.
+
+        The server may move between the workers' jobs every few minutes, which needs no dump each time.
+        """
         self.tell("stopping", why, event)
-        if self._dumps:
+        only_moves = self._candidate is not None and self._candidate.is_followed()
+        if self._dumps and not (only_moves and self._dumps.are_recent()):
             with self._only_told("cannot dump the studies"):
                 self._dumps.now(patience, keeper.check)
         with self._only_told("cannot make a checkpoint"):

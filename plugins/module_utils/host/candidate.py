@@ -262,9 +262,13 @@ class Candidate:
         self._look_due = now + LOOK_SECONDS
         if not self.is_wanted():
             raise Left("stopped by the playbook stop.yml", False)
-        if self._is_ending() and any(self._is_better(other) for other in self._places.others()):
+        if self._is_ending() and any(self._ends_later(other) for other in self._able()):
             raise Left("the walltime of job %s ends soon" % self._job, True)
         return True
+
+    def is_followed(self) -> bool:
+        """Return whether another job can serve at once."""
+        return bool(self._able())
 
     def count_failure(self) -> int:
         """Return how many jobs in a row, with this one, could not run the server."""
@@ -324,11 +328,13 @@ class Candidate:
     def _is_ending(self) -> bool:
         return self._ends is not None and time.time() > self._ends - self._settings["stop_notice"]
 
-    def _is_better(self, other: dict) -> bool:
-        """Return whether another candidate can serve, and for longer."""
-        if other.get("unfit") is None or other["unfit"] or other.get("job") == self._job:
-            return False
-        return other.get("ends") is None or other["ends"] > (self._ends or 0) + self._settings["stop_notice"]
+    def _able(self) -> List[dict]:
+        """Return the active candidates of other jobs that can serve."""
+        return [each for each in self._places.others() if each.get("unfit") == "" and each.get("job") != self._job]
+
+    def _ends_later(self, other: dict) -> bool:
+        ends = other.get("ends")
+        return ends is None or ends > (self._ends or 0) + self._settings["stop_notice"]
 
     def _may_start(self) -> bool:
         return self.is_wanted() and self.failures_in_a_row() < MOST_FAILURES

@@ -141,6 +141,10 @@ class Dumps:
             self.cancel()
         return not self.told
 
+    def are_recent(self) -> bool:
+        """Return whether no regular round is due."""
+        return self._age() < self._every
+
     def cancel(self) -> None:
         """Abandon the current round, if any, and remove its unfinished dump."""
         if self._round is not None:

@@ -51,6 +51,8 @@ class Scheduler:
     name = ""
     #: The variable that holds the job's own id inside a job; empty if there is none.
     job_variable = ""
+    #: Whether a program beside a job's script can end in good order after it.
+    can_share = True
     #: Why no successor can begin before the end of a server job; for Slurm, the settings that decide it.
     no_handover = "this scheduler knows no time in dependencies"
 

@@ -48,6 +48,7 @@ class GridEngine(Scheduler):
 
     name = "gridengine"
     job_variable = "JOB_ID"
+    can_share = False
 
     def environment(self, variables: Mapping[str, str], bin_dir: str) -> Dict[str, str]:
         """See Scheduler. A login over ssh may lack SGE_ROOT, so it is derived from ``bin_dir``."""

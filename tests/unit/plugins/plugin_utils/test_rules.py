@@ -64,7 +64,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *[({"postgres_hba_rules": [{**HBA, key: text}]}, f"postgres_hba_rules: {text} is not allowed; values of one line,")
       for key, text in (("options", "map=a\nlocal all all trust"), ("address", "10.0.0.0/8\nlocal"))],
     ({"server_placement": "workers", "server_scheduler": "gridengine"},
-     "server_placement: workers with server_scheduler gridengine is not allowed; job, since Grid Engine kills all"),
+     "server_placement: workers with server_scheduler gridengine is not allowed; job, since this scheduler kills all"),
     ({"server_candidates": 0}, "server_candidates: 0 is not allowed; 1 to 100 jobs"),
     ({"server_candidates": 101}, "server_candidates: 101 is not allowed; 1 to 100 jobs"),
     *[({"server_workers_shared_buffers": text}, f"server_workers_shared_buffers: {text} is not allowed; a size with kB")
