@@ -125,9 +125,9 @@ class Workers:
         return self.server()
 
     def active(self) -> set[str]:
-        """Return the jobs that wait actively."""
+        """Return the jobs that wait actively, and can serve."""
         found = (read_json(self.layout.place(number)) or {} for number in range(1, 5))
-        return {each["job"] for each in found if each}
+        return {each["job"] for each in found if each.get("unfit") == ""}
 
 
 @pytest.fixture
@@ -327,3 +327,15 @@ def test_candidates_of_a_thousand_jobs_make_few_requests_to_the_file_system(work
     every = rates[server] + all_active + 996 * sleeping * 30 / 1000
     print(f"requests per second of 1000 jobs: {every:.1f} (server {rates[server]:.1f}, active {all_active:.1f})")
     assert 0 < sleeping and every < 10
+
+
+def test_job_that_ends_last_takes_over(workers: Workers) -> None:
+    workers.start("11")
+    workers.wait_for("11")
+    for job, minutes in (("12", 5), ("13", 14), ("14", 9)):
+        workers.start(job, minutes)
+        eventually(lambda: job in workers.active())  # noqa: B023
+
+    for server, follower in (("11", "13"), ("13", "14"), ("14", "12")):
+        assert workers.end(server) == 0
+        workers.wait_for(follower)

@@ -31,10 +31,8 @@ PAUSE = 1.0
 # How many places all sleeping candidates together look at per second, and the shortest sleep.
 LOOKS_PER_SECOND = 2.0
 SHORTEST_SLEEP = 2.0
-# Seconds that the candidate in place N leaves to those in the places before; and one that can serve only briefly, or
-# probably not at all, leaves to all others.
-STAGGER_SECONDS = 0.7
-BRIEF_SECONDS = 5.0
+# Seconds that a candidate leaves to each other one whose job ends later; and one that probably cannot serve, to all.
+STAGGER_SECONDS = 1.25 * PAUSE
 UNFIT_SECONDS = 10.0
 # After so many jobs in a row in which the server could not start, no other one tries.
 MOST_FAILURES = 3
@@ -155,7 +153,7 @@ class Places:
         # A new place is checked soon, since another candidate may have taken it at the same time.
         self._due = now + (1.5 * PAUSE if is_new else self._ttl / 6)
         self._beat += 1
-        self._write(dict(content, who=self._who, beat=self._beat))
+        self._write(dict(content, who=self._who, beat=self._beat, place=self.mine))
         return True
 
     def leave(self) -> None:
@@ -321,9 +319,10 @@ class Candidate:
         return {"job": self._job, "host": socket.gethostname(), "ends": self._ends, "unfit": self._unfit}
 
     def _delay(self) -> float:
-        """Return the seconds that we leave the free lease to others."""
-        brief = BRIEF_SECONDS if self._is_ending() else 0.0
-        return STAGGER_SECONDS * (self._places.mine - 1) + brief + (UNFIT_SECONDS if self._unfit else 0.0)
+        """Return the seconds that we leave the free lease to others: the later its job ends, the rarer are moves."""
+        mine = (self._ends or float("inf"), -self._places.mine)
+        better = [each for each in self._able() if (each.get("ends") or float("inf"), -each["place"]) > mine]
+        return STAGGER_SECONDS * len(better) + (UNFIT_SECONDS if self._unfit else 0.0)
 
     def _is_ending(self) -> bool:
         return self._ends is not None and time.time() > self._ends - self._settings["stop_notice"]
