@@ -117,6 +117,56 @@ def test_server_moves_between_the_workers_jobs(study: Study) -> None:
     assert max(gaps["killed"]) <= TTL + 15
 
 
+# Three workers of a step, each of which reads the file.
+STEP = """#!/bin/bash
+srun --ntasks=3 --cpus-per-task=1 --mem=0 sh -c '. ~/hpc_db/hpc_db/workers/environment; exec sleep 600'
+"""
+
+
+def test_placement_changes_while_workers_run() -> None:
+    """Each job has one candidate, however its workers start, as long as the server belongs to the workers."""
+    in_job = {**SETTINGS, "server_placement": "job", "server_job_options": {"partition": "work", "mem": "900M"}}
+    others = {"workers_number": 2, "workers_program": "~/idle.py", "workers_job_options": {"mem": "300M", "time": "10"}}
+
+    with hosting(in_job, "--nodes=3") as cluster:
+        def play(playbook: str, **settings: object) -> None:
+            played = cluster.playbooks.play(playbook, {**in_job, **settings})
+            assert played.returncode == 0, played.stdout
+
+        def candidates() -> list[str]:
+            return cluster.run("squeue --noheader --me --steps --format='%j %i' | sed -n 's/^hpc_db //p'").split()
+
+        def serves(placement: str) -> bool:
+            return cluster.is_serving() and cluster.said("endpoint").get("placement") == placement
+
+        play("workers", **others)
+        (cluster.home / "idle.py").write_text("import time\ntime.sleep(600)\n")
+        (cluster.home / "step.sh").write_text(STEP)
+        with Watch(cluster) as watch, Workers(cluster, "login", Workers.CALM) as workers:
+            watch.wait_for_acknowledgement(60)
+            eventually(lambda: len(cluster.jobs()) == 2, 30)
+            since = time.monotonic()
+
+            play("hpc_db", server_placement="workers")
+            assert list(cluster.jobs().values()) == ["RUNNING"] and serves("job")
+            step = cluster.run("sbatch --parsable --ntasks=3 --mem=300M step.sh")
+            eventually(lambda: serves("workers"), 60)
+            assert cluster.said("endpoint")["job"] == step
+            eventually(lambda: not cluster.jobs(), 30)
+            assert cluster.run("sbatch hpc_db/hpc_db/workers/job.sh")
+            eventually(lambda: len(candidates()) == 3, 60)
+            time.sleep(5)
+            assert len({each.partition(".")[0] for each in candidates()}) == len(candidates()) == 3
+
+            play("hpc_db")
+            eventually(lambda: serves("job"), 60)
+            eventually(lambda: not candidates(), 60)
+            watch.wait_for_acknowledgement(60)
+            print(f"changed twice: {watch.gap(since):.1f} s without a result")
+            assert watch.most() == 1
+            workers.check()
+
+
 # A program of a user, with trials that take a while.
 PROGRAM = """
 import os, sys, time
