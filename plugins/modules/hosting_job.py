@@ -209,7 +209,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     submit_job,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils.host import outlook
-from ansible_collections.mala.hpc_db.plugins.module_utils.host.candidate import TOLD
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.candidate import FOLLOWS
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import (
     forget_successor,
     read_endpoint,
@@ -232,10 +232,12 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
     check_name(params["name"])
     params = {**params, "options": _all_options(params)}
     SCHEDULERS[params["scheduler"]].check_options(params["options"])
+    wanted = params["state"] == "present"
+    # First of all, so that no worker's job starts the server after the look at the jobs.
+    forbids = not wanted and _allow_workers(params, False, check_mode)
     published = read_endpoint(Layout(params["root"]))
     jobs = find_jobs(params, run)
     said: list[str] = []
-    wanted = params["state"] == "present"
     own = [job for job in jobs if job["placement"] == "job"]
     slice_ = _slices.Slice(params)
     if wanted and params["placement"] == "workers":
@@ -243,8 +245,9 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
     changed = wanted != any(job["state"] != LEAVING for job in (own if wanted else jobs))
     diff = {"before": {"jobs": _shown(jobs)}, "after": {"jobs": _shown(jobs) if wanted else []}}
     changed, diff = slice_.resume.get("changed", changed), slice_.resume.get("diff", diff)
-    if _allow_workers(params, wanted, check_mode):
-        changed |= params["placement"] == "workers"
+    changed |= forbids and params["placement"] == "workers"
+    if wanted:
+        _allow_workers(params, True, check_mode)
     if changed and wanted:
         said += _check_submission(params, run, check_mode)
         diff["after"]["jobs"].append({"script": params["script"], "options": params["options"]})
@@ -269,7 +272,8 @@ def ensure_job(params: dict, run: Run, check_mode: bool, endpoint: Endpoint = la
         # A job on a dead node cannot withdraw its endpoint; any other job has done so when it ends.
         changed |= endpoint("look" if check_mode else "withdraw")
         if rest and not check_mode:
-            raise SchedulerError(f"{params['name']} has not ended after {params['timeout']} s: {_in_words(rest)}")
+            hint = "; if its candidate has died, end that job" if rest[0]["placement"] == "workers" else ""
+            raise SchedulerError(f"{params['name']} has not ended after {params['timeout']} s: {_in_words(rest)}{hint}")
         jobs = rest
     serving = serving_job(published, jobs)
     job = serving or next(iter(jobs), None)
@@ -292,7 +296,7 @@ def _leave_to_workers(params: dict, run: Run, jobs: list[dict], check_mode: bool
         if not os.path.exists(layout.endpoint):
             write_state(layout.endpoint, {})
         state = read_json(layout.state) or {}
-        write_state(layout.state, {**state, "follows": {"id": "", "told": TOLD}, "failures": 0})
+        write_state(layout.state, {**state, "follows": FOLLOWS, "failures": []})
     published = read_endpoint(layout)
     serving = serving_job(published, rest)
     return {

@@ -174,8 +174,14 @@ outage:
     - Empty if the successor can take over before, or if nothing is known.
   returned: success
   type: str
-wanted:
-  description: Whether a worker's job may start the server. Matters only if the server runs in the workers' jobs.
+placement:
+  description: Where the server belongs since the last C(hpc_db.yml), V(job) or V(workers).
+  returned: success
+  type: str
+may_start:
+  description:
+    - Whether a worker's job may start the server. Matters only with RV(placement=workers).
+    - V(false) after C(stop.yml), and after the server could not start in three jobs.
   returned: success
   type: bool
 log_tail:
@@ -235,6 +241,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils.host import events, outlook
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.candidate import may_start
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
@@ -264,7 +271,8 @@ def look(params: dict, run: Run) -> dict:
         "disk": _disk(params["root"]),
         "history": events.account(events.read(params["root"])) if params["history"] else None,
         "outage": outlook.look(layout, serving),
-        "wanted": bool((read_json(layout.wanted) or {}).get("wanted")),
+        "placement": (read_json(layout.settings) or {}).get("placement", "job"),
+        "may_start": may_start(layout),
         "log_tail": _log_tail(layout.log) if troubled else None,
     }
 

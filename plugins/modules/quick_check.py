@@ -89,6 +89,7 @@ from ansible_collections.mala.hpc_db.plugins.module_utils._scheduler import (
     make_run,
 )
 from ansible_collections.mala.hpc_db.plugins.module_utils.host import outlook
+from ansible_collections.mala.hpc_db.plugins.module_utils.host.candidate import may_start
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.endpoint import read_endpoint, serving_job
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.files import read_json, write_json
 from ansible_collections.mala.hpc_db.plugins.module_utils.host.layout import Layout
@@ -117,12 +118,6 @@ def find_serving(params: dict, run: Run) -> tuple[dict | None, dict | None]:
     return job, endpoint if job else None
 
 
-def may_rest(layout: Layout) -> bool:
-    """Return whether no server needs to run, because the next worker's job starts it."""
-    placement = (read_json(layout.settings) or {}).get("placement")
-    return placement == "workers" and bool((read_json(layout.wanted) or {}).get("wanted"))
-
-
 def check(params: dict, run: Run, check_mode: bool) -> dict:
     """Compare the instance with the recorded state, or record its state. ``run`` calls the scheduler."""
     path = Layout(params["root"]).recorded_state
@@ -134,7 +129,11 @@ def check(params: dict, run: Run, check_mode: bool) -> dict:
     else:
         job, endpoint = find_serving(params, run)
         kept = {"settings": params["fingerprint"], "files": checksum(params["root"])}
-        found = kept if endpoint or may_rest(Layout(params["root"])) else {}
+        layout = Layout(params["root"])
+        placement = (read_json(layout.settings) or {}).get("placement", "job")
+        # A server that is about to move to the other placement may still serve where it was.
+        serves = job is not None and job["placement"] == placement
+        found = kept if serves or placement == "workers" and may_start(layout) else {}
         if recording and found and not check_mode:
             write_json(path, found)
         reason = "no server" if not found else "" if recording or found == recorded else "files"

@@ -240,7 +240,7 @@ def test_server_beside_job_scripts_on_one_machine(here: Target, quick_settings: 
         eventually(lambda: serves("workers"), 60)
 
         play("stop")
-        assert "none; the server was stopped, and the playbook hpc_db.yml allows it again" in play("status")
+        assert "none; no worker may start the server before the playbook hpc_db.yml allows it" in play("status")
         play("hpc_db")
         eventually(lambda: serves("workers"), 60)
         here.run("touch enough")

@@ -27,6 +27,8 @@ class Outlook:
     def __init__(self, root: str = "", service: str = "") -> None:
         self._root = root
         self._service = service
+        #: Whether a worker's job, possibly this one, brings the server up, and not a job in the queue.
+        self.is_in_workers = False
         self._due = 0.0
         self._next = ""
         self._beat = ""
@@ -61,7 +63,9 @@ class Outlook:
             return self._next
         if not isinstance(said, dict) or said.get("state") == "serving" and self._is_alive(said.get("lease"), now):
             return ""
-        return str((said.get("follows") or {}).get("told", ""))
+        follows = said.get("follows") or {}
+        self.is_in_workers = follows.get("placement") == "workers"
+        return str(follows.get("told", ""))
 
     def _is_alive(self, lease: dict | None, now: float) -> bool:
         """Return whether the server's heartbeat continues, as far as it was watched: a killed job leaves its state."""

@@ -19,10 +19,10 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Iterator, List, Optional  # noqa: F401 - List in a type comment
+from typing import Iterator, List, Optional, Sequence  # noqa: F401 - List in a type comment
 
 from . import endpoint, events, files, handover, local_job, scheduler
-from .candidate import MOST_FAILURES, NICENESS, TOLD, Candidate, Door, Left, Over
+from .candidate import FOLLOWS, JOB_FOLLOWS, MOST_FAILURES, NICENESS, Candidate, Door, Left, Over
 from .dumps import Dumps
 from .engines import Engine, engines_of  # noqa: F401 - Engine in a type comment
 from .health import Health, space
@@ -53,6 +53,10 @@ ASK_SECONDS = 3.0
 LAST_LOOK_SECONDS = 5.0
 # Maximum seconds for a dump while the job is being ended: a scheduler kills it after half a minute.
 LAST_DUMP_SECONDS = 8.0
+# The exit code after which candidate.sh starts a candidate again, like that after a kill.
+RESTART = 137
+# The signals that end a candidate. The others are a user's, for all steps of a job.
+CANDIDATE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Maximum seconds until a candidate has left its job.
 LEAVE_SECONDS = 120.0
 # Added to a message if the scheduler and the holder contradict each other.
@@ -123,18 +127,20 @@ class Host:
         self._queue = None  # type: Optional[Queue]
         self._predecessor = None  # type: Optional[handover.Predecessor]
         self._successor = None  # type: Optional[handover.Successor]
-        #: Whether the server is to run in the workers' jobs, and how many of them in a row could not start it.
+        #: Whether the server is to run in the workers' jobs, and which of them could not start it since it last ran.
         self._belongs_to_workers = self.settings["placement"] == "workers" and not bootstrap
-        self._failures = 0
+        self._failures = []  # type: List[str]
         #: Whether no other worker's job may start the server.
         self._is_stopped = False
         if self.settings["chain"] and not bootstrap and not candidate:
             self._queue = Queue(self.settings, self.job)
+        if not bootstrap and not candidate:
             self._successor = handover.Successor(self.layout, self.job)
 
     def serve(self, patience: float, lifetime: Optional[float]) -> None:
         """Serve until asked to stop, or for ``lifetime`` seconds; raise the reason for the end."""
-        self._address()  # report a host name that cannot be resolved before anything starts
+        if not self._candidate:
+            self._address()  # report a host name that cannot be resolved before anything starts
         try:
             self._serve_in_turns(patience, lifetime)
         finally:
@@ -193,12 +199,18 @@ class Host:
             holder.update(placement="workers", run=own_run())
         lease = Lease(self.layout.run, holder, self._is_known_to_have_ended, ttl)
         self.tell("starting", "requesting the lease")
-        if self._candidate:
-            self._candidate.acquire(lease)
-        else:
-            self._acquire(lease, patience)
-        self._lease = lease
-        self._succeed(lease.previous)
+        try:
+            if self._candidate:
+                self._candidate.acquire(lease)
+            else:
+                self._acquire(lease, patience)
+            self._lease = lease
+            self._succeed(lease.previous)
+        except BaseException:
+            if lease.epoch:  # a signal came after we had taken it
+                with contextlib.suppress(OSError):
+                    lease.release()
+            raise
         with Keeper(lease) as keeper:
             try:
                 # The previous holder may have moved the studies to another data directory.
@@ -210,9 +222,11 @@ class Host:
                 if not (isinstance(ended, Stop) and ended.successor):  # else this job may have to serve on
                     ignore_signals()
                 keeper.check()  # without the lease, do not release it or change the queue
-                if isinstance(ended, Failed) and self._candidate:
-                    self._failures = self._candidate.count_failure()
-                    self.tell("failed", str(ended))
+                if self._candidate:
+                    if isinstance(ended, (Failed, OSError)):
+                        self._failures = sorted({*self._failures, self.job})
+                        self.tell("failed", str(ended))
+                    self.forget_local_job()
                 if self._clean:  # else the next holder waits until the scheduler reports our end
                     with signals_waiting():
                         self._release(keeper)
@@ -228,21 +242,21 @@ class Host:
         if self._kind() == "local":
             with self._only_told("cannot record this process as the server's"):
                 local_job.record(self.settings["job_name"], os.getpid())
-        self._failures = candidate.failures_in_a_row()
+        self._failures = candidate.failures()
         self._is_stopped = not candidate.is_wanted()
         if self._is_stopped:
             raise Stop("stopped by the playbook stop.yml", again=True)
 
     def _succeed(self, previous: dict) -> None:
         """Begin as the successor of the previous holder."""
+        if self._successor:
+            with contextlib.suppress(OSError):
+                self._successor.tell_taken()
         if not self._queue or previous.get("kind") != self._kind() or previous["job"] == self.job:
             return
         self._queue.predecessor = previous["job"]
         with contextlib.suppress(OSError, ValueError):
             files.remove(self.layout.stop_request(previous["job"]))  # left if that job was killed
-        if self._successor:
-            with contextlib.suppress(OSError):
-                self._successor.tell_taken()
 
     def _release(self, keeper: Keeper) -> None:
         with self._only_told("cannot release the lease"):
@@ -277,7 +291,7 @@ class Host:
             self.tell("starting", "waiting: %s%s" % (in_words(refused), silent))
 
         hint, asks = "", True
-        pause = 0.25 if self._successor else 1.0
+        pause = 0.25 if self._queue else 1.0
         is_job = not self.bootstrap and bool(scheduler.own_job(self._kind()))
         while True:
             try:
@@ -312,12 +326,14 @@ class Host:
 
     def _may_ask(self, holder: dict) -> bool:
         """Return whether the holder is another job of this chain, which hands over."""
+        if not self._queue and holder.get("placement") != "workers":
+            return False
         return self._successor is not None and holder.get("kind") == self._kind() and self._can_be_asked(
             holder) and holder.get("job") not in ("", self.job)
 
     def _ask(self, holder: dict) -> None:
         """Ask the holder for the lease, or tell it why this host cannot serve; raise Refused if it keeps the lease."""
-        if not (self._successor and self._queue):
+        if not self._successor:
             return
         if self._unfit is None:
             self._unfit = ""
@@ -325,7 +341,8 @@ class Host:
                 handover.check_ready(self.settings)
             except (Failed, OSError) as error:
                 self._unfit = str(error)
-        self._queue.predecessor = holder["job"]
+        if self._queue:
+            self._queue.predecessor = holder["job"]
         with contextlib.suppress(OSError):
             self._successor.ask(holder, self._unfit)
 
@@ -334,6 +351,8 @@ class Host:
         limit = 0 if self.bootstrap else self.settings["restarts"]
         deaths = []  # type: List[float]
         check_programs(self.settings)
+        if self._candidate:
+            self._address()
         with contextlib.ExitStack() as beside:
             if self._queue:
                 beside.enter_context(Repeat(0.0, self._follow_once_served))
@@ -362,8 +381,14 @@ class Host:
         """Sleep; raise Lost if the lease is lost meanwhile."""
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
-            keeper.check()
+            self._check(keeper)
             time.sleep(0.5)
+
+    def _check(self, keeper: Keeper) -> None:
+        """Raise Lost without the lease, and Stop if others should serve."""
+        keeper.check()
+        if self._candidate:
+            self._check_candidate(self._candidate)
 
     def _serve_once(self, keeper: Keeper, lifetime: Optional[float]) -> None:
         """Run postgres until it ends or has to stop; raise the reason. No process of postgres is left afterwards."""
@@ -377,13 +402,13 @@ class Host:
             postgres.start()
             with self._only_told("cannot remove the previous holder's endpoint"):
                 self._withdraw()
-            postgres.wait_for_write(self.settings["start_patience"])
+            postgres.wait_for_write(self.settings["start_patience"], lambda: self._check(keeper))
             if not self.bootstrap:
                 with self._only_told("cannot renew the workers' heartbeats"):
                     postgres.renew_heartbeats(self.settings["databases"])
                 self._engines = engines_of(self.settings, postgres, self._address())
             self._publish(postgres)
-            self._failures = 0
+            self._failures = []
             self.tell("serving", SERVING)
             self._watch(postgres, keeper, lifetime)
         except Stop as stop:
@@ -445,8 +470,9 @@ class Host:
         if self._candidate and not self._lease:
             return  # one of many that wait
         follows = self._queue.successor if self._queue else None
-        if self._belongs_to_workers and not self._is_stopped and self._failures < MOST_FAILURES:
-            follows = {"id": "", "told": TOLD}
+        if self._belongs_to_workers or self._candidate:
+            goes_on = not self._is_stopped and len(self._failures) < MOST_FAILURES
+            follows = (FOLLOWS if self._belongs_to_workers else JOB_FOLLOWS) if goes_on else None
         elif self._queue and not follows and state == "starting":
             follows = {"id": self.job, "told": "job %s is starting on %s" % (self.job, socket.gethostname())}
         is_new = state + reason != self._told
@@ -489,6 +515,8 @@ class Host:
         said = files.read_json(self.layout.state) or {}
         waited = (said.get("follows") or {}).get("id")
         # Another job may be serving. Without an id, the playbook has written it before the first job.
+        if self._belongs_to_workers:
+            return
         if waited == "" or waited == self.job and said.get("state") in ("ended", "failed"):
             with self._only_told("cannot write state.json"):
                 queue.look(LAST_LOOK_SECONDS)
@@ -498,7 +526,7 @@ class Host:
         ends = float("inf") if lifetime is None else time.monotonic() + lifetime
         # This file requests a stop where the scheduler can only kill us. Create it now: hosts may cache its absence.
         wish = self.layout.stop_request(self.job)
-        candidate = self._candidate
+        candidate, is_due = self._candidate, True
         if not self.bootstrap and not candidate and not os.path.exists(wish):
             with self._only_told("cannot create %s" % wish):
                 files.write_state(wish, {"stop": False})
@@ -522,11 +550,11 @@ class Host:
                 if time.monotonic() > ends:
                     stop("its lifetime has expired")
                 if candidate:
-                    self._check_candidate(candidate, postgres, keeper)
+                    is_due = self._check_candidate(candidate)
                 elif (files.read_json(wish) or {}).get("stop"):
                     ignore_signals()
                     stop("stopped by %s" % wish)
-                elif self._predecessor:
+                if self._predecessor and is_due:
                     self._hand_over(self._predecessor, postgres, keeper)
                 if self._dumps:
                     self._dumps.poll()
@@ -534,16 +562,16 @@ class Host:
                     wrong = health.reason or self._unpublished or self._dumps.told or self._engines_told()
                     self.tell(*("unhealthy", wrong) if wrong else ("serving", SERVING + self._alone + self._trouble))
 
-    def _check_candidate(self, candidate: Candidate, postgres: Postgres, keeper: Keeper) -> None:
-        """Raise Stop if the worker has ended, or if another candidate or a server job takes over."""
+    def _check_candidate(self, candidate: Candidate) -> bool:
+        """Raise Stop if the worker has ended, or another job should serve; return whether requests are due."""
         try:
-            if candidate.check() and self._predecessor:
-                self._hand_over(self._predecessor, postgres, keeper)
+            return candidate.check()
         except Left as left:
             self._is_stopped = not left.planned
             stop(str(left), planned=left.planned, again=True)
         except Over as over:
             stop(str(over), planned=True)
+        return False
 
     def _hand_over(self, predecessor: handover.Predecessor, postgres: Postgres, keeper: Keeper) -> None:
         """Raise Stop if a successor asks for the lease, and still asks when everything is prepared."""
@@ -663,6 +691,13 @@ class Host:
             ) from None
         return name
 
+    def still_holds(self) -> bool:
+        """Return whether the lease names this process, or may do so."""
+        try:
+            return self._lease is not None and self._lease.is_ours() and self._lease.holder() is not None
+        except OSError:
+            return True
+
     def forget_local_job(self) -> None:
         """Record that this process no longer is the server's job."""
         if self._candidate and self._kind() == "local" and self._lease:
@@ -695,9 +730,10 @@ class Host:
         if kind == "local":
             return True  # from before a reboot of this machine
         # If our own job was requeued, its first run has ended.
-        if job == self.job and not holder.get("placement"):
-            return True
-        if job == self.job and holder.get("run") != own_run():
+        if holder.get("placement") == "workers":
+            mine = job == self.job and holder.get("run") != own_run()
+            return mine or scheduler.run_has_ended(kind, self.settings["bin_dir"], job, str(holder.get("run", "0")))
+        if job == self.job:
             return True
         return scheduler.job_has_ended(kind, self.settings["bin_dir"], job)
 
@@ -756,10 +792,10 @@ def ignore_signals() -> None:
         signal.signal(each, signal.SIG_IGN)
 
 
-def listen_to_signals() -> None:
-    """Raise Stop at a signal; forget earlier ones."""
+def listen_to_signals(numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> None:
+    """Raise Stop at one of these signals; forget earlier ones."""
     del _told_to_stop[:]
-    for number in STOP_SIGNALS:
+    for number in numbers:
         signal.signal(number, on_signal)
 
 
@@ -777,16 +813,21 @@ def log_to(path: str) -> None:
 
 
 def run_candidate(root: str, beside: int) -> int:
-    """Run the candidate of a worker's job until the worker ends; return 0."""
+    """Run the candidate of a worker's job until the worker ends; return 0.
+
+    Return RESTART if the lease still names this process, though it no longer serves: only its end frees the lease.
+    """
     settings = read_settings(root)
     job = scheduler.own_job(settings["scheduler"]) or str(os.getpid())
     candidate = Candidate(settings, job, beside)
     if not candidate.open():
         return 0
     os.nice(NICENESS)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     try:
         while True:
-            listen_to_signals()
+            listen_to_signals(CANDIDATE_SIGNALS)
             host = Host(root, False, candidate)
             try:
                 host.serve(0.0, None)
@@ -794,11 +835,14 @@ def run_candidate(root: str, beside: int) -> int:
                 host.tell_end("ended", told)
                 if not told.again:
                     return 0
-            except (Failed, Held, Lost, Unusable, OSError) as failed:
+            except Lost as lost:
+                host.tell_end("failed", lost)
+                return RESTART
+            except (Failed, Held, Unusable, OSError) as failed:
                 host.tell_end("failed", failed)
                 candidate.postpone()
-            finally:
-                host.forget_local_job()
+            if host.still_holds():
+                return RESTART
     except (Over, Stop):
         return 0
     finally:

@@ -44,8 +44,18 @@ REFUSED_SECONDS = 60.0
 LOOK_SECONDS = 2.0
 # The lower priority of the server's processes: those of the worker come first.
 NICENESS = 10
-# For waiting workers, in run/state.json.
-TOLD = "the next worker's job starts it"
+# Seconds between two checks whether the server is wanted while it is not.
+UNWANTED_SECONDS = 5.0
+# What follows in run/state.json, for waiting workers: any worker's job, or a server job that is submitted.
+FOLLOWS = {"id": "", "told": "the next worker's job starts it", "placement": "workers"}
+JOB_FOLLOWS = {"id": "", "told": "the server job starts it"}
+
+
+def may_start(layout: Layout) -> bool:
+    """Return whether a worker's job may start the server: it was not stopped, and has not failed too often."""
+    wanted = files.read_json(layout.wanted) or {}
+    failed = (files.read_json(layout.state) or {}).get("failures") or []
+    return bool(wanted.get("wanted")) and len(failed) < MOST_FAILURES
 
 
 class Over(Exception):
@@ -68,6 +78,11 @@ class Door:
         self._address = "\0hpc_db " + hashlib.sha256(name.encode()).hexdigest()
         self._socket = None  # type: Optional[socket.socket]
         self._knocked = []  # type: List[socket.socket]
+
+    @property
+    def parameters(self) -> Dict[str, str]:
+        """PostgreSQL's parameters that differ from its configuration file."""
+        return {"shared_buffers": self._settings["workers_shared_buffers"]}
 
     def open(self) -> bool:
         """Open the door; return False if another candidate of this job has opened it."""
@@ -135,6 +150,10 @@ class Places:
 
     def take(self, content: dict, everywhere: bool = False) -> bool:
         """Look at the next place, or at all, and take a free one; return whether we have one."""
+        if self._ahead == float("-inf"):
+            with contextlib.suppress(OSError):
+                files.write_state(self._layout.clock, {})
+                self._ahead = os.stat(self._layout.clock).st_mtime - time.monotonic()
         for _each in range(self._count if everywhere else 1):
             self._next = self._next % self._count + 1
             if not self.read(self._next):
@@ -168,19 +187,20 @@ class Places:
         return [each for each in found if each]
 
     def is_first(self) -> bool:
-        """Return whether all places before ours are free."""
-        return not any(self.read(number) for number in range(1, self.mine))
+        """Return whether no candidate that can serve is in a place before ours."""
+        return not any(self.read(number).get("unfit") == "" for number in range(1, self.mine))
 
     def read(self, number: int) -> dict:
         """Return the candidate in a place; empty if the place is free."""
         try:
             with open(self._layout.place(number)) as stream:
-                found = json.load(stream)
                 changed = os.fstat(stream.fileno()).st_mtime
+                try:
+                    found = json.load(stream)
+                except ValueError:
+                    found = {"who": "being written"}
         except OSError:
             return {}
-        except ValueError:
-            return {"who": "being written"}
         if not isinstance(found, dict) or not found.get("who"):
             return {}
         # Clocks differ, so the file's age is measured by the file server's own clock, as far as we know it.
@@ -199,19 +219,17 @@ class Candidate:
     def __init__(self, settings: dict, job: str, beside: int = 0) -> None:
         self._failures = 0
         self._settings = settings
-        #: PostgreSQL's parameters that differ from its configuration file.
-        self.parameters = {"shared_buffers": settings["workers_shared_buffers"]}
         self._layout = Layout(settings["root"])
         self._job = job
         self._beside = beside
         self._started = processes.start_time(beside) if beside else None
         self._door = Door(settings["root"], job)
         self._places = Places(self._layout, settings["candidates"], settings["lease_ttl"])
-        self._placement = settings["placement"]
         #: The end of the job in seconds since 1970, if it is known.
         self._ends = None  # type: Optional[float]
         self._unfit = None  # type: Optional[str]
         self._retry = 0.0
+        self._wanted = False
         self._look_due = 0.0
         self._refused_until = 0.0
         self._slept = False
@@ -232,17 +250,22 @@ class Candidate:
             now = time.monotonic()
             if now >= self._look_due:
                 self._look_due = now + self._settings["lease_ttl"] / 6
-                self._look_at_placement(lease)
+                self._look_at_settings(lease)
             if lease.may_be_free():
                 free_since = now if free_since is None else free_since
-                if now - free_since >= self._delay() and self._may_start():
+                if not self._may_start():
+                    self._sleep(UNWANTED_SECONDS)
+                    continue
+                if now - free_since >= self._delay():
                     try:
-                        if lease.try_acquire():
-                            successor.tell_taken()
-                            self._places.leave()
-                            return
+                        taken = lease.try_acquire()
                     except (Held, OSError):
-                        free_since = None
+                        taken, free_since = False, None
+                    if taken:
+                        with contextlib.suppress(OSError):
+                            successor.tell_taken()
+                        self._places.leave()
+                        return
             else:
                 free_since = None
                 self._ask(lease, successor)
@@ -262,19 +285,16 @@ class Candidate:
             raise Left("stopped by the playbook stop.yml", False)
         if self._is_ending() and any(self._ends_later(other) for other in self._able()):
             raise Left("the walltime of job %s ends soon" % self._job, True)
+        self._failures = 0
         return True
 
     def is_followed(self) -> bool:
         """Return whether another job can serve at once."""
         return bool(self._able())
 
-    def count_failure(self) -> int:
-        """Return how many jobs in a row, with this one, could not run the server."""
-        return self.failures_in_a_row() + 1
-
-    def failures_in_a_row(self) -> int:
-        """Return how many jobs in a row could not run the server."""
-        return int((files.read_json(self._layout.state) or {}).get("failures") or 0)
+    def failures(self) -> List[str]:
+        """Return the jobs that could not run the server since it last ran."""
+        return list((files.read_json(self._layout.state) or {}).get("failures") or [])
 
     def postpone(self) -> None:
         """Leave the next attempts to other jobs, since the server could not run in this one."""
@@ -283,14 +303,9 @@ class Candidate:
         self._retry = time.monotonic() + RETRY_SECONDS * self._failures
 
     def is_wanted(self) -> bool:
-        """Return whether the workers' jobs may start the server."""
-        return bool((files.read_json(self._layout.wanted) or {}).get("wanted"))
-
-    def placement(self) -> str:
-        """Return where the server belongs now; the playbook may have changed that."""
-        with contextlib.suppress(OSError):
-            self._placement = read_settings(self._settings["root"])["placement"]
-        return self._placement
+        """Return whether the workers' jobs may start the server, as far as the file can be read."""
+        self._wanted = bool((files.read_json(self._layout.wanted) or {}).get("wanted", self._wanted))
+        return self._wanted
 
     def _has_place(self) -> bool:
         """Return whether we have a place, taking a free one. Near the end of the job, others have priority."""
@@ -306,6 +321,13 @@ class Candidate:
         # Only active candidates ask the scheduler.
         left = time_left(self._settings, self._job)
         self._ends = None if left is None else time.time() + left
+        self._check_ready()
+        return True
+
+    def _check_ready(self) -> None:
+        """Check whether this host can serve, with the settings of now."""
+        with contextlib.suppress(OSError):
+            self._settings = read_settings(self._settings["root"])
         self._unfit = ""
         try:
             handover.check_ready(self._settings, self.parameters)
@@ -313,7 +335,6 @@ class Candidate:
             self._unfit = str(error)
             files.log("job %s on %s cannot serve: %s" % (self._job, socket.gethostname(), error))
         self._places.renew(self._content(), True)
-        return True
 
     def _content(self) -> dict:
         return {"job": self._job, "host": socket.gethostname(), "ends": self._ends, "unfit": self._unfit}
@@ -336,22 +357,31 @@ class Candidate:
         return ends is None or ends > (self._ends or 0) + self._settings["stop_notice"]
 
     def _may_start(self) -> bool:
-        return self.is_wanted() and self.failures_in_a_row() < MOST_FAILURES
+        return self.is_wanted() and len(self.failures()) < MOST_FAILURES
 
-    def _look_at_placement(self, lease: Lease) -> None:
-        """Raise Over if the server has a job of its own again, which has begun."""
-        if self.placement() == "job" and lease.last().get("placement") != "workers":
+    def _look_at_settings(self, lease: Lease) -> None:
+        """Notice what the playbook has changed; raise Over if the server has moved to a job of its own."""
+        before = self._settings
+        with contextlib.suppress(OSError):
+            self._settings = read_settings(before["root"])
+        last = lease.last()
+        in_job = last.get("kind") == self._settings["scheduler"] and last.get("placement") != "workers"
+        if self._settings["placement"] == "job" and in_job:
             raise Over("the server has a job of its own")
+        if self._settings != before:
+            self._check_ready()
 
     def _ask(self, lease: Lease, successor: handover.Successor) -> None:
         """Ask a server job to hand over, if the server no longer belongs there."""
         holder = lease.watched()
         if not holder or holder.get("placement") == "workers" or holder.get("kind") != self._settings["scheduler"]:
             return
-        if time.monotonic() < self._refused_until or self._placement != "workers" or not self._places.is_first():
+        if time.monotonic() < self._refused_until or self._settings["placement"] != "workers":
+            return
+        if self._unfit or not self._places.is_first():
             return
         try:
-            successor.ask(holder, self._unfit or "")
+            successor.ask(holder)
         except handover.Refused as refused:
             files.log("job %s: %s" % (self._job, refused))
             self._refused_until = time.monotonic() + REFUSED_SECONDS
@@ -359,7 +389,7 @@ class Candidate:
             files.log("job %s cannot ask for the lease: %s" % (self._job, error))
 
     def _check_worker(self) -> None:
-        if self._beside and processes.start_time(self._beside) != self._started:
+        if self._beside and (self._started is None or processes.start_time(self._beside) != self._started):
             raise Over("the worker has ended")
         if self._door.wait(0):
             raise Over("the worker's script has ended")

@@ -27,6 +27,8 @@ class Layout:
         self.temporary_server = below("run", "bootstrap.json")
         # Whether the workers' jobs may start the server.
         self.wanted = below("run", "wanted.json")
+        # A file that candidates write to learn the file server's time.
+        self.clock = below("run", "clock.json")
         self.local_job = below("run", "local_job.json")
         # The state after the last full run of hpc_db.yml, for its quick check.
         self.recorded_state = below("run", "kept.json")

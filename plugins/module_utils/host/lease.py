@@ -271,12 +271,12 @@ class Lease:
         beat = self._beat(epoch) if epoch else ""
         if not beat or RELEASED in beat:
             return True
-        if self._known[0] != epoch:
+        if self._known[0] != epoch or not self._known[1]:
             self._known = (epoch, self._read(epoch) or {})
         holder = self._known[1]
         if holder.get("place") == self._holder["place"]:
             return processes.start_time(holder["pid"]) != holder["start"]
-        return self._stands_still(epoch, self.silence(holder), beat)
+        return not holder or self._stands_still(epoch, self.silence(holder), beat)
 
     def _is_free(self, epoch: int) -> bool:
         holder = self._read(epoch) or {}

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 from . import causes, files, processes
 from .keeper import Keeper
@@ -122,8 +122,8 @@ class Postgres:
                 "again" % prefix
             )
 
-    def wait_for_write(self, patience: float) -> None:
-        """Wait until a write succeeds, since crash recovery may take a while.
+    def wait_for_write(self, patience: float, alive: Optional[Callable[[], None]] = None) -> None:
+        """Wait until a write succeeds, since crash recovery may take a while; call ``alive`` meanwhile.
 
         Raise Failed if postgres ends, or after ``patience`` seconds.
         """
@@ -138,6 +138,8 @@ class Postgres:
             if time.monotonic() > limit:
                 raise Failed("postgres has accepted no write within %d s: %s" % (patience, refused))
             self._keeper.check()
+            if alive:
+                alive()
             time.sleep(0.1)
 
     def last_words(self) -> str:

@@ -43,6 +43,19 @@ def job_has_ended(name: str, bin_dir: str, job: str) -> bool:
     return scheduler.has_ended(answer.returncode, answer.stdout, answer.stderr)
 
 
+def run_has_ended(name: str, bin_dir: str, job: str, restarts: str) -> bool:
+    """Return whether the scheduler reports that one run of ``job`` has ended; False if that is unknown."""
+    scheduler = SCHEDULERS.get(name)
+    command = scheduler.run_command(job) if scheduler and job else None
+    if not scheduler or not command:
+        return job_has_ended(name, bin_dir, job)
+    try:
+        answer = run(name, bin_dir, command, STATE_TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return scheduler.run_has_ended(job, restarts, answer.returncode, answer.stdout, answer.stderr)
+
+
 def time_left(settings: dict, job: str) -> Optional[float]:
     """Return the remaining walltime of a running job of this user in seconds; None if it is unknown or unlimited."""
     scheduler = SCHEDULERS[settings["scheduler"]]

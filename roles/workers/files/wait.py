@@ -32,12 +32,12 @@ def main() -> None:
             return
         except driver.Error as error:
             next_job, now = outlook.next_job(), time.monotonic()
-            if next_job:
+            if next_job and not outlook.is_in_workers:
                 limit = max(limit, now + patience)
             if now >= min(limit, last):
                 sys.exit(f"hpc_db: no server within {now - begun:.0f} s: {str(error).strip()}")
             if next_job != told:
-                seconds = last - begun if next_job else patience
+                seconds = last - begun if next_job and not outlook.is_in_workers else patience
                 print(f"hpc_db: waiting up to {seconds:.0f} s for the server: {next_job or str(error).strip()}",
                       file=sys.stderr, flush=True)
             told = next_job

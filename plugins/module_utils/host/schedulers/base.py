@@ -199,6 +199,17 @@ class Scheduler:
         """
         return False
 
+    def run_command(self, job: str) -> Optional[List[str]]:
+        """Return the call that queries one job and its runs; None if ``state_command`` is all there is."""
+        return None
+
+    def run_has_ended(self, job: str, run: str, returncode: int, stdout: str, stderr: str) -> bool:
+        """Return whether the result of run_command shows that one run of a job has left its node for good.
+
+        ``run`` is how often the job had been started before. A job that is queued again has ended its earlier runs.
+        """
+        return self.has_ended(returncode, stdout, stderr)
+
     # Nodes
 
     def all_nodes_command(self) -> Optional[List[str]]:

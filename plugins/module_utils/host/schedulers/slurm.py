@@ -216,7 +216,9 @@ class Slurm(Scheduler):
         """
         kept = (*INHERITED, *OWN_VARIABLES, "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
         variables = [f'${{{name}+"{name}=${name}"}}' for name in kept]
-        return " ".join(["env", "-i", *variables, shlex.quote(os.path.join(bin_dir, "srun")), *STEP])
+        path = os.path.join(bin_dir, "srun")
+        srun = f'"$HOME"{shlex.quote(path[1:])}' if path.startswith("~/") else shlex.quote(path)
+        return " ".join(["env", "-i", *variables, srun, *STEP])
 
     def queue_command(self, name: str = "") -> List[str]:
         """See Scheduler. squeue compares names without case. A running task of an array has an id of its own."""
@@ -264,6 +266,18 @@ class Slurm(Scheduler):
             return "Invalid job id specified" in stdout + stderr
         states = re.findall(r"^job\|(.*)$", stdout, re.MULTILINE)
         return bool(states) and all(state.endswith("|") and state[:-1] in ENDED for state in states)
+
+    def run_command(self, job: str) -> Optional[List[str]]:
+        return [*LISTING, "--noheader", "--Format=JobID:|,RestartCnt:|,State:|", f"--jobs={job}"]
+
+    def run_has_ended(self, job: str, run: str, returncode: int, stdout: str, stderr: str) -> bool:
+        """See Scheduler. Other tasks of an array are listed too, if one task has the array's id."""
+        if returncode:
+            return "Invalid job id specified" in stdout + stderr
+        runs = re.findall(rf"^{job}\|(\d+)\|(\w+)\|\s*$", stdout, re.ASCII | re.MULTILINE)
+        return bool(runs) and all(
+            state in ENDED or int(restarts) > int(run) and state != "COMPLETING" for restarts, state in runs
+        )
 
     def all_nodes_command(self) -> Optional[List[str]]:
         return ["sinfo", "--noheader", "--all", "--local", "--Node", "--format=%t|%N"]

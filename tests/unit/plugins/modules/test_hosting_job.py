@@ -406,7 +406,8 @@ def test_info_of_nothing(tmp_path):
 
     assert found == {
         "changed": False, "job": None, "endpoint": None, "state": None, "history": None, "idle_nodes": None,
-        "disk": None, "log_tail": None, "outage": "", "wanted": False,
+        "disk": None, "log_tail": None, "outage": "", "may_start": False,
+        "placement": "job",
     }
 
 
@@ -550,11 +551,11 @@ def test_no_server_job_is_left_in_the_queue_if_the_server_runs_in_the_workers_jo
 def test_server_that_has_failed_in_the_workers_jobs_may_be_tried_again(tmp_path):
     (tmp_path / "run").mkdir()
     ensure_job(params(root=tmp_path, **WORKERS), FakeSlurm(), False)
-    write_state(str(tmp_path / "run/state.json"), {"state": "failed", "failures": 3})
+    write_state(str(tmp_path / "run/state.json"), {"state": "failed", "failures": ["1", "2", "3"]})
 
     assert ensure_job(params(root=tmp_path, **WORKERS), FakeSlurm(), False)["changed"]
 
-    assert read_json(str(tmp_path / "run/state.json"))["failures"] == 0
+    assert read_json(str(tmp_path / "run/state.json"))["failures"] == []
 
 
 @pytest.mark.usefixtures("in_worker_s_job")
@@ -564,7 +565,7 @@ def test_worker_s_job_that_serves_is_shown(tmp_path):
     shown = ensure_job(params(root=tmp_path, **WORKERS), slurm, False)
     found = look(params(root=tmp_path), slurm)
 
-    assert not shown["changed"] and found["wanted"]
+    assert not shown["changed"] and found["may_start"]
     assert shown["job"] == found["job"]
     assert (found["job"]["id"], found["job"]["name"], found["job"]["placement"]) == ("1", "train", "workers")
     assert found["endpoint"]["job"] == "1"
@@ -591,7 +592,7 @@ def test_stop_of_a_server_in_a_worker_s_job_leaves_that_job_alone(in_worker_s_jo
     assert result["changed"] and result["job"] is None
     assert slurm.queue == [("train", "RUNNING")]
     assert read_json(str(tmp_path / "run/wanted.json")) == {"wanted": False}
-    assert not look(params(root=tmp_path), slurm)["wanted"]
+    assert not look(params(root=tmp_path), slurm)["may_start"]
     assert not ensure_job(params("absent", tmp_path, **WORKERS), slurm, False)["changed"]
 
 
