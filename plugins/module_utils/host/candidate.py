@@ -79,11 +79,6 @@ class Door:
         self._socket = None  # type: Optional[socket.socket]
         self._knocked = []  # type: List[socket.socket]
 
-    @property
-    def parameters(self) -> Dict[str, str]:
-        """PostgreSQL's parameters that differ from its configuration file."""
-        return {"shared_buffers": self._settings["workers_shared_buffers"]}
-
     def open(self) -> bool:
         """Open the door; return False if another candidate of this job has opened it."""
         opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -233,6 +228,11 @@ class Candidate:
         self._look_due = 0.0
         self._refused_until = 0.0
         self._slept = False
+
+    @property
+    def parameters(self) -> Dict[str, str]:
+        """PostgreSQL's parameters that differ from its configuration file."""
+        return {"shared_buffers": self._settings["workers_shared_buffers"]}
 
     def open(self) -> bool:
         """Return whether this is the only candidate of its job on this node."""
