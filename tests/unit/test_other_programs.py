@@ -16,7 +16,7 @@ OWN = {
         {"name": "second"},
     ],
 }
-FOUND = {"job": None, "endpoint": None, "state": None, "disk": None}
+FOUND = {"job": None, "endpoint": None, "state": None, "disk": None, "placement": "job", "may_start": False}
 
 
 def test_nobody_else_gets_in_and_each_has_a_url() -> None:

@@ -4,6 +4,7 @@
 
 import json
 import os
+import subprocess
 import threading
 import time
 
@@ -113,6 +114,7 @@ def test_first_place_counts_only_live_candidates(layout, clock):
 def test_place_that_is_being_written_is_not_free_and_an_invalid_one_is(layout, clock, text):
     with open(layout.place(1), "w") as stream:
         stream.write(text)
+    os.utime(layout.place(1), (0, 1_800_003_600.0 + clock.now))
 
     assert Places(layout, 1, TTL).take(HERE) == (text in ("[]", '{"job": "11"}'))
 
@@ -206,3 +208,51 @@ def test_knock_at_a_door_that_stays_shut(tmp_path):
     assert door.open()
 
     assert not Door(str(tmp_path), "11").knock(0.1)
+
+
+def test_place_that_stays_half_written_is_free(layout, clock):
+    with open(layout.place(1), "w") as stream:
+        stream.write("{")
+    os.utime(layout.place(1), (0, 1_800_003_600.0 + clock.now - TTL - 1))
+
+    assert Places(layout, 1, TTL).take(HERE)
+
+
+def test_places_of_dead_candidates_are_free_at_the_first_look(layout, clock):
+    assert Places(layout, 1, TTL).take(HERE, True)
+    clock.move(TTL + 1)
+
+    assert Places(layout, 1, TTL).take(HERE)
+
+
+def test_file_that_cannot_be_read_does_not_stop_the_server(layout, clock):
+    made = make(layout)
+    files.write_state(layout.wanted, {"wanted": True})
+    assert made.check()
+
+    with open(layout.wanted, "w") as stream:
+        stream.write("{")
+    clock.move(3)
+
+    assert made.check()
+
+
+def test_candidate_beside_a_script_that_has_ended_already_is_over(layout):
+    with subprocess.Popen(["true"]) as process:
+        pass
+
+    with pytest.raises(Over):
+        Candidate(complete({"root": layout.root, "scheduler": "local"}), "5", process.pid)._check_worker()
+
+
+@pytest.mark.parametrize("wanted, failures, may", [
+    (None, None, False), ({}, [], False), ({"wanted": False}, [], False), ({"wanted": True}, None, True),
+    ({"wanted": True}, ["1", "2"], True), ({"wanted": True}, ["1", "2", "3"], False),
+])
+def test_server_may_be_started_unless_it_was_stopped_or_has_failed_in_three_jobs(layout, wanted, failures, may):
+    if wanted is not None:
+        files.write_state(layout.wanted, wanted)
+    if failures is not None:
+        files.write_state(layout.state, {"failures": failures})
+
+    assert candidate.may_start(layout) == may

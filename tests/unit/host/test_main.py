@@ -42,7 +42,7 @@ class FakePostgres:
     def start(self):
         self.note("start")
 
-    def wait_for_write(self, patience):
+    def wait_for_write(self, patience, alive):
         self.note("write")
 
     def returncode(self):
@@ -571,7 +571,7 @@ def test_refusal_names_the_holder_and_touches_nothing(host, capsys):
 def test_what_a_dead_holder_left_behind_is_withdrawn_before_anything_serves(host, monkeypatch):
     host.service.write_text(SECTION)
     (host.root / "run" / "endpoint.json").write_text("{}")
-    monkeypatch.setattr(FakePostgres, "wait_for_write", lambda self, patience: raise_(Failed(host.service.read_text())))
+    monkeypatch.setattr(FakePostgres, "wait_for_write", lambda *_given: raise_(Failed(host.service.read_text())))
 
     host.run("serve")
 

@@ -365,3 +365,30 @@ def test_run_fails_in_one_line(bin_dir, command, words):
 
     assert str(failed.value).startswith(words)
     assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize("returncode, text, run, ended", [
+    (0, "100|0|RUNNING|\n", "0", False),
+    (0, "100|0|NODE_FAIL|\n", "0", True),
+    (0, "100|1|PENDING|\n", "0", True),  # queued again after its node has failed
+    (0, "100|1|PENDING|\n", "1", False),  # a job inherits the count of the job that has submitted it
+    (0, "100|1|COMPLETING|\n", "0", False),
+    (0, "100|1|RUNNING|\n", "0", True),
+    (0, "100|1|RUNNING|\n", "1", False),
+    (0, "100|0|FAILED|\n101|0|RUNNING|\n", "0", True),  # the last task of an array has the array's id
+    (0, "100|0|RUNNING|\n101|0|FAILED|\n", "0", False),
+    (0, "101|0|FAILED|\n", "0", False),
+    (0, "100|0|FAIL", "0", False),
+    (0, "", "0", False),
+    (1, "slurm_load_jobs error: Invalid job id specified", "0", True),
+    (1, "slurm_load_jobs error: Unable to contact slurm controller", "0", False),
+])
+def test_run_of_a_job_has_ended(returncode, text, run, ended):
+    assert slurm.run_has_ended("100", run, returncode, text, "") is ended
+
+
+def test_run_of_a_job_is_judged_like_the_job_where_runs_are_not_counted():
+    engine = SCHEDULERS["gridengine"]
+
+    assert engine.run_command("7") is None
+    assert engine.run_has_ended("7", "0", 1, "", "Following jobs do not exist: 7\njobs do not exist") is True
