@@ -41,19 +41,21 @@ class Study:
         self.submitted = 0
         (cluster.home / "train.sh").write_text(JOB)
 
-    def submit(self, minutes: int = 3, trials: int = 100000) -> str:
-        """Submit a job, which ends after so many trials or at its walltime."""
+    def submit(self, minutes: int = 3, trials: int = 100000, *options: str) -> str:
+        """Submit a job, which ends after so many trials or at its walltime, and is queued again if its node dies."""
         self.submitted += 1
         said = self.cluster.run(
-            'sbatch --parsable --no-requeue -J $1 --time=$2 --mem=900M --output=workers/output.%j train.sh "$3" $4',
-            NAME, str(minutes), PLUGIN_URL, str(trials),
+            'name=$1 time=$2 url=$3 trials=$4; shift 4; '
+            'sbatch --parsable -J $name --time=$time --mem=900M --output=workers/output.%j "$@" train.sh $url $trials',
+            NAME, str(minutes), PLUGIN_URL, str(trials), *options,
         )
         return said.split()[-1]
 
     def fill(self, count: int = 6) -> None:
         """Keep this number of jobs in the queue."""
-        for _missing in range(count - len(self.cluster.jobs(NAME))):
-            self.submit(2 + self.submitted % 2, (5, 8, 100000)[self.submitted % 3])
+        while len(self.cluster.jobs(NAME)) < count:
+            array = ["--array=1-2"] if self.submitted % 4 == 2 else []
+            self.submit(2 + self.submitted % 2, (5, 8, 100000)[self.submitted % 3], *array)
 
     def events(self) -> list[dict]:
         return [json.loads(line) for line in (self.cluster.root / "log/events.jsonl").read_text().splitlines()]
