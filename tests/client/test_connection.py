@@ -8,12 +8,14 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import optuna
 import pytest
 import sqlalchemy
 from cutting_proxy import ANSWER_LOST, CRASHES, REQUEST_LOST, WAYS, Proxy
 from hpc_db_client import patience
+from hpc_db_client.connection import Link
 from real_server import Server, eventually
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
@@ -359,3 +361,19 @@ def test_sessions_are_in_utc_whatever_the_environment_says(url: str, monkeypatch
 
     with sqlalchemy.create_engine(url).connect() as connection:
         assert connection.execute(text("SHOW timezone")).scalar() == "UTC"
+
+
+@pytest.mark.parametrize("kind, is_closed, lost", [
+    ("DatabaseError", False, True),  # psycopg2 on a unix socket, if the server is killed
+    ("OperationalError", False, True),
+    ("ProgrammingError", True, True),
+    ("ProgrammingError", False, False),  # an empty query
+    ("InterfaceError", False, False),
+    ("DataError", False, False),
+])
+def test_error_without_a_sqlstate_is_libpq_s_own(kind, is_closed, lost):
+    driver = pytest.importorskip("psycopg2")
+    link = Link(lambda: None, lambda _real: None, SimpleNamespace(dbapi=driver, patience=None, connections=None))
+    error = getattr(driver, kind)("server closed the connection unexpectedly")
+
+    assert link.is_lost(SimpleNamespace(closed=is_closed), error) is lost

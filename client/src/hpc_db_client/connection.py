@@ -215,6 +215,9 @@ class Link:
             return False
         if real.closed:
             return True
+        # libpq's own errors have no SQLSTATE. On a unix socket, psycopg2 may leave the connection open after one.
+        if sqlstate(error) is None and type(error) in (self.dbapi.DatabaseError, self.dbapi.OperationalError):
+            return True
         state = sqlstate(error) or ""  # a function in the database can raise any of them
         severity = getattr(getattr(error, "diag", None), "severity_nonlocalized", None)
         return (state in ENDED or state.startswith("08")) and severity != "ERROR"
